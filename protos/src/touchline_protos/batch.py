@@ -1,0 +1,86 @@
+"""The batch: what both the in-process buffer and the client return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""A ``numpy.ndarray``, or a ``torch.Tensor`` where the caller asked for one. Nested observations: a dict of these."""
+
+PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
+    ("episode_id", np.dtype("<i8")),
+    ("start", np.dtype("<i8")),
+    ("actor", np.dtype("<i8")),
+    ("policy_version", np.dtype("<i8")),
+    ("probability", np.dtype("<f8")),
+)
+"""The fields of a batch's provenance and their dtypes, in wire order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B slices of H + 1 consecutive steps, time-major: unpacks as ``obs, action, reward, done``.
+
+    Memory: the arrays are the caller's; nothing overwrites them, however long they or any view of them are held. Those of one batch
+    may share one allocation, which is released (or reused for a later batch) when the last of them dies.
+    """
+
+    obs: Array
+    """[H+1, B, *obs_shape], as stored; a (nested) dict where observations are nested."""
+    action: Array
+    """[H, B, *action_shape], as stored."""
+    reward: Array
+    """[H, B, 1], as stored."""
+    done: Array
+    """[H, B, 1]: terminated; float32 zeros where the episodes have no such column."""
+    task: Array | None
+    """[B], of each slice's first row; None where the episodes have no such column."""
+    extra: dict[str, Array]
+    """Every other column by its (dotted) name: [H+1, B, ...]."""
+    episode_id: Array
+    """[B] int64: the episode of each slice."""
+    start: Array
+    """[B] int64: the step of the episode that is the slice's row 0."""
+    actor: Array
+    """[B] int64: index of the actor that played it, a key of ``actor_names``."""
+    policy_version: Array
+    """[B] int64: version of the policy that played it."""
+    probability: Array
+    """[B] float64: probability with which each slice was drawn, by the sampling law in force."""
+    actor_names: Mapping[int, str] = field(default_factory=dict)
+    """Names of the actors, at least of those in this batch."""
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter((self.obs, self.action, self.reward, self.done))
+
+
+def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str]) -> Batch:
+    """Builds a batch from flat arrays.
+
+    Args:
+        arrays: columns by dotted name, and the provenance as ``provenance.<field>``. Not copied.
+        actor_names: kept as given, not copied.
+    """
+    obs: Any = {}
+    named: dict[str, Array] = {}
+    extra: dict[str, Array] = {}
+    for name, array in arrays.items():
+        if name in ("obs", "action", "reward", "done", "task"):
+            named[name] = array
+        elif name.startswith("obs."):
+            *parents, leaf = name.split(".")[1:]
+            level = obs
+            for parent in parents:
+                level = level.setdefault(parent, {})
+            level[leaf] = array
+        elif name.startswith("provenance."):
+            named[name.removeprefix("provenance.")] = array
+        else:
+            extra[name] = array
+    if "obs" in named:
+        obs = named.pop("obs")
+    return Batch(obs=obs, task=named.pop("task", None), extra=extra, actor_names=actor_names, **named)

@@ -1,0 +1,30 @@
+"""The codec: episodes and batches to and from protobuf messages, by hand, so that no payload is copied twice.
+
+Encoders return ``bytes`` that the generated classes read, decoders read what the generated classes write, in any valid
+encoding (fields in any order, unknown fields, packed or unpacked shapes). A singular sub-message that appears twice is
+refused, not merged. Decoders treat messages as hostile: what is malformed raises :class:`CodecError` and nothing else.
+"""
+
+from touchline_protos.batches import BatchLayout, Piece, Segment
+from touchline_protos.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError
+from touchline_protos.episodes import decode_add_episode, encode_add_episode
+from touchline_protos.loading import LoadDecoder, encode_load
+from touchline_protos.receive import BatchDecoder
+from touchline_protos.tensors import TensorSpec
+
+__all__ = [
+    "BatchDecoder",
+    "BatchLayout",
+    "CodecError",
+    "CodecLimits",
+    "Episode",
+    "EpisodeKey",
+    "LoadDecoder",
+    "OversizeError",
+    "Piece",
+    "Segment",
+    "TensorSpec",
+    "decode_add_episode",
+    "encode_add_episode",
+    "encode_load",
+]

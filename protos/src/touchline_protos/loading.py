@@ -1,0 +1,292 @@
+"""Streams of episodes of any size: ``LoadEpisodesRequest``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from touchline_protos.dtypes import dtype_name
+from touchline_protos.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError
+from touchline_protos.episodes import (
+    check_bool,
+    column_spec,
+    encode_add_episode,
+    encode_origin,
+    read_episode,
+    read_origin,
+)
+from touchline_protos.tensors import DEFAULT_LIMITS, TensorSpec, check_shape, encode_column_spec, read_column_spec
+from touchline_protos.wire import (
+    LEN,
+    VARINT,
+    encode_varint,
+    fresh_message,
+    int_field,
+    len_field,
+    read_fields,
+    read_text,
+    tag,
+    text_field,
+    to_int32,
+    to_int64,
+    varint_size,
+)
+
+_TABLE = tag(1, LEN)
+_EPISODE = tag(2, LEN)
+_HEADER = tag(3, LEN)
+_CHUNK = tag(4, LEN)
+_PARTS = (_EPISODE, _HEADER, _CHUNK)
+_HEADER_LENGTH = tag(4, VARINT)
+_HEADER_COLUMNS = tag(5, LEN)
+_CHUNK_COLUMN = tag(1, VARINT)
+_CHUNK_OFFSET = tag(2, VARINT)
+_CHUNK_DATA = tag(3, LEN)
+
+
+def encode_load(episode: Episode, *, table: str = "", chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+    """Iterates over the ``LoadEpisodesRequest`` messages of one episode.
+
+    Args:
+        episode: any dtype that the wire has; arrays that are not contiguous or not little-endian are converted (copied)
+            one by one.
+        table: put into the episode's first message.
+        chunk_bytes: an episode with a payload of up to this many bytes goes whole; a larger one as a header and chunks
+            of this size.
+
+    Raises:
+        CodecError: as for ``encode_add_episode``; also where the columns of an episode that goes in chunks differ in
+            rows.
+    """
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes {chunk_bytes}, expected at least 1")
+    if episode.size_bytes <= chunk_bytes:
+        yield encode_add_episode(episode, table=table)
+        return
+    specs = [column_spec(name, column) for name, column in episode.columns.items()]
+    yield _encode_header(episode, specs, table)
+    for index, (spec, column) in enumerate(zip(specs, episode.columns.values(), strict=True)):
+        flat = np.ascontiguousarray(column, dtype=spec.dtype).reshape(-1).view(np.uint8)
+        for offset in range(0, flat.size, chunk_bytes):
+            yield _encode_chunk(index, offset, flat[offset : offset + chunk_bytes])
+
+
+def _encode_header(episode: Episode, specs: list[TensorSpec], table: str) -> bytes:
+    rows = episode.length
+    columns = b""
+    for spec in specs:
+        if spec.shape[:1] != (rows,):
+            raise CodecError(f"{spec.name}: shape {spec.shape}, expected {rows} rows to match the other columns")
+        columns += encode_column_spec(5, TensorSpec(spec.name, spec.dtype, spec.shape[1:]))
+    header = encode_origin(episode) + int_field(4, rows) + columns
+    return text_field(1, table, "table") + len_field(3, header)
+
+
+def _encode_chunk(column: int, offset: int, data: np.ndarray) -> bytes:
+    head = int_field(1, column) + int_field(2, offset) + encode_varint(tag(3, LEN)) + encode_varint(data.size)
+    size = len(head) + data.size
+    head = encode_varint(_CHUNK) + encode_varint(size) + head
+    message, view, _ = fresh_message(1 + varint_size(size) + size)
+    view[: len(head)] = head
+    view[len(head) :] = data.data
+    return message
+
+
+class LoadDecoder:
+    """Reads one stream of ``LoadEpisodesRequest`` messages. Not thread-safe.
+
+    Args:
+        limits: a header over them is refused before anything is allocated.
+    """
+
+    def __init__(self, limits: CodecLimits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._table: str | None = None
+        self._partial: _PartialEpisode | None = None
+        self._skipping = False
+
+    @property
+    def table(self) -> str:
+        """The table that the stream's first message named; empty before it."""
+        return self._table or ""
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a header was taken and chunks of its episode are still to come."""
+        return self._partial is not None
+
+    def feed(self, message: bytes) -> Episode | None:
+        """Takes one message.
+
+        Returns:
+            The episode that is complete with it, if one is. A whole episode's columns are read-only views of the
+            message; those of a chunked one are writable arrays of its own.
+
+        Raises:
+            CodecError: the episode is refused; ``error.key`` is its key where it could be read. What is left of its
+                chunks is skipped and the stream goes on, unless ``error.fatal``: a chunk without a header, a gap, an
+                overlap, an unfinished episode.
+            OversizeError: the same, where it is over a limit.
+        """
+        part, start, end = self._read_part(message)
+        if part == _CHUNK:
+            return self._feed_chunk(message, start, end)
+        if self._partial is not None:
+            key = self._abandon(skip=False)
+            raise CodecError("another episode begins before the last one is complete", key=key, fatal=True)
+        self._skipping = False
+        if part == _EPISODE:
+            return read_episode(message, start, end, self._limits)
+        self._skipping = True
+        self._partial = _read_header(message, start, end, self._limits)
+        self._skipping = False
+        return self._finish()
+
+    def _read_part(self, message: bytes) -> tuple[int, int, int]:
+        parts = []
+        table = ""
+        try:
+            for key, a, b in read_fields(message, 0, len(message)):
+                if key in _PARTS:
+                    parts.append((key, a, b))
+                elif key == _TABLE:
+                    table = read_text(message, a, b, "table", max_chars=self._limits.max_name_chars)
+            if len(parts) != 1:
+                raise CodecError(f"{len(parts)} parts in a message, expected one of episode, header and chunk")
+        except CodecError as error:
+            error.key, error.fatal = self._abandon(skip=False), True
+            raise
+        if self._table is None:
+            self._table = table
+        return parts[0]
+
+    def _feed_chunk(self, message: bytes, start: int, end: int) -> Episode | None:
+        if self._skipping:
+            return None
+        if self._partial is None:
+            raise CodecError("a chunk without a header before it", fatal=True)
+        try:
+            self._partial.add_chunk(message, start, end)
+        except CodecError as error:
+            error.key = self._abandon(skip=not error.fatal)
+            raise
+        return self._finish()
+
+    def _finish(self) -> Episode | None:
+        if self._partial is None or not self._partial.complete:
+            return None
+        partial, self._partial = self._partial, None
+        return partial.take()
+
+    def _abandon(self, *, skip: bool) -> EpisodeKey | None:
+        """Gives up the episode in progress, returns its key."""
+        key = self._partial.key if self._partial else None
+        self._partial, self._skipping = None, skip
+        return key
+
+
+class _PartialEpisode:
+    """An episode whose header was taken; each column is allocated when its first chunk arrives."""
+
+    def __init__(self, key: EpisodeKey | None, actor: str, policy_version: int, specs: list[TensorSpec]) -> None:
+        self.key = key
+        self._actor = actor
+        self._policy_version = policy_version
+        self._specs = specs
+        self._columns: dict[str, np.ndarray] = {}
+        self._filled = 0
+        self._skip_empty()
+
+    @property
+    def complete(self) -> bool:
+        return len(self._columns) == len(self._specs) and not self._filled
+
+    def take(self) -> Episode:
+        try:
+            for name, column in self._columns.items():
+                check_bool(name, column)
+        except CodecError as error:
+            error.key = self.key
+            raise
+        return Episode(self._columns, self.key, self._actor, self._policy_version)
+
+    def add_chunk(self, message: bytes, start: int, end: int) -> None:
+        """Copies a chunk into place.
+
+        Raises:
+            CodecError: malformed; fatal where it is not the piece that is next.
+        """
+        column = offset = 0
+        first = last = end
+        for key, a, b in read_fields(message, start, end):
+            if key == _CHUNK_COLUMN:
+                column = to_int32(a)
+            elif key == _CHUNK_OFFSET:
+                offset = to_int64(a)
+            elif key == _CHUNK_DATA:
+                first, last = a, b
+        self._place(column, offset, memoryview(message)[first:last])
+
+    def _place(self, column: int, offset: int, data: memoryview) -> None:
+        current = len(self._columns) - 1 if self._filled else len(self._columns)
+        spec = self._specs[current]
+        if (column, offset) != (current, self._filled):
+            raise CodecError(
+                f"{spec.name}: chunk of column {column} at byte {offset}, "
+                f"expected column {current} at byte {self._filled}",
+                fatal=True,
+            )
+        if self._filled + len(data) > spec.size_bytes:
+            raise CodecError(
+                f"{spec.name}: chunks of {self._filled + len(data)} bytes, expected {spec.size_bytes} for "
+                f"{dtype_name(spec.dtype)} of shape {spec.shape}",
+                fatal=True,
+            )
+        if not len(data):
+            return
+        if not self._filled:
+            self._columns[spec.name] = np.empty(spec.shape, spec.dtype)
+        flat = self._columns[spec.name].reshape(-1).view(np.uint8)
+        flat.data[self._filled : self._filled + len(data)] = data
+        self._filled += len(data)
+        if self._filled == spec.size_bytes:
+            self._filled = 0
+            self._skip_empty()
+
+    def _skip_empty(self) -> None:
+        """Columns without a byte have no chunks."""
+        for spec in self._specs[len(self._columns) :]:
+            if spec.size_bytes:
+                break
+            self._columns[spec.name] = np.empty(spec.shape, spec.dtype)
+
+
+def _read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> _PartialEpisode:
+    """Reads an ``EpisodeHeader`` and checks it against the limits; allocates nothing of the announced size."""
+    key, actor, policy_version = read_origin(message, start, end)
+    try:
+        length = 0
+        rows_of: dict[str, TensorSpec] = {}
+        for field, a, b in read_fields(message, start, end):
+            if field == _HEADER_LENGTH:
+                length = to_int64(a)
+            elif field == _HEADER_COLUMNS:
+                if len(rows_of) == limits.max_columns:
+                    raise OversizeError(f"more than {limits.max_columns} columns")
+                spec = read_column_spec(message, a, b, limits)
+                if spec.name in rows_of:
+                    raise CodecError(f"{spec.name}: column appears twice, expected once")
+                rows_of[spec.name] = spec
+        if length < 0:
+            raise CodecError(f"length {length}, expected a number of rows")
+        specs = [TensorSpec(spec.name, spec.dtype, (length, *spec.shape)) for spec in rows_of.values()]
+        for spec in specs:
+            check_shape(spec, limits.max_dims)
+        total = sum(spec.size_bytes for spec in specs)
+        if total > limits.max_episode_bytes:
+            raise OversizeError(f"episode of {total} bytes announced, expected at most {limits.max_episode_bytes}")
+        return _PartialEpisode(key, actor, policy_version, specs)
+    except CodecError as error:
+        error.key = key
+        raise

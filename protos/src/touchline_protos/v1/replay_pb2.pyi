@@ -1,0 +1,389 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_BOOL: _ClassVar[DType]
+    DTYPE_UINT8: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
+    DTYPE_INT16: _ClassVar[DType]
+    DTYPE_INT32: _ClassVar[DType]
+    DTYPE_INT64: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_FLOAT64: _ClassVar[DType]
+
+class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAW_UNSPECIFIED: _ClassVar[Law]
+    LAW_EPISODE: _ClassVar[Law]
+    LAW_STEP: _ClassVar[Law]
+DTYPE_UNSPECIFIED: DType
+DTYPE_BOOL: DType
+DTYPE_UINT8: DType
+DTYPE_INT8: DType
+DTYPE_INT16: DType
+DTYPE_INT32: DType
+DTYPE_INT64: DType
+DTYPE_FLOAT16: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT32: DType
+DTYPE_FLOAT64: DType
+LAW_UNSPECIFIED: Law
+LAW_EPISODE: Law
+LAW_STEP: Law
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "padding", "data")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    padding: bytes
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Column(_message.Message):
+    __slots__ = ("name", "tensor")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tensor: Tensor
+    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class ColumnSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EpisodeKey(_message.Message):
+    __slots__ = ("client_id", "incarnation", "sequence")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    client_id: str
+    incarnation: int
+    sequence: int
+    def __init__(self, client_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class Episode(_message.Message):
+    __slots__ = ("key", "actor", "policy_version", "columns")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    key: EpisodeKey
+    actor: str
+    policy_version: int
+    columns: _containers.RepeatedCompositeFieldContainer[Column]
+    def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., actor: _Optional[str] = ..., policy_version: _Optional[int] = ..., columns: _Optional[_Iterable[_Union[Column, _Mapping]]] = ...) -> None: ...
+
+class Counts(_message.Message):
+    __slots__ = ("steps_stored", "episodes_stored", "steps_added", "episodes_added", "steps_evicted", "episodes_evicted", "episodes_refused", "episodes_duplicate", "episodes_too_short")
+    STEPS_STORED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_STORED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_ADDED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_ADDED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_TOO_SHORT_FIELD_NUMBER: _ClassVar[int]
+    steps_stored: int
+    episodes_stored: int
+    steps_added: int
+    episodes_added: int
+    steps_evicted: int
+    episodes_evicted: int
+    episodes_refused: int
+    episodes_duplicate: int
+    episodes_too_short: int
+    def __init__(self, steps_stored: _Optional[int] = ..., episodes_stored: _Optional[int] = ..., steps_added: _Optional[int] = ..., episodes_added: _Optional[int] = ..., steps_evicted: _Optional[int] = ..., episodes_evicted: _Optional[int] = ..., episodes_refused: _Optional[int] = ..., episodes_duplicate: _Optional[int] = ..., episodes_too_short: _Optional[int] = ...) -> None: ...
+
+class AddEpisodeRequest(_message.Message):
+    __slots__ = ("table", "episode")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    episode: Episode
+    def __init__(self, table: _Optional[str] = ..., episode: _Optional[_Union[Episode, _Mapping]] = ...) -> None: ...
+
+class AddEpisodeResponse(_message.Message):
+    __slots__ = ("episode_id", "duplicate", "counts")
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    episode_id: int
+    duplicate: bool
+    counts: Counts
+    def __init__(self, episode_id: _Optional[int] = ..., duplicate: bool = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+
+class LoadEpisodesRequest(_message.Message):
+    __slots__ = ("table", "episode", "header", "chunk")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    episode: Episode
+    header: EpisodeHeader
+    chunk: ColumnChunk
+    def __init__(self, table: _Optional[str] = ..., episode: _Optional[_Union[Episode, _Mapping]] = ..., header: _Optional[_Union[EpisodeHeader, _Mapping]] = ..., chunk: _Optional[_Union[ColumnChunk, _Mapping]] = ...) -> None: ...
+
+class EpisodeHeader(_message.Message):
+    __slots__ = ("key", "actor", "policy_version", "length", "columns")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    key: EpisodeKey
+    actor: str
+    policy_version: int
+    length: int
+    columns: _containers.RepeatedCompositeFieldContainer[ColumnSpec]
+    def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., actor: _Optional[str] = ..., policy_version: _Optional[int] = ..., length: _Optional[int] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ...) -> None: ...
+
+class ColumnChunk(_message.Message):
+    __slots__ = ("column", "offset_bytes", "data")
+    COLUMN_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    column: int
+    offset_bytes: int
+    data: bytes
+    def __init__(self, column: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class LoadEpisodesResponse(_message.Message):
+    __slots__ = ("results", "counts")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[EpisodeResult]
+    counts: Counts
+    def __init__(self, results: _Optional[_Iterable[_Union[EpisodeResult, _Mapping]]] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+
+class EpisodeResult(_message.Message):
+    __slots__ = ("key", "outcome", "episode_id", "reason")
+    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OUTCOME_UNSPECIFIED: _ClassVar[EpisodeResult.Outcome]
+        OUTCOME_ACCEPTED: _ClassVar[EpisodeResult.Outcome]
+        OUTCOME_DUPLICATE: _ClassVar[EpisodeResult.Outcome]
+        OUTCOME_INVALID: _ClassVar[EpisodeResult.Outcome]
+        OUTCOME_KEY_CONFLICT: _ClassVar[EpisodeResult.Outcome]
+        OUTCOME_TOO_LARGE: _ClassVar[EpisodeResult.Outcome]
+    OUTCOME_UNSPECIFIED: EpisodeResult.Outcome
+    OUTCOME_ACCEPTED: EpisodeResult.Outcome
+    OUTCOME_DUPLICATE: EpisodeResult.Outcome
+    OUTCOME_INVALID: EpisodeResult.Outcome
+    OUTCOME_KEY_CONFLICT: EpisodeResult.Outcome
+    OUTCOME_TOO_LARGE: EpisodeResult.Outcome
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    key: EpisodeKey
+    outcome: EpisodeResult.Outcome
+    episode_id: int
+    reason: str
+    def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., outcome: _Optional[_Union[EpisodeResult.Outcome, str]] = ..., episode_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class SampleRequest(_message.Message):
+    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    LAW_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    batch_size: int
+    horizon: int
+    law: Law
+    seed: int
+    wait_s: float
+    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class SampleResponse(_message.Message):
+    __slots__ = ("batch",)
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    batch: Batch
+    def __init__(self, batch: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
+
+class Batch(_message.Message):
+    __slots__ = ("columns", "provenance", "actors")
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    columns: _containers.RepeatedCompositeFieldContainer[Column]
+    provenance: Provenance
+    actors: _containers.RepeatedCompositeFieldContainer[ActorName]
+    def __init__(self, columns: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., actors: _Optional[_Iterable[_Union[ActorName, _Mapping]]] = ...) -> None: ...
+
+class Provenance(_message.Message):
+    __slots__ = ("episode_id", "start", "actor", "policy_version", "probability")
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    episode_id: Tensor
+    start: Tensor
+    actor: Tensor
+    policy_version: Tensor
+    probability: Tensor
+    def __init__(self, episode_id: _Optional[_Union[Tensor, _Mapping]] = ..., start: _Optional[_Union[Tensor, _Mapping]] = ..., actor: _Optional[_Union[Tensor, _Mapping]] = ..., policy_version: _Optional[_Union[Tensor, _Mapping]] = ..., probability: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class ActorName(_message.Message):
+    __slots__ = ("index", "name")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class SampleStreamRequest(_message.Message):
+    __slots__ = ("open", "credit")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    open: SampleStreamOpen
+    credit: SampleStreamCredit
+    def __init__(self, open: _Optional[_Union[SampleStreamOpen, _Mapping]] = ..., credit: _Optional[_Union[SampleStreamCredit, _Mapping]] = ...) -> None: ...
+
+class SampleStreamOpen(_message.Message):
+    __slots__ = ("sample", "credits", "max_batches_per_frame", "accepts_ring")
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCHES_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_RING_FIELD_NUMBER: _ClassVar[int]
+    sample: SampleRequest
+    credits: int
+    max_batches_per_frame: int
+    accepts_ring: bool
+    def __init__(self, sample: _Optional[_Union[SampleRequest, _Mapping]] = ..., credits: _Optional[int] = ..., max_batches_per_frame: _Optional[int] = ..., accepts_ring: bool = ...) -> None: ...
+
+class SampleStreamCredit(_message.Message):
+    __slots__ = ("batches",)
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    batches: int
+    def __init__(self, batches: _Optional[int] = ...) -> None: ...
+
+class SampleStreamResponse(_message.Message):
+    __slots__ = ("group", "chunk", "ring")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    RING_FIELD_NUMBER: _ClassVar[int]
+    group: BatchGroup
+    chunk: BatchChunk
+    ring: RingSetup
+    def __init__(self, group: _Optional[_Union[BatchGroup, _Mapping]] = ..., chunk: _Optional[_Union[BatchChunk, _Mapping]] = ..., ring: _Optional[_Union[RingSetup, _Mapping]] = ...) -> None: ...
+
+class BatchGroup(_message.Message):
+    __slots__ = ("batches",)
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    batches: _containers.RepeatedCompositeFieldContainer[Batch]
+    def __init__(self, batches: _Optional[_Iterable[_Union[Batch, _Mapping]]] = ...) -> None: ...
+
+class BatchChunk(_message.Message):
+    __slots__ = ("header", "size_bytes", "offset_bytes", "padding", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: Batch
+    size_bytes: int
+    offset_bytes: int
+    padding: bytes
+    data: bytes
+    def __init__(self, header: _Optional[_Union[Batch, _Mapping]] = ..., size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class RingSetup(_message.Message):
+    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    size_bytes: int
+    slots: int
+    slot_size_bytes: int
+    layout: Batch
+    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
+
+class ReadyRequest(_message.Message):
+    __slots__ = ("table", "min_steps", "wait_s")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    min_steps: int
+    wait_s: float
+    def __init__(self, table: _Optional[str] = ..., min_steps: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class ReadyResponse(_message.Message):
+    __slots__ = ("can_sample", "min_steps_reached", "min_history", "counts")
+    CAN_SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    MIN_STEPS_REACHED_FIELD_NUMBER: _ClassVar[int]
+    MIN_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    can_sample: bool
+    min_steps_reached: bool
+    min_history: int
+    counts: Counts
+    def __init__(self, can_sample: bool = ..., min_steps_reached: bool = ..., min_history: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+
+class InfoRequest(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    def __init__(self, table: _Optional[str] = ...) -> None: ...
+
+class InfoResponse(_message.Message):
+    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    protocol_version: str
+    config_toml: str
+    columns: _containers.RepeatedCompositeFieldContainer[ColumnSpec]
+    device: str
+    size_bytes: int
+    capacity: int
+    max_message_bytes: int
+    counts: Counts
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+
+class ClearRequest(_message.Message):
+    __slots__ = ("table",)
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    def __init__(self, table: _Optional[str] = ...) -> None: ...
+
+class ClearResponse(_message.Message):
+    __slots__ = ("counts",)
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    counts: Counts
+    def __init__(self, counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...

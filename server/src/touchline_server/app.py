@@ -1,0 +1,179 @@
+"""Puts the server together and runs it: the one place where buffer, service, health, reflection and sockets meet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from types import TracebackType
+from typing import Self
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from touchline_server.buffer import ReplayBuffer
+from touchline_server.config import Config
+from touchline_server.service import SERVICE_NAME, ReplayService
+
+logger = logging.getLogger(__name__)
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+class AddressInUseError(OSError):
+    """The server cannot listen where it was told to."""
+
+
+class ReplayServer:
+    """A server on one buffer. Lives in one event loop."""
+
+    def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
+        """``buffer``: the one to serve; a new one where left out."""
+        self._config = config.server
+        self.buffer = buffer if buffer is not None else ReplayBuffer(config)
+        self.address = ""
+        """Where clients reach it once it was started: ``HOST:PORT`` or ``unix:PATH``."""
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            AddressInUseError: not possible there.
+        """
+        limit = self._config.max_message_bytes
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                # Otherwise a second server would silently share the port.
+                ("grpc.so_reuseport", 0),
+                # A peer that vanished is noticed, and clients may check an idle connection.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            )
+        )
+        self._service = ReplayService(self.buffer)
+        self._health = health.HealthServicer()
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), self._server
+        )
+        self.address = self._listen()
+        await self._server.start()
+        await self._health.set("", _SERVING)
+        await self._health.set(SERVICE_NAME, _SERVING)
+
+    async def stop(self) -> None:
+        """Drains: refuses new work, lets work in progress end within ``server.drain_timeout_s``, and stops."""
+        await self._health.enter_graceful_shutdown()
+        self._service.drain()
+        await self._server.stop(self._config.drain_timeout_s)
+        self._service.close()
+
+    def _listen(self) -> str:
+        wanted = f"unix:{self._config.unix_socket}" if self._config.unix_socket else _join(self._config.host, self._config.port)
+        if self._config.unix_socket and _is_alive(self._config.unix_socket):
+            raise AddressInUseError(f"cannot listen on {wanted}: another server does; stop it or choose another --unix-socket")
+        try:
+            port = self._server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"cannot listen on {wanted}: the address is in use or not this machine's; stop the other server or choose another "
+                f"--host, --port or --unix-socket ({error})"
+            ) from None
+        return wanted if self._config.unix_socket else _join(self._config.host, port)
+
+
+def run(config: Config) -> int:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Prints ``listening on HOST:PORT`` once it does.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        AddressInUseError: the server cannot listen where it was told to.
+    """
+    # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
+    torch.set_num_threads(1)
+    logger.info("configuration in force:\n%s", config.to_toml())
+    asyncio.run(_serve(config))
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    server = ReplayServer(config)
+    await server.start()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    print(f"listening on {server.address}", flush=True)
+    await stopping.wait()
+    logger.info("draining")
+    await server.stop()
+    logger.info("stopped: %s", server.buffer.counts())
+
+
+class ServerThread:
+    """A real server in a thread of this process, for notebooks and tests; a context manager.
+
+    >>> with ServerThread(Config(server={"port": 0})) as server:
+    ...     client = ReplayClient(server.address)
+    """
+
+    def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
+        self._server = ReplayServer(config, buffer)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="touchline-server", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """Where clients reach it."""
+        return self._server.address
+
+    @property
+    def buffer(self) -> ReplayBuffer:
+        """The buffer that it serves."""
+        return self._server.buffer
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        asyncio.run_coroutine_threadsafe(self._server.stop(), self._loop).result()
+        self._end_loop()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_alive(path: str) -> bool:
+    """Returns whether somebody listens on a Unix socket; gRPC would take its path over."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True

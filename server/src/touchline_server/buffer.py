@@ -1,0 +1,254 @@
+"""The in-process replay buffer: usable on its own, and what the server serves."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from touchline_protos import Batch, Counts
+from touchline_protos.batch import assemble_batch
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_protos.pool import BufferPool
+from touchline_server.columns import as_tensor
+from touchline_server.config import Config
+from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
+from touchline_server.gathering import GatherPlan
+from touchline_server.sampling import Law, SeedSource
+from touchline_server.schema import Schema
+from touchline_server.store import EpisodeStore, Selection, Stored
+
+if TYPE_CHECKING:
+    import torchrl.data
+
+MAX_IDLE_BYTES = 1 << 28
+"""Memory of batches that have died, kept for the next ones."""
+
+MAX_PLANS = 64
+"""Gather plans kept: one for each batch size and horizon in use."""
+
+
+class SampleSpec(NamedTuple):
+    """What to draw: checked, and with the configuration's values where the request had none."""
+
+    batch_size: int
+    horizon: int
+    law: Law
+
+
+class ReplayBuffer:
+    """A ring of whole episodes that gives batches of contiguous slices, in the manner of TD-MPC2's buffer (Hansen et al. 2024).
+
+    Every method may be called from any thread. Adding copies what it is given; batches are the caller's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Makes an empty buffer. Nothing is allocated before the first episode fixes the columns."""
+        self.config = config
+        self.store = EpisodeStore(config)
+        self.seeds = SeedSource(config.sampling.seed)
+        self._rng = self.seeds.stream()
+        self._rng_lock = threading.Lock()
+        self._plans_lock = threading.Lock()
+        self._plans: OrderedDict[tuple[Schema, int, int], GatherPlan] = OrderedDict()
+        self._pool = BufferPool(MAX_IDLE_BYTES)
+        self._torchrl: torchrl.data.ReplayBuffer | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Maximum number of transitions, counted as stored rows."""
+        return self.store.capacity
+
+    @property
+    def num_eps(self) -> int:
+        """Episodes stored now."""
+        return self.counts().episodes_stored
+
+    @property
+    def size(self) -> int:
+        """Rows stored now."""
+        return self.counts().steps_stored
+
+    @property
+    def min_history(self) -> int:
+        """Rows that should be stored before training starts."""
+        return self.config.min_history
+
+    def counts(self) -> Counts:
+        """Returns the figures of this moment."""
+        return self.store.counts()
+
+    def ready(self) -> bool:
+        """Returns whether at least one episode can be sampled at the configured horizon."""
+        return self.store.can_sample(self.config.horizon)
+
+    def add(self, td: Mapping[str, Any], *, actor: str = "", policy_version: int = 0, key: EpisodeKey | None = None) -> int:
+        """Stores one episode.
+
+        Args:
+            td: a TensorDict, or a mapping of tensors or arrays, of shape (episode_length, ...): ``obs`` (may be nested), ``action``,
+                ``reward``, optionally ``done``, ``task`` and any others. Rows as the configured row convention says. Not changed.
+            actor: name of the actor that played it.
+            policy_version: version of the policy that played it.
+            key: makes adding idempotent: an episode whose key is stored already is not stored again.
+
+        Returns:
+            The number of episodes in the buffer.
+
+        Raises:
+            InvalidEpisodeError: the episode is malformed or does not fit the schema of those before.
+            KeyConflictError: the key was used for another episode.
+            TooLargeError: there is no memory for the columns.
+        """
+        return self.add_episode(self._episode(td, actor, policy_version, key)).counts.episodes_stored
+
+    def load(self, td: Mapping[str, Any], *, actor: str = "", policy_version: int = 0) -> int:
+        """Stores many episodes at once.
+
+        Args:
+            td: as in :meth:`add`, of shape (num_episodes, episode_length, ...). Not changed.
+            actor: name of the actor that played them.
+            policy_version: version of the policy that played them.
+
+        Returns:
+            The number of episodes in the buffer.
+
+        Raises:
+            InvalidEpisodeError: an episode is malformed; those before it are stored, the message says which it was.
+        """
+        columns = self._episode(td, actor, policy_version, None).columns
+        numbers = {name: array.shape[0] if array.ndim else 0 for name, array in columns.items()}
+        for name, array in columns.items():
+            if array.ndim < 2:
+                raise InvalidEpisodeError(f"{name}: shape {array.shape}, expected (num_episodes, episode_length, ...)")
+        if len(set(numbers.values())) > 1:
+            raise InvalidEpisodeError(f"numbers of episodes differ between columns: {numbers}, expected the same in all")
+        for number in range(next(iter(numbers.values()), 0)):
+            episode = {name: array[number] for name, array in columns.items()}
+            try:
+                self.add_episode(Episode(episode, actor=actor, policy_version=policy_version))
+            except InvalidEpisodeError as error:
+                raise InvalidEpisodeError(f"episode {number}: {error}") from None
+        return self.num_eps
+
+    def sample(
+        self,
+        *,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        seed: int | None = None,
+    ) -> Batch:
+        """Draws one batch.
+
+        Args:
+            batch_size: B, slices; the configured one where left out, as for the others.
+            horizon: H, transitions in a slice.
+            law: ``episode`` or ``step``.
+            seed: decides this draw alone: the same seed and the same stored episodes give the same batch.
+
+        Returns:
+            Fresh tensors on the buffer's device (see :class:`~touchline_protos.Batch` for shapes), provenance on the host.
+
+        Raises:
+            NotReadyError: no stored episode has horizon + 1 rows.
+            InvalidRequestError: an argument is out of range.
+        """
+        spec = self.spec(batch_size=batch_size, horizon=horizon, law=law)
+        if seed is not None:
+            return self._sample(spec, self.seeds.stream(seed))
+        with self._rng_lock:
+            return self._sample(spec, self._rng)
+
+    def clear(self) -> Counts:
+        """Forgets all episodes and the schema. Episode ids and the counts of what was ever added go on."""
+        return self.store.clear()
+
+    def as_torchrl(self) -> torchrl.data.ReplayBuffer:
+        """Returns this same store as a regular TorchRL buffer: what one adds, the other samples.
+
+        ``extend`` takes whole episodes (split where the ``episode`` column changes, one episode where there is none), ``sample``
+        returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl_face`).
+        """
+        if self._torchrl is None:
+            from touchline_server.torchrl_face import make_torchrl_buffer
+
+            self._torchrl = make_torchrl_buffer(self.store, self.config, self.seeds)
+        return self._torchrl
+
+    def add_episode(self, episode: Episode) -> Stored:
+        """Stores one episode of numpy columns, as the codec gives it. Raises as :meth:`add` does."""
+        return self.store.add(episode)
+
+    def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
+        """Returns what to draw, with the configuration's values where none is given.
+
+        Raises:
+            InvalidRequestError: a value is out of range.
+        """
+        limits = self.config.server
+        batch_size = self.config.batch_size if batch_size is None else batch_size
+        horizon = self.config.horizon if horizon is None else horizon
+        if not 1 <= batch_size <= limits.max_batch_size:
+            raise InvalidRequestError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (server.max_batch_size)")
+        if not 1 <= horizon <= limits.max_horizon:
+            raise InvalidRequestError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (server.max_horizon)")
+        try:
+            return SampleSpec(batch_size, horizon, Law(self.config.sampling.law if law is None else law))
+        except ValueError:
+            raise InvalidRequestError(f"law: {law!r}, expected one of {', '.join(Law)}") from None
+
+    @contextmanager
+    def select(
+        self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1
+    ) -> Iterator[tuple[list[Selection], GatherPlan]]:
+        """Draws batches, pins them until the block ends, and gives the plan by which to gather them. Raises as :meth:`sample` does."""
+        with self.store.select(spec.batch_size, spec.horizon, spec.law, rng, batches=batches) as selections:
+            yield selections, self.plan(selections[0].columns.schema, spec)
+
+    def plan(self, schema: Schema, spec: SampleSpec) -> GatherPlan:
+        """Returns how batches of this schema and shape are gathered."""
+        key = (schema, spec.batch_size, spec.horizon)
+        plan = self._plans.get(key)
+        if plan is None:
+            incoming = self.config.sampling.row_convention == "incoming"
+            plan = GatherPlan.of(schema, batch_size=spec.batch_size, horizon=spec.horizon, incoming=incoming)
+            with self._plans_lock:
+                while len(self._plans) >= MAX_PLANS:
+                    self._plans.popitem(last=False)
+                self._plans[key] = plan
+        return plan
+
+    def actor_names(self, numbers: np.ndarray) -> dict[int, str]:
+        """Returns the names of these actors, [B] int64 as in a batch."""
+        return {int(number): self.store.actor_name(int(number)) for number in np.unique(numbers)}
+
+    def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
+        with self.select(spec, rng) as ((selection,), plan):
+            return self._gather(selection, plan)
+
+    def _gather(self, selection: Selection, plan: GatherPlan) -> Batch:
+        if selection.columns.device.type == "cuda":
+            tensors = plan.gather_tensors(selection)
+        else:
+            # A fresh allocation of a big batch costs more in page faults than the gather itself.
+            lease = self._pool.lease(plan.layout.body_bytes)
+            arrays = {
+                spec.name: np.ndarray(spec.shape, spec.dtype, lease, offset)
+                for spec, offset in zip(plan.layout.specs, plan.layout.offsets, strict=True)
+            }
+            plan.fill(selection, arrays)
+            tensors = {name: as_tensor(array) for name, array in arrays.items()}
+        return assemble_batch(tensors, self.actor_names(selection.draw.actor))
+
+    @staticmethod
+    def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:
+        try:
+            return Episode(flatten_columns(td), key=key, actor=actor, policy_version=policy_version)
+        except ColumnError as error:
+            raise InvalidEpisodeError(str(error)) from None

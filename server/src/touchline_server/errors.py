@@ -1,0 +1,55 @@
+"""What can go wrong with a request, in the domain's own words. gRPC's words for them are in one table, :mod:`.status`.
+
+    ReplayError
+    ├── InvalidEpisodeError     an episode that is malformed or does not fit the schema
+    ├── InvalidRequestError     a batch size, horizon, law, table or seed out of range
+    │   └── UnknownTableError   a table that does not exist
+    ├── KeyConflictError        a key that was used before for another payload
+    ├── NotReadyError           nothing can be sampled yet
+    ├── TooLargeError           over a limit of size: of a message, an episode, the memory
+    ├── OverloadedError         as many streams or actors as the server takes
+    ├── IncompatibleVersionError  a client of another major version
+    └── DrainingError           the server is about to stop
+"""
+
+from __future__ import annotations
+
+
+class ReplayError(Exception):
+    """Base of every error that a caller can act on. Its text says what was wrong, what was found and what was expected."""
+
+
+class InvalidEpisodeError(ReplayError):
+    """The episode is malformed or does not fit the schema; nothing of it was stored."""
+
+
+class InvalidRequestError(ReplayError):
+    """A parameter of the request is out of range."""
+
+
+class UnknownTableError(InvalidRequestError):
+    """The table does not exist."""
+
+
+class KeyConflictError(ReplayError):
+    """The episode's key was used before for another payload; nothing was stored."""
+
+
+class NotReadyError(ReplayError):
+    """No stored episode is long enough to be sampled."""
+
+
+class TooLargeError(ReplayError):
+    """Over a limit of size; the text says which, and what to do instead."""
+
+
+class OverloadedError(ReplayError):
+    """The server has as much going on as it takes; the text says what. Try again later."""
+
+
+class IncompatibleVersionError(ReplayError):
+    """The client speaks another major version of the protocol."""
+
+
+class DrainingError(ReplayError):
+    """The server takes no new work because it is about to stop."""

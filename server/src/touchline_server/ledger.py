@@ -1,0 +1,134 @@
+"""Who has sent what: makes adding idempotent by the episode's key."""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from touchline_protos.codec import EpisodeKey
+from touchline_server.errors import InvalidEpisodeError, KeyConflictError
+
+MAX_SENDERS = 65_536
+"""Senders (client and incarnation) that are remembered; the one heard from longest ago is forgotten first."""
+
+MAX_RECENT = 1_024
+"""Episodes of a sender whose payload and id are remembered. Older ones are known by their number alone."""
+
+MAX_GAPS = 1_024
+"""Runs of numbers that are remembered for a sender. Beyond that its oldest gap is forgotten: what was never sent there is refused."""
+
+MAX_CLIENT_ID_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """An episode that was stored before."""
+
+    episode_id: int
+    """-1 where only the key is still known."""
+
+
+def payload_digest(columns: Mapping[str, np.ndarray]) -> int:
+    """Returns a checksum of an episode's columns that does not depend on their order or on how they travelled."""
+    digest = 0
+    for name in sorted(columns):
+        array = columns[name]
+        digest = zlib.crc32(f"{name}|{array.dtype.str}|{array.shape}".encode(), digest)
+        digest = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), digest)
+    return digest
+
+
+class _Sender:
+    """The sequence numbers that one incarnation of a client has stored: as runs, so that numbers in order take no room."""
+
+    def __init__(self) -> None:
+        self.recent: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        """Sequence number to (digest, episode id)."""
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._forgotten_below = 0
+
+    def forgotten(self, sequence: int) -> bool:
+        """Returns whether it can no longer be told if this number is stored: the gaps around it were too many."""
+        return sequence < self._forgotten_below
+
+    def __contains__(self, sequence: int) -> bool:
+        run = bisect_right(self._begins, sequence) - 1
+        return run >= 0 and sequence < self._ends[run]
+
+    def add(self, sequence: int) -> None:
+        """Notes a number that is not contained yet."""
+        after = bisect_right(self._begins, sequence)
+        joins_before = after > 0 and self._ends[after - 1] == sequence
+        joins_after = after < len(self._begins) and self._begins[after] == sequence + 1
+        if joins_before and joins_after:
+            self._ends[after - 1] = self._ends.pop(after)
+            self._begins.pop(after)
+        elif joins_before:
+            self._ends[after - 1] += 1
+        elif joins_after:
+            self._begins[after] -= 1
+        else:
+            self._begins.insert(after, sequence)
+            self._ends.insert(after, sequence + 1)
+            if len(self._begins) > MAX_GAPS:
+                self._forgotten_below = self._begins.pop(1)
+                self._ends.pop(0)
+
+
+class KeyLedger:
+    """Remembers the keys of stored episodes. Not thread-safe: the store calls it under its write lock.
+
+    Memory is bounded: a sender's numbers are kept as runs, payload checksums for its last MAX_RECENT episodes, and senders are forgotten
+    in the order in which they were last heard.
+    """
+
+    def __init__(self) -> None:
+        self._senders: OrderedDict[tuple[str, int], _Sender] = OrderedDict()
+
+    def find(self, key: EpisodeKey, digest: int) -> Remembered | None:
+        """Returns the episode stored under this key, None where it is new.
+
+        Raises:
+            InvalidEpisodeError: the key is malformed.
+            KeyConflictError: the key was used for another payload.
+        """
+        if not 1 <= len(key.client_id) <= MAX_CLIENT_ID_CHARS:
+            raise InvalidEpisodeError(f"key.client_id: {len(key.client_id)} characters, expected 1 to {MAX_CLIENT_ID_CHARS}")
+        if key.sequence < 0:
+            raise InvalidEpisodeError(f"key.sequence: {key.sequence}, expected 0 or more")
+        sender = self._senders.get((key.client_id, key.incarnation))
+        if sender is None:
+            return None
+        known = sender.recent.get(key.sequence)
+        if known is not None:
+            if known[0] != digest:
+                raise KeyConflictError(
+                    f"key ({key.client_id}, {key.incarnation}, {key.sequence}): was used for another episode, expected a key of its own"
+                )
+            return Remembered(known[1])
+        if sender.forgotten(key.sequence):
+            raise KeyConflictError(
+                f"key ({key.client_id}, {key.incarnation}, {key.sequence}): too far behind the sender's newest to tell whether it was "
+                "stored, expected a new key"
+            )
+        return Remembered(-1) if key.sequence in sender else None
+
+    def remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
+        """Notes that the episode under this key is stored."""
+        name = (key.client_id, key.incarnation)
+        sender = self._senders.get(name)
+        if sender is None:
+            if len(self._senders) == MAX_SENDERS:
+                self._senders.popitem(last=False)
+            sender = self._senders[name] = _Sender()
+        self._senders.move_to_end(name)
+        sender.recent[key.sequence] = (digest, episode_id)
+        if len(sender.recent) > MAX_RECENT:
+            sender.recent.popitem(last=False)
+        sender.add(key.sequence)

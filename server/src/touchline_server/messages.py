@@ -1,0 +1,75 @@
+"""The small messages: generated protobuf classes from and to the domain's values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Protocol
+
+from touchline_protos import PROTOCOL_VERSION, Counts
+from touchline_protos.codec import EpisodeKey
+from touchline_protos.dtypes import to_wire
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.buffer import ReplayBuffer
+from touchline_server.errors import InvalidRequestError
+from touchline_server.sampling import Law
+
+_LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
+
+
+class Message(Protocol):
+    """A generated message."""
+
+    def SerializeToString(self) -> bytes: ...  # noqa: N802, protobuf's name
+
+
+def serialize(message: Message) -> bytes:
+    """Returns a message's bytes."""
+    return message.SerializeToString()
+
+
+def counts(figures: Counts) -> pb.Counts:
+    """Returns the figures of a table as a message."""
+    return pb.Counts(**asdict(figures))
+
+
+def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:
+    """Returns an episode's key as a message."""
+    if episode_key is None:
+        return None
+    return pb.EpisodeKey(client_id=episode_key.client_id, incarnation=episode_key.incarnation, sequence=episode_key.sequence)
+
+
+def refusal(episode_key: EpisodeKey | None, outcome: pb.EpisodeResult.Outcome, reason: str) -> pb.EpisodeResult:
+    """Returns the result of an episode that was not stored."""
+    return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=-1, reason=reason)
+
+
+def law(number: int) -> str | None:
+    """Returns the name of a law, None where the request left it to the configuration.
+
+    Raises:
+        InvalidRequestError: the number is unknown.
+    """
+    try:
+        return _LAW_OF[number]
+    except KeyError:
+        raise InvalidRequestError(f"law: number {number}, expected one of {sorted(_LAW_OF)}") from None
+
+
+def info(buffer: ReplayBuffer) -> pb.InfoResponse:
+    """Returns what there is to say about a server's buffer."""
+    from touchline_server import __version__
+
+    columns = buffer.store.columns
+    specs = columns.schema.columns if columns is not None else ()
+    return pb.InfoResponse(
+        version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        config_toml=buffer.config.to_toml(),
+        columns=[pb.ColumnSpec(name=spec.name, dtype=int(to_wire(spec.dtype)), shape=spec.shape) for spec in specs],  # type: ignore[arg-type]
+        device=columns.where if columns is not None else "",
+        size_bytes=columns.size_bytes if columns is not None else 0,
+        capacity=buffer.capacity,
+        max_message_bytes=buffer.config.server.max_message_bytes,
+        counts=counts(buffer.counts()),
+    )

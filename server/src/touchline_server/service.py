@@ -1,0 +1,277 @@
+"""The gRPC service: turns calls into calls on the buffer, and nothing else. Blocking work runs on two small pools of threads, so
+adding and sampling do not wait for each other's turn and a client costs no thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+
+from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
+from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder, OversizeError, decode_add_episode
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server import messages
+from touchline_server.buffer import ReplayBuffer, SampleSpec
+from touchline_server.errors import (
+    DrainingError,
+    IncompatibleVersionError,
+    InvalidEpisodeError,
+    InvalidRequestError,
+    KeyConflictError,
+    OverloadedError,
+    TooLargeError,
+    UnknownTableError,
+)
+from touchline_server.status import abort
+from touchline_server.streaming import FrameSource, SampleSession
+from touchline_server.waiting import ChangeSignal
+
+SERVICE_NAME = "touchline.v1.Replay"
+
+MAX_WAIT_S = 3600.0
+"""Longest time that a call may wait for the store to fill."""
+
+MAX_LOAD_RESULTS = 100_000
+"""Most episodes of one LoadEpisodes call: its answer has a result for each."""
+
+Context = grpc.aio.ServicerContext
+T = TypeVar("T")
+
+
+class ReplayService:
+    """``touchline.v1.Replay`` on one buffer. Lives in one event loop; close it with :meth:`drain`, then :meth:`close`."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self._buffer = buffer
+        self._limits = buffer.config.server
+        self._codec_limits = CodecLimits(max_episode_bytes=self._limits.max_episode_bytes, max_columns=self._limits.max_columns)
+        self._adding = ThreadPoolExecutor(self._limits.add_workers, thread_name_prefix="touchline-add")
+        self._sampling = ThreadPoolExecutor(self._limits.sample_workers, thread_name_prefix="touchline-sample")
+        self._rng = buffer.seeds.stream()
+        self._changes = ChangeSignal(asyncio.get_running_loop())
+        self._unsubscribe = buffer.store.subscribe(self._changes.notify)
+        self._streams = 0
+        self._draining = False
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Returns the service's method handlers. The hot messages stay bytes: the codec reads and writes them."""
+
+        def unary(method: Any, request: Any = None) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(
+                self._guarded(method), request and request.FromString, request and messages.serialize
+            )
+
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "AddEpisode": grpc.unary_unary_rpc_method_handler(
+                    self._guarded(self._add_episode), None, messages.serialize
+                ),
+                "LoadEpisodes": grpc.stream_unary_rpc_method_handler(
+                    self._guarded(self._load_episodes), None, messages.serialize
+                ),
+                "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(self._sample), pb.SampleRequest.FromString, None),
+                "SampleStream": grpc.stream_stream_rpc_method_handler(
+                    self._guarded(self._sample_stream), pb.SampleStreamRequest.FromString, None
+                ),
+                "Ready": unary(self._ready, pb.ReadyRequest),
+                "Info": unary(self._info, pb.InfoRequest),
+                "Clear": unary(self._clear, pb.ClearRequest),
+            },
+        )
+
+    def drain(self) -> None:
+        """Refuses new work from now on and ends the sampling streams; calls in progress end by themselves."""
+        self._draining = True
+        self._changes.notify()
+
+    def close(self) -> None:
+        """Ends the threads, once every call has ended."""
+        self._unsubscribe()
+        self._adding.shutdown()
+        self._sampling.shutdown()
+
+    def _guarded(self, method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
+        """Wraps a method with what holds for all: the protocol's version, draining, and errors as statuses."""
+
+        async def guarded(request: Any, context: Context) -> T:
+            try:
+                _check_protocol(context)
+                self._refuse_if_draining()
+                return await method(request, context)
+            except (asyncio.CancelledError, grpc.aio.AbortError):
+                raise
+            except Exception as error:
+                await abort(context, error)
+
+        return guarded
+
+    async def _on(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+    async def _add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
+        return await self._on(self._adding, self._add, message)
+
+    def _add(self, message: bytes) -> pb.AddEpisodeResponse:
+        try:
+            table, episode = decode_add_episode(message, limits=self._codec_limits)
+        except CodecError as error:
+            self._buffer.store.count_refused(str(error))
+            raise
+        _check_table(table)
+        stored = self._buffer.add_episode(episode)
+        return pb.AddEpisodeResponse(
+            episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts)
+        )
+
+    async def _load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
+        decoder = LoadDecoder(self._codec_limits)
+        results: list[pb.EpisodeResult] = []
+        with self._stream():
+            async for message in requests:
+                if len(results) == MAX_LOAD_RESULTS:
+                    raise TooLargeError(f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one")
+                result = await self._on(self._adding, self._load, decoder, message)
+                if result is not None:
+                    results.append(result)
+        if decoder.in_progress:
+            raise InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
+        return pb.LoadEpisodesResponse(results=results, counts=messages.counts(self._buffer.counts()))
+
+    def _load(self, decoder: LoadDecoder, message: bytes) -> pb.EpisodeResult | None:
+        try:
+            episode = decoder.feed(message)
+        except CodecError as error:
+            self._buffer.store.count_refused(str(error))
+            if error.fatal:
+                raise
+            outcome = pb.EpisodeResult.OUTCOME_TOO_LARGE if isinstance(error, OversizeError) else pb.EpisodeResult.OUTCOME_INVALID
+            return messages.refusal(error.key, outcome, str(error))
+        _check_table(decoder.table)
+        return self._store_loaded(episode) if episode is not None else None
+
+    def _store_loaded(self, episode: Episode) -> pb.EpisodeResult:
+        try:
+            stored = self._buffer.add_episode(episode)
+        except InvalidEpisodeError as error:
+            return messages.refusal(episode.key, pb.EpisodeResult.OUTCOME_INVALID, str(error))
+        except KeyConflictError as error:
+            return messages.refusal(episode.key, pb.EpisodeResult.OUTCOME_KEY_CONFLICT, str(error))
+        except TooLargeError as error:
+            return messages.refusal(episode.key, pb.EpisodeResult.OUTCOME_TOO_LARGE, str(error))
+        outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
+        return pb.EpisodeResult(key=messages.key(episode.key), outcome=outcome, episode_id=stored.episode_id)
+
+    async def _sample(self, request: pb.SampleRequest, context: Context) -> bytes:
+        spec = self._spec(request)
+        # numpy's generators are not thread-safe, so each call gets one of its own.
+        rng = self._buffer.seeds.stream(request.seed) if request.HasField("seed") else self._rng.spawn(1)[0]
+        wait_s = _checked_wait(request.wait_s)
+        await self._changes.until(lambda: self._draining or self._buffer.store.can_sample(spec.horizon), wait_s)
+        self._refuse_if_draining()
+        return await self._on(self._sampling, self._sample_message, spec, rng)
+
+    def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
+        with self._buffer.select(spec, rng) as ((selection,), plan):
+            actors = self._buffer.actor_names(selection.draw.actor)
+            size = plan.layout.message_bytes(actors=actors, unary=True)
+            if size > self._limits.max_message_bytes:
+                raise TooLargeError(
+                    f"a batch of {size} bytes, expected at most the message limit of {self._limits.max_message_bytes}; "
+                    "SampleStream has no such limit: it sends big batches in chunks"
+                )
+            message, arrays = plan.layout.sample_response(actors)
+            plan.fill(selection, arrays)
+        return message
+
+    async def _sample_stream(self, requests: AsyncIterator[pb.SampleStreamRequest], context: Context) -> None:
+        with self._stream():
+            first = await anext(aiter(requests), None)
+            if first is None:
+                return
+            if first.WhichOneof("request") != "open":
+                raise InvalidRequestError("the first message of a sampling stream grants credits, expected it to open the stream")
+            frames = FrameSource(
+                self._buffer,
+                self._spec(first.open.sample),
+                self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
+                max_batches=first.open.max_batches_per_frame,
+            )
+            session = SampleSession(frames, self._changes, self._sampling, draining=lambda: self._draining)
+            await session.run(first.open.credits, requests, context.write)
+
+    async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
+        _check_table(request.table)
+        config = self._buffer.config
+        if request.min_steps < 0:
+            raise InvalidRequestError(f"min_steps: {request.min_steps}, expected 0 or more")
+        wanted = request.min_steps or config.min_history
+
+        def reached() -> bool:
+            return self._draining or (self._buffer.ready() and self._buffer.size >= wanted)
+
+        await self._changes.until(reached, _checked_wait(request.wait_s))
+        counts = self._buffer.counts()
+        return pb.ReadyResponse(
+            can_sample=self._buffer.ready(),
+            min_steps_reached=counts.steps_stored >= wanted,
+            min_history=config.min_history,
+            counts=messages.counts(counts),
+        )
+
+    async def _info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
+        _check_table(request.table)
+        return messages.info(self._buffer)
+
+    async def _clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
+        _check_table(request.table)
+        return pb.ClearResponse(counts=messages.counts(await self._on(self._adding, self._buffer.clear)))
+
+    def _spec(self, request: pb.SampleRequest) -> SampleSpec:
+        _check_table(request.table)
+        return self._buffer.spec(
+            batch_size=request.batch_size if request.HasField("batch_size") else None,
+            horizon=request.horizon if request.HasField("horizon") else None,
+            law=messages.law(request.law),
+        )
+
+    def _refuse_if_draining(self) -> None:
+        if self._draining:
+            raise DrainingError("the server is stopping and takes no new work; try again when it is back")
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Counts a long call while it lasts."""
+        if self._streams == self._limits.max_streams:
+            raise OverloadedError(f"{self._streams} streams are open, expected at most server.max_streams; close some or try again later")
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+
+
+def _check_protocol(context: Context) -> None:
+    for name, value in context.invocation_metadata() or ():
+        if name == PROTOCOL_METADATA_KEY and str(value).partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
+            raise IncompatibleVersionError(
+                f"the client speaks protocol {value}, this server {PROTOCOL_VERSION}; install a client of major version "
+                f"{PROTOCOL_VERSION.partition('.')[0]}"
+            )
+
+
+def _check_table(table: str) -> None:
+    if table:
+        raise UnknownTableError(f"table: {table!r} does not exist, expected the empty name of the default table")
+
+
+def _checked_wait(wait_s: float) -> float:
+    if not 0 <= wait_s <= MAX_WAIT_S:
+        raise InvalidRequestError(f"wait_s: {wait_s}, expected 0 to {MAX_WAIT_S:.0f} seconds")
+    return wait_s

@@ -1,0 +1,72 @@
+"""The one table that turns the domain's errors into gRPC statuses.
+
+The status comes with the call's trailing metadata ``touchline-reason``: a word for programs, where the status alone is too coarse.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple, NoReturn
+
+import grpc
+
+from touchline_protos.codec import CodecError, OversizeError
+from touchline_server.errors import (
+    DrainingError,
+    IncompatibleVersionError,
+    InvalidEpisodeError,
+    InvalidRequestError,
+    KeyConflictError,
+    NotReadyError,
+    OverloadedError,
+    TooLargeError,
+    UnknownTableError,
+)
+
+logger = logging.getLogger(__name__)
+
+REASON_METADATA_KEY = "touchline-reason"
+
+
+class Status(NamedTuple):
+    """How an error looks to a client."""
+
+    code: grpc.StatusCode
+    reason: str
+
+
+STATUS_OF: dict[type[Exception], Status] = {
+    InvalidEpisodeError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode"),
+    CodecError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode"),
+    InvalidRequestError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument"),
+    UnknownTableError: Status(grpc.StatusCode.NOT_FOUND, "unknown-table"),
+    KeyConflictError: Status(grpc.StatusCode.ALREADY_EXISTS, "key-conflict"),
+    NotReadyError: Status(grpc.StatusCode.FAILED_PRECONDITION, "not-ready"),
+    IncompatibleVersionError: Status(grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version"),
+    TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
+    OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
+    OverloadedError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),
+    DrainingError: Status(grpc.StatusCode.UNAVAILABLE, "draining"),
+}
+
+INTERNAL = Status(grpc.StatusCode.INTERNAL, "internal")
+
+
+def status_of(error: Exception) -> Status:
+    """Returns the status of an error: that of its nearest listed class, INTERNAL where none is."""
+    for kind in type(error).__mro__:
+        if kind in STATUS_OF:
+            return STATUS_OF[kind]
+    return INTERNAL
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """Ends a call with the status of an error. What is not the caller's doing is logged with its trace and not told."""
+    status = status_of(error)
+    if status is INTERNAL:
+        logger.exception("a call failed", exc_info=error)
+        details = f"internal error ({type(error).__name__}); the server's log has the trace"
+    else:
+        logger.debug("answered %s (%s): %s", status.code.name, status.reason, error)
+        details = str(error)
+    await context.abort(status.code, details, trailing_metadata=((REASON_METADATA_KEY, status.reason),))

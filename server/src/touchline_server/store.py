@@ -1,0 +1,283 @@
+"""The episode store: columns, index and counts under one concurrency protocol.
+
+Adding: one writer at a time evicts the oldest episodes whose rows it needs (index lock), waits until no gather that was drawn before
+is still reading, copies with the index unlocked, and publishes (index lock). A copy that fails leaves nothing visible: the write
+cursor has not moved.
+
+Sampling: draws and pins under the index lock, gathers unlocked, unpins. So no gather ever reads a row that is being written, and
+adding waits only for gathers that are already under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from touchline_protos import Counts
+from touchline_protos.codec import Episode
+from touchline_server.columns import Columns, allocate_columns, make_storage
+from touchline_server.config import Config
+from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
+from touchline_server.index import EpisodeIndex
+from touchline_server.ledger import KeyLedger, payload_digest
+from touchline_server.sampling import Draw, Law
+from touchline_server.schema import EpisodeValidator, Schema
+from touchline_server.torchrl_state import release
+
+logger = logging.getLogger(__name__)
+
+MAX_ACTOR_CHARS = 128
+MAX_ACTORS = 1_000_000
+"""Different actor names that a table can tell apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The answer to an add."""
+
+    episode_id: int
+    """-1 for a duplicate whose id is no longer known."""
+    first_row: int
+    """Where it begins in the ring; -1 for a duplicate."""
+    duplicate: bool
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Slices that are drawn and pinned, valid inside ``with store.select(...)``."""
+
+    draw: Draw
+    rows: np.ndarray
+    """[H+1, B] int64: physical rows."""
+    columns: Columns
+
+
+class EpisodeStore:
+    """A ring of whole episodes, addressed by row. Every method may be called from any thread."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.capacity = config.buffer_size
+        self.storage = make_storage(self.capacity, device=config.storage.device, scratch_dir=config.storage.scratch_dir)
+        """The TorchRL storage that holds the columns."""
+        self.on_written: Callable[[np.ndarray], None] | None = None
+        """Called under the write lock with the rows of each stored episode: TorchRL's bookkeeping follows it."""
+        self.on_cleared: Callable[[], None] | None = None
+        """Called under the write lock after the table was emptied."""
+        self._validator = EpisodeValidator(
+            capacity=self.capacity,
+            incoming=config.sampling.row_convention == "incoming",
+            allow_non_finite=config.storage.allow_non_finite,
+        )
+        self.write_lock: AbstractContextManager[bool] = threading.RLock()
+        """Held by whoever changes what is stored; reentrant. Sampling does not need it."""
+        self._lock = threading.Lock()
+        self._unpinned = threading.Condition(self._lock)
+        self._generation = 0
+        self._pins: dict[int, int] = {}
+        self._index = EpisodeIndex(self.capacity)
+        self._columns: Columns | None = None
+        self._ledger = KeyLedger()
+        self._next_id = 0
+        self._figures = {field.name: 0 for field in fields(Counts)}
+        self._actors: list[str] = []
+        self._actor_numbers: dict[str, int] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def schema(self) -> Schema | None:
+        """The columns' schema; None before the first episode."""
+        columns = self._columns
+        return columns.schema if columns is not None else None
+
+    @property
+    def columns(self) -> Columns | None:
+        """The allocated columns; None before the first episode."""
+        return self._columns
+
+    def counts(self) -> Counts:
+        """Returns the figures of this moment."""
+        with self._lock:
+            return self._counts()
+
+    def actor_name(self, number: int) -> str:
+        """Returns the name behind an actor's number."""
+        return self._actors[number]
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Has ``listener`` called, from the adding thread, after every change of what is stored; it must not block.
+
+        Returns:
+            What ends the subscription.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def entries(self) -> np.ndarray:
+        """Returns a copy of the index, [episodes, 5] int64, oldest first; columns as in :mod:`touchline_server.index`."""
+        with self._lock:
+            return self._index.entries.copy()
+
+    def can_sample(self, horizon: int) -> bool:
+        """Returns whether an episode of at least horizon + 1 rows is stored."""
+        with self._lock:
+            return len(self._index.eligible(horizon)) > 0
+
+    def add(self, episode: Episode) -> Stored:
+        """Stores one episode, whole or not at all. The episode's arrays are copied.
+
+        Raises:
+            InvalidEpisodeError: it is malformed or does not fit the schema. Counted as refused.
+            KeyConflictError: its key was used for another payload. Counted as refused.
+            TooLargeError: there is no memory for the columns that the first episode asks for. Counted as refused.
+        """
+        try:
+            digest = payload_digest(episode.columns) if episode.key is not None else 0
+            with self.write_lock:
+                stored = self._add(episode, digest)
+        except (InvalidEpisodeError, KeyConflictError, TooLargeError) as error:
+            self.count_refused(str(error), episode)
+            raise
+        self._notify()
+        return stored
+
+    def count_refused(self, reason: str, episode: Episode | None = None) -> None:
+        """Counts and logs an episode that was refused, here or before it became one."""
+        with self._lock:
+            self._figures["episodes_refused"] += 1
+        sender = (episode.actor or (episode.key and episode.key.client_id)) if episode is not None else None
+        logger.warning("refused an episode of %s: %s", sender or "an unnamed actor", reason)
+
+    def clear(self) -> Counts:
+        """Forgets every episode and the schema, and releases the columns. Ids, keys and counts of what was added go on."""
+        with self.write_lock:
+            with self._lock:
+                evicted = self._index.evict_for(self.capacity)
+                self._count_evicted(evicted.episodes, evicted.steps)
+                self._wait_for_older_gathers()
+                self._index = EpisodeIndex(self.capacity)
+                self._columns = None
+            release(self.storage)
+            if self.on_cleared is not None:
+                self.on_cleared()
+        logger.info("cleared: %d episodes, %d steps", evicted.episodes, evicted.steps)
+        self._notify()
+        return self.counts()
+
+    @contextmanager
+    def select(
+        self, batch_size: int, horizon: int, law: Law, rng: np.random.Generator, *, batches: int = 1
+    ) -> Iterator[list[Selection]]:
+        """Draws batches, one after the other from the same episodes, and keeps their rows from being overwritten until the block ends.
+
+        Raises:
+            NotReadyError: no episode has horizon + 1 rows.
+        """
+        with self._lock:
+            eligible = self._index.eligible(horizon)
+            columns = self._columns
+            if not len(eligible) or columns is None:
+                raise NotReadyError(
+                    f"{self._index.steps} steps in {len(self._index)} episodes are stored, none of the episodes has the "
+                    f"{horizon + 1} steps that horizon {horizon} needs; add longer episodes or wait for them"
+                )
+            draws = [eligible.draw(batch_size, law, rng) for _ in range(batches)]
+            generation = self._generation
+            self._pins[generation] = self._pins.get(generation, 0) + 1
+        try:
+            yield [Selection(draw, draw.rows(horizon, self.capacity), columns) for draw in draws]
+        finally:
+            with self._lock:
+                left = self._pins[generation] - 1
+                if left:
+                    self._pins[generation] = left
+                else:
+                    del self._pins[generation]
+                    self._unpinned.notify_all()
+
+    def read(self, entry: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Returns a stored episode's columns as fresh arrays. The caller makes sure that no add runs meanwhile."""
+        columns = self._columns
+        if columns is None:
+            return {}
+        _, first_row, length, _, _ = (int(figure) for figure in entry)
+        rows = np.remainder(np.arange(first_row, first_row + length), self.capacity)
+        episode = {}
+        for spec in columns.schema.columns:
+            if names is None or spec.name in names:
+                episode[spec.name] = np.empty((length, *spec.shape), spec.dtype)
+                columns.gather(spec.name, rows, episode[spec.name])
+        return episode
+
+    def _add(self, episode: Episode, digest: int) -> Stored:
+        known = self._ledger.find(episode.key, digest) if episode.key is not None else None
+        if known is not None:
+            with self._lock:
+                self._figures["episodes_duplicate"] += 1
+                return Stored(known.episode_id, -1, True, self._counts())
+        schema = self._validator.check(episode.columns, self.schema)
+        actor = self._actor_number(episode.actor)
+        length = episode.length
+        columns = self._columns
+        if columns is None:
+            columns = allocate_columns(
+                self.storage, schema, capacity=self.capacity, wanted_device=self._config.storage.device
+            )
+        with self._lock:
+            evicted = self._index.evict_for(length)
+            self._count_evicted(evicted.episodes, evicted.steps)
+            self._wait_for_older_gathers()
+            first_row = self._index.cursor
+        columns.write(first_row, episode.columns)
+        if self.on_written is not None:
+            self.on_written(np.remainder(np.arange(first_row, first_row + length), self.capacity))
+        with self._lock:
+            self._columns = columns
+            episode_id = self._next_id
+            self._next_id += 1
+            self._index.append(episode_id=episode_id, length=length, actor=actor, policy_version=episode.policy_version)
+            self._figures["steps_added"] += length
+            self._figures["episodes_added"] += 1
+            self._figures["episodes_too_short"] += length <= self._config.horizon
+            counts = self._counts()
+        if episode.key is not None:
+            self._ledger.remember(episode.key, digest, episode_id)
+        return Stored(episode_id, first_row, False, counts)
+
+    def _actor_number(self, name: str) -> int:
+        number = self._actor_numbers.get(name)
+        if number is None:
+            if len(name) > MAX_ACTOR_CHARS:
+                raise InvalidEpisodeError(f"actor: a name of {len(name)} characters, expected at most {MAX_ACTOR_CHARS}")
+            if len(self._actors) == MAX_ACTORS:
+                raise InvalidEpisodeError(f"actor: {name!r} is one name too many, expected at most {MAX_ACTORS} different ones")
+            number = self._actor_numbers[name] = len(self._actors)
+            self._actors.append(name)
+        return number
+
+    def _count_evicted(self, episodes: int, steps: int) -> None:
+        self._figures["episodes_evicted"] += episodes
+        self._figures["steps_evicted"] += steps
+        if episodes:
+            # Gathers drawn before this moment may still read the rows that just became free.
+            self._generation += 1
+
+    def _wait_for_older_gathers(self) -> None:
+        while self._pins and min(self._pins) < self._generation:
+            self._unpinned.wait()
+
+    def _counts(self) -> Counts:
+        figures = self._figures
+        figures["steps_stored"] = self._index.steps
+        figures["episodes_stored"] = len(self._index)
+        return Counts(**figures)
+
+    def _notify(self) -> None:
+        for listener in tuple(self._listeners):
+            listener()

@@ -1,0 +1,41 @@
+"""What Touchline knows of TorchRL's private state. Everything that touches it is here, which is why torchrl has an upper bound."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+
+Storage = LazyTensorStorage | LazyMemmapStorage
+
+
+def column_tensor(storage: Storage, name: str) -> torch.Tensor:
+    """Returns a whole column of an initialised storage, [capacity, ...], by dotted name. Indexing would stop at the current length."""
+    tensor: torch.Tensor = storage._storage.get(tuple(name.split(".")))
+    return tensor
+
+
+def note_written(storage: Storage, rows: np.ndarray) -> None:
+    """Tells a storage that these rows, [n] int64 in order of time, were written behind its back."""
+    storage._len = max(storage._len, int(rows.max()) + 1)
+    storage._set_last_cursor(int(rows[-1]))
+    storage._bump_mutation_revision()
+
+
+def release(storage: Storage) -> None:
+    """Puts a storage back to before its first write; the memory is freed once no view of it is left."""
+    storage._storage = None
+    storage.initialized = False
+    storage._storage_keys = None
+    storage._len = 0
+    storage._set_last_cursor(-1)
+    storage._bump_mutation_revision()
+    if not isinstance(storage, LazyMemmapStorage):
+        storage.device = "auto"
+
+
+def exclude_writes(buffer: ReplayBuffer, lock: AbstractContextManager[bool]) -> None:
+    """Has a buffer hold ``lock``, which must be reentrant, while it samples or extends."""
+    buffer._write_lock = lock
