@@ -204,9 +204,7 @@ class ReplayBuffer:
             raise InvalidRequestError(f"law: {law!r}, expected one of {', '.join(Law)}") from None
 
     @contextmanager
-    def select(
-        self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1
-    ) -> Iterator[tuple[list[Selection], GatherPlan]]:
+    def select(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> Iterator[tuple[list[Selection], GatherPlan]]:
         """Draws batches, pins them until the block ends, and gives the plan by which to gather them. Raises as :meth:`sample` does."""
         with self.store.select(spec.batch_size, spec.horizon, spec.law, rng, batches=batches) as selections:
             yield selections, self.plan(selections[0].columns.schema, spec)

@@ -79,9 +79,7 @@ def serve(
     config: ConfigPath = None,
     host: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST", help="Address to listen on; 0.0.0.0 accepts other machines. Overrides server.host."
-        ),
+        typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 accepts other machines. Overrides server.host."),
     ] = None,
     port: Annotated[
         int | None,
@@ -89,9 +87,7 @@ def serve(
     ] = None,
     unix_socket: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH", help="Unix socket to listen on instead of host and port. Overrides server.unix_socket."
-        ),
+        typer.Option(metavar="PATH", help="Unix socket to listen on instead of host and port. Overrides server.unix_socket."),
     ] = None,
     log_level: Annotated[LogLevel, typer.Option(help="How much is logged, on stderr.")] = LogLevel.INFO,
 ) -> None:
@@ -99,9 +95,8 @@ def serve(
 
     Prints "listening on HOST:PORT" once it does. The signal lets calls in progress end.
 
-    An environment variable TOUCHLINE_<TABLE>__<KEY> overrides a key of
-    the configuration file, and an option here overrides both. A host or a port given here takes the place of a Unix
-    socket of the configuration.
+    An environment variable TOUCHLINE_<TABLE>__<KEY> overrides a key of the configuration file, and an option here
+    overrides both. A host or a port given here takes the place of a Unix socket of the configuration.
 
     \b
     Examples:
@@ -116,9 +111,7 @@ def serve(
       1  the address is in use
       2  the configuration or the command line cannot be used
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     try:
         effective = _override(read_cfg(config), host=host, port=port, unix_socket=unix_socket)
     except ConfigError as error:

@@ -57,9 +57,7 @@ def _check_device(value: str) -> str:
 _Int = Annotated[int, BeforeValidator(_refuse_bool)]
 _Count = Annotated[_Int, Field(ge=1, le=_INT64_MAX)]
 _Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
-_Seed = Annotated[
-    Annotated[int, Field(ge=0, le=_INT64_MAX)] | None, BeforeValidator(_refuse_bool), BeforeValidator(_unset_if_empty)
-]
+_Seed = Annotated[Annotated[int, Field(ge=0, le=_INT64_MAX)] | None, BeforeValidator(_refuse_bool), BeforeValidator(_unset_if_empty)]
 
 
 class _Table(BaseModel):

@@ -1,15 +1,15 @@
 """What can go wrong with a request, in the domain's own words. gRPC's words for them are in one table, :mod:`.status`.
 
-    ReplayError
-    ├── InvalidEpisodeError     an episode that is malformed or does not fit the schema
-    ├── InvalidRequestError     a batch size, horizon, law, table or seed out of range
-    │   └── UnknownTableError   a table that does not exist
-    ├── KeyConflictError        a key that was used before for another payload
-    ├── NotReadyError           nothing can be sampled yet
-    ├── TooLargeError           over a limit of size: of a message, an episode, the memory
-    ├── OverloadedError         as many streams or actors as the server takes
-    ├── IncompatibleVersionError  a client of another major version
-    └── DrainingError           the server is about to stop
+ReplayError
+├── InvalidEpisodeError     an episode that is malformed or does not fit the schema
+├── InvalidRequestError     a batch size, horizon, law, table or seed out of range
+│   └── UnknownTableError   a table that does not exist
+├── KeyConflictError        a key that was used before for another payload
+├── NotReadyError           nothing can be sampled yet
+├── TooLargeError           over a limit of size: of a message, an episode, the memory
+├── OverloadedError         as many streams or actors as the server takes
+├── IncompatibleVersionError  a client of another major version
+└── DrainingError           the server is about to stop
 """
 
 from __future__ import annotations

@@ -55,11 +55,11 @@ class GatherPlan:
             inner = stored[name].shape if name in stored else ()
             dtype = stored[name].dtype if name in stored else np.dtype("<f4")
             if name == "task":
-                rows, shape = slice(0, 1), (batch_size,)
+                rows, shape = slice(0, 1), _shape(batch_size)
             elif name in TRANSITION_COLUMNS:
-                rows, shape = transition, (horizon, batch_size, *(inner if name == "action" else (1,)))
+                rows, shape = transition, _shape(horizon, batch_size, *(inner if name == "action" else (1,)))
             else:
-                rows, shape = slice(None), (horizon + 1, batch_size, *inner)
+                rows, shape = slice(None), _shape(horizon + 1, batch_size, *inner)
             parts.append(Part(name, rows, inner, shape, name in stored))
             specs.append(TensorSpec(name, dtype, shape))
         return cls(tuple(parts), BatchLayout(specs, batch_size))
@@ -114,3 +114,7 @@ def _batch_order(name: str) -> tuple[int, str]:
     group = name.partition(".")[0]
     named = ("obs", "action", "reward", "done", "task")
     return (named.index(group) if group in named else len(named)), name
+
+
+def _shape(*sizes: int) -> tuple[int, ...]:
+    return sizes

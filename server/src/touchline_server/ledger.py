@@ -39,7 +39,7 @@ def payload_digest(columns: Mapping[str, np.ndarray]) -> int:
     for name in sorted(columns):
         array = columns[name]
         digest = zlib.crc32(f"{name}|{array.dtype.str}|{array.shape}".encode(), digest)
-        digest = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), digest)
+        digest = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest)
     return digest
 
 

@@ -19,7 +19,7 @@ _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.
 class Message(Protocol):
     """A generated message."""
 
-    def SerializeToString(self) -> bytes: ...  # noqa: N802, protobuf's name
+    def SerializeToString(self) -> bytes: ...
 
 
 def serialize(message: Message) -> bytes:

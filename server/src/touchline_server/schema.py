@@ -83,9 +83,7 @@ class Schema:
                     f"{spec.name}: dtype {dtype_name(array.dtype)}, expected {dtype_name(spec.dtype)} as in the first episode"
                 )
             if array.shape[1:] != spec.shape:
-                raise InvalidEpisodeError(
-                    f"{spec.name}: shape {array.shape[1:]} a step, expected {spec.shape} as in the first episode"
-                )
+                raise InvalidEpisodeError(f"{spec.name}: shape {array.shape[1:]} a step, expected {spec.shape} as in the first episode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +157,8 @@ def _first_non_finite(rows: np.ndarray) -> int | None:
     """Returns the first row with a NaN or an infinity, or None."""
     if not is_floating(rows.dtype):
         return None
-    if rows.dtype == BFLOAT16:
-        finite = (rows.view(np.uint16) & 0x7F80) != 0x7F80
-    else:
-        finite = np.isfinite(rows)
+    # numpy knows nothing of bfloat16: all bits of its exponent are set in NaN and in infinities.
+    finite = (rows.view(np.uint16) & 0x7F80) != 0x7F80 if rows.dtype == BFLOAT16 else np.isfinite(rows)
     if finite.all():
         return None
     return int(np.argmin(finite.reshape(len(rows), -1).all(axis=1)))

@@ -40,7 +40,7 @@ MAX_WAIT_S = 3600.0
 MAX_LOAD_RESULTS = 100_000
 """Most episodes of one LoadEpisodes call: its answer has a result for each."""
 
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
 
@@ -59,10 +59,10 @@ class ReplayService:
         self._streams = 0
         self._draining = False
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Returns the service's method handlers. The hot messages stay bytes: the codec reads and writes them."""
 
-        def unary(method: Any, request: Any = None) -> grpc.RpcMethodHandler:
+        def unary(method: Any, request: Any = None) -> grpc.RpcMethodHandler[Any, Any]:
             return grpc.unary_unary_rpc_method_handler(
                 self._guarded(method), request and request.FromString, request and messages.serialize
             )
@@ -70,12 +70,8 @@ class ReplayService:
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "AddEpisode": grpc.unary_unary_rpc_method_handler(
-                    self._guarded(self._add_episode), None, messages.serialize
-                ),
-                "LoadEpisodes": grpc.stream_unary_rpc_method_handler(
-                    self._guarded(self._load_episodes), None, messages.serialize
-                ),
+                "AddEpisode": grpc.unary_unary_rpc_method_handler(self._guarded(self._add_episode), None, messages.serialize),
+                "LoadEpisodes": grpc.stream_unary_rpc_method_handler(self._guarded(self._load_episodes), None, messages.serialize),
                 "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(self._sample), pb.SampleRequest.FromString, None),
                 "SampleStream": grpc.stream_stream_rpc_method_handler(
                     self._guarded(self._sample_stream), pb.SampleStreamRequest.FromString, None
@@ -126,9 +122,7 @@ class ReplayService:
             raise
         _check_table(table)
         stored = self._buffer.add_episode(episode)
-        return pb.AddEpisodeResponse(
-            episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts)
-        )
+        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts))
 
     async def _load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
         decoder = LoadDecoder(self._codec_limits)
@@ -136,7 +130,9 @@ class ReplayService:
         with self._stream():
             async for message in requests:
                 if len(results) == MAX_LOAD_RESULTS:
-                    raise TooLargeError(f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one")
+                    raise TooLargeError(
+                        f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
+                    )
                 result = await self._on(self._adding, self._load, decoder, message)
                 if result is not None:
                     results.append(result)
@@ -259,9 +255,10 @@ class ReplayService:
 
 def _check_protocol(context: Context) -> None:
     for name, value in context.invocation_metadata() or ():
-        if name == PROTOCOL_METADATA_KEY and str(value).partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
+        version = value if isinstance(value, str) else value.decode(errors="replace")
+        if name == PROTOCOL_METADATA_KEY and version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
             raise IncompatibleVersionError(
-                f"the client speaks protocol {value}, this server {PROTOCOL_VERSION}; install a client of major version "
+                f"the client speaks protocol {version}, this server {PROTOCOL_VERSION}; install a client of major version "
                 f"{PROTOCOL_VERSION.partition('.')[0]}"
             )
 

@@ -6,7 +6,7 @@ The status comes with the call's trailing metadata ``touchline-reason``: a word 
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
@@ -60,7 +60,7 @@ def status_of(error: Exception) -> Status:
     return INTERNAL
 
 
-async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends a call with the status of an error. What is not the caller's doing is logged with its trace and not told."""
     status = status_of(error)
     if status is INTERNAL:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 
@@ -171,9 +171,7 @@ class EpisodeStore:
         return self.counts()
 
     @contextmanager
-    def select(
-        self, batch_size: int, horizon: int, law: Law, rng: np.random.Generator, *, batches: int = 1
-    ) -> Iterator[list[Selection]]:
+    def select(self, batch_size: int, horizon: int, law: Law, rng: np.random.Generator, *, batches: int = 1) -> Iterator[list[Selection]]:
         """Draws batches, one after the other from the same episodes, and keeps their rows from being overwritten until the block ends.
 
         Raises:
@@ -226,9 +224,7 @@ class EpisodeStore:
         length = episode.length
         columns = self._columns
         if columns is None:
-            columns = allocate_columns(
-                self.storage, schema, capacity=self.capacity, wanted_device=self._config.storage.device
-            )
+            columns = allocate_columns(self.storage, schema, capacity=self.capacity, wanted_device=self._config.storage.device)
         with self._lock:
             evicted = self._index.evict_for(length)
             self._count_evicted(evicted.episodes, evicted.steps)

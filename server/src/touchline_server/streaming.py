@@ -84,7 +84,7 @@ class FrameSource:
 
     def _chunks(self, selection: Selection, plan: GatherPlan, actors: dict[int, str]) -> list[bytes]:
         limit = self._buffer.config.server.max_message_bytes
-        frames = []
+        frames: list[bytes] = []
         for piece in plan.layout.chunk_plan(min(CHUNK_BYTES, limit // 2)):
             if piece.size_bytes > limit - CHUNK_HEADER_BYTES:
                 raise TooLargeError(
@@ -105,9 +105,7 @@ class FrameSource:
 class SampleSession:
     """One learner's stream, from its first credits to its end. Lives in the event loop."""
 
-    def __init__(
-        self, source: FrameSource, changes: ChangeSignal, pool: ThreadPoolExecutor, *, draining: Callable[[], bool]
-    ) -> None:
+    def __init__(self, source: FrameSource, changes: ChangeSignal, pool: ThreadPoolExecutor, *, draining: Callable[[], bool]) -> None:
         self._source = source
         self._changes = changes
         self._pool = pool
@@ -133,9 +131,7 @@ class SampleSession:
             reader = asyncio.create_task(self._read(requests, wake))
             try:
                 while await self._may_push(wake):
-                    count, frames = await asyncio.get_running_loop().run_in_executor(
-                        self._pool, self._source.frames, self._credits
-                    )
+                    count, frames = await asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
                     self._credits -= count
                     for frame in frames:
                         await write(frame)

@@ -26,7 +26,7 @@ from touchline_server.store import EpisodeStore
 from touchline_server.torchrl_state import exclude_writes, note_written
 
 
-class EpisodeRingWriter(RoundRobinWriter):
+class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
     """Writes whole episodes into the ring and evicts whole ones, where TorchRL's round robin overwrites row by row.
 
     Everything goes through the store, so TorchRL also sees the episodes that come by other ways.
@@ -106,8 +106,8 @@ class EpisodeRingWriter(RoundRobinWriter):
         note_written(self._storage, rows)
 
 
-class EpisodeSliceSampler(SliceSampler):
-    """Draws slices from the store's index, where TorchRL's ``SliceSampler`` derives the episodes' borders from a column after each write."""
+class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
+    """Draws slices from the store's index, where TorchRL's ``SliceSampler`` derives borders from a column after each write."""
 
     def __init__(self, store: EpisodeStore, *, horizon: int, law: Law, seeds: SeedSource) -> None:
         super().__init__(slice_len=horizon + 1)

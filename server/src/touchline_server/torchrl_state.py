@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
-Storage = LazyTensorStorage | LazyMemmapStorage
+Storage: TypeAlias = LazyTensorStorage | LazyMemmapStorage
 
 
 def column_tensor(storage: Storage, name: str) -> torch.Tensor:
