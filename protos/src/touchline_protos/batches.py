@@ -105,9 +105,7 @@ class BatchLayout:
             _check_column(spec, batch_size)
         if len({spec.name for spec in self.columns}) != len(self.columns):
             raise CodecError(f"columns {[spec.name for spec in self.columns]}, expected each name once")
-        self._provenance = tuple(
-            TensorSpec(PROVENANCE_PREFIX + name, dtype, (batch_size,)) for name, dtype in PROVENANCE
-        )
+        self._provenance = tuple(TensorSpec(PROVENANCE_PREFIX + name, dtype, (batch_size,)) for name, dtype in PROVENANCE)
         self.specs = self.columns + self._provenance
         """Columns, then provenance as ``provenance.<field>``: the tensors in body order."""
         self.data_bytes = sum(spec.size_bytes for spec in self.specs)
@@ -230,9 +228,7 @@ class BatchLayout:
         """Returns a ``Batch`` with every payload left out."""
         columns = frame_tensors(1, self.columns, 0, column=True, with_data=False)
         provenance = frame_tensors(1, self._provenance, 0, column=False, with_data=False)
-        return b"".join(literal for _, literal in columns.literals) + len_field(
-            2, b"".join(literal for _, literal in provenance.literals)
-        )
+        return b"".join(literal for _, literal in columns.literals) + len_field(2, b"".join(literal for _, literal in provenance.literals))
 
     def _make(self, n: int, actors: Mapping[int, str]) -> tuple[bytes, list[dict[str, np.ndarray]]]:
         tail = _encode_actors(actors) if actors else b""
@@ -244,9 +240,7 @@ class BatchLayout:
             view[template.actors_at : template.actors_at + len(tail)] = tail
         storage = writable_storage(message, address)
         array = np.ndarray
-        return message, [
-            {name: array(shape, dtype, storage, at) for name, shape, dtype, at in batch} for batch in template.views
-        ]
+        return message, [{name: array(shape, dtype, storage, at) for name, shape, dtype, at in batch} for batch in template.views]
 
     def _template(self, n: int, tail_bytes: int) -> _Template:
         """Returns the template of a group of n batches, or of a ``SampleResponse`` for n = 0."""

@@ -165,9 +165,7 @@ def encode_origin(episode: Episode) -> bytes:
             raise CodecError(f"client_id of {len(episode.key.client_id)} characters, expected 1 to {MAX_ID_CHARS}")
         key = len_field(
             1,
-            text_field(1, episode.key.client_id, "client_id")
-            + int_field(2, episode.key.incarnation)
-            + int_field(3, episode.key.sequence),
+            text_field(1, episode.key.client_id, "client_id") + int_field(2, episode.key.incarnation) + int_field(3, episode.key.sequence),
         )
     if len(episode.actor) > MAX_ID_CHARS:
         raise CodecError(f"actor of {len(episode.actor)} characters, expected at most {MAX_ID_CHARS}")

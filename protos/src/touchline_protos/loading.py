@@ -233,8 +233,7 @@ class _PartialEpisode:
         spec = self._specs[current]
         if (column, offset) != (current, self._filled):
             raise CodecError(
-                f"{spec.name}: chunk of column {column} at byte {offset}, "
-                f"expected column {current} at byte {self._filled}",
+                f"{spec.name}: chunk of column {column} at byte {offset}, expected column {current} at byte {self._filled}",
                 fatal=True,
             )
         if self._filled + len(data) > spec.size_bytes:

@@ -20,6 +20,7 @@ MAX_ACTOR_CHARS = 128
 """Characters of an actor's name."""
 
 _LIMITS = CodecLimits(max_dims=MAX_BATCH_DIMS)
+_MAX_BATCH_FIELDS = 1 << 17  # each slice may bring the name of an actor
 _MAX_PLANS = 16
 _MAX_SKELETON_BYTES = 1 << 20
 
@@ -251,7 +252,7 @@ def _read_batch(message: bytes, start: int, end: int) -> _Parsed:
     columns: list[Located] = []
     provenance: list[Located] | None = None
     actors: dict[int, str] = {}
-    for key, a, b in read_fields(message, start, end):
+    for key, a, b in read_fields(message, start, end, max_fields=_MAX_BATCH_FIELDS):
         if key == _COLUMNS:
             if len(columns) == _LIMITS.max_columns:
                 raise OversizeError(f"more than {_LIMITS.max_columns} columns in a batch")
@@ -287,9 +288,7 @@ def _read_provenance(message: bytes, start: int, end: int) -> list[Located]:
     tensors = [tensor for _, tensor in sorted(found.items())]
     for tensor in tensors:
         if len(tensor.spec.shape) != 1 or not tensor.spec.shape[0] or tensor.spec.shape != tensors[0].spec.shape:
-            raise CodecError(
-                f"{tensor.spec.name}: shape {tensor.spec.shape}, expected (B,), the same for all of the provenance"
-            )
+            raise CodecError(f"{tensor.spec.name}: shape {tensor.spec.shape}, expected (B,), the same for all of the provenance")
     return tensors
 
 
@@ -323,7 +322,9 @@ def _check_batch(columns: list[TensorSpec], batch_shape: tuple[int, ...]) -> Non
                     raise CodecError(f"{name}: {'.'.join(parts[:depth])} is a column as well, expected one of them")
     batch_size = batch_shape[0]
     horizon = shape_of["reward"][0] if shape_of["reward"] else -1
-    for name, shape in shape_of.items():
+    # The reward comes first, for its length is what the others are held against.
+    for name in ("reward", *shape_of):
+        shape = shape_of[name]
         if name == "task":
             good, expected = shape == (batch_size,), f"({batch_size},)"
         elif name in ("reward", "done"):

@@ -65,8 +65,7 @@ class Located(NamedTuple):
         found, expected = self.end - self.start, self.spec.size_bytes
         if found != expected:
             raise CodecError(
-                f"{self.spec.name}: {found} bytes of data, expected {expected} for {dtype_name(self.spec.dtype)} "
-                f"of shape {self.spec.shape}"
+                f"{self.spec.name}: {found} bytes of data, expected {expected} for {dtype_name(self.spec.dtype)} of shape {self.spec.shape}"
             )
 
 
@@ -87,7 +86,7 @@ def little_endian(name: str, dtype: np.dtype) -> np.dtype:
     Raises:
         CodecError: the dtype is not supported; the message names the column.
     """
-    little = dtype.newbyteorder("<")
+    little = dtype.newbyteorder("<") if dtype.kind in "biufV" else dtype  # other kinds may have no byte order to change
     try:
         to_wire(little)
     except ValueError as error:
@@ -173,11 +172,7 @@ def tensor_field(number: int, spec: TensorSpec, phase: int, column: bool, with_d
     if not size:
         return field
     # A padding field takes at least 2 bytes, and may lengthen the lengths around it by a byte each.
-    return next(
-        aligned
-        for padding in (0, *range(2, 2 * ALIGNMENT + 4))
-        if (phase + len(aligned := assemble(padding))) % ALIGNMENT == 0
-    )
+    return next(aligned for padding in (0, *range(2, 2 * ALIGNMENT + 4)) if (phase + len(aligned := assemble(padding))) % ALIGNMENT == 0)
 
 
 def frame_tensors(number: int, specs: Sequence[TensorSpec], at: int, *, column: bool, with_data: bool) -> Frame:

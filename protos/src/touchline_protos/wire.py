@@ -16,8 +16,8 @@ from touchline_protos.episode import CodecError, OversizeError
 VARINT, FIXED64, LEN, GROUP, GROUP_END, FIXED32 = range(6)
 """Wire types."""
 
-MAX_FIELDS = 1 << 16
-"""Fields that one (sub-)message may have: bounds the time that a message of tiny unknown fields takes."""
+MAX_FIELDS = 1 << 12
+"""Fields that one (sub-)message may have unless its reader knows better: bounds the time that a flood of them takes."""
 
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 """Protobuf's own limit of a message."""
@@ -97,12 +97,11 @@ def read_varint(data: Buffer, position: int, end: int) -> tuple[int, int]:
             return value & _UINT64, index + 1
         shift += 7
     raise CodecError(
-        f"malformed message: varint at byte {position} "
-        + ("is cut off" if end - position < 10 else "is longer than 10 bytes")
+        f"malformed message: varint at byte {position} " + ("is cut off" if end - position < 10 else "is longer than 10 bytes")
     )
 
 
-def read_fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIELDS) -> Iterator[tuple[int, int, int]]:
     """Iterates over the fields of the message ``data[start:end]``.
 
     Yields:
@@ -114,11 +113,11 @@ def read_fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, 
         CodecError: the message is cut off or malformed.
     """
     position = start
-    budget = MAX_FIELDS
+    budget = max_fields
     while position < end:
         budget -= 1
         if budget < 0:
-            raise OversizeError(f"malformed message: more than {MAX_FIELDS} fields in one message")
+            raise OversizeError(f"malformed message: more than {max_fields} fields in one message")
         at = position
         key = data[position]
         position += 1
@@ -148,9 +147,7 @@ def read_fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, 
             raise CodecError(f"malformed message: field {key >> 3} at byte {at} has wire type {kind}")
         last = position + size
         if last > end:
-            raise CodecError(
-                f"malformed message: field {key >> 3} at byte {at} has {size} bytes, but only {end - position} are left"
-            )
+            raise CodecError(f"malformed message: field {key >> 3} at byte {at} has {size} bytes, but only {end - position} are left")
         yield key, position, last
         position = last
 
@@ -217,9 +214,7 @@ def read_text(data: Buffer, start: int, end: int, what: str, *, max_chars: int) 
 
 # Prototypes of our own: setting argtypes on the attributes of ctypes.pythonapi would change them for everyone in the
 # process.
-_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
-    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
-)
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
 _bytes_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)

@@ -15,8 +15,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from touchline_server.config import Config, ConfigError, ServerConfig, read_cfg
 
-logger = logging.getLogger(__name__)
-
 EXIT_FAILED = 1
 """The server could not run, or is not well."""
 EXIT_USAGE = 2
@@ -116,7 +114,6 @@ def serve(
         effective = _override(read_cfg(config), host=host, port=port, unix_socket=unix_socket)
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
-    logger.info("configuration in force:\n%s", effective.to_toml().rstrip())
 
     # Torch takes seconds to import, and --help and a bad configuration need none of it.
     from touchline_server.app import AddressInUseError, run

@@ -1,0 +1,49 @@
+# Everything runs from a fresh clone with no step before it; pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are left to pip.
+
+PYTHON ?= python3
+# The torch that goes into .venv. A CPU or a CUDA build is a matter of the index or folder that pip takes it from.
+TORCH ?= torch==2.13.0
+DEMO_SECONDS ?= 90
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+REQUIREMENTS := examples/requirements.txt tests/requirements.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint types serve demo stubs clean
+
+help: ## lists the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## makes .venv and installs the three distributions and their tools
+
+# torch first and by itself, so that TORCH decides which one: left out of the constraints, it satisfies all that follows.
+$(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server/pyproject.toml $(REQUIREMENTS)
+	$(PYTHON) -m venv .venv
+	sed '/^torch==/d' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -c .venv/constraints.txt "$(TORCH)"
+	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch]" -e ./server $(REQUIREMENTS:%=-r %)
+	touch $@
+
+test: lint types ## checks everything: lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## checks style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED) ## checks the sources' types
+	$(BIN)/mypy
+
+serve: $(INSTALLED) ## runs the server on cfg/default.toml
+	$(BIN)/touchline-server serve --config cfg/default.toml
+
+demo: $(INSTALLED) ## plays robot soccer into a server and trains on it, DEMO_SECONDS long
+	$(BIN)/python examples/demo.py --seconds $(DEMO_SECONDS)
+
+stubs: ## generates the stubs of the .proto again
+	$(PYTHON) protos/generate_stubs.py
+
+clean: ## removes .venv and what tools left behind
+	rm -rf .venv .venv-stubs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

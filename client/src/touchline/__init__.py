@@ -1,0 +1,78 @@
+"""Touchline's client: a networked replay buffer for learners and actors.
+
+A learner::
+
+    with ReplayClient("replay-host:50051") as client:
+        client.wait_until_ready()
+        for obs, action, reward, done in client.batches():
+            ...
+
+An actor::
+
+    with ReplayClient("replay-host:50051", actor="left-foot") as client, EpisodeWriter(client) as writer:
+        writer.append({"obs": obs})
+        writer.append({"obs": obs, "action": action, "reward": reward, "done": done})
+        ...
+        writer.end_episode()
+
+Importing this loads neither torch nor tensordict.
+"""
+
+from touchline import forking  # noqa: F401  before all that imports grpc
+from touchline.client import ReplayClient
+from touchline.errors import (
+    AccessDeniedError,
+    ClosedError,
+    DeadlineError,
+    ForkError,
+    IncompatibleVersionError,
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    KeyConflictError,
+    LoadError,
+    NotReadyError,
+    OverLimitError,
+    ServerError,
+    TooLargeError,
+    TouchlineError,
+    UnacknowledgedError,
+    UnavailableError,
+)
+from touchline.stream import BatchStream
+from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo, WriterCounters
+from touchline.writer import EpisodeWriter
+from touchline_protos import Batch, Counts
+from touchline_protos.codec import EpisodeKey
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDeniedError",
+    "Batch",
+    "BatchStream",
+    "ClosedError",
+    "ColumnInfo",
+    "Counts",
+    "DeadlineError",
+    "EpisodeKey",
+    "EpisodeResult",
+    "EpisodeWriter",
+    "ForkError",
+    "IncompatibleVersionError",
+    "InvalidArgumentError",
+    "InvalidEpisodeError",
+    "KeyConflictError",
+    "LoadError",
+    "NotReadyError",
+    "OverLimitError",
+    "ReadyState",
+    "ReplayClient",
+    "ServerError",
+    "ServerInfo",
+    "TooLargeError",
+    "TouchlineError",
+    "UnacknowledgedError",
+    "UnavailableError",
+    "WriterCounters",
+    "__version__",
+]

@@ -1,0 +1,239 @@
+"""Calls to the server: the one place that knows deadlines, metadata, retries and the meaning of status codes."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from touchline.errors import (
+    AccessDeniedError,
+    ClosedError,
+    DeadlineError,
+    IncompatibleVersionError,
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    KeyConflictError,
+    NotReadyError,
+    OverLimitError,
+    ServerError,
+    TooLargeError,
+    TouchlineError,
+    UnavailableError,
+)
+from touchline.forking import gate
+from touchline.transport import Transport
+from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
+
+REASON_METADATA_KEY = "touchline-reason"
+"""Trailing metadata in which the server says, for programs, what was wrong."""
+
+ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
+    "invalid-episode": InvalidEpisodeError,
+    "invalid-argument": InvalidArgumentError,
+    "key-conflict": KeyConflictError,
+    "not-ready": NotReadyError,
+    "too-large": TooLargeError,
+    "over-limit": OverLimitError,
+    "incompatible-version": IncompatibleVersionError,
+    "draining": UnavailableError,
+    "internal": ServerError,
+}
+"""What a Touchline server's reason means; it is the more exact of the two tables and goes first."""
+
+ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
+    grpc.StatusCode.OK: ServerError,  # a call that failed with it is a broken one
+    grpc.StatusCode.CANCELLED: ServerError,
+    grpc.StatusCode.UNKNOWN: ServerError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.NOT_FOUND: InvalidArgumentError,
+    grpc.StatusCode.ALREADY_EXISTS: KeyConflictError,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDeniedError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDeniedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TooLargeError,  # gRPC's own limit on messages; the server's others have a reason
+    grpc.StatusCode.FAILED_PRECONDITION: NotReadyError,
+    grpc.StatusCode.ABORTED: ServerError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.UNIMPLEMENTED: IncompatibleVersionError,
+    grpc.StatusCode.INTERNAL: ServerError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DATA_LOSS: ServerError,
+}
+"""What a status code means where no reason was given: by a proxy, by gRPC itself, by a server of another kind."""
+
+METADATA = ((PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),)
+"""Goes with every call."""
+
+
+def translate(error: grpc.RpcError, address: str) -> TouchlineError:
+    """Returns what a failed call means. Status code and reason decide, never the words of the message."""
+    failed: Any = error  # the public class has none of what gRPC raises with
+    code = failed.code()
+    reason = dict(failed.trailing_metadata() or ()).get(REASON_METADATA_KEY, "")
+    kind = ERROR_OF_REASON.get(reason) or ERROR_OF_STATUS.get(code, ServerError)
+    details = failed.details() or "no details"
+    if issubclass(kind, UnavailableError | DeadlineError | ServerError | IncompatibleVersionError | AccessDeniedError):
+        return kind(f"{address}: {details} ({code.name})")
+    return kind(details)
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long to wait between attempts: exponentially longer, and each by chance shorter so that clients spread."""
+
+    first_s: float = 0.05
+    """The longest first wait."""
+    max_s: float = 2.0
+    """The longest of all."""
+    factor: float = 2.0
+    """From one to the next."""
+
+    def delays(self, rng: random.Random) -> Iterator[float]:
+        """Yields waits in seconds, without end; each between half of the full length and the whole."""
+        full = self.first_s
+        while True:
+            yield full * rng.uniform(0.5, 1.0)
+            full = min(full * self.factor, self.max_s)
+
+
+class Calls:
+    """Makes calls on a transport. Safe to use from many threads.
+
+    Args:
+        transport: its channel is used; not closed by this.
+        timeout_s: the deadline of a call, all its attempts together.
+        backoff: between attempts.
+        sleep: waits so many seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        timeout_s: float,
+        backoff: Backoff | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.transport = transport
+        self.timeout_s = timeout_s
+        self.backoff = backoff or Backoff()
+        self._sleep = sleep
+        # Jitter must differ between processes started alike: seeded by the system's entropy on purpose.
+        self._rng = random.Random()
+
+    def delays(self) -> Iterator[float]:
+        """Yields the waits of one sequence of attempts."""
+        return self.backoff.delays(self._rng)
+
+    def unary(self, name: str, request: bytes, *, timeout_s: float | None = None, wait_s: float = 0.0, retry: bool = True) -> bytes:
+        """Returns the response to one request.
+
+        Args:
+            name: of the method.
+            request: the message.
+            timeout_s: the call's deadline; None takes the client's.
+            wait_s: how long the server may take before it answers, on top of the deadline.
+            retry: whether to try again while the server is unavailable, until the deadline.
+
+        Raises:
+            TouchlineError: the call failed; which of the tree says why.
+        """
+
+        def attempt(left_s: float) -> bytes:
+            method: Any = self.transport.method("unary_unary", name)
+            if not wait_s:
+                # The quicker way of the two: this thread itself waits inside gRPC, and a fork waits for it.
+                with gate:
+                    return method(request, timeout=left_s, metadata=METADATA)
+            with gate:
+                call = method.future(request, timeout=left_s, metadata=METADATA)
+            return _await(call)
+
+        return self._run(attempt, (self.timeout_s if timeout_s is None else timeout_s) + wait_s, retry)
+
+    def upload(self, name: str, requests: Callable[[], Iterator[bytes]], *, timeout_s: float) -> bytes:
+        """Returns the response to a stream of requests.
+
+        Args:
+            name: of the method.
+            requests: makes the messages; called again for each attempt.
+            timeout_s: the call's deadline.
+
+        Raises:
+            TouchlineError: the call failed; which of the tree says why.
+            Exception: whatever ``requests`` raised.
+        """
+        failures: list[Exception] = []
+
+        def guarded() -> Iterator[bytes]:
+            # gRPC takes the messages in a thread of its own and would only log what went wrong there.
+            try:
+                yield from requests()
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        def attempt(left_s: float) -> bytes:
+            method: Any = self.transport.method("stream_unary", name)
+            with gate:
+                call = method.future(guarded(), timeout=left_s, metadata=METADATA)
+            try:
+                return _await(call)
+            except grpc.RpcError:
+                if failures:
+                    raise failures[0] from None
+                raise
+
+        return self._run(attempt, timeout_s, True)
+
+    def stream(self, name: str, requests: Iterator[bytes]) -> Any:
+        """Returns an open bidirectional call: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
+        method: Any = self.transport.method("stream_stream", name)
+        with gate:
+            return method(requests, metadata=METADATA)
+
+    def translate(self, error: Exception) -> TouchlineError:
+        """Returns what a failure of a call means.
+
+        Raises:
+            Exception: the given one, where it is none of gRPC's.
+        """
+        if self.transport.closed:
+            return ClosedError(f"the client of {self.transport.address} was closed")
+        if isinstance(error, grpc.RpcError):
+            return translate(error, self.transport.address)
+        raise error
+
+    def _run(self, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:
+        ends = time.monotonic() + timeout_s
+        delays = self.delays()
+        unavailable: TouchlineError | None = None
+        while True:
+            try:
+                return attempt(max(ends - time.monotonic(), 0.001))
+            except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
+                # gRPC raises ValueError for a call on a channel that was closed meanwhile; any other goes on as it is.
+                failure = self.translate(error)
+                cause = error
+            if isinstance(failure, DeadlineError) and unavailable is not None:
+                raise unavailable from cause
+            if not retry or not isinstance(failure, UnavailableError):
+                raise failure from cause
+            unavailable = failure
+            delay_s = next(delays)
+            if time.monotonic() + delay_s >= ends:
+                raise failure from cause
+            self._sleep(delay_s)
+
+
+def _await(call: Any) -> bytes:
+    try:
+        return call.result()
+    except BaseException:
+        call.cancel()  # Ctrl-C, for one: the server need not go on
+        raise

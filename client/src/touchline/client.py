@@ -1,0 +1,399 @@
+"""The client: the in-process buffer's verbs, over the network."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from touchline.calls import Calls
+from touchline.delivery import Delivery, make_episode, split_episodes
+from touchline.errors import (
+    DeadlineError,
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    NotReadyError,
+    ServerError,
+    TooLargeError,
+    TouchlineError,
+    UnavailableError,
+)
+from touchline.forking import forget_in_child
+from touchline.identity import Identity
+from touchline.messages import check_actor, check_policy_version, counts_of, ready_state_of, sample_request, server_info_of, whole_number
+from touchline.stream import BatchSource, BatchStream, StreamSource
+from touchline.tensors import load_torch, to_tensors
+from touchline.transport import Transport
+from touchline.types import ReadyState, ServerInfo
+from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, Batch, Counts
+from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
+from touchline_protos.v1 import replay_pb2 as pb
+
+POLL_S = 5.0
+"""The longest that one call waits for readiness."""
+RECONNECT_S = 60.0
+"""How long the server may be away before a stream of batches gives up."""
+
+
+class ReplayClient:
+    """A replay buffer on a server: episodes in, batches of slices out. Also a context manager that closes it.
+
+    The channel opens with the first call, and opens anew in a forked child, which also becomes another sender of episodes. Every call has
+    a deadline; all but ``clear`` may be repeated without harm (an episode carries a key) and are retried with backoff, within that
+    deadline, while the server is unavailable. Episodes that are larger than a message travel in chunks by themselves.
+
+    Safe to use from many threads.
+
+    Args:
+        address: ``"host:50051"`` or ``"unix:/path"``.
+        timeout_s: deadline of a call, its retries included. What the server is asked to wait (``wait_s``), and a second for every 4 MiB
+            that are sent, come on top.
+        client_id: names the sender in the keys of episodes, 1 to 128 characters; None makes ``<hostname>-<random>``.
+        actor: name of the actor for episodes that are given none, up to 128 characters.
+        max_message_bytes: of one request or response; the server's own limit holds besides.
+        as_numpy: batches as numpy arrays even where torch is installed.
+        table: of the server; empty is the default one.
+
+    Raises:
+        InvalidArgumentError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 30.0,
+        client_id: str | None = None,
+        actor: str = "",
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        as_numpy: bool = False,
+        table: str = "",
+    ) -> None:
+        if not timeout_s > 0:
+            raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
+        whole_number("max_message_bytes", max_message_bytes, least=1 << 16)
+        self.timeout_s = timeout_s
+        self.actor = check_actor(actor)
+        self._as_numpy = as_numpy
+        self._table = table
+        self._identity = Identity(client_id)
+        self._transport = Transport(address, max_message_bytes=max_message_bytes)
+        self._calls = Calls(self._transport, timeout_s=timeout_s)
+        self._delivery = Delivery(self._calls, table=table, max_message_bytes=max_message_bytes)
+        self._decoders = threading.local()
+        forget_in_child(self)
+
+    @property
+    def address(self) -> str:
+        """Of the server, as given."""
+        return self._transport.address
+
+    @property
+    def client_id(self) -> str:
+        """Names this sender in the keys of its episodes."""
+        return self._identity.client_id
+
+    def next_key(self) -> EpisodeKey:
+        """Returns a key that no episode of this client had before."""
+        return self._identity.next_key()
+
+    # Adding.
+
+    def add(self, episode: Mapping[str, Any], *, actor: str | None = None, policy_version: int = 0, key: EpisodeKey | None = None) -> int:
+        """Stores one episode and returns the number of episodes in the buffer.
+
+        Args:
+            episode: mapping or TensorDict of arrays or tensors ``[rows, ...]``: ``obs`` (or nested, or ``obs.<name>``), ``action`` and
+                ``reward``, perhaps ``done``, ``task`` and others. Not changed; not needed afterwards.
+            actor: who played it; None takes the client's.
+            policy_version: of the policy that acted; 0 where unknown.
+            key: to send an episode again that was perhaps stored; None takes a fresh one.
+
+        Raises:
+            InvalidEpisodeError: malformed, or not of the schema. Nothing is stored.
+            KeyConflictError: the key was used before for another payload.
+            TooLargeError: over the server's limit of an episode.
+            UnavailableError, DeadlineError: not known to be stored; may be sent again with the same key.
+            TouchlineError: another of the tree.
+        """
+        made = make_episode(
+            episode,
+            key=self.next_key() if key is None else key,
+            actor=self.actor if actor is None else check_actor(actor),
+            policy_version=check_policy_version(policy_version),
+        )
+        return self._delivery.add(made)[1].episodes_stored
+
+    def load(
+        self,
+        episodes: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        *,
+        actor: str | None = None,
+        policy_version: int = 0,
+        timeout_s: float | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Stores many episodes and returns the number of episodes in the buffer.
+
+        They go in calls of up to 1,000 episodes or 256 MiB, each retried whole while the server is unavailable.
+
+        Args:
+            episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes as ``add``
+                takes them, of any lengths. Not changed; the arrays must stay as they are until this returns.
+            actor: who played them; None takes the client's.
+            policy_version: of the policy that acted.
+            timeout_s: deadline of each call; None takes the client's.
+            progress: called after each call with the number of episodes answered so far.
+
+        Raises:
+            LoadError: some were refused; all others are stored. Its ``results`` say what became of each.
+            InvalidEpisodeError: the arrays of one mapping do not fit each other. Nothing is stored.
+            UnavailableError, DeadlineError: a call failed; a note on the error says how many episodes were answered before.
+        """
+        name = self.actor if actor is None else check_actor(actor)
+        version = check_policy_version(policy_version)
+
+        def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
+            for episode in split_episodes(episodes):
+                key = self.next_key()
+                try:
+                    yield key, make_episode(episode, key=key, actor=name, policy_version=version)
+                except InvalidEpisodeError as error:
+                    yield key, error
+
+        counts = self._delivery.load(items(), timeout_s=timeout_s, progress=progress)
+        return (self.counts() if counts is None else counts).episodes_stored
+
+    def deliver(self, episode: Episode) -> None:
+        """Stores an episode that already carries its key and everything else; what :class:`~touchline.EpisodeWriter` sends with.
+
+        Raises:
+            TouchlineError: as :meth:`add`.
+        """
+        self._delivery.add(episode)
+
+    # Sampling.
+
+    def sample(
+        self,
+        *,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        seed: int | None = None,
+        wait_s: float = 0.0,
+        as_numpy: bool | None = None,
+    ) -> Batch:
+        """Returns one batch: ``obs, action, reward, done = client.sample()``. To train, :meth:`batches` is faster.
+
+        A batch that is over the message limit comes, by itself, over a sampling stream.
+
+        Args:
+            batch_size: slices; None takes the server's configuration, as for the next two.
+            horizon: transitions of a slice.
+            law: ``"episode"`` or ``"step"``.
+            seed: the same seed, adds and draws give the same batches.
+            wait_s: how long to wait until something can be sampled.
+            as_numpy: numpy arrays or torch tensors; None takes the client's setting.
+
+        Returns:
+            Tensors, or writable arrays, that are the caller's; see :class:`~touchline.Batch`.
+
+        Raises:
+            NotReadyError: nothing can be sampled, also not after ``wait_s``; carries the counts.
+            InvalidArgumentError: an argument that the server does not take.
+            TouchlineError: another of the tree.
+        """
+        deliver = self._delivery_of_batches(as_numpy)
+        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, wait_s=wait_s)
+        try:
+            message = self._calls.unary("Sample", request.SerializeToString(), wait_s=wait_s)
+        except TooLargeError:
+            timeout_s = self.timeout_s + wait_s
+            source = StreamSource(self._calls, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S)
+            try:
+                return deliver(source.take())
+            finally:
+                source.close()
+        except NotReadyError as error:
+            raise self._with_counts(error) from error.__cause__
+        try:
+            return deliver(self._decoder.sample_response(message))
+        except CodecError as error:
+            raise ServerError(f"{self.address}: a batch that is none: {error}") from error
+
+    def batches(
+        self,
+        *,
+        prefetch: int = 4,
+        device: Any = None,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        seed: int | None = None,
+        as_numpy: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> BatchStream:
+        """Returns an endless iterator of batches that the server pushes ahead of their use.
+
+        The session opens with the first ``next``. It waits while nothing can be sampled. If the server goes away (a restart, say), it is
+        opened anew, also after a restart, for 60 s; a stream with a seed then starts its sequence again.
+
+        Args:
+            prefetch: batches that the server may have under way.
+            device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` copies through pinned memory on a side stream, one batch
+                ahead. All tensors of such a batch share one allocation on the device.
+            batch_size: slices; None takes the server's configuration, as for the next two.
+            horizon: transitions of a slice.
+            law: ``"episode"`` or ``"step"``.
+            seed: the same seed, adds and draws give the same batches.
+            as_numpy: numpy arrays or torch tensors; None takes the client's setting.
+            timeout_s: the longest wait for a batch, be it that the server is away or that nothing can be sampled; None: as long as it takes
+                while the server is there, and 60 s while it is away.
+
+        Raises:
+            InvalidArgumentError: an argument out of range, or a device that is not there.
+        """
+        whole_number("prefetch", prefetch, least=1)
+        if timeout_s is not None and not timeout_s > 0:
+            raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
+        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed)
+        source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S)
+        if device is None or str(device) == "cpu":
+            return BatchStream(source, self._delivery_of_batches(as_numpy))
+        return BatchStream(_on_device(source, device, as_numpy), lambda batch: batch)
+
+    # Asking.
+
+    def ready(self) -> bool:
+        """Returns whether batches can be sampled now."""
+        return self.ready_state().can_sample
+
+    def ready_state(self) -> ReadyState:
+        """Returns how far the table is from being sampled."""
+        return self._ready(0, 0.0, self.timeout_s)
+
+    def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None) -> ReadyState:
+        """Waits until batches can be sampled and enough is stored; a server that is not there yet, or restarts, is waited for.
+
+        Args:
+            min_steps: rows to wait for; None takes the server's ``min_history``, 1 waits for the first batch only.
+            timeout_s: the longest wait; None has no limit.
+
+        Raises:
+            NotReadyError: not ready in time; carries the counts.
+            UnavailableError: no server in time.
+        """
+        steps = 0 if min_steps is None else whole_number("min_steps", min_steps, least=1, most=(1 << 63) - 1)
+        ends = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        state: ReadyState | None = None
+        while True:
+            left_s = ends - time.monotonic()
+            try:
+                state = self._ready(steps, min(POLL_S, max(left_s, 0.0)), self.timeout_s if left_s > POLL_S else max(left_s, 1.0))
+            except (UnavailableError, DeadlineError):
+                if time.monotonic() < ends:
+                    continue
+                if state is None:
+                    raise
+            if state is not None and state.can_sample and state.min_steps_reached:
+                return state
+            if state is not None and time.monotonic() >= ends:
+                counts = state.counts
+                wanted = f"{steps or state.min_history} steps" + ("" if state.can_sample else " and an episode that is long enough")
+                raise NotReadyError(
+                    f"not ready within {timeout_s} s: {counts.steps_stored} steps in {counts.episodes_stored} episodes, expected {wanted}",
+                    counts,
+                )
+
+    def counts(self) -> Counts:
+        """Returns the table's figures."""
+        return self.ready_state().counts
+
+    @property
+    def num_eps(self) -> int:
+        """Episodes stored now. Asks the server, as the next two do."""
+        return self.counts().episodes_stored
+
+    @property
+    def size(self) -> int:
+        """Rows stored now."""
+        return self.counts().steps_stored
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit."""
+        return self.info().capacity
+
+    def info(self) -> ServerInfo:
+        """Returns what the server says about itself: version, configuration in force, schema, sizes and counts."""
+        return server_info_of(self._calls.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
+
+    def clear(self) -> Counts:
+        """Empties the table, its schema included, and returns the counts. Not retried: a second attempt could clear newer episodes.
+
+        Raises:
+            UnavailableError, DeadlineError: not known whether it was done.
+        """
+        request = pb.ClearRequest(table=self._table).SerializeToString()
+        return counts_of(pb.ClearResponse.FromString(self._calls.unary("Clear", request, retry=False)).counts)
+
+    def close(self) -> None:
+        """Closes the channel; calls and streams under way end with an error. Closing again does nothing."""
+        self._transport.close()
+
+    def __enter__(self) -> ReplayClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Inside.
+
+    def after_fork_in_child(self) -> None:
+        """Decodes into buffers of its own."""
+        self._decoders = threading.local()
+
+    @property
+    def _decoder(self) -> BatchDecoder:
+        """One a thread, since a decoder is for one."""
+        decoder: BatchDecoder | None = getattr(self._decoders, "decoder", None)
+        if decoder is None:
+            decoder = self._decoders.decoder = BatchDecoder()
+        return decoder
+
+    def _delivery_of_batches(self, as_numpy: bool | None) -> Callable[[Batch], Batch]:
+        if self._as_numpy if as_numpy is None else as_numpy:
+            return lambda batch: batch
+        torch = load_torch()
+        if torch is None:
+            return lambda batch: batch
+        return lambda batch: to_tensors(torch, batch)
+
+    def _ready(self, min_steps: int, wait_s: float, timeout_s: float) -> ReadyState:
+        request = pb.ReadyRequest(table=self._table, min_steps=min_steps, wait_s=wait_s).SerializeToString()
+        return ready_state_of(self._calls.unary("Ready", request, timeout_s=timeout_s, wait_s=wait_s))
+
+    def _with_counts(self, error: NotReadyError) -> NotReadyError:
+        try:
+            return NotReadyError(str(error), self.counts())
+        except TouchlineError:
+            return error
+
+
+def _on_device(source: BatchSource, device: Any, as_numpy: bool | None) -> BatchSource:
+    from touchline.device import CudaSource
+
+    torch = load_torch()
+    if torch is None:
+        raise InvalidArgumentError(f"device: {str(device)!r} needs torch, which is not installed")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device: {device!r} ({error})") from None
+    if place.type != "cuda" or as_numpy:
+        raise InvalidArgumentError(f"device: {str(device)!r}, expected None, 'cpu' or 'cuda' with tensors")
+    if not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device: {str(device)!r}, but torch finds no CUDA device")
+    return CudaSource(source, torch, place)

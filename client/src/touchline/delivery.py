@@ -1,0 +1,212 @@
+"""The way of episodes to the server: one at a time in a message, many or big ones as a stream of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from touchline.calls import Calls
+from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
+from touchline.messages import counts_of, load_results_of
+from touchline.types import EpisodeResult
+from touchline_protos import Counts
+from touchline_protos.codec import CodecError, Episode, EpisodeKey, OversizeError, encode_add_episode, encode_load
+from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_protos.dtypes import to_wire
+from touchline_protos.v1 import replay_pb2 as pb
+
+MAX_LOAD_EPISODES = 1000
+"""Episodes of one call of a load."""
+MAX_LOAD_BYTES = 256 << 20
+"""Payload of one call of a load, unless one episode alone has more."""
+CHUNK_BYTES = 1 << 20
+"""Payload of a message of a load; measured to be better than 256 KiB and 4 MiB."""
+SLOWEST_BYTES_PER_S = 4 << 20
+"""Rate that an upload's deadline allows for, on top of the call's own."""
+
+
+def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: int) -> Episode:
+    """Returns a caller's episode as one that can be sent.
+
+    Args:
+        episode: mapping or TensorDict of arrays or tensors ``[rows, ...]``; not changed, and its memory is shared.
+        key: makes sending it again harmless.
+        actor: who played it.
+        policy_version: of the policy that acted.
+
+    Raises:
+        InvalidEpisodeError: it is no mapping of arrays of one length and of supported dtypes.
+    """
+    columns = _columns_of(episode)
+    try:
+        for name, column in columns.items():
+            if not column.ndim:
+                raise InvalidEpisodeError(f"{name}: a scalar, expected one value a row")
+            to_wire(column.dtype)
+    except InvalidEpisodeError:
+        raise
+    except ValueError as error:
+        raise InvalidEpisodeError(f"{name}: {error}") from None
+    first = next(iter(columns))
+    for name, column in columns.items():
+        if len(column) != len(columns[first]):
+            raise InvalidEpisodeError(f"{name}: {len(column)} rows, expected {len(columns[first])} to match {first}")
+    return Episode(columns, key=key, actor=actor, policy_version=policy_version)
+
+
+def split_episodes(episodes: Any) -> Iterator[Mapping[str, Any]]:
+    """Yields the episodes of a load.
+
+    Args:
+        episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes.
+
+    Raises:
+        InvalidEpisodeError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
+    """
+    if not hasattr(episodes, "keys"):
+        if not isinstance(episodes, Iterable):
+            raise InvalidEpisodeError(f"episodes: {type(episodes).__name__}, expected a mapping of arrays or an iterable of episodes")
+        yield from episodes
+        return
+    columns = _columns_of(episodes)
+    first = next(iter(columns))
+    for name, column in columns.items():
+        if column.ndim < 2:
+            raise InvalidEpisodeError(f"{name}: shape {column.shape}, expected (num_episodes, episode_length, ...)")
+        if len(column) != len(columns[first]):
+            raise InvalidEpisodeError(f"{name}: {len(column)} episodes, expected {len(columns[first])} to match {first}")
+    for row in range(len(columns[first])):
+        yield {name: column[row] for name, column in columns.items()}
+
+
+def _columns_of(episode: Any) -> dict[str, Any]:
+    if not hasattr(episode, "keys"):
+        raise InvalidEpisodeError(f"episode: {type(episode).__name__}, expected a mapping of arrays")
+    try:
+        columns = flatten_columns(episode)
+    except ColumnError as error:
+        raise InvalidEpisodeError(str(error)) from None
+    if not columns:
+        raise InvalidEpisodeError("episode: no columns, expected at least obs, action and reward")
+    return columns
+
+
+class Delivery:
+    """Sends episodes. Safe to use from many threads.
+
+    Args:
+        calls: to the server.
+        table: that gets the episodes.
+        max_message_bytes: an episode above it goes in chunks.
+    """
+
+    def __init__(self, calls: Calls, *, table: str, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._table = table
+        self._max_message_bytes = max_message_bytes
+        self._chunk_bytes = min(CHUNK_BYTES, max_message_bytes // 2)
+
+    def add(self, episode: Episode, *, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
+        """Sends one episode, in one message if that is not over the limit of either side, else in chunks.
+
+        Raises:
+            TouchlineError: it was refused or is not acknowledged.
+        """
+        message = self._encode(episode)
+        if message is not None:
+            try:
+                answer = pb.AddEpisodeResponse.FromString(self._calls.unary("AddEpisode", message, timeout_s=timeout_s))
+            except TooLargeError:
+                pass  # the server's limit may be lower than ours
+            else:
+                assert episode.key is not None
+                return EpisodeResult(episode.key, answer.episode_id, answer.duplicate), counts_of(answer.counts)
+        results, counts = self._upload([episode], timeout_s=timeout_s)
+        if results[0].error is not None:
+            raise results[0].error
+        return results[0], counts
+
+    def load(
+        self,
+        episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
+        *,
+        timeout_s: float | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Counts | None:
+        """Sends episodes in calls of a bounded size.
+
+        Args:
+            episodes: each with its key; an error stands for an episode that could not be made.
+            timeout_s: the deadline of each call, without what the bytes take.
+            progress: called after each call with the number of episodes answered so far.
+
+        Returns:
+            The counts after the last call; None if there was no call to make.
+
+        Raises:
+            LoadError: some were refused; the others are stored.
+            TouchlineError: a call failed; a note tells how many episodes were answered before.
+        """
+        results: list[EpisodeResult] = []
+        counts: Counts | None = None
+        for part in _parts(episodes):
+            sendable = [episode for _, episode in part if isinstance(episode, Episode)]
+            try:
+                answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], counts)
+            except TouchlineError as error:
+                error.add_note(f"load: {len(results)} episodes were answered before")
+                raise
+            answer = iter(answers)
+            for key, episode in part:
+                results.append(next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode))
+            if progress is not None:
+                progress(len(results))
+        refused = [(position, result.error) for position, result in enumerate(results) if result.error is not None]
+        if refused:
+            shown = "; ".join(f"episode {position}: {error}" for position, error in refused[:5])
+            more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+            raise LoadError(f"{len(refused)} of {len(results)} episodes were refused, the others are stored: {shown}{more}", results)
+        return counts
+
+    def _encode(self, episode: Episode) -> bytes | None:
+        if episode.size_bytes > self._max_message_bytes:
+            return None
+        try:
+            message = encode_add_episode(episode, table=self._table)
+        except OversizeError as error:
+            raise TooLargeError(str(error)) from None
+        except CodecError as error:
+            raise InvalidEpisodeError(str(error)) from None
+        return message if len(message) <= self._max_message_bytes else None
+
+    def _upload(self, episodes: Sequence[Episode], *, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts]:
+        def requests() -> Iterator[bytes]:
+            for episode in episodes:
+                yield from encode_load(episode, table=self._table, chunk_bytes=self._chunk_bytes)
+
+        base_s = self._calls.timeout_s if timeout_s is None else timeout_s
+        bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_BYTES_PER_S
+        try:
+            message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+        except OversizeError as error:
+            raise TooLargeError(str(error)) from None
+        except CodecError as error:
+            raise InvalidEpisodeError(str(error)) from None
+        return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
+
+
+_Item = tuple[EpisodeKey, Episode | TouchlineError]
+
+
+def _parts(episodes: Iterable[_Item]) -> Iterator[list[_Item]]:
+    part: list[_Item] = []
+    size_bytes = 0
+    for item in episodes:
+        episode_bytes = item[1].size_bytes if isinstance(item[1], Episode) else 0
+        if part and (len(part) == MAX_LOAD_EPISODES or size_bytes + episode_bytes > MAX_LOAD_BYTES):
+            yield part
+            part, size_bytes = [], 0
+        part.append(item)
+        size_bytes += episode_bytes
+    if part:
+        yield part

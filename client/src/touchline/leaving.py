@@ -1,0 +1,66 @@
+"""The end of a process in which an episode writer was not closed: a short chance to finish, then a log line about what is lost.
+
+``atexit`` does not run in children of ``multiprocessing``, which end through its own finalizers; so both are used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import time
+from typing import Protocol
+
+from touchline.errors import UnacknowledgedError
+
+GRACE_S = 2.0
+"""Time that all writers of a process together have to finish."""
+
+logger = logging.getLogger(__name__)
+
+_open: set[Leaver] = set()
+_registered_in: set[int] = set()
+"""Processes (the parents of this one, and itself) in which the handlers stand."""
+
+
+class Leaver(Protocol):
+    """Has something to lose."""
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is pending."""
+
+    def describe_loss(self) -> str | None:
+        """Returns what would be lost; None for nothing."""
+
+
+def watch(leaver: Leaver) -> None:
+    """Keeps a writer alive, and speaks of it at exit, until it is forgotten."""
+    _open.add(leaver)
+    if os.getpid() in _registered_in:
+        return
+    if not _registered_in:
+        atexit.register(_leave)  # a forked child inherits it
+    _registered_in.add(os.getpid())
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        Finalize(None, _leave, exitpriority=10)
+
+
+def forget(leaver: Leaver) -> None:
+    """Says that a writer has nothing to lose any more."""
+    _open.discard(leaver)
+
+
+def _leave() -> None:
+    ends = time.monotonic() + GRACE_S
+    while _open:
+        leaver = _open.pop()
+        with contextlib.suppress(UnacknowledgedError):  # the log says what was refused, and the next line the rest
+            leaver.flush(max(0.0, ends - time.monotonic()))
+        loss = leaver.describe_loss()
+        if loss is not None:
+            logger.error(loss)

@@ -1,0 +1,138 @@
+"""The small messages, to and from the values of this package. The big ones, episodes and batches, are the codec's."""
+
+from __future__ import annotations
+
+import operator
+
+from touchline.errors import (
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    KeyConflictError,
+    ServerError,
+    TooLargeError,
+    TouchlineError,
+)
+from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo
+from touchline_protos import Counts
+from touchline_protos.codec import EpisodeKey
+from touchline_protos.dtypes import dtype_name, to_numpy
+from touchline_protos.v1 import replay_pb2 as pb
+
+MAX_ACTOR_CHARS = 128
+_LAWS = {None: pb.LAW_UNSPECIFIED, "episode": pb.LAW_EPISODE, "step": pb.LAW_STEP}
+_ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
+    pb.EpisodeResult.OUTCOME_INVALID: InvalidEpisodeError,
+    pb.EpisodeResult.OUTCOME_KEY_CONFLICT: KeyConflictError,
+    pb.EpisodeResult.OUTCOME_TOO_LARGE: TooLargeError,
+}
+_STORED = (pb.EpisodeResult.OUTCOME_ACCEPTED, pb.EpisodeResult.OUTCOME_DUPLICATE)
+
+
+def whole_number(name: str, value: int, *, least: int, most: int = (1 << 31) - 1) -> int:
+    """Returns the value as an int.
+
+    Raises:
+        InvalidArgumentError: it is no whole number from ``least`` to ``most``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidArgumentError(f"{name}: {value!r}, expected a whole number") from None
+    if not least <= number <= most:
+        raise InvalidArgumentError(f"{name}: {number}, expected {least} to {most}")
+    return number
+
+
+def check_actor(actor: str) -> str:
+    """Returns the name of an actor.
+
+    Raises:
+        InvalidArgumentError: it is too long.
+    """
+    if len(actor) > MAX_ACTOR_CHARS:
+        raise InvalidArgumentError(f"actor: {len(actor)} characters, expected up to {MAX_ACTOR_CHARS}")
+    return actor
+
+
+def check_policy_version(version: int) -> int:
+    """Returns the version as an int.
+
+    Raises:
+        InvalidArgumentError: it is no whole number of 64 bits.
+    """
+    return whole_number("policy_version", version, least=-(1 << 63), most=(1 << 63) - 1)
+
+
+def sample_request(
+    *,
+    table: str,
+    batch_size: int | None,
+    horizon: int | None,
+    law: str | None,
+    seed: int | None,
+    wait_s: float = 0.0,
+) -> pb.SampleRequest:
+    """Returns what to draw; what is None is left to the server's configuration.
+
+    Raises:
+        InvalidArgumentError: a value that no server takes.
+    """
+    if law not in _LAWS:
+        raise InvalidArgumentError(f"law: {law!r}, expected 'episode' or 'step'")
+    if not wait_s >= 0:
+        raise InvalidArgumentError(f"wait_s: {wait_s}, expected 0 or more")
+    request = pb.SampleRequest(table=table, law=_LAWS[law], wait_s=wait_s)
+    if batch_size is not None:
+        request.batch_size = whole_number("batch_size", batch_size, least=1)
+    if horizon is not None:
+        request.horizon = whole_number("horizon", horizon, least=1)
+    if seed is not None:
+        request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
+    return request
+
+
+def counts_of(counts: pb.Counts) -> Counts:
+    """Returns a message's counts."""
+    return Counts(**{field.name: getattr(counts, field.name) for field in pb.Counts.DESCRIPTOR.fields})
+
+
+def ready_state_of(message: bytes) -> ReadyState:
+    """Returns what a ReadyResponse says."""
+    response = pb.ReadyResponse.FromString(message)
+    return ReadyState(response.can_sample, response.min_steps_reached, response.min_history, counts_of(response.counts))
+
+
+def server_info_of(message: bytes) -> ServerInfo:
+    """Returns what an InfoResponse says."""
+    response = pb.InfoResponse.FromString(message)
+    return ServerInfo(
+        version=response.version,
+        protocol_version=response.protocol_version,
+        config_toml=response.config_toml,
+        columns={column.name: ColumnInfo(dtype_name(to_numpy(column.dtype)), tuple(column.shape)) for column in response.columns},
+        device=response.device,
+        size_bytes=response.size_bytes,
+        capacity=response.capacity,
+        max_message_bytes=response.max_message_bytes,
+        counts=counts_of(response.counts),
+    )
+
+
+def load_results_of(message: bytes, keys: list[EpisodeKey]) -> tuple[list[EpisodeResult], Counts]:
+    """Returns what a LoadEpisodesResponse says about the episodes of these keys, in the order in which they were sent.
+
+    Raises:
+        ServerError: it speaks of more or fewer episodes.
+    """
+    response = pb.LoadEpisodesResponse.FromString(message)
+    if len(response.results) != len(keys):
+        raise ServerError(f"load: {len(response.results)} results, expected {len(keys)}, one an episode")
+    results = []
+    for key, result in zip(keys, response.results, strict=True):
+        if result.outcome in _STORED:
+            duplicate = result.outcome == pb.EpisodeResult.OUTCOME_DUPLICATE
+            results.append(EpisodeResult(key, result.episode_id, duplicate))
+        else:
+            kind = _ERROR_OF_OUTCOME.get(result.outcome, ServerError)
+            results.append(EpisodeResult(key, error=kind(result.reason or f"refused with outcome {result.outcome}")))
+    return results, counts_of(response.counts)

@@ -1,0 +1,300 @@
+"""The sampling stream: batches that the server pushes ahead of their use."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from touchline.calls import Calls
+from touchline.errors import ClosedError, DeadlineError, NotReadyError, ServerError, TouchlineError, UnavailableError
+from touchline.forking import keep_orphan
+from touchline.messages import ready_state_of
+from touchline.types import ReadyState
+from touchline_protos import Batch
+from touchline_protos.codec import BatchDecoder, CodecError
+from touchline_protos.v1 import replay_pb2 as pb
+
+PROBE_TIMEOUT_S = 5.0
+"""Deadline of the question whether a server is back."""
+
+LASTING_S = 5.0
+"""A session of this length was no failed attempt to open one."""
+
+logger = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+    """Where batches come from, one after the other."""
+
+    def take(self) -> Batch:
+        """Returns the next batch, waiting for it."""
+
+    def close(self) -> None:
+        """Ends it; a ``take`` under way raises ClosedError."""
+
+
+class BatchStream:
+    """An endless iterator of batches; also a context manager that closes it.
+
+    One thread iterates, any thread may close. The batches are the caller's: nothing overwrites them, however long they are held.
+    """
+
+    def __init__(self, source: BatchSource, deliver: Callable[[Batch], Batch]) -> None:
+        self._source = source
+        self._deliver = deliver
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch, waiting for it.
+
+        Raises:
+            StopIteration: the stream was closed here.
+            UnavailableError: the server could not be reached for as long as it may be away.
+            NotReadyError: nothing could be sampled within ``timeout_s``.
+            DeadlineError: no batch came within ``timeout_s`` for another reason.
+            TouchlineError: the server refused the request.
+        """
+        if self._closed:
+            raise StopIteration
+        try:
+            return self._deliver(self._source.take())
+        except ClosedError:
+            if self._closed:
+                raise StopIteration from None
+            raise
+
+    def close(self) -> None:
+        """Ends the session with the server. Closing again does nothing."""
+        self._closed = True
+        self._source.close()
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class StreamSource:
+    """Batches as numpy arrays from SampleStream; opens the session anew when the server was away. One thread takes, any closes.
+
+    Args:
+        calls: to the server.
+        request: what to draw.
+        prefetch: batches that the server may have under way.
+        timeout_s: the longest wait for a batch, for whatever reason; None waits without limit while the server lives.
+        reconnect_s: the longest time that the server may be away.
+    """
+
+    def __init__(self, calls: Calls, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float) -> None:
+        self._calls = calls
+        self._request = request
+        self._prefetch = prefetch
+        # One message grants several credits: a message costs as much as a small batch.
+        self._grant = max(1, prefetch // 2)
+        self._timeout_s = timeout_s
+        self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
+        self._ready: deque[Batch] = deque()
+        self._taken = 0
+        self._session: _Session | None = None
+        self._delays = calls.delays()
+        self._away_since: float | None = None
+        self._returned_at: float | None = None
+        self._watchdog = _Watchdog(timeout_s) if timeout_s is not None else None
+        self._generation = calls.transport.generation
+        self._closed = threading.Event()
+
+    def take(self) -> Batch:
+        """Returns the next batch; see :class:`BatchStream` for what it raises."""
+        if self._generation != self._calls.transport.generation:
+            self._forget_parent()
+        while not self._ready:
+            self._receive()
+        batch = self._ready.popleft()
+        self._taken += 1
+        if self._taken == self._grant and self._session is not None:
+            self._taken = 0
+            self._session.grant(self._grant)
+        return batch
+
+    def close(self) -> None:
+        """Ends the session; a ``take`` under way raises ClosedError."""
+        self._closed.set()
+        session = self._session
+        if session is not None:
+            session.end()
+        if self._watchdog is not None:
+            self._watchdog.stop()
+
+    def _receive(self) -> None:
+        """Reads frames until a batch is complete."""
+        ends = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        while not self._ready:
+            if self._closed.is_set():
+                raise ClosedError("the stream was closed")
+            if ends is not None and time.monotonic() >= ends:
+                raise self._late()
+            try:
+                session = self._session or self._open()
+                if self._watchdog is not None and ends is not None:
+                    self._watchdog.watch(session, ends)
+                batches = session.receive()
+            except TouchlineError as error:
+                self._drop()
+                if self._closed.is_set() or (ends is not None and time.monotonic() >= ends):
+                    continue
+                if not isinstance(error, UnavailableError):
+                    raise
+                self._wait_for_return(error, ends)
+            else:
+                self._ready.extend(batches)
+        if self._watchdog is not None:
+            self._watchdog.rest()
+        if self._away_since is not None:
+            logger.info("%s is back: sampling goes on", self._calls.transport.address)
+            self._away_since = self._returned_at = None
+
+    def _open(self) -> _Session:
+        self._taken = 0
+        session = _Session(self._calls, self._request, self._prefetch)
+        self._session = session
+        if self._closed.is_set():  # closed by another thread before it could see the session
+            session.end()
+        return session
+
+    def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.end()
+
+    def _wait_for_return(self, error: UnavailableError, ends: float | None) -> None:
+        """Waits a little, then asks whether the server is there; the session is opened only after it was."""
+        now = time.monotonic()
+        # A session that lasted was one with a server that was there, though nothing could be sampled: this is another outage.
+        if self._away_since is None or (self._returned_at is not None and now - self._returned_at > LASTING_S):
+            self._away_since, self._returned_at = now, None
+            self._delays = self._calls.delays()
+            logger.warning("sampling was interrupted, trying again: %s", error)
+        limit = min(self._away_since + self._reconnect_s, ends if ends is not None else float("inf"))
+        while True:
+            if self._closed.wait(max(0.0, min(next(self._delays), limit - time.monotonic()))):
+                return
+            if time.monotonic() >= limit:
+                away_s = time.monotonic() - self._away_since
+                self._away_since = None  # whoever goes on after this error gets the whole time again
+                raise UnavailableError(f"no batch for {away_s:.1f} s: {error}") from error
+            try:
+                self._probe(min(PROBE_TIMEOUT_S, max(limit - time.monotonic(), 0.1)))
+            except (UnavailableError, DeadlineError):
+                continue
+            self._returned_at = time.monotonic()
+            return
+
+    def _probe(self, timeout_s: float) -> ReadyState:
+        request = pb.ReadyRequest(table=self._request.table).SerializeToString()
+        return ready_state_of(self._calls.unary("Ready", request, timeout_s=timeout_s, retry=False))
+
+    def _late(self) -> TouchlineError:
+        waited = f"no batch within {self._timeout_s} s"
+        self._drop()
+        try:
+            state = self._probe(PROBE_TIMEOUT_S)
+        except TouchlineError as error:
+            return UnavailableError(f"{waited}: {error}")
+        if not state.can_sample:
+            counts = state.counts
+            return NotReadyError(
+                f"{waited}: no episode is long enough yet, {counts.episodes_stored} episodes of {counts.steps_stored} steps stored", counts
+            )
+        return DeadlineError(waited)
+
+    def _forget_parent(self) -> None:
+        """In a forked child: the session is the parent's; what was received is the child's copy, and would be used twice."""
+        self._generation = self._calls.transport.generation
+        keep_orphan(self._session)
+        self._session = None
+        self._ready.clear()
+        self._watchdog = _Watchdog(self._timeout_s) if self._timeout_s is not None else None
+
+
+class _Session:
+    """One call of SampleStream."""
+
+    def __init__(self, calls: Calls, request: pb.SampleRequest, prefetch: int) -> None:
+        self._calls = calls
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        opening = pb.SampleStreamRequest(open=pb.SampleStreamOpen(sample=request, credits=prefetch))
+        self._requests.put(opening.SerializeToString())
+        self._decoder = BatchDecoder()
+        self._grants: dict[int, bytes] = {}
+        self._call: Any = calls.stream("SampleStream", iter(self._requests.get, None))
+
+    def receive(self) -> list[Batch]:
+        """Returns the batches that the next frame completes.
+
+        Raises:
+            TouchlineError: the session ended.
+        """
+        try:
+            message = next(self._call)
+        except StopIteration:
+            raise UnavailableError(f"{self._calls.transport.address}: the server ended the stream") from None
+        except Exception as error:
+            raise self._calls.translate(error) from error
+        try:
+            return self._decoder.feed(message)
+        except CodecError as error:
+            raise ServerError(f"{self._calls.transport.address}: a frame that is none: {error}") from error
+
+    def grant(self, batches: int) -> None:
+        """Lets the server push so many batches more."""
+        message = self._grants.get(batches)
+        if message is None:
+            credit = pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=batches))
+            message = self._grants[batches] = credit.SerializeToString()
+        self._requests.put(message)
+
+    def end(self) -> None:
+        """Ends the call, from any thread."""
+        self._requests.put(None)  # releases gRPC's thread that waits for requests
+        self._call.cancel()
+
+
+class _Watchdog:
+    """Ends a session that brings nothing until a moment: gRPC has no deadline for one response of many.
+
+    It looks a few times within each ``timeout_s`` and so may be late by a part of it, which costs the reader nothing for each batch.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._period_s = min(max(timeout_s / 20, 0.01), 1.0)
+        self._watched: tuple[_Session, float] | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, session: _Session, ends: float) -> None:
+        self._watched = (session, ends)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="touchline-watchdog", daemon=True)
+            self._thread.start()
+
+    def rest(self) -> None:
+        self._watched = None
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _work(self) -> None:
+        while not self._stopped.wait(self._period_s):
+            watched = self._watched
+            if watched is not None and time.monotonic() >= watched[1]:
+                self._watched = None
+                watched[0].end()

@@ -1,0 +1,115 @@
+"""The channel to one server: opened on first use, opened anew in a forked child."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from touchline import forking
+from touchline.errors import ClosedError, ForkError, InvalidArgumentError
+
+_SERVICE = "/touchline.v1.Replay/"
+
+
+def check_address(address: str) -> str:
+    """Returns the address if it is ``host:port``, ``[ipv6]:port`` or ``unix:/path``.
+
+    Raises:
+        InvalidArgumentError: it is something else.
+    """
+    if address.startswith("unix:"):
+        if len(address) > len("unix:"):
+            return address
+    elif "//" not in address:
+        host, _, port = address.rpartition(":")
+        if host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16:
+            return address
+    raise InvalidArgumentError(f"address: {address!r}, expected 'host:port' or 'unix:/path'")
+
+
+class Transport:
+    """One channel and its methods as callables from bytes to bytes. Safe to use from many threads.
+
+    Args:
+        address: ``host:port`` or ``unix:/path``.
+        max_message_bytes: of one request or response.
+    """
+
+    def __init__(self, address: str, *, max_message_bytes: int) -> None:
+        self.address = check_address(address)
+        self.generation = 0
+        """Grows by one in a forked child; what was opened before belongs to the parent."""
+        self._options = [
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            # Finds a peer that vanished without a word; the server allows pings this often.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.max_pings_without_data", 0),
+            # A server that restarts is back within seconds: do not wait for minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            # No connection shared with another client, so that closing one never disturbs the other.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._methods: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._closed = False
+        self._unusable = False
+        forking.forget_in_child(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def method(self, kind: str, name: str) -> Callable[..., Any]:
+        """Returns a callable for a method of the service, requests and responses being bytes.
+
+        Args:
+            kind: ``unary_unary``, ``stream_unary`` or ``stream_stream``.
+            name: ``AddEpisode``, ...
+
+        Raises:
+            ClosedError: the transport was closed.
+            ForkError: gRPC cannot work in this forked child.
+        """
+        found = self._methods.get((kind, name))
+        if found is not None:
+            return found
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the client of {self.address} was closed")
+            if self._unusable:
+                raise ForkError(
+                    "gRPC was loaded before touchline and without fork support, so that it cannot be used in this forked child: "
+                    "import touchline first, or set GRPC_ENABLE_FORK_SUPPORT=1"
+                )
+            if self._channel is None:
+                self._channel = grpc.insecure_channel(self.address, options=self._options)
+            made: Callable[..., Any] = getattr(self._channel, kind)(_SERVICE + name)
+            self._methods[kind, name] = made
+            return made
+
+    def close(self) -> None:
+        """Closes the channel; calls under way end with an error. Closing again does nothing."""
+        with self._lock:
+            self._closed = True
+            channel, self._channel = self._channel, None
+            self._methods = {}
+        if channel is not None:
+            channel.close()
+
+    def after_fork_in_child(self) -> None:
+        """Leaves the parent's channel alone; the next call opens one of the child's own."""
+        if self._channel is not None:
+            forking.keep_orphan((self._channel, self._methods))
+            self._unusable = not forking.SUPPORTED
+        self._channel = None
+        self._methods = {}
+        self._lock = threading.Lock()
+        self.generation += 1

@@ -1,0 +1,91 @@
+"""The values that the client returns beside batches and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from touchline.errors import TouchlineError
+from touchline_protos import Counts
+from touchline_protos.codec import EpisodeKey
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyState:
+    """How far a table is from being sampled."""
+
+    can_sample: bool
+    """At least one episode is long enough for the configured horizon."""
+    min_steps_reached: bool
+    """At least as many rows are stored as were asked for (``min_history`` where none were)."""
+    min_history: int
+    """Rows before training should start, as the server is configured."""
+    counts: Counts
+    """The table's figures at that moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnInfo:
+    """What one stored column holds."""
+
+    dtype: str
+    """``float32``, ``bfloat16``, ..."""
+    shape: tuple[int, ...]
+    """Of one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server says about itself."""
+
+    version: str
+    """Of the server."""
+    protocol_version: str
+    """MAJOR.MINOR; another major version than the client's is refused."""
+    config_toml: str
+    """The configuration in force, as TOML."""
+    columns: dict[str, ColumnInfo]
+    """The schema that the first episode fixed; empty before it."""
+    device: str
+    """Where the columns are: ``cpu``, ``cuda:N``, ``disk``; empty before the first episode."""
+    size_bytes: int
+    """Allocated for the columns."""
+    capacity: int
+    """Rows that fit."""
+    max_message_bytes: int
+    """Of one request or response; what is larger travels in chunks."""
+    counts: Counts
+    """The table's figures at that moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeResult:
+    """What became of one episode."""
+
+    key: EpisodeKey
+    """The episode's key: an episode sent again with it is never stored twice."""
+    episode_id: int = -1
+    """The server's number for it; -1 where refused or not known."""
+    duplicate: bool = False
+    """Its key was stored before: acknowledged, not stored again."""
+    error: TouchlineError | None = None
+    """Why it was refused or is not acknowledged; None where it is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriterCounters:
+    """What an :class:`~touchline.EpisodeWriter` did so far. Always ``appended == pending + acknowledged + refused``."""
+
+    appended: int = 0
+    """Episodes that were finished and handed to the background thread; the pieces of a cut episode count one each."""
+    pending: int = 0
+    """Of these, not answered yet."""
+    acknowledged: int = 0
+    """Of these, stored by the server."""
+    refused: int = 0
+    """Of these, given up: refused by the server, or the client was closed."""
+    discarded: int = 0
+    """Episodes never handed on: unfinished when the body of ``with`` failed, or a single row, which holds no transition."""
+    steps_appended: int = 0
+    """Rows of the episodes that count as appended; the row at which an episode was cut counts in both pieces."""
+    steps_acknowledged: int = 0
+    """Rows of the episodes that count as acknowledged."""

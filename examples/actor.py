@@ -1,0 +1,102 @@
+"""An actor: plays robot soccer and sends what the four players lived through to a replay server.
+
+    python examples/actor.py --address 127.0.0.1:50051 --matches 10
+
+Prints a line of JSON for each match, and at the end one with its totals. SIGTERM or Ctrl-C ends the match under way, sends it, and exits
+with 0. While the server is away it keeps playing, until 64 episodes a player wait; they go out when the server is back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import zlib
+from contextlib import ExitStack
+from types import FrameType
+
+from soccer import PLAYERS, NoisyChaser, make_match, play_match
+
+from touchline import EpisodeWriter, ReplayClient, UnacknowledgedError
+
+FLUSH_TIMEOUT_S = 30.0
+"""How long the server may take, after the last match, to acknowledge what waits."""
+
+
+class StopRequest:
+    """Set by the first SIGTERM or SIGINT; a second one kills."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--actor-name", default=f"soccer-{socket.gethostname()}", help="default: soccer-<hostname>")
+    parser.add_argument("--seed", type=int, help="of pitch and policies; default: made from the actor's name")
+    parser.add_argument("--matches", type=int, default=0, help="how many to play; 0, the default: until stopped")
+    parser.add_argument("--match-seconds", type=float, default=10.0, help="time limit of a match, in the simulation's time")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = StopRequest()
+    seed = zlib.crc32(args.actor_name.encode()) if args.seed is None else args.seed
+    match = make_match(seed=seed, match_seconds=args.match_seconds)
+    policies = [NoisyChaser(seed=(seed, player)) for player in range(PLAYERS)]
+    episodes = steps = 0
+
+    with ReplayClient(args.address, actor=args.actor_name) as client, ExitStack() as at_failure:
+        writers = [at_failure.enter_context(EpisodeWriter(client, actor=f"{args.actor_name}/{player}")) for player in range(PLAYERS)]
+
+        for number in range(args.matches) if args.matches else itertools.count():
+            rows, returns = 0, [0.0] * PLAYERS
+            for players_rows in play_match(match, policies, number=number):
+                for player, (writer, row) in enumerate(zip(writers, players_rows, strict=True)):
+                    writer.append(row)
+                    returns[player] += float(row["reward"]) if rows else 0.0
+                rows += 1
+                if stop.requested:
+                    break
+            sent = [writer.end_episode() for writer in writers]
+            if all(sent):  # a match stopped at its first row has no transition to send
+                episodes, steps = episodes + PLAYERS, steps + PLAYERS * rows
+                report = {"time": time.time(), "match": number, "steps": rows, "returns": returns}
+                print(json.dumps(report), flush=True)
+            if stop.requested:
+                break
+
+        try:
+            for writer in writers:
+                writer.close(FLUSH_TIMEOUT_S)  # returns once everything is acknowledged
+        except UnacknowledgedError as error:
+            logging.error("%s", error)
+        counters = [writer.counters for writer in writers]
+        totals = {
+            "episodes_played": episodes,
+            "episodes_acknowledged": sum(counter.acknowledged for counter in counters),
+            "steps_played": steps,
+            "steps_acknowledged": sum(counter.steps_acknowledged for counter in counters),
+        }
+        print(json.dumps(totals), flush=True)
+    return 0 if totals["episodes_acknowledged"] == episodes else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""A learner: trains a small world model on what a replay server holds.
+
+    python examples/learner.py --address 127.0.0.1:50051 --seconds 60 --metrics metrics.jsonl
+
+Waits until the server has `min_history` rows, then trains on slices that the server pushes. One match of ten (column `match`) is
+held out: its slices are never trained on, they tell how well the model predicts rewards that it has not seen, against predicting their
+mean. Whole matches, because the four episodes of one match share the ball. SIGTERM or Ctrl-C ends training as the time limit does:
+a last report, the checkpoint, exit status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(f"The learner needs torch ({error}). Install it with: pip install 'touchline[torch]'") from error
+from torch import Tensor
+from world_model import Losses, WorldModel
+
+from touchline import Batch, ReplayClient, UnavailableError
+
+HOLD_OUT_EVERY = 10
+"""Matches number 1, 11, 21, ... of each actor are held out."""
+MAX_HELD_OUT_BATCHES = 400
+"""As many batches' held-out slices are kept, the newest."""
+REPORT_EVERY_S = 1.0
+CHECKPOINT_EVERY_S = 30.0
+LEARNING_RATE = 1e-3
+MAX_GRADIENT_NORM = 20.0
+
+Slices = tuple[Tensor, Tensor, Tensor]
+"""obs [H+1, B, obs_size], action [H, B, action_size] and reward [H, B, 1], float32."""
+
+
+class HeldOut:
+    """Slices of matches that are never trained on."""
+
+    def __init__(self) -> None:
+        self._parts: deque[Slices] = deque(maxlen=MAX_HELD_OUT_BATCHES)
+
+    def split(self, batch: Batch) -> Slices:
+        """Keeps the held-out slices of a batch and returns the others."""
+        obs, action, reward, _ = batch
+        held_out = batch.extra["match"][0] % HOLD_OUT_EVERY == 1
+        self._parts.append((obs[:, held_out], action[:, held_out], reward[:, held_out]))
+        return obs[:, ~held_out], action[:, ~held_out], reward[:, ~held_out]
+
+    def score(self, model: WorldModel) -> dict[str, Any] | None:
+        """Returns mean squared errors of the reward, in its own unit, for each step 1..H ahead; None while too little is held out."""
+        slices = sum(part[0].shape[1] for part in self._parts)
+        if slices < 2:
+            return None
+        obs, action, reward = (torch.cat(column, dim=1) for column in zip(*self._parts, strict=True))
+        error = (model.predict_rewards(obs[0], action) - reward).square().mean(dim=(1, 2))
+        of_the_mean = reward.var(dim=(1, 2), correction=0)  # the least that any constant can reach on these very slices
+        return {"slices": slices, "error": error.tolist(), "error_of_mean": of_the_mean.tolist()}
+
+
+class Learner:
+    """The model, its optimiser and what they report.
+
+    Args:
+        model: is trained.
+        metrics: file that a line of JSON is appended to about every second; None for none.
+        checkpoint: file with the model's weights: taken up if it is there, and written; None for none.
+    """
+
+    def __init__(self, model: WorldModel, *, metrics: Path | None = None, checkpoint: Path | None = None) -> None:
+        self._model = model
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=LEARNING_RATE)
+        self._metrics, self._checkpoint = metrics, checkpoint
+        self._held_out = HeldOut()
+        self._losses: list[Losses] = []
+        self.updates = 0
+        self._began = self._reported = self._saved = time.monotonic()
+        if checkpoint is not None and checkpoint.exists():
+            model.load_state_dict(torch.load(checkpoint, weights_only=True))
+            logging.info("goes on from %s", checkpoint)
+
+    def train(self, batch: Batch) -> None:
+        """Makes one update, if the batch has slices that are not held out."""
+        obs, action, reward = self._held_out.split(batch)
+        if not obs.shape[1]:
+            return
+        losses = self._model.loss(obs, action, reward)
+        self._optimizer.zero_grad()
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        self._optimizer.step()
+        self._model.follow()
+        self._losses.append(Losses(*(loss.detach() for loss in losses)))
+        self.updates += 1
+        now = time.monotonic()
+        if now - self._reported >= REPORT_EVERY_S:
+            self.report()
+        if now - self._saved >= CHECKPOINT_EVERY_S:
+            self.save()
+
+    def report(self, *, final: bool = False) -> None:
+        """Prints and writes the mean losses since the last report, and the score on what is held out."""
+        now = time.monotonic()
+        line: dict[str, Any] = {"time": time.time(), "updates": self.updates, "final": final}
+        line["batches_per_s"] = len(self._losses) / max(now - self._reported, 1e-9)
+        if self._losses:
+            line |= {name: float(torch.stack(column).mean()) for name, column in zip(Losses._fields, zip(*self._losses), strict=True)}
+        line["held_out"] = self._held_out.score(self._model)
+        self._losses, self._reported = [], now
+        print(json.dumps(line), flush=True)
+        if self._metrics is not None:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Writes the checkpoint; a reader sees the old one or the new one, never a part."""
+        self._saved = time.monotonic()
+        if self._checkpoint is not None:
+            partial = self._checkpoint.with_suffix(".partial")
+            torch.save(self._model.state_dict(), partial)
+            os.replace(partial, self._checkpoint)
+
+
+class StopRequest:
+    """Interrupts what is waited for on SIGTERM, SIGINT or when the time is up; once."""
+
+    def __init__(self, *, after_s: float | None) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            signal.signal(number, self._request)
+        signal.setitimer(signal.ITIMER_REAL, after_s or 0.0)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested = True
+            raise KeyboardInterrupt
+
+
+def batches(client: ReplayClient, *, batch_size: int) -> Iterator[Batch]:
+    """Yields batches for ever; a server that is away is waited for."""
+    while True:
+        client.wait_until_ready()
+        try:
+            with client.batches(batch_size=batch_size, prefetch=8) as stream:
+                yield from stream
+        except UnavailableError as error:
+            logging.warning("waits for the server: %s", error)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--seconds", type=float, help="ends after so long, waiting for data included; default: no limit")
+    parser.add_argument("--updates", type=int, help="ends after so many updates; default: no limit")
+    parser.add_argument("--batch-size", type=int, default=128, help="slices in a batch")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's first weights")
+    parser.add_argument("--metrics", type=Path, help="appends a line of JSON about every second")
+    parser.add_argument("--checkpoint", type=Path, help="takes the weights up from here if they are there, and saves them")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(1)  # such small matrices gain nothing from more, and the actors need the cores
+    torch.manual_seed(args.seed)
+    stop = StopRequest(after_s=args.seconds)
+
+    learner: Learner | None = None
+    with ReplayClient(args.address) as client:
+        try:
+            for batch in batches(client, batch_size=args.batch_size):
+                if learner is None:
+                    model = WorldModel(batch.obs.shape[-1], batch.action.shape[-1])
+                    learner = Learner(model, metrics=args.metrics, checkpoint=args.checkpoint)
+                learner.train(batch)
+                if stop.requested or learner.updates == args.updates:
+                    break
+        except KeyboardInterrupt:
+            logging.info("ends training")
+        stop.requested = True
+    if learner is None:
+        logging.warning("ended before there was anything to train on")
+        return 0
+    learner.report(final=True)
+    learner.save()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

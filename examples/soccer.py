@@ -1,0 +1,130 @@
+"""Robot soccer for replay: dm_control's 2 against 2 BoxHead match as four players' rows, and a policy that plays it.
+
+A match gives four episodes, one a player, in TD-MPC2's row convention: an episode of T transitions has T + 1 rows; row 0 holds the
+reset observation, its action, reward and done are NaN; row t holds the observation that the action in row t led to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ.setdefault("MUJOCO_GL", "disabled")  # no rendering, and so no graphics libraries; read when dm_control is imported
+
+try:
+    from dm_control.locomotion import soccer
+except ImportError as error:
+    raise SystemExit(f"Robot soccer needs dm_control ({error}). Install it with: pip install -r examples/requirements.txt") from error
+
+Array = NDArray[np.float32]
+Row = dict[str, np.ndarray]
+
+PLAYERS = 4
+ACTIONS = 3
+"""A BoxHead's controls, each in [-1, 1]: roll (negative is forward), steer (negative is to the left), kick."""
+
+GOAL_REWARD = 5.0
+TO_BALL_REWARD = 0.05
+BALL_TO_GOAL_REWARD = 0.05
+"""Reward of a step: 5 for a goal (-5 against), 0.05 for each m/s towards the ball, 0.05 for each m/s of the ball towards the opponents' goal.
+
+Goals alone are too rare to learn from; these two shaping terms are among those of Liu et al. 2019, "Emergent Coordination Through
+Competition" (the paper of this environment).
+"""
+
+
+def make_match(*, seed: int, match_seconds: float) -> Any:
+    """Returns a dm_control environment whose pitch, kick-offs and physics follow `seed`; a goal or `match_seconds` ends a match."""
+    return soccer.load(
+        team_size=PLAYERS // 2,
+        time_limit=match_seconds,
+        random_state=seed,
+        enable_field_box=True,  # the ball bounces off the borders: no throw-ins
+        terminate_on_goal=True,
+        walker_type=soccer.WalkerType.BOXHEAD,
+    )
+
+
+def flat_observation(observation: Mapping[str, np.ndarray]) -> Array:
+    """Returns one player's observation as a flat float32 vector, its keys in alphabetical order.
+
+    The `stats_*` keys are left out: the reward is made of them, so a model that saw them would have nothing to predict.
+    """
+    keys = sorted(key for key in observation if not key.startswith("stats_"))
+    return np.concatenate([np.ravel(observation[key]) for key in keys]).astype(np.float32)
+
+
+def shaped_reward(goal: float, observation: Mapping[str, np.ndarray]) -> float:
+    """Returns one player's reward for a step that led to `observation`; `goal` is +1, -1 or 0."""
+    to_ball = float(observation["stats_vel_to_ball"][0])
+    ball_to_goal = float(observation["stats_vel_ball_to_goal"][0])
+    return GOAL_REWARD * goal + TO_BALL_REWARD * to_ball + BALL_TO_GOAL_REWARD * ball_to_goal
+
+
+class NoisyChaser:
+    """A policy that runs about at random, smoothly, with a pull to the ball, so that something happens.
+
+    The noise is AR(1), a discrete Ornstein-Uhlenbeck process: it keeps its direction for about `memory_steps`. How much of the action
+    is noise differs from match to match, so that there are good and bad matches to learn from. Not thread-safe.
+    """
+
+    def __init__(self, *, seed: int | Sequence[int], memory_steps: float = 20.0, pull: tuple[float, float] = (0.2, 1.0)) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._keep = float(np.exp(-1.0 / memory_steps))
+        self._pull_range = pull
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a match with fresh noise and a new share of it."""
+        self._noise = self._rng.normal(size=ACTIONS)
+        self._pull = self._rng.uniform(*self._pull_range)
+
+    def __call__(self, observation: Mapping[str, np.ndarray]) -> Array:
+        """Returns the action, [3] float32 in [-1, 1], for one player's observation."""
+        self._noise = self._keep * self._noise + np.sqrt(1.0 - self._keep**2) * self._rng.normal(size=ACTIONS)
+        ahead, left, _ = observation["ball_ego_position"][0]
+        angle = np.arctan2(left, ahead)
+        turning = observation["sensors_gyro"][0, 2]
+        chase = np.array([-np.cos(angle), 0.3 * turning - angle, 0.0])
+        return np.clip(self._pull * chase + (1.0 - self._pull) * self._noise, -1.0, 1.0).astype(np.float32)
+
+
+def play_match(match: Any, policies: Sequence[NoisyChaser], *, number: int = 0) -> Iterator[tuple[Row, ...]]:
+    """Plays one match and yields, for the reset and after each step, every player's row.
+
+    Args:
+        match: from `make_match`.
+        policies: one a player.
+        number: goes into the rows' `match` column, so that a learner can tell which episodes share a match.
+
+    Yields:
+        A tuple of four rows: obs [obs_size], action [3], reward [] and done [] float32, match [] int32. `done` means terminated: 1 in the
+        last row of a match that a goal ended; the time limit is a truncation and leaves it 0.
+    """
+    for policy in policies:
+        policy.reset()
+    step = match.reset()
+    nothing = np.full(ACTIONS, np.nan, dtype=np.float32)
+    yield tuple(_row(observation, nothing, np.nan, np.nan, number) for observation in step.observation)
+    while not step.last():
+        actions = [policy(observation) for policy, observation in zip(policies, step.observation, strict=True)]
+        step = match.step(actions)
+        done = float(step.last() and step.discount == 0.0)
+        yield tuple(
+            _row(observation, action, shaped_reward(float(goal), observation), done, number)
+            for observation, action, goal in zip(step.observation, actions, step.reward, strict=True)
+        )
+
+
+def _row(observation: Mapping[str, np.ndarray], action: Array, reward: float, done: float, number: int) -> Row:
+    return {
+        "obs": flat_observation(observation),
+        "action": action,
+        "reward": np.asarray(reward, dtype=np.float32),
+        "done": np.asarray(done, dtype=np.float32),
+        "match": np.asarray(number, dtype=np.int32),
+    }

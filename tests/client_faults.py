@@ -1,0 +1,80 @@
+"""A real gRPC server whose answers a test decides: for what a healthy replay server does not do on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from types import TracebackType
+from typing import Any, NoReturn
+
+import grpc
+
+Handler = Callable[[Any, grpc.ServicerContext], Any]
+
+_KINDS = {
+    "LoadEpisodes": grpc.stream_unary_rpc_method_handler,
+    "SampleStream": grpc.stream_stream_rpc_method_handler,
+}
+
+
+def fail(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str = "", details: str = "as the test wants") -> NoReturn:
+    """Ends a call the way the replay service does: status code, text, and a reason for programs."""
+    if reason:
+        context.set_trailing_metadata((("touchline-reason", reason),))
+    context.abort(code, details)
+    raise AssertionError("abort raises")
+
+
+class ScriptedServer(grpc.GenericRpcHandler):
+    """Serves ``touchline.v1.Replay`` by the given functions, bytes in and bytes out.
+
+    Args:
+        handlers: by method name; a function of a message (or an iterator of messages) and the context. Others are UNIMPLEMENTED.
+    """
+
+    def __init__(self, **handlers: Handler) -> None:
+        self.handlers = handlers
+        self.calls: list[tuple[str, dict[str, str]]] = []
+        """Every call so far: the method's name and the call's metadata."""
+        self._server = grpc.server(futures.ThreadPoolExecutor(16))
+        self._server.add_generic_rpc_handlers((self,))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        name = details.method.rpartition("/")[2]
+        self.calls.append((name, dict(details.invocation_metadata)))
+        handler = self.handlers.get(name)
+        if handler is None:
+            return None
+        return _KINDS.get(name, grpc.unary_unary_rpc_method_handler)(handler)
+
+    def count(self, name: str) -> int:
+        """Returns how often a method was called."""
+        return sum(called == name for called, _ in self.calls)
+
+    def __enter__(self) -> ScriptedServer:
+        self._server.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server.stop(0).wait()
+
+
+def in_turn(*handlers: Handler) -> Handler:
+    """Returns a handler that answers the first call like the first of these, the second like the second; the last goes on."""
+    left: Iterator[Handler] = iter(handlers[:-1])
+
+    def handle(request: Any, context: grpc.ServicerContext) -> Any:
+        return next(left, handlers[-1])(request, context)
+
+    return handle
+
+
+def failing(code: grpc.StatusCode, reason: str = "", details: str = "as the test wants") -> Handler:
+    """Returns a handler that fails."""
+    return lambda request, context: fail(context, code, reason, details)
+
+
+def answering(message: bytes) -> Handler:
+    """Returns a handler that answers with a message."""
+    return lambda request, context: message

@@ -1,0 +1,143 @@
+"""Arrays, episodes and batches for the tests of the codec: strategies, fillers and comparisons to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from hypothesis import strategies as st
+
+from touchline_protos.codec import BatchLayout, Episode, EpisodeKey, TensorSpec
+from touchline_protos.dtypes import DType, to_numpy
+from touchline_protos.v1 import replay_pb2 as pb
+
+DTYPES = [to_numpy(wire) for wire in DType]
+INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=128)
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Any bits (NaN payloads too) of any dtype and shape, 0-d and empty ones included, in any memory layout."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=5)))
+    size = int(np.prod(shape, dtype=int)) * dtype.itemsize
+    data = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8)
+    if dtype == np.bool_:
+        data = data & 1
+    array = np.ndarray(shape, dtype, data.tobytes())
+    layout = draw(st.sampled_from(["C", "transposed", "strided", "big-endian"]))
+    if layout == "transposed":
+        return np.array(array.T, order="C").T
+    if layout == "strided" and array.ndim:
+        return np.repeat(array, 2, axis=0)[::2]
+    if layout == "big-endian":
+        return array.astype(dtype.newbyteorder(">"))
+    return array
+
+
+@st.composite
+def episodes(draw: st.DrawFn) -> Episode:
+    key = draw(st.none() | st.builds(EpisodeKey, IDS, INT64, INT64))
+    columns = draw(st.dictionaries(NAMES, arrays(), max_size=5))
+    return Episode(columns, key, draw(st.just("") | IDS), draw(INT64))
+
+
+def bits(array: np.ndarray) -> tuple[np.dtype, tuple[int, ...], bytes]:
+    """What two arrays have in common if they are the same to the bit, however they lie in memory."""
+    little = array.dtype.newbyteorder("<")
+    return little, array.shape, np.array(array, dtype=little, order="C").tobytes()
+
+
+def same_episode(one: Episode, other: Episode) -> bool:
+    return (
+        (one.key, one.actor, one.policy_version) == (other.key, other.actor, other.policy_version)
+        and list(one.columns) == list(other.columns)
+        and all(bits(one.columns[name]) == bits(other.columns[name]) for name in one.columns)
+    )
+
+
+def to_proto(episode: Episode) -> pb.Episode:
+    """The episode by the generated classes."""
+    message = pb.Episode(actor=episode.actor, policy_version=episode.policy_version)
+    if episode.key is not None:
+        message.key.client_id = episode.key.client_id
+        message.key.incarnation = episode.key.incarnation
+        message.key.sequence = episode.key.sequence
+    for name, array in episode.columns.items():
+        dtype, shape, data = bits(array)
+        tensor = pb.Tensor(dtype=next(wire for wire in DType if to_numpy(wire) == dtype), shape=shape, data=data)
+        message.columns.append(pb.Column(name=name, tensor=tensor))
+    return message
+
+
+def from_proto(message: pb.Episode) -> Episode:
+    """The episode that the generated classes read."""
+    columns = {
+        column.name: np.ndarray(tuple(column.tensor.shape), to_numpy(column.tensor.dtype), column.tensor.data)
+        if column.tensor.data
+        else np.empty(tuple(column.tensor.shape), to_numpy(column.tensor.dtype))
+        for column in message.columns
+    }
+    key = None
+    if message.HasField("key"):
+        key = EpisodeKey(message.key.client_id, message.key.incarnation, message.key.sequence)
+    return Episode(columns, key, message.actor, message.policy_version)
+
+
+def small_episode() -> Episode:
+    """Four rows of usual columns."""
+    return Episode(
+        {
+            "obs": np.arange(12, dtype=np.float32).reshape(4, 3),
+            "action": np.arange(8, dtype=np.float64).reshape(4, 2),
+            "reward": np.array([np.nan, 1, 2, 3], np.float32),
+            "done": np.array([False, False, False, True]),
+        },
+        EpisodeKey("robot-7", 1_700_000_000, 42),
+        "arm",
+        9,
+    )
+
+
+def layout(horizon: int = 3, batch_size: int = 4, *, obs: tuple[int, ...] = (5,), task: bool = True) -> BatchLayout:
+    """A batch's layout with nested observations, an extra column and a task."""
+    steps, transitions = (horizon + 1, batch_size), (horizon, batch_size)
+    float32 = np.dtype("<f4")
+    columns = [
+        TensorSpec("obs.state", float32, (*steps, *obs)),
+        TensorSpec("obs.image.left", np.dtype("u1"), (*steps, 2, 3)),
+        TensorSpec("action", to_numpy(DType.BFLOAT16), (*transitions, 2)),
+        TensorSpec("reward", float32, (*transitions, 1)),
+        TensorSpec("done", float32, (*transitions, 1)),
+        TensorSpec("phase", np.dtype("<i2"), steps),
+    ]
+    return BatchLayout(columns + [TensorSpec("task", np.dtype("<i8"), (batch_size,))] * task, batch_size)
+
+
+def fill(views: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Fills a batch's views with random bits; returns copies of what it wrote."""
+    generator = np.random.default_rng(seed)
+    for view in views.values():
+        view[...] = np.frombuffer(generator.bytes(view.nbytes), view.dtype).reshape(view.shape)
+    return {name: view.copy() for name, view in views.items()}
+
+
+def batch_arrays(batch: object) -> dict[str, np.ndarray]:
+    """The arrays of a decoded batch of :func:`layout` by their wire names."""
+    found = {
+        "obs.state": batch.obs["state"],
+        "obs.image.left": batch.obs["image"]["left"],
+        "phase": batch.extra["phase"],
+        **{name: getattr(batch, name) for name in ("action", "reward", "done")},
+    }
+    if batch.task is not None:
+        found["task"] = batch.task
+    for name in ("episode_id", "start", "actor", "policy_version", "probability"):
+        found[f"provenance.{name}"] = getattr(batch, name)
+    return found
+
+
+def same_arrays(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return set(one) == set(other) and all(bits(one[name]) == bits(other[name]) for name in one)

@@ -1,0 +1,214 @@
+"""Golden bytes of the messages that carry tensors: what was once on the wire has to stay readable.
+
+``python tests/contract/test_golden.py`` writes the files anew; do that only together with a change of the protocol's version.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+
+from touchline_protos.codec import (
+    BatchDecoder,
+    BatchLayout,
+    Episode,
+    EpisodeKey,
+    LoadDecoder,
+    TensorSpec,
+    decode_add_episode,
+    encode_add_episode,
+    encode_load,
+)
+from touchline_protos.dtypes import DType, to_numpy
+from touchline_protos.v1 import replay_pb2 as pb
+
+GOLDEN = Path(__file__).parent / "golden"
+HORIZON, BATCH_SIZE = 2, 3
+ACTORS = {0: "arm", 5: "Hände"}
+CHUNK_BYTES = 96
+
+
+def ramp(shape: tuple[int, ...], dtype: np.dtype, start: int = 0) -> np.ndarray:
+    """Counts up, in any dtype; a bfloat16 by its bits."""
+    values = np.arange(start, start + int(np.prod(shape, dtype=int))).reshape(shape)
+    if dtype.kind == "b":
+        return values % 2 == 1
+    return values.astype("<u2").view(dtype) if dtype.kind == "V" else values.astype(dtype)
+
+
+def make_episode() -> Episode:
+    """Every dtype of the wire, several ranks, no row left out."""
+    columns = {f"extra.{wire.name.lower()}": ramp((3, 2), to_numpy(wire), int(wire)) for wire in DType}
+    columns |= {
+        "obs": ramp((3, 2, 2), np.dtype("<f4"), 100),
+        "action": ramp((3, 1), np.dtype("<f4"), 200),
+        "reward": np.array([np.nan, 0.5, -np.inf], "<f4"),
+        "nothing": np.empty((3, 0), "<i8"),
+    }
+    return Episode(columns, EpisodeKey("robot", -1, 1 << 40), "arm", 12)
+
+
+def make_layout() -> BatchLayout:
+    steps, transitions = (HORIZON + 1, BATCH_SIZE), (HORIZON, BATCH_SIZE)
+    float32 = np.dtype("<f4")
+    columns = [
+        TensorSpec("obs.state", float32, (*steps, 2)),
+        TensorSpec("obs.rgb", np.dtype("u1"), (*steps, 2, 2)),
+        TensorSpec("action", float32, (*transitions, 1)),
+        TensorSpec("reward", float32, (*transitions, 1)),
+        TensorSpec("done", float32, (*transitions, 1)),
+        TensorSpec("task", np.dtype("<i8"), (BATCH_SIZE,)),
+    ]
+    return BatchLayout(columns, BATCH_SIZE)
+
+
+def make_arrays(seed: int) -> dict[str, np.ndarray]:
+    return {s.name: ramp(s.shape, s.dtype, seed + 10 * i) for i, s in enumerate(make_layout().specs)}
+
+
+def write_response() -> bytes:
+    message, views = make_layout().sample_response(ACTORS)
+    for name, array in make_arrays(1).items():
+        views[name][...] = array
+    return message
+
+
+def write_group() -> bytes:
+    message, batches = make_layout().group(2, ACTORS)
+    for seed, views in enumerate(batches):
+        for name, array in make_arrays(seed).items():
+            views[name][...] = array
+    return message
+
+
+def write_chunks() -> list[bytes]:
+    made, arrays = make_layout(), make_arrays(3)
+    messages = []
+    for piece in made.chunk_plan(CHUNK_BYTES):
+        message, views = made.chunk(piece, {} if piece.offset_bytes else ACTORS)
+        for (name, first, end, _), view in zip(piece.segments, views, strict=True):
+            inner = arrays[name].shape[2:]
+            view[...] = arrays[name].reshape(-1, *inner)[first:end]
+        messages.append(message)
+    return messages
+
+
+def write_load() -> list[bytes]:
+    return list(encode_load(make_episode(), table="main", chunk_bytes=40))
+
+
+MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
+    "add_episode_request": (lambda: encode_add_episode(make_episode(), table="main"), pb.AddEpisodeRequest),
+    "load_episodes_request_header": (lambda: write_load()[0], pb.LoadEpisodesRequest),
+    "load_episodes_request_chunk": (lambda: write_load()[-1], pb.LoadEpisodesRequest),
+    "sample_response": (write_response, pb.SampleResponse),
+    "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
+    "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
+    "sample_stream_response_last_chunk": (lambda: write_chunks()[-1], pb.SampleStreamResponse),
+}
+
+
+def golden(name: str) -> bytes:
+    return (GOLDEN / f"{name}.bin").read_bytes()
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    return (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+
+
+def assert_batch(batch: object, seed: int) -> None:
+    arrays = make_arrays(seed)
+    assert same(batch.obs["state"], arrays["obs.state"])
+    assert same(batch.obs["rgb"], arrays["obs.rgb"])
+    for name in ("action", "reward", "done", "task"):
+        assert same(getattr(batch, name), arrays[name])
+    for name in ("episode_id", "start", "actor", "policy_version", "probability"):
+        assert same(getattr(batch, name), arrays[f"provenance.{name}"])
+    assert batch.actor_names == ACTORS
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages_written_today_are_the_golden_ones(name: str) -> None:
+    assert MESSAGES[name][0]() == golden(name)
+
+
+def test_every_golden_file_has_its_message() -> None:
+    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(MESSAGES)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_golden_messages_are_known_to_the_generated_class_to_the_last_field(name: str) -> None:
+    message = MESSAGES[name][1].FromString(golden(name))
+
+    size = message.ByteSize()
+    message.DiscardUnknownFields()
+
+    assert size == message.ByteSize()
+    # What protobuf does not write again is padding without content, two bytes each.
+    assert 0 <= len(golden(name)) - size <= 2 * golden(name).count(b"\x1a\x00")
+
+
+def test_golden_episode_is_read_by_hand_and_by_the_generated_class() -> None:
+    expected = make_episode()
+
+    table, episode = decode_add_episode(golden("add_episode_request"))
+    by_class = pb.AddEpisodeRequest.FromString(golden("add_episode_request"))
+
+    assert table == by_class.table == "main"
+    assert (episode.key, episode.actor, episode.policy_version) == (expected.key, "arm", 12)
+    assert list(episode.columns) == [column.name for column in by_class.episode.columns] == list(expected.columns)
+    assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
+    for column in by_class.episode.columns:
+        assert column.tensor.data == expected.columns[column.name].tobytes()
+        assert tuple(column.tensor.shape) == expected.columns[column.name].shape
+        assert to_numpy(column.tensor.dtype) == expected.columns[column.name].dtype
+
+
+def test_golden_load_is_read_by_hand() -> None:
+    messages = [golden("load_episodes_request_header"), *write_load()[1:-1], golden("load_episodes_request_chunk")]
+    decoder = LoadDecoder()
+
+    *before, episode = [decoder.feed(message) for message in messages]
+
+    expected = make_episode()
+    assert not any(before) and episode is not None and episode.key == expected.key and decoder.table == "main"
+    assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
+
+
+def test_golden_batches_are_read_by_hand() -> None:
+    assert_batch(BatchDecoder().sample_response(golden("sample_response")), 1)
+    for seed, batch in enumerate(BatchDecoder().feed(golden("sample_stream_response_group"))):
+        assert_batch(batch, seed)
+    first, *rest, last = write_chunks()
+    decoder = BatchDecoder()
+    assert (first, last) == (
+        golden("sample_stream_response_first_chunk"),
+        golden("sample_stream_response_last_chunk"),
+    )
+    (batch,) = [batch for message in (first, *rest, last) for batch in decoder.feed(message)]
+    assert_batch(batch, 3)
+
+
+def test_golden_batches_are_read_by_the_generated_class() -> None:
+    batches = [
+        (pb.SampleResponse.FromString(golden("sample_response")).batch, 1),
+        *zip(pb.SampleStreamResponse.FromString(golden("sample_stream_response_group")).group.batches, (0, 1), strict=True),
+    ]
+
+    for batch, seed in batches:
+        arrays = make_arrays(seed)
+        tensors = {column.name: column.tensor for column in batch.columns}
+        tensors |= {f"provenance.{field.name}": value for field, value in batch.provenance.ListFields()}
+        assert {name: tensor.data for name, tensor in tensors.items()} == {n: a.tobytes() for n, a in arrays.items()}
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for file_name, (write, _) in MESSAGES.items():
+        (GOLDEN / f"{file_name}.bin").write_bytes(write())
+    sys.stdout.write(f"wrote {len(MESSAGES)} files to {GOLDEN}\n")

@@ -1,0 +1,145 @@
+"""The command touchline-server: its exit statuses and what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
+
+from touchline_server import cli
+from touchline_server.config import Config, ServerConfig
+
+
+@pytest.fixture(autouse=True)
+def _clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in os.environ:
+        if variable.upper().startswith("TOUCHLINE_"):
+            monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+@pytest.fixture
+def health_service() -> Iterator[tuple[health.HealthServicer, int]]:
+    """A running gRPC server that knows the health service alone, and its port."""
+    servicer = health.HealthServicer()
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        server = grpc.server(pool)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield servicer, port
+        server.stop(grace=None).wait()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["healthcheck", "--help"]])
+def test_help_explains_with_examples(arguments: list[str], runner: CliRunner) -> None:
+    result = runner.invoke(cli.app, arguments)
+
+    assert result.exit_code == 0
+    assert "Examples:\n" in result.stdout
+
+
+def test_module_prints_the_version() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "touchline_server", "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (result.returncode, result.stdout) == (0, "touchline-server 0.1.0\n")
+
+
+def test_serve_bad_configuration_exits_2_and_says_what(runner: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text("[config]\nbatch_size = 0\n", encoding="utf-8")
+
+    result = runner.invoke(cli.app, ["serve", "--config", str(file)])
+
+    assert result.exit_code == 2
+    assert result.stderr == f"touchline-server: config.batch_size (in {file}): 0, expected at least 1\n"
+
+
+def test_serve_bad_option_exits_2_and_names_the_key(runner: CliRunner) -> None:
+    result = runner.invoke(cli.app, ["serve", "--port", "70000"])
+
+    assert result.exit_code == 2
+    assert "server.port: 70000, expected at most 65535" in result.stderr
+
+
+def test_options_override_the_configuration() -> None:
+    config = Config(server={"host": "10.0.0.1", "port": 1, "unix_socket": "/run/a.sock", "max_streams": 7})
+
+    assert cli._override(config, host=None, port=None, unix_socket=None) == config
+    assert cli._override(config, host=None, port=None, unix_socket="/b").server.unix_socket == "/b"
+    by_port = cli._override(config, host=None, port=2, unix_socket=None).server
+    assert by_port == ServerConfig(host="10.0.0.1", port=2, unix_socket="", max_streams=7)
+
+
+def test_healthcheck_serving_exits_0(runner: CliRunner, health_service: tuple[health.HealthServicer, int]) -> None:
+    _, port = health_service
+
+    result = runner.invoke(cli.app, ["healthcheck", "--address", f"127.0.0.1:{port}"])
+
+    assert (result.exit_code, result.stderr) == (0, f"127.0.0.1:{port}: SERVING\n")
+
+
+def test_healthcheck_not_serving_exits_1(runner: CliRunner, health_service: tuple[health.HealthServicer, int]) -> None:
+    servicer, port = health_service
+    servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    result = runner.invoke(cli.app, ["healthcheck", "--address", f"127.0.0.1:{port}"])
+
+    assert (result.exit_code, result.stderr) == (1, f"touchline-server: 127.0.0.1:{port}: NOT_SERVING\n")
+
+
+def test_healthcheck_finds_the_server_by_its_configuration(
+    runner: CliRunner, health_service: tuple[health.HealthServicer, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, port = health_service
+    monkeypatch.setenv("TOUCHLINE_SERVER__HOST", "0.0.0.0")
+    monkeypatch.setenv("TOUCHLINE_SERVER__PORT", str(port))
+
+    result = runner.invoke(cli.app, ["healthcheck"])
+
+    assert (result.exit_code, result.stderr) == (0, f"127.0.0.1:{port}: SERVING\n")
+
+
+def test_healthcheck_no_server_exits_1_and_says_so(runner: CliRunner, tmp_path: Path) -> None:
+    result = runner.invoke(cli.app, ["healthcheck", "--address", f"unix:{tmp_path}/none.sock", "--timeout-s", "5"])
+
+    assert result.exit_code == 1
+    assert "none.sock: UNAVAILABLE" in result.stderr
+
+
+def test_healthcheck_port_not_known_beforehand_exits_1(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOUCHLINE_SERVER__PORT", "0")
+
+    result = runner.invoke(cli.app, ["healthcheck"])
+
+    assert result.exit_code == 1
+    assert "--address" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ({}, "127.0.0.1:50051"),
+        ({"host": "::", "port": 1}, "[::1]:1"),
+        ({"host": "fe80::1", "port": 1}, "[fe80::1]:1"),
+        ({"host": "[::1]", "port": 1}, "[::1]:1"),
+        ({"unix_socket": "/run/a.sock", "port": 0}, "unix:/run/a.sock"),
+    ],
+)
+def test_address_of_server_is_one_to_connect_to(server: dict[str, object], expected: str) -> None:
+    assert cli._address_of(ServerConfig.model_validate(server)) == expected

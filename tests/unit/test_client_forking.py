@@ -1,0 +1,113 @@
+"""The gate at which a fork waits, and what a transport forgets in a child."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from touchline import ForkError, forking
+from touchline.forking import ForkGate
+from touchline.identity import Identity
+from touchline.transport import Transport
+
+
+def test_gate_lets_a_fork_wait_until_calls_are_out() -> None:
+    gate = ForkGate()
+    inside, leave, shut = threading.Event(), threading.Event(), threading.Event()
+
+    def call() -> None:
+        with gate:
+            inside.set()
+            leave.wait(10)
+
+    def fork() -> None:
+        gate.shut()
+        shut.set()
+
+    caller, forker = threading.Thread(target=call), threading.Thread(target=fork)
+    caller.start()
+    assert inside.wait(10)
+    forker.start()
+    assert not shut.wait(0.1)
+
+    leave.set()
+
+    assert shut.wait(10)
+    caller.join(10)
+    forker.join(10)
+
+
+def test_gate_keeps_calls_out_until_it_is_reopened() -> None:
+    gate = ForkGate()
+    inside = threading.Event()
+
+    def call() -> None:
+        with gate:
+            inside.set()
+
+    gate.shut()
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert not inside.wait(0.1)
+
+    gate.reopen()
+
+    assert inside.wait(10)
+    caller.join(10)
+
+
+def test_gate_gives_a_fork_way_after_its_longest_wait(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(forking, "GATE_WAIT_S", 0.05)
+    gate = ForkGate()
+
+    with gate:
+        gate.shut()
+        gate.reopen()
+
+    assert "forking while 1 calls are still in gRPC" in caplog.text
+
+
+def test_transport_in_a_child_opens_a_channel_of_its_own_and_leaves_the_parents_open() -> None:
+    transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
+    parents = transport.method("unary_unary", "Ready")
+    generation = transport.generation
+
+    transport.after_fork_in_child()
+
+    assert transport.generation == generation + 1
+    assert transport.method("unary_unary", "Ready") is not parents
+    transport.close()
+
+
+def test_transport_in_a_child_without_fork_support_says_so_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "SUPPORTED", False)
+    transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
+    transport.method("unary_unary", "Ready")
+
+    transport.after_fork_in_child()
+
+    with pytest.raises(ForkError, match="GRPC_ENABLE_FORK_SUPPORT=1"):
+        transport.method("unary_unary", "Ready")
+
+
+def test_transport_never_used_in_the_parent_works_in_a_child_without_fork_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "SUPPORTED", False)
+    transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
+
+    transport.after_fork_in_child()
+
+    assert callable(transport.method("unary_unary", "Ready"))
+    transport.close()
+
+
+@pytest.mark.parametrize("given", [None, "robot"])
+def test_identity_in_a_child_gives_other_keys(given: str | None) -> None:
+    identity = Identity(given)
+    parents = identity.next_key()
+
+    identity.after_fork_in_child()
+
+    childs = identity.next_key()
+    assert childs.sequence == 0
+    assert childs.incarnation != parents.incarnation
+    assert (childs.client_id == parents.client_id) is (given is not None)
