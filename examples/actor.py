@@ -22,7 +22,6 @@ from contextlib import ExitStack
 from types import FrameType
 
 from soccer import PLAYERS, NoisyChaser, make_match, play_match
-
 from touchline import EpisodeWriter, ReplayClient, UnacknowledgedError
 
 FLUSH_TIMEOUT_S = 30.0

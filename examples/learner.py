@@ -28,14 +28,14 @@ try:
 except ImportError as error:
     raise SystemExit(f"The learner needs torch ({error}). Install it with: pip install 'touchline[torch]'") from error
 from torch import Tensor
-from world_model import Losses, WorldModel
 
 from touchline import Batch, ReplayClient, UnavailableError
+from world_model import Losses, WorldModel
 
 HOLD_OUT_EVERY = 10
 """Matches number 1, 11, 21, ... of each actor are held out."""
-MAX_HELD_OUT_BATCHES = 400
-"""As many batches' held-out slices are kept, the newest."""
+MAX_HELD_OUT_SLICES = 4096
+"""About so many held-out slices are kept, the newest."""
 REPORT_EVERY_S = 1.0
 CHECKPOINT_EVERY_S = 30.0
 LEARNING_RATE = 1e-3
@@ -49,24 +49,28 @@ class HeldOut:
     """Slices of matches that are never trained on."""
 
     def __init__(self) -> None:
-        self._parts: deque[Slices] = deque(maxlen=MAX_HELD_OUT_BATCHES)
+        self._parts: deque[Slices] = deque()
+        self._size = 0
 
     def split(self, batch: Batch) -> Slices:
         """Keeps the held-out slices of a batch and returns the others."""
         obs, action, reward, _ = batch
         held_out = batch.extra["match"][0] % HOLD_OUT_EVERY == 1
-        self._parts.append((obs[:, held_out], action[:, held_out], reward[:, held_out]))
+        if held_out.any():
+            self._parts.append((obs[:, held_out], action[:, held_out], reward[:, held_out]))
+            self._size += int(held_out.sum())
+        while self._size > MAX_HELD_OUT_SLICES:
+            self._size -= self._parts.popleft()[0].shape[1]
         return obs[:, ~held_out], action[:, ~held_out], reward[:, ~held_out]
 
     def score(self, model: WorldModel) -> dict[str, Any] | None:
         """Returns mean squared errors of the reward, in its own unit, for each step 1..H ahead; None while too little is held out."""
-        slices = sum(part[0].shape[1] for part in self._parts)
-        if slices < 2:
+        if self._size < 2:
             return None
         obs, action, reward = (torch.cat(column, dim=1) for column in zip(*self._parts, strict=True))
         error = (model.predict_rewards(obs[0], action) - reward).square().mean(dim=(1, 2))
         of_the_mean = reward.var(dim=(1, 2), correction=0)  # the least that any constant can reach on these very slices
-        return {"slices": slices, "error": error.tolist(), "error_of_mean": of_the_mean.tolist()}
+        return {"slices": self._size, "error": error.tolist(), "error_of_mean": of_the_mean.tolist()}
 
 
 class Learner:
@@ -116,7 +120,8 @@ class Learner:
         line: dict[str, Any] = {"time": time.time(), "updates": self.updates, "final": final}
         line["batches_per_s"] = len(self._losses) / max(now - self._reported, 1e-9)
         if self._losses:
-            line |= {name: float(torch.stack(column).mean()) for name, column in zip(Losses._fields, zip(*self._losses), strict=True)}
+            means = torch.tensor(self._losses).mean(dim=0).tolist()
+            line |= dict(zip(Losses._fields, means, strict=True))
         line["held_out"] = self._held_out.score(self._model)
         self._losses, self._reported = [], now
         print(json.dumps(line), flush=True)

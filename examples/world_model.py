@@ -78,9 +78,7 @@ class WorldModel(nn.Module):
         target_follows: how much of the encoder the EMA target takes over with each `follow()`.
     """
 
-    def __init__(
-        self, obs_size: int, action_size: int, *, latent_size: int = 64, rho: float = 0.5, target_follows: float = 0.01
-    ) -> None:
+    def __init__(self, obs_size: int, action_size: int, *, latent_size: int = 64, rho: float = 0.5, target_follows: float = 0.01) -> None:
         super().__init__()
         self.rho, self.target_follows = rho, target_follows
         self.obs_norm, self.reward_norm = Normalizer(obs_size), Normalizer(1)

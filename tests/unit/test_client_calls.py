@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from client_faults import ScriptedServer, answering, fail, failing, in_turn
 from touchline import (
     AccessDeniedError,
@@ -73,7 +74,10 @@ def test_other_failures_are_not_retried(code: grpc.StatusCode) -> None:
 
 
 def test_unavailable_until_the_deadline_says_so() -> None:
-    with ScriptedServer(Ready=failing(UNAVAILABLE, details="gone for lunch")) as server, ReplayClient(server.address, timeout_s=0.3) as client:
+    with (
+        ScriptedServer(Ready=failing(UNAVAILABLE, details="gone for lunch")) as server,
+        ReplayClient(server.address, timeout_s=0.3) as client,
+    ):
         started = time.monotonic()
         with pytest.raises(UnavailableError, match="gone for lunch"):
             client.ready()
@@ -276,7 +280,8 @@ def test_add_over_the_servers_limit_goes_in_chunks() -> None:
         return pb.LoadEpisodesResponse(results=[result], counts=pb.Counts(episodes_stored=1)).SerializeToString()
 
     too_large = failing(grpc.StatusCode.RESOURCE_EXHAUSTED)
-    with ScriptedServer(AddEpisode=too_large, LoadEpisodes=load) as server, ReplayClient(server.address) as client:
+    info = answering(pb.InfoResponse(max_message_bytes=1 << 20).SerializeToString())
+    with ScriptedServer(AddEpisode=too_large, LoadEpisodes=load, Info=info) as server, ReplayClient(server.address) as client:
         assert client.add(EPISODE, actor="keeper", policy_version=3) == 1
 
     assert (received[0].episode.actor, received[0].episode.policy_version) == ("keeper", 3)

@@ -10,13 +10,22 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from client_faults import ScriptedServer, answering, fail, failing, in_turn
 from touchline import DeadlineError, InvalidArgumentError, NotReadyError, ReplayClient, ServerError, UnavailableError
 from touchline_protos.codec import BatchLayout, TensorSpec
 from touchline_protos.v1 import replay_pb2 as pb
 
 F4 = np.dtype("<f4")
-LAYOUT = BatchLayout([TensorSpec("obs", F4, (2, 3)), TensorSpec("action", F4, (1, 3)), TensorSpec("reward", F4, (1, 3, 1)), TensorSpec("done", F4, (1, 3, 1))], 3)
+LAYOUT = BatchLayout(
+    [
+        TensorSpec("obs", F4, (2, 3)),
+        TensorSpec("action", F4, (1, 3)),
+        TensorSpec("reward", F4, (1, 3, 1)),
+        TensorSpec("done", F4, (1, 3, 1)),
+    ],
+    3,
+)
 CAN_SAMPLE = answering(pb.ReadyResponse(can_sample=True).SerializeToString())
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

@@ -10,6 +10,7 @@ import sys
 import grpc
 import numpy as np
 import pytest
+
 import touchline
 from touchline import InvalidArgumentError, ReplayClient, TouchlineError, errors
 from touchline.calls import ERROR_OF_REASON, ERROR_OF_STATUS

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from touchline import Batch, InvalidEpisodeError
 from touchline.delivery import make_episode, split_episodes
 from touchline.tensors import as_tensor, to_tensors

@@ -211,7 +211,7 @@ class ReplayClient:
             message = self._calls.unary("Sample", request.SerializeToString(), wait_s=wait_s)
         except TooLargeError:
             timeout_s = self.timeout_s + wait_s
-            source = StreamSource(self._calls, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S)
+            source = StreamSource(self._calls, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=False)
             try:
                 return deliver(source.take())
             finally:
@@ -234,6 +234,7 @@ class ReplayClient:
         seed: int | None = None,
         as_numpy: bool | None = None,
         timeout_s: float | None = None,
+        ring: bool = True,
     ) -> BatchStream:
         """Returns an endless iterator of batches that the server pushes ahead of their use.
 
@@ -252,6 +253,9 @@ class ReplayClient:
             timeout_s: the longest wait for a batch, be it that the server is away or that nothing can be sampled; None: as long as it takes
                 while the server is there, and 60 s while it is away.
 
+            ring: on the server's own host (Linux on x86-64; containers need a common IPC namespace and user), batches come through a ring
+                in shared memory, without a message for each; False takes messages there too.
+
         Raises:
             InvalidArgumentError: an argument out of range, or a device that is not there.
         """
@@ -259,7 +263,7 @@ class ReplayClient:
         if timeout_s is not None and not timeout_s > 0:
             raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
         request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed)
-        source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S)
+        source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
             return BatchStream(source, self._delivery_of_batches(as_numpy))
         return BatchStream(_on_device(source, device, as_numpy), lambda batch: batch)

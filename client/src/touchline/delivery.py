@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from touchline_protos.codec import CodecError, Episode, EpisodeKey, OversizeErro
 from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 MAX_LOAD_EPISODES = 1000
 """Episodes of one call of a load."""
@@ -117,7 +120,7 @@ class Delivery:
             try:
                 answer = pb.AddEpisodeResponse.FromString(self._calls.unary("AddEpisode", message, timeout_s=timeout_s))
             except TooLargeError:
-                pass  # the server's limit may be lower than ours
+                self._learn_limit()
             else:
                 assert episode.key is not None
                 return EpisodeResult(episode.key, answer.episode_id, answer.duplicate), counts_of(answer.counts)
@@ -187,12 +190,27 @@ class Delivery:
         base_s = self._calls.timeout_s if timeout_s is None else timeout_s
         bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_BYTES_PER_S
         try:
-            message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+            try:
+                message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+            except TooLargeError:
+                if not self._learn_limit():
+                    raise
+                message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
         except OversizeError as error:
             raise TooLargeError(str(error)) from None
         except CodecError as error:
             raise InvalidEpisodeError(str(error)) from None
         return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
+
+    def _learn_limit(self) -> bool:
+        """Takes the server's limit on messages over, where it is the lower one; returns whether that changed anything."""
+        answer = pb.InfoResponse.FromString(self._calls.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
+        if not 0 < answer.max_message_bytes < self._max_message_bytes:
+            return False
+        logger.info("messages to %s: at most %d bytes, its limit", self._calls.transport.address, answer.max_message_bytes)
+        self._max_message_bytes = answer.max_message_bytes
+        self._chunk_bytes = min(CHUNK_BYTES, answer.max_message_bytes // 2)
+        return True
 
 
 _Item = tuple[EpisodeKey, Episode | TouchlineError]

@@ -152,6 +152,11 @@ class CudaSource:
             self._changed.notify_all()
         return hand_over(self._torch, staged)
 
+    @property
+    def transport(self) -> str:
+        """How batches come to this host; see :class:`~touchline.stream.BatchSource`."""
+        return self._source.transport
+
     def close(self) -> None:
         """Ends it; a ``take`` under way raises ClosedError."""
         with self._changed:

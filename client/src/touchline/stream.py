@@ -14,9 +14,11 @@ from touchline.calls import Calls
 from touchline.errors import ClosedError, DeadlineError, NotReadyError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import keep_orphan
 from touchline.messages import ready_state_of
+from touchline.ring import RingBatches, attach
 from touchline.types import ReadyState
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, CodecError
+from touchline_protos.ring import RingError, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 
 PROBE_TIMEOUT_S = 5.0
@@ -36,6 +38,10 @@ class BatchSource(Protocol):
 
     def close(self) -> None:
         """Ends it; a ``take`` under way raises ClosedError."""
+
+    @property
+    def transport(self) -> str:
+        """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
 
 
 class BatchStream:
@@ -71,6 +77,11 @@ class BatchStream:
                 raise StopIteration from None
             raise
 
+    @property
+    def transport(self) -> str:
+        """How batches come: ``ring`` (shared memory, on the server's own host), ``stream`` (messages), or ``""`` before the first."""
+        return self._source.transport
+
     def close(self) -> None:
         """Ends the session with the server. Closing again does nothing."""
         self._closed = True
@@ -92,10 +103,14 @@ class StreamSource:
         prefetch: batches that the server may have under way.
         timeout_s: the longest wait for a batch, for whatever reason; None waits without limit while the server lives.
         reconnect_s: the longest time that the server may be away.
+        ring: whether a ring in shared memory is taken where the server offers one.
     """
 
-    def __init__(self, calls: Calls, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float) -> None:
+    def __init__(
+        self, calls: Calls, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float, ring: bool
+    ) -> None:
         self._calls = calls
+        self._use_ring = ring
         self._request = request
         self._prefetch = prefetch
         # One message grants several credits: a message costs as much as a small batch.
@@ -124,6 +139,12 @@ class StreamSource:
             self._taken = 0
             self._session.grant(self._grant)
         return batch
+
+    @property
+    def transport(self) -> str:
+        """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
+        session = self._session
+        return session.transport if session is not None else ""
 
     def close(self) -> None:
         """Ends the session; a ``take`` under way raises ClosedError."""
@@ -164,7 +185,7 @@ class StreamSource:
 
     def _open(self) -> _Session:
         self._taken = 0
-        session = _Session(self._calls, self._request, self._prefetch)
+        session = _Session(self._calls, self._request, self._prefetch, ring=self._use_ring)
         self._session = session
         if self._closed.is_set():  # closed by another thread before it could see the session
             session.end()
@@ -226,13 +247,15 @@ class StreamSource:
 
 
 class _Session:
-    """One call of SampleStream."""
+    """One call of SampleStream: batches in its messages, or in a ring that the server offers on the same host."""
 
-    def __init__(self, calls: Calls, request: pb.SampleRequest, prefetch: int) -> None:
+    def __init__(self, calls: Calls, request: pb.SampleRequest, prefetch: int, *, ring: bool) -> None:
         self._calls = calls
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        opening = pb.SampleStreamRequest(open=pb.SampleStreamOpen(sample=request, credits=prefetch))
-        self._requests.put(opening.SerializeToString())
+        opening = pb.SampleStreamOpen(sample=request, credits=prefetch, shared_memory_id=shared_memory_id() if ring else "")
+        self._requests.put(pb.SampleStreamRequest(open=opening).SerializeToString())
+        self._offers = bool(opening.shared_memory_id)
+        self._ring: RingBatches | None = None
         self._decoder = BatchDecoder()
         self._grants: dict[int, bytes] = {}
         self._call: Any = calls.stream("SampleStream", iter(self._requests.get, None))
@@ -244,18 +267,42 @@ class _Session:
             TouchlineError: the session ended.
         """
         try:
+            if self._ring is not None:
+                batch = self._ring.take()
+                return [] if batch is None else [batch]
             message = next(self._call)
+            return [] if self._offers and self._answer(message) else self._decoder.feed(message)
         except StopIteration:
             raise UnavailableError(f"{self._calls.transport.address}: the server ended the stream") from None
+        except (CodecError, RingError) as error:
+            raise ServerError(f"{self._calls.transport.address}: a frame that is none: {error}") from error
         except Exception as error:
             raise self._calls.translate(error) from error
+
+    @property
+    def transport(self) -> str:
+        """How batches come: ``ring`` or ``stream``."""
+        return "stream" if self._ring is None else "ring"
+
+    def _answer(self, message: bytes) -> bool:
+        """Takes the server's offer of a ring, if its first message is one; returns whether it was."""
+        self._offers = False
         try:
-            return self._decoder.feed(message)
-        except CodecError as error:
-            raise ServerError(f"{self._calls.transport.address}: a frame that is none: {error}") from error
+            self._ring = attach(message, self._call)
+        except (CodecError, RingError) as error:
+            logger.info("frames instead of a ring: %s", error)
+        else:
+            if self._ring is None:
+                return False
+            self._ring.start()
+        answer = pb.RingAttachment(attached=self._ring is not None)
+        self._requests.put(pb.SampleStreamRequest(ring=answer).SerializeToString())
+        return True
 
     def grant(self, batches: int) -> None:
         """Lets the server push so many batches more."""
+        if self._ring is not None:
+            return  # the ring's free slots are its credits
         message = self._grants.get(batches)
         if message is None:
             credit = pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=batches))
@@ -266,6 +313,8 @@ class _Session:
         """Ends the call, from any thread."""
         self._requests.put(None)  # releases gRPC's thread that waits for requests
         self._call.cancel()
+        if self._ring is not None:
+            self._ring.interrupt()
 
 
 class _Watchdog:

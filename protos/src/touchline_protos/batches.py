@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,6 +115,14 @@ class BatchLayout:
         self._spec_of = {spec.name: spec for spec in self.specs}
         self._templates: dict[tuple[int, int], _Template] = {}
 
+    def body_views(self, memory: Any) -> dict[str, np.ndarray]:
+        """Returns writable views, by name, of a batch's tensors in a body.
+
+        Args:
+            memory: a writable buffer of at least ``body_bytes``; the views keep it alive.
+        """
+        return {spec.name: np.ndarray(spec.shape, spec.dtype, memory, at) for spec, at in zip(self.specs, self.offsets, strict=True)}
+
     def sample_response(self, actors: Mapping[int, str] = _NO_ACTORS) -> tuple[bytes, dict[str, np.ndarray]]:
         """Makes a ``SampleResponse`` with an unset payload.
 
@@ -197,7 +205,7 @@ class BatchLayout:
         def content(at: int) -> Frame:
             head = b""
             if not piece.offset_bytes:
-                head = len_field(1, self._header() + tail) + int_field(2, self.body_bytes)
+                head = len_field(1, self.header() + tail) + int_field(2, self.body_bytes)
             head += int_field(3, piece.offset_bytes)
             data = encode_varint(tag(5, LEN)) + encode_varint(piece.size_bytes)
             # The body's own alignment is kept: byte k of it lands at a multiple of 16 where k is one.
@@ -224,8 +232,8 @@ class BatchLayout:
             arrays.append(np.ndarray((last - first, *_inner(spec)), spec.dtype, storage, at))
         return message, arrays
 
-    def _header(self) -> bytes:
-        """Returns a ``Batch`` with every payload left out."""
+    def header(self) -> bytes:
+        """Returns a ``Batch`` message with every payload left out: what a body consists of."""
         columns = frame_tensors(1, self.columns, 0, column=True, with_data=False)
         provenance = frame_tensors(1, self._provenance, 0, column=False, with_data=False)
         return b"".join(literal for _, literal in columns.literals) + len_field(2, b"".join(literal for _, literal in provenance.literals))

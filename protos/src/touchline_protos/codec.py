@@ -9,12 +9,13 @@ from touchline_protos.batches import BatchLayout, Piece, Segment
 from touchline_protos.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError
 from touchline_protos.episodes import decode_add_episode, encode_add_episode
 from touchline_protos.loading import LoadDecoder, encode_load
-from touchline_protos.receive import BatchDecoder
+from touchline_protos.receive import BatchDecoder, BodyLayout
 from touchline_protos.tensors import TensorSpec
 
 __all__ = [
     "BatchDecoder",
     "BatchLayout",
+    "BodyLayout",
     "CodecError",
     "CodecLimits",
     "Episode",

@@ -217,6 +217,29 @@ class BatchDecoder:
         return _Partial(storage, memoryview(storage).cast("B"), views, parsed.actors, size)
 
 
+class BodyLayout:
+    """Where the tensors of a batch stand in a body, as the header of a chunked batch or of a ring tells.
+
+    Args:
+        header: a ``Batch`` message with every payload left out.
+
+    Raises:
+        CodecError: it is no such message.
+    """
+
+    def __init__(self, header: bytes) -> None:
+        tensors = _read_batch(header, 0, len(header)).tensors
+        for tensor in tensors:
+            if tensor.start != tensor.end:
+                raise CodecError(f"{tensor.spec.name}: data in the header of a body, expected none")
+        offsets, self.size_bytes = body_offsets([tensor.spec for tensor in tensors])
+        self._views = [(t.spec.name, t.spec.shape, t.spec.dtype, at) for t, at in zip(tensors, offsets, strict=True)]
+
+    def batch(self, memory: Any, actor_names: Mapping[int, str]) -> Batch:
+        """Returns the batch that stands in a writable buffer of at least ``size_bytes``: views that keep the buffer alive."""
+        return _assemble(memory, self._views, actor_names)
+
+
 def _assemble(storage: Any, views: list[_View], actor_names: Mapping[int, str]) -> Batch:
     array = np.ndarray
     return assemble_batch({name: array(shape, dtype, storage, at) for name, shape, dtype, at in views}, actor_names)

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
 
+from touchline_protos.ring import sweep_dead_rings
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config
 from touchline_server.service import SERVICE_NAME, ReplayService
@@ -66,6 +67,9 @@ class ReplayServer:
         reflection.enable_server_reflection(
             (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), self._server
         )
+        swept = sweep_dead_rings()
+        if swept:
+            logger.info("removed %d rings that killed servers left in shared memory", swept)
         self.address = self._listen()
         await self._server.start()
         await self._health.set("", _SERVING)

@@ -175,11 +175,12 @@ class ReplayBuffer:
         ``extend`` takes whole episodes (split where the ``episode`` column changes, one episode where there is none), ``sample``
         returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl_face`).
         """
-        if self._torchrl is None:
-            from touchline_server.torchrl_face import make_torchrl_buffer
+        from touchline_server.torchrl_face import make_torchrl_buffer
 
-            self._torchrl = make_torchrl_buffer(self.store, self.config, self.seeds)
-        return self._torchrl
+        with self.store.write_lock:
+            if self._torchrl is None:
+                self._torchrl = make_torchrl_buffer(self.store, self.config, self.seeds)
+            return self._torchrl
 
     def add_episode(self, episode: Episode) -> Stored:
         """Stores one episode of numpy columns, as the codec gives it. Raises as :meth:`add` does."""
@@ -236,10 +237,7 @@ class ReplayBuffer:
         else:
             # A fresh allocation of a big batch costs more in page faults than the gather itself.
             lease = self._pool.lease(plan.layout.body_bytes)
-            arrays = {
-                spec.name: np.ndarray(spec.shape, spec.dtype, lease, offset)
-                for spec, offset in zip(plan.layout.specs, plan.layout.offsets, strict=True)
-            }
+            arrays = plan.layout.body_views(lease)
             plan.fill(selection, arrays)
             tensors = {name: as_tensor(array) for name, array in arrays.items()}
         return assemble_batch(tensors, self.actor_names(selection.draw.actor))

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 
 from touchline_protos.dtypes import BFLOAT16
+from touchline_server.config import ConfigError
 from touchline_server.errors import TooLargeError
 from touchline_server.memory import available_host_bytes, free_cuda_bytes
 from touchline_server.schema import Schema
@@ -38,7 +39,12 @@ def make_storage(capacity: int, *, device: str, scratch_dir: str) -> Storage:
         capacity: rows.
         device: ``auto``, ``cuda``, ``cuda:N``, ``cpu`` or ``disk``.
         scratch_dir: where ``disk`` keeps its files.
+
+    Raises:
+        ConfigError: a CUDA device that this machine does not have.
     """
+    if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"storage.device: '{device}', expected a device that torch finds: there are {torch.cuda.device_count()} for CUDA")
     if device == "disk":
         return LazyMemmapStorage(capacity, scratch_dir=scratch_dir, existsok=True, auto_cleanup=False)
     return LazyTensorStorage(capacity, device="auto")
@@ -146,19 +152,30 @@ def allocate_columns(storage: Storage, schema: Schema, *, capacity: int, wanted_
     """Allocates the columns of a schema on the wanted device; what CUDA has no room for goes to the CPU, with a log line.
 
     Raises:
-        TooLargeError: there is no room.
+        TooLargeError: there is no room, or the files cannot be made. The storage is as before.
     """
     required = capacity * schema.row_bytes
     device = choose_device(wanted_device, required)
     try:
-        columns = Columns(storage, schema, capacity, device)
+        columns = _allocate(storage, schema, capacity, device)
     except torch.cuda.OutOfMemoryError:
         logger.warning("%s has no room for %.1f GiB of columns: they go to host memory", device, required / 2**30)
         check_host_memory(required)
-        release(storage)
-        columns = Columns(storage, schema, capacity, torch.device("cpu"))
+        columns = _allocate(storage, schema, capacity, torch.device("cpu"))
     logger.info("allocated %d rows of %d bytes on %s (%.2f GiB)", capacity, schema.row_bytes, columns.where, required / 2**30)
     return columns
+
+
+def _allocate(storage: Storage, schema: Schema, capacity: int, device: torch.device) -> Columns:
+    """Returns columns, or leaves the storage as it was."""
+    try:
+        return Columns(storage, schema, capacity, device)
+    except OSError as error:
+        release(storage)
+        raise TooLargeError(f"storage.scratch_dir: the columns' files cannot be made: {error.strerror}") from error
+    except BaseException:
+        release(storage)
+        raise
 
 
 _TORCH_OF: dict[np.dtype, torch.dtype] = {
@@ -198,9 +215,12 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 def _reserve_files(storage: Storage, schema: Schema) -> None:
     """Reserves the files' blocks now: a full disk is an error here and not a crash at a later write."""
     for spec in schema.columns:
-        path = Path(column_tensor(storage, spec.name).filename)  # type: ignore[attr-defined]
+        if not spec.row_bytes:
+            continue  # there is no file of no bytes
+        column = column_tensor(storage, spec.name)
+        path = Path(column.filename)  # type: ignore[attr-defined]
         with path.open("r+b") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, max(path.stat().st_size, 1))
+                os.posix_fallocate(file.fileno(), 0, column.nbytes)
             except OSError as error:
-                raise TooLargeError(f"{path.parent}: no room for {spec.name}, {path.stat().st_size} bytes: {error.strerror}") from error
+                raise TooLargeError(f"{path.parent}: no room for {spec.name}, {column.nbytes} bytes: {error.strerror}") from error

@@ -122,6 +122,10 @@ class ServerConfig(_Table):
     """Largest horizon that a request may ask for."""
     max_streams: _Count = 1_024
     """Most sampling and loading streams open at a time."""
+    max_rings: Annotated[_Int, Field(ge=0, le=1_024)] = 16
+    """Most shared-memory rings, one a learner on this host; 0: none, learners get messages."""
+    max_ring_bytes: _Count = 536_870_912
+    """Largest ring; a learner whose batches do not fit three times gets messages."""
     add_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
     """Threads that store episodes."""
     sample_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
@@ -228,7 +232,7 @@ def read_cfg(path: str | os.PathLike[str] | None = None) -> Config:
     sources = {(table, key): f"in {name}" for table, keys in tables.items() for key in keys}
     sources |= {place: f"from the environment variable {variable}" for place, variable in variables.items()}
     try:
-        merged = _Sources.model_validate(tables)
+        merged = _Sources(**tables)
     except ValidationError as error:
         raise ConfigError(_explain_all(error, sources)) from None
     return Config(config=merged.config, storage=merged.storage, sampling=merged.sampling, server=merged.server)
@@ -283,7 +287,7 @@ def _read_text(path: str | os.PathLike[str] | None) -> tuple[str, str]:
         raise ConfigError(f"configuration file {file}{named_by}: not UTF-8 text, byte {error.start}") from None
 
 
-def _parse_tables(name: str, text: str) -> dict[str, dict[str, Any]]:
+def _parse_tables(name: str, text: str) -> dict[str, Any]:
     """Returns the tables of a TOML text; their keys and values are not checked yet."""
     try:
         tables = tomllib.loads(text)

@@ -9,6 +9,7 @@ ReplayError
 ├── TooLargeError           over a limit of size: of a message, an episode, the memory
 ├── OverloadedError         as many streams or actors as the server takes
 ├── IncompatibleVersionError  a client of another major version
+├── SchemaChangedError      batches look otherwise than when the stream was opened
 └── DrainingError           the server is about to stop
 """
 
@@ -49,6 +50,10 @@ class OverloadedError(ReplayError):
 
 class IncompatibleVersionError(ReplayError):
     """The client speaks another major version of the protocol."""
+
+
+class SchemaChangedError(ReplayError):
+    """The table was cleared, so batches would look otherwise than when the stream was opened. Open it again."""
 
 
 class DrainingError(ReplayError):

@@ -32,10 +32,13 @@ class Evicted:
 class EntryQueue:
     """Index entries in order of age: [n, 5] int64 in one growing array, appended at the end, dropped at the front."""
 
-    def __init__(self) -> None:
-        self._entries = np.empty((64, ENTRY_WIDTH), dtype=np.int64)
+    def __init__(self, entries: np.ndarray | None = None) -> None:
+        """``entries``: [n, 5] int64, oldest first, copied; none where left out."""
+        self._tail = 0 if entries is None else len(entries)
         self._head = 0
-        self._tail = 0
+        self._entries = np.empty((max(2 * self._tail, 64), ENTRY_WIDTH), dtype=np.int64)
+        if entries is not None:
+            self._entries[: self._tail] = entries
 
     def __len__(self) -> int:
         return self._tail - self._head
@@ -68,16 +71,22 @@ class EligibleEpisodes:
     def __init__(self, horizon: int, entries: np.ndarray) -> None:
         """Takes from ``entries``, [n, 5] int64, those that are long enough."""
         self.horizon = horizon
-        self._queue = EntryQueue()
-        self._starts_before = np.empty(64, dtype=np.int64)
+        self._queue = EntryQueue(entries[entries[:, LENGTH] > horizon])
+        starts_until = np.cumsum(self._queue.live[:, LENGTH] - horizon)
         self._head = 0
-        self._tail = 0
-        self._starts_ever = 0
-        for entry in entries[entries[:, LENGTH] > horizon]:
-            self.append(entry)
+        self._tail = len(starts_until)
+        self._starts_ever = int(starts_until[-1]) if self._tail else 0
+        self._starts_before = np.empty(max(2 * self._tail, 64), dtype=np.int64)
+        self._starts_before[0] = 0
+        self._starts_before[1 : self._tail] = starts_until[:-1]
 
     def __len__(self) -> int:
         return len(self._queue)
+
+    @property
+    def entries(self) -> np.ndarray:
+        """[n, 5] int64, oldest first: a view, valid until the next change."""
+        return self._queue.live
 
     @property
     def starts(self) -> int:

@@ -38,7 +38,7 @@ def payload_digest(columns: Mapping[str, np.ndarray]) -> int:
     digest = 0
     for name in sorted(columns):
         array = columns[name]
-        digest = zlib.crc32(f"{name}|{array.dtype.str}|{array.shape}".encode(), digest)
+        digest = zlib.crc32(f"{name}|{array.dtype.str}|{array.shape}".encode(errors="surrogatepass"), digest)
         digest = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest)
     return digest
 
@@ -105,6 +105,7 @@ class KeyLedger:
         sender = self._senders.get((key.client_id, key.incarnation))
         if sender is None:
             return None
+        self._senders.move_to_end((key.client_id, key.incarnation))
         known = sender.recent.get(key.sequence)
         if known is not None:
             if known[0] != digest:

@@ -7,24 +7,26 @@ from pathlib import Path
 
 import torch
 
-_CGROUP_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Limit and usage of this process's container: control groups version 2, then 1."""
+"""Where this process's container has its limit and usage, and the part of the usage that the kernel gives back when asked (files that
+were read once): control groups version 2, then 1."""
 
 
 def available_host_bytes() -> int:
     """Returns the bytes of host memory that this process could still use: what the machine has left, or its container if less."""
     available = _machine_bytes()
-    for limit_file, usage_file in _CGROUP_LIMITS:
+    for folder, limit_file, usage_file, reclaimable in _CGROUPS:
         try:
-            limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
+            limit, usage = (folder / limit_file).read_text().strip(), int((folder / usage_file).read_text())
         except OSError:
             continue
         if limit.isdigit():
             # A version 1 group without a limit names a number near 2**63.
-            available = min(available, max(int(limit) - int(usage), 0))
+            used = max(usage - _figure(folder / "memory.stat", reclaimable), 0)
+            available = min(available, max(int(limit) - used, 0))
     return available
 
 
@@ -34,10 +36,13 @@ def free_cuda_bytes(device: torch.device) -> int:
 
 
 def _machine_bytes() -> int:
+    return _figure(Path("/proc/meminfo"), "MemAvailable:") * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _figure(file: Path, name: str) -> int:
+    """Returns the number behind a name in a file of names and numbers; 0 where there is none."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = file.read_text().splitlines()
     except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return 0
+    return next((int(words[1]) for words in map(str.split, lines) if words[:1] == [name]), 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import Protocol
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from touchline_protos import PROTOCOL_VERSION, Counts
 from touchline_protos.codec import EpisodeKey
@@ -12,19 +15,35 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import InvalidRequestError
 from touchline_server.sampling import Law
+from touchline_server.status import shorten
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
 
 
-class Message(Protocol):
-    """A generated message."""
-
-    def SerializeToString(self) -> bytes: ...
+M = TypeVar("M", bound=Message)
 
 
 def serialize(message: Message) -> bytes:
     """Returns a message's bytes."""
     return message.SerializeToString()
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Reads a message.
+
+    Raises:
+        InvalidRequestError: the bytes are no message of this kind.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InvalidRequestError(f"{len(data)} bytes that are no message, expected one of type {kind.DESCRIPTOR.name}") from None
+
+
+async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterator[M]:
+    """Reads the messages of a stream as they come. Raises as :func:`parse` does."""
+    async for data in stream:
+        yield parse(kind, data)
 
 
 def counts(figures: Counts) -> pb.Counts:
@@ -41,7 +60,7 @@ def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:
 
 def refusal(episode_key: EpisodeKey | None, outcome: pb.EpisodeResult.Outcome, reason: str) -> pb.EpisodeResult:
     """Returns the result of an episode that was not stored."""
-    return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=-1, reason=reason)
+    return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=-1, reason=shorten(reason))
 
 
 def law(number: int) -> str | None:

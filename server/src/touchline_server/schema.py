@@ -50,7 +50,7 @@ class Schema:
         Raises:
             InvalidEpisodeError: a column is missing, its name is not allowed, or its dtype or shape is not supported.
         """
-        _check_names(episode)
+        _check_groups(episode)
         specs = []
         for name, array in episode.items():
             try:
@@ -108,6 +108,7 @@ class EpisodeValidator:
         """
         if not episode:
             raise InvalidEpisodeError("no columns, expected obs, action and reward")
+        _check_names(episode)
         length = self._common_length(episode)
         if schema is None:
             schema = Schema.of(episode)
@@ -169,15 +170,22 @@ def _is_observation(name: str) -> bool:
 
 
 def _check_names(names: Iterable[str]) -> None:
+    """Raises InvalidEpisodeError where a name could not be a column's. Comes first: other messages print names as they are."""
+    for name in names:
+        if not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and all(name.split("."))):
+            raise InvalidEpisodeError(
+                f"{name[:MAX_NAME_CHARS]!r}: not a column name, expected 1 to {MAX_NAME_CHARS} printable characters and no empty part "
+                "between dots"
+            )
+
+
+def _check_groups(names: Iterable[str]) -> None:
+    """Raises InvalidEpisodeError unless the required columns are there, and no reserved one or one that is a group too."""
     known = set(names)
     for required in REQUIRED:
         if required not in known and not (required == "obs" and any(map(_is_observation, known))):
             raise InvalidEpisodeError(f"{required}: missing, expected the columns {', '.join(REQUIRED)}; found {', '.join(sorted(known))}")
-    for name in known:
-        if not name or len(name) > MAX_NAME_CHARS or not all(name.split(".")):
-            raise InvalidEpisodeError(
-                f"{name[:MAX_NAME_CHARS]!r}: not a column name, expected 1 to {MAX_NAME_CHARS} characters and no empty part between dots"
-            )
+    for name in sorted(known):
         if name in RESERVED or name.startswith(RESERVED_PREFIX):
             raise InvalidEpisodeError(
                 f"{name}: a reserved column name ({', '.join(RESERVED)}, {RESERVED_PREFIX}*); give the column another name"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder, OversizeError, decode_add_episode
@@ -28,8 +29,10 @@ from touchline_server.errors import (
     TooLargeError,
     UnknownTableError,
 )
+from touchline_server.feeding import RingHouse
+from touchline_server.session import SampleSession
 from touchline_server.status import abort
-from touchline_server.streaming import FrameSource, SampleSession
+from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
 
 SERVICE_NAME = "touchline.v1.Replay"
@@ -56,26 +59,26 @@ class ReplayService:
         self._rng = buffer.seeds.stream()
         self._changes = ChangeSignal(asyncio.get_running_loop())
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
+        self._rings = RingHouse(buffer)
         self._streams = 0
         self._draining = False
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """Returns the service's method handlers. The hot messages stay bytes: the codec reads and writes them."""
+        """Returns the service's method handlers.
 
-        def unary(method: Any, request: Any = None) -> grpc.RpcMethodHandler[Any, Any]:
-            return grpc.unary_unary_rpc_method_handler(
-                self._guarded(method), request and request.FromString, request and messages.serialize
-            )
+        gRPC hands over bytes: the codec reads and writes the hot messages, and what is no message gets a status of ours.
+        """
+
+        def unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
+            return grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(method, request)), None, messages.serialize)
 
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
                 "AddEpisode": grpc.unary_unary_rpc_method_handler(self._guarded(self._add_episode), None, messages.serialize),
                 "LoadEpisodes": grpc.stream_unary_rpc_method_handler(self._guarded(self._load_episodes), None, messages.serialize),
-                "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(self._sample), pb.SampleRequest.FromString, None),
-                "SampleStream": grpc.stream_stream_rpc_method_handler(
-                    self._guarded(self._sample_stream), pb.SampleStreamRequest.FromString, None
-                ),
+                "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(self._sample, pb.SampleRequest)), None, None),
+                "SampleStream": grpc.stream_stream_rpc_method_handler(self._guarded(self._sample_stream), None, None),
                 "Ready": unary(self._ready, pb.ReadyRequest),
                 "Info": unary(self._info, pb.InfoRequest),
                 "Clear": unary(self._clear, pb.ClearRequest),
@@ -137,7 +140,9 @@ class ReplayService:
                 if result is not None:
                     results.append(result)
         if decoder.in_progress:
-            raise InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
+            error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
+            self._buffer.store.count_refused(str(error))
+            raise error
         return pb.LoadEpisodesResponse(results=results, counts=messages.counts(self._buffer.counts()))
 
     def _load(self, decoder: LoadDecoder, message: bytes) -> pb.EpisodeResult | None:
@@ -174,33 +179,40 @@ class ReplayService:
         return await self._on(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
+        schema = self._buffer.store.schema
+        if schema is not None:
+            # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
+            self._check_message_size(self._buffer.plan(schema, spec).layout.message_bytes(unary=True))
         with self._buffer.select(spec, rng) as ((selection,), plan):
             actors = self._buffer.actor_names(selection.draw.actor)
-            size = plan.layout.message_bytes(actors=actors, unary=True)
-            if size > self._limits.max_message_bytes:
-                raise TooLargeError(
-                    f"a batch of {size} bytes, expected at most the message limit of {self._limits.max_message_bytes}; "
-                    "SampleStream has no such limit: it sends big batches in chunks"
-                )
+            self._check_message_size(plan.layout.message_bytes(actors=actors, unary=True))
             message, arrays = plan.layout.sample_response(actors)
             plan.fill(selection, arrays)
         return message
 
-    async def _sample_stream(self, requests: AsyncIterator[pb.SampleStreamRequest], context: Context) -> None:
+    def _check_message_size(self, size: int) -> None:
+        if size > self._limits.max_message_bytes:
+            raise TooLargeError(
+                f"a batch of {size} bytes, expected at most the message limit of {self._limits.max_message_bytes}; "
+                "SampleStream has no such limit: it sends big batches in chunks"
+            )
+
+    async def _sample_stream(self, stream: AsyncIterator[bytes], context: Context) -> None:
+        requests = messages.parse_all(pb.SampleStreamRequest, stream)
         with self._stream():
-            first = await anext(aiter(requests), None)
+            first = await anext(requests, None)
             if first is None:
                 return
             if first.WhichOneof("request") != "open":
                 raise InvalidRequestError("the first message of a sampling stream grants credits, expected it to open the stream")
-            frames = FrameSource(
+            source = BatchSource(
                 self._buffer,
                 self._spec(first.open.sample),
                 self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
                 max_batches=first.open.max_batches_per_frame,
             )
-            session = SampleSession(frames, self._changes, self._sampling, draining=lambda: self._draining)
-            await session.run(first.open.credits, requests, context.write)
+            session = SampleSession(source, self._changes, self._sampling, self._rings, draining=lambda: self._draining)
+            await session.run(first.open, requests, context.write)
 
     async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
         _check_table(request.table)
@@ -251,6 +263,15 @@ class ReplayService:
             yield
         finally:
             self._streams -= 1
+
+
+def _parsing(method: Callable[[Any, Context], Awaitable[T]], request: type[Message]) -> Callable[[bytes, Context], Awaitable[T]]:
+    """Returns a method that takes its request as bytes."""
+
+    async def parsing(data: bytes, context: Context) -> T:
+        return await method(messages.parse(request, data), context)
+
+    return parsing
 
 
 def _check_protocol(context: Context) -> None:

@@ -19,6 +19,7 @@ from touchline_server.errors import (
     KeyConflictError,
     NotReadyError,
     OverloadedError,
+    SchemaChangedError,
     TooLargeError,
     UnknownTableError,
 )
@@ -46,10 +47,14 @@ STATUS_OF: dict[type[Exception], Status] = {
     TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
     OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
     OverloadedError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),
+    SchemaChangedError: Status(grpc.StatusCode.UNAVAILABLE, "schema-changed"),
     DrainingError: Status(grpc.StatusCode.UNAVAILABLE, "draining"),
 }
 
 INTERNAL = Status(grpc.StatusCode.INTERNAL, "internal")
+
+MAX_TEXT_BYTES = 4096
+"""Room of an error's text on the wire: it travels in a header, and peers refuse a call whose headers are over 8 KiB."""
 
 
 def status_of(error: Exception) -> Status:
@@ -60,6 +65,20 @@ def status_of(error: Exception) -> Status:
     return INTERNAL
 
 
+def shorten(text: str) -> str:
+    """Returns a text that fits into :data:`MAX_TEXT_BYTES` as gRPC encodes it, cut at its end where it does not.
+
+    Names that clients chose stand in it, so its length is theirs to choose too.
+    """
+    room = MAX_TEXT_BYTES
+    for position, character in enumerate(text):
+        # Whatever is not printable ASCII takes three characters a byte.
+        room -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="replace"))
+        if room < 0:
+            return f"{text[:position]}... ({len(text) - position} characters more)"
+    return text
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends a call with the status of an error. What is not the caller's doing is logged with its trace and not told."""
     status = status_of(error)
@@ -68,5 +87,5 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
         details = f"internal error ({type(error).__name__}); the server's log has the trace"
     else:
         logger.debug("answered %s (%s): %s", status.code.name, status.reason, error)
-        details = str(error)
+        details = shorten(str(error))
     await context.abort(status.code, details, trailing_metadata=((REASON_METADATA_KEY, status.reason),))

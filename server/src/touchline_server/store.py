@@ -220,6 +220,8 @@ class EpisodeStore:
                 self._figures["episodes_duplicate"] += 1
                 return Stored(known.episode_id, -1, True, self._counts())
         schema = self._validator.check(episode.columns, self.schema)
+        if not -(2**63) <= episode.policy_version < 2**63:
+            raise InvalidEpisodeError(f"policy_version: {episode.policy_version}, expected a 64-bit integer")
         actor = self._actor_number(episode.actor)
         length = episode.length
         columns = self._columns
@@ -230,9 +232,15 @@ class EpisodeStore:
             self._count_evicted(evicted.episodes, evicted.steps)
             self._wait_for_older_gathers()
             first_row = self._index.cursor
-        columns.write(first_row, episode.columns)
-        if self.on_written is not None:
-            self.on_written(np.remainder(np.arange(first_row, first_row + length), self.capacity))
+        try:
+            columns.write(first_row, episode.columns)
+            if self.on_written is not None:
+                self.on_written(np.remainder(np.arange(first_row, first_row + length), self.capacity))
+        except BaseException:
+            if self._columns is None:
+                # No episode has fixed the schema, so the next one may have another.
+                release(self.storage)
+            raise
         with self._lock:
             self._columns = columns
             episode_id = self._next_id

@@ -43,7 +43,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
             for entry in self._store.entries():
                 self._follow(np.remainder(np.arange(entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH]), self._store.capacity))
             self._store.on_written = self._follow
-            self._store.on_cleared = super()._empty
+            self._store.on_cleared = self._forget
 
     def add(self, data: Any) -> int:
         """Refused: the ring holds whole episodes.
@@ -100,6 +100,9 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         self._store.clear()
         super()._empty(empty_write_count)
 
+    def _forget(self) -> None:
+        super()._empty(empty_write_count=False)
+
     def _follow(self, rows: np.ndarray) -> None:
         self._cursor = int(rows[-1] + 1) % self._store.capacity
         self._write_count += len(rows)
@@ -145,20 +148,28 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         return int(self._store.can_sample(steps - 1))
 
 
-def make_torchrl_buffer(store: EpisodeStore, config: Config, seeds: SeedSource) -> ReplayBuffer:
-    """Returns a TorchRL buffer over the store; ``batch_size`` is in rows: slices x (horizon + 1).
+class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
+    """TorchRL's buffer over the store.
 
-    While it samples or extends it holds the store's write lock: TorchRL gathers after its sampler has drawn, and nothing else would keep
-    the rows from being overwritten in between.
+    While it samples, extends or empties it holds the store's write lock: TorchRL gathers after its sampler has drawn, and nothing else
+    would keep the rows from being overwritten in between.
     """
-    buffer = ReplayBuffer(
-        storage=store.storage,
-        writer=EpisodeRingWriter(store),
-        sampler=EpisodeSliceSampler(store, horizon=config.horizon, law=Law(config.sampling.law), seeds=seeds),
-        batch_size=config.batch_size * (config.horizon + 1),
-    )
-    exclude_writes(buffer, store.write_lock)
-    return buffer
+
+    def __init__(self, store: EpisodeStore, *, sampler: EpisodeSliceSampler, batch_size: int) -> None:
+        super().__init__(storage=store.storage, writer=EpisodeRingWriter(store), sampler=sampler, batch_size=batch_size)
+        self._episodes = store
+        exclude_writes(self, store.write_lock)
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Forgets every episode and the schema, as ``clear`` does, and TorchRL's count of written rows unless told otherwise."""
+        with self._episodes.write_lock:
+            super().empty(empty_write_count)
+
+
+def make_torchrl_buffer(store: EpisodeStore, config: Config, seeds: SeedSource) -> ReplayBuffer:
+    """Returns a TorchRL buffer over the store; ``batch_size`` is in rows: slices x (horizon + 1)."""
+    sampler = EpisodeSliceSampler(store, horizon=config.horizon, law=Law(config.sampling.law), seeds=seeds)
+    return EpisodeReplayBuffer(store, sampler=sampler, batch_size=config.batch_size * (config.horizon + 1))
 
 
 def _split_episodes(data: TensorDictBase) -> Iterator[dict[str, np.ndarray]]:
@@ -170,6 +181,8 @@ def _split_episodes(data: TensorDictBase) -> Iterator[dict[str, np.ndarray]]:
     if numbers is None:
         yield columns
         return
+    if any(array.shape[:1] != (numbers.size,) for array in columns.values()):
+        raise InvalidEpisodeError(f"episode: shape {numbers.shape}, expected one number a row of the other columns")
     borders = np.flatnonzero(np.diff(numbers.reshape(-1))) + 1
     for begin, end in zip([0, *borders], [*borders, numbers.size], strict=True):
         yield {name: array[begin:end] for name, array in columns.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -26,7 +27,11 @@ def note_written(storage: Storage, rows: np.ndarray) -> None:
 
 
 def release(storage: Storage) -> None:
-    """Puts a storage back to before its first write; the memory is freed once no view of it is left."""
+    """Puts a storage back to before its first write; the memory, or the files' blocks, are freed once no view of them is left."""
+    if isinstance(storage, LazyMemmapStorage) and storage._storage is not None:
+        # The next columns of these names would share a file that stays, and so overwrite the views that are left.
+        for column in storage._storage.values(include_nested=True, leaves_only=True):
+            Path(column.filename).unlink(missing_ok=True)
     storage._storage = None
     storage.initialized = False
     storage._storage_keys = None

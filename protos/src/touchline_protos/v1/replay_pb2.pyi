@@ -257,24 +257,26 @@ class ActorName(_message.Message):
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class SampleStreamRequest(_message.Message):
-    __slots__ = ("open", "credit")
+    __slots__ = ("open", "credit", "ring")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
+    RING_FIELD_NUMBER: _ClassVar[int]
     open: SampleStreamOpen
     credit: SampleStreamCredit
-    def __init__(self, open: _Optional[_Union[SampleStreamOpen, _Mapping]] = ..., credit: _Optional[_Union[SampleStreamCredit, _Mapping]] = ...) -> None: ...
+    ring: RingAttachment
+    def __init__(self, open: _Optional[_Union[SampleStreamOpen, _Mapping]] = ..., credit: _Optional[_Union[SampleStreamCredit, _Mapping]] = ..., ring: _Optional[_Union[RingAttachment, _Mapping]] = ...) -> None: ...
 
 class SampleStreamOpen(_message.Message):
-    __slots__ = ("sample", "credits", "max_batches_per_frame", "accepts_ring")
+    __slots__ = ("sample", "credits", "max_batches_per_frame", "shared_memory_id")
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCHES_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
-    ACCEPTS_RING_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_ID_FIELD_NUMBER: _ClassVar[int]
     sample: SampleRequest
     credits: int
     max_batches_per_frame: int
-    accepts_ring: bool
-    def __init__(self, sample: _Optional[_Union[SampleRequest, _Mapping]] = ..., credits: _Optional[int] = ..., max_batches_per_frame: _Optional[int] = ..., accepts_ring: bool = ...) -> None: ...
+    shared_memory_id: str
+    def __init__(self, sample: _Optional[_Union[SampleRequest, _Mapping]] = ..., credits: _Optional[int] = ..., max_batches_per_frame: _Optional[int] = ..., shared_memory_id: _Optional[str] = ...) -> None: ...
 
 class SampleStreamCredit(_message.Message):
     __slots__ = ("batches",)
@@ -282,15 +284,29 @@ class SampleStreamCredit(_message.Message):
     batches: int
     def __init__(self, batches: _Optional[int] = ...) -> None: ...
 
+class RingAttachment(_message.Message):
+    __slots__ = ("attached",)
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    attached: bool
+    def __init__(self, attached: bool = ...) -> None: ...
+
 class SampleStreamResponse(_message.Message):
-    __slots__ = ("group", "chunk", "ring")
+    __slots__ = ("group", "chunk", "ring", "actors")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RING_FIELD_NUMBER: _ClassVar[int]
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
     group: BatchGroup
     chunk: BatchChunk
     ring: RingSetup
-    def __init__(self, group: _Optional[_Union[BatchGroup, _Mapping]] = ..., chunk: _Optional[_Union[BatchChunk, _Mapping]] = ..., ring: _Optional[_Union[RingSetup, _Mapping]] = ...) -> None: ...
+    actors: ActorNames
+    def __init__(self, group: _Optional[_Union[BatchGroup, _Mapping]] = ..., chunk: _Optional[_Union[BatchChunk, _Mapping]] = ..., ring: _Optional[_Union[RingSetup, _Mapping]] = ..., actors: _Optional[_Union[ActorNames, _Mapping]] = ...) -> None: ...
+
+class ActorNames(_message.Message):
+    __slots__ = ("actors",)
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    actors: _containers.RepeatedCompositeFieldContainer[ActorName]
+    def __init__(self, actors: _Optional[_Iterable[_Union[ActorName, _Mapping]]] = ...) -> None: ...
 
 class BatchGroup(_message.Message):
     __slots__ = ("batches",)
@@ -313,18 +329,20 @@ class BatchChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Batch, _Mapping]] = ..., size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RingSetup(_message.Message):
-    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout")
+    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     path: str
     size_bytes: int
     slots: int
     slot_size_bytes: int
     layout: Batch
-    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
+    token: bytes
+    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class ReadyRequest(_message.Message):
     __slots__ = ("table", "min_steps", "wait_s")

@@ -1,0 +1,138 @@
+# Touchline's images, one target each:
+#
+#   client    the client library, without torch: what an actor or a robot of your own starts FROM
+#   actor     client, with the soccer players of examples/actor.py
+#   learner   torch and the client, with examples/learner.py
+#   server    torch and the server; the last stage, so the default target
+#
+# Dependencies are installed before sources are copied, torch first and by itself: a changed source costs seconds. actor and client
+# share their layers, learner and server share torch. docs/containers.md says how to build and run them.
+
+ARG PYTHON_IMAGE=python:3.11-slim
+
+
+FROM ${PYTHON_IMAGE} AS base
+ENV PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+# A number of its own: not that of a user of the machine, and the same in every image, because the files of the shared-memory ring are
+# their owner's alone.
+RUN groupadd --gid 10001 touchline \
+ && useradd --uid 10001 --gid touchline --no-log-init --create-home touchline \
+ && install -d -o touchline -g touchline /data
+WORKDIR /app
+
+
+# What each image requires, as files that change only when the requirements do.
+FROM base AS requirements
+COPY docker/requirements.py docker/
+COPY protos/pyproject.toml protos/
+COPY client/pyproject.toml client/
+COPY server/pyproject.toml server/
+COPY examples/requirements.txt examples/
+COPY constraints.txt ./
+# TORCH, not the constraints, decides which torch it is: left out of them, it satisfies all that follows.
+RUN mkdir /requirements \
+ && python docker/requirements.py protos client > /requirements/client.txt \
+ && python docker/requirements.py protos 'client[torch]' > /requirements/learner.txt \
+ && python docker/requirements.py protos server > /requirements/server.txt \
+ && grep -E '^(dm_control|mujoco|pillow)\b' examples/requirements.txt > /requirements/actor.txt \
+ && sed '/^torch==/d' constraints.txt > /requirements/constraints.txt
+
+
+# The three distributions as wheels.
+FROM base AS wheels
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+RUN pip install "hatchling>=1.26"
+COPY protos protos
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels/client ./protos && cp -r /wheels/client /wheels/server
+COPY client client
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels/client ./client
+COPY server server
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels/server ./server
+
+
+FROM base AS client-requirements
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+COPY --from=requirements /requirements/constraints.txt /requirements/client.txt /requirements/
+RUN pip install -c /requirements/constraints.txt -r /requirements/client.txt
+
+
+FROM client-requirements AS client
+COPY --from=wheels /wheels/client /wheels
+RUN pip install --no-deps --no-index /wheels/*.whl
+USER 10001:10001
+CMD ["python"]
+
+
+FROM client-requirements AS actor
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+# One thread for linear algebra: an actor is one of several on the machine, and its matrices are tiny.
+ENV MUJOCO_GL=disabled \
+    OMP_NUM_THREADS=1 \
+    OPENBLAS_NUM_THREADS=1
+COPY --from=requirements /requirements/actor.txt /requirements/
+RUN pip install -c /requirements/constraints.txt -r /requirements/actor.txt
+COPY --from=wheels /wheels/client /wheels
+RUN pip install --no-deps --no-index /wheels/*.whl
+COPY examples/actor.py examples/soccer.py examples/
+USER 10001:10001
+ENTRYPOINT ["python", "examples/actor.py"]
+
+
+FROM base AS torch
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+ARG TORCH=torch==2.13.0
+COPY --from=requirements /requirements/constraints.txt /requirements/
+RUN pip install -c /requirements/constraints.txt "${TORCH}"
+
+
+FROM torch AS learner
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+COPY --from=requirements /requirements/learner.txt /requirements/
+RUN pip install -c /requirements/constraints.txt -r /requirements/learner.txt
+COPY --from=wheels /wheels/client /wheels
+RUN pip install --no-deps --no-index /wheels/*.whl
+COPY examples/learner.py examples/world_model.py examples/
+USER 10001:10001
+VOLUME /data
+ENTRYPOINT ["python", "examples/learner.py"]
+
+
+FROM torch AS server
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_TRUSTED_HOST
+COPY --from=requirements /requirements/server.txt /requirements/
+RUN pip install -c /requirements/constraints.txt -r /requirements/server.txt
+COPY --from=wheels /wheels/server /wheels
+RUN pip install --no-deps --no-index /wheels/*.whl
+COPY cfg cfg
+# Listens on every address of the container; which of the machine's it is published on is said when it is run.
+ENV TOUCHLINE_SERVER__HOST=0.0.0.0 \
+    TOUCHLINE_SERVER__PORT=50051 \
+    TOUCHLINE_STORAGE__SCRATCH_DIR=/data
+USER 10001:10001
+VOLUME /data
+EXPOSE 50051
+# The command asks where the configuration in force says that the server listens.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["touchline-server", "healthcheck"]
+ENTRYPOINT ["touchline-server"]
+CMD ["serve"]

@@ -1,0 +1,27 @@
+"""Prints what distributions of this repository require, from their pyproject.toml alone and without each other.
+
+    python docker/requirements.py protos 'client[torch]' > requirements.txt
+
+So that an image's layer of dependencies is built again when they change, and not at each change of the sources.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+OWN = "touchline"
+"""What the names of the distributions here begin with."""
+
+
+def requirements(place: str) -> list[str]:
+    """Returns the requirements of a folder's distribution; `folder[extra]` adds those of one extra."""
+    folder, _, extra = place.rstrip("]").partition("[")
+    project = tomllib.loads(Path(folder, "pyproject.toml").read_text("utf-8"))["project"]
+    found = [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else [])]
+    return [line for line in found if not line.startswith(OWN)]
+
+
+if __name__ == "__main__":
+    print("\n".join(dict.fromkeys(line for place in sys.argv[1:] for line in requirements(place))))

@@ -1,0 +1,143 @@
+"""Feeding a learner on this host through a ring in shared memory: batches are gathered straight into its slots.
+
+Each ring has a thread of its own, which sleeps while the ring is full; there are at most ``server.max_rings`` of them. Learners beyond
+that get frames.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from touchline_protos.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.buffer import ReplayBuffer
+from touchline_server.errors import NotReadyError, SchemaChangedError
+from touchline_server.gathering import GatherPlan
+from touchline_server.streaming import BatchSource
+
+logger = logging.getLogger(__name__)
+
+SPARE_SLOTS = 2
+"""Slots beyond the batches that are to be under way: one that the learner holds and one that is being filled."""
+MIN_SLOTS = 3
+
+
+class RingHouse:
+    """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self._limits = buffer.config.server
+        self._identity = shared_memory_id()
+        self._rings = 0
+
+    def open(self, learner_id: str, plan: GatherPlan, batches: int) -> RingWriter | None:
+        """Returns a ring for a learner, or None where frames have to do.
+
+        Args:
+            learner_id: the ``shared_memory_id`` that it sent.
+            plan: of its batches.
+            batches: how many it wants under way.
+        """
+        if not self._identity or learner_id != self._identity or self._rings >= self._limits.max_rings:
+            return None
+        fitting = self._limits.max_ring_bytes // max(plan.layout.body_bytes, 1)
+        slots = min(batches + SPARE_SLOTS, fitting, MAX_SLOTS)
+        if slots < MIN_SLOTS:
+            return None
+        try:
+            ring = RingWriter(RingGeometry.of(slots, plan.layout.body_bytes))
+        except RingError as error:
+            logger.info("frames instead of a ring: %s", error)
+            return None
+        self._rings += 1
+        return ring
+
+    def close(self, ring: RingWriter) -> None:
+        """Takes a ring down."""
+        ring.close()
+        self._rings -= 1
+
+
+def ring_offer(ring: RingWriter, plan: GatherPlan) -> bytes:
+    """Returns the message that offers a ring."""
+    geometry = ring.geometry
+    setup = pb.RingSetup(
+        path=str(ring.path),
+        size_bytes=geometry.size_bytes,
+        slots=geometry.slots,
+        slot_size_bytes=geometry.slot_size_bytes,
+        layout=pb.Batch.FromString(plan.layout.header()),
+        token=ring.token,
+    )
+    return pb.SampleStreamResponse(ring=setup).SerializeToString()
+
+
+class RingFeeder:
+    """Keeps one ring full, in a thread of its own.
+
+    Args:
+        source: of the learner's batches.
+        ring: to fill.
+        plan: that the ring was made for; once batches look otherwise the feeder ends with SchemaChangedError.
+        tell: sends a message to the learner; called from the feeder's thread, must not block.
+        ended: called from the feeder's thread as its last act, with what ended it, None where :meth:`stop` did.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        ring: RingWriter,
+        plan: GatherPlan,
+        *,
+        tell: Callable[[bytes], None],
+        ended: Callable[[Exception | None], None],
+    ) -> None:
+        self._source = source
+        self._ring = ring
+        self._plan = plan
+        self._tell = tell
+        self._ended = ended
+        self._stopping = False
+        slots = range(ring.geometry.slots)
+        self._views = [plan.layout.body_views(ring.slot_array(slot)) for slot in slots]
+        self._actors_told = 0
+        self._thread = threading.Thread(target=self._work, name="touchline-ring", daemon=True)
+
+    def start(self) -> None:
+        """Begins to fill."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Has the thread end, within one batch or one nap."""
+        self._stopping = True
+        with suppress(ValueError):
+            self._ring.interrupt()
+
+    def _work(self) -> None:
+        fault: Exception | None = None
+        try:
+            while not self._stopping:
+                slot = self._ring.free_slot()
+                if slot is not None:
+                    self._fill(slot)
+        except NotReadyError:
+            fault = SchemaChangedError("the table was cleared; open the stream again")
+        except Exception as error:
+            fault = error
+        finally:
+            self._ended(fault)
+
+    def _fill(self, slot: int) -> None:
+        with self._source.select(1) as ((selection,), plan):
+            if plan.layout is not self._plan.layout and plan.layout.specs != self._plan.layout.specs:
+                raise SchemaChangedError("the table has another schema now; open the stream again")
+            plan.fill(selection, self._views[slot])
+            names = self._source.new_actors([selection])
+        if names:
+            self._actors_told += len(names)
+            actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
+            self._tell(pb.SampleStreamResponse(actors=actors).SerializeToString())
+        self._ring.publish(slot, self._actors_told)

@@ -1,0 +1,153 @@
+"""A sampling session: the learner grants credits, the server pushes frames or fills a ring on the same host."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from touchline_protos.ring import RingWriter
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.errors import DrainingError, InvalidRequestError, NotReadyError
+from touchline_server.feeding import RingFeeder, RingHouse, ring_offer
+from touchline_server.gathering import GatherPlan
+from touchline_server.streaming import BatchSource
+from touchline_server.waiting import ChangeSignal
+
+MAX_CREDITS = 1 << 20
+"""Credits that a learner may hold."""
+
+Write = Callable[[bytes], Awaitable[None]]
+
+
+class SampleSession:
+    """One learner's stream, from its first credits to its end. Lives in the event loop."""
+
+    def __init__(
+        self, source: BatchSource, changes: ChangeSignal, pool: ThreadPoolExecutor, rings: RingHouse, *, draining: Callable[[], bool]
+    ) -> None:
+        self._source = source
+        self._changes = changes
+        self._pool = pool
+        self._rings = rings
+        self._draining = draining
+        self._credits = 0
+        self._closed = False
+        self._attached: bool | None = None
+        self._fault: Exception | None = None
+
+    async def run(self, opening: pb.SampleStreamOpen, requests: AsyncIterator[pb.SampleStreamRequest], write: Write) -> None:
+        """Pushes batches until the learner closes its side and its credits are used up.
+
+        Raises:
+            DrainingError: the server stops.
+            InvalidRequestError: the learner says what does not fit the session.
+            SchemaChangedError: a ring's batches look otherwise now.
+        """
+        self._grant(opening.credits)
+        with self._changes.waiter() as wake:
+            reader = asyncio.create_task(self._read(requests, wake))
+            try:
+                if opening.shared_memory_id and await self._may_push(wake):
+                    plan = self._source.plan()
+                    ring = self._rings.open(opening.shared_memory_id, plan, self._credits) if plan is not None else None
+                    if plan is not None and ring is not None:
+                        try:
+                            if await self._offer(ring, plan, write, wake):
+                                await self._feed(ring, plan, write, wake)
+                                return
+                        finally:
+                            self._rings.close(ring)
+                await self._push(write, wake)
+            finally:
+                reader.cancel()
+
+    async def _push(self, write: Write, wake: asyncio.Event) -> None:
+        """Sends frames as credits allow."""
+        while await self._may_push(wake):
+            try:
+                count, frames = await asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
+            except NotReadyError:
+                continue  # cleared since it was looked at
+            self._credits -= count
+            for frame in frames:
+                await write(frame)
+
+    async def _may_push(self, wake: asyncio.Event) -> bool:
+        """Waits for a credit and for something to sample; returns False once the learner wants no more."""
+        while True:
+            wake.clear()
+            self._check()
+            if self._credits and self._source.can_sample():
+                return True
+            if self._closed and not self._credits:
+                return False
+            await wake.wait()
+
+    async def _offer(self, ring: RingWriter, plan: GatherPlan, write: Write, wake: asyncio.Event) -> bool:
+        """Offers a ring; returns whether the learner has mapped it."""
+        await write(ring_offer(ring, plan))
+        while self._attached is None and not self._closed:
+            wake.clear()
+            self._check()
+            await wake.wait()
+        ring.unlink()
+        return bool(self._attached)
+
+    async def _feed(self, ring: RingWriter, plan: GatherPlan, write: Write, wake: asyncio.Event) -> None:
+        """Keeps a ring full until the learner leaves; the stream itself only tells actors' names."""
+        loop = asyncio.get_running_loop()
+        messages: list[bytes] = []
+        ends: list[Exception | None] = []
+
+        def hand_over(target: list[Exception | None] | list[bytes], item: Exception | bytes | None) -> None:
+            target.append(item)  # type: ignore[arg-type]
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(wake.set)
+
+        feeder = RingFeeder(
+            self._source, ring, plan, tell=lambda message: hand_over(messages, message), ended=lambda fault: hand_over(ends, fault)
+        )
+        feeder.start()
+        try:
+            while not self._closed:
+                wake.clear()
+                self._check()
+                while messages:
+                    await write(messages.pop(0))
+                if ends and ends[0] is not None:
+                    raise ends[0]
+                await wake.wait()
+        finally:
+            feeder.stop()
+
+    def _check(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+        if self._draining():
+            raise DrainingError("the server is stopping; open the stream again when it is back")
+
+    async def _read(self, requests: AsyncIterator[pb.SampleStreamRequest], wake: asyncio.Event) -> None:
+        try:
+            async for request in requests:
+                kind = request.WhichOneof("request")
+                if kind == "credit":
+                    self._grant(request.credit.batches)
+                elif kind == "ring":
+                    self._attached = request.ring.attached
+                else:
+                    raise InvalidRequestError("a sampling stream was opened twice, expected only credits after its first message")
+                wake.set()
+        except InvalidRequestError as error:
+            self._fault = error
+        finally:
+            self._closed = True
+            wake.set()
+
+    def _grant(self, credits: int) -> None:
+        if not 0 <= credits <= MAX_CREDITS - self._credits:
+            raise InvalidRequestError(
+                f"credits: {credits} more on top of {self._credits}, expected 0 or more and at most {MAX_CREDITS} in all"
+            )
+        self._credits += credits

@@ -1,0 +1,113 @@
+"""Buffers, episodes and laws for the tests of the server's core: episodes whose every value says which episode and step it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from touchline_protos.batch import Batch
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.dtypes import BFLOAT16
+from touchline_server import Config
+
+STRIDE = 1_000_000
+"""A traced row's stamp is its episode's number times this, and its step."""
+
+
+def make_config(
+    capacity: int = 64, *, horizon: int = 3, batch_size: int = 8, storage: Mapping[str, Any] | None = None, **sampling: Any
+) -> Config:
+    """A small buffer on the CPU."""
+    return Config(
+        config={"buffer_size": capacity, "batch_size": batch_size, "min_history": 0, "horizon": horizon},
+        storage={"device": "cpu", **(storage or {})},
+        sampling=sampling,
+    )
+
+
+def traced_columns(number: int, length: int) -> dict[str, np.ndarray]:
+    """An episode's columns: each value is a function of the episode's number and the step, in a way of the column's own."""
+    stamp = number * STRIDE + np.arange(length, dtype=np.int64)
+    return {"stamp": stamp, **_from_stamp(stamp)}
+
+
+def traced(number: int, length: int, *, key: EpisodeKey | None = None, actor: str = "") -> Episode:
+    """A traced episode; its number is its policy version too, so that a batch tells it independently of its rows."""
+    return Episode(traced_columns(number, length), key, actor, number)
+
+
+def _from_stamp(stamp: np.ndarray) -> dict[str, np.ndarray]:
+    number, step = np.divmod(stamp, STRIDE)
+    image = (stamp[..., None, None] * np.array([[1, 7, 31], [3, 11, 101]]) % 251).astype(np.uint8)
+    return {
+        "obs.image": image,
+        "obs.state": np.stack([number, step, (number * 31 + step * 17) % 1009], axis=-1).astype(np.float32),
+        "action": np.stack([step + 0.5, -number.astype(np.float64)], axis=-1),
+        "reward": (number * 13 + step).astype(np.float32),
+        "done": (number + step) % 3 == 0,
+    }
+
+
+def check_traced(batch: Batch, *, horizon: int, incoming: bool = True) -> None:
+    """Asserts that every value of a batch of traced episodes is that of the slice that its provenance names."""
+    stamp = np.asarray(batch.extra["stamp"])
+    step = np.asarray(batch.start) + np.arange(horizon + 1)[:, None]
+    assert np.array_equal(stamp, np.asarray(batch.policy_version) * STRIDE + step)
+    expected = _from_stamp(stamp)
+    transition = slice(1, None) if incoming else slice(None, -1)
+    assert np.array_equal(batch.obs["image"], expected["obs.image"])
+    assert np.array_equal(batch.obs["state"], expected["obs.state"])
+    assert np.array_equal(batch.action, expected["action"][transition])
+    assert np.array_equal(batch.reward, expected["reward"][transition][..., None])
+    assert np.array_equal(batch.done, expected["done"][transition][..., None])
+
+
+def plain_columns(length: int, **others: Any) -> dict[str, Any]:
+    """The smallest episode that is one, and more columns where given."""
+    return {
+        "obs": np.arange(length * 2, dtype=np.float32).reshape(length, 2),
+        "action": np.ones((length, 1), np.float32),
+        "reward": np.zeros(length, np.float32),
+        **others,
+    }
+
+
+def as_bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
+    """What two values have in common if they are equal to the bit: numpy arrays, or torch tensors on any device."""
+    if hasattr(array, "detach"):
+        tensor = array.detach().cpu().contiguous()
+        name = str(tensor.dtype).removeprefix("torch.")
+        return name, tuple(tensor.shape), bytes(tensor.flatten().view(torch_uint8()).numpy()) if tensor.numel() else b""
+    array = np.ascontiguousarray(array) if array.ndim else array
+    return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name, array.shape, array.tobytes()
+
+
+def torch_uint8() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
+    """Pearson's statistic of counts against expected counts."""
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+def chi_square_two_samples(one: np.ndarray, other: np.ndarray) -> float:
+    """The statistic of two equally large samples against the law that they share."""
+    both = one + other
+    return float(((one - other) ** 2 / both)[both > 0].sum())
+
+
+def chi_square_limit(degrees: int) -> float:
+    """The value that the statistic exceeds once in about 10,000 draws of the law itself (Wilson and Hilferty 1931)."""
+    ninth = 2 / (9 * degrees)
+    return float(degrees * (1 - ninth + 3.719 * ninth**0.5) ** 3)
+
+
+def count_cells(slices: Iterable[tuple[int, int]], cells: list[tuple[int, int]]) -> np.ndarray:
+    """How often each (episode, start) was drawn; a slice outside of the cells is an error."""
+    number = {cell: position for position, cell in enumerate(cells)}
+    return np.bincount([number[cell] for cell in slices], minlength=len(cells)).astype(np.float64)

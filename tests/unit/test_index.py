@@ -1,0 +1,182 @@
+"""The episode index on its own: against a plain list, after any sequence of adds and evictions."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from touchline_server.index import ENTRY_WIDTH, FIRST_ROW, ID, LENGTH, MAX_HORIZONS, EligibleEpisodes, EntryQueue, EpisodeIndex
+from touchline_server.sampling import Law
+
+
+def filled(capacity: int, lengths: list[int]) -> EpisodeIndex:
+    index = EpisodeIndex(capacity)
+    for number, length in enumerate(lengths):
+        index.evict_for(length)
+        index.append(episode_id=number, length=length, actor=number % 3, policy_version=10 * number)
+    return index
+
+
+def test_entry_queue_many_appends_and_drops_keeps_order_in_bounded_memory() -> None:
+    queue = EntryQueue()
+    for number in range(100):
+        queue.append((number,) * ENTRY_WIDTH)
+
+    for number in range(100, 20_000):
+        queue.append((number,) * ENTRY_WIDTH)
+        queue.drop_oldest()
+
+    assert np.array_equal(queue.live[:, ID], np.arange(19_900, 20_000))
+    assert len(queue._entries) <= 400
+
+
+def test_entry_queue_of_entries_copies_them() -> None:
+    entries = np.arange(10, dtype=np.int64).reshape(2, 5)
+
+    queue = EntryQueue(entries)
+    entries[:] = 0
+    queue.append((9, 9, 9, 9, 9))
+
+    assert queue.live.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [9, 9, 9, 9, 9]]
+
+
+def test_index_episode_at_the_seam_wraps_and_the_next_follows_it() -> None:
+    index = filled(10, [6, 3])
+
+    evicted = index.evict_for(4)
+    index.append(episode_id=2, length=4, actor=0, policy_version=0)
+
+    assert (evicted.episodes, evicted.steps) == (1, 6)
+    assert index.entries[:, [ID, FIRST_ROW, LENGTH]].tolist() == [[1, 6, 3], [2, 9, 4]]
+    assert index.cursor == 3
+
+
+def test_index_episode_of_the_whole_capacity_evicts_all_others() -> None:
+    index = filled(10, [2, 3, 4])
+
+    evicted = index.evict_for(10)
+
+    assert (evicted.episodes, evicted.steps) == (3, 9)
+    assert len(index) == index.steps == 0
+
+
+def test_draw_slice_over_the_seam_is_wrapped_row_by_row() -> None:
+    index = filled(10, [6, 3, 4])  # the last lies in rows 9, 0, 1, 2
+
+    draw = index.eligible(3).draw(5, Law.STEP, np.random.default_rng(0))
+
+    assert draw.rows(3, 10).tolist() == [[9] * 5, [0] * 5, [1] * 5, [2] * 5]
+
+
+def test_draw_result_does_not_change_with_the_index() -> None:
+    index = filled(20, [5, 5, 5])
+    draw = index.eligible(3).draw(64, Law.EPISODE, np.random.default_rng(0))
+    before = draw.episode_id.copy(), draw.first_row.copy()
+
+    for number in range(3, 200):
+        index.evict_for(5)
+        index.append(episode_id=number, length=5, actor=0, policy_version=0)
+
+    assert np.array_equal(draw.episode_id, before[0])
+    assert np.array_equal(draw.first_row, before[1])
+
+
+def test_eligible_episodes_built_late_equal_those_kept_up_to_date() -> None:
+    early = EpisodeIndex(1000)
+    kept = early.eligible(4)
+    for number, length in enumerate([3, 9, 4, 5, 60, 1, 5, 7] * 30):
+        early.evict_for(length)
+        early.append(episode_id=number, length=length, actor=0, policy_version=0)
+
+    late = EligibleEpisodes(4, early.entries)
+
+    assert np.array_equal(late.entries, kept.entries)
+    assert late.starts == kept.starts
+    for law in Law:
+        one, other = (eligible.draw(500, law, np.random.default_rng(3)) for eligible in (late, kept))
+        assert np.array_equal(one.first_row, other.first_row)
+        assert np.array_equal(one.probability, other.probability)
+
+
+def test_index_more_horizons_than_are_kept_stays_right() -> None:
+    index = filled(500, [3, 9, 30, 5, 12])
+
+    for horizon in [*range(1, 2 * MAX_HORIZONS), 1, 2]:
+        index.evict_for(7)
+        index.append(episode_id=100 + len(index), length=7, actor=0, policy_version=0)
+        lengths = index.entries[:, LENGTH]
+        assert len(index.eligible(horizon)) == (lengths > horizon).sum()
+
+    assert len(index._eligible) == MAX_HORIZONS
+
+
+@settings(max_examples=60, stateful_step_count=40, deadline=None)
+class IndexAgainstList(RuleBasedStateMachine):
+    """The model keeps (id, length) oldest first, and which episode and step each row of the ring holds."""
+
+    @initialize(capacity=st.integers(1, 30))
+    def begin(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.index = EpisodeIndex(capacity)
+        self.model: list[tuple[int, int]] = []
+        self.rows: list[tuple[int, int] | None] = [None] * capacity
+        self.next_row = 0
+        self.next_id = 0
+        self.horizons: set[int] = set()
+
+    @rule(share=st.floats(0, 1))
+    def add(self, share: float) -> None:
+        length = max(1, round(share * self.capacity))
+        free = self.capacity - sum(rows for _, rows in self.model)
+        gone = []
+        while free < length:
+            gone.append(self.model.pop(0))
+            free += gone[-1][1]
+
+        evicted = self.index.evict_for(length)
+        self.index.append(episode_id=self.next_id, length=length, actor=1, policy_version=2)
+
+        assert (evicted.episodes, evicted.steps) == (len(gone), sum(rows for _, rows in gone))
+        self.model.append((self.next_id, length))
+        for step in range(length):
+            self.rows[self.next_row] = (self.next_id, step)
+            self.next_row = (self.next_row + 1) % self.capacity
+        self.next_id += 1
+
+    @rule(horizon=st.integers(1, 12))
+    def use_horizon(self, horizon: int) -> None:
+        self.horizons.add(horizon)
+
+    @rule(law=st.sampled_from(Law), seed=st.integers(0, 1000))
+    def draw(self, law: Law, seed: int) -> None:
+        for horizon in self.horizons:
+            eligible = self.index.eligible(horizon)
+            if not len(eligible):
+                continue
+            draw = eligible.draw(20, law, np.random.default_rng(seed))
+            rows = draw.rows(horizon, self.capacity)
+            lengths = dict(self.model)
+            starts = {number: length - horizon for number, length in self.model if length > horizon}
+            for column in range(20):
+                number, start = int(draw.episode_id[column]), int(draw.start[column])
+                assert start + horizon < lengths[number]
+                assert [self.rows[row] for row in rows[:, column]] == [(number, start + step) for step in range(horizon + 1)]
+                chance = 1 / (len(starts) * starts[number]) if law is Law.EPISODE else 1 / sum(starts.values())
+                assert draw.probability[column] == chance
+
+    @invariant()
+    def agrees(self) -> None:
+        assert [tuple(entry) for entry in self.index.entries[:, [ID, LENGTH]]] == self.model
+        assert self.index.steps == sum(length for _, length in self.model)
+        for number, first_row, length in self.index.entries[:, [ID, FIRST_ROW, LENGTH]].tolist():
+            assert [self.rows[(first_row + step) % self.capacity] for step in range(length)] == [(number, step) for step in range(length)]
+        for horizon in self.horizons:
+            eligible = self.index.eligible(horizon)
+            long_enough = [(number, length) for number, length in self.model if length > horizon]
+            assert [tuple(entry) for entry in eligible.entries[:, [ID, LENGTH]]] == long_enough
+            assert eligible.starts == sum(length - horizon for _, length in long_enough)
+
+
+TestIndexAgainstList = IndexAgainstList.TestCase

@@ -1,0 +1,369 @@
+"""The episode writer, against a server that stores, refuses and goes away on demand."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from client_faults import ScriptedServer, fail
+from touchline import (
+    ClosedError,
+    EpisodeWriter,
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    KeyConflictError,
+    ReplayClient,
+    ServerError,
+    UnacknowledgedError,
+    UnavailableError,
+)
+from touchline_protos.codec import Episode, decode_add_episode
+
+
+class Shelf:
+    """What the server stored; while ``away`` is set it is unavailable, and ``failures`` are answered first, one a call."""
+
+    def __init__(self, *failures: tuple[grpc.StatusCode, str]) -> None:
+        self.failures = list(failures)
+        self.away = threading.Event()
+        self.asked = threading.Event()
+        self.episodes: list[Episode] = []
+
+    def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.asked.set()
+        if self.away.is_set():
+            fail(context, grpc.StatusCode.UNAVAILABLE, details="gone for lunch")
+        if self.failures:
+            fail(context, *self.failures.pop(0), details="obs: as the test wants")
+        self.episodes.append(decode_add_episode(request)[1])
+        return b""
+
+    def columns(self, name: str) -> list[list[Any]]:
+        return [episode.columns[name].tolist() for episode in self.episodes]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def client(shelf: Shelf) -> Iterator[ReplayClient]:
+    with ScriptedServer(AddEpisode=shelf) as server, ReplayClient(server.address, timeout_s=0.2, actor="keeper") as client:
+        yield client
+
+
+def _play(writer: EpisodeWriter, numbers: range) -> None:
+    """Appends rows in TD-MPC2's convention: the reset observation alone, then one row a transition."""
+    for number in numbers:
+        step = {"obs": np.float32(number)}
+        writer.append(step if number == numbers[0] else step | {"action": np.float32(number), "reward": float(number)})
+
+
+def test_ended_episode_goes_out_whole(client: ReplayClient, shelf: Shelf) -> None:
+    with EpisodeWriter(client, policy_version=4) as writer:
+        _play(writer, range(3))
+        key = writer.end_episode()
+        writer.flush(10)
+
+    (episode,) = shelf.episodes
+    assert episode.columns["obs"].tolist() == [0, 1, 2]
+    assert np.isnan(episode.columns["reward"][0]) and episode.columns["reward"].tolist()[1:] == [1, 2]
+    assert (episode.key, episode.actor, episode.policy_version) == (key, "keeper", 4)
+
+
+def test_endless_episode_is_cut_with_one_overlapping_row(client: ReplayClient, shelf: Shelf) -> None:
+    with EpisodeWriter(client, max_steps=3) as writer:
+        _play(writer, range(9))
+
+    assert shelf.columns("obs") == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8]]
+    assert shelf.columns("reward")[1:] == [[3, 4, 5, 6], [6, 7, 8]]
+    assert (writer.counters.appended, writer.counters.steps_appended, writer.counters.discarded) == (3, 11, 0)
+
+
+def test_episode_that_ends_at_a_cut_leaves_no_piece_of_one_row(client: ReplayClient, shelf: Shelf) -> None:
+    with EpisodeWriter(client, max_steps=3) as writer:
+        _play(writer, range(4))
+        assert writer.end_episode() is None
+        _play(writer, range(10, 12))
+
+    assert shelf.columns("obs") == [[0, 1, 2, 3], [10, 11]]
+    assert writer.counters.discarded == 0
+
+
+def test_close_sends_the_unfinished_episode(client: ReplayClient, shelf: Shelf) -> None:
+    writer = EpisodeWriter(client)
+    _play(writer, range(2))
+
+    writer.close(10)
+
+    assert shelf.columns("obs") == [[0, 1]]
+    counters = writer.counters
+    assert (counters.appended, counters.pending, counters.acknowledged, counters.refused) == (1, 0, 1, 0)
+    assert (counters.steps_appended, counters.steps_acknowledged) == (2, 2)
+
+
+def test_one_row_is_discarded_counted_and_logged(client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    with EpisodeWriter(client) as writer:
+        _play(writer, range(1))
+        assert writer.end_episode() is None
+        assert writer.end_episode() is None  # nothing since
+
+    assert shelf.episodes == []
+    assert (writer.counters.discarded, writer.counters.appended) == (1, 0)
+    assert "discarded 1 rows of an unfinished episode: one row holds no transition" in caplog.text
+
+
+def test_policy_version_counts_from_the_next_episode_or_piece_on(client: ReplayClient, shelf: Shelf) -> None:
+    with EpisodeWriter(client, max_steps=2, policy_version=1) as writer:
+        _play(writer, range(2))
+        writer.policy_version = 2
+        for number in (2, 3):
+            writer.append({"obs": np.float32(number), "action": np.float32(number), "reward": float(number)})
+        writer.end_episode()
+        writer.policy_version = 3
+        _play(writer, range(2))
+
+    assert [episode.policy_version for episode in shelf.episodes] == [1, 2, 3]
+
+
+def test_full_queue_blocks_until_there_is_room(client: ReplayClient, shelf: Shelf) -> None:
+    shelf.away.set()
+    third = threading.Event()
+    writer = EpisodeWriter(client, max_pending=2)
+
+    def play() -> None:
+        for _ in range(3):
+            _play(writer, range(2))
+            writer.end_episode()
+        third.set()
+
+    actor = threading.Thread(target=play)
+    actor.start()
+    assert not third.wait(0.5)
+    assert writer.counters.pending == 2
+
+    shelf.away.clear()
+
+    assert third.wait(10)
+    actor.join()
+    writer.close(10)
+    assert writer.counters.acknowledged == 3
+
+
+def test_unavailable_server_is_tried_until_it_is_back(client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "touchline")
+    shelf.away.set()
+    writer = EpisodeWriter(client)
+    _play(writer, range(3))
+    key = writer.end_episode()
+    with pytest.raises(UnacknowledgedError, match="1 episodes are not acknowledged") as caught:
+        writer.flush(1.0)  # the client's own retries end after 0.2 s
+    assert [(result.key, type(result.error)) for result in caught.value.results] == [(key, UnavailableError)]
+
+    shelf.away.clear()
+    writer.close(30)
+
+    assert [episode.key for episode in shelf.episodes] == [key]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_close_in_vain_may_be_made_again(client: ReplayClient, shelf: Shelf) -> None:
+    shelf.away.set()
+    writer = EpisodeWriter(client)
+    _play(writer, range(3))
+    with pytest.raises(UnacknowledgedError):
+        writer.close(0.1)
+    with pytest.raises(ClosedError):
+        _play(writer, range(1))
+
+    shelf.away.clear()
+    writer.close(30)
+    writer.close()
+
+    assert writer.counters.acknowledged == 1
+
+
+def test_server_at_its_limits_is_tried_again(client: ReplayClient, shelf: Shelf) -> None:
+    shelf.failures = [(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit")] * 2
+
+    with EpisodeWriter(client) as writer:
+        _play(writer, range(2))
+
+    assert writer.counters.acknowledged == 1
+
+
+def test_server_that_keeps_failing_on_an_episode_has_refused_it(
+    client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("touchline.writer.SERVER_ERROR_ATTEMPTS", 2)
+    shelf.failures = [(grpc.StatusCode.INTERNAL, "internal")] * 2
+    writer = EpisodeWriter(client)
+    _play(writer, range(2))
+    writer.end_episode()
+    _play(writer, range(2))
+
+    with pytest.raises(UnacknowledgedError) as caught:
+        writer.close(10)
+
+    assert [type(result.error) for result in caught.value.results] == [ServerError]
+    assert (writer.counters.acknowledged, writer.counters.refused) == (1, 1)
+
+
+def _refused(writer: EpisodeWriter) -> Any:
+    """Ends an episode and waits until it was answered."""
+    _play(writer, range(2))
+    key = writer.end_episode()
+    with writer._changed:
+        assert writer._changed.wait_for(lambda: not writer._pending, 10)
+    return key
+
+
+@pytest.mark.parametrize("report", ["append", "end_episode", "flush", "close"])
+def test_refused_episode_is_logged_counted_and_reported_once(
+    client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture, report: str
+) -> None:
+    shelf.failures = [(grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode")]
+    writer = EpisodeWriter(client)
+    key = _refused(writer)
+    report_by = {
+        "append": lambda: writer.append({"obs": 1}),
+        "end_episode": writer.end_episode,
+        "flush": writer.flush,
+        "close": writer.close,
+    }
+
+    with pytest.raises(UnacknowledgedError, match="obs: as the test wants") as caught:
+        report_by[report]()
+
+    assert [(result.key, type(result.error)) for result in caught.value.results] == [(key, InvalidEpisodeError)]
+    assert "obs: as the test wants" in caplog.text
+    assert writer.counters.refused == 1
+    writer.close(10)  # says nothing of it again
+
+
+def test_append_that_reports_a_refusal_may_be_made_again(client: ReplayClient, shelf: Shelf) -> None:
+    shelf.failures = [(grpc.StatusCode.ALREADY_EXISTS, "key-conflict")]
+    writer = EpisodeWriter(client)
+    _refused(writer)
+    with pytest.raises(UnacknowledgedError) as caught:
+        writer.append({"obs": np.float32(0)})
+
+    _play(writer, range(2))
+    writer.close(10)
+
+    assert type(caught.value.results[0].error) is KeyConflictError
+    assert shelf.columns("obs") == [[0, 1]]
+
+
+def test_failed_body_discards_the_unfinished_episode_and_sends_the_ended_ones(
+    client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ZeroDivisionError), EpisodeWriter(client) as writer:
+        _play(writer, range(3))
+        writer.end_episode()
+        _play(writer, range(7))
+        raise ZeroDivisionError
+
+    assert shelf.columns("obs") == [[0, 1, 2]]
+    assert (writer.counters.acknowledged, writer.counters.discarded) == (1, 1)
+    assert "discarded 7 rows of an unfinished episode" in caplog.text
+
+
+def test_failed_body_with_the_server_away_raises_its_own_error_and_logs_the_loss(
+    client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf.away.set()
+    with pytest.raises(ZeroDivisionError), EpisodeWriter(client) as writer:
+        _play(writer, range(3))
+        writer.end_episode()
+        raise ZeroDivisionError
+
+    assert "closed because of ZeroDivisionError: 1 episodes are not acknowledged" in caplog.text
+    shelf.away.clear()
+    writer.close(30)
+
+
+def test_closed_client_gives_the_episodes_up(client: ReplayClient, shelf: Shelf) -> None:
+    shelf.away.set()
+    writer = EpisodeWriter(client)
+    _play(writer, range(3))
+    writer.end_episode()
+    assert shelf.asked.wait(10)
+
+    client.close()
+
+    with pytest.raises(UnacknowledgedError) as caught:
+        writer.close(10)
+    assert [type(result.error) for result in caught.value.results] == [ClosedError]
+    assert writer.counters.refused == 1
+
+
+@pytest.mark.parametrize("arguments", [{"max_steps": 0}, {"max_pending": 0}, {"actor": "x" * 129}, {"policy_version": 1.5}])
+def test_bad_argument_is_refused(client: ReplayClient, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
+        EpisodeWriter(client, **arguments)
+
+
+def test_writer_in_a_forked_child_starts_empty_and_works(client: ReplayClient, shelf: Shelf) -> None:
+    writer = EpisodeWriter(client)
+    _play(writer, range(5))
+
+    writer.after_fork_in_child()
+    _play(writer, range(2))
+    writer.close(10)
+
+    assert shelf.columns("obs") == [[0, 1]]
+    assert writer.counters.appended == 1
+
+
+FORGETFUL = """
+import sys
+import numpy as np
+from touchline import EpisodeWriter, ReplayClient
+
+def play(address):
+    writer = EpisodeWriter(ReplayClient(address, timeout_s=0.1, client_id="forgetful"))
+    for _ in range(3):
+        writer.append({"obs": np.zeros(2, np.float32), "action": np.zeros(1, np.float32), "reward": 0.0})
+    writer.end_episode()
+    writer.append({"obs": np.zeros(2, np.float32)})
+
+if __name__ == "__main__":
+    if sys.argv[2] == "main":
+        play(sys.argv[1])
+    else:
+        import multiprocessing
+        child = multiprocessing.get_context(sys.argv[2]).Process(target=play, args=(sys.argv[1],))
+        child.start()
+        child.join()
+"""
+
+
+@pytest.mark.parametrize("process", ["main", "fork", "spawn"])
+@pytest.mark.parametrize("away", [False, True])
+def test_writer_forgotten_at_exit_neither_hangs_nor_loses_in_silence(tmp_path: Path, shelf: Shelf, away: bool, process: str) -> None:
+    script = tmp_path / "forgetful.py"
+    script.write_text(FORGETFUL)
+    if away:
+        shelf.away.set()
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
+
+    with ScriptedServer(AddEpisode=shelf) as server:
+        ended = subprocess.run(
+            [sys.executable, str(script), server.address, process], capture_output=True, text=True, timeout=60, env=env, check=True
+        )
+
+    assert len(shelf.episodes) == (0 if away else 1)
+    lost = f"was not closed: {int(away)} episodes not acknowledged, 1 rows of an unfinished one"
+    assert ended.stderr.count(lost) == 1
