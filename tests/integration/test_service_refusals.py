@@ -212,18 +212,22 @@ def test_non_finite_observations_are_accepted_where_the_configuration_says_so() 
     assert answer.counts.episodes_stored == 1
 
 
+def padded(size: int) -> bytes:
+    """A good request of exactly this size."""
+    request = pb.AddEpisodeRequest.FromString(encode_add_episode(make_episode(100)))
+    request.episode.columns[0].tensor.padding = bytes(size // 4)
+    request.episode.columns[0].tensor.padding += bytes(size - request.ByteSize())
+    assert request.ByteSize() == size
+    return request.SerializeToString()
+
+
 def test_message_above_the_limit_is_refused_with_the_numbers_and_at_the_limit_stored() -> None:
     with serving(server={"port": 0, "max_message_bytes": 4096}) as (_, caller):
-        fits = make_episode(100)
-        room = 4096 - len(encode_add_episode(fits))
-        largest, too_large = replace(fits, actor="x" * (room - 2)), make_episode(200)
-
-        assert len(encode_add_episode(largest)) == 4096
-        refusal = refused(caller.add, too_large)
+        refusal = refused(caller.add, padded(4097))
 
         assert refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"{len(encode_add_episode(too_large))} vs. 4096" in refusal.details
-        assert caller.add(largest).counts.episodes_stored == 1
+        assert "4097 vs. 4096" in refusal.details
+        assert caller.add(padded(4096)).counts == pb.Counts(steps_stored=100, episodes_stored=1, steps_added=100, episodes_added=1)
 
 
 def test_another_table_is_not_found_and_nothing_is_stored(served: Served) -> None:

@@ -160,9 +160,12 @@ def test_every_call_carries_the_protocol_version() -> None:
 )
 def test_failure_means_what_code_and_reason_say(code: grpc.StatusCode, reason: str, kind: type[TouchlineError]) -> None:
     # The words of the message are those of another error on purpose.
-    with ScriptedServer(Info=failing(code, reason, "not ready, too large, draining")) as server, ReplayClient(server.address) as client:
-        with pytest.raises(TouchlineError) as caught:
-            client.info()
+    with (
+        ScriptedServer(Info=failing(code, reason, "not ready, too large, draining")) as server,
+        ReplayClient(server.address) as client,
+        pytest.raises(TouchlineError) as caught,
+    ):
+        client.info()
 
     assert type(caught.value) is kind
     assert "not ready, too large, draining" in str(caught.value)
@@ -170,9 +173,12 @@ def test_failure_means_what_code_and_reason_say(code: grpc.StatusCode, reason: s
 
 def test_sample_that_is_not_ready_carries_the_counts() -> None:
     not_ready = failing(grpc.StatusCode.FAILED_PRECONDITION, "not-ready")
-    with ScriptedServer(Sample=not_ready, Ready=READY) as server, ReplayClient(server.address) as client:
-        with pytest.raises(NotReadyError) as caught:
-            client.sample()
+    with (
+        ScriptedServer(Sample=not_ready, Ready=READY) as server,
+        ReplayClient(server.address) as client,
+        pytest.raises(NotReadyError) as caught,
+    ):
+        client.sample()
 
     assert caught.value.counts is not None
     assert caught.value.counts.steps_stored == 7
@@ -222,9 +228,9 @@ def test_wait_until_ready_survives_an_absent_server_and_gives_up_with_the_counts
     with (
         ScriptedServer(Ready=in_turn(failing(UNAVAILABLE), failing(UNAVAILABLE), not_yet)) as server,
         ReplayClient(server.address, timeout_s=0.05) as client,
+        pytest.raises(NotReadyError, match=r"3 steps in 1 episodes, expected 10 steps") as caught,
     ):
-        with pytest.raises(NotReadyError, match=r"3 steps in 1 episodes, expected 10 steps") as caught:
-            client.wait_until_ready(10, timeout_s=1.0)
+        client.wait_until_ready(10, timeout_s=1.0)
 
     assert caught.value.counts is not None
     assert caught.value.counts.steps_stored == 3
@@ -333,9 +339,12 @@ def test_load_is_cut_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_load_with_an_episode_that_cannot_be_sent_stores_the_others() -> None:
     keys: list[list[int]] = []
     bad = EPISODE | {"reward": np.zeros(4, np.float32)}
-    with ScriptedServer(LoadEpisodes=_loader(keys)) as server, ReplayClient(server.address) as client:
-        with pytest.raises(LoadError, match=r"episode 1: reward: 4 rows, expected 5 to match obs") as caught:
-            client.load([EPISODE, bad, EPISODE])
+    with (
+        ScriptedServer(LoadEpisodes=_loader(keys)) as server,
+        ReplayClient(server.address) as client,
+        pytest.raises(LoadError, match=r"episode 1: reward: 4 rows, expected 5 to match obs") as caught,
+    ):
+        client.load([EPISODE, bad, EPISODE])
 
     assert keys == [[0, 2]]
     assert [type(result.error) for result in caught.value.results] == [type(None), InvalidEpisodeError, type(None)]
@@ -345,9 +354,12 @@ def test_load_with_an_episode_that_cannot_be_sent_stores_the_others() -> None:
 def test_load_that_stays_unavailable_tells_what_was_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline.delivery.MAX_LOAD_EPISODES", 2)
     handler = in_turn(_loader([]), failing(UNAVAILABLE))
-    with ScriptedServer(LoadEpisodes=handler) as server, ReplayClient(server.address) as client:
-        with pytest.raises(UnavailableError) as caught:
-            client.load([EPISODE] * 4, timeout_s=0.2)
+    with (
+        ScriptedServer(LoadEpisodes=handler) as server,
+        ReplayClient(server.address) as client,
+        pytest.raises(UnavailableError) as caught,
+    ):
+        client.load([EPISODE] * 4, timeout_s=0.2)
 
     assert caught.value.__notes__ == ["load: 2 episodes were answered before"]
 
@@ -370,9 +382,11 @@ def test_upload_whose_messages_cannot_be_made_raises_what_went_wrong() -> None:
         yield b""
         raise KeyError("no such shelf")
 
-    with ScriptedServer(LoadEpisodes=lambda messages, context: b"".join(messages)) as server:
-        with pytest.raises(KeyError, match="no such shelf"):
-            _calls(server, []).upload("LoadEpisodes", requests, timeout_s=10)
+    with (
+        ScriptedServer(LoadEpisodes=lambda messages, context: b"".join(messages)) as server,
+        pytest.raises(KeyError, match="no such shelf"),
+    ):
+        _calls(server, []).upload("LoadEpisodes", requests, timeout_s=10)
 
 
 def test_backoff_doubles_up_to_its_longest_wait() -> None:

@@ -94,25 +94,36 @@ def test_stream_opens_with_its_credits_and_grants_half_of_them_at_a_time() -> No
 
 
 def test_stream_with_one_credit_goes_on() -> None:
-    with ScriptedServer(SampleStream=Pusher()) as server, ReplayClient(server.address, as_numpy=True) as client:
-        with client.batches(prefetch=1) as stream:
-            assert [_number(next(stream)) for _ in range(5)] == list(range(5))
+    with (
+        ScriptedServer(SampleStream=Pusher()) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        client.batches(prefetch=1) as stream,
+    ):
+        assert [_number(next(stream)) for _ in range(5)] == list(range(5))
 
 
 def test_batches_are_tensors_unless_numpy_is_asked_for() -> None:
     torch = pytest.importorskip("torch")
-    with ScriptedServer(SampleStream=Pusher()) as server, ReplayClient(server.address) as client:
-        with client.batches() as tensors, client.batches(as_numpy=True) as arrays:
-            assert isinstance(next(tensors).obs, torch.Tensor)
-            assert isinstance(next(arrays).obs, np.ndarray)
+    with (
+        ScriptedServer(SampleStream=Pusher()) as server,
+        ReplayClient(server.address) as client,
+        client.batches() as tensors,
+        client.batches(as_numpy=True) as arrays,
+    ):
+        assert isinstance(next(tensors).obs, torch.Tensor)
+        assert isinstance(next(arrays).obs, np.ndarray)
 
 
 @pytest.mark.parametrize("end", [UNAVAILABLE, None])
 def test_stream_that_ends_is_opened_anew(end: grpc.StatusCode | None, caplog: pytest.LogCaptureFixture) -> None:
     handler = in_turn(_then(2, end), Pusher())
-    with ScriptedServer(SampleStream=handler, Ready=CAN_SAMPLE) as server, ReplayClient(server.address, as_numpy=True) as client:
-        with caplog.at_level(logging.INFO, "touchline"), client.batches() as stream:
-            numbers = [_number(next(stream)) for _ in range(5)]
+    with (
+        ScriptedServer(SampleStream=handler, Ready=CAN_SAMPLE) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        caplog.at_level(logging.INFO, "touchline"),
+        client.batches() as stream,
+    ):
+        numbers = [_number(next(stream)) for _ in range(5)]
 
     assert numbers == [0, 1, 0, 1, 2]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
@@ -164,26 +175,37 @@ def _silent(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterato
 
 def test_nothing_to_sample_within_the_time_limit_is_not_ready_with_counts() -> None:
     not_ready = answering(pb.ReadyResponse(counts=pb.Counts(steps_stored=2, episodes_stored=1)).SerializeToString())
-    with ScriptedServer(SampleStream=_silent, Ready=not_ready) as server, ReplayClient(server.address, as_numpy=True) as client:
-        with client.batches(timeout_s=0.2) as stream, pytest.raises(NotReadyError) as caught:
-            next(stream)
+    with (
+        ScriptedServer(SampleStream=_silent, Ready=not_ready) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        client.batches(timeout_s=0.2) as stream,
+        pytest.raises(NotReadyError) as caught,
+    ):
+        next(stream)
 
     assert caught.value.counts is not None
     assert caught.value.counts.steps_stored == 2
 
 
 def test_silence_within_the_time_limit_is_a_deadline_error() -> None:
-    with ScriptedServer(SampleStream=_silent, Ready=CAN_SAMPLE) as server, ReplayClient(server.address, as_numpy=True) as client:
-        with client.batches(timeout_s=0.2) as stream, pytest.raises(DeadlineError, match=r"no batch within 0\.2 s"):
-            next(stream)
+    with (
+        ScriptedServer(SampleStream=_silent, Ready=CAN_SAMPLE) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        client.batches(timeout_s=0.2) as stream,
+        pytest.raises(DeadlineError, match=r"no batch within 0\.2 s"),
+    ):
+        next(stream)
 
 
 def test_stream_goes_on_after_a_time_limit_was_missed() -> None:
-    with ScriptedServer(SampleStream=in_turn(_silent, Pusher()), Ready=CAN_SAMPLE) as server:
-        with ReplayClient(server.address, as_numpy=True) as client, client.batches(timeout_s=0.5) as stream:
-            with pytest.raises(DeadlineError):
-                next(stream)
-            assert _number(next(stream)) == 0
+    with (
+        ScriptedServer(SampleStream=in_turn(_silent, Pusher()), Ready=CAN_SAMPLE) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        client.batches(timeout_s=0.5) as stream,
+    ):
+        with pytest.raises(DeadlineError):
+            next(stream)
+        assert _number(next(stream)) == 0
 
 
 def test_absent_server_is_unavailable_within_the_time_limit() -> None:
@@ -242,9 +264,13 @@ def test_frame_that_is_none_is_a_server_error() -> None:
     def push(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         yield b"\x0a\xff"
 
-    with ScriptedServer(SampleStream=push) as server, ReplayClient(server.address, as_numpy=True) as client, client.batches() as stream:
-        with pytest.raises(ServerError, match="a frame that is none"):
-            next(stream)
+    with (
+        ScriptedServer(SampleStream=push) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        client.batches() as stream,
+        pytest.raises(ServerError, match="a frame that is none"),
+    ):
+        next(stream)
 
 
 def test_sample_over_the_message_limit_comes_over_a_stream() -> None:

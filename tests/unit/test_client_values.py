@@ -71,7 +71,7 @@ def test_episode_that_cannot_be_sent_is_refused_with_the_column(change: dict[str
 
 @pytest.mark.parametrize("episode", [None, 5, [1, 2], np.zeros(4), {}])
 def test_what_is_no_episode_is_refused(episode: Any) -> None:
-    with pytest.raises(InvalidEpisodeError, match="^episode: .*expected"):
+    with pytest.raises(InvalidEpisodeError, match=r"^episode: .*expected"):
         _make(episode)
 
 

@@ -184,6 +184,7 @@ EXPORTS = {
         "OverloadedError",
         "ReplayBuffer",
         "ReplayError",
+        "SchemaChangedError",
         "TooLargeError",
         "UnknownTableError",
         "__version__",

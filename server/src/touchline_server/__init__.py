@@ -4,8 +4,9 @@
 >>> buffer = ReplayBuffer(read_cfg())
 """
 
+from typing import TYPE_CHECKING, Any
+
 from touchline_protos import Batch, Counts
-from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config, ConfigError, read_cfg
 from touchline_server.errors import (
     DrainingError,
@@ -16,9 +17,13 @@ from touchline_server.errors import (
     NotReadyError,
     OverloadedError,
     ReplayError,
+    SchemaChangedError,
     TooLargeError,
     UnknownTableError,
 )
+
+if TYPE_CHECKING:
+    from touchline_server.buffer import ReplayBuffer
 
 __version__ = "0.1.0"
 
@@ -36,8 +41,18 @@ __all__ = [
     "OverloadedError",
     "ReplayBuffer",
     "ReplayError",
+    "SchemaChangedError",
     "TooLargeError",
     "UnknownTableError",
     "__version__",
     "read_cfg",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The buffer brings torch and torchrl: seconds that `touchline-server healthcheck` and `--help` have no use for.
+    if name == "ReplayBuffer":
+        from touchline_server.buffer import ReplayBuffer
+
+        return ReplayBuffer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Other replay buffers, in an environment of their own, measured beside Touchline."""

@@ -1,0 +1,143 @@
+"""Subjects live in processes of their own, which a driver tells what to do: one line of JSON a request, one an answer.
+
+Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+MALLOC_TUNING = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""The C library keeps freed memory instead of giving it back: big allocations then cost no page faults. The same for all subjects."""
+
+
+class WorkerError(RuntimeError):
+    """A subject's process failed; the message has its own traceback."""
+
+
+class Worker:
+    """A process that answers calls. Also a context manager that ends it.
+
+    Args:
+        module: to run, which calls :func:`serve`.
+        python: the interpreter; this one where left out.
+        tuned: with :data:`MALLOC_TUNING`.
+    """
+
+    def __init__(self, module: str, *, python: Path | None = None, tuned: bool = True) -> None:
+        self.module = module
+        self._process = subprocess.Popen(
+            [str(python or sys.executable), "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=REPOSITORY,
+            env=child_environment(tuned=tuned),
+            text=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Returns what the process answers, waiting for it.
+
+        Raises:
+            WorkerError: it raised, or it ended.
+        """
+        self.send(method, **arguments)
+        return self.receive()
+
+    def send(self, method: str, **arguments: Any) -> None:
+        """Begins a call; :meth:`receive` ends it.
+
+        Raises:
+            WorkerError: the process ended.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise WorkerError(f"{self.module}: ended with status {self._process.poll()}") from error
+
+    def receive(self) -> Any:
+        """Returns the answer to the call that was begun. Raises as :meth:`call` does."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(f"{self.module}: ended with status {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.module}: {answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.close()
+        except OSError:
+            pass  # it ended by itself, with a request unread
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def serve(methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers calls from standard input until it ends; what anything prints goes to standard error instead."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": methods[request["method"]](**request["arguments"])}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def child_environment(*, tuned: bool) -> dict[str, str]:
+    """Returns the environment of a subject's process: one thread for numerics, and the memory tuning if wanted."""
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_TUNING}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "RL_LOGGING_LEVEL": "ERROR"}
+    return environment | (MALLOC_TUNING if tuned else {})
+
+
+def cpu_seconds(pid: int) -> float:
+    """Returns the processor time that a process of this machine has used, all its threads together (Linux)."""
+    # The clock id of another process, as clock_getcpuclockid(3) makes it.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def resident_bytes(pid: int) -> int:
+    """Returns the resident memory of a process of this machine (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise WorkerError(f"process {pid} has no resident memory")

@@ -1,0 +1,60 @@
+"""Medians, and intervals that say how far to trust them, with no assumption about the noise.
+
+Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics as stdlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and a confidence interval of it."""
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+    """Probability with which such an interval holds the true median; below 0.95 where there were fewer than 6 values."""
+    count: int
+
+
+def median_interval(values: Sequence[float], *, coverage: float = 0.95) -> Interval:
+    """Returns the median and the narrowest interval between two values that covers it.
+
+    From order statistics (Conover, Practical Nonparametric Statistics, 3rd ed., 3.2): the j-th smallest and the j-th largest of n
+    independent values enclose the true median with probability 1 - 2 P(Binomial(n, 1/2) < j), whatever their distribution.
+
+    Args:
+        values: at least one.
+        coverage: wanted at least; the widest interval is returned where n is too small for it.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    if not count:
+        raise ValueError("no values, expected at least one")
+    rank, below = 0, 0.0
+    while rank < (count - 1) // 2:
+        wider = below + math.comb(count, rank + 1) / 2**count
+        if 1 - 2 * (wider if rank else wider + 1 / 2**count) < coverage:
+            break
+        below = wider if rank else wider + 1 / 2**count
+        rank += 1
+    reached = 1 - 2 * sum(math.comb(count, k) for k in range(rank + 1)) / 2**count
+    return Interval(stdlib.median(ordered), ordered[rank], ordered[count - 1 - rank], max(reached, 0.0), count)
+
+
+def ratio_interval(over: Sequence[float], under: Sequence[float]) -> Interval:
+    """Returns the median of the ratios round by round, which a machine's moods from one round to the next do not touch.
+
+    Raises:
+        ValueError: the numbers of rounds differ.
+    """
+    return median_interval([a / b for a, b in zip(over, under, strict=True)])

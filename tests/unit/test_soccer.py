@@ -1,0 +1,195 @@
+"""The examples' environment, policy and world model, on real matches."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+pytest.importorskip("dm_control")
+torch = pytest.importorskip("torch")
+
+from soccer import ACTIONS, GOAL_REWARD, PLAYERS, NoisyChaser, make_match, play_match, shaped_reward
+from world_model import Normalizer, WorldModel
+
+OBS_SIZE = 113
+CONTROL_STEPS_PER_S = 40
+
+
+@cache
+def played_match(*, seed: int, seconds: float = 1.0, number: int = 3) -> tuple[dict[str, np.ndarray], ...]:
+    """Returns the four episodes of a match; not to be changed."""
+    match = make_match(seed=seed, match_seconds=seconds)
+    policies = [NoisyChaser(seed=(seed, player)) for player in range(PLAYERS)]
+    rows = list(play_match(match, policies, number=number))
+    return tuple({name: np.stack([row[player][name] for row in rows]) for name in rows[0][player]} for player in range(PLAYERS))
+
+
+def test_match_gives_an_episode_a_player_of_one_row_more_than_steps() -> None:
+    episodes = played_match(seed=0)
+
+    rows = CONTROL_STEPS_PER_S + 1
+    assert len(episodes) == PLAYERS
+    for episode in episodes:
+        shapes = {name: (column.dtype.name, column.shape) for name, column in episode.items()}
+        assert shapes == {
+            "obs": ("float32", (rows, OBS_SIZE)),
+            "action": ("float32", (rows, ACTIONS)),
+            "reward": ("float32", (rows,)),
+            "done": ("float32", (rows,)),
+            "match": ("int32", (rows,)),
+        }
+
+
+def test_match_row_0_has_an_observation_alone() -> None:
+    for episode in played_match(seed=0):
+        for name in ("action", "reward", "done"):
+            assert np.isnan(episode[name][0]).all()
+            assert np.isfinite(episode[name][1:]).all()
+        assert np.isfinite(episode["obs"]).all()
+
+
+def test_match_row_holds_the_action_that_led_to_its_observation() -> None:
+    episode = played_match(seed=0)[0]
+    match = make_match(seed=0, match_seconds=1.0)
+    match.reset()
+    policies = [played["action"] for played in played_match(seed=0)]
+
+    seen = [match.step([actions[row] for actions in policies]).observation[0] for row in range(1, 6)]
+
+    rewards = [shaped_reward(0.0, observation) for observation in seen]
+    np.testing.assert_allclose(episode["reward"][1:6], rewards, rtol=1e-5, atol=1e-6)
+
+
+def test_match_that_the_clock_ends_is_not_terminated() -> None:
+    for episode in played_match(seed=0):
+        assert not episode["done"][1:].any()
+
+
+def test_match_that_a_goal_ends_is_terminated_and_rewarded() -> None:
+    class Goal:
+        """The last step of a match: home scores."""
+
+        observation = [make_match(seed=0, match_seconds=1.0).reset().observation[player] for player in range(PLAYERS)]
+        reward = [np.float32(1), np.float32(1), np.float32(-1), np.float32(-1)]
+        discount = 0.0
+
+        def __init__(self, *, last: bool) -> None:
+            self._last = last
+
+        def last(self) -> bool:
+            return self._last
+
+    class MatchWithAGoal:
+        def reset(self) -> Goal:
+            return Goal(last=False)
+
+        def step(self, actions: list[np.ndarray]) -> Goal:
+            return Goal(last=True)
+
+    _, last = play_match(MatchWithAGoal(), [NoisyChaser(seed=player) for player in range(PLAYERS)])
+
+    assert [float(row["done"]) for row in last] == [1.0] * PLAYERS
+    expected = np.array([GOAL_REWARD, GOAL_REWARD, -GOAL_REWARD, -GOAL_REWARD])
+    np.testing.assert_allclose([float(row["reward"]) for row in last], expected, atol=1e-6)
+
+
+def test_match_of_the_same_seed_is_the_same_and_of_another_is_not() -> None:
+    first, other = played_match(seed=1, seconds=0.5), played_match(seed=2, seconds=0.5)
+    played_match.cache_clear()
+    again = played_match(seed=1, seconds=0.5)
+
+    for mine, same in zip(first, again, strict=True):
+        for name, column in mine.items():
+            np.testing.assert_array_equal(column, same[name])
+    assert not np.array_equal(first[0]["obs"], other[0]["obs"])
+
+
+def test_policy_is_smooth_and_within_the_controls() -> None:
+    for episode in played_match(seed=0):
+        action = episode["action"][1:]
+        assert np.abs(action).max() <= 1.0
+        # The kick is noise alone: neighbours in time agree, far more than any two draws of its spread would.
+        assert np.abs(np.diff(action[:, 2])).mean() < 0.5 * max(np.abs(np.subtract.outer(action[:, 2], action[:, 2])).mean(), 0.05)
+
+
+def test_policies_of_two_players_differ() -> None:
+    first, second, *_ = played_match(seed=0)
+
+    assert not np.array_equal(first["action"][1:], second["action"][1:])
+
+
+def slices_of(episodes: tuple[dict[str, np.ndarray], ...], *, horizon: int, seed: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Returns obs [H+1, B, obs_size], action [H, B, 3] and reward [H, B, 1], as the service would."""
+    rng = np.random.default_rng(seed)
+    drawn = [
+        (episode, rng.integers(len(episode["obs"]) - horizon)) for episode in (episodes[i] for i in rng.integers(len(episodes), size=size))
+    ]
+    columns = [("obs", 0), ("action", 1), ("reward", 1)]
+    obs, action, reward = (
+        torch.tensor(np.stack([episode[name][start + first : start + horizon + 1] for episode, start in drawn], axis=1))
+        for name, first in columns
+    )
+    return obs, action, reward.unsqueeze(-1)
+
+
+def test_world_model_learns_from_real_matches() -> None:
+    torch.manual_seed(0)
+    episodes = played_match(seed=0, seconds=4.0)
+    model = WorldModel(OBS_SIZE, ACTIONS)
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+
+    losses = []
+    for update in range(120):
+        loss = model.loss(*slices_of(episodes, horizon=3, seed=update, size=64))
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        model.follow()
+        losses.append((float(loss.reward), float(loss.consistency)))
+
+    first, last = np.mean(losses[:10], axis=0), np.mean(losses[-10:], axis=0)
+    assert (last < 0.5 * first).all(), (first, last)
+    obs, action, reward = slices_of(episodes, horizon=3, seed=1000, size=512)
+    error = (model.predict_rewards(obs[0], action) - reward).square().mean()
+    assert error < 0.5 * reward.var(correction=0)
+
+
+def test_world_model_target_follows_and_is_not_trained() -> None:
+    model = WorldModel(OBS_SIZE, ACTIONS, target_follows=0.25)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(1.0)
+    before = [parameter.clone() for parameter in model.target_encoder.parameters()]
+
+    model.follow()
+
+    for old, new in zip(before, model.target_encoder.parameters(), strict=True):
+        assert not new.requires_grad
+        torch.testing.assert_close(new, old + 0.25)
+
+
+def test_world_model_predicts_a_reward_a_step() -> None:
+    model = WorldModel(6, 2)
+
+    rewards = model.predict_rewards(torch.randn(5, 6), torch.randn(4, 5, 2))
+
+    assert rewards.shape == (4, 5, 1)
+
+
+def test_normalizer_in_parts_knows_mean_and_deviation_of_the_whole() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(100, 3) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([5.0, -2.0, 0.0])
+    normalizer = Normalizer(3)
+
+    for part in (data[:7], data[7:60], data[60:]):
+        normalizer.update(part)
+
+    torch.testing.assert_close(normalizer.mean.float(), data.mean(0))
+    torch.testing.assert_close(normalizer.std.float(), data.std(0, correction=0))
+    torch.testing.assert_close(normalizer.inverse(normalizer(data)), data, rtol=1e-4, atol=1e-4)
