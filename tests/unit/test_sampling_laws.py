@@ -1,4 +1,4 @@
-"""Both laws by chi-square on episodes of unequal length, and where the randomness comes from. Seeds are fixed: no test is a matter of luck."""
+"""Both laws by chi-square on episodes of unequal length, and where the randomness comes from. All seeds are fixed: nothing is luck."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from store_cases import chi_square, chi_square_limit, chi_square_two_samples, count_cells, make_config, traced
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, SliceSampler
 from torchrl.data import ReplayBuffer as TorchRLBuffer
 
+from store_cases import chi_square, chi_square_limit, chi_square_two_samples, count_cells, make_config, traced
 from touchline_server import InvalidRequestError, ReplayBuffer
 from touchline_server.sampling import SeedSource
 

@@ -105,7 +105,12 @@ class ReplayBuffer:
             KeyConflictError: the key was used for another episode.
             TooLargeError: there is no memory for the columns.
         """
-        return self.add_episode(self._episode(td, actor, policy_version, key)).counts.episodes_stored
+        try:
+            episode = self._episode(td, actor, policy_version, key)
+        except InvalidEpisodeError as error:
+            self.store.count_refused(str(error))
+            raise
+        return self.add_episode(episode).counts.episodes_stored
 
     def load(self, td: Mapping[str, Any], *, actor: str = "", policy_version: int = 0) -> int:
         """Stores many episodes at once.
@@ -164,6 +169,10 @@ class ReplayBuffer:
             return self._sample(spec, self.seeds.stream(seed))
         with self._rng_lock:
             return self._sample(spec, self._rng)
+
+    def sample_with(self, rng: np.random.Generator) -> Batch:
+        """Draws one batch as configured, from a generator of the caller's: successive draws are those of a stream with its seed."""
+        return self._sample(self.spec(), rng)
 
     def clear(self) -> Counts:
         """Forgets all episodes and the schema. Episode ids and the counts of what was ever added go on."""
@@ -244,6 +253,8 @@ class ReplayBuffer:
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:
+        if not hasattr(td, "keys"):
+            raise InvalidEpisodeError(f"an episode of type {type(td).__name__}, expected a mapping of columns")
         try:
             return Episode(flatten_columns(td), key=key, actor=actor, policy_version=policy_version)
         except ColumnError as error:

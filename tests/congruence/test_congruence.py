@@ -1,0 +1,303 @@
+"""One suite for every path by which a batch can come: in process, unary, stream, ring. All must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from touchline import InvalidEpisodeError as ClientInvalidEpisodeError
+from touchline import NotReadyError as ClientNotReadyError
+from touchline import ReplayClient
+from touchline_protos import Batch
+from touchline_protos.ring import shared_memory_id
+from touchline_server import Config, InvalidEpisodeError, NotReadyError, ReplayBuffer
+from touchline_server.app import ServerThread
+
+HORIZON = 3
+BATCH = 16
+PATHS = ["in process", "unary", "stream", "ring"]
+
+
+@dataclass
+class Subject:
+    """A buffer that is reached by one path."""
+
+    buffer: ReplayBuffer
+    verbs: Any
+    draw: Callable[[int | None, int], list[Batch]]
+    """Draws n batches with a seed."""
+    transport: str
+
+
+def make_config(**changes: Any) -> Config:
+    tables: dict[str, dict[str, Any]] = {
+        "config": {"buffer_size": 2_000, "batch_size": BATCH, "horizon": HORIZON, "min_history": 100},
+        "server": {"port": 0},
+    }
+    for table, keys in changes.items():
+        tables[table] = tables.get(table, {}) | keys
+    return Config(**tables)
+
+
+def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
+    buffer = ReplayBuffer(config)
+    if path == "in process":
+
+        def draw_here(seed: int | None, n: int) -> list[Batch]:
+            if seed is None:
+                return [buffer.sample() for _ in range(n)]
+            rng = buffer.seeds.stream(seed)
+            return [buffer.sample_with(rng) for _ in range(n)]
+
+        return Subject(buffer, buffer, draw_here, "")
+    server = stack.enter_context(ServerThread(config, buffer))
+    client = stack.enter_context(ReplayClient(server.address))
+    if path == "unary":
+
+        def draw_unary(seed: int | None, n: int) -> list[Batch]:
+            # One seed is one draw here: the first batch of the other paths.
+            return [client.sample(seed=seed) for _ in range(n)]
+
+        return Subject(buffer, client, draw_unary, "")
+    ring = path == "ring"
+    if ring and not shared_memory_id():
+        pytest.skip("rings need Linux on x86-64")
+
+    def draw_stream(seed: int | None, n: int) -> list[Batch]:
+        with client.batches(seed=seed, ring=ring, prefetch=6) as batches:
+            drawn = [next(batches) for _ in range(n)]
+            assert batches.transport == ("ring" if ring else "stream")
+            return drawn
+
+    return Subject(buffer, client, draw_stream, "ring" if ring else "stream")
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def make_episode(number: int, length: int, *, width: int = 5) -> TensorDict:
+    """An episode whose every value tells the episode, the step and the column."""
+    rows = number * 1000.0 + torch.arange(length, dtype=torch.float32)
+    return TensorDict(
+        {
+            "obs": {
+                "state": rows[:, None] + torch.arange(width) / 64,
+                "rgb": (torch.arange(length)[:, None, None] + number).expand(length, 2, 3).to(torch.uint8).contiguous(),
+            },
+            "action": torch.stack([rows, -rows], dim=1).to(torch.bfloat16),
+            "reward": rows / 2,
+            "done": torch.arange(length) == length - 1,
+            "task": torch.full((length,), number % 4, dtype=torch.int64),
+            "value": rows.to(torch.float64),
+        },
+        [length],
+    )
+
+
+def fill(subject: Subject, numbers: range = range(30)) -> None:
+    for number in numbers:
+        subject.verbs.add(make_episode(number, 5 + (7 * number) % 60), actor=f"actor-{number % 3}", policy_version=number)
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    assert left.obs.keys() == right.obs.keys()
+    pairs = [(left.obs[name], right.obs[name]) for name in left.obs]
+    pairs += [(left.extra[name], right.extra[name]) for name in left.extra | right.extra]
+    names = ("action", "reward", "done", "task", "episode_id", "start", "actor", "policy_version", "probability")
+    pairs += [(getattr(left, name), getattr(right, name)) for name in names]
+    for one, other in pairs:
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert np.array_equal(as_numpy(one), as_numpy(other))
+
+
+def assert_true_to_provenance(batch: Batch) -> None:
+    """Every value of the batch is that of the episode and step that its provenance names."""
+    first = batch.episode_id * 1000.0 + batch.start
+    rows = first[None] + torch.arange(HORIZON + 1)[:, None]
+    assert torch.equal(batch.obs["state"][..., 0], rows.float())
+    assert torch.equal(batch.reward[..., 0], rows[1:].float() / 2)
+    assert torch.equal(batch.extra["value"], rows.double())
+    assert torch.equal(batch.task, batch.episode_id % 4)
+    assert torch.equal(batch.policy_version, batch.episode_id)
+    assert [batch.actor_names[int(number)] for number in batch.actor] == [f"actor-{int(number) % 3}" for number in batch.episode_id]
+
+
+def test_same_seed_gives_the_same_batch_as_in_process(path: str, stack: ExitStack) -> None:
+    config = make_config()
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    fill(subject)
+    fill(reference)
+    count = 1 if path == "unary" else 25  # several frames of several batches
+
+    for one, other in zip(subject.draw(7, count), reference.draw(7, count), strict=True):
+        assert_equal(one, other)
+        assert_true_to_provenance(one)
+
+
+def test_batch_above_the_chunk_size_is_the_same(path: str, stack: ExitStack) -> None:
+    config = make_config(config={"batch_size": 200, "buffer_size": 400})
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    for side in (subject, reference):
+        for number in range(3):
+            side.verbs.add(make_episode(number, 50, width=3_000))  # 9.6 MB a batch
+
+    count = 1 if path == "unary" else 3
+    for one, other in zip(subject.draw(3, count), reference.draw(3, count), strict=True):
+        assert_equal(one, other)
+
+
+def test_batch_unpacks_with_the_shapes_of_td_mpc2(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    fill(subject)
+
+    obs, action, reward, done = subject.draw(None, 1)[0]
+
+    assert obs["state"].shape == (HORIZON + 1, BATCH, 5)
+    assert obs["rgb"].shape == (HORIZON + 1, BATCH, 2, 3)
+    assert action.shape == (HORIZON, BATCH, 2)
+    assert reward.shape == done.shape == (HORIZON, BATCH, 1)
+    assert all(tensor.is_contiguous() for tensor in (*obs.values(), action, reward, done))
+
+
+def test_held_batches_and_rows_stay_as_they_are_while_thousands_are_drawn(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    fill(subject)
+    held, rows, expected = [], [], []
+
+    for batch in draw_many(subject, stack, 3_000):
+        assert_true_to_provenance(batch)
+        if len(expected) < 40:
+            if len(expected) % 2:
+                held.append(batch)
+                expected.append(batch.obs["state"].clone())
+            else:
+                rows.append(batch.obs["state"][0])
+                expected.append(batch.obs["state"][0].clone())
+
+    for number, before in enumerate(expected):
+        now = held[number // 2].obs["state"] if number % 2 else rows[number // 2]
+        assert torch.equal(now, before)
+    for batch in held:
+        assert_true_to_provenance(batch)
+
+
+def draw_many(subject: Subject, stack: ExitStack, count: int) -> Iterator[Batch]:
+    """Batches one by one: nothing but what the caller keeps is held."""
+    if not subject.transport:
+        for _ in range(count):
+            yield subject.verbs.sample()
+        return
+    stream = stack.enter_context(subject.verbs.batches(ring=subject.transport == "ring", prefetch=6))
+    for _ in range(count):
+        yield next(stream)
+
+
+def test_writing_into_a_batch_changes_no_other_and_not_the_store(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    fill(subject)
+
+    for batch in draw_many(subject, stack, 200):
+        assert_true_to_provenance(batch)
+        for tensor in (batch.obs["state"], batch.action, batch.reward, batch.extra["value"]):
+            tensor.fill_(-1)
+
+
+def test_counts_and_verbs_agree(path: str, stack: ExitStack) -> None:
+    config = make_config(config={"buffer_size": 200, "min_history": 50})
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    for side in (subject, reference):
+        assert not side.verbs.ready()
+        fill(side)
+        side.verbs.add(make_episode(99, HORIZON))
+        assert side.verbs.load(dict(torch.stack([make_episode(5, 9), make_episode(6, 9)]).items())) > 0
+
+    assert subject.verbs.counts() == reference.verbs.counts()
+    assert subject.verbs.num_eps == reference.verbs.num_eps
+    assert subject.verbs.size == reference.verbs.size
+    assert subject.verbs.capacity == reference.verbs.capacity == 200
+    assert subject.verbs.ready() and reference.verbs.ready()
+    assert subject.verbs.clear() == reference.verbs.clear()
+    assert not subject.verbs.ready()
+
+
+def test_refusals_agree_to_the_word(path: str, stack: ExitStack) -> None:
+    config = make_config()
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    words = []
+    for side, kind in ((subject, ClientInvalidEpisodeError), (reference, InvalidEpisodeError)):
+        fill(side)
+        bad = make_episode(1, 20)
+        bad["obs", "state"][3, 1] = float("nan")
+        with pytest.raises((kind, InvalidEpisodeError)) as caught:
+            side.verbs.add(bad)
+        words.append(str(caught.value))
+        assert side.buffer.counts().episodes_refused == 1
+
+    assert words[0] == words[1]
+    assert words[0].startswith("obs.state: a value that is not finite in row 3")
+
+
+def test_sampling_an_empty_buffer_says_so(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+
+    with pytest.raises((NotReadyError, ClientNotReadyError), match=r"0 steps in 0 episodes|0 episodes of 0 steps"):
+        if subject.transport:
+            next(subject.verbs.batches(ring=subject.transport == "ring", timeout_s=0.2))
+        else:
+            subject.verbs.sample()
+
+
+@pytest.mark.parametrize("law", ["episode", "step"])
+def test_law_holds_on_every_path(path: str, law: str, stack: ExitStack) -> None:
+    config = make_config(sampling={"law": law, "seed": 11}, config={"batch_size": 200})
+    subject = open_subject(path, stack, config)
+    lengths = [4, 5, 9, 40, 120]
+    for number, length in enumerate(lengths):
+        subject.verbs.add(make_episode(number, length), actor=f"actor-{number % 3}", policy_version=number)
+    starts = np.array(lengths) - HORIZON
+    share = np.full(len(lengths), 1 / len(lengths)) if law == "episode" else starts / starts.sum()
+
+    drawn = np.concatenate([batch.episode_id.numpy() for batch in draw_many(subject, stack, 100)])
+
+    expected = share * len(drawn)
+    statistic = float(((np.bincount(drawn, minlength=len(lengths)) - expected) ** 2 / expected).sum())
+    assert statistic < 23.5  # chi-square, 4 degrees of freedom, p = 0.0001; the seed is fixed
+
+
+def test_cleared_table_with_another_schema_goes_on(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    fill(subject)
+    source = draw_many(subject, stack, 10_000)
+    next(source)
+
+    subject.verbs.clear()
+    for number in range(5):
+        subject.verbs.add({"obs": np.full((10, 2), number, np.float32), "action": np.zeros((10, 1)), "reward": np.zeros(10)})
+
+    for _ in range(200):  # what was under way before may still come
+        batch = next(source)
+        if not isinstance(batch.obs, dict):
+            break
+    assert batch.obs.shape == (HORIZON + 1, BATCH, 2)
+    assert (batch.obs[0, :, 0] == batch.episode_id - 30).all()

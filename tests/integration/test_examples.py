@@ -1,0 +1,210 @@
+"""The examples and the demo, as processes of their own and with a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from touchline import ReplayClient
+from touchline_server import Config
+from touchline_server.app import ServerThread
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts an example with its arguments; ends what is left at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(example: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(EXAMPLES / example), *arguments]
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **environment}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=(tmp_path / f"{example}.log").open("w"), text=True, env=variables, cwd=tmp_path
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def _serve(port: int = 0) -> ServerThread:
+    return ServerThread(
+        Config(
+            config={"buffer_size": 5_000, "batch_size": 32, "min_history": 1_000, "horizon": 3},
+            storage={"device": "cpu"},
+            server={"port": port},
+        )
+    )
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield json.loads(line)
+
+
+def _stop(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Sends SIGTERM and returns the lines of JSON that were not read before."""
+    process.terminate()
+    rest = list(_lines(process))
+    assert process.wait() == 0
+    return rest
+
+
+def _nobody_listens(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) != 0
+
+
+def test_actor_after_its_matches_has_everything_acknowledged(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        actor = start("actor.py", "--address", server.address, "--matches", "2", "--match-seconds", "1", "--actor-name", "left")
+        *matches, totals = _lines(actor)
+        assert actor.wait() == 0
+
+        counts = client.counts()
+        assert [match["match"] for match in matches] == [0, 1]
+        assert totals == {"episodes_played": 8, "episodes_acknowledged": 8, "steps_played": 8 * 41, "steps_acknowledged": 8 * 41}
+        assert (counts.episodes_stored, counts.steps_stored) == (8, 8 * 41)
+        batch = client.sample(batch_size=256)
+        assert {batch.actor_names[int(actor)] for actor in batch.actor} == {f"left/{player}" for player in range(4)}
+        assert set(batch.extra["match"].flatten().tolist()) == {0, 1}
+
+
+def test_actor_stopped_in_a_match_sends_what_it_played(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        actor = start("actor.py", "--address", server.address, "--match-seconds", "5")
+        next(_lines(actor))
+
+        totals = _stop(actor)[-1]
+
+        counts = client.counts()
+        assert totals["episodes_played"] == totals["episodes_acknowledged"] == counts.episodes_added > 0
+        assert totals["steps_played"] == totals["steps_acknowledged"] == counts.steps_added > 0
+
+
+def test_actor_of_the_same_seed_plays_the_same_match(start: Start) -> None:
+    with _serve() as server:
+        arguments = ("--address", server.address, "--matches", "1", "--match-seconds", "1", "--seed")
+        first, again, other = (start("actor.py", *arguments, seed) for seed in ("7", "7", "8"))
+        returns = [list(_lines(actor))[0]["returns"] for actor in (first, again, other)]
+
+    assert returns[0] == returns[1] != returns[2]
+
+
+@pytest.mark.slow
+def test_actor_and_learner_go_on_after_a_restart_of_the_server(start: Start, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model.pt"
+    with _serve() as server:
+        address = server.address
+        actor = start("actor.py", "--address", address, "--match-seconds", "2")
+        learner = start("learner.py", "--address", address, "--checkpoint", str(checkpoint))
+        reports = _lines(learner)
+        next(reports)
+
+    with _serve(int(address.rsplit(":", 1)[1])), ReplayClient(address) as client:
+        client.wait_until_ready(timeout_s=60)
+        returned = time.time()
+        before = next(report for report in reports if report["time"] > returned)
+        after = next(report for report in reports if report["updates"] > before["updates"] + 20)
+        last = _stop(learner)[-1]
+        totals = _stop(actor)[-1]
+
+    assert last["final"] and last["updates"] >= after["updates"]
+    assert checkpoint.exists()
+    assert totals["episodes_acknowledged"] == totals["episodes_played"] > 0
+
+
+def test_learner_takes_its_checkpoint_up(start: Start, tmp_path: Path) -> None:
+    with _serve() as server:
+        start("actor.py", "--address", server.address, "--match-seconds", "2", "--matches", "8")
+        arguments = ("--address", server.address, "--updates", "30", "--checkpoint", str(tmp_path / "model.pt"))
+        first = start("learner.py", *arguments)
+        of_first = list(_lines(first))
+        again = start("learner.py", *arguments)
+        of_again = list(_lines(again))
+
+    assert first.wait() == again.wait() == 0
+    assert of_first[-1]["updates"] == of_again[-1]["updates"] == 30
+    assert of_again[-1]["reward"] < of_first[-1]["reward"]
+    assert "goes on from" in (tmp_path / "learner.py.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("example", "package", "install"), [("actor.py", "dm_control", "requirements.txt"), ("learner.py", "torch", "touchline[torch]")]
+)
+def test_example_without_its_package_says_what_to_install(example: str, package: str, install: str) -> None:
+    program = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = [{example!r}]; sys.path.insert(0, {str(EXAMPLES)!r}); " + (
+        f"runpy.run_path({str(EXAMPLES / example)!r}, run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert run.returncode == 1
+    assert package in run.stderr and install in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_demo_accounts_for_every_episode_and_beats_the_mean(start: Start, tmp_path: Path) -> None:
+    demo = start("demo.py", "--seconds", "20", "--match-seconds", "5", "--output", "out")
+    assert demo.stdout is not None
+    output = demo.stdout.read()
+
+    assert demo.wait() == 0, output
+    assert "played = acknowledged = stored + evicted: holds" in output
+    assert "beats predicting the mean" in output
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert _nobody_listens(_address_in(output))
+
+
+@pytest.mark.slow
+def test_demo_interrupted_stops_what_it_started(start: Start, tmp_path: Path) -> None:
+    demo = start("demo.py", "--output", "out")
+    assert demo.stdout is not None
+    line = next(line for line in demo.stdout if "the server listens on" in line)
+    next(line for line in demo.stdout if "episodes" in line)
+
+    demo.send_signal(signal.SIGINT)
+    rest = demo.stdout.read()
+
+    assert demo.wait() == 130
+    assert "interrupted" in rest
+    assert _nobody_listens(_address_in(line))
+
+
+def test_demo_whose_server_fails_shows_why(start: Start) -> None:
+    demo = start("demo.py", "--output", "out", TOUCHLINE_CONFIG__BATCH_SIZE="0")
+    assert demo.stdout is not None
+    output = demo.stdout.read()
+
+    assert demo.wait() == 1
+    assert "server ended with status" in output
+    assert "batch_size" in output
+
+
+def _address_in(output: str) -> str:
+    return output.split("the server listens on ")[1].split(";")[0]
