@@ -40,15 +40,10 @@ def median_interval(values: Sequence[float], *, coverage: float = 0.95) -> Inter
     count = len(ordered)
     if not count:
         raise ValueError("no values, expected at least one")
-    rank, below = 0, 0.0
-    while rank < (count - 1) // 2:
-        wider = below + math.comb(count, rank + 1) / 2**count
-        if 1 - 2 * (wider if rank else wider + 1 / 2**count) < coverage:
-            break
-        below = wider if rank else wider + 1 / 2**count
-        rank += 1
-    reached = 1 - 2 * sum(math.comb(count, k) for k in range(rank + 1)) / 2**count
-    return Interval(stdlib.median(ordered), ordered[rank], ordered[count - 1 - rank], max(reached, 0.0), count)
+    j = 1
+    while j < (count + 1) // 2 and _coverage(count, j + 1) >= coverage:
+        j += 1
+    return Interval(stdlib.median(ordered), ordered[j - 1], ordered[count - j], _coverage(count, j), count)
 
 
 def ratio_interval(over: Sequence[float], under: Sequence[float]) -> Interval:
@@ -58,3 +53,8 @@ def ratio_interval(over: Sequence[float], under: Sequence[float]) -> Interval:
         ValueError: the numbers of rounds differ.
     """
     return median_interval([a / b for a, b in zip(over, under, strict=True)])
+
+
+def _coverage(count: int, j: int) -> float:
+    """Probability that the j-th smallest and the j-th largest of ``count`` values enclose the median."""
+    return max(1 - 2 * sum(math.comb(count, k) for k in range(j)) / 2**count, 0.0)

@@ -76,7 +76,7 @@ def main() -> int:
             sent = [writer.end_episode() for writer in writers]
             if all(sent):  # a match stopped at its first row has no transition to send
                 episodes, steps = episodes + PLAYERS, steps + PLAYERS * rows
-                report = {"time": time.time(), "match": number, "steps": rows, "returns": returns}
+                report = {"time": time.time(), "match": number, "steps": rows, "returns": returns, "cut": stop.requested}
                 print(json.dumps(report), flush=True)
             if stop.requested:
                 break

@@ -108,7 +108,8 @@ class Demo:
         """Draws the run and returns the picture's path."""
         path = self._folder / "demo.png"
         counts = outcome.counts
-        matches = [line for actor in self._actors for line in read_lines(actor.stdout) if "match" in line]
+        played = [line for actor in self._actors for line in read_lines(actor.stdout) if "match" in line]
+        matches = [match for match in played if not match["cut"]]  # the demo's end cut the last one's return short
         caption = f"{counts.episodes_added:,} episodes, {counts.steps_added:,} steps, {self._seconds:.0f} seconds"
         began = self._arrivals[0][0]
         draw(path, began=began, learner=read_lines(self._metrics), matches=matches, arrivals=self._arrivals, caption=caption)

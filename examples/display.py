@@ -98,9 +98,10 @@ class _LiveDisplay:
         figures.add_row("updates", _or_dash(snapshot.updates, ","), "of the world model")
         figures.add_row("loss", _or_dash(snapshot.loss, ".4f"), "latent consistency and reward")
         figures.add_row("reward error", _or_dash(snapshot.held_out, ".0%"), "of predicting the mean, on held-out matches")
-        bar = ProgressBar(total=snapshot.total_s, completed=min(snapshot.elapsed_s, snapshot.total_s), width=50)
-        left = Text(f"{snapshot.phase}, {snapshot.left_s:.0f} s left", style="dim")
-        self._live.update(Panel(Group(figures, Text(), bar, left), title="Touchline: robot soccer into a replay server", expand=False))
+        time = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=snapshot.total_s, completed=min(snapshot.elapsed_s, snapshot.total_s), width=32)
+        time.add_row(bar, Text(f"{snapshot.left_s:.0f} s left, {snapshot.phase}", style="dim"))
+        self._live.update(Panel(Group(figures, Text(), time), title="Touchline: robot soccer into a replay server", expand=False))
 
 
 def _learning(snapshot: Snapshot) -> str:

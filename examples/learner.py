@@ -90,7 +90,7 @@ class Learner:
         self._held_out = HeldOut()
         self._losses: list[Losses] = []
         self.updates = 0
-        self._began = self._reported = self._saved = time.monotonic()
+        self._reported = self._saved = time.monotonic()
         if checkpoint is not None and checkpoint.exists():
             model.load_state_dict(torch.load(checkpoint, weights_only=True))
             logging.info("goes on from %s", checkpoint)

@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, GREY = "#2563eb", "#ea580c", "#059669", "#6b7280"
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 10.0,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -31,7 +31,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "legend.frameon": False,
 }
-RATE_WINDOW_S = 8.0
+RATE_WINDOW_S = 15.0
 """Whole episodes arrive in bursts; steps a second are a mean over so long."""
 MEDIAN_MATCHES = 7
 
@@ -55,7 +55,7 @@ def draw(
         arrivals: when the server had ever been given how many steps.
         caption: a line below the title.
     """
-    with pyplot.rc_context(STYLE):
+    with pyplot.style.context(STYLE):
         figure, axes = pyplot.subplots(2, 2, figsize=(11.0, 7.0), dpi=130, layout="constrained", sharex=True)
         figure.suptitle(f"Robot soccer into a replay server, and a world model out of it\n{caption}", fontsize=12.5)
         _draw_losses(axes[0, 0], began, learner)

@@ -37,6 +37,10 @@ class SimNorm(nn.Module):
 class Normalizer(nn.Module):
     """Running mean and standard deviation of what it was shown, kept in float64."""
 
+    count: Tensor
+    mean: Tensor
+    square: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))

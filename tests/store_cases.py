@@ -11,6 +11,7 @@ from touchline_protos.batch import Batch
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.dtypes import BFLOAT16
 from touchline_server import Config
+from touchline_server.columns import as_array
 
 STRIDE = 1_000_000
 """A traced row's stamp is its episode's number times this, and its step."""
@@ -77,17 +78,8 @@ def plain_columns(length: int, **others: Any) -> dict[str, Any]:
 def as_bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
     """What two values have in common if they are equal to the bit: numpy arrays, or torch tensors on any device."""
     if hasattr(array, "detach"):
-        tensor = array.detach().cpu().contiguous()
-        name = str(tensor.dtype).removeprefix("torch.")
-        return name, tuple(tensor.shape), bytes(tensor.flatten().view(torch_uint8()).numpy()) if tensor.numel() else b""
-    array = np.ascontiguousarray(array) if array.ndim else array
+        array = as_array(array.detach().cpu())
     return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name, array.shape, array.tobytes()
-
-
-def torch_uint8() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:

@@ -235,9 +235,10 @@ def test_same_seed_gives_the_same_batches_by_both_ways(client: ReplayClient) -> 
     assert torch.equal(one.obs, streamed[0][0].obs)
 
 
-def test_streamed_batches_are_right_and_are_never_overwritten(client: ReplayClient) -> None:
+@pytest.mark.parametrize("ring", [True, False])
+def test_streamed_batches_are_right_and_are_never_overwritten(client: ReplayClient, ring: bool) -> None:
     client.load(_episode(number) for number in range(9))
-    with client.batches(prefetch=8, batch_size=16, horizon=5, law="step") as stream:
+    with client.batches(prefetch=8, batch_size=16, horizon=5, law="step", ring=ring) as stream:
         held = [(batch, batch.obs.clone()) for batch in (next(stream) for _ in range(50))]
         row = next(stream).obs[0, 0]
         value = row.clone()
@@ -288,7 +289,8 @@ def test_wait_until_ready_returns_when_enough_is_stored(client: ReplayClient) ->
     assert (state.min_history, state.counts.steps_stored) == (20, 20)
 
 
-def test_episode_over_the_message_limit_goes_in_chunks_and_big_batches_come_back() -> None:
+@pytest.mark.parametrize("ring", [True, False])
+def test_episode_over_the_message_limit_goes_in_chunks_and_big_batches_come_back(ring: bool) -> None:
     limit = 1 << 20
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 64, 64), np.uint8)
     episode = {"obs": pixels, "action": np.zeros((300, 2), np.float32), "reward": np.zeros(300, np.float32)}
@@ -296,7 +298,7 @@ def test_episode_over_the_message_limit_goes_in_chunks_and_big_batches_come_back
         assert client.add(episode) == 1
 
         unary = client.sample(batch_size=64, seed=1)
-        with client.batches(batch_size=64, seed=1) as stream:
+        with client.batches(batch_size=64, seed=1, ring=ring) as stream:
             streamed = next(stream)
 
     assert unary.obs.nbytes > limit
@@ -363,14 +365,15 @@ def test_many_threads_share_a_client(client: ReplayClient) -> None:
     assert client.num_eps == 161
 
 
-def test_learner_and_actor_survive_a_restart_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("ring", [True, False])
+def test_learner_and_actor_survive_a_restart_of_the_server(caplog: pytest.LogCaptureFixture, ring: bool) -> None:
     caplog.set_level(logging.INFO, "touchline")
     with ServerThread(_config()) as first:
         address = first.address
         client = ReplayClient(address, timeout_s=0.5)
         writer = EpisodeWriter(client)
         client.add(_episode(0))
-        stream = client.batches(prefetch=2)
+        stream = client.batches(prefetch=2, ring=ring)
         _check_rows(next(stream))
     for number in range(3):  # while nobody is there
         for row in zip(*_episode(number).values(), strict=True):

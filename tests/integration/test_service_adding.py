@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from service_calls import Caller, eventually, key, make_episode, refused, serving
 
+from service_calls import Caller, eventually, key, make_episode, refused, serving
 from touchline_protos.codec import Episode, encode_load
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
@@ -52,9 +52,7 @@ def test_add_episode_is_stored_to_the_bit_and_counted(served: Served) -> None:
     answers = [caller.add(first), caller.add(second)]
 
     assert [(answer.episode_id, answer.duplicate) for answer in answers] == [(0, False), (1, False)]
-    assert answers[-1].counts == pb.Counts(
-        steps_stored=23, episodes_stored=2, steps_added=23, episodes_added=2, episodes_too_short=1
-    )
+    assert answers[-1].counts == pb.Counts(steps_stored=23, episodes_stored=2, steps_added=23, episodes_added=2, episodes_too_short=1)
     assert_stored(server, 0, first)
     assert_stored(server, 1, second)
 

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from service_calls import Caller, key, make_episode, refused, serving
 
+from service_calls import Caller, key, make_episode, refused, serving
 from touchline_protos.codec import Episode, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.app import ServerThread
@@ -168,9 +168,7 @@ def test_bad_first_episode_is_refused_and_fixes_no_schema(served: Served, bad: E
 
 
 @cases(MALFORMED, MISFITS, LATER_MISFITS)
-def test_bad_later_episode_is_refused_and_leaves_the_stored_ones(
-    served: Served, bad: Episode | bytes, status: Any, words: str
-) -> None:
+def test_bad_later_episode_is_refused_and_leaves_the_stored_ones(served: Served, bad: Episode | bytes, status: Any, words: str) -> None:
     server, caller = served
     caller.add(make_episode(ROWS, seed=1))
     before = caller.counts()

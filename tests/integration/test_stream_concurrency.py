@@ -6,8 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from service_calls import Caller, key, serving
 
+from service_calls import Caller, key, serving
 from touchline_protos import Batch
 from touchline_protos.codec import Episode, encode_load
 

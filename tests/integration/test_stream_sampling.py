@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from service_calls import Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
 
+from service_calls import Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
 from touchline_protos.codec import encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.app import ServerThread
@@ -144,7 +144,8 @@ def test_stream_granting_one_by_one_does_not_change_the_batches_of_a_seed(filled
 
 
 @pytest.mark.parametrize(
-    ("fields", "arguments"), [({}, {}), ({"batch_size": 100, "horizon": 9, "law": pb.LAW_STEP}, {"batch_size": 100, "horizon": 9, "law": "step"})]
+    ("fields", "arguments"),
+    [({}, {}), ({"batch_size": 100, "horizon": 9, "law": pb.LAW_STEP}, {"batch_size": 100, "horizon": 9, "law": "step"})],
 )
 def test_stream_first_batch_equals_the_in_process_one_of_the_same_seed(
     filled: Served, fields: dict[str, Any], arguments: dict[str, Any]

@@ -40,8 +40,7 @@ def test_ring_batches_arrive_whole_and_in_order(writer: RingWriter) -> None:
     def write() -> None:
         written = 0
         while written < batches:
-            slot = writer.free_slot()
-            if slot is not None:
+            for slot in writer.free_slots()[: batches - written]:
                 np.frombuffer(writer.slot_array(slot), np.int64)[:] = written
                 writer.publish(slot, 0)
                 written += 1
@@ -62,15 +61,13 @@ def test_ring_batches_arrive_whole_and_in_order(writer: RingWriter) -> None:
 
 def test_ring_held_slot_is_not_written_while_others_go_round(writer: RingWriter) -> None:
     reader = attach(writer)
-    slot = writer.free_slot()
-    assert slot is not None
+    slot = writer.free_slots()[0]
     writer.publish(slot, 0)
     held = reader.take()
 
     used = set()
     for _ in range(20):
-        free = writer.free_slot()
-        assert free is not None
+        free = writer.free_slots()[0]
         writer.publish(free, 0)
         taken = reader.take()
         assert taken is not None
@@ -84,16 +81,15 @@ def test_ring_held_slot_is_not_written_while_others_go_round(writer: RingWriter)
 def test_ring_full_gives_no_slot_until_one_is_freed(writer: RingWriter) -> None:
     reader = attach(writer)
     for _ in range(GEOMETRY.slots):
-        slot = writer.free_slot()
-        assert slot is not None
+        slot = writer.free_slots()[0]
         writer.publish(slot, 0)
-    assert writer.free_slot() is None
+    assert writer.free_slots() == []
 
     taken = [reader.take() for _ in range(GEOMETRY.slots)]
     assert taken[2] is not None
     reader.free(taken[2][0])
 
-    assert writer.free_slot() == taken[2][0]
+    assert writer.free_slots() == [taken[2][0]]
 
 
 def test_ring_empty_gives_nothing_and_interrupt_ends_the_wait(writer: RingWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +108,7 @@ def test_ring_empty_gives_nothing_and_interrupt_ends_the_wait(writer: RingWriter
 
 def test_ring_publish_tells_how_many_names_a_batch_needs(writer: RingWriter) -> None:
     reader = attach(writer)
-    slot = writer.free_slot()
-    assert slot is not None
+    slot = writer.free_slots()[0]
 
     writer.publish(slot, 7)
 
@@ -129,8 +124,7 @@ def test_ring_file_is_private_reserved_and_gone_after_unlink(writer: RingWriter)
     writer.unlink()
 
     assert not writer.path.exists()
-    slot = writer.free_slot()
-    assert slot is not None
+    slot = writer.free_slots()[0]
     writer.publish(slot, 0)
     assert reader.take() is not None
 
@@ -186,8 +180,7 @@ def test_writer_without_room_raises_and_leaves_no_file() -> None:
 
 def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter) -> None:
     reader = attach(writer)
-    slot = writer.free_slot()
-    assert slot is not None
+    slot = writer.free_slots()[0]
     writer.publish(slot, 0)
     assert reader.take() == (slot, 0)
 
@@ -198,7 +191,7 @@ def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter
     os.waitpid(child, 0)
 
     assert reader.held == 1
-    assert writer.free_slot() != slot
+    assert slot not in writer.free_slots()
 
 
 def test_sweep_removes_the_rings_of_killed_servers_only(writer: RingWriter) -> None:

@@ -174,20 +174,20 @@ class RingWriter(_Ring):
         self._words[_SLOT_BYTES] = geometry.slot_size_bytes
         self._words[_MAGIC] = MAGIC
 
-    def free_slot(self) -> int | None:
-        """Returns a slot that may be written, or None after a nap at most."""
+    def free_slots(self) -> list[int]:
+        """Returns the slots that may be written; none after a nap at most."""
         freed = self._words[_FREED]
-        slot = self._find_free()
-        if slot is None:
+        slots = self._find_free()
+        if not slots:
             self._sleep(_FREED, freed, _SERVER_SLEEPS)
-            slot = self._find_free()
-        return slot
+            slots = self._find_free()
+        return slots
 
     def publish(self, slot: int, actors_told: int) -> None:
         """Gives a filled slot to the learner.
 
         Args:
-            slot: from :meth:`free_slot`.
+            slot: from :meth:`free_slots`.
             actors_told: names of actors that the stream has told before; the learner waits for them.
         """
         words = self._words
@@ -199,7 +199,7 @@ class RingWriter(_Ring):
         self._wake(_HEAD, _LEARNER_SLEEPS)
 
     def interrupt(self) -> None:
-        """Ends a sleep in :meth:`free_slot`; from any thread."""
+        """Ends a sleep in :meth:`free_slots`; from any thread."""
         self._syscall(_FUTEX_CALL, self._futex(_FREED), _FUTEX_WAKE, 1, None, None, 0)
 
     def unlink(self) -> None:
@@ -215,12 +215,9 @@ class RingWriter(_Ring):
             os.close(self._file)
             self._file = -1
 
-    def _find_free(self) -> int | None:
-        words = self._words
-        for slot in range(self.geometry.slots):
-            if words[_STATES + slot] == _FREE:
-                return slot
-        return None
+    def _find_free(self) -> list[int]:
+        states = self._words[_STATES : _STATES + self.geometry.slots]
+        return [slot for slot, state in enumerate(states) if state == _FREE]
 
 
 class RingReader(_Ring):

@@ -24,6 +24,9 @@ SPARE_SLOTS = 2
 """Slots beyond the batches that are to be under way: one that the learner holds and one that is being filled."""
 MIN_SLOTS = 3
 
+AT_ONCE_BYTES = 1 << 22
+"""Batches are drawn together up to this size."""
+
 
 class RingHouse:
     """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
@@ -103,6 +106,8 @@ class RingFeeder:
         self._stopping = False
         slots = range(ring.geometry.slots)
         self._views = [plan.layout.body_views(ring.slot_array(slot)) for slot in slots]
+        # Batches that are drawn together cost less; big ones would keep their rows pinned for long.
+        self._at_once = max(AT_ONCE_BYTES // plan.layout.body_bytes, 1)
         self._actors_told = 0
         self._thread = threading.Thread(target=self._work, name="touchline-ring", daemon=True)
 
@@ -120,9 +125,9 @@ class RingFeeder:
         fault: Exception | None = None
         try:
             while not self._stopping:
-                slot = self._ring.free_slot()
-                if slot is not None:
-                    self._fill(slot)
+                slots = self._ring.free_slots()
+                if slots:
+                    self._fill(slots[: self._at_once])
         except NotReadyError:
             fault = SchemaChangedError("the table was cleared; open the stream again")
         except Exception as error:
@@ -130,14 +135,15 @@ class RingFeeder:
         finally:
             self._ended(fault)
 
-    def _fill(self, slot: int) -> None:
-        with self._source.select(1) as ((selection,), plan):
+    def _fill(self, slots: list[int]) -> None:
+        with self._source.select(len(slots)) as (selections, plan):
             if plan.layout is not self._plan.layout and plan.layout.specs != self._plan.layout.specs:
                 raise SchemaChangedError("the table has another schema now; open the stream again")
-            plan.fill(selection, self._views[slot])
-            names = self._source.new_actors([selection])
-        if names:
-            self._actors_told += len(names)
-            actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
-            self._tell(pb.SampleStreamResponse(actors=actors).SerializeToString())
-        self._ring.publish(slot, self._actors_told)
+            names = self._source.new_actors(selections)
+            if names:
+                self._actors_told += len(names)
+                actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
+                self._tell(pb.SampleStreamResponse(actors=actors).SerializeToString())
+            for slot, selection in zip(slots, selections, strict=True):
+                plan.fill(selection, self._views[slot])
+                self._ring.publish(slot, self._actors_told)

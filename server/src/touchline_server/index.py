@@ -110,21 +110,24 @@ class EligibleEpisodes:
             self._queue.drop_oldest()
             self._head += 1
 
-    def draw(self, batch_size: int, law: Law, rng: np.random.Generator) -> Draw:
-        """Draws ``batch_size`` slices, with replacement. There must be at least one eligible episode."""
+    def draw(self, batch_size: int, law: Law, rng: np.random.Generator, *, batches: int = 1) -> Draw:
+        """Draws ``batches`` times ``batch_size`` slices, with replacement, at once; the result is that of so many draws in a row.
+
+        There must be at least one eligible episode.
+        """
         if law is Law.EPISODE:
-            chance = rng.random((2, batch_size))
-            entries = self._queue.live.take((chance[0] * len(self._queue)).astype(np.int64), axis=0)
+            chance = rng.random((batches, 2, batch_size))
+            entries = self._queue.live.take((chance[:, 0].reshape(-1) * len(self._queue)).astype(np.int64), axis=0)
             starts = entries[:, LENGTH] - self.horizon
-            start = (chance[1] * starts).astype(np.int64)
+            start = (chance[:, 1].reshape(-1) * starts).astype(np.int64)
             probability = 1.0 / (len(self._queue) * starts.astype(np.float64))
         else:
             before = self._starts_before[self._head : self._tail]
-            nth = (rng.random(batch_size) * self.starts).astype(np.int64) + before[0]
+            nth = (rng.random(batches * batch_size) * self.starts).astype(np.int64) + before[0]
             position = np.searchsorted(before, nth, side="right") - 1
             entries = self._queue.live.take(position, axis=0)
             start = nth - before[position]
-            probability = np.full(batch_size, 1.0 / self.starts)
+            probability = np.full(len(nth), 1.0 / self.starts)
         return Draw(
             first_row=entries[:, FIRST_ROW] + start,
             episode_id=entries[:, ID],

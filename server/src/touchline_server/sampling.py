@@ -22,7 +22,7 @@ class Law(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """B slices, drawn but not gathered. All arrays are [B], fresh, int64 but for ``probability`` (float64)."""
+    """Slices, drawn but not gathered. All arrays are [slices], int64 but for ``probability`` (float64)."""
 
     first_row: np.ndarray
     """Row of each slice's first step, counted from the ring's begin and not yet wrapped."""
@@ -35,9 +35,24 @@ class Draw:
     """Probability with which the law draws this slice."""
 
     def rows(self, horizon: int, capacity: int) -> np.ndarray:
-        """Returns the physical rows of the slices, [H+1, B] int64, wrapped at the end of the ring."""
-        rows = self.first_row + np.arange(horizon + 1, dtype=np.int64)[:, None]
+        """Returns the physical rows of the slices, [H+1, slices] int64, wrapped at the end of the ring."""
+        return self.rows_of_batches(1, horizon, capacity)[0]
+
+    def rows_of_batches(self, batches: int, horizon: int, capacity: int) -> np.ndarray:
+        """Returns the same for each of ``batches`` equal parts of the slices: [batches, H+1, B] int64."""
+        rows = self.first_row.reshape(batches, 1, -1) + np.arange(horizon + 1, dtype=np.int64)[:, None]
         return np.remainder(rows, capacity, out=rows)
+
+    def part(self, first: int, last: int) -> Draw:
+        """Returns slices ``first`` to ``last`` - 1: views."""
+        return Draw(
+            self.first_row[first:last],
+            self.episode_id[first:last],
+            self.start[first:last],
+            self.actor[first:last],
+            self.policy_version[first:last],
+            self.probability[first:last],
+        )
 
 
 class SeedSource:

@@ -185,11 +185,12 @@ class EpisodeStore:
                     f"{self._index.steps} steps in {len(self._index)} episodes are stored, none of the episodes has the "
                     f"{horizon + 1} steps that horizon {horizon} needs; add longer episodes or wait for them"
                 )
-            draws = [eligible.draw(batch_size, law, rng) for _ in range(batches)]
+            draw = eligible.draw(batch_size, law, rng, batches=batches)
             generation = self._generation
             self._pins[generation] = self._pins.get(generation, 0) + 1
         try:
-            yield [Selection(draw, draw.rows(horizon, self.capacity), columns) for draw in draws]
+            rows = draw.rows_of_batches(batches, horizon, self.capacity)
+            yield [Selection(draw.part(batch * batch_size, (batch + 1) * batch_size), rows[batch], columns) for batch in range(batches)]
         finally:
             with self._lock:
                 left = self._pins[generation] - 1

@@ -1,0 +1,136 @@
+"""``python -m benchmarks``: runs the benchmarks and writes ``docs/benchmarks/``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import machine
+from benchmarks.bars import judge
+from benchmarks.cast import Stage
+from benchmarks.peers import suite as peers_suite
+from benchmarks.protocol import MALLOC_TUNING, REPOSITORY
+from benchmarks.report import OWN_FILE, PEERS_FILE, write_report
+from benchmarks.rounds import Section
+from benchmarks.suite import QUICK, SECTIONS, Effort, Findings
+
+SEED = 20_260_101
+"""Of the order of the subjects in each round."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+console = Console(stderr=True)
+
+Output = Annotated[Path, typer.Option(help="Folder for the results.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small stores and few rounds: shows that it works, and no figure to be quoted.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds of the sections with the headline ratios.")]
+Only = Annotated[str, typer.Option(help="Sections, with commas between them.")]
+DefaultMalloc = Annotated[bool, typer.Option("--default-malloc", help="Leave the C library's memory allocation as it is, for all sides.")]
+
+DOCS = REPOSITORY / "docs" / "benchmarks"
+
+
+@app.command()
+def run(
+    output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = ",".join(SECTIONS), default_malloc: DefaultMalloc = False
+) -> None:
+    """Measures Touchline beside TD-MPC2's buffer and the gather limit."""
+    effort = _effort(quick, rounds)
+    chosen = [name for name in SECTIONS if name in only.split(",")]
+    findings = Findings()
+    described = machine.describe()
+    begin = time.monotonic()
+    with _progress() as progress:
+        for name in chosen:
+            task = progress.add_task(f"{name}: filling stores", total=None)
+            with Stage(tuned=not default_malloc) as stage:
+                SECTIONS[name](stage, effort, findings, _runner(progress, task))
+    _write(output, OWN_FILE, described, _settings(effort, quick, default_malloc, begin), findings)
+
+
+@app.command()
+def peers(
+    output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = "W1,W2", default_malloc: DefaultMalloc = False
+) -> None:
+    """Measures Touchline beside Reverb, which is tuned first; needs the environment of ``make bench-peers``."""
+    effort = _effort(quick, rounds)
+    findings = Findings()
+    described = machine.describe() | {"reverb": peers_suite.versions()}
+    sweeps: dict[str, Any] = {}
+    begin = time.monotonic()
+    with _progress() as progress:
+        for name in [name for name in ("W1", "W2") if name in only.split(",")]:
+            task = progress.add_task(f"{name}: tuning Reverb", total=None)
+
+            def tell(text: str, task: Any = task) -> None:
+                progress.update(task, description=text)
+
+            with Stage(tuned=not default_malloc) as stage:
+                sweeps[name] = peers_suite.run(name, stage, effort, findings, _runner(progress, task), tell)
+    _write(output, PEERS_FILE, described, _settings(effort, quick, default_malloc, begin), findings, sweeps=sweeps)
+
+
+@app.command()
+def report(output: Output = DOCS) -> None:
+    """Writes the report and the plots again from the JSON files."""
+    console.print(f"wrote {write_report(output).name}")
+
+
+def _effort(quick: bool, rounds: int | None) -> Effort:
+    effort = QUICK if quick else Effort()
+    return effort if rounds is None else Effort(rounds, effort.side_rounds, effort.seconds, effort.shrink)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _runner(progress: Progress, task: Any) -> Any:
+    def run_section(section: Section) -> None:
+        progress.reset(task, total=section.steps, description=section.name)
+
+        def advance(text: str) -> None:
+            progress.update(task, description=text, completed=advance.done)  # type: ignore[attr-defined]
+            advance.done += 1  # type: ignore[attr-defined]
+
+        advance.done = 0  # type: ignore[attr-defined]
+        section.run(seed=SEED, advance=advance)
+        progress.update(task, description=section.name, completed=section.steps)
+
+    return run_section
+
+
+def _settings(effort: Effort, quick: bool, default_malloc: bool, begin: float) -> str:
+    kind = "a QUICK run on small stores, whose figures mean nothing; " if quick else ""
+    tuning = "as the C library has it" if default_malloc else ", ".join(f"{name}={value}" for name, value in MALLOC_TUNING.items())
+    rounds = f"{effort.rounds} rounds ({effort.side_rounds} in side sections) of {effort.seconds} s a slice"
+    return f"{kind}{rounds}; order seed {SEED}; memory allocation: {tuning}; took {(time.monotonic() - begin) / 60:.1f} minutes"
+
+
+def _write(output: Path, name: str, described: dict[str, str], settings: str, findings: Findings, **more: Any) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    results = {"machine": described, "settings": settings, "sections": findings.sections, "memory": findings.memory, **more}
+    (output / name).write_text(json.dumps(results, indent=1) + "\n")
+    write_report(output)
+    for verdict in judge(findings.sections):
+        if verdict.ratio is not None:
+            ratio = verdict.ratio
+            figures = f"{ratio.median:8.2f}  [{ratio.low:.2f}, {ratio.high:.2f}]  bar {verdict.bar.value:g}"
+            console.print(f"{figures}  {verdict.word:<12} {verdict.bar.text}", highlight=False)
+    console.print(f"wrote {name} and the report to {output.name}/")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,105 @@
+"""The process of an actor: adds episodes to a server, flat out or at a pace, until it is told to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from benchmarks.protocol import serve
+from benchmarks.workloads import WORKLOADS, Content
+from touchline import ReplayClient
+
+READY_BYTES = 48 << 20
+"""Episodes that are made beforehand take about this much: the benchmark is not about making them."""
+
+MAX_READY = 32
+
+
+class Actor:
+    """Adds the episodes it has made beforehand over and over, each time with a key of its own."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._steps = 0
+
+    def prepare(self, *, address: str, workload: str, rows: int, number: int) -> None:
+        """Connects, and makes episodes.
+
+        Args:
+            address: of the server.
+            workload: by name.
+            rows: of its store.
+            number: of this actor; no two may have the same episodes.
+        """
+        content = Content(WORKLOADS[workload].resized(rows))
+        count = min(max(READY_BYTES // (content.workload.row_bytes * content.workload.max_length), 2), MAX_READY)
+        first = 100_000 * (number + 1)
+        self._client = ReplayClient(address, actor=f"actor-{number}", timeout_s=60.0)
+        self._episodes = [(tag, content.episode(tag)) for tag in range(first, first + count)]
+
+    def fill(self, *, address: str, workload: str, rows: int) -> int:
+        """Fills a server with the first episodes of a workload; returns how many steps."""
+        content = Content(WORKLOADS[workload].resized(rows))
+        steps = 0
+        with ReplayClient(address, actor="filler", timeout_s=120.0) as client:
+            for tag in content.tags_to_fill(rows):
+                client.add(content.episode(tag), policy_version=tag)
+                steps += int(content.length(tag))
+        return steps
+
+    def start(self, *, steps_per_s: float) -> None:
+        """Begins to add, at this pace or, for 0, flat out."""
+        self._stopping.clear()
+        self._steps = 0
+        self._begin = time.perf_counter()
+        self._thread = threading.Thread(target=self._work, args=(steps_per_s,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> dict[str, float]:
+        """Ends it; returns the acknowledged ``steps_per_s``.
+
+        Raises:
+            BaseException: whatever ended it before.
+        """
+        assert self._thread is not None
+        self._stopping.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return {"steps_per_s": self._steps / (time.perf_counter() - self._begin)}
+
+    def insert(self, *, seconds: float) -> dict[str, float]:
+        """Adds flat out for so long; returns the acknowledged ``steps_per_s`` and this process's ``cpu_s`` a step."""
+        before = time.process_time()
+        self.start(steps_per_s=0.0)
+        self._stopping.wait(seconds)
+        result = self.stop()
+        return {**result, "cpu_s": (time.process_time() - before) / max(self._steps, 1)}
+
+    def _work(self, steps_per_s: float) -> None:
+        try:
+            due = time.perf_counter()
+            number = 0
+            while not self._stopping.is_set():
+                tag, episode = self._episodes[number % len(self._episodes)]
+                if steps_per_s:
+                    # An actor has played an episode before it adds it; one that is late does not make up for it by a burst.
+                    due = max(due + len(episode["reward"]) / steps_per_s, time.perf_counter() - 1.0)
+                    if self._stopping.wait(max(due - time.perf_counter(), 0.0)):
+                        return
+                self._client.add(episode, policy_version=tag)
+                self._steps += len(episode["reward"])
+                number += 1
+        except BaseException as error:
+            self._failure = error
+
+    def methods(self) -> dict[str, Any]:
+        """Returns what the driver may call."""
+        return {name: getattr(self, name) for name in ("prepare", "fill", "start", "stop", "insert")}
+
+
+if __name__ == "__main__":
+    serve(Actor().methods())

@@ -1,0 +1,109 @@
+"""The processes of a section: a server that is filled, a learner, actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from benchmarks.protocol import Worker, cpu_seconds, resident_bytes
+from benchmarks.rounds import Slice, Subject
+from benchmarks.servers import ServerProcess
+from benchmarks.workloads import WORKLOADS
+
+PACED_STEPS_PER_S = 10_000.0
+"""Of all actors together: some hundred robots at 50 Hz, or a few dozen simulators."""
+
+ACTORS = 4
+
+
+class Troupe:
+    """Actors that add to one server at once.
+
+    Args:
+        workers: one process each, prepared.
+    """
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = workers
+
+    def first(self, actors: int) -> Troupe:
+        """Returns some of them."""
+        return Troupe(self._workers[:actors])
+
+    def under_load(self, run: Callable[[float], Slice], *, steps_per_s: float) -> Callable[[float], Slice]:
+        """Returns what runs a slice while all actors add.
+
+        Args:
+            run: the slice.
+            steps_per_s: of all actors together; 0 is flat out.
+        """
+
+        def loaded(seconds: float) -> Slice:
+            for worker in self._workers:
+                worker.call("start", steps_per_s=steps_per_s / len(self._workers))
+            try:
+                result = run(seconds)
+            finally:
+                added = sum(worker.call("stop")["steps_per_s"] for worker in self._workers)
+            return {**result, "insert_steps_per_s": added}
+
+        return loaded
+
+    def insert(self, *, server_pid: int) -> Callable[[float], Slice]:
+        """Returns what has all actors add flat out, and nobody sample."""
+
+        def inserting(seconds: float) -> Slice:
+            before = cpu_seconds(server_pid)
+            for worker in self._workers:
+                worker.send("insert", seconds=seconds)
+            results = [worker.receive() for worker in self._workers]
+            steps_per_s = sum(result["steps_per_s"] for result in results)
+            server_cpu_s = (cpu_seconds(server_pid) - before) / max(steps_per_s * seconds, 1.0)
+            return {"steps_per_s": steps_per_s, "cpu_s": sum(r["cpu_s"] for r in results) / len(results), "server_cpu_s": server_cpu_s}
+
+        return inserting
+
+
+class Stage:
+    """Starts the processes of a section and ends them with it. A context manager."""
+
+    def __init__(self, *, tuned: bool = True) -> None:
+        self._tuned = tuned
+        self._stack = ExitStack()
+
+    def worker(self, module: str) -> Worker:
+        """Starts a subject's process."""
+        return self._stack.enter_context(Worker(module, tuned=self._tuned))
+
+    def server(self, workload: str, rows: int, *, tuned: bool | None = None) -> tuple[ServerProcess, dict[str, float]]:
+        """Starts a server and fills it.
+
+        Returns:
+            The server, and by how much its resident memory grew with the fill.
+        """
+        server = self._stack.enter_context(
+            ServerProcess(WORKLOADS[workload].resized(rows), tuned=self._tuned if tuned is None else tuned)
+        )
+        before = resident_bytes(server.pid)
+        with Worker("benchmarks.actor", tuned=self._tuned) as filler:
+            filler.call("fill", address=server.address, workload=workload, rows=rows)
+        return server, {"resident_bytes": resident_bytes(server.pid) - before, "rows": rows}
+
+    def troupe(self, server: ServerProcess, workload: str, rows: int, actors: int) -> Troupe:
+        """Starts actors."""
+        workers = [self.worker("benchmarks.actor") for _ in range(actors)]
+        for number, worker in enumerate(workers):
+            worker.call("prepare", address=server.address, workload=workload, rows=rows, number=number)
+        return Troupe(workers)
+
+    def remote(self, learner: Worker, server: ServerProcess, workload: str, rows: int, path: str, *, name: str, seconds: float) -> Subject:
+        """Returns a subject that takes batches from a server."""
+        learner.call("make", name=name, address=server.address, workload=workload, rows=rows, path=path)
+        pid = server.pid
+        return Subject(name, lambda length: learner.call("run", name=name, seconds=length, server_pid=pid), seconds)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()

@@ -1,0 +1,89 @@
+"""The process of a learner that takes its batches from a server in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.local import batch_columns
+from benchmarks.protocol import serve
+from benchmarks.timing import SliceTimer
+from benchmarks.workloads import WORKLOADS, Content
+from touchline import ReplayClient
+from touchline_protos import Batch
+
+PREFETCH = 16
+"""Batches that the server may have under way for a stream or a ring, where a batch is small."""
+
+MAX_PREFETCH_BYTES = 160 << 20
+"""Batches under way are as many as fit in this, 2 at least."""
+
+
+class RemoteSubject:
+    """Batches of a server, as arrays.
+
+    Args:
+        address: of the server.
+        content: what it stores.
+        path: ``unary``, ``stream`` or ``ring``.
+        prefetch: batches under way; 0 leaves it to :data:`PREFETCH`.
+    """
+
+    def __init__(self, address: str, content: Content, *, path: str, prefetch: int = 0) -> None:
+        self.content = content
+        self._path = path
+        self._client = ReplayClient(address, as_numpy=True, timeout_s=60.0)
+        self._batches: Iterator[Batch] | None = None
+        fitting = max(MAX_PREFETCH_BYTES // content.workload.batch_bytes, 2)
+        self.prefetch = prefetch or min(PREFETCH, fitting)
+
+    def take(self) -> Batch:
+        """Returns the next batch."""
+        if self._path == "unary":
+            return self._client.sample()
+        if self._batches is None:
+            self._batches = self._open()
+        return next(self._batches)
+
+    def noted(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Returns obs and reward."""
+        return batch.obs, batch.reward
+
+    def arrays(self, batch: Batch) -> Mapping[str, np.ndarray]:
+        """Returns the batch's arrays."""
+        return batch_columns(batch)
+
+    def _open(self) -> Iterator[Batch]:
+        stream = self._client.batches(prefetch=self.prefetch, ring=self._path == "ring")
+        first = next(stream)
+        if stream.transport != self._path:
+            raise RuntimeError(f"batches come by {stream.transport!r}, expected {self._path!r}")
+        del first
+        return stream
+
+
+class Learner:
+    """Holds subjects by name; the driver tells which to make and to run."""
+
+    def __init__(self) -> None:
+        self._timers: dict[str, SliceTimer] = {}
+
+    def make(self, name: str, *, address: str, workload: str, rows: int, path: str, prefetch: int = 0) -> dict[str, int]:
+        """Makes a subject as ``name``."""
+        subject = RemoteSubject(address, Content(WORKLOADS[workload].resized(rows)), path=path, prefetch=prefetch)
+        self._timers[name] = SliceTimer(subject)
+        return {"prefetch": 1 if path == "unary" else subject.prefetch}
+
+    def run(self, name: str, *, seconds: float, server_pid: int) -> dict[str, float]:
+        """Runs a slice; see :meth:`SliceTimer.run`."""
+        return self._timers[name].run(seconds, server_pid=server_pid)
+
+    def methods(self) -> dict[str, Any]:
+        """Returns what the driver may call."""
+        return {"make": self.make, "run": self.run}
+
+
+if __name__ == "__main__":
+    serve(Learner().methods())
