@@ -30,6 +30,7 @@ Output = Annotated[Path, typer.Option(help="Folder for the results.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Small stores and few rounds: shows that it works, and no figure to be quoted.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds of the sections with the headline ratios.")]
 Only = Annotated[str, typer.Option(help="Sections, with commas between them.")]
+ALL_SECTIONS = ",".join(SECTIONS)
 DefaultMalloc = Annotated[bool, typer.Option("--default-malloc", help="Leave the C library's memory allocation as it is, for all sides.")]
 
 DOCS = REPOSITORY / "docs" / "benchmarks"
@@ -37,7 +38,7 @@ DOCS = REPOSITORY / "docs" / "benchmarks"
 
 @app.command()
 def run(
-    output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = ",".join(SECTIONS), default_malloc: DefaultMalloc = False
+    output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = ALL_SECTIONS, default_malloc: DefaultMalloc = False
 ) -> None:
     """Measures Touchline beside TD-MPC2's buffer and the gather limit."""
     effort = _effort(quick, rounds)

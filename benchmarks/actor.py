@@ -6,14 +6,10 @@ import threading
 import time
 from typing import Any
 
+from benchmarks.pacing import ready_tags
 from benchmarks.protocol import serve
 from benchmarks.workloads import WORKLOADS, Content
 from touchline import ReplayClient
-
-READY_BYTES = 48 << 20
-"""Episodes that are made beforehand take about this much: the benchmark is not about making them."""
-
-MAX_READY = 32
 
 
 class Actor:
@@ -35,10 +31,9 @@ class Actor:
             number: of this actor; no two may have the same episodes.
         """
         content = Content(WORKLOADS[workload].resized(rows))
-        count = min(max(READY_BYTES // (content.workload.row_bytes * content.workload.max_length), 2), MAX_READY)
-        first = 100_000 * (number + 1)
+        size = content.workload.row_bytes * content.workload.max_length
         self._client = ReplayClient(address, actor=f"actor-{number}", timeout_s=60.0)
-        self._episodes = [(tag, content.episode(tag)) for tag in range(first, first + count)]
+        self._episodes = [(tag, content.episode(tag)) for tag in ready_tags(number, episode_bytes=size)]
 
     def fill(self, *, address: str, workload: str, rows: int) -> int:
         """Fills a server with the first episodes of a workload; returns how many steps."""

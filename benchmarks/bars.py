@@ -56,11 +56,12 @@ class Verdict:
         """``met`` where the interval reaches the bar, with ``clearly`` where all of it does."""
         if self.ratio is None:
             return "not measured"
-        near, far = (self.ratio.low, self.ratio.high) if self.bar.at_most else (self.ratio.high, self.ratio.low)
-        reaches = (lambda end: end <= self.bar.value) if self.bar.at_most else (lambda end: end >= self.bar.value)
-        if not reaches(near):
+        # Turned round where less is better, so that more is better in either case.
+        sign = -1 if self.bar.at_most else 1
+        worst, best = sorted((sign * self.ratio.low, sign * self.ratio.high))
+        if best < sign * self.bar.value:
             return "not met"
-        return "clearly met" if reaches(far) else "met"
+        return "clearly met" if worst >= sign * self.bar.value else "met"
 
 
 def judge(sections: Sections, bars: Sequence[Bar] = BARS) -> list[Verdict]:

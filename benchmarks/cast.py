@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from benchmarks.protocol import Worker, cpu_seconds, resident_bytes
 from benchmarks.rounds import Slice, Subject
@@ -68,24 +69,23 @@ class Stage:
     """Starts the processes of a section and ends them with it. A context manager."""
 
     def __init__(self, *, tuned: bool = True) -> None:
-        self._tuned = tuned
+        self.tuned = tuned
+        """Whether the C library's memory allocation is tuned in all processes."""
         self._stack = ExitStack()
 
-    def worker(self, module: str) -> Worker:
-        """Starts a subject's process."""
-        return self._stack.enter_context(Worker(module, tuned=self._tuned))
+    def worker(self, module: str, *, python: Path | None = None) -> Worker:
+        """Starts a subject's process, with this interpreter or another."""
+        return self._stack.enter_context(Worker(module, python=python, tuned=self.tuned))
 
-    def server(self, workload: str, rows: int, *, tuned: bool | None = None) -> tuple[ServerProcess, dict[str, float]]:
+    def server(self, workload: str, rows: int) -> tuple[ServerProcess, dict[str, float]]:
         """Starts a server and fills it.
 
         Returns:
             The server, and by how much its resident memory grew with the fill.
         """
-        server = self._stack.enter_context(
-            ServerProcess(WORKLOADS[workload].resized(rows), tuned=self._tuned if tuned is None else tuned)
-        )
+        server = self._stack.enter_context(ServerProcess(WORKLOADS[workload].resized(rows), tuned=self.tuned))
         before = resident_bytes(server.pid)
-        with Worker("benchmarks.actor", tuned=self._tuned) as filler:
+        with Worker("benchmarks.actor", tuned=self.tuned) as filler:
             filler.call("fill", address=server.address, workload=workload, rows=rows)
         return server, {"resident_bytes": resident_bytes(server.pid) - before, "rows": rows}
 

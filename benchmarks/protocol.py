@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,10 +42,13 @@ class Worker:
 
     def __init__(self, module: str, *, python: Path | None = None, tuned: bool = True) -> None:
         self.module = module
+        # What it prints is shown where it fails and nowhere else: it would tear the progress bar.
+        self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [str(python or sys.executable), "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._messages,
             cwd=REPOSITORY,
             env=child_environment(tuned=tuned),
             text=True,
@@ -74,14 +79,14 @@ class Worker:
             self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise WorkerError(f"{self.module}: ended with status {self._process.poll()}") from error
+            raise self._ended() from error
 
     def receive(self) -> Any:
         """Returns the answer to the call that was begun. Raises as :meth:`call` does."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerError(f"{self.module}: ended with status {self._process.wait()}")
+            raise self._ended()
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(f"{self.module}: {answer['error']}")
@@ -90,16 +95,20 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with suppress(OSError):  # it ended by itself, with a request unread
             self._process.stdin.close()
-        except OSError:
-            pass  # it ended by itself, with a request unread
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        self._messages.close()
+
+    def _ended(self) -> WorkerError:
+        status = self._process.wait()
+        self._messages.seek(0)
+        return WorkerError(f"{self.module}: ended with status {status}: {self._messages.read()[-2000:]}")
 
     def __enter__(self) -> Self:
         return self

@@ -57,7 +57,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _head(own: Mapping[str, Any], peers: Mapping[str, Any]) -> str:
-    lines = ["# Benchmark results", "", "Written by `make bench` and `make bench-peers`; what was tried and found is in [notes.md](notes.md)."]
+    lines = [
+        "# Benchmark results",
+        "",
+        "Written by `make bench` and `make bench-peers`; what was tried and found is in [notes.md](notes.md).",
+    ]
     for title, run in (("`make bench`", own), ("`make bench-peers`", peers)):
         if not run:
             lines += ["", f"There are no results of {title} here."]
@@ -109,8 +113,11 @@ def _workload_table(sections: Sections, section: str) -> str:
             f"| {found['p50_s'].median * 1e3:.3f} | {found['p99_s'].median * 1e3:.2f} | {found['cpu_s'].median * 1e6:,.0f} "
             f"| {f'{server * 1e6:,.0f}' if server else '—'} | {_figure(added.median) if added else '—'} |"
         )
-    lines += ["", "Under load the server's CPU includes that of adding. The time of a batch is from asking to having it; where several come in "]
-    lines[-1] += "one message the median is that of taking one that is there already."
+    lines += [
+        "",
+        "Under load the server's CPU includes that of adding. The time of a batch is from asking to having it; where several come in one",
+        "message, the median is that of taking one that is there already.",
+    ]
     return "\n".join(lines)
 
 

@@ -57,4 +57,5 @@ def ratio_interval(over: Sequence[float], under: Sequence[float]) -> Interval:
 
 def _coverage(count: int, j: int) -> float:
     """Probability that the j-th smallest and the j-th largest of ``count`` values enclose the median."""
-    return max(1 - 2 * sum(math.comb(count, k) for k in range(j)) / 2**count, 0.0)
+    tail = sum(math.comb(count, k) for k in range(j)) / float(2**count)
+    return max(1 - 2 * tail, 0.0)

@@ -1,7 +1,8 @@
 """What learners use today: the construction of TD-MPC2's replay buffer (Hansen et al. 2024) on TorchRL, in the learner's own process.
 
-TD-MPC2 gives a TorchRL ``ReplayBuffer`` a ``SliceSampler`` that finds episodes by an ``episode`` column, asks it for batch_size x (horizon + 1)
-rows, and makes the result time-major: view, permute, select, contiguous. That is built here from TorchRL's own parts.
+TD-MPC2 gives a TorchRL ``ReplayBuffer`` a ``SliceSampler`` that finds episodes by an ``episode`` column, asks it for
+batch_size x (horizon + 1) rows, and makes the result time-major: view, permute, select, contiguous. That is built here from TorchRL's
+own parts.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Content:
         self._action_noise = rng.random(_NOISE_VALUES + workload.action_size, dtype=np.float32)
         values = int(np.prod(workload.obs_shape))
         if workload.obs_dtype == "|u1":
-            self._obs_noise = rng.integers(0, 256, _NOISE_VALUES + values, dtype=np.uint8)
+            self._obs_noise: np.ndarray = rng.integers(0, 256, _NOISE_VALUES + values, dtype=np.uint8)
         else:
             self._obs_noise = rng.random(_NOISE_VALUES + values, dtype=np.float32)
 
@@ -128,7 +128,8 @@ class Content:
 
     def reward(self, tags: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Returns the rewards of rows of any shape, float32: exact integers below 2**24."""
-        return (_hash(tags, steps, 3) >> np.uint64(40)).astype(np.float32)
+        rewards: np.ndarray = (_hash(tags, steps, 3) >> np.uint64(40)).astype(np.float32)
+        return rewards
 
     def done(self, tags: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Returns 1 for the last row of an episode, else 0, float32."""
@@ -150,9 +151,8 @@ def read_row_ids(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Args:
         obs: the first :data:`ROW_ID_BYTES` bytes of observations as values, [..., 2] float32 or [..., 8] uint8.
     """
-    if obs.dtype == np.uint8:
-        obs = np.ascontiguousarray(obs).view("<u4")
-    return obs[..., 0].astype(np.int64), obs[..., 1].astype(np.int64)
+    pairs = np.ascontiguousarray(obs).view("<u4") if obs.dtype == np.uint8 else obs
+    return pairs[..., 0].astype(np.int64), pairs[..., 1].astype(np.int64)
 
 
 def _hash(tags: np.ndarray, steps: np.ndarray, salt: int) -> np.ndarray:

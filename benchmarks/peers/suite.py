@@ -1,3 +1,173 @@
+"""The sections of ``make bench-peers``: Reverb is tuned, then meets Touchline in the same rounds."""
+
 from __future__ import annotations
-def versions(): return ""
-def run(*a): return []
+
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.cast import ACTORS, PACED_STEPS_PER_S, Stage, Troupe
+from benchmarks.protocol import REPOSITORY, Worker
+from benchmarks.rounds import Section, Subject
+from benchmarks.statistics import median_interval
+from benchmarks.suite import Effort, Findings, Run
+from benchmarks.workloads import WORKLOADS
+
+PEERS_PYTHON = REPOSITORY / ".venv-peers" / "bin" / "python"
+"""Interpreter of the peers' environment."""
+
+CHUNK_LENGTHS = (1, 4, 16, 64)
+"""Steps in a chunk, the unit that Reverb compresses and sends."""
+
+WORKERS, IN_FLIGHT = (1, 2, 4), (256, 768, 2048)
+"""Tried for the best of the tables; Reverb's advice is 2 to 3 batches in flight."""
+
+SWEEP_SECONDS = 0.8
+
+Trial = dict[str, Any]
+
+
+def versions() -> str:
+    """Returns the versions of Reverb and TensorFlow."""
+    asked = "from importlib.metadata import version as v; print('dm-reverb', v('dm-reverb') + ', tensorflow', v('tensorflow'))"
+    return subprocess.run([str(PEERS_PYTHON), "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section: Run, tell: Callable[[str], None]) -> list[Trial]:
+    """Tunes Reverb for a workload and measures it beside Touchline.
+
+    Args:
+        name: of the workload.
+        stage: for the processes.
+        effort: how long to measure.
+        findings: gets the section ``peers <name>``.
+        run_section: runs the rounds.
+        tell: says what goes on meanwhile.
+
+    Returns:
+        What was tried, and how fast it was.
+    """
+    trials = _tune(name, effort, stage.tuned, tell)
+    best = max(trials, key=lambda trial: trial["batches_per_s"])
+    rows = effort.rows(name)
+    peers = _Peers(stage, name, rows)
+    packed = best["columns"] == "packed"
+    tell(f"{name}: filling Reverb, {rows:,} rows")
+    address = peers.start({"best": {"max_size": rows, "packed": packed}})
+    chunk_length = 0 if isinstance(best["chunk_length"], str) else best["chunk_length"]
+    structured = best["chunk_length"] == "structured"
+    peers.fill(address, "best", rows, packed=packed, structured=structured, chunk_length=chunk_length)
+    learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
+    options = {key: best[key] for key in ("sampler", "workers", "in_flight")}
+    learner.call("make", name="reverb", address=address, workload=name, rows=rows, table="best", packed=packed, **options)
+    seconds = effort.seconds * (2.0 if name == "W2" else 1.0)
+    reverb = Subject("reverb", lambda length: learner.call("run", name="reverb", seconds=length, server_pid=peers.pid), seconds)
+
+    # The writer that inserts faster burdens the server less: it plays the actors.
+    writers = peers.troupe(address, "best", packed=packed, structured=True)
+    by_trajectory = peers.troupe(address, "best", packed=packed, structured=False, chunk_length=chunk_length)
+
+    tell(f"{name}: filling Touchline, {rows:,} rows")
+    server, _ = stage.server(name, rows)
+    ours = stage.worker("benchmarks.learner")
+    remote = {path: stage.remote(ours, server, name, rows, path, name=path, seconds=seconds) for path in ("stream", "ring")}
+    actors = stage.troupe(server, name, rows, ACTORS)
+    subjects = [reverb, *remote.values()]
+    for subject, troupe in ((reverb, writers), (remote["stream"], actors), (remote["ring"], actors)):
+        for load, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
+            subjects.append(Subject(f"{subject.name}-{load}", troupe.under_load(subject.run, steps_per_s=pace), seconds))
+    subjects += [
+        Subject("reverb-insert-structured", writers.insert(server_pid=peers.pid), seconds * 1.5),
+        Subject("reverb-insert-trajectory", by_trajectory.insert(server_pid=peers.pid), seconds * 1.5),
+        Subject("insert-4", actors.insert(server_pid=server.pid), seconds),
+    ]
+    section = Section(f"peers {name}", subjects, effort.rounds)
+    run_section(section)
+    kinds = [slices for subject, slices in section.slices.items() if subject.startswith("reverb-insert")]
+    section.slices["reverb-insert"] = max(kinds, key=lambda slices: median_interval([one["steps_per_s"] for one in slices]).median)
+    findings.record(section)
+    return trials
+
+
+class _Peers:
+    """Reverb's processes for one workload."""
+
+    def __init__(self, stage: Stage, workload: str, rows: int) -> None:
+        self._stage, self._workload, self._rows = stage, workload, rows
+        self._server = stage.worker("benchmarks.peers.reverb_server", python=PEERS_PYTHON)
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self._server.pid
+
+    def start(self, tables: dict[str, dict[str, Any]]) -> str:
+        """Serves tables and returns the address."""
+        return str(self._server.call("start", workload=self._workload, tables=tables))
+
+    def writer(self, address: str, table: str, number: int, **options: Any) -> Worker:
+        """Starts a writer."""
+        worker = self._stage.worker("benchmarks.peers.reverb_writer", python=PEERS_PYTHON)
+        worker.call("prepare", address=address, workload=self._workload, rows=self._rows, number=number, table=table, **options)
+        return worker
+
+    def troupe(self, address: str, table: str, **options: Any) -> Troupe:
+        """Starts four writers."""
+        return Troupe([self.writer(address, table, number, **options) for number in range(ACTORS)])
+
+    def fill(self, address: str, table: str, rows: int, **options: Any) -> None:
+        """Fills a table, with four writers at a time."""
+        writers = [self.writer(address, table, number, **options) for number in range(ACTORS)]
+        for number, writer in enumerate(writers):
+            writer.send("fill", first=number, every=ACTORS, rows=rows)
+        for writer in writers:
+            writer.receive()
+        for writer in writers:
+            writer.close()
+
+
+def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -> list[Trial]:
+    """Tries chunk lengths and columns with one sampler, then samplers with the best of those."""
+    rows = min(effort.rows(name), 20_000 if name == "W1" else 4_000)
+    with Stage(tuned=tuned) as stage:
+        peers = _Peers(stage, name, rows)
+        kinds: list[Trial] = [
+            {"chunk_length": length, "columns": columns}
+            for columns in ("packed", "apart")
+            for length in (*CHUNK_LENGTHS, "auto", "structured")
+        ]
+        tables = {_table(kind): {"max_size": rows, "packed": kind["columns"] == "packed"} for kind in kinds}
+        address = peers.start(tables)
+        learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
+
+        def measure(trial: Trial) -> Trial:
+            tell(f"{name}: Reverb, " + ", ".join(str(value) for value in trial.values()))
+            options = {key: trial[key] for key in ("sampler", "workers", "in_flight")}
+            packed = trial["columns"] == "packed"
+            learner.call("make", name="trial", address=address, workload=name, rows=rows, table=_table(trial), packed=packed, **options)
+            rates = [
+                learner.call("run", name="trial", seconds=min(effort.seconds * 2, SWEEP_SECONDS), server_pid=peers.pid)["batches_per_s"]
+                for _ in range(2)
+            ]
+            learner.call("drop", name="trial")
+            return {**trial, "batches_per_s": max(rates)}
+
+        trials = []
+        for kind in kinds:
+            chunk_length = kind["chunk_length"] if isinstance(kind["chunk_length"], int) else 0
+            structured = kind["chunk_length"] == "structured"
+            tell(f"{name}: Reverb, filling {_table(kind)}")
+            peers.fill(address, _table(kind), rows, packed=kind["columns"] == "packed", structured=structured, chunk_length=chunk_length)
+            trials.append(measure({**kind, "sampler": "dataset", "workers": 2, "in_flight": 768}))
+        best = max(trials, key=lambda trial: trial["batches_per_s"])
+        kind = {key: best[key] for key in ("chunk_length", "columns")}
+        for workers in WORKERS:
+            for in_flight in IN_FLIGHT:
+                if (workers, in_flight) != (2, 768):
+                    trials.append(measure({**kind, "sampler": "dataset", "workers": workers, "in_flight": in_flight}))
+        trials.append(measure({**kind, "sampler": "client", "workers": 1, "in_flight": WORKLOADS[name].batch_size}))
+    return trials
+
+
+def _table(kind: Trial) -> str:
+    return f"{kind['columns']}-{kind['chunk_length']}"

@@ -235,7 +235,6 @@ def test_signal_drains_ends_streams_and_lets_work_in_progress_end(number: signal
 
             process.signal(number)
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            watch.cancel()
             ends = [refused(learner.rest) for learner in learners]
             not_reached = waiting.result()
             refusal = refused(newcomer.add, make_episode(20))
@@ -244,7 +243,7 @@ def test_signal_drains_ends_streams_and_lets_work_in_progress_end(number: signal
 
         assert [(end.code, end.reason) for end in ends] == [(grpc.StatusCode.UNAVAILABLE, "draining")] * 2
         assert (not_reached.min_steps_reached, not_reached.counts.steps_stored) == (False, 20)
-        assert refusal.code == grpc.StatusCode.UNAVAILABLE
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "draining")
         assert [result.outcome for result in answer.results] == [pb.EpisodeResult.OUTCOME_ACCEPTED] * 2
         assert process.wait() == 0
         assert final_episodes_added(process) == 2

@@ -242,7 +242,7 @@ class ReplayClient:
         opened anew, also after a restart, for 60 s; a stream with a seed then starts its sequence again.
 
         Args:
-            prefetch: batches that the server may have under way.
+            prefetch: batches that the server may have under way. A ring keeps up to 14 small ones.
             device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` copies through pinned memory on a side stream, one batch
                 ahead. All tensors of such a batch share one allocation on the device.
             batch_size: slices; None takes the server's configuration, as for the next two.

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
+CLOSING_S = 1.0
+"""Time for the last answers to leave. A client that watches the server's health would stay for ever."""
+
+
 class AddressInUseError(OSError):
     """The server cannot listen where it was told to."""
 
@@ -79,7 +83,9 @@ class ReplayServer:
         """Drains: refuses new work, lets work in progress end within ``server.drain_timeout_s``, and stops."""
         await self._health.enter_graceful_shutdown()
         self._service.drain()
-        await self._server.stop(self._config.drain_timeout_s)
+        # gRPC cancels whatever arrives after its own stop has begun, so it comes last: until then newcomers are told to try again.
+        ended = await self._service.drained(self._config.drain_timeout_s)
+        await self._server.stop(CLOSING_S if ended else 0)
         self._service.close()
 
     def _listen(self) -> str:
@@ -109,6 +115,7 @@ def run(config: Config) -> int:
     """
     # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
     torch.set_num_threads(1)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     logger.info("configuration in force:\n%s", config.to_toml())
     asyncio.run(_serve(config))
     return 0

@@ -111,14 +111,19 @@ class Columns:
 
     def write(self, first_row: int, episode: Mapping[str, np.ndarray]) -> None:
         """Copies an episode's columns, each once, into consecutive rows modulo the capacity: in two pieces at the seam."""
+        self.settle()
         length = len(next(iter(episode.values())))
         before_seam = min(length, self.capacity - first_row)
         for name, source in episode.items():
             self._write_rows(name, first_row, source[:before_seam])
             if before_seam < length:
                 self._write_rows(name, 0, source[before_seam:])
+        # The next gather may run on another stream.
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until the device is done with what it was given: a gather on another stream may be under way after its pin is gone."""
         if self.device.type == "cuda":
-            # The next gather may run on another stream.
             torch.cuda.synchronize(self.device)
 
     def _write_rows(self, name: str, first_row: int, source: np.ndarray) -> None:

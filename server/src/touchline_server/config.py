@@ -130,6 +130,8 @@ class ServerConfig(_Table):
     """Threads that store episodes."""
     sample_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
     """Threads that gather batches."""
+    sample_share: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=0.95, allow_inf_nan=False)] = 0.5
+    """Share of the time that sampling keeps while learners wait for batches: adds are answered later for it. 0: adds never wait."""
     drain_timeout_s: _Seconds = 10.0
     """Time that calls in progress get to end after SIGTERM, in seconds."""
 

@@ -16,6 +16,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.gathering import GatherPlan
+from touchline_server.sharing import AddGate
 from touchline_server.streaming import BatchSource
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 SPARE_SLOTS = 2
 """Slots beyond the batches that are to be under way: one that the learner holds and one that is being filled."""
 MIN_SLOTS = 3
+
+SMALL_AHEAD = 14
+SMALL_AHEAD_BYTES = 1 << 23
+"""Small batches are kept under way up to this many and this size, also where fewer are asked for: each sleep costs as much as a batch."""
 
 AT_ONCE_BYTES = 1 << 22
 """Batches are drawn together up to this size."""
@@ -47,7 +52,8 @@ class RingHouse:
         if not self._identity or learner_id != self._identity or self._rings >= self._limits.max_rings:
             return None
         fitting = self._limits.max_ring_bytes // max(plan.layout.body_bytes, 1)
-        slots = min(batches + SPARE_SLOTS, fitting, MAX_SLOTS)
+        ahead = max(batches, min(SMALL_AHEAD, SMALL_AHEAD_BYTES // max(plan.layout.body_bytes, 1)))
+        slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
         if slots < MIN_SLOTS:
             return None
         try:
@@ -85,6 +91,7 @@ class RingFeeder:
         source: of the learner's batches.
         ring: to fill.
         plan: that the ring was made for; once batches look otherwise the feeder ends with SchemaChangedError.
+        gate: holds adds back while the ring has free slots.
         tell: sends a message to the learner; called from the feeder's thread, must not block.
         ended: called from the feeder's thread as its last act, with what ended it, None where :meth:`stop` did.
     """
@@ -94,6 +101,7 @@ class RingFeeder:
         source: BatchSource,
         ring: RingWriter,
         plan: GatherPlan,
+        gate: AddGate,
         *,
         tell: Callable[[bytes], None],
         ended: Callable[[Exception | None], None],
@@ -101,6 +109,7 @@ class RingFeeder:
         self._source = source
         self._ring = ring
         self._plan = plan
+        self._gate = gate
         self._tell = tell
         self._ended = ended
         self._stopping = False
@@ -127,7 +136,8 @@ class RingFeeder:
             while not self._stopping:
                 slots = self._ring.free_slots()
                 if slots:
-                    self._fill(slots[: self._at_once])
+                    with self._gate.hungry():
+                        self._fill(slots[: self._at_once])
         except NotReadyError:
             fault = SchemaChangedError("the table was cleared; open the stream again")
         except Exception as error:

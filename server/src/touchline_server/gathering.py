@@ -7,8 +7,10 @@ Row conventions (a slice has rows 0..H):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +68,10 @@ class GatherPlan:
 
     def fill(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
         """Gathers a whole batch into host arrays, by the names and shapes of ``layout.specs``. Every element is written."""
+        if selection.columns.device.type == "cuda":
+            for name, array in self.layout.body_views(self.host_body(selection)).items():
+                out[name][...] = array
+            return
         for part in self.parts:
             target = out[part.name]
             if part.stored:
@@ -88,6 +94,41 @@ class GatherPlan:
                 selection.columns.gather(name, rows, target.reshape(len(rows), *part.inner_shape))
             else:
                 target.fill(0)
+
+    def piece_filler(self, selection: Selection) -> Callable[[Piece, Sequence[np.ndarray]], None]:
+        """Returns what fills the pieces of one batch, as :meth:`fill_piece` does; from a CUDA device it all comes in one transfer."""
+        if selection.columns.device.type != "cuda":
+            return partial(self.fill_piece, selection)
+        body = self.layout.body_views(self.host_body(selection))
+
+        def copy(piece: Piece, out: Sequence[np.ndarray]) -> None:
+            for (name, first, last, _), target in zip(piece.segments, out, strict=True):
+                target[...] = body[name].reshape(-1, *target.shape[1:])[first:last]
+
+        return copy
+
+    def host_body(self, selection: Selection) -> np.ndarray:
+        """Gathers a batch on the columns' device and moves it to the host in one transfer.
+
+        Returns:
+            The batch's body, [layout.body_bytes] uint8: fresh, pinned where the columns are on a CUDA device.
+        """
+        device = selection.columns.device
+        block = torch.empty(self.layout.body_bytes, dtype=torch.uint8, device=device)
+        rows = torch.from_numpy(selection.rows).to(device)
+        for part, offset in zip(self.parts, self.layout.offsets, strict=False):
+            size = math.prod(part.out_shape)
+            column = selection.columns.tensors.get(part.name)
+            if column is None:
+                block[offset : offset + 4 * size].zero_()
+            elif size:
+                target = block[offset : offset + size * column.element_size()].view(column.dtype)
+                index = rows[part.rows].reshape(-1)
+                torch.index_select(column, 0, index, out=target.view(len(index), *part.inner_shape))
+        host = torch.empty(self.layout.body_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        body = host.copy_(block).numpy()
+        fill_provenance(selection.draw, self.layout.body_views(body))
+        return body
 
     def gather_tensors(self, selection: Selection) -> dict[str, torch.Tensor]:
         """Returns a batch as fresh tensors on the columns' device, provenance on the host."""

@@ -5,6 +5,7 @@ adding and sampling do not wait for each other's turn and a client costs no thre
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from touchline_server.errors import (
 )
 from touchline_server.feeding import RingHouse
 from touchline_server.session import SampleSession
+from touchline_server.sharing import AddGate
 from touchline_server.status import abort
 from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
@@ -48,7 +50,7 @@ T = TypeVar("T")
 
 
 class ReplayService:
-    """``touchline.v1.Replay`` on one buffer. Lives in one event loop; close it with :meth:`drain`, then :meth:`close`."""
+    """``touchline.v1.Replay`` on one buffer. Lives in one event loop; end it with :meth:`drain`, :meth:`drained` and :meth:`close`."""
 
     def __init__(self, buffer: ReplayBuffer) -> None:
         self._buffer = buffer
@@ -60,7 +62,9 @@ class ReplayService:
         self._changes = ChangeSignal(asyncio.get_running_loop())
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
         self._rings = RingHouse(buffer)
+        self._gate = AddGate(self._limits.sample_share)
         self._streams = 0
+        self._calls = 0
         self._draining = False
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -90,6 +94,14 @@ class ReplayService:
         self._draining = True
         self._changes.notify()
 
+    async def drained(self, timeout_s: float) -> bool:
+        """Waits until the calls in progress have ended, ``timeout_s`` seconds at most; new ones are told meanwhile that it drains.
+
+        Returns:
+            Whether they have.
+        """
+        return await self._changes.until(lambda: self._calls == 0, timeout_s)
+
     def close(self) -> None:
         """Ends the threads, once every call has ended."""
         self._unsubscribe()
@@ -103,7 +115,8 @@ class ReplayService:
             try:
                 _check_protocol(context)
                 self._refuse_if_draining()
-                return await method(request, context)
+                with self._call():
+                    return await method(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
             except Exception as error:
@@ -114,8 +127,26 @@ class ReplayService:
     async def _on(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
+    async def _store(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Does what stores episodes on the adding threads, in its turn."""
+        cost_s = 0.0
+
+        def timed() -> T:
+            nonlocal cost_s
+            begin = time.thread_time()
+            try:
+                return work(*arguments)
+            finally:
+                cost_s = time.thread_time() - begin
+
+        await self._gate.admit()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._adding, timed)
+        finally:
+            self._gate.charge(cost_s)
+
     async def _add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
-        return await self._on(self._adding, self._add, message)
+        return await self._store(self._add, message)
 
     def _add(self, message: bytes) -> pb.AddEpisodeResponse:
         try:
@@ -136,7 +167,7 @@ class ReplayService:
                     raise TooLargeError(
                         f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
                     )
-                result = await self._on(self._adding, self._load, decoder, message)
+                result = await self._store(self._load, decoder, message)
                 if result is not None:
                     results.append(result)
         if decoder.in_progress:
@@ -211,7 +242,7 @@ class ReplayService:
                 self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
                 max_batches=first.open.max_batches_per_frame,
             )
-            session = SampleSession(source, self._changes, self._sampling, self._rings, draining=lambda: self._draining)
+            session = SampleSession(source, self._changes, self._sampling, self._rings, self._gate, draining=lambda: self._draining)
             await session.run(first.open, requests, context.write)
 
     async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
@@ -252,6 +283,17 @@ class ReplayService:
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise DrainingError("the server is stopping and takes no new work; try again when it is back")
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Counts a call while it is in progress."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if self._draining:
+                self._changes.notify()
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import DrainingError, InvalidRequestError, NotReadyError
 from touchline_server.feeding import RingFeeder, RingHouse, ring_offer
 from touchline_server.gathering import GatherPlan
+from touchline_server.sharing import AddGate
 from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
 
@@ -25,12 +26,20 @@ class SampleSession:
     """One learner's stream, from its first credits to its end. Lives in the event loop."""
 
     def __init__(
-        self, source: BatchSource, changes: ChangeSignal, pool: ThreadPoolExecutor, rings: RingHouse, *, draining: Callable[[], bool]
+        self,
+        source: BatchSource,
+        changes: ChangeSignal,
+        pool: ThreadPoolExecutor,
+        rings: RingHouse,
+        gate: AddGate,
+        *,
+        draining: Callable[[], bool],
     ) -> None:
         self._source = source
         self._changes = changes
         self._pool = pool
         self._rings = rings
+        self._gate = gate
         self._draining = draining
         self._credits = 0
         self._closed = False
@@ -66,13 +75,14 @@ class SampleSession:
     async def _push(self, write: Write, wake: asyncio.Event) -> None:
         """Sends frames as credits allow."""
         while await self._may_push(wake):
-            try:
-                count, frames = await asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
-            except NotReadyError:
-                continue  # cleared since it was looked at
-            self._credits -= count
-            for frame in frames:
-                await write(frame)
+            with self._gate.hungry():
+                try:
+                    count, frames = await asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
+                except NotReadyError:
+                    continue  # cleared since it was looked at
+                self._credits -= count
+                for frame in frames:
+                    await write(frame)
 
     async def _may_push(self, wake: asyncio.Event) -> bool:
         """Waits for a credit and for something to sample; returns False once the learner wants no more."""
@@ -107,7 +117,12 @@ class SampleSession:
                 loop.call_soon_threadsafe(wake.set)
 
         feeder = RingFeeder(
-            self._source, ring, plan, tell=lambda message: hand_over(messages, message), ended=lambda fault: hand_over(ends, fault)
+            self._source,
+            ring,
+            plan,
+            self._gate,
+            tell=lambda message: hand_over(messages, message),
+            ended=lambda fault: hand_over(ends, fault),
         )
         feeder.start()
         try:

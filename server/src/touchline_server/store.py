@@ -161,6 +161,8 @@ class EpisodeStore:
                 evicted = self._index.evict_for(self.capacity)
                 self._count_evicted(evicted.episodes, evicted.steps)
                 self._wait_for_older_gathers()
+                if self._columns is not None:
+                    self._columns.settle()
                 self._index = EpisodeIndex(self.capacity)
                 self._columns = None
             release(self.storage)

@@ -94,6 +94,7 @@ class BatchSource:
 
     def _chunks(self, selection: Selection, plan: GatherPlan, actors: dict[int, str]) -> list[bytes]:
         frames: list[bytes] = []
+        fill = plan.piece_filler(selection)
         for piece in plan.layout.chunk_plan(min(CHUNK_BYTES, self._limit // 2)):
             if piece.size_bytes > self._limit - CHUNK_HEADER_BYTES:
                 raise TooLargeError(
@@ -101,7 +102,7 @@ class BatchSource:
                     f"expected less than the message limit of {self._limit}"
                 )
             frame, targets = plan.layout.chunk(piece, {} if frames else actors)
-            plan.fill_piece(selection, piece, targets)
+            fill(piece, targets)
             frames.append(self._checked(frame))
         return frames
 

@@ -1,0 +1,52 @@
+"""Sharing the server's time between adding and sampling, which fight for the interpreter lock when actors insert flat out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MESSAGE_COST_S = 150e-6
+"""Time that receiving and answering a message takes, beside storing what it brings."""
+
+
+class AddGate:
+    """Holds adds back so that sampling keeps its share of the time while learners wait for batches.
+
+    After each add the next one waits as long as the share asks for, measured against the time that the add took. While no learner
+    waits, adds pass at once. :meth:`hungry` may be called from any thread, everything else from the loop's.
+
+    Args:
+        sample_share: of the time, 0 (adds never wait) to below 1.
+    """
+
+    def __init__(self, sample_share: float) -> None:
+        self._pause_per_second = sample_share / (1.0 - sample_share)
+        self._hungry: set[object] = set()
+        self._turn = asyncio.Lock()
+        self._next = 0.0
+
+    @contextmanager
+    def hungry(self) -> Iterator[None]:
+        """Says that a learner waits while the block lasts."""
+        mark = object()
+        self._hungry.add(mark)
+        try:
+            yield
+        finally:
+            self._hungry.discard(mark)
+
+    async def admit(self) -> None:
+        """Waits for an add's turn; first come, first served."""
+        if not self._hungry or not self._pause_per_second:
+            return
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            delay = self._next - loop.time()
+            if delay > 0:
+                await asyncio.sleep(delay)
+
+    def charge(self, cost_s: float) -> None:
+        """Notes what an add took; the next ones wait for it."""
+        now = asyncio.get_running_loop().time()
+        self._next = max(now, self._next) + (cost_s + MESSAGE_COST_S) * self._pause_per_second

@@ -1,0 +1,147 @@
+"""The store in CUDA memory gives what the one in host memory gives."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from store_cases import as_bits, check_traced, make_config, traced, traced_columns
+from touchline_protos.dtypes import DType, to_numpy
+from touchline_server import Batch, NotReadyError, ReplayBuffer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def pair(capacity: int = 60, **sampling: object) -> tuple[ReplayBuffer, ReplayBuffer]:
+    """The same buffer in host memory and on CUDA, by the device rule."""
+    host, cuda = (ReplayBuffer(make_config(capacity, storage={"device": device}, seed=1, **sampling)) for device in ("cpu", "auto"))
+    return host, cuda
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    values = [*batch.extra.values(), batch.action, batch.reward, batch.done, batch.episode_id, batch.start, batch.probability]
+    return [*values, *(batch.obs.values() if isinstance(batch.obs, dict) else [batch.obs])]
+
+
+@pytest.mark.parametrize("law", ["episode", "step"])
+@pytest.mark.parametrize("convention", ["incoming", "outgoing"])
+def test_cuda_batches_are_those_of_the_cpu_for_the_same_seed(law: str, convention: str) -> None:
+    host, cuda = pair(law=law, row_convention=convention)
+
+    for number in range(20):
+        for buffer in (host, cuda):
+            buffer.add_episode(traced(number, 4 + number * 7 % 20))
+        one, other = host.sample(), cuda.sample()
+        assert other.action.is_cuda
+        assert [as_bits(tensor) for tensor in tensors_of(one)] == [as_bits(tensor) for tensor in tensors_of(other)]
+
+
+def test_cuda_columns_of_every_dtype_give_back_the_bits_over_the_seam() -> None:
+    _, cuda = pair(capacity=16)
+    random = np.random.default_rng(0)
+    for number in range(3):
+        columns = traced_columns(number, 9)
+        for wire in DType:
+            dtype = to_numpy(wire)
+            raw = np.frombuffer(random.bytes(9 * 3 * dtype.itemsize), np.uint8)
+            columns[wire.name.lower()] = np.frombuffer((raw & 1 if dtype == np.bool_ else raw).tobytes(), dtype).reshape(9, 3)
+        cuda.add(columns)
+
+    stored = cuda.store.read(cuda.store.entries()[-1])
+
+    assert cuda.store.columns is not None
+    assert cuda.store.columns.where == f"cuda:{torch.cuda.current_device()}"
+    assert all(stored[name].tobytes() == array.tobytes() for name, array in columns.items())
+
+
+def test_cuda_host_gather_is_the_device_gather() -> None:
+    _, cuda = pair()
+    cuda.add_episode(traced(3, 30))
+
+    with cuda.select(cuda.spec(), np.random.default_rng(0)) as ((selection,), plan):
+        tensors = plan.gather_tensors(selection)
+        arrays = {spec.name: np.empty(spec.shape, spec.dtype) for spec in plan.layout.specs}
+        plan.fill(selection, arrays)
+
+    assert {name: as_bits(tensor) for name, tensor in tensors.items()} == {name: as_bits(array) for name, array in arrays.items()}
+
+
+def test_cuda_add_and_sample_from_many_threads_gives_no_torn_batch() -> None:
+    _, cuda = pair(capacity=120)
+    cuda.add_episode(traced(0, 20))
+    together = threading.Barrier(4)
+
+    def add(adder: int) -> None:
+        together.wait()
+        for number in range(1, 200):
+            cuda.add_episode(traced(adder * 1000 + number, 4 + number % 40))
+
+    def sample() -> None:
+        stream = torch.cuda.Stream()
+        together.wait()
+        with torch.cuda.stream(stream):
+            for _ in range(300):
+                batch = cuda.sample()
+                stream.synchronize()
+                check_traced(on_host(batch), horizon=3)
+
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(add, 1), pool.submit(add, 2), pool.submit(sample), pool.submit(sample)]:
+            job.result()
+
+
+def on_host(batch: Batch) -> Batch:
+    values = {name: getattr(batch, name) for name in ("action", "reward", "done", "episode_id", "start", "actor", "policy_version")}
+    return Batch(
+        obs={name: value.cpu() for name, value in batch.obs.items()},
+        extra={name: value.cpu() for name, value in batch.extra.items()},
+        task=None,
+        probability=batch.probability,
+        **{name: value.cpu() for name, value in values.items()},
+    )
+
+
+def test_cuda_torchrl_face_samples_on_the_device() -> None:
+    _, cuda = pair()
+    face = cuda.as_torchrl()
+    cuda.add_episode(traced(3, 30))
+
+    sample = face.sample()
+
+    assert sample["stamp"].is_cuda
+    assert (sample["stamp"].reshape(-1, 4).diff(dim=1) == 1).all()
+
+
+def test_cuda_clear_frees_the_memory_and_another_schema_works() -> None:
+    before = torch.cuda.memory_allocated()
+    _, cuda = pair(capacity=1_000_000)
+    cuda.add_episode(traced(0, 10))
+    assert torch.cuda.memory_allocated() - before >= 30_000_000
+
+    cuda.clear()
+
+    assert torch.cuda.memory_allocated() - before < 1_000_000
+    with pytest.raises(NotReadyError):
+        cuda.sample()
+    cuda.add({"obs": np.ones((9, 2)), "action": np.ones((9, 2)), "reward": np.ones(9)})
+    assert cuda.sample().obs.shape == (4, 8, 2)
+
+
+def test_cuda_without_room_falls_back_to_the_cpu_with_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        buffer = ReplayBuffer(make_config(50_000_000, storage={"device": "cuda"}))
+        with caplog.at_level(logging.WARNING, "touchline_server"):
+            buffer.add_episode(traced(0, 10))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert buffer.store.columns is not None
+    assert buffer.store.columns.where == "cpu"
+    assert "has no room for" in caplog.text
+    check_traced(buffer.sample(), horizon=3)
