@@ -142,7 +142,7 @@ def test_batch_of_any_schema_holds_the_rows_that_it_names(
 def test_every_way_of_gathering_gives_the_same_batch(
     schema: dict[str, tuple[np.dtype, tuple[int, ...]]], horizon: int, batch_size: int, incoming: bool, chunk_bytes: int, seed: int
 ) -> None:
-    """Whole into host arrays; piece by piece, as for big batches; as tensors, the way of CUDA, here on the CPU."""
+    """Whole into host arrays; piece by piece, as for big batches; as tensors or as one body, the ways of CUDA, here on the CPU."""
     buffer = ReplayBuffer(make_config(20, storage={"allow_non_finite": True}, horizon=horizon))
     random = np.random.default_rng(seed)
     for _ in range(4):
@@ -156,6 +156,7 @@ def test_every_way_of_gathering_gives_the_same_batch(
     with buffer.store.select(batch_size, horizon, buffer.spec().law, random) as (selection,):
         plan.fill(selection, whole)
         tensors = plan.gather_tensors(selection)
+        body = plan.layout.body_views(plan.host_body(selection))
         pieces = []
         for piece in plan.layout.chunk_plan(chunk_bytes):
             _, out = plan.layout.chunk(piece, {})
@@ -163,6 +164,7 @@ def test_every_way_of_gathering_gives_the_same_batch(
             pieces.append((piece, out))
 
     assert {name: as_bits(tensor) for name, tensor in tensors.items()} == {name: as_bits(array) for name, array in whole.items()}
+    assert {name: array.tobytes() for name, array in body.items()} == {name: array.tobytes() for name, array in whole.items()}
     seen = {spec.name: b"" for spec in plan.layout.specs}
     for piece, out in pieces:
         for (name, _, _, _), array in zip(piece.segments, out, strict=True):

@@ -1,0 +1,94 @@
+"""The gate that keeps sampling's share of the time, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from touchline_server import sharing
+from touchline_server.sharing import MESSAGE_COST_S, AddGate
+
+
+class Clock:
+    """Stands in for the loop's time; sleeping moves it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slept: list[float] = []
+
+    def time(self) -> float:
+        return self.now
+
+    async def sleep(self, delay: float) -> None:
+        self.slept.append(delay)
+        self.now += delay
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sharing.asyncio, "get_running_loop", lambda: clock)
+    monkeypatch.setattr(sharing.asyncio, "sleep", clock.sleep)
+    return clock
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(test())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_gate_with_hungry_learners_leaves_sampling_its_share(clock: Clock, share: float) -> None:
+    async def test() -> None:
+        gate = AddGate(share)
+        begin, busy = clock.now, 0.0
+        with gate.hungry():
+            for _ in range(50):
+                await gate.admit()
+                clock.now += 0.01 + MESSAGE_COST_S
+                busy += 0.01 + MESSAGE_COST_S
+                gate.charge(0.01)
+            await gate.admit()
+        assert 1 - busy / (clock.now - begin) == pytest.approx(share, abs=0.02)
+
+    run(test)
+
+
+def test_gate_without_hungry_learners_lets_adds_pass_at_once(clock: Clock) -> None:
+    async def test() -> None:
+        gate = AddGate(0.9)
+        with gate.hungry():
+            gate.charge(10.0)
+        await gate.admit()
+
+    run(test)
+    assert clock.slept == []
+
+
+def test_gate_with_share_zero_never_waits(clock: Clock) -> None:
+    async def test() -> None:
+        gate = AddGate(0.0)
+        with gate.hungry():
+            gate.charge(10.0)
+            await gate.admit()
+
+    run(test)
+    assert clock.slept == []
+
+
+def test_gate_stays_hungry_until_the_last_learner_is_served(clock: Clock) -> None:
+    async def test() -> None:
+        gate = AddGate(0.5)
+        with gate.hungry():
+            with gate.hungry():
+                pass
+            gate.charge(1.0)
+            await gate.admit()
+
+    run(test)
+    assert clock.slept == [pytest.approx(1.0 + MESSAGE_COST_S)]
