@@ -133,6 +133,6 @@ USER 10001:10001
 VOLUME /data
 EXPOSE 50051
 # The command asks where the configuration in force says that the server listens.
-HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 CMD ["touchline-server", "healthcheck", "--timeout-s", "5"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=120s --retries=3 CMD ["touchline-server", "healthcheck", "--timeout-s", "5"]
 ENTRYPOINT ["touchline-server"]
 CMD ["serve"]

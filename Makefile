@@ -7,13 +7,16 @@ DEMO_SECONDS ?= 90
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PEERS_INSTALLED := .venv-peers/.installed
+# For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
+BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types serve demo stubs clean
+.PHONY: help install test lint types serve demo bench bench-peers stubs clean
 
 help: ## lists the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## makes .venv and installs the three distributions and their tools
 
@@ -41,9 +44,21 @@ serve: $(INSTALLED) ## runs the server on cfg/default.toml
 demo: $(INSTALLED) ## plays robot soccer into a server and trains on it, DEMO_SECONDS long
 	$(BIN)/python examples/demo.py --seconds $(DEMO_SECONDS)
 
+bench: $(INSTALLED) ## measures beside TD-MPC2's buffer, some 10 minutes, into docs/benchmarks
+	$(BIN)/python -m benchmarks run $(BENCH)
+
+bench-peers: $(INSTALLED) $(PEERS_INSTALLED) ## measures beside Reverb, some 15 minutes, into docs/benchmarks
+	$(BIN)/python -m benchmarks peers $(BENCH)
+
+# Reverb needs a TensorFlow, a numpy and a protobuf of its time, so it has an environment of its own.
+$(PEERS_INSTALLED): benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -r benchmarks/peers/requirements.txt
+	touch $@
+
 stubs: ## generates the stubs of the .proto again
 	$(PYTHON) protos/generate_stubs.py
 
 clean: ## removes .venv and what tools left behind
-	rm -rf .venv .venv-stubs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-stubs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

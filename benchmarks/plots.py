@@ -12,12 +12,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.bars import Sections, Verdict, values
 from benchmarks.statistics import Interval, median_interval
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 COLOURS = {"theirs": "#9aa5b1", "limit": "#c9b458", "ours": "#1f7a6d", "faint": "#8cc5bb"}
+
+_PLAIN = StrMethodFormatter("{x:,.0f}")
 
 LABELS = {
     "tdmpc2": "TD-MPC2's buffer (TorchRL), in process",
@@ -37,7 +40,6 @@ LABELS = {
     "ring-flat": "— 4 actors add flat out",
     "reverb": "Reverb",
     "reverb-10k": "Reverb — 4 writers add 10 k steps/s",
-    "stream@": "Touchline, TCP stream",
 }
 """What subjects are called for readers."""
 
@@ -56,6 +58,13 @@ def draw_all(sections: Sections, verdicts: Sequence[Verdict], folder: Path) -> l
             plt.close(figure)
             drawn.append(name)
     return drawn
+
+
+def short(value: float) -> str:
+    """Returns a figure with as many digits as are worth reading."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def label(subject: str) -> str:
@@ -94,7 +103,7 @@ def _bar_panel(axis: Axes, found: Sequence[tuple[str, Interval]]) -> None:
         kind = "theirs" if subject.startswith(("tdmpc2", "reverb")) else "limit" if subject == "limit" else "ours"
         axis.barh(place, rate.median, height=0.66, color=COLOURS[kind])
         axis.plot([rate.low, rate.high], [place, place], color=INK, linewidth=1.2)
-        axis.text(rate.high * 1.06, place, f"{rate.median:,.0f}", va="center", color=INK, fontsize=9)
+        axis.text(rate.high * 1.06, place, short(rate.median), va="center", color=INK, fontsize=9)
     names = [LABELS.get(subject, subject) for subject, _ in found]
     names = [name.replace("— ", "TD-MPC2's buffer, ") for name in names]
     axis.set_yticks(range(len(found)), names, fontsize=9, color=INK)
@@ -102,6 +111,8 @@ def _bar_panel(axis: Axes, found: Sequence[tuple[str, Interval]]) -> None:
     axis.set_xscale("log")
     lowest, highest = min(rate.low for _, rate in found), max(rate.high for _, rate in found)
     axis.set_xlim(lowest * 0.5, highest * 2.2)
+    axis.xaxis.set_major_formatter(_PLAIN)
+    axis.minorticks_off()
     _clean(axis, "x")
 
 
@@ -117,10 +128,10 @@ def _ratios(verdicts: Sequence[Verdict]) -> Figure | None:
         low, middle, high = (end / bar.value for end in (ratio.low, ratio.median, ratio.high))
         if bar.at_most:
             low, middle, high = 1 / high, 1 / middle, 1 / low
-        colour = COLOURS["ours"] if verdict.word.endswith("met") and verdict.word != "not met" else "#b4472f"
+        colour = COLOURS["ours"] if verdict.word != "not met" else "#b4472f"
         axis.plot([low, high], [place, place], color=colour, linewidth=3, solid_capstyle="round", alpha=0.45)
         axis.plot(middle, place, "o", color=colour, markersize=7)
-        axis.text(1.02, place, f"{ratio.median:.2f}" if ratio.median < 10 else f"{ratio.median:.1f}", transform=axis.get_yaxis_transform(),
+        axis.text(1.02, place, short(ratio.median), transform=axis.get_yaxis_transform(),
                   va="center", fontsize=9, color=INK)  # fmt: skip
     axis.axvline(1, color=INK, linewidth=1)
     texts = [v.bar.text.replace("`", "").removeprefix("a goal, not a bar: ") for v in measured]
@@ -128,12 +139,12 @@ def _ratios(verdicts: Sequence[Verdict]) -> Figure | None:
     axis.set_yticks(
         range(len(measured)), [f"{t}  ({s} {v.bar.value:g})" for t, s, v in zip(texts, signs, measured, strict=True)], fontsize=8, color=INK
     )
-    axis.invert_yaxis()
+    axis.set_ylim(len(measured) - 0.5, -0.5)
     axis.set_xscale("log")
     ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("ratio measured over its bar: right of the line is better; at the right, the ratio", color=MUTED, fontsize=9)
+    figure.supxlabel("measured over its bar, right of the line is better; the ratio itself stands at the right", color=MUTED, fontsize=9)
     _clean(axis, "x")
     return figure
 
@@ -154,13 +165,15 @@ def _load(sections: Sections) -> Figure | None:
             at = place + (shift - 1) * width
             axis.bar(at, rate.median, width * 0.92, color=colour, label=text if not place else None)
             axis.plot([at, at], [rate.low, rate.high], color=INK, linewidth=1.2)
-            axis.text(at, rate.high * 1.05, f"{rate.median:,.0f}", ha="center", va="bottom", fontsize=8, color=INK)
+            axis.text(at, rate.high * 1.05, short(rate.median), ha="center", va="bottom", fontsize=8, color=INK)
             drawn = True
     if not drawn:
         plt.close(figure)
         return None
     axis.set_yscale("log")
     axis.set_ylim(top=axis.get_ylim()[1] * 1.6)
+    axis.yaxis.set_major_formatter(_PLAIN)
+    axis.minorticks_off()
     axis.set_xticks(range(len(groups)), [text for text, _ in groups], color=INK)
     axis.set_ylabel("batches per second (log scale)", color=MUTED, fontsize=9)
     axis.set_title("W1 — sampling while four actors add", loc="left", color=INK, fontsize=11, fontweight="bold")
@@ -190,6 +203,7 @@ def _sizes(sections: Sections) -> Figure | None:
         return None
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(_PLAIN)
     axis.set_xticks([rows for _, rows in sizes], ["10 k", "100 k", "1 M"])
     axis.minorticks_off()
     axis.set_xlabel("rows stored", color=MUTED, fontsize=9)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import Sections, Verdict, judge, values
-from benchmarks.plots import draw_all
+from benchmarks.plots import draw_all, short
 from benchmarks.statistics import Interval, median_interval, ratio_interval
 from benchmarks.workloads import WORKLOADS
 
@@ -83,7 +83,7 @@ def _bars_table(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         bar, ratio = verdict.bar, verdict.ratio
         sign = "at most" if bar.at_most else "at least"
-        measured = f"**{_figure(ratio.median)}** | {_figure(ratio.low)} to {_figure(ratio.high)}" if ratio else "— | —"
+        measured = f"**{short(ratio.median)}** | {short(ratio.low)} to {short(ratio.high)}" if ratio else "— | —"
         lines.append(f"| {bar.text} | {sign} {bar.value:g} | {measured} | {verdict.word} | {bar.prototypes} |")
     return "\n".join(lines)
 
@@ -109,9 +109,9 @@ def _workload_table(sections: Sections, section: str) -> str:
         server = found["server_cpu_s"].median
         added = found.get("insert_steps_per_s")
         lines.append(
-            f"| {ROWS[subject]} | {_figure(rate.median)} | {_figure(rate.low)} to {_figure(rate.high)} "
+            f"| {ROWS[subject]} | {short(rate.median)} | {short(rate.low)} to {short(rate.high)} "
             f"| {found['p50_s'].median * 1e3:.3f} | {found['p99_s'].median * 1e3:.2f} | {found['cpu_s'].median * 1e6:,.0f} "
-            f"| {f'{server * 1e6:,.0f}' if server else '—'} | {_figure(added.median) if added else '—'} |"
+            f"| {f'{server * 1e6:,.0f}' if server else '—'} | {short(added.median) if added else '—'} |"
         )
     lines += [
         "",
@@ -131,7 +131,7 @@ def _inserts_table(sections: Sections) -> str:
                 who = f"Reverb, {subject.removeprefix('reverb-').replace('-', ' ')}" if subject.startswith("reverb") else "Touchline"
                 actors = subject.rpartition("-")[2] if not subject.startswith("reverb") else "4"
                 lines.append(
-                    f"| {section} | {who} | {actors} | {_figure(rate.median)} | {_figure(rate.low)} to {_figure(rate.high)} "
+                    f"| {section} | {who} | {actors} | {short(rate.median)} | {short(rate.low)} to {short(rate.high)} "
                     f"| {own:.2f} | {server:.2f} |"
                 )
     if not lines:
@@ -147,8 +147,8 @@ def _costs(sections: Sections, memory: Mapping[str, Mapping[str, float]]) -> str
     if with_it and without:
         cost = ratio_interval(without, with_it)
         lines.append(
-            f"- Provenance (episode, start, actor, policy version, probability of each slice): a gather takes {_figure(cost.median)} times "
-            f"as long ({_figure(cost.low)} to {_figure(cost.high)}) and a W1 batch has 10,240 bytes more, 3.5 %."
+            f"- Provenance (episode, start, actor, policy version, probability of each slice): a gather takes {short(cost.median)} times "
+            f"as long ({short(cost.low)} to {short(cost.high)}) and a W1 batch has 10,240 bytes more, 3.5 %."
         )
     draws = {text: values(sections, "W1", f"draw-{text}", "draw_s") for text in ("small", "large")}
     if draws["small"] and draws["large"]:
@@ -167,7 +167,7 @@ def _sizes_table(sections: Sections) -> str:
     lines = ["## W1 at three sizes of the store, batches/s", "", "| | 10 k rows | 100 k | 1 M |", "|---|---|---|---|"]
     for subject in ("tdmpc2", "limit", "local", "stream", "ring"):
         rates = [_of(sections, "sizes", f"{subject}@{size}", "batches_per_s").median for size in ("10k", "100k", "1M")]
-        lines.append(f"| {ROWS[subject]} | " + " | ".join(_figure(rate) for rate in rates) + " |")
+        lines.append(f"| {ROWS[subject]} | " + " | ".join(short(rate) for rate in rates) + " |")
     return "\n".join(lines)
 
 
@@ -177,7 +177,7 @@ def _laws_table(sections: Sections) -> str:
     lines = ["## W3, unequal episodes of 20 to 1000 rows and a task, batches/s", "", "| | episode law | step law |", "|---|---|---|"]
     for subject in ("tdmpc2", "limit", "local", "stream", "ring"):
         rates = [values(sections, "W3", f"{subject} {law}", "batches_per_s") for law in ("episode", "step")]
-        lines.append(f"| {ROWS[subject]} | " + " | ".join(_figure(median_interval(rate).median) if rate else "—" for rate in rates) + " |")
+        lines.append(f"| {ROWS[subject]} | " + " | ".join(short(median_interval(rate).median) if rate else "—" for rate in rates) + " |")
     return "\n".join(lines)
 
 
@@ -188,7 +188,7 @@ def _sweeps(peers: Mapping[str, Any]) -> str:
         lines.append("|---|---|---|---|---|---|")
         best = max(trials, key=lambda trial: trial["batches_per_s"])
         for trial in trials:
-            rate = _figure(trial["batches_per_s"])
+            rate = short(trial["batches_per_s"])
             cells = [str(trial[key]) for key in ("chunk_length", "columns", "sampler", "workers", "in_flight")]
             lines.append("| " + " | ".join([*cells, f"**{rate}**" if trial is best else rate]) + " |")
         lines.append("")
@@ -201,9 +201,3 @@ def _picture(plots: Sequence[str], name: str, text: str) -> str:
 
 def _of(sections: Sections, section: str, subject: str, metric: str) -> Interval:
     return median_interval(values(sections, section, subject, metric) or [float("nan")])
-
-
-def _figure(value: float) -> str:
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -128,12 +128,12 @@ class Content:
 
     def reward(self, tags: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Returns the rewards of rows of any shape, float32: exact integers below 2**24."""
-        rewards: np.ndarray = (_hash(tags, steps, 3) >> np.uint64(40)).astype(np.float32)
-        return rewards
+        return (_hash(tags, steps, 3) >> np.uint64(40)).astype(np.float32)
 
     def done(self, tags: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Returns 1 for the last row of an episode, else 0, float32."""
-        return (steps == self.length(tags) - 1).astype(np.float32)
+        last: np.ndarray = np.equal(steps, self.length(tags) - 1)
+        return last.astype(np.float32)
 
     def task(self, tags: np.ndarray) -> np.ndarray:
         """Returns the episodes' tasks, int64."""

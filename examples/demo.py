@@ -217,7 +217,7 @@ def main() -> int:
     try:
         outcome = demo.run()
     except (ChildError, TouchlineError) as error:
-        console.print(f"The demo failed: {error}", style="red", markup=False, highlight=False)
+        console.print(f"The demo failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; everything is stopped")

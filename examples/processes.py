@@ -22,6 +22,7 @@ class Child:
 
     def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
         self.name = name
+        self._asked = False
         self.stdout, self.log = folder / f"{name}.out", folder / f"{name}.log"
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         with self.stdout.open("wb") as stdout, self.log.open("wb") as log:
@@ -56,8 +57,9 @@ class Child:
             time.sleep(0.05)
 
     def ask_to_stop(self) -> None:
-        """Sends SIGTERM, if it still runs."""
-        if self._process.poll() is None:
+        """Sends SIGTERM, once: to a program that is stopping already, a second one means at once."""
+        if not self._asked and self._process.poll() is None:
+            self._asked = True
             self._process.terminate()
 
     def stop(self) -> None:
@@ -75,7 +77,7 @@ class Child:
             raise self._error(f"ended with status {status}")
 
     def end(self, *, grace_s: float) -> None:
-        """Makes sure that it does not run any more: SIGTERM, and SIGKILL after a while."""
+        """Makes sure that it does not run any more: SIGTERM if it was not asked before, and SIGKILL after a while."""
         self.ask_to_stop()
         try:
             self._process.wait(grace_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.cast import ACTORS, PACED_STEPS_PER_S, Stage, Troupe
@@ -54,18 +54,17 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
     packed = best["columns"] == "packed"
     tell(f"{name}: filling Reverb, {rows:,} rows")
     address = peers.start({"best": {"max_size": rows, "packed": packed}})
-    chunk_length = 0 if isinstance(best["chunk_length"], str) else best["chunk_length"]
-    structured = best["chunk_length"] == "structured"
-    peers.fill(address, "best", rows, packed=packed, structured=structured, chunk_length=chunk_length)
+    structured, by_trajectory = peers.writers(), peers.writers()
+    # The writer that inserts faster burdens the server less: it plays the actors under load.
+    load = peers.prepare(structured, address, "best", packed=packed, structured=True)
+    kind = {"structured": False, "chunk_length": 0} if best["chunk_length"] == "structured" else _writer_options(best)
+    other_load = peers.prepare(by_trajectory, address, "best", packed=packed, **kind)
+    peers.fill(structured if best["chunk_length"] == "structured" else by_trajectory)
     learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
     options = {key: best[key] for key in ("sampler", "workers", "in_flight")}
     learner.call("make", name="reverb", address=address, workload=name, rows=rows, table="best", packed=packed, **options)
     seconds = effort.seconds * (2.0 if name == "W2" else 1.0)
     reverb = Subject("reverb", lambda length: learner.call("run", name="reverb", seconds=length, server_pid=peers.pid), seconds)
-
-    # The writer that inserts faster burdens the server less: it plays the actors.
-    writers = peers.troupe(address, "best", packed=packed, structured=True)
-    by_trajectory = peers.troupe(address, "best", packed=packed, structured=False, chunk_length=chunk_length)
 
     tell(f"{name}: filling Touchline, {rows:,} rows")
     server, _ = stage.server(name, rows)
@@ -73,12 +72,12 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
     remote = {path: stage.remote(ours, server, name, rows, path, name=path, seconds=seconds) for path in ("stream", "ring")}
     actors = stage.troupe(server, name, rows, ACTORS)
     subjects = [reverb, *remote.values()]
-    for subject, troupe in ((reverb, writers), (remote["stream"], actors), (remote["ring"], actors)):
-        for load, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
-            subjects.append(Subject(f"{subject.name}-{load}", troupe.under_load(subject.run, steps_per_s=pace), seconds))
+    for subject, troupe in ((reverb, load), (remote["stream"], actors), (remote["ring"], actors)):
+        for how, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
+            subjects.append(Subject(f"{subject.name}-{how}", troupe.under_load(subject.run, steps_per_s=pace), seconds))
     subjects += [
-        Subject("reverb-insert-structured", writers.insert(server_pid=peers.pid), seconds * 1.5),
-        Subject("reverb-insert-trajectory", by_trajectory.insert(server_pid=peers.pid), seconds * 1.5),
+        Subject("reverb-insert-structured", load.insert(server_pid=peers.pid), seconds * 1.5),
+        Subject("reverb-insert-trajectory", other_load.insert(server_pid=peers.pid), seconds * 1.5),
         Subject("insert-4", actors.insert(server_pid=server.pid), seconds),
     ]
     section = Section(f"peers {name}", subjects, effort.rounds)
@@ -105,30 +104,29 @@ class _Peers:
         """Serves tables and returns the address."""
         return str(self._server.call("start", workload=self._workload, tables=tables))
 
-    def writer(self, address: str, table: str, number: int, **options: Any) -> Worker:
-        """Starts a writer."""
-        worker = self._stage.worker("benchmarks.peers.reverb_writer", python=PEERS_PYTHON)
-        worker.call("prepare", address=address, workload=self._workload, rows=self._rows, number=number, table=table, **options)
-        return worker
-
-    def troupe(self, address: str, table: str, **options: Any) -> Troupe:
+    def writers(self) -> list[Worker]:
         """Starts four writers."""
-        return Troupe([self.writer(address, table, number, **options) for number in range(ACTORS)])
+        return [self._stage.worker("benchmarks.peers.reverb_writer", python=PEERS_PYTHON) for _ in range(ACTORS)]
 
-    def fill(self, address: str, table: str, rows: int, **options: Any) -> None:
-        """Fills a table, with four writers at a time."""
-        writers = [self.writer(address, table, number, **options) for number in range(ACTORS)]
+    def prepare(self, writers: Sequence[Worker], address: str, table: str, **options: Any) -> Troupe:
+        """Has writers connect to a table, anew where they were connected to another."""
         for number, writer in enumerate(writers):
-            writer.send("fill", first=number, every=ACTORS, rows=rows)
+            writer.send("prepare", address=address, workload=self._workload, rows=self._rows, number=number, table=table, **options)
         for writer in writers:
             writer.receive()
+        return Troupe(writers)
+
+    def fill(self, writers: Sequence[Worker]) -> None:
+        """Has prepared writers fill their table."""
+        for number, writer in enumerate(writers):
+            writer.send("fill", first=number, every=len(writers), rows=self._rows)
         for writer in writers:
-            writer.close()
+            writer.receive()
 
 
 def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -> list[Trial]:
     """Tries chunk lengths and columns with one sampler, then samplers with the best of those."""
-    rows = min(effort.rows(name), 20_000 if name == "W1" else 4_000)
+    rows = min(effort.rows(name) // 5, 20_000 if name == "W1" else 4_000)
     with Stage(tuned=tuned) as stage:
         peers = _Peers(stage, name, rows)
         kinds: list[Trial] = [
@@ -152,12 +150,12 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
             learner.call("drop", name="trial")
             return {**trial, "batches_per_s": max(rates)}
 
+        writers = peers.writers()
         trials = []
         for kind in kinds:
-            chunk_length = kind["chunk_length"] if isinstance(kind["chunk_length"], int) else 0
-            structured = kind["chunk_length"] == "structured"
             tell(f"{name}: Reverb, filling {_table(kind)}")
-            peers.fill(address, _table(kind), rows, packed=kind["columns"] == "packed", structured=structured, chunk_length=chunk_length)
+            peers.prepare(writers, address, _table(kind), packed=kind["columns"] == "packed", **_writer_options(kind))
+            peers.fill(writers)
             trials.append(measure({**kind, "sampler": "dataset", "workers": 2, "in_flight": 768}))
         best = max(trials, key=lambda trial: trial["batches_per_s"])
         kind = {key: best[key] for key in ("chunk_length", "columns")}
@@ -167,6 +165,12 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
                     trials.append(measure({**kind, "sampler": "dataset", "workers": workers, "in_flight": in_flight}))
         trials.append(measure({**kind, "sampler": "client", "workers": 1, "in_flight": WORKLOADS[name].batch_size}))
     return trials
+
+
+def _writer_options(kind: Trial) -> Trial:
+    """Returns what a writer is told of chunks."""
+    length = kind["chunk_length"]
+    return {"structured": length == "structured", "chunk_length": length if isinstance(length, int) else 0}
 
 
 def _table(kind: Trial) -> str:

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from processes import Child, ChildError
 from touchline import ReplayClient
 from touchline_server import Config
 from touchline_server.app import ServerThread
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -205,6 +207,37 @@ def test_demo_whose_server_fails_shows_why(start: Start) -> None:
     assert demo.wait() == 1
     assert "server ended with status" in output
     assert "batch_size" in output
+
+
+SLOW_TO_STOP = """
+import signal, time
+def stop(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print("stopping", flush=True)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+signal.pause()
+time.sleep(1)  # what it has to finish
+"""
+
+
+def test_child_asked_to_stop_twice_gets_one_signal(tmp_path: Path) -> None:
+    child = Child("slow", [sys.executable, "-c", SLOW_TO_STOP], tmp_path)
+    try:
+        child.wait_for_line("ready", timeout_s=30)
+        child.ask_to_stop()
+        child.wait_for_line("stopping", timeout_s=30)
+
+        child.stop()  # a second signal would end it with status -15
+    finally:
+        child.end(grace_s=0)
+
+
+def test_child_that_ends_by_itself_is_an_error_with_its_log(tmp_path: Path) -> None:
+    child = Child("broken", [sys.executable, "-c", "raise SystemExit('out of grass')"], tmp_path)
+
+    with pytest.raises(ChildError, match=r"(?s)broken ended with status 1.*out of grass"):
+        child.wait_for_line("ready", timeout_s=30)
 
 
 def _address_in(output: str) -> str:

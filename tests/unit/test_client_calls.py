@@ -64,7 +64,16 @@ def test_draining_is_retried_whatever_its_status_code() -> None:
     assert pb.ReadyResponse.FromString(answer).can_sample
 
 
-@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code not in (UNAVAILABLE, grpc.StatusCode.OK)])
+def test_cancelled_by_a_stopping_server_is_retried() -> None:
+    with ScriptedServer(Ready=in_turn(failing(grpc.StatusCode.CANCELLED), READY)) as server:
+        answer = _calls(server, []).unary("Ready", b"")
+
+    assert pb.ReadyResponse.FromString(answer).can_sample
+
+
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code not in (UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)]
+)
 def test_other_failures_are_not_retried(code: grpc.StatusCode) -> None:
     with ScriptedServer(Ready=failing(code)) as server:
         with pytest.raises(TouchlineError):

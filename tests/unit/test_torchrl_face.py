@@ -316,6 +316,26 @@ def test_checkpoint_that_could_not_be_sampled_again_is_refused(buffer: ReplayBuf
         face.writer.loads(tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize(("step", "act"), [("get", "sample"), ("_empty", "empty")])
+def test_no_episode_can_be_stored_in_the_middle_of(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch, step: str, act: str) -> None:
+    """Between TorchRL's draw and its gather, and between the steps of emptying, other threads cannot write."""
+    face = buffer.as_torchrl()
+    storage = buffer.store.storage
+    original = getattr(storage, step)
+    could_write: list[bool] = []
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def observed(*arguments: object) -> object:
+            could_write.append(pool.submit(buffer.store.write_lock.acquire, blocking=False).result())
+            return original(*arguments)
+
+        monkeypatch.setattr(storage, step, observed)
+        getattr(face, act)()
+
+    assert could_write == [False]
+
+
 def test_add_extend_sample_and_empty_from_many_threads_agree() -> None:
     """Samples are whole slices of live episodes whatever else goes on, and both sides count the same in the end."""
     buffer = ReplayBuffer(make_config(120, batch_size=8))

@@ -41,13 +41,15 @@ ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
     "over-limit": OverLimitError,
     "incompatible-version": IncompatibleVersionError,
     "draining": UnavailableError,
+    "schema-changed": UnavailableError,  # of a stream that is opened again
+    "unknown-table": InvalidArgumentError,
     "internal": ServerError,
 }
 """What a Touchline server's reason means; it is the more exact of the two tables and goes first."""
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
     grpc.StatusCode.OK: ServerError,  # a call that failed with it is a broken one
-    grpc.StatusCode.CANCELLED: ServerError,
+    grpc.StatusCode.CANCELLED: UnavailableError,  # what reaches a server in the last moment of its stop
     grpc.StatusCode.UNKNOWN: ServerError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,

@@ -120,6 +120,8 @@ def serve(
 
     try:
         status = run(effective)
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
     except AddressInUseError as error:
         _fail(str(error), EXIT_FAILED)
     raise typer.Exit(status)

@@ -1,0 +1,141 @@
+"""dm_env: DeepMind's interface, of dm_control among others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Unpack
+
+import dm_env
+import numpy as np
+
+from touchline.client import ReplayClient
+from touchline.errors import InvalidArgumentError
+from touchline.recorders.recording import Recording, RecordingOptions
+from touchline.recorders.values import Convert, array_of
+
+
+class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
+    """Records what a dm_env environment plays.
+
+    An environment of several players (specs, observations, actions and rewards are lists, as in dm_control's soccer) gives one episode a
+    player, each on a line of its own (``<actor>/<number>``). An episode is terminated where its last discount is 0, else truncated.
+
+    Everything else that the environment has is there too (``physics``, ``task``, ...). ``close`` returns once everything is acknowledged.
+    For one thread.
+
+    Args:
+        environment: its observations are arrays or mappings of arrays, an action is one array.
+        client: sends the episodes; close this environment before it.
+        options: see :class:`~touchline.recorders.RecordingOptions`.
+
+    Raises:
+        InvalidArgumentError: an action that is not one array.
+    """
+
+    def __init__(self, environment: dm_env.Environment, client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
+        self._environment = environment
+        observation_spec, action_spec = environment.observation_spec(), environment.action_spec()
+        self._several = isinstance(observation_spec, list | tuple) and isinstance(action_spec, list | tuple)
+        observation_specs = observation_spec if self._several else [observation_spec]
+        action_specs = action_spec if self._several else [action_spec]
+        converters = [_converter("obs", spec) for spec in observation_specs]
+        self._actions = [_action_converter(spec) for spec in action_specs]
+        self.recording = Recording(client, **options)
+        """The sending side: counters, flush, policy_version."""
+        self._lines = [self.recording.line(observe, number if self._several else None) for number, observe in enumerate(converters)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._environment, name)
+
+    def reset(self) -> dm_env.TimeStep:
+        """Resets the environment and begins episodes; those under way are truncated."""
+        step = self._environment.reset()
+        self._begin(step)
+        return step
+
+    def step(self, action: Any) -> dm_env.TimeStep:
+        """Steps the environment and records the transition; after the last step of an episode, resets it as dm_env says.
+
+        Raises:
+            UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
+        """
+        # Before the step, which may change an action in place. The action of a step that resets is ignored and may be anything.
+        taken = [
+            convert(self._part(action, number)) if line.recording else None
+            for number, (convert, line) in enumerate(zip(self._actions, self._lines, strict=True))
+        ]
+        step = self._environment.step(action)
+        if step.first():
+            self._begin(step)
+            return step
+        for number, line in enumerate(self._lines):
+            obs, action = self._part(step.observation, number), taken[number]
+            if action is None:
+                line.begin(obs)
+                continue
+            terminated = step.last() and float(self._discount(step.discount, number)) == 0.0
+            line.add(obs, action, reward=self._part(step.reward, number), terminated=terminated, truncated=step.last())
+        return step
+
+    def observation_spec(self) -> Any:
+        """Of the environment."""
+        return self._environment.observation_spec()
+
+    def action_spec(self) -> Any:
+        """Of the environment."""
+        return self._environment.action_spec()
+
+    def reward_spec(self) -> Any:
+        """Of the environment."""
+        return self._environment.reward_spec()
+
+    def discount_spec(self) -> Any:
+        """Of the environment."""
+        return self._environment.discount_spec()
+
+    def close(self) -> None:
+        """Truncates the unfinished episodes, returns once everything is acknowledged, and closes the environment.
+
+        Raises:
+            UnacknowledgedError: some episodes were refused.
+        """
+        try:
+            self.recording.close()
+        finally:
+            self._environment.close()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.recording.leave(kind, error, trace)
+        finally:
+            self._environment.close()
+
+    def _begin(self, step: dm_env.TimeStep) -> None:
+        for number, line in enumerate(self._lines):
+            line.begin(self._part(step.observation, number))
+
+    def _part(self, value: Any, number: int) -> Any:
+        return value[number] if self._several else value
+
+    def _discount(self, discount: Any, number: int) -> Any:
+        """Players share a discount, or have one each."""
+        return np.ravel(discount)[number] if np.size(discount) > 1 else np.ravel(discount)[0]
+
+
+def _converter(name: str, spec: Any) -> Convert:
+    if isinstance(spec, Mapping):
+        parts = {str(key): (key, _converter(f"{name}.{key}", part)) for key, part in spec.items()}
+        return lambda value: {label: convert(value[key]) for label, (key, convert) in parts.items()}
+    if isinstance(spec, list | tuple):
+        converts = [_converter(f"{name}.{number}", part) for number, part in enumerate(spec)]
+        return lambda value: {str(number): convert(part) for number, (convert, part) in enumerate(zip(converts, value, strict=True))}
+    return array_of(name, spec.dtype)
+
+
+def _action_converter(spec: Any) -> Convert:
+    if isinstance(spec, Mapping | list | tuple):
+        raise InvalidArgumentError(f"action: a spec of type {type(spec).__name__}, expected one array; wrap the environment to flatten it")
+    return array_of("action", spec.dtype)

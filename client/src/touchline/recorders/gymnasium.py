@@ -1,0 +1,88 @@
+"""Gymnasium, one environment."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, SupportsFloat, Unpack
+
+import gymnasium
+
+from touchline.client import ReplayClient
+from touchline.recorders.recording import Recording, RecordingOptions
+from touchline.recorders.values import action_converter, converter
+
+
+class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Records what a Gymnasium environment plays. Put it outside of the wrappers whose observations, actions and rewards are meant.
+
+    A reset before the end of an episode truncates it. ``gymnasium.wrappers.Autoreset`` may be inside: its resetting step is no transition.
+    ``close`` returns once everything is acknowledged. For one thread.
+
+    Args:
+        env: of observation and action spaces with fixed shapes; the action is one array.
+        client: sends the episodes; close this environment before it.
+        options: see :class:`~touchline.recorders.RecordingOptions`.
+
+    Raises:
+        InvalidArgumentError: a space whose values cannot be columns.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
+        super().__init__(env)
+        observe = converter("obs", env.observation_space)
+        self._action = action_converter(env.action_space)
+        self._autoresets = _autoresets(env)
+        self._was_reset = False
+        self.recording = Recording(client, **options)
+        """The sending side: counters, flush, policy_version."""
+        self._line = self.recording.line(observe)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets the environment and begins an episode."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._was_reset = True
+        self._line.begin(obs)
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Steps the environment and records the transition.
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode is under way.
+            UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
+        """
+        under_way = self._line.recording
+        if not under_way and not (self._autoresets and self._was_reset):
+            raise gymnasium.error.ResetNeeded("no episode is under way: call reset() before step()")
+        taken = self._action(action) if under_way else None  # before the step, which may change the action in place
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if taken is None:
+            self._line.begin(obs)
+        else:
+            self._line.add(obs, taken, reward=reward, terminated=terminated, truncated=truncated)
+        return obs, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        """Truncates the unfinished episode, returns once everything is acknowledged, and closes the environment.
+
+        Raises:
+            UnacknowledgedError: some episodes were refused.
+        """
+        try:
+            self.recording.close()
+        finally:
+            super().close()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # type: ignore[override]
+        try:
+            self.recording.leave(kind, error, trace)
+        finally:
+            super().close()
+
+
+def _autoresets(env: gymnasium.Env[Any, Any]) -> bool:
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, gymnasium.wrappers.Autoreset):
+            return True
+        env = env.env
+    return False

@@ -1,0 +1,191 @@
+"""What all recorders share: lines of episodes, each with a writer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from touchline.client import ReplayClient
+from touchline.errors import UnacknowledgedError
+from touchline.recorders.values import Convert
+from touchline.types import EpisodeResult, WriterCounters
+from touchline.writer import EpisodeWriter
+
+Row = dict[str, Any]
+
+
+class RecordingOptions(TypedDict, total=False):
+    """Keywords that every recorder takes."""
+
+    actor: str
+    """Name of the actor; the client's where left out. With several lines of episodes ``/<number or agent>`` is added to it."""
+    policy_version: int
+    """Of the policy that acts, 0 where left out; may be changed later by ``recording.policy_version``."""
+    max_steps: int | None
+    """Transitions after which an episode is cut in two, so that endless ones go out too; never, where left out."""
+    max_pending: int
+    """Episodes of a line that may wait to be sent before the environment is held up; 64 where left out."""
+    transform: Callable[[Row], Mapping[str, Any]]
+    """Makes of each row what is stored: to flatten observations, to add a ``task`` column, ... Row 0 has ``obs`` alone, the others have
+    ``obs``, ``action``, ``reward`` and ``done``."""
+
+
+class EpisodeLine:
+    """One episode after the other, row by row. For one thread.
+
+    The environment has made its step when a row comes here, so a row is never left out in the middle of an episode: where one cannot be
+    added, the episode ends before it.
+    """
+
+    def __init__(self, writer: EpisodeWriter, observe: Convert, transform: Callable[[Row], Mapping[str, Any]] | None) -> None:
+        self.observe = observe
+        """Makes (nested) arrays of an observation."""
+        self._writer = writer
+        self._transform = transform
+        self._recording = False
+
+    @property
+    def recording(self) -> bool:
+        """An episode is under way."""
+        return self._recording
+
+    def begin(self, obs: Any) -> None:
+        """Starts an episode with the observation of a reset. One that is still under way ends here, as truncated.
+
+        Raises:
+            UnacknowledgedError: earlier episodes were refused. The episode has begun all the same.
+        """
+        try:
+            self.end()
+        finally:
+            self._recording = True
+            self._append(obs)
+
+    def add(self, obs: Any, action: np.ndarray, *, reward: Any, terminated: Any, truncated: Any) -> None:
+        """Adds the row of a transition, and ends the episode if that was its last.
+
+        Args:
+            obs: that the action led to.
+            action: the one that was taken.
+            reward: stored as float32 [].
+            terminated: stored as ``done``, float32 [].
+            truncated: ends the episode too, but is not ``done``.
+
+        Raises:
+            UnacknowledgedError: earlier episodes were refused. The row is added all the same.
+            InvalidEpisodeError: the row does not fit those before. It is not added, the episode ends before it.
+        """
+        try:
+            self._append(obs, action=action, reward=np.float32(reward), done=np.float32(bool(terminated)))
+        finally:
+            if terminated or truncated:
+                self.end()
+
+    def end(self) -> None:
+        """Ends the episode that is under way, if one is."""
+        if self._recording:
+            self._recording = False
+            self._insist(self._writer.end_episode)
+
+    def _append(self, obs: Any, **columns: Any) -> None:
+        try:
+            row: Mapping[str, Any] = {"obs": self.observe(obs), **columns}
+            if self._transform is not None:
+                row = self._transform(dict(row))
+            self._insist(lambda: self._writer.append(row))
+        except UnacknowledgedError:
+            raise
+        except Exception:
+            self.end()
+            raise
+
+    @staticmethod
+    def _insist(call: Callable[[], object]) -> None:
+        """Makes a writer's call, again if all that it did was to report earlier episodes, and passes the report on afterwards."""
+        results: list[EpisodeResult] = []
+        report: UnacknowledgedError | None = None
+        while True:
+            try:
+                call()
+                break
+            except UnacknowledgedError as error:
+                report = error
+                results += error.results
+        if report is not None:
+            raise UnacknowledgedError(str(report), results)
+
+
+class Recording:
+    """The sending side of a recorder, its attribute ``recording``.
+
+    One thread plays; ``flush`` and ``counters`` may be used from any.
+
+    Args:
+        client: sends the episodes; close the recorder before it.
+        options: see :class:`RecordingOptions`.
+    """
+
+    def __init__(self, client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
+        self._client = client
+        self._actor = options.get("actor", client.actor)
+        self._transform = options.get("transform")
+        self._policy_version = options.get("policy_version", 0)
+        self._max_steps = options.get("max_steps")
+        self._max_pending = options.get("max_pending", 64)
+        self._writers: list[EpisodeWriter] = []
+        self._closing = ExitStack()
+
+    def line(self, observe: Convert, name: object = None) -> EpisodeLine:
+        """Returns a new line of episodes; ``observe`` makes arrays of its observations, ``name`` is added to the actor's name."""
+        writer = EpisodeWriter(
+            self._client,
+            actor=self._actor if name is None else f"{self._actor}/{name}",
+            policy_version=self._policy_version,
+            max_steps=self._max_steps,
+            max_pending=self._max_pending,
+        )
+        self._writers.append(self._closing.enter_context(writer))
+        return EpisodeLine(writer, observe, self._transform)
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the policy that acts. A new value counts from the next episodes on."""
+        return self._policy_version
+
+    @policy_version.setter
+    def policy_version(self, version: int) -> None:
+        for writer in self._writers:
+            writer.policy_version = version
+        self._policy_version = version
+
+    @property
+    def counters(self) -> WriterCounters:
+        """What was recorded and acknowledged so far, over all lines."""
+        each = [writer.counters for writer in self._writers]
+        return WriterCounters(**{field.name: sum(getattr(one, field.name) for one in each) for field in fields(WriterCounters)})
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Waits until every ended episode is acknowledged, ``timeout_s`` for each line.
+
+        Raises:
+            UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent.
+        """
+        for writer in self._writers:
+            writer.flush(timeout_s)
+
+    def close(self) -> None:
+        """Ends the unfinished episodes and returns once everything is acknowledged. Closing again does nothing.
+
+        Raises:
+            UnacknowledgedError: some episodes were refused.
+        """
+        self._closing.close()
+
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes as the end of a ``with`` does: after an error in its body the unfinished episodes are discarded, and nothing hides it."""
+        self._closing.__exit__(kind, error, trace)

@@ -1,0 +1,81 @@
+"""What Dockerfile and compose files say twice, or take from elsewhere; an engine is not needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from touchline_server import Config
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
+COMPOSE = (ROOT / "docker-compose.yml").read_text("utf-8")
+GPU = (ROOT / "docker-compose.gpu.yml").read_text("utf-8")
+
+FIXED_BY_THE_IMAGE = {"server.host", "server.port", "server.unix_socket", "storage.scratch_dir"}
+
+
+def _keys_named_in(text: str) -> set[str]:
+    found = re.findall(r"\bTOUCHLINE_([A-Z]+)__([A-Z_]+)", text)
+    return {f"{table}.{key}".lower() for table, key in found}
+
+
+def _all_keys() -> set[str]:
+    return {f"{table}.{key}" for table, keys in Config().model_dump().items() for key in keys}
+
+
+def test_compose_passes_on_every_key_that_the_image_does_not_fix() -> None:
+    assert _keys_named_in(COMPOSE) == _all_keys() - FIXED_BY_THE_IMAGE
+
+
+def test_every_key_named_by_image_and_gpu_file_exists() -> None:
+    named = _keys_named_in(DOCKERFILE) | _keys_named_in(GPU)
+
+    assert named
+    assert named <= _all_keys()
+
+
+def test_torch_of_the_image_is_the_pinned_one() -> None:
+    pins = re.findall(r"^torch==.+$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+
+    assert re.findall(r"^ARG TORCH=(.+)$", DOCKERFILE, re.MULTILINE) == pins
+
+
+def test_the_server_gets_longer_to_stop_than_to_drain() -> None:
+    service = COMPOSE.partition("\n  replay:\n")[2].partition("\n  actor:\n")[0]
+    drain_s = tomllib.loads((ROOT / "cfg/demo.toml").read_text("utf-8"))["server"].get("drain_timeout_s", Config().server.drain_timeout_s)
+
+    (grace_s,) = re.findall(r"stop_grace_period: (\d+)s", service)
+
+    assert int(grace_s) > drain_s
+
+
+def test_every_file_that_is_copied_exists() -> None:
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = [source for line in lines for source in line.split()]
+
+    assert sources
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("places", "required", "left_out"),
+    [
+        (["protos", "client"], {"numpy", "grpcio", "protobuf"}, {"torch", "tensordict"}),
+        (["protos", "client[torch]"], {"numpy", "grpcio", "protobuf", "torch", "tensordict"}, {"torchrl"}),
+        (["protos", "server"], {"torch", "torchrl", "grpcio-health-checking", "typer"}, set()),
+    ],
+)
+def test_requirements_of_an_image_are_those_of_its_distributions(places: list[str], required: set[str], left_out: set[str]) -> None:
+    command = [sys.executable, "docker/requirements.py", *places]
+
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    names = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in printed.splitlines()}
+    assert required <= names
+    assert names & (left_out | {"touchline", "touchline-protos", "touchline-server"}) == set()

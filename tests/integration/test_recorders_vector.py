@@ -1,0 +1,161 @@
+"""The Gymnasium recorder of vector environments: episode borders in every autoreset mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import TransformObservation
+
+from recorder_cases import Account, check_episodes, serve, stored_episodes
+from touchline import InvalidArgumentError, ReplayClient
+from touchline.recorders import GymnasiumVectorRecorder
+from touchline_server.app import ServerThread
+
+ENVS = 3
+MAX_STEPS = 18
+"""Random play of CartPole ends by itself after about 20 steps: some episodes are terminated, some truncated."""
+
+
+@pytest.fixture
+def server() -> Iterator[ServerThread]:
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: ServerThread) -> Iterator[ReplayClient]:
+    with ReplayClient(server.address, actor="vec") as client:
+        yield client
+
+
+def _stored_by_line(server: ServerThread) -> list[list[dict[str, np.ndarray]]]:
+    episodes = stored_episodes(server)
+    assert {actor for actor, _ in episodes} == {f"vec/{number}" for number in range(ENVS)}
+    return [[columns for actor, columns in episodes if actor == f"vec/{number}"] for number in range(ENVS)]
+
+
+def _accounts() -> tuple[list[Account], list[Callable[[], gymnasium.Env[Any, Any]]]]:
+    accounts = [Account(gymnasium.make("CartPole-v1", max_episode_steps=MAX_STEPS)) for _ in range(ENVS)]
+    return accounts, [lambda account=account: account for account in accounts]
+
+
+def _check_both_endings(episodes: list[dict[str, np.ndarray]]) -> None:
+    ends = {float(columns["done"][-1]) for columns in episodes if len(columns["done"]) > 1}
+    assert ends == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_autoreset_borders_are_those_of_each_environment(server: ServerThread, client: ReplayClient, mode: AutoresetMode) -> None:
+    accounts, makers = _accounts()
+
+    with GymnasiumVectorRecorder(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), client) as env:
+        env.action_space.seed(1)
+        env.reset(seed=7)
+        for _ in range(120):
+            env.step(env.action_space.sample())
+
+    for lines, account in zip(_stored_by_line(server), accounts, strict=True):
+        assert len(lines) > 4
+        check_episodes(lines, account.played)
+        _check_both_endings(lines)
+
+
+def test_disabled_autoreset_with_reset_mask(server: ServerThread, client: ReplayClient) -> None:
+    accounts, makers = _accounts()
+
+    with GymnasiumVectorRecorder(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED), client) as env:
+        env.action_space.seed(2)
+        env.reset(seed=7)
+        for _ in range(100):
+            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            over = np.logical_or(terminated, truncated)
+            if over.any():
+                with pytest.raises(gymnasium.error.ResetNeeded):
+                    env.step(env.action_space.sample())
+                env.reset(options={"reset_mask": over})
+
+    for lines, account in zip(_stored_by_line(server), accounts, strict=True):
+        check_episodes(lines, account.played)
+        _check_both_endings(lines)
+
+
+def test_reset_of_all_truncates_what_is_under_way(server: ServerThread, client: ReplayClient) -> None:
+    accounts, makers = _accounts()
+
+    with GymnasiumVectorRecorder(SyncVectorEnv(makers), client) as env:
+        for _ in range(3):
+            env.reset()
+            for _ in range(2):
+                env.step(env.action_space.sample())
+
+    for lines, account in zip(_stored_by_line(server), accounts, strict=True):
+        check_episodes(lines, account.played)
+        assert [len(columns["obs"]) for columns in lines] == [3] * 3
+
+
+def _make_dict_cartpole() -> gymnasium.Env[Any, Any]:
+    env = gymnasium.make("CartPole-v1", max_episode_steps=MAX_STEPS)
+    parts = spaces.Dict({"cart": spaces.Box(-np.inf, np.inf, (2,), np.float32), "pole": spaces.Box(-np.inf, np.inf, (2,), np.float32)})
+    return TransformObservation(env, lambda obs: {"cart": obs[:2], "pole": obs[2:]}, parts)
+
+
+def _check_physics(obs: np.ndarray, action: np.ndarray) -> None:
+    """Each row's observation is what CartPole's physics makes of the row before and the action."""
+    pole = gymnasium.make("CartPole-v1").unwrapped
+    for before, taken, after in zip(obs[:-1], action[1:], obs[1:], strict=True):
+        pole.reset()
+        pole.state = before.astype(np.float64)
+        arrived, *_ = pole.step(int(taken))
+        np.testing.assert_allclose(arrived, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_processes_with_dict_observations(server: ServerThread, client: ReplayClient, mode: AutoresetMode) -> None:
+    with GymnasiumVectorRecorder(AsyncVectorEnv([_make_dict_cartpole] * ENVS, autoreset_mode=mode, context="fork"), client) as env:
+        env.action_space.seed(4)
+        env.reset(seed=3)
+        for _ in range(60):
+            env.step(env.action_space.sample())
+
+    episodes = [columns for lines in _stored_by_line(server) for columns in lines]
+    _check_both_endings(episodes)
+    for columns in episodes:
+        assert len(columns["obs.cart"]) <= MAX_STEPS + 1
+        _check_physics(np.concatenate([columns["obs.cart"], columns["obs.pole"]], axis=1), columns["action"])
+
+
+def test_native_vector_environment(server: ServerThread, client: ReplayClient) -> None:
+    native = gymnasium.make_vec("CartPole-v1", num_envs=ENVS, vectorization_mode="vector_entry_point")
+    assert not isinstance(native, SyncVectorEnv | AsyncVectorEnv)
+
+    with GymnasiumVectorRecorder(native, client) as env:
+        env.action_space.seed(5)
+        env.reset(seed=11)
+        for _ in range(80):
+            env.step(env.action_space.sample())
+
+    for lines in _stored_by_line(server):
+        assert all(columns["done"][-1] == 1.0 for columns in lines[:-1])
+        for columns in lines:
+            assert (columns["reward"][1:] == 1.0).all()  # the reset's reward of 0 is in no episode
+            _check_physics(columns["obs"], columns["action"])
+
+
+def test_environment_that_does_not_tell_its_mode_needs_the_argument(client: ReplayClient) -> None:
+    class Silent(SyncVectorEnv):
+        def __init__(self) -> None:
+            super().__init__([lambda: gymnasium.make("CartPole-v1")])
+            self.metadata = {}
+
+    with pytest.raises(InvalidArgumentError, match="autoreset_mode: None"):
+        GymnasiumVectorRecorder(Silent(), client)
+    env: VectorEnv[Any, Any, Any] = GymnasiumVectorRecorder(Silent(), client, autoreset_mode=AutoresetMode.NEXT_STEP)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(env.action_space.sample())
+    env.close()
