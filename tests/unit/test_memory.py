@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,10 @@ def test_available_host_bytes_in_a_version_1_group_is_what_its_limit_leaves(
 
 def test_available_host_bytes_of_this_machine_is_plausible() -> None:
     assert 0 < memory.available_host_bytes() < 2**50
+
+
+def test_keep_freed_memory_is_taken_by_glibc_in_a_process_of_its_own() -> None:
+    code = "from touchline_server.memory import keep_freed_memory; import platform; print(keep_freed_memory(), platform.libc_ver()[0])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert printed[0] == str(printed[1:] == ["glibc"])

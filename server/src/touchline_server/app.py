@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from touchline_protos.ring import sweep_dead_rings
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config
+from touchline_server.memory import keep_freed_memory
 from touchline_server.service import SERVICE_NAME, ReplayService
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def run(config: Config) -> int:
     """
     # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
     torch.set_num_threads(1)
+    keep_freed_memory()
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     logger.info("configuration in force:\n%s", config.to_toml())
     asyncio.run(_serve(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -13,6 +14,13 @@ _CGROUPS = (
 )
 """Where this process's container has its limit and usage, and the part of the usage that the kernel gives back when asked (files that
 were read once): control groups version 2, then 1."""
+
+
+KEPT_BLOCK_BYTES = 1 << 28
+"""Blocks up to this size are kept when they are freed."""
+KEPT_BYTES = 1 << 29
+"""So much free memory is kept at the top of the heap."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def available_host_bytes() -> int:
@@ -33,6 +41,21 @@ def available_host_bytes() -> int:
 def free_cuda_bytes(device: torch.device) -> int:
     """Returns the free bytes of a CUDA device's memory."""
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep the memory of freed messages for the next ones, for this whole process.
+
+    A fresh large allocation costs more in page faults than filling it, and glibc gives large ones back to the kernel when they are freed.
+
+    Returns:
+        Whether the C library took it; only glibc does.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def _machine_bytes() -> int:

@@ -152,7 +152,7 @@ class EpisodeStore:
         with self._lock:
             self._figures["episodes_refused"] += 1
         sender = (episode.actor or (episode.key and episode.key.client_id)) if episode is not None else None
-        logger.warning("refused an episode of %s: %s", sender or "an unnamed actor", reason)
+        logger.warning("refused an episode of %s: %s", repr(sender) if sender else "an unnamed actor", reason)
 
     def clear(self) -> Counts:
         """Forgets every episode and the schema, and releases the columns. Ids, keys and counts of what was added go on."""

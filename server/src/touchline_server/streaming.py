@@ -18,13 +18,16 @@ from touchline_server.store import Selection
 CHUNK_BYTES = 1 << 20
 """Size of a chunk; 256 KiB and 4 MiB were both measured to be slower."""
 
-GROUP_BYTES = 1 << 21
-"""Batches go into one frame up to this size; a batch above half of it goes in chunks."""
+GROUP_BYTES = 1 << 22
+"""Batches go into one frame up to this size."""
+
+CHUNKED_ABOVE_BYTES = 1 << 20
+"""A batch above this size goes in chunks."""
 
 MAX_BATCH_BYTES = 4 << 30
 """Largest batch. All of it is in memory until the learner has taken it; clients refuse more than this too."""
 
-MAX_GROUP = 4
+MAX_GROUP = 8
 """Batches in a frame, where the learner does not say."""
 
 CHUNK_HEADER_BYTES = 1 << 9
@@ -49,6 +52,7 @@ class BatchSource:
         self._known_actors = np.zeros(0, dtype=np.bool_)
         self._limit = buffer.config.server.max_message_bytes
         self._group_bytes = min(GROUP_BYTES, self._limit // 2)
+        self._chunked_above = min(CHUNKED_ABOVE_BYTES, self._group_bytes // 2)
 
     def can_sample(self) -> bool:
         """Returns whether a frame can be made."""
@@ -79,7 +83,7 @@ class BatchSource:
             # The table may have been cleared since, and have a schema of larger batches now.
             selections = selections[: self._group_size(plan, credits)]
             actors = self.new_actors(selections)
-            if plan.layout.body_bytes > self._group_bytes // 2:
+            if plan.layout.body_bytes > self._chunked_above:
                 return 1, self._chunks(selections[0], plan, actors)
             message, views = plan.layout.group(len(selections), actors)
             for selection, arrays in zip(selections, views, strict=True):
