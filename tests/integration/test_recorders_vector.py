@@ -116,14 +116,17 @@ def _check_physics(obs: np.ndarray, action: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
-def test_processes_with_dict_observations(server: ServerThread, client: ReplayClient, mode: AutoresetMode) -> None:
-    with GymnasiumVectorRecorder(AsyncVectorEnv([_make_dict_cartpole] * ENVS, autoreset_mode=mode, context="fork"), client) as env:
-        env.action_space.seed(4)
-        env.reset(seed=3)
-        for _ in range(60):
-            env.step(env.action_space.sample())
+def test_processes_with_dict_observations(mode: AutoresetMode) -> None:
+    processes = AsyncVectorEnv([_make_dict_cartpole] * ENVS, autoreset_mode=mode)  # before the server and its threads: it forks
 
-    episodes = [columns for lines in _stored_by_line(server) for columns in lines]
+    with serve() as server:
+        with ReplayClient(server.address, actor="vec") as client, GymnasiumVectorRecorder(processes, client) as env:
+            env.action_space.seed(4)
+            env.reset(seed=3)
+            for _ in range(60):
+                env.step(env.action_space.sample())
+        episodes = [columns for lines in _stored_by_line(server) for columns in lines]
+
     _check_both_endings(episodes)
     for columns in episodes:
         assert len(columns["obs.cart"]) <= MAX_STEPS + 1
