@@ -128,8 +128,8 @@ def _inserts_table(sections: Sections) -> str:
             if "steps_per_s" in found[0]:
                 rate = _of(sections, section, subject, "steps_per_s")
                 own, server = (_of(sections, section, subject, key).median * 1e6 for key in ("cpu_s", "server_cpu_s"))
-                who = f"Reverb, {subject.removeprefix('reverb-').replace('-', ' ')}" if subject.startswith("reverb") else "Touchline"
-                actors = subject.rpartition("-")[2] if not subject.startswith("reverb") else "4"
+                theirs = subject.startswith("reverb")
+                who, actors = ("Reverb's best writer", "4") if theirs else ("Touchline", subject.rpartition("-")[2])
                 lines.append(
                     f"| {section} | {who} | {actors} | {short(rate.median)} | {short(rate.low)} to {short(rate.high)} "
                     f"| {own:.2f} | {server:.2f} |"
@@ -184,13 +184,18 @@ def _laws_table(sections: Sections) -> str:
 def _sweeps(peers: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for workload, trials in peers.get("sweeps", {}).items():
-        lines += [f"## Tuning Reverb on {workload}", "", "| chunk length | columns | sampler | workers | in flight | batches/s |"]
-        lines.append("|---|---|---|---|---|---|")
+        lines += [
+            f"## Tuning Reverb on {workload}",
+            "",
+            "| chunk length | columns | sampler | workers | in flight | batches/s | steps/s inserted |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
         best = max(trials, key=lambda trial: trial["batches_per_s"])
         for trial in trials:
             rate = short(trial["batches_per_s"])
+            steps = short(trial["steps_per_s"]) if "steps_per_s" in trial else "—"
             cells = [str(trial[key]) for key in ("chunk_length", "columns", "sampler", "workers", "in_flight")]
-            lines.append("| " + " | ".join([*cells, f"**{rate}**" if trial is best else rate]) + " |")
+            lines.append("| " + " | ".join([*cells, f"**{rate}**" if trial is best else rate, steps]) + " |")
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks.cast import ACTORS, PACED_STEPS_PER_S, Stage, Troupe
 from benchmarks.protocol import REPOSITORY, Worker
 from benchmarks.rounds import Section, Subject
-from benchmarks.statistics import median_interval
 from benchmarks.suite import Effort, Findings, Run
 from benchmarks.workloads import WORKLOADS
 
@@ -23,6 +22,9 @@ WORKERS, IN_FLIGHT = (1, 2, 4), (256, 768, 2048)
 """Tried for the best of the tables; Reverb's advice is 2 to 3 batches in flight."""
 
 SWEEP_SECONDS = 0.8
+
+INSERTED_ITEMS = 20_000
+"""In the table of the insert figures: what is inserted evicts, as in any buffer that is full."""
 
 Trial = dict[str, Any]
 
@@ -49,20 +51,23 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
     """
     trials = _tune(name, effort, stage.tuned, tell)
     best = max(trials, key=lambda trial: trial["batches_per_s"])
+    quickest = max((trial for trial in trials if "steps_per_s" in trial), key=lambda trial: trial["steps_per_s"])
     rows = effort.rows(name)
     peers = _Peers(stage, name, rows)
     packed = best["columns"] == "packed"
     tell(f"{name}: filling Reverb, {rows:,} rows")
-    address = peers.start({"best": {"max_size": rows, "packed": packed}})
-    structured, by_trajectory = peers.writers(), peers.writers()
-    # The writer that inserts faster burdens the server less: it plays the actors under load.
-    load = peers.prepare(structured, address, "best", packed=packed, structured=True)
-    kind = {"structured": False, "chunk_length": 0} if best["chunk_length"] == "structured" else _writer_options(best)
-    other_load = peers.prepare(by_trajectory, address, "best", packed=packed, **kind)
-    peers.fill(structured if best["chunk_length"] == "structured" else by_trajectory)
+    tables = {"sampled": {"max_size": rows, "packed": packed}}
+    tables["inserted"] = {"max_size": min(rows, INSERTED_ITEMS), "packed": quickest["columns"] == "packed"}
+    address = peers.start(tables)
+    writers, inserters = peers.writers(), peers.writers()
+    peers.prepare(inserters, address, "sampled", packed=packed, **_writer_options(best))
+    peers.fill(inserters)
+    # Of the writers the one that burdens the server least plays the actors under load.
+    load = peers.prepare(writers, address, "sampled", packed=packed, structured=True)
+    inserting = peers.prepare(inserters, address, "inserted", packed=quickest["columns"] == "packed", **_writer_options(quickest))
     learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
     options = {key: best[key] for key in ("sampler", "workers", "in_flight")}
-    learner.call("make", name="reverb", address=address, workload=name, rows=rows, table="best", packed=packed, **options)
+    learner.call("make", name="reverb", address=address, workload=name, rows=rows, table="sampled", packed=packed, **options)
     seconds = effort.seconds * (2.0 if name == "W2" else 1.0)
     reverb = Subject("reverb", lambda length: learner.call("run", name="reverb", seconds=length, server_pid=peers.pid), seconds)
 
@@ -76,14 +81,11 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
         for how, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
             subjects.append(Subject(f"{subject.name}-{how}", troupe.under_load(subject.run, steps_per_s=pace), seconds))
     subjects += [
-        Subject("reverb-insert-structured", load.insert(server_pid=peers.pid), seconds * 1.5),
-        Subject("reverb-insert-trajectory", other_load.insert(server_pid=peers.pid), seconds * 1.5),
+        Subject("reverb-insert", inserting.insert(server_pid=peers.pid), seconds * 1.5),
         Subject("insert-4", actors.insert(server_pid=server.pid), seconds),
     ]
     section = Section(f"peers {name}", subjects, effort.rounds)
     run_section(section)
-    kinds = [slices for subject, slices in section.slices.items() if subject.startswith("reverb-insert")]
-    section.slices["reverb-insert"] = max(kinds, key=lambda slices: median_interval([one["steps_per_s"] for one in slices]).median)
     findings.record(section)
     return trials
 
@@ -125,7 +127,8 @@ class _Peers:
 
 
 def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -> list[Trial]:
-    """Tries chunk lengths and columns with one sampler, then samplers with the best of those."""
+    """Tries chunk lengths and columns, reading and writing, with one sampler, then samplers with those that were read fastest."""
+    seconds = min(effort.seconds * 2, SWEEP_SECONDS)
     rows = min(effort.rows(name) // 5, 20_000 if name == "W1" else 4_000)
     with Stage(tuned=tuned) as stage:
         peers = _Peers(stage, name, rows)
@@ -143,10 +146,7 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
             options = {key: trial[key] for key in ("sampler", "workers", "in_flight")}
             packed = trial["columns"] == "packed"
             learner.call("make", name="trial", address=address, workload=name, rows=rows, table=_table(trial), packed=packed, **options)
-            rates = [
-                learner.call("run", name="trial", seconds=min(effort.seconds * 2, SWEEP_SECONDS), server_pid=peers.pid)["batches_per_s"]
-                for _ in range(2)
-            ]
+            rates = [learner.call("run", name="trial", seconds=seconds, server_pid=peers.pid)["batches_per_s"] for _ in range(2)]
             learner.call("drop", name="trial")
             return {**trial, "batches_per_s": max(rates)}
 
@@ -154,9 +154,11 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
         trials = []
         for kind in kinds:
             tell(f"{name}: Reverb, filling {_table(kind)}")
-            peers.prepare(writers, address, _table(kind), packed=kind["columns"] == "packed", **_writer_options(kind))
+            troupe = peers.prepare(writers, address, _table(kind), packed=kind["columns"] == "packed", **_writer_options(kind))
             peers.fill(writers)
-            trials.append(measure({**kind, "sampler": "dataset", "workers": 2, "in_flight": 768}))
+            inserting = troupe.insert(server_pid=peers.pid)
+            steps_per_s = max(inserting(seconds)["steps_per_s"] for _ in range(2))
+            trials.append({**measure({**kind, "sampler": "dataset", "workers": 2, "in_flight": 768}), "steps_per_s": steps_per_s})
         best = max(trials, key=lambda trial: trial["batches_per_s"])
         kind = {key: best[key] for key in ("chunk_length", "columns")}
         for workers in WORKERS:

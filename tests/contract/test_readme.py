@@ -32,6 +32,19 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in ("protos", "client", "server"))]
 )
 BLOCK = re.compile(r"<!-- test: ([^>]*) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUICK_START = (
+    "from touchline_server import ReplayBuffer, read_cfg",
+    "from tensordict import TensorDict",
+    "import torch",
+    "buffer = ReplayBuffer(read_cfg())",
+    'episode = TensorDict({"obs": torch.randn(100, 64), "action": torch.randn(100, 8), "reward": torch.randn(100), '
+    '"done": torch.zeros(100)}, batch_size=[100])',
+    "buffer.add(episode)",
+    "if buffer.ready():",
+    "    obs, action, reward, done = buffer.sample()",
+)
+"""The promise that the project began with; not even a formatter changes it."""
+
 IN_PROCESS, SERVER, NETWORKED, ACTOR_AND_LEARNER = (
     "quick start, in process",
     "server command",
@@ -105,6 +118,7 @@ def test_quick_start_in_process_runs_as_written(monkeypatch: pytest.MonkeyPatch)
 
     variables = run(blocks()[IN_PROCESS])
 
+    assert blocks()[IN_PROCESS].splitlines() == list(QUICK_START)
     assert shapes(variables) == [(4, 256, 64), (3, 256, 8), (3, 256, 1), (3, 256, 1)]
     assert variables["buffer"].num_eps == 1
 

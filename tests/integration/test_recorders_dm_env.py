@@ -82,7 +82,8 @@ def test_discount_of_zero_terminates(server: ServerThread, client: ReplayClient)
         played = Played([_flat(env.reset().observation)])
         for step_number in range(5):
             if step_number == 4:
-                env.physics.set_state(np.zeros(4))  # at rest in the middle: this task's goal
+                with env.physics.reset_context():
+                    env.physics.set_state(np.zeros(4))  # at rest in the middle: this task's goal
             step = env.step(np.zeros(1))
             played.add(_flat(step.observation), np.zeros(1), step.reward, step.last() and step.discount == 0.0)
         assert step.last() and step.discount == 0.0

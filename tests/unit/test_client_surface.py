@@ -101,6 +101,8 @@ def test_every_reason_of_the_contract_is_mapped() -> None:
         "too-large",
         "incompatible-version",
         "draining",
+        "schema-changed",
+        "unknown-table",
         "invalid-argument",
         "over-limit",
         "internal",

@@ -239,7 +239,7 @@ class ReplayClient:
         """Returns an endless iterator of batches that the server pushes ahead of their use.
 
         The session opens with the first ``next``. It waits while nothing can be sampled. If the server goes away (a restart, say), it is
-        opened anew, also after a restart, for 60 s; a stream with a seed then starts its sequence again.
+        opened anew for 60 s; a stream with a seed then starts its sequence again.
 
         Args:
             prefetch: batches that the server may have under way. A ring keeps up to 14 small ones.
@@ -252,8 +252,7 @@ class ReplayClient:
             as_numpy: numpy arrays or torch tensors; None takes the client's setting.
             timeout_s: the longest wait for a batch, be it that the server is away or that nothing can be sampled; None: as long as it takes
                 while the server is there, and 60 s while it is away.
-
-            ring: on the server's own host (Linux on x86-64; containers need a common IPC namespace and user), batches come through a ring
+            ring: on the server's own host (Linux on x86-64; containers need the same /dev/shm and user), batches come through a ring
                 in shared memory, without a message for each; False takes messages there too.
 
         Raises:

@@ -45,6 +45,8 @@ class Transport:
         self._options = [
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_receive_message_length", max_message_bytes),
+            # A proxy of the environment is for the web: gRPC would take it even to 127.0.0.1.
+            ("grpc.enable_http_proxy", 0),
             # Finds a peer that vanished without a word; the server allows pings this often.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -120,6 +121,9 @@ def run(config: Config) -> int:
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     logger.info("configuration in force:\n%s", config.to_toml())
     asyncio.run(_serve(config))
+    # The interpreter's last collection would go through all that torch made: most of a second of CPU, which a busy machine stretches
+    # beyond the time that a container gets to stop.
+    gc.freeze()
     return 0
 
 

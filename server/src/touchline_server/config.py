@@ -86,7 +86,7 @@ class StorageConfig(_Table):
     scratch_dir: str = ""
     """Folder of the memory-mapped files, for device ``disk``."""
     allow_non_finite: bool = False
-    """Whether observations that are NaN or infinite are stored; otherwise their episode is refused."""
+    """Whether observations, actions, rewards and dones that are NaN or infinite are stored; otherwise their episode is refused."""
 
 
 class SamplingConfig(_Table):
