@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,3 +222,26 @@ def batch_header() -> pb.Batch:
     specs = [TensorSpec("obs", float32, (4, 2, 3)), TensorSpec("action", float32, (3, 2, 1))]
     specs += [TensorSpec(name, float32, (3, 2, 1)) for name in ("reward", "done")]
     return pb.Batch.FromString(BatchLayout(specs, 2).header())
+
+
+def mapped_rings() -> int:
+    return Path("/proc/self/maps").read_text().count(f"{SHARED_MEMORY_DIR}/touchline-")
+
+
+def test_closed_stream_unmaps_its_ring_without_a_collection() -> None:
+    with ServerThread(config()) as server, ReplayClient(server.address) as client:
+        add_episodes(client)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                with client.batches() as batches:
+                    next(batches)
+                    assert batches.transport == "ring"
+                del batches
+            for thread in threading.enumerate():
+                if thread.name == "touchline-ring":
+                    thread.join(10)
+            assert mapped_rings() == 0
+        finally:
+            gc.enable()

@@ -18,6 +18,14 @@ MAX_IDLE_BYTES = 256 << 20
 """Memory of copied batches that is kept for later ones."""
 
 
+class RingEndedError(Exception):
+    """The stream over which the ring was offered has ended."""
+
+    def __init__(self, reason: BaseException) -> None:
+        self.reason = reason
+        """What ended it: StopIteration where the server did so in good order."""
+
+
 class RingBatches:
     """Takes batches out of a ring. One thread takes.
 
@@ -57,11 +65,11 @@ class RingBatches:
         """Returns the next batch, or None after a nap at most.
 
         Raises:
-            BaseException: what ended the stream.
+            RingEndedError: the stream ended.
             RingError: the server wrote what makes no sense.
         """
         if self._end is not None:
-            raise self._end
+            raise RingEndedError(self._end)
         taken = self._ring.take()
         if taken is None:
             return None
@@ -86,7 +94,7 @@ class RingBatches:
         with self._changed:
             self._changed.wait_for(lambda: self._end is not None or len(self._actor_names) >= needed)
         if self._end is not None:
-            raise self._end
+            raise RingEndedError(self._end)
 
     def _read(self) -> None:
         end: BaseException = StopIteration()
@@ -97,7 +105,8 @@ class RingBatches:
                     self._actor_names = {**self._actor_names, **{actor.index: actor.name for actor in frame.actors.actors}}
                     self._changed.notify_all()
         except BaseException as error:
-            end = error
+            # Its traceback would hold this object, and with it the ring's memory, until the next collection of cycles.
+            end = error.with_traceback(None)
         with self._changed:
             self._end = end
             self._changed.notify_all()

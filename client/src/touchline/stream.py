@@ -14,7 +14,7 @@ from touchline.calls import Calls
 from touchline.errors import ClosedError, DeadlineError, NotReadyError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import keep_orphan
 from touchline.messages import ready_state_of
-from touchline.ring import RingBatches, attach
+from touchline.ring import RingBatches, RingEndedError, attach
 from touchline.types import ReadyState
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, CodecError
@@ -272,6 +272,10 @@ class _Session:
                 return [] if batch is None else [batch]
             message = next(self._call)
             return [] if self._offers and self._answer(message) else self._decoder.feed(message)
+        except RingEndedError as error:
+            if isinstance(error.reason, Exception) and not isinstance(error.reason, StopIteration):
+                raise self._calls.translate(error.reason) from error.reason
+            raise UnavailableError(f"{self._calls.transport.address}: the server ended the stream") from None
         except StopIteration:
             raise UnavailableError(f"{self._calls.transport.address}: the server ended the stream") from None
         except (CodecError, RingError) as error:
