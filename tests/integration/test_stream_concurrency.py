@@ -67,7 +67,7 @@ def test_batches_are_whole_while_many_add_load_and_sample() -> None:
         def stream(batch_size: int) -> int:
             slices = 0
             with Caller(server.address) as caller:
-                learner = caller.stream().open(credits=8, batch_size=batch_size)
+                learner = caller.stream().open(credits=8, batch_size=batch_size, max_batches_per_frame=4)
                 while not done.is_set():
                     slices += sum(map(check, learner.read(4)))
                     learner.grant(4)
