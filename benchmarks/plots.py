@@ -39,6 +39,7 @@ LABELS = {
     "stream-flat": "— 4 actors add flat out",
     "ring-flat": "— 4 actors add flat out",
     "reverb": "Reverb",
+    "reverb-apart": "Reverb, columns apart",
     "reverb-10k": "Reverb — 4 writers add 10 k steps/s",
 }
 """What subjects are called for readers."""
@@ -73,7 +74,7 @@ def label(subject: str) -> str:
 
 
 def _throughput(sections: Sections) -> Figure | None:
-    order = ("tdmpc2", "tdmpc2-cached", "tdmpc2-cached-writes", "reverb", "unary", "stream", "ring", "local", "limit")
+    order = ("tdmpc2", "tdmpc2-cached", "tdmpc2-cached-writes", "reverb-apart", "reverb", "unary", "stream", "ring", "local", "limit")
     panels = [(workload, found) for workload in ("W1", "W2") if (found := _bars(sections, workload, order))]
     if not panels:
         return None

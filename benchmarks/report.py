@@ -30,9 +30,10 @@ ROWS = {
     "ring": "Touchline, shared-memory ring",
     "ring-10k": "the same, four actors add 10 k steps/s",
     "ring-flat": "the same, four actors add flat out",
-    "reverb": "Reverb",
+    "reverb": "Reverb, as tuned below",
     "reverb-10k": "the same, four writers add 10 k steps/s",
     "reverb-flat": "the same, four writers add flat out",
+    "reverb-apart": "Reverb, the best with columns apart, alone",
 }
 
 

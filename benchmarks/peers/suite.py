@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.cast import ACTORS, PACED_STEPS_PER_S, Stage, Troupe
 from benchmarks.protocol import REPOSITORY, Worker
-from benchmarks.rounds import Section, Subject
+from benchmarks.rounds import Section, Slice, Subject
 from benchmarks.suite import Effort, Findings, Run
 from benchmarks.workloads import WORKLOADS
 
@@ -56,27 +56,36 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
     peers = _Peers(stage, name, rows)
     packed = best["columns"] == "packed"
     tell(f"{name}: filling Reverb, {rows:,} rows")
-    tables = {"sampled": {"max_size": rows, "packed": packed}}
+    tables = {"reverb": {"max_size": rows, "packed": packed}}
     tables["inserted"] = {"max_size": min(rows, INSERTED_ITEMS), "packed": quickest["columns"] == "packed"}
+    sampled = {"reverb": best}
+    if packed and name == "W1":
+        # Most users leave the columns apart. (On pixels it makes no difference worth a second table.)
+        sampled["reverb-apart"] = max((trial for trial in trials if trial["columns"] == "apart"), key=lambda trial: trial["batches_per_s"])
+        tables["reverb-apart"] = {"max_size": rows, "packed": False}
     address = peers.start(tables)
     writers, inserters = peers.writers(), peers.writers()
-    peers.prepare(inserters, address, "sampled", packed=packed, **_writer_options(best))
-    peers.fill(inserters)
-    # Of the writers the one that burdens the server least plays the actors under load.
-    load = peers.prepare(writers, address, "sampled", packed=packed, structured=True)
-    inserting = peers.prepare(inserters, address, "inserted", packed=quickest["columns"] == "packed", **_writer_options(quickest))
     learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
-    options = {key: best[key] for key in ("sampler", "workers", "in_flight")}
-    learner.call("make", name="reverb", address=address, workload=name, rows=rows, table="sampled", packed=packed, **options)
     seconds = effort.seconds * (2.0 if name == "W2" else 1.0)
-    reverb = Subject("reverb", lambda length: learner.call("run", name="reverb", seconds=length, server_pid=peers.pid), seconds)
+    subjects = []
+    for table, trial in sampled.items():
+        columns = trial["columns"] == "packed"
+        peers.prepare(inserters, address, table, packed=columns, **_writer_options(trial))
+        peers.fill(inserters)
+        options = {key: trial[key] for key in ("sampler", "workers", "in_flight")}
+        learner.call("make", name=table, address=address, workload=name, rows=rows, table=table, packed=columns, **options)
+        subjects.append(Subject(table, _sampling(learner, table, peers.pid), seconds))
+    reverb = subjects[0]
+    # Of the writers the one that burdens the server least plays the actors under load.
+    load = peers.prepare(writers, address, "reverb", packed=packed, structured=True)
+    inserting = peers.prepare(inserters, address, "inserted", packed=quickest["columns"] == "packed", **_writer_options(quickest))
 
     tell(f"{name}: filling Touchline, {rows:,} rows")
     server, _ = stage.server(name, rows)
     ours = stage.worker("benchmarks.learner")
     remote = {path: stage.remote(ours, server, name, rows, path, name=path, seconds=seconds) for path in ("stream", "ring")}
     actors = stage.troupe(server, name, rows, ACTORS)
-    subjects = [reverb, *remote.values()]
+    subjects += remote.values()
     for subject, troupe in ((reverb, load), (remote["stream"], actors), (remote["ring"], actors)):
         for how, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
             subjects.append(Subject(f"{subject.name}-{how}", troupe.under_load(subject.run, steps_per_s=pace), seconds))
@@ -167,6 +176,10 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
                     trials.append(measure({**kind, "sampler": "dataset", "workers": workers, "in_flight": in_flight}))
         trials.append(measure({**kind, "sampler": "client", "workers": 1, "in_flight": WORKLOADS[name].batch_size}))
     return trials
+
+
+def _sampling(learner: Worker, name: str, server_pid: int) -> Callable[[float], Slice]:
+    return lambda seconds: learner.call("run", name=name, seconds=seconds, server_pid=server_pid)
 
 
 def _writer_options(kind: Trial) -> Trial:

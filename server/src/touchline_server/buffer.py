@@ -249,7 +249,7 @@ class ReplayBuffer:
             arrays = plan.layout.body_views(lease)
             plan.fill(selection, arrays)
             tensors = {name: as_tensor(array) for name, array in arrays.items()}
-        return assemble_batch(tensors, self.actor_names(selection.draw.actor))
+        return assemble_batch(tensors, self.store.actor_names)
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:

@@ -120,6 +120,9 @@ class ReplayService:
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
             except Exception as error:
+                if context.done():
+                    # The peer left while it was being answered: nobody is to be told, and nothing went wrong here.
+                    raise asyncio.CancelledError from error
                 await abort(context, error)
 
         return guarded

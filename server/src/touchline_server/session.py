@@ -73,16 +73,27 @@ class SampleSession:
                 reader.cancel()
 
     async def _push(self, write: Write, wake: asyncio.Event) -> None:
-        """Sends frames as credits allow."""
-        while await self._may_push(wake):
-            with self._gate.hungry():
-                try:
-                    count, frames = await asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
-                except NotReadyError:
-                    continue  # cleared since it was looked at
-                self._credits -= count
-                for frame in frames:
-                    await write(frame)
+        """Sends frames as credits allow; the next ones are made while these are written."""
+        making: asyncio.Future[tuple[int, list[bytes]]] | None = None
+        try:
+            while making is not None or await self._may_push(wake):
+                with self._gate.hungry():
+                    try:
+                        count, frames = await (making or self._make())
+                    except NotReadyError:
+                        making = None
+                        continue  # cleared since it was looked at
+                    self._credits -= count
+                    self._check()
+                    making = self._make() if self._credits and self._source.can_sample() else None
+                    for frame in frames:
+                        await write(frame)
+        finally:
+            if making is not None:
+                making.cancel()
+
+    def _make(self) -> asyncio.Future[tuple[int, list[bytes]]]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
 
     async def _may_push(self, wake: asyncio.Event) -> bool:
         """Waits for a credit and for something to sample; returns False once the learner wants no more."""

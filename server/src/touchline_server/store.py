@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 import numpy as np
 
@@ -86,7 +87,9 @@ class EpisodeStore:
         self._ledger = KeyLedger()
         self._next_id = 0
         self._figures = {field.name: 0 for field in fields(Counts)}
-        self._actors: list[str] = []
+        self._actors: dict[int, str] = {}
+        self.actor_names: Mapping[int, str] = MappingProxyType(self._actors)
+        """Name of every actor so far by its number: a view that grows."""
         self._actor_numbers: dict[str, int] = {}
         self._listeners: list[Callable[[], None]] = []
 
@@ -265,7 +268,7 @@ class EpisodeStore:
             if len(self._actors) == MAX_ACTORS:
                 raise InvalidEpisodeError(f"actor: {name!r} is one name too many, expected at most {MAX_ACTORS} different ones")
             number = self._actor_numbers[name] = len(self._actors)
-            self._actors.append(name)
+            self._actors[number] = name
         return number
 
     def _count_evicted(self, episodes: int, steps: int) -> None:

@@ -18,7 +18,7 @@ from touchline_server.store import Selection
 CHUNK_BYTES = 1 << 20
 """Size of a chunk; 256 KiB and 4 MiB were both measured to be slower."""
 
-GROUP_BYTES = 1 << 22
+GROUP_BYTES = 1 << 21
 """Batches go into one frame up to this size."""
 
 CHUNKED_ABOVE_BYTES = 1 << 20
@@ -27,7 +27,7 @@ CHUNKED_ABOVE_BYTES = 1 << 20
 MAX_BATCH_BYTES = 4 << 30
 """Largest batch. All of it is in memory until the learner has taken it; clients refuse more than this too."""
 
-MAX_GROUP = 8
+MAX_GROUP = 4
 """Batches in a frame, where the learner does not say."""
 
 CHUNK_HEADER_BYTES = 1 << 9
