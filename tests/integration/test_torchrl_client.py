@@ -235,6 +235,8 @@ def test_broken_chain_is_cut_and_nothing_is_lost(server: ServerThread, caplog: p
     assert set(found) == set(expected)
     for name, row in found.items():
         _check_same(row, expected[name])
+    assert torch.signbit(found[b"0/3"]["next", "observation"][0])
+    assert not torch.signbit(found[b"0/4"]["observation"][0])
     assert [record.name for record in caplog.records].count("touchline.trajectories") == 1
 
 

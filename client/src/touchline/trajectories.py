@@ -76,7 +76,7 @@ class Trajectories:
                 if broken and names[first] in self._open:
                     self._tell_once(names[first])
                     complete.append(self._end(names[first]))
-                # Not TensorDict.clone(): it was seen to make 0 of -0.
+                # Not TensorDict.clone(), which adds 0 where the TensorDict has a device, and so makes 0 of -0.
                 self._continue(names[first], lanes[lane, first:last].apply(torch.clone), complete)
         while len(self._open) > self._max_open:
             complete.append(self._end(next(iter(self._open))))
