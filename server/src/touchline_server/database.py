@@ -318,15 +318,22 @@ class Database:
             return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
 
         application, version = pragma("application_id"), pragma("user_version")
-        if not application and not version and not pragma("page_count"):
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not application and not version and not tables:
+            # New, or of a server that was killed while it made one.
             self._connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.executescript(
                 f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_TABLES} COMMIT;"
             )
+            # From now on the file says what it is, whatever becomes of the log.
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         elif application != APPLICATION_ID:
-            raise StoreMismatchError(f"{self.path}: not a store of touchline-server's; choose another storage.data_dir")
+            raise StoreMismatchError(
+                f"{self.path}: not a store of touchline-server's, or its first page is damaged; put a copy back or choose another "
+                "storage.data_dir"
+            )
         elif version != FORMAT:
             raise StoreMismatchError(
                 f"{self.path}: written in format {version}, this touchline-server reads format {FORMAT}; install one that reads it or "

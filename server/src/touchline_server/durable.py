@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -59,6 +59,16 @@ class _Pending:
     size_bytes: int
 
 
+@dataclass(eq=False, slots=True)
+class _Unwritten:
+    """An episode that is in memory and not in the database."""
+
+    change: Change
+    figures: dict[str, int]
+    """The counts with it and without those after it."""
+    size_bytes: int
+
+
 class GroupCommitter:
     """Stores episodes in a database and in the ring. Every method may be called from any thread.
 
@@ -80,8 +90,9 @@ class GroupCommitter:
         self._unsynced_since: float | None = None
         self._log_file = os.open(f"{database.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
         self._queue: deque[_Pending] = deque()
-        self._behind: deque[Change] = deque()
+        self._behind: deque[_Unwritten] = deque()
         self._queued_bytes = 0
+        self._behind_group_bytes = MAX_GROUP_BYTES
         self._fault = ""
         self._state = threading.Condition()
         self._closed = False
@@ -123,10 +134,10 @@ class GroupCommitter:
             figures: the counts after it.
         """
         # What is in memory alone is forgotten without having been written, but for its keys.
-        self._database.clear(self._behind, figures=figures)
+        self._database.clear([unwritten.change for unwritten in self._behind], figures=figures)
         self._data_dir.acknowledge(self._database.commits, synced=True)
         with self._state:
-            self._queued_bytes -= sum(_size(change) for change in self._behind)
+            self._queued_bytes -= sum(unwritten.size_bytes for unwritten in self._behind)
             self._behind.clear()
             self._fault = ""
             self._may_shrink = True
@@ -143,8 +154,9 @@ class GroupCommitter:
         self._thread.join()
         with self._store.write_lock:
             try:
-                self._reserved = self._store.next_id
-                self._database.commit([], figures=self._figures(), meta={"next_id": self._reserved}, sync=True)
+                # What could not be written is in the counts of memory and not in these.
+                figures = self._figures() if not self._behind else self._database.counts()
+                self._database.commit([], figures=figures, meta={"next_id": self._store.next_id}, sync=True)
                 self._data_dir.acknowledge(self._database.commits, synced=True)
             except ReplayError as error:
                 logger.error("the durable store was not closed in order: %s", error)
@@ -191,18 +203,12 @@ class GroupCommitter:
             plan = GroupPlan(self._store)
             change = self._plan(plan, pending, copy=True)
             if change is not None:
+                stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=plan.planned[-1].episode_id)
                 with self._state:
-                    self._behind.append(change)
+                    self._behind.append(_Unwritten(change, self._figures(), pending.size_bytes))
                     self._queued_bytes += pending.size_bytes
                     self._state.notify_all()
-                try:
-                    self._publish(plan, pending, plan.planned[-1])
-                except BaseException:
-                    with self._state:
-                        # Held under the write lock, so it is still the newest and not yet under way.
-                        self._behind.pop()
-                        self._queued_bytes -= pending.size_bytes
-                    raise
+                pending.receipt.set_result(stored)
         pending.receipt.cost_s = time.thread_time() - begin
         self._store.notify()
 
@@ -215,13 +221,17 @@ class GroupCommitter:
                     if self._closed:
                         return
                     self._state.wait(self._rest_s())
-                work = bool(self._queue or self._behind)
+                work, last = bool(self._queue or self._behind), self._closed
             if work:
                 with self._store.write_lock:
                     if self._queue:
                         self._commit_group()
-                if self._behind and not self._commit_behind() and self._wait_for_room():
-                    return
+                if self._behind and not self._commit_behind():
+                    if last:
+                        logger.error("%d episodes were in memory alone and are lost: %s", len(self._behind), self._fault)
+                        return
+                    with self._state:
+                        self._state.wait_for(lambda: self._closed, RETRY_S)
             self._sync_if_due()
             if not work:
                 self._shrink()
@@ -230,14 +240,6 @@ class GroupCommitter:
         if self._unsynced_since is not None:
             return max(0.0, self._unsynced_since + self._sync_interval_s - time.monotonic())
         return IDLE_S if self._may_shrink else None
-
-    def _wait_for_room(self) -> bool:
-        """Waits a while; returns whether the server stops, which then loses what could not be written."""
-        with self._state:
-            self._state.wait_for(lambda: self._closed, RETRY_S)
-            if self._closed:
-                logger.error("%d episodes are in memory alone and lost: %s", len(self._behind), self._fault)
-            return self._closed
 
     def _take_group(self) -> list[_Pending]:
         group: list[_Pending] = []
@@ -352,23 +354,30 @@ class GroupCommitter:
     def _commit_behind(self) -> bool:
         """Writes what is in memory already; returns whether it could."""
         with self._store.write_lock:
-            group = next(iter(_groups(self._behind)), [])
+            group: list[_Unwritten] = []
+            for unwritten in self._behind:
+                if group and sum(one.size_bytes for one in group) + unwritten.size_bytes > self._behind_group_bytes:
+                    break
+                group.append(unwritten)
             if not group:
                 return True
             try:
-                self._write(group, self._figures())
+                self._write([unwritten.change for unwritten in group], group[-1].figures)
             except (StorageFullError, StorageFailedError) as error:
                 if not self._fault:
                     logger.error("%d episodes are in memory alone: %s", len(self._behind), error)
+                # Where there is some room, fewer may fit.
+                self._behind_group_bytes = max(1, self._behind_group_bytes // 8)
                 with self._state:
                     self._fault = str(error)
                     self._state.notify_all()
                 return False
+            self._behind_group_bytes = min(MAX_GROUP_BYTES, self._behind_group_bytes * 2)
             with self._state:
                 self._fault = ""
-                for change in group:
+                for unwritten in group:
                     self._behind.popleft()
-                    self._queued_bytes -= _size(change)
+                    self._queued_bytes -= unwritten.size_bytes
                 self._state.notify_all()
         return True
 
@@ -425,21 +434,3 @@ def _check_storable(episode: Episode) -> None:
     for name, number in (("incarnation", key.incarnation), ("sequence", key.sequence)) if key is not None else ():
         if not -(2**63) <= number < 2**63 - 1:
             raise InvalidEpisodeError(f"key.{name}: {number}, expected a 64-bit integer below its largest")
-
-
-def _size(change: Change) -> int:
-    return sum(len(payload.data) for payload in change.payloads)
-
-
-def _groups(changes: Iterable[Change]) -> Iterator[list[Change]]:
-    """Yields changes in transactions of a bounded size."""
-    group: list[Change] = []
-    size_bytes = 0
-    for change in changes:
-        if group and size_bytes + _size(change) > MAX_GROUP_BYTES:
-            yield group
-            group, size_bytes = [], 0
-        group.append(change)
-        size_bytes += _size(change)
-    if group:
-        yield group
