@@ -367,6 +367,26 @@ def test_file_stays_within_the_stated_factor_of_the_ring(opened: Opener, tmp_pat
     assert (tmp_path / "data" / "touchline.db").stat().st_size <= 2 * capacity * row_bytes
 
 
+def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = opened(durability="batch")
+    failed = threading.Event()
+
+    def fail(number: int) -> None:
+        failed.set()
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fsync", fail)
+        buffer.add_episode(keyed_episode(0, 0))
+        assert failed.wait(30)
+        committer(buffer)._thread.join(30)
+
+    for add in (buffer.add_episode, buffer.submit_episode):
+        with pytest.raises(StorageFailedError, match="cannot be written until the server is started again"):
+            add(keyed_episode(0, 1))
+    assert buffer.sample().episode_id.shape == (8,)
+
+
 # Refusals
 
 

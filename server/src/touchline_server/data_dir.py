@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Self
 
 from touchline_server.database import FILE_NAME
 from touchline_server.errors import StorageFailedError, StoreInUseError
+
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
 MARK_NAME = "acknowledged"
@@ -68,7 +71,11 @@ class DataDir:
 
     def acknowledge(self, commits: int, *, synced: bool) -> None:
         """Notes that so many transactions are committed. Not synced: it is to be there after the server's death, not the machine's."""
-        os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
+        try:
+            os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
+        except OSError as error:
+            # The episodes are committed all the same; what is lost is a check.
+            logger.warning("%s: %s", self.path / MARK_NAME, error.strerror)
 
     def close(self) -> None:
         """Lets go of it."""

@@ -94,6 +94,9 @@ class GroupCommitter:
         self._queued_bytes = 0
         self._behind_group_bytes = MAX_GROUP_BYTES
         self._fault = ""
+        """Why what is in memory cannot be written at present."""
+        self._broken = ""
+        """Why nothing can be written any more."""
         self._state = threading.Condition()
         self._closed = False
         self._may_shrink = True
@@ -122,7 +125,7 @@ class GroupCommitter:
             self._queued_bytes += pending.size_bytes
         # Who waits here while another commits finds itself committed with the others that waited, in one transaction.
         with self._store.write_lock:
-            while not pending.receipt.done():
+            while not pending.receipt.done() and not self._broken:
                 self._commit_group()
         return pending.receipt.result()
 
@@ -175,7 +178,7 @@ class GroupCommitter:
 
     def _enqueue(self, pending: _Pending) -> None:
         with self._state:
-            while self._is_full() and not self._closed:
+            while self._is_full() and not self._closed and not self._broken:
                 self._state.wait()
             self._refuse_if_closed()
             self._queue.append(pending)
@@ -183,6 +186,8 @@ class GroupCommitter:
             self._state.notify_all()
 
     def _refuse_if_closed(self) -> None:
+        if self._broken:
+            raise StorageFailedError(f"the durable store cannot be written until the server is started again ({self._broken})")
         if self._closed:
             raise StorageFailedError("the durable store is closed; nothing was stored")
 
@@ -191,13 +196,12 @@ class GroupCommitter:
 
     def _store_in_memory(self, pending: _Pending) -> None:
         """Publishes an episode and leaves it to the thread to commit it."""
-        with self._state:
-            while self._is_full() and not self._fault and not self._closed:
-                self._state.wait()
-            self._refuse_if_closed()
-            if self._is_full():
-                self._refuse(pending, StorageFullError(self._fault))
-                return
+        self._refuse_if_closed()
+        while self._is_full() and self._commit_behind():
+            pass  # the disk does not keep up: who adds writes what others left
+        if self._is_full():
+            self._refuse(pending, StorageFullError(self._fault))
+            return
         begin = time.thread_time()
         with self._store.write_lock:
             plan = GroupPlan(self._store)
@@ -215,6 +219,19 @@ class GroupCommitter:
     # Committing
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            logger.exception("the durable store takes nothing more until the server is started again")
+            with self._state:
+                self._broken = str(error) or type(error).__name__
+                left, self._queue = list(self._queue), deque()
+                self._state.notify_all()
+            for pending in left:
+                if not pending.receipt.done():
+                    pending.receipt.set_exception(StorageFailedError(f"the durable store cannot be written: {self._broken}"))
+
+    def _work(self) -> None:
         while True:
             with self._state:
                 if not self._queue and not self._behind:
