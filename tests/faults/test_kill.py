@@ -102,6 +102,7 @@ def check_store(snapshot_dir: Path, acknowledged: dict[tuple[int, int], int], *,
         assert counts.episodes_added >= len(acknowledged)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60 + 30 * KILLS)
 @pytest.mark.parametrize("durability", ["sync", "batch", "memory"])
 def test_kill_under_four_actors_loses_and_doubles_nothing(durability: str, tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
 
     monkeypatch.setattr(Columns, "_write_rows", fail)
     with buffer.store.write_lock:
-        receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in (10, 11, 12)]
+        receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in (10, 11, 12, 12)]
     receipts[0].result(30)  # type: ignore[union-attr]
     for receipt in receipts[1:]:
         with pytest.raises(MemoryError):

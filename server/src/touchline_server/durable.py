@@ -100,7 +100,12 @@ class GroupCommitter:
         self._state = threading.Condition()
         self._closed = False
         self._may_shrink = True
-        self._write([], self._figures())
+        try:
+            self._write([], self._figures())
+        except StorageFullError as error:
+            if durability == "memory":
+                raise  # ids are given out before they can be reserved
+            logger.warning("%s", error)
         self._thread = threading.Thread(target=self._run, name="touchline-commit", daemon=True)
         self._thread.start()
 
@@ -136,6 +141,7 @@ class GroupCommitter:
             forget: empties the ring.
             figures: the counts after it.
         """
+        self._refuse_if_closed()
         # What is in memory alone is forgotten without having been written, but for its keys.
         self._database.clear([unwritten.change for unwritten in self._behind], figures=figures)
         self._data_dir.acknowledge(self._database.commits, synced=True)
@@ -274,7 +280,6 @@ class GroupCommitter:
         group = self._take_group()
         if not group:
             return
-        begin = time.thread_time()
         try:
             self._store_group(group)
         except BaseException as error:
@@ -284,13 +289,10 @@ class GroupCommitter:
             if not isinstance(error, Exception):
                 raise
             logger.exception("a group of %d episodes was not stored", len(group))
-        finally:
-            share_s = (time.thread_time() - begin) / len(group)
-            for pending in group:
-                pending.receipt.cost_s = share_s
         self._store.notify()
 
     def _store_group(self, group: Sequence[_Pending]) -> None:
+        begin = time.thread_time()
         plan = GroupPlan(self._store)
         accepted: list[tuple[_Pending, Planned]] = []
         changes = []
@@ -314,16 +316,26 @@ class GroupCommitter:
             for pending, _ in (*accepted, *answers):
                 self._refuse(pending, error)
             return
+        results: list[tuple[_Pending, Stored]] = []
         for position, (pending, planned) in enumerate(accepted):
             try:
-                self._publish(plan, pending, planned)
+                stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=planned.episode_id)
             except Exception as error:
+                lost = {planned.episode_id for _, planned in accepted[position:]}
                 self._take_back([planned for _, planned in accepted[position:]])
-                for left, _ in accepted[position:]:
+                for left in (
+                    *(left for left, _ in accepted[position:]),
+                    *(left for left, episode_id in answers if episode_id in lost),
+                ):
                     self._refuse(left, error)
+                answers = [(left, episode_id) for left, episode_id in answers if episode_id not in lost]
                 break
-        for pending, episode_id in answers:
-            pending.receipt.set_result(self._store.count_duplicate(episode_id))
+            results.append((pending, stored))
+        results += [(pending, self._store.count_duplicate(episode_id)) for pending, episode_id in answers]
+        share_s = (time.thread_time() - begin) / len(group)
+        for pending, stored in results:
+            pending.receipt.cost_s = share_s
+            pending.receipt.set_result(stored)
 
     def _plan(self, plan: GroupPlan, pending: _Pending, *, copy: bool) -> Change | None:
         """Returns what an episode changes; None where it is refused or stored already, which is answered here."""
@@ -350,10 +362,6 @@ class GroupCommitter:
         )
         return Change(row, payloads_of(episode.columns, copy=copy), planned.evicted, planned.schema)
 
-    def _publish(self, plan: GroupPlan, pending: _Pending, planned: Planned) -> None:
-        stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=planned.episode_id)
-        pending.receipt.set_result(stored)
-
     def _refuse(self, pending: _Pending, error: Exception) -> None:
         self._store.count_refused(str(error), pending.episode)
         pending.receipt.set_exception(error)
@@ -365,7 +373,11 @@ class GroupCommitter:
         self._store.skip_ids(ids[-1] + 1)
         # They have evicted others from the database already, which the ring now follows.
         self._store.evict(sum(episode.length for episode in planned))
-        self._database.forget(ids, figures=self._figures())
+        try:
+            self._database.forget(ids, figures=self._figures())
+        except ReplayError as error:
+            self._broken = str(error)
+            raise
         self._data_dir.acknowledge(self._database.commits, synced=True)
 
     def _commit_behind(self) -> bool:
