@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from durable_cases import MODES, assert_whole, bits, contents, durable_config, keyed_episode, stored_keys
 from store_cases import as_bits
@@ -27,6 +28,7 @@ from touchline_server import (
     StorageFullError,
     StoreInUseError,
     StoreMismatchError,
+    cli,
     database,
     durable,
     ledger,
@@ -469,6 +471,19 @@ def test_snapshot_of_a_store_in_use_is_a_store_of_one_moment(opened: Opener, tmp
     copy.close()
     with pytest.raises(StorageFailedError, match="is there already"):
         upkeep.snapshot(tmp_path / "data", tmp_path / "copy")
+
+
+def test_commands_check_and_copy_a_store_in_use(opened: Opener, tmp_path: Path) -> None:
+    buffer, runner, data_dir = opened(), CliRunner(), str(tmp_path / "data")
+    buffer.add_episode(keyed_episode(0, 0))
+
+    copied = runner.invoke(cli.app, ["snapshot", "--data-dir", data_dir, str(tmp_path / "copy")])
+    checked = [runner.invoke(cli.app, ["check", "--data-dir", folder]) for folder in (data_dir, str(tmp_path / "copy"))]
+    refused = runner.invoke(cli.app, ["recover", "--data-dir", data_dir])
+
+    assert (copied.exit_code, copied.stdout) == (0, f"{tmp_path / 'copy' / 'touchline.db'}\n")
+    assert [(result.exit_code, result.stdout) for result in checked] == [(0, f"1 episodes, {buffer.size} steps are whole\n")] * 2
+    assert (refused.exit_code, "is in use by another touchline-server" in refused.stderr) == (1, True)
 
 
 def test_check_of_a_store_in_use_finds_nothing_and_changes_nothing(opened: Opener, tmp_path: Path) -> None:
