@@ -4,6 +4,8 @@ PYTHON ?= python3
 # The torch that goes into .venv. A CPU or a CUDA build is a matter of the index or folder that pip takes it from.
 TORCH ?= torch==2.13.0
 DEMO_SECONDS ?= 90
+FAULT_KILLS ?= 20
+FAULT_FLIPS ?= 500
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,7 +15,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types serve demo bench bench-peers stubs clean
+.PHONY: help install test test-faults lint types serve demo bench bench-peers stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 
 test: lint types ## checks everything: lint, types, tests
 	$(BIN)/python -m pytest
+
+test-faults: $(INSTALLED) ## breaks the store for real, FAULT_KILLS kills and FAULT_FLIPS flipped bits a test
+	FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) $(BIN)/python -m pytest tests/faults -s
 
 lint: $(INSTALLED) ## checks style and format
 	$(BIN)/ruff check

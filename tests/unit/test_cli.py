@@ -44,12 +44,26 @@ def health_service() -> Iterator[tuple[health.HealthServicer, int]]:
         server.stop(grace=None).wait()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["healthcheck", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["serve", "--help"], ["healthcheck", "--help"], ["check", "--help"], ["recover", "--help"], ["snapshot", "--help"]],
+)
 def test_help_explains_with_examples(arguments: list[str], runner: CliRunner) -> None:
     result = runner.invoke(cli.app, arguments)
 
     assert result.exit_code == 0
     assert "Examples:\n" in result.stdout
+
+
+@pytest.mark.parametrize("command", [["check"], ["recover"], ["snapshot", "copy"]])
+def test_upkeep_without_a_folder_exits_2_and_of_no_store_1(command: list[str], runner: CliRunner, tmp_path: Path) -> None:
+    unset = runner.invoke(cli.app, command)
+    missing = runner.invoke(cli.app, [*command, "--data-dir", str(tmp_path / "none")])
+
+    assert (unset.exit_code, unset.stderr) == (2, "touchline-server: storage.data_dir: '', expected a folder; give --data-dir\n")
+    assert missing.exit_code == 1
+    assert "there is no touchline.db, expected the storage.data_dir of a touchline-server" in missing.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_module_prints_the_version() -> None:

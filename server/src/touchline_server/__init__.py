@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from touchline_protos import Batch, Counts
 from touchline_server.config import Config, ConfigError, read_cfg
 from touchline_server.errors import (
+    DamagedStoreError,
     DrainingError,
     IncompatibleVersionError,
     InvalidEpisodeError,
@@ -17,7 +18,12 @@ from touchline_server.errors import (
     NotReadyError,
     OverloadedError,
     ReplayError,
+    RestoringError,
     SchemaChangedError,
+    StorageFailedError,
+    StorageFullError,
+    StoreInUseError,
+    StoreMismatchError,
     TooLargeError,
     UnknownTableError,
 )
@@ -32,6 +38,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Counts",
+    "DamagedStoreError",
     "DrainingError",
     "IncompatibleVersionError",
     "InvalidEpisodeError",
@@ -41,7 +48,12 @@ __all__ = [
     "OverloadedError",
     "ReplayBuffer",
     "ReplayError",
+    "RestoringError",
     "SchemaChangedError",
+    "StorageFailedError",
+    "StorageFullError",
+    "StoreInUseError",
+    "StoreMismatchError",
     "TooLargeError",
     "UnknownTableError",
     "__version__",

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +27,7 @@ from touchline_server.service import SERVICE_NAME, ReplayService
 logger = logging.getLogger(__name__)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 CLOSING_S = 1.0
@@ -42,15 +44,20 @@ class ReplayServer:
     def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
         """``buffer``: the one to serve; a new one where left out."""
         self._config = config.server
-        self.buffer = buffer if buffer is not None else ReplayBuffer(config)
+        self.buffer = buffer if buffer is not None else ReplayBuffer(config, restore=False)
+        self._owns_buffer = buffer is None
         self.address = ""
         """Where clients reach it once it was started: ``HOST:PORT`` or ``unix:PATH``."""
 
-    async def start(self) -> None:
-        """Listens.
+    async def start(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Listens, and reads the durable store where there is one: until that is done, health says NOT_SERVING and calls are told so.
+
+        Args:
+            progress: told from another thread how many of how many rows are read.
 
         Raises:
             AddressInUseError: not possible there.
+            ReplayError: the durable store cannot be used.
         """
         limit = self._config.max_message_bytes
         self._server = grpc.aio.server(
@@ -77,7 +84,16 @@ class ReplayServer:
         if swept:
             logger.info("removed %d rings that killed servers left in shared memory", swept)
         self.address = self._listen()
+        await self._health.set("", _NOT_SERVING)
+        await self._health.set(SERVICE_NAME, _NOT_SERVING)
         await self._server.start()
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.buffer.restore, progress)
+        except BaseException:
+            await self._server.stop(0)
+            self._service.close()
+            raise
+        self._service.serve()
         await self._health.set("", _SERVING)
         await self._health.set(SERVICE_NAME, _SERVING)
 
@@ -89,6 +105,8 @@ class ReplayServer:
         ended = await self._service.drained(self._config.drain_timeout_s)
         await self._server.stop(CLOSING_S if ended else 0)
         self._service.close()
+        if self._owns_buffer:
+            await asyncio.get_running_loop().run_in_executor(None, self.buffer.close)
 
     def _listen(self) -> str:
         wanted = f"unix:{self._config.unix_socket}" if self._config.unix_socket else _join(self._config.host, self._config.port)
@@ -104,32 +122,37 @@ class ReplayServer:
         return wanted if self._config.unix_socket else _join(self._config.host, port)
 
 
-def run(config: Config) -> int:
+def run(config: Config, progress: Callable[[int, int], None] | None = None) -> int:
     """Serves until SIGTERM or SIGINT, then drains.
 
-    Prints ``listening on HOST:PORT`` once it does.
+    Prints ``listening on HOST:PORT`` once it serves: after the durable store, where there is one, is read.
+
+    Args:
+        config: the configuration.
+        progress: told from another thread how many of how many rows are read.
 
     Returns:
         The process's exit code.
 
     Raises:
         AddressInUseError: the server cannot listen where it was told to.
+        ReplayError: the durable store cannot be used.
     """
     # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
     torch.set_num_threads(1)
     keep_freed_memory()
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     logger.info("configuration in force:\n%s", config.to_toml())
-    asyncio.run(_serve(config))
+    asyncio.run(_serve(config, progress))
     # The interpreter's last collection would go through all that torch made: most of a second of CPU, which a busy machine stretches
     # beyond the time that a container gets to stop.
     gc.freeze()
     return 0
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, progress: Callable[[int, int], None] | None) -> None:
     server = ReplayServer(config)
-    await server.start()
+    await server.start(progress)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,8 @@ from touchline_server.store import EpisodeStore, Selection, Stored
 
 if TYPE_CHECKING:
     import torchrl.data
+
+    from touchline_server.durable import GroupCommitter, Receipt
 
 MAX_IDLE_BYTES = 1 << 28
 """Memory of batches that have died, kept for the next ones."""
@@ -47,8 +49,17 @@ class ReplayBuffer:
     Every method may be called from any thread. Adding copies what it is given; batches are the caller's.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Makes an empty buffer. Nothing is allocated before the first episode fixes the columns."""
+    def __init__(self, config: Config, *, restore: bool = True) -> None:
+        """Makes a buffer: empty, and nothing is allocated before the first episode fixes the columns; or with a ``storage.data_dir``
+        as it was when the last one on that folder ended.
+
+        Args:
+            config: the configuration.
+            restore: False leaves the folder to :meth:`restore`, which must come before anything else.
+
+        Raises:
+            ReplayError: as :meth:`restore`.
+        """
         self.config = config
         self.store = EpisodeStore(config)
         self.seeds = SeedSource(config.sampling.seed)
@@ -58,6 +69,35 @@ class ReplayBuffer:
         self._plans: OrderedDict[tuple[Schema, int, int], GatherPlan] = OrderedDict()
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._torchrl: torchrl.data.ReplayBuffer | None = None
+        self._committer: GroupCommitter | None = None
+        self.restored = not config.storage.data_dir
+        """Whether the durable store, if there is to be one, is read."""
+        if restore:
+            self.restore()
+
+    def restore(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Takes ``storage.data_dir``, if one is configured, and puts what is in it into the ring.
+
+        Args:
+            progress: told how many of how many rows are read, again and again.
+
+        Raises:
+            StoreInUseError: another server has the folder.
+            StoreMismatchError: it is of another format or configuration.
+            DamagedStoreError: something in it is not as it was written.
+            StorageFailedError: it cannot be read or written.
+            TooLargeError: there is no memory for the columns.
+        """
+        if not self.restored:
+            from touchline_server.restoring import open_durable
+
+            self._committer = open_durable(self.store, self.config, progress)
+            self.restored = True
+
+    def close(self) -> None:
+        """Commits what is under way and lets go of the ``storage.data_dir``; without one there is nothing to do."""
+        if self._committer is not None:
+            self._committer.close()
 
     @property
     def capacity(self) -> int:
@@ -104,6 +144,8 @@ class ReplayBuffer:
             InvalidEpisodeError: the episode is malformed or does not fit the schema of those before.
             KeyConflictError: the key was used for another episode.
             TooLargeError: there is no memory for the columns.
+            StorageFullError: the durable store has no room for it.
+            StorageFailedError: the durable store cannot be written.
         """
         try:
             episode = self._episode(td, actor, policy_version, key)
@@ -194,6 +236,10 @@ class ReplayBuffer:
     def add_episode(self, episode: Episode) -> Stored:
         """Stores one episode of numpy columns, as the codec gives it. Raises as :meth:`add` does."""
         return self.store.add(episode)
+
+    def submit_episode(self, episode: Episode) -> Stored | Receipt:
+        """Stores one episode without waiting for the disk: see :meth:`EpisodeStore.submit`."""
+        return self.store.submit(episode)
 
     def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
         """Returns what to draw, with the configuration's values where none is given.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,6 +16,7 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from touchline_server.config import Config, ConfigError, ServerConfig, read_cfg
+from touchline_server.errors import ReplayError
 
 EXIT_FAILED = 1
 """The server could not run, or is not well."""
@@ -69,6 +72,8 @@ def _describe(
       touchline-server serve
       touchline-server serve --config cfg/default.toml --port 0
       touchline-server healthcheck --address 127.0.0.1:50051
+      touchline-server check --data-dir /data
+      touchline-server snapshot --data-dir /data /backup/monday
     """
 
 
@@ -106,7 +111,7 @@ def serve(
     \b
     Exit status:
       0  stopped by a signal
-      1  the address is in use
+      1  the address is in use, or the storage.data_dir cannot be used
       2  the configuration or the command line cannot be used
     """
     logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -119,10 +124,11 @@ def serve(
     from touchline_server.app import AddressInUseError, run
 
     try:
-        status = run(effective)
+        with _progress("restoring", effective.storage.data_dir) as progress:
+            status = run(effective, progress)
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
-    except AddressInUseError as error:
+    except (AddressInUseError, ReplayError) as error:
         _fail(str(error), EXIT_FAILED)
     raise typer.Exit(status)
 
@@ -171,6 +177,95 @@ def healthcheck(
     typer.echo(f"{target}: {status}", err=True)
 
 
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="Folder of the durable store. Without it: the configured storage.data_dir."),
+]
+
+
+@app.command()
+def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
+    """Verifies a durable store: SQLite's structures, every episode's checksum, the ledger and the counts.
+
+    Changes nothing. A server may be running on it.
+
+    \b
+    Examples:
+      touchline-server check --data-dir /data
+
+    \b
+    Exit status:
+      0  everything is as it was written
+      1  something is not (stdout says what), or it cannot be read
+    """
+    from touchline_server import upkeep
+
+    folder = _data_dir(data_dir, config)
+    try:
+        with _progress("checking", str(folder)) as progress:
+            findings = upkeep.check(folder, progress)
+    except ReplayError as error:
+        _fail(str(error), EXIT_FAILED)
+    _tell(findings.damage, f"{findings.episodes} episodes, {findings.steps} steps are whole")
+    if findings.damage:
+        _fail(f"{folder} is damaged; `touchline-server recover --data-dir {folder}` keeps what is whole", EXIT_FAILED)
+
+
+@app.command()
+def recover(data_dir: DataDir = None, config: ConfigPath = None) -> None:
+    """Keeps what is whole of a damaged store, and says what was not.
+
+    What is whole goes into a fresh file, which takes the place of the old one; that stays beside it as touchline.db.damaged.
+    No server may be running on it.
+
+    \b
+    Examples:
+      touchline-server recover --data-dir /data
+
+    \b
+    Exit status:
+      0  a server can start on it again
+      1  nothing could be recovered; nothing was changed
+    """
+    from touchline_server import upkeep
+
+    folder = _data_dir(data_dir, config)
+    try:
+        with _progress("recovering", str(folder)) as progress:
+            findings = upkeep.recover(folder, progress)
+    except ReplayError as error:
+        _fail(str(error), EXIT_FAILED)
+    _tell(findings.damage, f"{findings.episodes} episodes, {findings.steps} steps were recovered; the old file is kept beside the new one")
+
+
+@app.command()
+def snapshot(
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the copy; made if it does not exist.")],
+    data_dir: DataDir = None,
+    config: ConfigPath = None,
+) -> None:
+    """Takes a consistent copy of a durable store, of one moment, also while a server runs on it.
+
+    The copy's folder is a data_dir that a server can start on.
+
+    \b
+    Examples:
+      touchline-server snapshot --data-dir /data /backup/monday
+
+    \b
+    Exit status:
+      0  the copy is whole and on the disk
+      1  it could not be made
+    """
+    from touchline_server import upkeep
+
+    try:
+        file = upkeep.snapshot(_data_dir(data_dir, config), target)
+    except ReplayError as error:
+        _fail(str(error), EXIT_FAILED)
+    typer.echo(str(file))
+
+
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
     app()
@@ -183,6 +278,44 @@ def _override(config: Config, **options: str | int | None) -> Config:
         given.setdefault("unix_socket", "")
     server = {**config.server.model_dump(), **given}
     return Config(config=config.config, storage=config.storage, sampling=config.sampling, server=server)
+
+
+def _data_dir(given: Path | None, config: Path | None) -> Path:
+    """Returns the durable store's folder; ends the command where none is given or configured."""
+    if given is not None:
+        return given
+    try:
+        configured = read_cfg(config).storage.data_dir
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
+    if not configured:
+        _fail("storage.data_dir: '', expected a folder; give --data-dir", EXIT_USAGE)
+    return Path(configured)
+
+
+@contextmanager
+def _progress(what: str, folder: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives what shows how far something is: a bar on stderr where that is a terminal, a line at the end where it is not."""
+    with ExitStack() as stack:
+        bar: Any = None
+        shown = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar, shown
+            if bar is None:
+                bar = stack.enter_context(typer.progressbar(length=total, label=f"{what} {folder}", file=sys.stderr))
+            bar.update(done - shown)
+            shown = done
+            if done >= total:
+                stack.close()
+
+        yield show
+
+
+def _tell(damage: list[str], summary: str) -> None:
+    for line in damage:
+        typer.echo(line)
+    typer.echo(summary)
 
 
 def _address_of(server: ServerConfig) -> str:

@@ -87,6 +87,14 @@ class StorageConfig(_Table):
     """Folder of the memory-mapped files, for device ``disk``."""
     allow_non_finite: bool = False
     """Whether observations, actions, rewards and dones that are NaN or infinite are stored; otherwise their episode is refused."""
+    data_dir: str = ""
+    """Folder in which the episodes outlive the server; empty: nothing does."""
+    durability: Literal["sync", "batch", "memory"] = "batch"
+    """What an acknowledgement says, with a data_dir. ``sync``: the episode is on the disk. ``batch``: it is in the write-ahead
+    log, which outlives the server's death, and on the disk after sync_interval_ms. ``memory``: it is in memory, and written
+    behind."""
+    sync_interval_ms: Annotated[_Int, Field(ge=1, le=60_000)] = 100
+    """Longest time in milliseconds between an acknowledgement and the disk, for ``batch``."""
 
 
 class SamplingConfig(_Table):

@@ -10,6 +10,12 @@ ReplayError
 ├── OverloadedError         as many streams or actors as the server takes
 ├── IncompatibleVersionError  a client of another major version
 ├── SchemaChangedError      batches look otherwise than when the stream was opened
+├── RestoringError          the durable store is being read, or cannot be
+├── StorageFullError        the durable store's disk is full
+├── StorageFailedError      the durable store cannot be read or written
+│   └── DamagedStoreError   something in it is not as it was written
+├── StoreMismatchError      the durable store is of another format or configuration
+├── StoreInUseError         another server has the data_dir
 └── DrainingError           the server is about to stop
 """
 
@@ -58,3 +64,27 @@ class SchemaChangedError(ReplayError):
 
 class DrainingError(ReplayError):
     """The server takes no new work because it is about to stop."""
+
+
+class RestoringError(ReplayError):
+    """The server is reading its durable store and takes no work before it has. Try again later."""
+
+
+class StorageFullError(ReplayError):
+    """The durable store has no room for the episode; nothing of it was stored. Try again once there is room."""
+
+
+class StorageFailedError(ReplayError):
+    """The durable store cannot be read or written; the text says why."""
+
+
+class DamagedStoreError(StorageFailedError):
+    """Something in the durable store is not as it was written; the text says what to do."""
+
+
+class StoreMismatchError(ReplayError):
+    """The durable store was written in another format or under another configuration; the text says which."""
+
+
+class StoreInUseError(ReplayError):
+    """Another process has the data_dir."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,25 @@ class _Sender:
         self._begins: list[int] = []
         self._ends: list[int] = []
         self._forgotten_below = 0
+
+    @classmethod
+    def of(cls, runs: Iterable[tuple[int, int]], recent: Iterable[tuple[int, int, int]], forgotten_below: int) -> _Sender:
+        """Returns what :meth:`state` told of."""
+        sender = cls()
+        for first, after in runs:
+            sender._begins.append(first)
+            sender._ends.append(after)
+        for sequence, digest, episode_id in recent:
+            sender.recent[sequence] = (digest, episode_id)
+        while len(sender.recent) > MAX_RECENT:
+            sender.recent.popitem(last=False)
+        sender._forgotten_below = forgotten_below
+        return sender
+
+    def state(self) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]], int]:
+        """Returns the runs, the recent episodes and the number below which gaps are forgotten."""
+        recent = [(sequence, digest, episode_id) for sequence, (digest, episode_id) in self.recent.items()]
+        return list(zip(self._begins, self._ends, strict=True)), recent, self._forgotten_below
 
     def forgotten(self, sequence: int) -> bool:
         """Returns whether it can no longer be told if this number is stored: the gaps around it were too many."""
@@ -133,3 +152,28 @@ class KeyLedger:
         if len(sender.recent) > MAX_RECENT:
             sender.recent.popitem(last=False)
         sender.add(key.sequence)
+
+    def restore(
+        self,
+        client_id: str,
+        incarnation: int,
+        *,
+        runs: Iterable[tuple[int, int]],
+        recent: Iterable[tuple[int, int, int]],
+        forgotten_below: int,
+    ) -> None:
+        """Takes over what was known of a sender before a restart; the one called for last counts as the one heard last.
+
+        Args:
+            client_id: names it, with the next.
+            incarnation: as in its keys.
+            runs: [first, after) of consecutive numbers that are stored, ascending.
+            recent: sequence number, digest and episode id of its last episodes, in the order in which they were stored.
+            forgotten_below: numbers below it that are in no run are refused.
+        """
+        self._senders[client_id, incarnation] = _Sender.of(runs, recent, forgotten_below)
+
+    def senders(self) -> Iterator[tuple[str, int, list[tuple[int, int]], list[tuple[int, int, int]], int]]:
+        """Yields what :meth:`restore` takes of each sender, in the order of its arguments, the one heard longest ago first."""
+        for (client_id, incarnation), sender in self._senders.items():
+            yield client_id, incarnation, *sender.state()

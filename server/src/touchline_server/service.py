@@ -9,14 +9,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import numpy as np
 from google.protobuf.message import Message
 
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
-from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder, OversizeError, decode_add_episode
+from touchline_protos.codec import CodecError, CodecLimits, EpisodeKey, LoadDecoder, OversizeError, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import messages
 from touchline_server.buffer import ReplayBuffer, SampleSpec
@@ -27,6 +28,8 @@ from touchline_server.errors import (
     InvalidRequestError,
     KeyConflictError,
     OverloadedError,
+    ReplayError,
+    RestoringError,
     TooLargeError,
     UnknownTableError,
 )
@@ -34,8 +37,12 @@ from touchline_server.feeding import RingHouse
 from touchline_server.session import SampleSession
 from touchline_server.sharing import AddGate
 from touchline_server.status import abort
+from touchline_server.store import Stored
 from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
+
+if TYPE_CHECKING:
+    from touchline_server.durable import Receipt
 
 SERVICE_NAME = "touchline.v1.Replay"
 
@@ -66,6 +73,12 @@ class ReplayService:
         self._streams = 0
         self._calls = 0
         self._draining = False
+        self._serving = buffer.restored
+
+    def serve(self) -> None:
+        """Takes work from now on: the durable store is read."""
+        self._serving = True
+        self._changes.notify()
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Returns the service's method handlers.
@@ -73,8 +86,8 @@ class ReplayService:
         gRPC hands over bytes: the codec reads and writes the hot messages, and what is no message gets a status of ours.
         """
 
-        def unary(method: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
-            return grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(method, request)), None, messages.serialize)
+        def unary(method: Any, request: Any, *, early: bool = False) -> grpc.RpcMethodHandler[Any, Any]:
+            return grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(method, request), early=early), None, messages.serialize)
 
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
@@ -83,7 +96,7 @@ class ReplayService:
                 "LoadEpisodes": grpc.stream_unary_rpc_method_handler(self._guarded(self._load_episodes), None, messages.serialize),
                 "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(self._sample, pb.SampleRequest)), None, None),
                 "SampleStream": grpc.stream_stream_rpc_method_handler(self._guarded(self._sample_stream), None, None),
-                "Ready": unary(self._ready, pb.ReadyRequest),
+                "Ready": unary(self._ready, pb.ReadyRequest, early=True),
                 "Info": unary(self._info, pb.InfoRequest),
                 "Clear": unary(self._clear, pb.ClearRequest),
             },
@@ -108,13 +121,20 @@ class ReplayService:
         self._adding.shutdown()
         self._sampling.shutdown()
 
-    def _guarded(self, method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
-        """Wraps a method with what holds for all: the protocol's version, draining, and errors as statuses."""
+    def _guarded(self, method: Callable[[Any, Context], Awaitable[T]], *, early: bool = False) -> Callable[[Any, Context], Awaitable[T]]:
+        """Wraps a method with what holds for all: the protocol's version, draining, and errors as statuses.
+
+        Args:
+            method: the method.
+            early: whether it may be called while the durable store is read.
+        """
 
         async def guarded(request: Any, context: Context) -> T:
             try:
                 _check_protocol(context)
                 self._refuse_if_draining()
+                if not self._serving and not early:
+                    raise RestoringError("the server is reading its durable store; try again when it has")
                 with self._call():
                     return await method(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -149,37 +169,49 @@ class ReplayService:
             self._gate.charge(cost_s)
 
     async def _add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
-        return await self._store(self._add, message)
+        stored = await self._committed(await self._store(self._add, message))
+        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts))
 
-    def _add(self, message: bytes) -> pb.AddEpisodeResponse:
+    async def _committed(self, stored: Stored | Receipt) -> Stored:
+        """Waits for the durable store, where there is one, without a thread."""
+        if isinstance(stored, Stored):
+            return stored
+        try:
+            return await asyncio.wrap_future(stored)
+        finally:
+            if stored.done():
+                self._gate.charge(stored.cost_s)
+
+    def _add(self, message: bytes) -> Stored | Receipt:
         try:
             table, episode = decode_add_episode(message, limits=self._codec_limits)
         except CodecError as error:
             self._buffer.store.count_refused(str(error))
             raise
         _check_table(table)
-        stored = self._buffer.add_episode(episode)
-        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts))
+        return self._buffer.submit_episode(episode)
 
     async def _load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
         decoder = LoadDecoder(self._codec_limits)
-        results: list[pb.EpisodeResult] = []
+        answers: list[pb.EpisodeResult | _Submitted] = []
         with self._stream():
             async for message in requests:
-                if len(results) == MAX_LOAD_RESULTS:
+                if len(answers) == MAX_LOAD_RESULTS:
                     raise TooLargeError(
                         f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
                     )
-                result = await self._store(self._load, decoder, message)
-                if result is not None:
-                    results.append(result)
+                answer = await self._store(self._load, decoder, message)
+                if answer is not None:
+                    answers.append(answer)
+        # Episodes of one call that wait for the disk share its fsync.
+        results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
         if decoder.in_progress:
             error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
             self._buffer.store.count_refused(str(error))
             raise error
         return pb.LoadEpisodesResponse(results=results, counts=messages.counts(self._buffer.counts()))
 
-    def _load(self, decoder: LoadDecoder, message: bytes) -> pb.EpisodeResult | None:
+    def _load(self, decoder: LoadDecoder, message: bytes) -> pb.EpisodeResult | _Submitted | None:
         try:
             episode = decoder.feed(message)
         except CodecError as error:
@@ -189,19 +221,20 @@ class ReplayService:
             outcome = pb.EpisodeResult.OUTCOME_TOO_LARGE if isinstance(error, OversizeError) else pb.EpisodeResult.OUTCOME_INVALID
             return messages.refusal(error.key, outcome, str(error))
         _check_table(decoder.table)
-        return self._store_loaded(episode) if episode is not None else None
-
-    def _store_loaded(self, episode: Episode) -> pb.EpisodeResult:
+        if episode is None:
+            return None
         try:
-            stored = self._buffer.add_episode(episode)
-        except InvalidEpisodeError as error:
-            return messages.refusal(episode.key, pb.EpisodeResult.OUTCOME_INVALID, str(error))
-        except KeyConflictError as error:
-            return messages.refusal(episode.key, pb.EpisodeResult.OUTCOME_KEY_CONFLICT, str(error))
-        except TooLargeError as error:
-            return messages.refusal(episode.key, pb.EpisodeResult.OUTCOME_TOO_LARGE, str(error))
+            return _Submitted(episode.key, self._buffer.submit_episode(episode))
+        except ReplayError as error:
+            return _refused(episode.key, error)
+
+    async def _result(self, submitted: _Submitted) -> pb.EpisodeResult:
+        try:
+            stored = await self._committed(submitted.stored)
+        except ReplayError as error:
+            return _refused(submitted.key, error)
         outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
-        return pb.EpisodeResult(key=messages.key(episode.key), outcome=outcome, episode_id=stored.episode_id)
+        return pb.EpisodeResult(key=messages.key(submitted.key), outcome=outcome, episode_id=stored.episode_id)
 
     async def _sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         spec = self._spec(request)
@@ -256,13 +289,13 @@ class ReplayService:
         wanted = request.min_steps or config.min_history
 
         def reached() -> bool:
-            return self._draining or (self._buffer.ready() and self._buffer.size >= wanted)
+            return self._draining or (self._serving and self._buffer.ready() and self._buffer.size >= wanted)
 
         await self._changes.until(reached, _checked_wait(request.wait_s))
         counts = self._buffer.counts()
         return pb.ReadyResponse(
-            can_sample=self._buffer.ready(),
-            min_steps_reached=counts.steps_stored >= wanted,
+            can_sample=self._serving and self._buffer.ready(),
+            min_steps_reached=self._serving and counts.steps_stored >= wanted,
             min_history=config.min_history,
             counts=messages.counts(counts),
         )
@@ -308,6 +341,29 @@ class ReplayService:
             yield
         finally:
             self._streams -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """An episode of a load that was handed to the store."""
+
+    key: EpisodeKey | None
+    stored: Stored | Receipt
+
+
+_OUTCOME_OF: dict[type[ReplayError], pb.EpisodeResult.Outcome] = {
+    InvalidEpisodeError: pb.EpisodeResult.OUTCOME_INVALID,
+    KeyConflictError: pb.EpisodeResult.OUTCOME_KEY_CONFLICT,
+    TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
+}
+
+
+def _refused(key: EpisodeKey | None, error: ReplayError) -> pb.EpisodeResult:
+    """Returns the result of an episode of a load that was refused; an error that is not the episode's own ends the call."""
+    for kind, outcome in _OUTCOME_OF.items():
+        if isinstance(error, kind):
+            return messages.refusal(key, outcome, str(error))
+    raise error
 
 
 def _parsing(method: Callable[[Any, Context], Awaitable[T]], request: type[Message]) -> Callable[[bytes, Context], Awaitable[T]]:

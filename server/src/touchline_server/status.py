@@ -19,7 +19,10 @@ from touchline_server.errors import (
     KeyConflictError,
     NotReadyError,
     OverloadedError,
+    RestoringError,
     SchemaChangedError,
+    StorageFailedError,
+    StorageFullError,
     TooLargeError,
     UnknownTableError,
 )
@@ -48,6 +51,10 @@ STATUS_OF: dict[type[Exception], Status] = {
     OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
     OverloadedError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),
     SchemaChangedError: Status(grpc.StatusCode.UNAVAILABLE, "schema-changed"),
+    # The client's word for it: what the server has no room for now may pass later.
+    StorageFullError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),
+    StorageFailedError: Status(grpc.StatusCode.UNAVAILABLE, "storage-failed"),
+    RestoringError: Status(grpc.StatusCode.UNAVAILABLE, "restoring"),
     DrainingError: Status(grpc.StatusCode.UNAVAILABLE, "draining"),
 }
 

@@ -14,8 +14,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.sampling import Draw, Law
 from touchline_server.schema import EpisodeValidator, Schema
 from touchline_server.torchrl_state import release
+
+if TYPE_CHECKING:
+    from touchline_server.durable import GroupCommitter, Receipt
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,7 @@ class EpisodeStore:
         """Name of every actor so far by its number: a view that grows."""
         self._actor_numbers: dict[str, int] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._committer: GroupCommitter | None = None
 
     @property
     def schema(self) -> Schema | None:
@@ -139,7 +144,11 @@ class EpisodeStore:
             InvalidEpisodeError: it is malformed or does not fit the schema. Counted as refused.
             KeyConflictError: its key was used for another payload. Counted as refused.
             TooLargeError: there is no memory for the columns that the first episode asks for. Counted as refused.
+            StorageFullError: the durable store, where there is one, has no room for it. Counted as refused.
+            StorageFailedError: the durable store cannot be written. Counted as refused.
         """
+        if self._committer is not None:
+            return self._committer.add(episode)
         try:
             digest = payload_digest(episode.columns) if episode.key is not None else 0
             with self.write_lock:
@@ -147,8 +156,20 @@ class EpisodeStore:
         except (InvalidEpisodeError, KeyConflictError, TooLargeError) as error:
             self.count_refused(str(error), episode)
             raise
-        self._notify()
+        self.notify()
         return stored
+
+    def submit(self, episode: Episode) -> Stored | Receipt:
+        """Stores an episode as :meth:`add` does, without waiting for the disk where there is a durable store.
+
+        Returns:
+            The answer, or what will hold the answer or the error; until then the episode's arrays must stay as they are.
+        """
+        return self.add(episode) if self._committer is None else self._committer.submit(episode)
+
+    def attach(self, committer: GroupCommitter) -> None:
+        """Has everything that is added from now on go through a durable store."""
+        self._committer = committer
 
     def count_refused(self, reason: str, episode: Episode | None = None) -> None:
         """Counts and logs an episode that was refused, here or before it became one."""
@@ -160,19 +181,14 @@ class EpisodeStore:
     def clear(self) -> Counts:
         """Forgets every episode and the schema, and releases the columns. Ids, keys and counts of what was added go on."""
         with self.write_lock:
-            with self._lock:
-                evicted = self._index.evict_for(self.capacity)
-                self._count_evicted(evicted.episodes, evicted.steps)
-                self._wait_for_older_gathers()
-                if self._columns is not None:
-                    self._columns.settle()
-                self._index = EpisodeIndex(self.capacity)
-                self._columns = None
-            release(self.storage)
-            if self.on_cleared is not None:
-                self.on_cleared()
-        logger.info("cleared: %d episodes, %d steps", evicted.episodes, evicted.steps)
-        self._notify()
+            if self._committer is None:
+                self._forget_all()
+            else:
+                figures = self.figures()
+                figures |= {"steps_evicted": figures["steps_added"], "episodes_evicted": figures["episodes_added"]}
+                figures |= {"steps_stored": 0, "episodes_stored": 0}
+                self._committer.clear(self._forget_all, figures)
+        self.notify()
         return self.counts()
 
     @contextmanager
@@ -219,46 +235,138 @@ class EpisodeStore:
                 columns.gather(spec.name, rows, episode[spec.name])
         return episode
 
-    def _add(self, episode: Episode, digest: int) -> Stored:
+    # What the durable store works with, under the write lock
+
+    @property
+    def incoming(self) -> bool:
+        """Whether the first row's action, reward and done are undefined, and not the last one's."""
+        return self._validator.incoming
+
+    @property
+    def next_id(self) -> int:
+        """The id of the next episode."""
+        return self._next_id
+
+    def skip_ids(self, next_id: int) -> None:
+        """Gives no id below ``next_id`` out."""
+        self._next_id = max(self._next_id, next_id)
+
+    def figures(self) -> dict[str, int]:
+        """Returns a copy of the counts by name."""
+        return asdict(self.counts())
+
+    def index_view(self) -> np.ndarray:
+        """Returns what :meth:`entries` does, as a view: valid until the next change."""
+        return self._index.entries
+
+    def is_too_short(self, length: int) -> bool:
+        """Returns whether an episode of so many rows is never sampled at the configured horizon."""
+        return length <= self._config.horizon
+
+    def find(self, episode: Episode, digest: int) -> int | None:
+        """Returns the id under which the episode is stored already, -1 where only its key is known, None where it is new.
+
+        Raises:
+            InvalidEpisodeError: the key is malformed.
+            KeyConflictError: the key was used for another payload.
+        """
         known = self._ledger.find(episode.key, digest) if episode.key is not None else None
-        if known is not None:
-            with self._lock:
-                self._figures["episodes_duplicate"] += 1
-                return Stored(known.episode_id, -1, True, self._counts())
-        schema = self._validator.check(episode.columns, self.schema)
+        return known.episode_id if known is not None else None
+
+    def count_duplicate(self, episode_id: int) -> Stored:
+        """Counts an episode that is stored already and returns the answer to it."""
+        with self._lock:
+            self._figures["episodes_duplicate"] += 1
+            return Stored(episode_id, -1, True, self._counts())
+
+    def check(self, episode: Episode, schema: Schema | None) -> Schema:
+        """Returns the schema that the episode fits: the given one, or where there is none the one that it fixes.
+
+        Raises:
+            InvalidEpisodeError: it is malformed or does not fit.
+        """
+        schema = self._validator.check(episode.columns, schema)
         if not -(2**63) <= episode.policy_version < 2**63:
             raise InvalidEpisodeError(f"policy_version: {episode.policy_version}, expected a 64-bit integer")
-        actor = self._actor_number(episode.actor)
-        length = episode.length
-        columns = self._columns
-        if columns is None:
-            columns = allocate_columns(self.storage, schema, capacity=self.capacity, wanted_device=self._config.storage.device)
+        self._actor_number(episode.actor)
+        return schema
+
+    def allocate(self, schema: Schema) -> Columns:
+        """Returns columns for the first episode, seen by nobody before that is published. Raises as :func:`allocate_columns` does."""
+        return allocate_columns(self.storage, schema, capacity=self.capacity, wanted_device=self._config.storage.device)
+
+    def release(self) -> None:
+        """Frees columns whose first episode is not published after all: the next one may have another schema."""
+        release(self.storage)
+
+    def evict(self, length: int) -> None:
+        """Makes room for so many rows, or for all that there are."""
         with self._lock:
-            evicted = self._index.evict_for(length)
+            evicted = self._index.evict_for(min(length, self.capacity))
             self._count_evicted(evicted.episodes, evicted.steps)
             self._wait_for_older_gathers()
-            first_row = self._index.cursor
+
+    def publish(self, episode: Episode, columns: Columns | None, *, digest: int, episode_id: int) -> Stored:
+        """Stores a checked episode in the ring and makes it visible; what it needs the room of is evicted."""
+        if columns is None:
+            raise ValueError("an episode without columns to store it in")
+        length = episode.length
+        self.evict(length)
+        first_row = self._index.cursor
         try:
             columns.write(first_row, episode.columns)
             if self.on_written is not None:
                 self.on_written(np.remainder(np.arange(first_row, first_row + length), self.capacity))
         except BaseException:
             if self._columns is None:
-                # No episode has fixed the schema, so the next one may have another.
-                release(self.storage)
+                self.release()
             raise
         with self._lock:
             self._columns = columns
-            episode_id = self._next_id
-            self._next_id += 1
+            self._next_id = episode_id + 1
+            actor = self._actor_number(episode.actor)
             self._index.append(episode_id=episode_id, length=length, actor=actor, policy_version=episode.policy_version)
             self._figures["steps_added"] += length
             self._figures["episodes_added"] += 1
-            self._figures["episodes_too_short"] += length <= self._config.horizon
+            self._figures["episodes_too_short"] += self.is_too_short(length)
             counts = self._counts()
         if episode.key is not None:
             self._ledger.remember(episode.key, digest, episode_id)
         return Stored(episode_id, first_row, False, counts)
+
+    def resume(self, figures: Mapping[str, int], ledger: KeyLedger, *, next_id: int) -> None:
+        """Takes over, after the stored episodes were published again, what else was known before a restart."""
+        with self._lock:
+            self._figures.update(figures)
+        self._ledger = ledger
+        self.skip_ids(next_id)
+
+    def notify(self) -> None:
+        """Tells the subscribers that something changed."""
+        for listener in tuple(self._listeners):
+            listener()
+
+    def _forget_all(self) -> None:
+        with self._lock:
+            evicted = self._index.evict_for(self.capacity)
+            self._count_evicted(evicted.episodes, evicted.steps)
+            self._wait_for_older_gathers()
+            if self._columns is not None:
+                self._columns.settle()
+            self._index = EpisodeIndex(self.capacity)
+            self._columns = None
+        release(self.storage)
+        if self.on_cleared is not None:
+            self.on_cleared()
+        logger.info("cleared: %d episodes, %d steps", evicted.episodes, evicted.steps)
+
+    def _add(self, episode: Episode, digest: int) -> Stored:
+        known = self.find(episode, digest)
+        if known is not None:
+            return self.count_duplicate(known)
+        schema = self.check(episode, self.schema)
+        columns = self._columns if self._columns is not None else self.allocate(schema)
+        return self.publish(episode, columns, digest=digest, episode_id=self._next_id)
 
     def _actor_number(self, name: str) -> int:
         number = self._actor_numbers.get(name)
@@ -287,7 +395,3 @@ class EpisodeStore:
         figures["steps_stored"] = self._index.steps
         figures["episodes_stored"] = len(self._index)
         return Counts(**figures)
-
-    def _notify(self) -> None:
-        for listener in tuple(self._listeners):
-            listener()

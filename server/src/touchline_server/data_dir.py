@@ -1,0 +1,106 @@
+"""A durable store's folder: one server at a time, and a mark of what was acknowledged that does not lie in the database itself."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from touchline_server.database import FILE_NAME
+from touchline_server.errors import StorageFailedError, StoreInUseError
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "lock"
+MARK_NAME = "acknowledged"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a server had acknowledged when it ended, however it ended."""
+
+    commits: int
+    """Transactions."""
+    synced: bool
+    """Whether each was on the disk before it was acknowledged."""
+    boot_id: str
+    """Of the machine's start: until its next one, what was committed is there, on the disk or not."""
+
+
+class DataDir:
+    """A data_dir that this process holds. A context manager.
+
+    Raises:
+        StoreInUseError: another process holds it.
+        StorageFailedError: it cannot be made or opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise StoreInUseError(
+                f"storage.data_dir: {self.path} is in use by another touchline-server; stop it or choose another folder"
+            ) from None
+        try:
+            self._mark = os.open(self.path / MARK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            os.close(self._lock)
+            raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None
+        self._boot_id = boot_id()
+
+    @property
+    def database(self) -> Path:
+        """The database's file."""
+        return self.path / FILE_NAME
+
+    def mark(self) -> Mark | None:
+        """Returns what was acknowledged; None where there is no mark, or none that can be read: it only ever adds to the checks."""
+        return read_mark(self.path)
+
+    def acknowledge(self, commits: int, *, synced: bool) -> None:
+        """Notes that so many transactions are committed. Not synced: it is to be there after the server's death, not the machine's."""
+        try:
+            os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
+        except OSError as error:
+            # The episodes are committed all the same; what is lost is a check.
+            logger.warning("%s: %s", self.path / MARK_NAME, error.strerror)
+
+    def close(self) -> None:
+        """Lets go of it."""
+        os.close(self._mark)
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_mark(data_dir: Path) -> Mark | None:
+    """Returns what :meth:`DataDir.mark` does, of a folder that another process may hold."""
+    try:
+        words = (data_dir / MARK_NAME).read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        return None
+    return Mark(int(words[0]), words[1] == "sync", words[2]) if len(words) == 3 and words[0].isdecimal() else None
+
+
+def boot_id() -> str:
+    """Returns what names this start of the machine; ``unknown`` where nothing does."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"

@@ -1,0 +1,459 @@
+"""The durable store's file: its tables, and the statements on them. SQLite in WAL mode keeps it; nothing here knows of threads.
+
+``episodes`` has one row an episode, ``payloads`` its columns, ``senders``, ``runs`` and ``keys`` the ledger of
+:mod:`touchline_server.ledger`, ``counts`` the figures, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over its
+payload too: any flipped bit, and any damage within 32 bits in a row, is noticed; other damage escapes once in 4 billion times.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from touchline_protos.codec import EpisodeKey
+from touchline_protos.dtypes import BFLOAT16, dtype_name
+from touchline_server.errors import DamagedStoreError, StorageFailedError, StorageFullError, StoreMismatchError
+from touchline_server.ledger import MAX_GAPS, MAX_RECENT, MAX_SENDERS
+from touchline_server.schema import ColumnSpec, Schema
+
+FILE_NAME = "touchline.db"
+APPLICATION_ID = 0x746C6E65
+FORMAT = 1
+"""Version of the tables, in ``PRAGMA user_version``."""
+
+PAGE_BYTES = 8192
+PART_BYTES = 1 << 28
+"""Longest blob: SQLite's own limit of 10^9 bytes is below ``server.max_episode_bytes``, so a longer column is kept in parts."""
+
+CHECKPOINT_PAGES = 4096
+"""Length of the write-ahead log, 32 MiB, from which on a commit moves it into the main file."""
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE episodes (
+    id INTEGER PRIMARY KEY, client_id TEXT, incarnation INTEGER, sequence INTEGER, actor TEXT NOT NULL, policy_version INTEGER NOT NULL,
+    length INTEGER NOT NULL, return REAL, time REAL NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE payloads (
+    row INTEGER PRIMARY KEY, episode_id INTEGER NOT NULL, column TEXT NOT NULL, part INTEGER NOT NULL, dtype TEXT NOT NULL,
+    shape TEXT NOT NULL, data BLOB NOT NULL);
+CREATE INDEX payloads_of_episode ON payloads (episode_id);
+CREATE TABLE senders (
+    id INTEGER PRIMARY KEY, client_id TEXT NOT NULL, incarnation INTEGER NOT NULL, forgotten_below INTEGER NOT NULL,
+    last_episode INTEGER NOT NULL, checksum INTEGER NOT NULL, UNIQUE (client_id, incarnation));
+CREATE INDEX senders_by_age ON senders (last_episode);
+CREATE TABLE runs (
+    sender INTEGER NOT NULL, first INTEGER NOT NULL, after INTEGER NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (sender, first)
+    ) WITHOUT ROWID;
+CREATE INDEX runs_by_end ON runs (sender, after);
+CREATE TABLE keys (
+    sender INTEGER NOT NULL, episode_id INTEGER NOT NULL, sequence INTEGER NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (sender, episode_id)) WITHOUT ROWID;
+"""
+
+Blob = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRow:
+    """An episode's row in ``episodes``."""
+
+    id: int
+    key: EpisodeKey | None
+    actor: str
+    policy_version: int
+    length: int
+    return_: float | None
+    """Sum of the defined rewards; None where it is not a number."""
+    time: float
+    """When it was stored, seconds since 1970."""
+    digest: int
+    """Of its columns: :func:`touchline_server.ledger.payload_digest`."""
+
+    @property
+    def values(self) -> tuple[int | str | float | None, ...]:
+        """In the table's order, without the checksum."""
+        key = (self.key.client_id, self.key.incarnation, self.key.sequence) if self.key is not None else (None, None, None)
+        return (self.id, *key, self.actor, self.policy_version, self.length, self.return_, self.time, self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One column of an episode as it is kept."""
+
+    column: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Blob
+    """C order, little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One episode that is added, and those that make room for it."""
+
+    row: EpisodeRow
+    payloads: Sequence[Payload]
+    evicted: Sequence[int]
+    schema: Schema | None = None
+    """Where this episode fixes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SenderState:
+    """What the ledger knows of one sender."""
+
+    client_id: str
+    incarnation: int
+    forgotten_below: int
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """[first, after) of consecutive numbers, ascending."""
+    recent: list[tuple[int, int, int]] = field(default_factory=list)
+    """Sequence number, digest and episode id, in the order in which they were stored."""
+
+
+def row_checksum(*values: object) -> int:
+    """Returns the CRC-32 of a row's values."""
+    return zlib.crc32(repr(values).encode())
+
+
+def payloads_of(columns: Mapping[str, np.ndarray], *, copy: bool) -> list[Payload]:
+    """Returns an episode's columns as they are kept: views of the arrays, or copies of their bytes."""
+    payloads = []
+    for name, array in columns.items():
+        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        payloads.append(Payload(name, dtype_name(array.dtype), array.shape, bytes(view) if copy else view))
+    return payloads
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the dtype of a name in ``payloads``; raises TypeError where there is none."""
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """Opens a file. Transactions are begun and ended by whoever writes."""
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)
+    connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
+    return connection
+
+
+class Database:
+    """The file of one data_dir, for whoever holds the store's write lock.
+
+    Raises:
+        StoreMismatchError: it is no store of ours, or of a newer format.
+        DamagedStoreError: SQLite cannot make sense of it.
+        StorageFailedError: it cannot be opened or made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._synchronous = ""
+        self._keys_since_pruned: dict[int, int] = {}
+        try:
+            self._connection = connect(path)
+            self._prepare()
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """For reading, and for PRAGMAs."""
+        return self._connection
+
+    @property
+    def commits(self) -> int:
+        """How many transactions there were."""
+        value = self.meta("commits", 0)
+        return value if isinstance(value, int) else 0
+
+    def meta(self, name: str, default: object = None) -> object:
+        """Returns a value of the table ``meta``."""
+        row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return default if row is None else row[0]
+
+    def schema(self) -> Schema | None:
+        """Returns the columns' schema, None where no episode has fixed it.
+
+        Raises:
+            DamagedStoreError: it is not readable.
+        """
+        text = self.meta("schema")
+        if text is None:
+            return None
+        try:
+            columns = json.loads(str(text))
+            return Schema(tuple(ColumnSpec(item["name"], numpy_dtype(item["dtype"]), tuple(item["shape"])) for item in columns))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedStoreError(f"{self.path}: the schema is not readable ({error}); {advice(self.path)}") from None
+
+    def counts(self) -> dict[str, int]:
+        """Returns the figures by name."""
+        return dict(self._connection.execute("SELECT name, value FROM counts"))
+
+    def commit(self, changes: Sequence[Change], *, figures: Mapping[str, int], meta: Mapping[str, object], sync: bool) -> None:
+        """Stores episodes and forgets those that they evict, all or none.
+
+        Args:
+            changes: in order.
+            figures: the counts after them.
+            meta: values of ``meta`` that change with them.
+            sync: whether they are on the disk, and not only with the operating system, when this returns.
+
+        Raises:
+            StorageFullError: there is no room. Nothing has changed.
+            StorageFailedError: anything else. Nothing has changed.
+        """
+
+        def write() -> None:
+            for change in changes:
+                self._forget(change.evicted)
+                self._insert(change)
+            self._note(figures, meta)
+
+        self._transact(write, sync=sync)
+
+    def forget(self, episode_ids: Iterable[int], *, figures: Mapping[str, int]) -> None:
+        """Forgets episodes, their keys not, in a transaction of its own. Raises as :meth:`commit` does."""
+
+        def write() -> None:
+            self._forget(episode_ids)
+            self._note(figures, {})
+
+        self._transact(write, sync=True)
+
+    def clear(self, unwritten: Iterable[Change], *, figures: Mapping[str, int]) -> None:
+        """Forgets every episode and the schema, keys and counts not. Raises as :meth:`commit` does.
+
+        Args:
+            unwritten: episodes that were acknowledged and are not in the database: their keys are remembered.
+            figures: the counts after it.
+        """
+
+        def write() -> None:
+            self._connection.execute("DELETE FROM payloads")
+            self._connection.execute("DELETE FROM episodes")
+            self._connection.execute("DELETE FROM meta WHERE name = 'schema'")
+            for change in unwritten:
+                if change.row.key is not None:
+                    self._remember(change.row.key, change.row.digest, change.row.id)
+            self._note(figures, {})
+
+        self._transact(write, sync=True)
+
+    def shrink(self, pages: int) -> bool:
+        """Gives free pages at the file's end back to the file system, as many at most; returns whether there are more."""
+        free = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
+        if free:
+            self._connection.execute(f"PRAGMA incremental_vacuum({min(pages, free)})").fetchall()
+        return bool(free > pages)
+
+    def senders(self) -> list[SenderState]:
+        """Returns what the ledger knows, the sender that stored longest ago first.
+
+        Raises:
+            DamagedStoreError: a row's checksum is wrong.
+        """
+        states: dict[int, SenderState] = {}
+        for number, *values, checksum in self._connection.execute(
+            "SELECT id, client_id, incarnation, forgotten_below, checksum FROM senders ORDER BY last_episode"
+        ):
+            if row_checksum(number, *values) != checksum:
+                raise DamagedStoreError(f"{self.path}: a row of the table senders is damaged; {advice(self.path)}")
+            states[number] = SenderState(*values)
+        for sender, first, after, checksum in self._connection.execute("SELECT * FROM runs ORDER BY sender, first"):
+            if sender not in states or row_checksum(sender, first, after) != checksum:
+                raise DamagedStoreError(f"{self.path}: a row of the table runs is damaged; {advice(self.path)}")
+            states[sender].runs.append((first, after))
+        for sender, episode_id, sequence, digest, checksum in self._connection.execute("SELECT * FROM keys ORDER BY sender, episode_id"):
+            if sender not in states or row_checksum(sender, episode_id, sequence, digest) != checksum:
+                raise DamagedStoreError(f"{self.path}: a row of the table keys is damaged; {advice(self.path)}")
+            states[sender].recent.append((sequence, digest, episode_id))
+        return list(states.values())
+
+    def insert_sender(self, number: int, state: SenderState, last_episode: int) -> None:
+        """Writes a sender's whole state, inside a transaction of the caller's."""
+        row = (number, state.client_id, state.incarnation, state.forgotten_below)
+        self._connection.execute("INSERT INTO senders VALUES (?, ?, ?, ?, ?, ?)", (*row, last_episode, row_checksum(*row)))
+        for first, after in state.runs:
+            self._insert_run(number, first, after)
+        for sequence, digest, episode_id in state.recent:
+            self._insert_key(number, episode_id, sequence, digest)
+
+    def insert_episode(self, row: EpisodeRow, payloads: Sequence[Payload]) -> None:
+        """Writes an episode's rows, inside a transaction of the caller's."""
+        values = row.values
+        self._connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(values) + 1))})", (*values, row_checksum(*values)))
+        for payload in payloads:
+            shape = json.dumps(payload.shape)
+            for part in range(max(1, -(-len(payload.data) // PART_BYTES))):
+                data = payload.data[part * PART_BYTES : (part + 1) * PART_BYTES]
+                self._connection.execute(
+                    "INSERT INTO payloads (episode_id, column, part, dtype, shape, data) VALUES (?, ?, ?, ?, ?, ?)",
+                    (row.id, payload.column, part, payload.dtype, shape, data),
+                )
+
+    def set_meta(self, meta: Mapping[str, object]) -> None:
+        """Writes values of ``meta``, inside a transaction of the caller's or as one of its own."""
+        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+
+    def set_counts(self, figures: Mapping[str, int]) -> None:
+        """Writes the figures, inside a transaction of the caller's."""
+        self._connection.executemany("INSERT OR REPLACE INTO counts VALUES (?, ?)", figures.items())
+
+    def close(self) -> None:
+        """Moves the log into the main file and closes."""
+        self._connection.close()
+
+    def _prepare(self) -> None:
+        def pragma(name: str) -> int:
+            return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+        application, version = pragma("application_id"), pragma("user_version")
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not application and not version and not tables:
+            # New, or of a server that was killed while it made one.
+            self._connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.executescript(
+                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_TABLES} COMMIT;"
+            )
+            # From now on the file says what it is, whatever becomes of the log.
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        elif application != APPLICATION_ID:
+            raise StoreMismatchError(
+                f"{self.path}: not a store of touchline-server's, or its first page is damaged; put a copy back or choose another "
+                "storage.data_dir"
+            )
+        elif version != FORMAT:
+            raise StoreMismatchError(
+                f"{self.path}: written in format {version}, this touchline-server reads format {FORMAT}; install one that reads it or "
+                "choose another storage.data_dir"
+            )
+        for statement in ("journal_mode = WAL", f"wal_autocheckpoint = {CHECKPOINT_PAGES}", "journal_size_limit = 67108864"):
+            self._connection.execute(f"PRAGMA {statement}")
+
+    def _transact(self, write: Callable[[], None], *, sync: bool) -> None:
+        connection = self._connection
+        try:
+            synchronous = "FULL" if sync else "NORMAL"
+            if synchronous != self._synchronous:
+                connection.execute(f"PRAGMA synchronous = {synchronous}")
+                self._synchronous = synchronous
+            connection.execute("BEGIN IMMEDIATE")
+            write()
+            connection.execute("COMMIT")
+        except BaseException as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise translate(error, self.path) from error
+            raise
+
+    def _note(self, figures: Mapping[str, int], meta: Mapping[str, object]) -> None:
+        self.set_counts(figures)
+        self.set_meta({"commits": self.commits + 1, **meta})
+
+    def _forget(self, episode_ids: Iterable[int]) -> None:
+        for episode_id in episode_ids:
+            self._connection.execute("DELETE FROM payloads WHERE episode_id = ?", (episode_id,))
+            self._connection.execute("DELETE FROM episodes WHERE id = ?", (episode_id,))
+
+    def _insert(self, change: Change) -> None:
+        if change.schema is not None:
+            self.set_meta({"schema": schema_text(change.schema)})
+        self.insert_episode(change.row, change.payloads)
+        if change.row.key is not None:
+            self._remember(change.row.key, change.row.digest, change.row.id)
+
+    def _remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
+        """Does to the tables what :meth:`touchline_server.ledger.KeyLedger.remember` does in memory."""
+        execute = self._connection.execute
+        sender = self._sender(key, episode_id)
+        self._insert_key(sender, episode_id, key.sequence, digest)
+        self._keys_since_pruned[sender] = self._keys_since_pruned.get(sender, MAX_RECENT) + 1
+        if self._keys_since_pruned[sender] > MAX_RECENT:
+            self._keys_since_pruned[sender] = 0
+            execute(
+                "DELETE FROM keys WHERE sender = ?1 AND episode_id <= "
+                "(SELECT episode_id FROM keys WHERE sender = ?1 ORDER BY episode_id DESC LIMIT 1 OFFSET ?2)",
+                (sender, MAX_RECENT),
+            )
+        first, after = key.sequence, key.sequence + 1
+        before = execute("SELECT first FROM runs WHERE sender = ? AND after = ?", (sender, first)).fetchone()
+        behind = execute("SELECT after FROM runs WHERE sender = ? AND first = ?", (sender, after)).fetchone()
+        if behind is not None:
+            execute("DELETE FROM runs WHERE sender = ? AND first = ?", (sender, after))
+            after = behind[0]
+        if before is not None:
+            first = before[0]
+        self._insert_run(sender, first, after)
+        if before is None and behind is None:
+            self._bound_gaps(sender)
+
+    def _sender(self, key: EpisodeKey, episode_id: int) -> int:
+        execute = self._connection.execute
+        name = (key.client_id, key.incarnation)
+        found = execute("SELECT id FROM senders WHERE client_id = ? AND incarnation = ?", name).fetchone()
+        if found is not None:
+            execute("UPDATE senders SET last_episode = ? WHERE id = ?", (episode_id, found[0]))
+            return int(found[0])
+        if execute("SELECT count(*) FROM senders").fetchone()[0] >= MAX_SENDERS:
+            oldest = execute("SELECT id FROM senders ORDER BY last_episode LIMIT 1").fetchone()
+            for place in ("runs WHERE sender", "keys WHERE sender", "senders WHERE id"):
+                execute(f"DELETE FROM {place} = ?", oldest)
+            self._keys_since_pruned.pop(oldest[0], None)
+        number = execute("SELECT ifnull(max(id), 0) + 1 FROM senders").fetchone()[0]
+        self.insert_sender(number, SenderState(*name, 0), episode_id)
+        return int(number)
+
+    def _insert_run(self, sender: int, first: int, after: int) -> None:
+        row = (sender, first, after)
+        self._connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (*row, row_checksum(*row)))
+
+    def _insert_key(self, sender: int, episode_id: int, sequence: int, digest: int) -> None:
+        row = (sender, episode_id, sequence, digest)
+        self._connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?)", (*row, row_checksum(*row)))
+
+    def _bound_gaps(self, sender: int) -> None:
+        execute = self._connection.execute
+        (runs,) = execute("SELECT count(*) FROM runs WHERE sender = ?", (sender,)).fetchone()
+        if runs <= MAX_GAPS:
+            return
+        (first, _), (second, after) = execute("SELECT first, after FROM runs WHERE sender = ? ORDER BY first LIMIT 2", (sender,)).fetchall()
+        execute("DELETE FROM runs WHERE sender = ? AND first IN (?, ?)", (sender, first, second))
+        self._insert_run(sender, first, after)
+        name = execute("SELECT client_id, incarnation FROM senders WHERE id = ?", (sender,)).fetchone()
+        execute("UPDATE senders SET forgotten_below = ?, checksum = ? WHERE id = ?", (second, row_checksum(sender, *name, second), sender))
+
+
+def schema_text(schema: Schema) -> str:
+    """Returns a schema as the JSON of ``meta``."""
+    return json.dumps([{"name": spec.name, "dtype": dtype_name(spec.dtype), "shape": spec.shape} for spec in schema.columns])
+
+
+def advice(path: Path) -> str:
+    """Returns what to do about a damaged store."""
+    return (
+        f"run `touchline-server check --data-dir {path.parent}` to see what is damaged and `touchline-server recover --data-dir "
+        f"{path.parent}` to keep what is whole"
+    )
+
+
+def translate(error: sqlite3.Error, path: Path) -> Exception:
+    """Returns the domain's error of an error of SQLite's."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return StorageFullError(f"{path.parent} is full: nothing was stored; free space there, adding goes on as soon as there is room")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (isinstance(error, sqlite3.DatabaseError) and not code):
+        return DamagedStoreError(f"{path} is damaged ({error}); {advice(path)}")
+    return StorageFailedError(f"{path}: {error}; nothing was stored, see to the disk and its permissions")

@@ -1,0 +1,465 @@
+"""Group commit: what waits to be stored is committed together, then published to the ring in the same order.
+
+Everything happens under the store's write lock, so the database has one user at a time. A thread of this module's commits what was
+submitted; a thread that adds and waits commits what is queued by itself, its own episode among it. With ``durability = "memory"`` an
+episode is published first, and the thread commits behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from touchline_protos.codec import Episode
+from touchline_protos.dtypes import BFLOAT16
+from touchline_server.data_dir import DataDir
+from touchline_server.database import Change, Database, EpisodeRow, payloads_of
+from touchline_server.errors import InvalidEpisodeError, ReplayError, StorageFailedError, StorageFullError
+from touchline_server.ledger import payload_digest
+from touchline_server.planning import GroupPlan, Planned
+from touchline_server.store import EpisodeStore, Stored
+
+logger = logging.getLogger(__name__)
+
+MAX_GROUP_BYTES = 64 << 20
+"""Payload of one transaction, unless one episode alone has more."""
+MAX_QUEUED_BYTES = 256 << 20
+"""Payload that waits to be committed; submitting waits for room."""
+MAX_QUEUED_EPISODES = 4096
+ID_BLOCK = 1 << 16
+"""Ids reserved ahead on the disk, many times those that can be queued: none is given out again after a death of the machine."""
+RETRY_S = 1.0
+"""Between attempts to write what is in memory already, while the disk is full."""
+IDLE_S = 0.2
+"""Rest after which free pages go back to the file system."""
+SHRINK_PAGES = 256
+
+
+class Receipt(Future[Stored]):
+    """The answer to an episode that was submitted."""
+
+    cost_s = 0.0
+    """CPU time that storing it took, known once it is answered."""
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    episode: Episode
+    digest: int
+    receipt: Receipt
+    size_bytes: int
+
+
+@dataclass(eq=False, slots=True)
+class _Unwritten:
+    """An episode that is in memory and not in the database."""
+
+    change: Change
+    figures: dict[str, int]
+    """The counts with it and without those after it."""
+    size_bytes: int
+
+
+class GroupCommitter:
+    """Stores episodes in a database and in the ring. Every method may be called from any thread.
+
+    Args:
+        store: the ring; restored already.
+        database: its durable half.
+        data_dir: the database's folder.
+        durability: ``sync``, ``batch`` or ``memory``.
+        sync_interval_s: longest time between a commit and its fsync, for ``batch`` and ``memory``.
+    """
+
+    def __init__(self, store: EpisodeStore, database: Database, data_dir: DataDir, *, durability: str, sync_interval_s: float) -> None:
+        self._store = store
+        self._database = database
+        self._data_dir = data_dir
+        self._durability = durability
+        self._sync_interval_s = sync_interval_s
+        self._reserved = store.next_id
+        self._unsynced_since: float | None = None
+        self._log_file = os.open(f"{database.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        self._queue: deque[_Pending] = deque()
+        self._behind: deque[_Unwritten] = deque()
+        self._queued_bytes = 0
+        self._behind_group_bytes = MAX_GROUP_BYTES
+        self._fault = ""
+        """Why what is in memory cannot be written at present."""
+        self._broken = ""
+        """Why nothing can be written any more."""
+        self._state = threading.Condition()
+        self._closed = False
+        self._may_shrink = True
+        try:
+            self._write([], self._figures())
+        except StorageFullError as error:
+            if durability == "memory":
+                raise  # ids are given out before they can be reserved
+            logger.warning("%s", error)
+        self._thread = threading.Thread(target=self._run, name="touchline-commit", daemon=True)
+        self._thread.start()
+
+    def submit(self, episode: Episode) -> Receipt:
+        """Queues an episode and returns at once, unless the queue is full. Its arrays must stay as they are until it is answered."""
+        pending = self._pend(episode)
+        if self._durability == "memory":
+            self._store_in_memory(pending)
+        else:
+            self._enqueue(pending)
+        return pending.receipt
+
+    def add(self, episode: Episode) -> Stored:
+        """Stores an episode and returns once it is as durable as configured. Raises as :meth:`EpisodeStore.add` does."""
+        pending = self._pend(episode)
+        if self._durability == "memory":
+            self._store_in_memory(pending)
+            return pending.receipt.result()
+        with self._state:
+            self._refuse_if_closed()
+            self._queue.append(pending)
+            self._queued_bytes += pending.size_bytes
+        # Who waits here while another commits finds itself committed with the others that waited, in one transaction.
+        with self._store.write_lock:
+            while not pending.receipt.done() and not self._broken:
+                self._commit_group()
+        return pending.receipt.result()
+
+    def clear(self, forget: Callable[[], None], figures: dict[str, int]) -> None:
+        """Empties the database, then calls ``forget``. The caller holds the write lock.
+
+        Args:
+            forget: empties the ring.
+            figures: the counts after it.
+        """
+        self._refuse_if_closed()
+        # What is in memory alone is forgotten without having been written, but for its keys.
+        self._database.clear([unwritten.change for unwritten in self._behind], figures=figures)
+        self._data_dir.acknowledge(self._database.commits, synced=True)
+        with self._state:
+            self._queued_bytes -= sum(unwritten.size_bytes for unwritten in self._behind)
+            self._behind.clear()
+            self._fault = ""
+            self._may_shrink = True
+            self._state.notify_all()
+        forget()
+
+    def close(self) -> None:
+        """Commits what waits, and closes the database as whole: the next start goes on with the next id."""
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+            self._state.notify_all()
+        self._thread.join()
+        with self._store.write_lock:
+            try:
+                # What could not be written is in the counts of memory and not in these.
+                figures = self._figures() if not self._behind else self._database.counts()
+                self._database.commit([], figures=figures, meta={"next_id": self._store.next_id}, sync=True)
+                self._data_dir.acknowledge(self._database.commits, synced=True)
+            except ReplayError as error:
+                logger.error("the durable store was not closed in order: %s", error)
+            finally:
+                os.close(self._log_file)
+                self._database.close()
+                self._data_dir.close()
+
+    # Queueing
+
+    @staticmethod
+    def _pend(episode: Episode) -> _Pending:
+        receipt = Receipt()
+        receipt.set_running_or_notify_cancel()  # a caller that leaves cannot take back what may be committed already
+        return _Pending(episode, payload_digest(episode.columns), receipt, episode.size_bytes)
+
+    def _enqueue(self, pending: _Pending) -> None:
+        with self._state:
+            while self._is_full() and not self._closed and not self._broken:
+                self._state.wait()
+            self._refuse_if_closed()
+            self._queue.append(pending)
+            self._queued_bytes += pending.size_bytes
+            self._state.notify_all()
+
+    def _refuse_if_closed(self) -> None:
+        if self._broken:
+            raise StorageFailedError(f"the durable store cannot be written until the server is started again ({self._broken})")
+        if self._closed:
+            raise StorageFailedError("the durable store is closed; nothing was stored")
+
+    def _is_full(self) -> bool:
+        return self._queued_bytes > MAX_QUEUED_BYTES or len(self._queue) + len(self._behind) >= MAX_QUEUED_EPISODES
+
+    def _store_in_memory(self, pending: _Pending) -> None:
+        """Publishes an episode and leaves it to the thread to commit it."""
+        self._refuse_if_closed()
+        while self._is_full() and self._commit_behind():
+            pass  # the disk does not keep up: who adds writes what others left
+        if self._is_full():
+            self._refuse(pending, StorageFullError(self._fault))
+            return
+        begin = time.thread_time()
+        with self._store.write_lock:
+            plan = GroupPlan(self._store)
+            change = self._plan(plan, pending, copy=True)
+            if change is not None:
+                stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=plan.planned[-1].episode_id)
+                with self._state:
+                    self._behind.append(_Unwritten(change, self._figures(), pending.size_bytes))
+                    self._queued_bytes += pending.size_bytes
+                    self._state.notify_all()
+                pending.receipt.set_result(stored)
+        pending.receipt.cost_s = time.thread_time() - begin
+        self._store.notify()
+
+    # Committing
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            logger.exception("the durable store takes nothing more until the server is started again")
+            with self._state:
+                self._broken = str(error) or type(error).__name__
+                left, self._queue = list(self._queue), deque()
+                self._state.notify_all()
+            for pending in left:
+                if not pending.receipt.done():
+                    pending.receipt.set_exception(StorageFailedError(f"the durable store cannot be written: {self._broken}"))
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                if not self._queue and not self._behind:
+                    if self._closed:
+                        return
+                    self._state.wait(self._rest_s())
+                work, last = bool(self._queue or self._behind), self._closed
+            if work:
+                with self._store.write_lock:
+                    if self._queue:
+                        self._commit_group()
+                if self._behind and not self._commit_behind():
+                    if last:
+                        logger.error("%d episodes were in memory alone and are lost: %s", len(self._behind), self._fault)
+                        return
+                    with self._state:
+                        self._state.wait_for(lambda: self._closed, RETRY_S)
+            self._sync_if_due()
+            if not work:
+                self._shrink()
+
+    def _rest_s(self) -> float | None:
+        if self._unsynced_since is not None:
+            return max(0.0, self._unsynced_since + self._sync_interval_s - time.monotonic())
+        return IDLE_S if self._may_shrink else None
+
+    def _take_group(self) -> list[_Pending]:
+        group: list[_Pending] = []
+        with self._state:
+            size_bytes = 0
+            while self._queue and (not group or size_bytes + self._queue[0].size_bytes <= MAX_GROUP_BYTES):
+                group.append(self._queue.popleft())
+                size_bytes += group[-1].size_bytes
+            self._queued_bytes -= size_bytes
+            self._state.notify_all()
+        return group
+
+    def _commit_group(self) -> None:
+        """Stores what is queued, as much as goes into one transaction, and answers it. Under the write lock."""
+        group = self._take_group()
+        if not group:
+            return
+        try:
+            self._store_group(group)
+        except BaseException as error:
+            for pending in group:
+                if not pending.receipt.done():
+                    pending.receipt.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+            logger.exception("a group of %d episodes was not stored", len(group))
+        self._store.notify()
+
+    def _store_group(self, group: Sequence[_Pending]) -> None:
+        begin = time.thread_time()
+        plan = GroupPlan(self._store)
+        accepted: list[tuple[_Pending, Planned]] = []
+        changes = []
+        answers: list[tuple[_Pending, int]] = []
+        try:
+            for pending in group:
+                duplicate_of = plan.duplicate_of(pending.episode, pending.digest)
+                if duplicate_of is not None:
+                    answers.append((pending, duplicate_of))
+                    continue
+                change = self._plan(plan, pending, copy=False)
+                if change is not None:
+                    changes.append(change)
+                    accepted.append((pending, plan.planned[-1]))
+            if changes:
+                self._write(changes, plan.figures())
+        except Exception as error:
+            plan.give_up()
+            if not isinstance(error, ReplayError):
+                raise
+            for pending, _ in (*accepted, *answers):
+                self._refuse(pending, error)
+            return
+        results: list[tuple[_Pending, Stored]] = []
+        for position, (pending, planned) in enumerate(accepted):
+            try:
+                stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=planned.episode_id)
+            except Exception as error:
+                lost = {planned.episode_id for _, planned in accepted[position:]}
+                self._take_back([planned for _, planned in accepted[position:]])
+                for left in (
+                    *(left for left, _ in accepted[position:]),
+                    *(left for left, episode_id in answers if episode_id in lost),
+                ):
+                    self._refuse(left, error)
+                answers = [(left, episode_id) for left, episode_id in answers if episode_id not in lost]
+                break
+            results.append((pending, stored))
+        results += [(pending, self._store.count_duplicate(episode_id)) for pending, episode_id in answers]
+        share_s = (time.thread_time() - begin) / len(group)
+        for pending, stored in results:
+            pending.receipt.cost_s = share_s
+            pending.receipt.set_result(stored)
+
+    def _plan(self, plan: GroupPlan, pending: _Pending, *, copy: bool) -> Change | None:
+        """Returns what an episode changes; None where it is refused or stored already, which is answered here."""
+        episode = pending.episode
+        try:
+            known = self._store.find(episode, pending.digest)
+            if known is not None:
+                pending.receipt.set_result(self._store.count_duplicate(known))
+                return None
+            _check_storable(episode)
+            planned = plan.admit(episode, pending.digest)
+        except ReplayError as error:
+            self._refuse(pending, error)
+            return None
+        row = EpisodeRow(
+            planned.episode_id,
+            episode.key,
+            episode.actor,
+            episode.policy_version,
+            episode.length,
+            episode_return(episode.columns["reward"], incoming=self._store.incoming),
+            time.time(),
+            pending.digest,
+        )
+        return Change(row, payloads_of(episode.columns, copy=copy), planned.evicted, planned.schema)
+
+    def _refuse(self, pending: _Pending, error: Exception) -> None:
+        self._store.count_refused(str(error), pending.episode)
+        pending.receipt.set_exception(error)
+
+    def _take_back(self, planned: Sequence[Planned]) -> None:
+        """Forgets in the database what the ring could not take after it was committed."""
+        ids = [episode.episode_id for episode in planned]
+        logger.error("the ring did not take episodes %s: they are taken out of the durable store again", ids)
+        self._store.skip_ids(ids[-1] + 1)
+        # They have evicted others from the database already, which the ring now follows.
+        self._store.evict(sum(episode.length for episode in planned))
+        try:
+            self._database.forget(ids, figures=self._figures())
+        except ReplayError as error:
+            self._broken = str(error)
+            raise
+        self._data_dir.acknowledge(self._database.commits, synced=True)
+
+    def _commit_behind(self) -> bool:
+        """Writes what is in memory already; returns whether it could."""
+        with self._store.write_lock:
+            group: list[_Unwritten] = []
+            for unwritten in self._behind:
+                if group and sum(one.size_bytes for one in group) + unwritten.size_bytes > self._behind_group_bytes:
+                    break
+                group.append(unwritten)
+            if not group:
+                return True
+            try:
+                self._write([unwritten.change for unwritten in group], group[-1].figures)
+            except (StorageFullError, StorageFailedError) as error:
+                if not self._fault:
+                    logger.error("%d episodes are in memory alone: %s", len(self._behind), error)
+                # Where there is some room, fewer may fit.
+                self._behind_group_bytes = max(1, self._behind_group_bytes // 8)
+                with self._state:
+                    self._fault = str(error)
+                    self._state.notify_all()
+                return False
+            self._behind_group_bytes = min(MAX_GROUP_BYTES, self._behind_group_bytes * 2)
+            with self._state:
+                self._fault = ""
+                for unwritten in group:
+                    self._behind.popleft()
+                    self._queued_bytes -= unwritten.size_bytes
+                self._state.notify_all()
+        return True
+
+    def _write(self, changes: Sequence[Change], figures: dict[str, int]) -> None:
+        """Commits, with an fsync where the mode or a reservation of ids asks for one."""
+        newest = changes[-1].row.id + 1 if changes else self._store.next_id
+        reserve = newest + ID_BLOCK // 2 > self._reserved
+        reserved = newest + ID_BLOCK if reserve else self._reserved
+        sync = self._durability == "sync"
+        self._database.commit(changes, figures=figures, meta={"next_id": reserved}, sync=sync or reserve)
+        self._reserved = reserved
+        self._data_dir.acknowledge(self._database.commits, synced=sync)
+        if not sync and self._unsynced_since is None:
+            with self._state:
+                self._unsynced_since = time.monotonic()
+                self._state.notify_all()
+
+    def _sync_if_due(self) -> None:
+        if self._unsynced_since is not None and time.monotonic() >= self._unsynced_since + self._sync_interval_s:
+            self._unsynced_since = None  # before: what is committed meanwhile may miss this one
+            os.fsync(self._log_file)
+
+    def _shrink(self) -> None:
+        if self._may_shrink and self._unsynced_since is None:
+            with self._store.write_lock:
+                try:
+                    self._may_shrink = self._database.shrink(SHRINK_PAGES)
+                except Exception:
+                    self._may_shrink = False
+                    logger.exception("free pages stay in the durable store's file")
+
+    def _figures(self) -> dict[str, int]:
+        return self._store.figures()
+
+
+def episode_return(reward: np.ndarray, *, incoming: bool) -> float | None:
+    """Returns the sum of the defined rewards, None where it is not finite."""
+    defined = reward[1:] if incoming else reward[:-1]
+    if defined.dtype == BFLOAT16:
+        defined = (np.ascontiguousarray(defined).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(all="ignore"):
+        total = float(np.sum(defined, dtype=np.float64))
+    return total if math.isfinite(total) else None
+
+
+def _check_storable(episode: Episode) -> None:
+    """Raises InvalidEpisodeError where a name or number does not go into a table."""
+    key = episode.key
+    for name, text in (("actor", episode.actor), ("key.client_id", key.client_id if key is not None else "")):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidEpisodeError(f"{name}: {text[:40]!r}, expected text that UTF-8 can hold") from None
+    for name, number in (("incarnation", key.incarnation), ("sequence", key.sequence)) if key is not None else ():
+        if not -(2**63) <= number < 2**63 - 1:
+            raise InvalidEpisodeError(f"key.{name}: {number}, expected a 64-bit integer below its largest")

@@ -1,0 +1,80 @@
+"""The disk fills under a running server: adding is refused, sampling goes on, adding resumes when there is room."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
+from service_calls import Caller, ServerProcess, eventually, refused
+from touchline_server import ReplayBuffer
+
+DISK_BYTES = 128 << 20
+ROOM_BYTES = 2 << 20
+"""What is left of it before the first episode."""
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={DISK_BYTES}".encode()) != 0:
+        pytest.skip(f"nothing may be mounted here: {os.strerror(ctypes.get_errno())}; test_durable.py has it by SQLite's max_page_count")
+    yield folder
+    assert LIBC.umount2(bytes(folder), 2) == 0
+
+
+@pytest.mark.parametrize("durability", MODES)
+def test_full_disk_refuses_adds_goes_on_sampling_and_resumes(durability: str, small_disk: Path, tmp_path: Path) -> None:
+    data_dir, ballast = small_disk / "data", small_disk / "ballast"
+    acknowledged: dict[int, int] = {}
+    with (
+        ServerProcess(
+            tmp_path,
+            TOUCHLINE_CONFIG__BUFFER_SIZE="1000000",
+            TOUCHLINE_STORAGE__DATA_DIR=str(data_dir),
+            TOUCHLINE_STORAGE__DURABILITY=durability,
+        ) as process,
+        Caller(process.address) as caller,
+    ):
+        ballast.write_bytes(bytes(DISK_BYTES - ROOM_BYTES))
+
+        def fill() -> None:
+            for _ in range(20_000):
+                sequence = len(acknowledged)
+                acknowledged[sequence] = caller.add(keyed_episode(0, sequence)).episode_id
+
+        refusal = refused(fill)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"), refusal
+        assert f"{data_dir} is full" in refusal.details
+        for _ in range(10):
+            assert caller.sample(batch_size=16).episode_id.shape == (16,)
+
+        ballast.unlink()
+        resumed = []
+
+        def add_again() -> bool:
+            try:
+                resumed.append(caller.add(keyed_episode(0, len(acknowledged))).episode_id)
+            except grpc.RpcError:
+                return False
+            return True
+
+        eventually(add_again, "adding resumes")
+        acknowledged[len(acknowledged)] = resumed[0]
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0, process.log
+
+    buffer = ReplayBuffer(durable_config(data_dir, capacity=1_000_000))
+    found = contents(buffer)
+    buffer.close()
+    assert_whole(found)
+    assert {sequence: episode_id for episode_id, (_, sequence, _) in found.items()} == acknowledged
