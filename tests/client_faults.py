@@ -17,10 +17,12 @@ _KINDS = {
 }
 
 
-def fail(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str = "", details: str = "as the test wants") -> NoReturn:
-    """Ends a call the way the replay service does: status code, text, and a reason for programs."""
-    if reason:
-        context.set_trailing_metadata((("touchline-reason", reason),))
+def fail(
+    context: grpc.ServicerContext, code: grpc.StatusCode, reason: str = "", details: str = "as the test wants", retry_after: str = ""
+) -> NoReturn:
+    """Ends a call the way the replay service does: status code, text, and for programs a reason and a delay in milliseconds."""
+    trailing = (("touchline-reason", reason), ("grpc-retry-pushback-ms", retry_after))
+    context.set_trailing_metadata(tuple((key, value) for key, value in trailing if value))
     context.abort(code, details)
     raise AssertionError("abort raises")
 
@@ -70,9 +72,14 @@ def in_turn(*handlers: Handler) -> Handler:
     return handle
 
 
-def failing(code: grpc.StatusCode, reason: str = "", details: str = "as the test wants") -> Handler:
+def failing(code: grpc.StatusCode, reason: str = "", details: str = "as the test wants", retry_after: str = "") -> Handler:
     """Returns a handler that fails."""
-    return lambda request, context: fail(context, code, reason, details)
+    return lambda request, context: fail(context, code, reason, details, retry_after)
+
+
+def over_limit(retry_after: str = "") -> Handler:
+    """Returns a handler that fails as a server does that has as much to do as it takes; the delay is in milliseconds."""
+    return failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", retry_after=retry_after)
 
 
 def answering(message: bytes) -> Handler:

@@ -93,7 +93,9 @@ class Refusal:
     def __init__(self, error: grpc.RpcError) -> None:
         self.code = error.code()
         self.details = error.details()
-        self.reason = dict(error.trailing_metadata() or ()).get("touchline-reason", "")
+        trailing = dict(error.trailing_metadata() or ())
+        self.reason = trailing.get("touchline-reason", "")
+        self.retry_after_ms = trailing.get("grpc-retry-pushback-ms", "")
 
     def __repr__(self) -> str:
         return f"{self.code} {self.reason}: {self.details}"

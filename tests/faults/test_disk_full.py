@@ -54,6 +54,7 @@ def test_full_disk_refuses_adds_goes_on_sampling_and_resumes(durability: str, sm
 
         refusal = refused(fill)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"), refusal
+        assert refusal.retry_after_ms == "5000"
         assert f"{data_dir} is full" in refusal.details
         for _ in range(10):
             assert caller.sample(batch_size=16).episode_id.shape == (16,)

@@ -338,4 +338,5 @@ def test_load_streams_above_max_streams_are_refused_until_one_ends() -> None:
 
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit")
         assert "server.max_streams" in refusal.details
+        assert refusal.retry_after_ms == "1000"
         assert caller.load([]).counts.episodes_stored == 1

@@ -228,6 +228,12 @@ def test_message_above_the_limit_is_refused_with_the_numbers_and_at_the_limit_st
         assert caller.add(padded(4096)).counts == pb.Counts(steps_stored=100, episodes_stored=1, steps_added=100, episodes_added=1)
 
 
+def test_refusal_that_waiting_does_not_help_gives_no_delay(served: Served) -> None:
+    _, caller = served
+
+    assert refused(caller.add, b"").retry_after_ms == ""
+
+
 def test_another_table_is_not_found_and_nothing_is_stored(served: Served) -> None:
     _, caller = served
 

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
-from client_faults import ScriptedServer, answering, fail, failing, in_turn
+from client_faults import ScriptedServer, answering, fail, failing, in_turn, over_limit
 from touchline import (
     AccessDeniedError,
     ClosedError,
@@ -34,7 +34,7 @@ from touchline import (
 )
 from touchline.calls import Backoff, Calls
 from touchline.transport import Transport
-from touchline_protos.codec import LoadDecoder
+from touchline_protos.codec import Episode, LoadDecoder, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -80,6 +80,56 @@ def test_other_failures_are_not_retried(code: grpc.StatusCode) -> None:
             _calls(server, []).unary("Ready", b"")
 
         assert server.count("Ready") == 1
+
+
+def test_over_limit_is_retried_after_the_delay_that_the_server_asks_for() -> None:
+    sleeps: list[float] = []
+    with ScriptedServer(Ready=in_turn(over_limit("1500"), over_limit("250"), READY)) as server:
+        answer = _calls(server, sleeps).unary("Ready", b"")
+
+    assert pb.ReadyResponse.FromString(answer).can_sample
+    assert len(sleeps) == 2
+    assert 1.5 + 0.025 <= sleeps[0] <= 1.5 + 0.05
+    assert 0.25 + 0.05 <= sleeps[1] <= 0.25 + 0.1
+
+
+@pytest.mark.parametrize("value", ["", "-1", "soon", "1.5"])
+def test_over_limit_without_a_delay_that_can_be_read_is_retried_with_growing_waits(value: str) -> None:
+    sleeps: list[float] = []
+    with ScriptedServer(Ready=in_turn(*[over_limit(value)] * 2, READY)) as server:
+        _calls(server, sleeps).unary("Ready", b"")
+
+    assert all(0.5 * full <= slept <= full for slept, full in zip(sleeps, (0.05, 0.1), strict=True))
+
+
+def test_over_limit_beyond_the_deadline_says_so_at_once_with_the_delay() -> None:
+    sleeps: list[float] = []
+    with (
+        ScriptedServer(Ready=over_limit("60000")) as server,
+        pytest.raises(OverLimitError, match="as the test wants") as caught,
+    ):
+        _calls(server, sleeps).unary("Ready", b"")
+
+    assert (caught.value.retry_after_s, sleeps, server.count("Ready")) == (60.0, [], 1)
+
+
+def test_over_limit_upload_is_sent_again_whole_after_the_delay() -> None:
+    sleeps: list[float] = []
+    keys: list[list[int]] = []
+    with ScriptedServer(LoadEpisodes=in_turn(over_limit("700"), _loader(keys))) as server:
+        message = encode_add_episode(Episode(EPISODE, EpisodeKey("me", 1, 2)))
+        _calls(server, sleeps).upload("LoadEpisodes", lambda: iter([message]), timeout_s=20.0)
+
+    assert keys == [[2]]
+    assert 0.7 <= sleeps[0] <= 0.75
+
+
+def test_clear_that_is_over_a_limit_is_not_retried() -> None:
+    with ScriptedServer(Clear=over_limit("10")) as server, ReplayClient(server.address) as client:
+        with pytest.raises(OverLimitError):
+            client.clear()
+
+        assert server.count("Clear") == 1
 
 
 def test_unavailable_until_the_deadline_says_so() -> None:
@@ -171,7 +221,7 @@ def test_failure_means_what_code_and_reason_say(code: grpc.StatusCode, reason: s
     # The words of the message are those of another error on purpose.
     with (
         ScriptedServer(Info=failing(code, reason, "not ready, too large, draining")) as server,
-        ReplayClient(server.address) as client,
+        ReplayClient(server.address, timeout_s=0.5) as client,
         pytest.raises(TouchlineError) as caught,
     ):
         client.info()

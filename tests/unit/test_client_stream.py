@@ -11,8 +11,9 @@ import grpc
 import numpy as np
 import pytest
 
-from client_faults import ScriptedServer, answering, fail, failing, in_turn
-from touchline import DeadlineError, InvalidArgumentError, NotReadyError, ReplayClient, ServerError, UnavailableError
+from client_faults import ScriptedServer, answering, fail, failing, in_turn, over_limit
+from touchline import DeadlineError, InvalidArgumentError, NotReadyError, OverLimitError, ReplayClient, ServerError, UnavailableError
+from touchline.stream import StreamSource
 from touchline_protos.codec import BatchLayout, TensorSpec
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -127,6 +128,48 @@ def test_stream_that_ends_is_opened_anew(end: grpc.StatusCode | None, caplog: py
 
     assert numbers == [0, 1, 0, 1, 2]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+class NoWait(threading.Event):
+    """Notes how long somebody would have waited for it, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return self.is_set()
+
+
+def test_stream_that_is_over_a_limit_is_opened_again_after_the_delay() -> None:
+    closed = NoWait()
+    handler = in_turn(over_limit("1500"), over_limit("1500"), Pusher())
+    with ScriptedServer(SampleStream=handler, Ready=CAN_SAMPLE) as server, ReplayClient(server.address, as_numpy=True) as client:
+        source = StreamSource(client._calls, pb.SampleRequest(), prefetch=2, timeout_s=None, reconnect_s=60.0, ring=False)
+        source._closed = closed
+
+        batch = source.take()
+        source.close()
+
+        assert server.count("SampleStream") == 3
+    assert _number(batch) == 0
+    assert len(closed.waits) == 2
+    assert all(1.5 < wait <= 1.5 + full for wait, full in zip(closed.waits, (0.05, 0.1), strict=True))
+
+
+def test_stream_that_stays_over_a_limit_gives_up_with_what_the_server_said() -> None:
+    with (
+        ScriptedServer(SampleStream=over_limit("100"), Ready=CAN_SAMPLE) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+    ):
+        source = StreamSource(client._calls, pb.SampleRequest(), prefetch=2, timeout_s=None, reconnect_s=0.2, ring=False)
+
+        with pytest.raises(OverLimitError, match="as the test wants") as caught:
+            source.take()
+
+    assert caught.value.retry_after_s == 0.1
 
 
 def test_session_is_opened_only_after_the_server_answered() -> None:

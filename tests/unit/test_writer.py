@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from touchline import (
     UnavailableError,
 )
 from touchline_protos.codec import Episode, decode_add_episode
+from touchline_protos.v1 import replay_pb2 as pb
 
 
 class Shelf:
@@ -201,6 +203,24 @@ def test_server_at_its_limits_is_tried_again(client: ReplayClient, shelf: Shelf)
         _play(writer, range(2))
 
     assert writer.counters.acknowledged == 1
+
+
+def test_server_at_its_limits_is_not_asked_again_before_the_delay_that_it_gave() -> None:
+    arrivals: list[float] = []
+
+    def refuse_once(request: bytes, context: grpc.ServicerContext) -> bytes:
+        arrivals.append(time.monotonic())
+        if len(arrivals) == 1:
+            fail(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", retry_after="400")
+        return pb.AddEpisodeResponse().SerializeToString()
+
+    # Within the client's own deadline there is no second attempt, so that the delay is the writer's to keep.
+    with ScriptedServer(AddEpisode=refuse_once) as server, ReplayClient(server.address, timeout_s=0.2) as client:
+        with EpisodeWriter(client) as writer:
+            _play(writer, range(2))
+
+        assert writer.counters.acknowledged == 1
+    assert arrivals[1] - arrivals[0] >= 0.4
 
 
 def test_server_that_keeps_failing_on_an_episode_has_refused_it(

@@ -32,6 +32,9 @@ from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 REASON_METADATA_KEY = "touchline-reason"
 """Trailing metadata in which the server says, for programs, what was wrong."""
 
+RETRY_METADATA_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata in which it says when to try again: gRPC's own name for that (proposal A6)."""
+
 ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
     "invalid-episode": InvalidEpisodeError,
     "invalid-argument": InvalidArgumentError,
@@ -76,12 +79,27 @@ def translate(error: grpc.RpcError, address: str) -> TouchlineError:
     """Returns what a failed call means. Status code and reason decide, never the words of the message."""
     failed: Any = error  # the public class has none of what gRPC raises with
     code = failed.code()
-    reason = dict(failed.trailing_metadata() or ()).get(REASON_METADATA_KEY, "")
+    trailing = dict(failed.trailing_metadata() or ())
+    reason = trailing.get(REASON_METADATA_KEY, "")
     kind = ERROR_OF_REASON.get(reason) or ERROR_OF_STATUS.get(code, ServerError)
     details = failed.details() or "no details"
     if issubclass(kind, UnavailableError | DeadlineError | ServerError | IncompatibleVersionError | AccessDeniedError):
         return kind(f"{address}: {details} ({code.name})")
+    if issubclass(kind, OverLimitError):
+        return kind(details, _retry_after_s(trailing.get(RETRY_METADATA_KEY)))
     return kind(details)
+
+
+def delay_before_retry(error: TouchlineError, backoff_s: float) -> float:
+    """Returns how long to wait before the next attempt, in seconds.
+
+    Args:
+        error: of the last one.
+        backoff_s: what the client would wait by itself; it comes on top of the delay that the server asked for, so that clients that
+            were all told the same delay spread.
+    """
+    asked_s = error.retry_after_s if isinstance(error, OverLimitError) else None
+    return backoff_s + (asked_s or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +158,7 @@ class Calls:
             request: the message.
             timeout_s: the call's deadline; None takes the client's.
             wait_s: how long the server may take before it answers, on top of the deadline.
-            retry: whether to try again while the server is unavailable, until the deadline.
+            retry: whether to try again while the server is unavailable or over a limit, until the deadline.
 
         Raises:
             TouchlineError: the call failed; which of the tree says why.
@@ -214,7 +232,7 @@ class Calls:
     def _run(self, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:
         ends = time.monotonic() + timeout_s
         delays = self.delays()
-        unavailable: TouchlineError | None = None
+        last: TouchlineError | None = None
         while True:
             try:
                 return attempt(max(ends - time.monotonic(), 0.001))
@@ -222,15 +240,22 @@ class Calls:
                 # gRPC raises ValueError for a call on a channel that was closed meanwhile; any other goes on as it is.
                 failure = self.translate(error)
                 cause = error
-            if isinstance(failure, DeadlineError) and unavailable is not None:
-                raise unavailable from cause
-            if not retry or not isinstance(failure, UnavailableError):
+            if isinstance(failure, DeadlineError) and last is not None:
+                raise last from cause
+            if not retry or not isinstance(failure, UnavailableError | OverLimitError):
                 raise failure from cause
-            unavailable = failure
-            delay_s = next(delays)
+            last = failure
+            delay_s = delay_before_retry(failure, next(delays))
             if time.monotonic() + delay_s >= ends:
                 raise failure from cause
             self._sleep(delay_s)
+
+
+def _retry_after_s(value: object) -> float | None:
+    """Returns a delay in seconds; None where the server gave none, or one that is no number of milliseconds."""
+    if not isinstance(value, str) or not value.isascii() or not value.isdigit():
+        return None
+    return int(value) / 1000
 
 
 def _await(call: Any) -> bytes:

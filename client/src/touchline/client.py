@@ -14,6 +14,7 @@ from touchline.errors import (
     InvalidArgumentError,
     InvalidEpisodeError,
     NotReadyError,
+    OverLimitError,
     ServerError,
     TooLargeError,
     TouchlineError,
@@ -41,7 +42,7 @@ class ReplayClient:
 
     The channel opens with the first call, and opens anew in a forked child, which also becomes another sender of episodes. Every call has
     a deadline; all but ``clear`` may be repeated without harm (an episode carries a key) and are retried with backoff, within that
-    deadline, while the server is unavailable. Episodes that are larger than a message travel in chunks by themselves.
+    deadline, while the server is unavailable or over a limit (then after the delay that it asks for). Episodes that are larger than a message travel in chunks by themselves.
 
     Safe to use from many threads.
 
@@ -295,7 +296,7 @@ class ReplayClient:
             left_s = ends - time.monotonic()
             try:
                 state = self._ready(steps, min(POLL_S, max(left_s, 0.0)), self.timeout_s if left_s > POLL_S else max(left_s, 1.0))
-            except (UnavailableError, DeadlineError):
+            except (UnavailableError, DeadlineError, OverLimitError):
                 if time.monotonic() < ends:
                     continue
                 if state is None:

@@ -5,7 +5,7 @@ TouchlineError
 │   └── InvalidEpisodeError                   malformed, or not of the table's schema: column, found, expected
 ├── KeyConflictError                          the episode's key was used before for another payload
 ├── TooLargeError                             over a limit on sizes
-├── OverLimitError                            the server has as much to do as it allows; try again later
+├── OverLimitError (.retry_after_s)           the server has as much to do as it allows; try again later
 ├── NotReadyError (.counts)                   nothing can be sampled yet, or too little is stored
 ├── IncompatibleVersionError                  client and server speak different major versions
 ├── AccessDeniedError                         the server wants credentials that were not given, or others
@@ -50,7 +50,13 @@ class TooLargeError(TouchlineError):
 
 
 class OverLimitError(TouchlineError):
-    """The server has as much to do as it allows (streams, for instance); the same call may pass later."""
+    """The server has as much to do as it allows (streams, for instance); the same call may pass later. What is idempotent was retried,
+    after the delay that the server asked for, before this was raised."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """Seconds that the server asks to wait before the next attempt; None where it did not say."""
 
 
 class NotReadyError(TouchlineError):

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from touchline.calls import Calls
-from touchline.errors import ClosedError, DeadlineError, NotReadyError, ServerError, TouchlineError, UnavailableError
+from touchline.calls import Calls, delay_before_retry
+from touchline.errors import ClosedError, DeadlineError, NotReadyError, OverLimitError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import keep_orphan
 from touchline.messages import ready_state_of
 from touchline.ring import RingBatches, RingEndedError, attach
@@ -64,6 +64,7 @@ class BatchStream:
         Raises:
             StopIteration: the stream was closed here.
             UnavailableError: the server could not be reached for as long as it may be away.
+            OverLimitError: it had too much to do for as long as that.
             NotReadyError: nothing could be sampled within ``timeout_s``.
             DeadlineError: no batch came within ``timeout_s`` for another reason.
             TouchlineError: the server refused the request.
@@ -172,7 +173,7 @@ class StreamSource:
                 self._drop()
                 if self._closed.is_set() or (ends is not None and time.monotonic() >= ends):
                     continue
-                if not isinstance(error, UnavailableError):
+                if not isinstance(error, UnavailableError | OverLimitError):
                     raise
                 self._wait_for_return(error, ends)
             else:
@@ -196,7 +197,7 @@ class StreamSource:
         if session is not None:
             session.end()
 
-    def _wait_for_return(self, error: UnavailableError, ends: float | None) -> None:
+    def _wait_for_return(self, error: UnavailableError | OverLimitError, ends: float | None) -> None:
         """Waits a little, then asks whether the server is there; the session is opened only after it was."""
         now = time.monotonic()
         # A session that lasted was one with a server that was there, though nothing could be sampled: this is another outage.
@@ -206,15 +207,19 @@ class StreamSource:
             logger.warning("sampling was interrupted, trying again: %s", error)
         limit = min(self._away_since + self._reconnect_s, ends if ends is not None else float("inf"))
         while True:
-            if self._closed.wait(max(0.0, min(next(self._delays), limit - time.monotonic()))):
+            delay_s = delay_before_retry(error, next(self._delays))
+            if self._closed.wait(max(0.0, min(delay_s, limit - time.monotonic()))):
                 return
             if time.monotonic() >= limit:
                 away_s = time.monotonic() - self._away_since
                 self._away_since = None  # whoever goes on after this error gets the whole time again
-                raise UnavailableError(f"no batch for {away_s:.1f} s: {error}") from error
+                told = f"no batch for {away_s:.1f} s: {error}"
+                raise (
+                    OverLimitError(told, error.retry_after_s) if isinstance(error, OverLimitError) else UnavailableError(told)
+                ) from error
             try:
                 self._probe(min(PROBE_TIMEOUT_S, max(limit - time.monotonic(), 0.1)))
-            except (UnavailableError, DeadlineError):
+            except (UnavailableError, DeadlineError, OverLimitError):
                 continue
             self._returned_at = time.monotonic()
             return

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from touchline import leaving
-from touchline.calls import Backoff
+from touchline.calls import Backoff, delay_before_retry
 from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerError, TouchlineError, UnacknowledgedError, UnavailableError
 from touchline.forking import forget_in_child
 from touchline.messages import check_actor, check_policy_version, whole_number
@@ -309,7 +309,7 @@ class EpisodeWriter:
                 )
             self._trouble = trouble
             with self._changed:
-                self._changed.wait_for(lambda: self._closed, next(delays))
+                self._changed.wait_for(lambda: self._closed, delay_before_retry(trouble, next(delays)))
 
     def _give_up(self, episode: Episode, error: TouchlineError) -> TouchlineError:
         logger.error("episode writer of actor %r: episode %s of %d rows is not stored: %s", self._actor, episode.key, episode.length, error)

@@ -25,6 +25,9 @@ from __future__ import annotations
 class ReplayError(Exception):
     """Base of every error that a caller can act on. Its text says what was wrong, what was found and what was expected."""
 
+    retry_after_s: float | None = None
+    """Seconds after which the same request may pass; clients are told. None: waiting is not what helps, or how long is not known."""
+
 
 class InvalidEpisodeError(ReplayError):
     """The episode is malformed or does not fit the schema; nothing of it was stored."""
@@ -53,6 +56,8 @@ class TooLargeError(ReplayError):
 class OverloadedError(ReplayError):
     """The server has as much going on as it takes; the text says what. Try again later."""
 
+    retry_after_s = 1.0
+
 
 class IncompatibleVersionError(ReplayError):
     """The client speaks another major version of the protocol."""
@@ -72,6 +77,8 @@ class RestoringError(ReplayError):
 
 class StorageFullError(ReplayError):
     """The durable store has no room for the episode; nothing of it was stored. Try again once there is room."""
+
+    retry_after_s = 5.0
 
 
 class StorageFailedError(ReplayError):

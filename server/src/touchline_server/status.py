@@ -1,11 +1,13 @@
 """The one table that turns the domain's errors into gRPC statuses.
 
 The status comes with the call's trailing metadata ``touchline-reason``: a word for programs, where the status alone is too coarse.
+Where waiting helps, ``grpc-retry-pushback-ms`` says how long.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, NamedTuple, NoReturn
 
 import grpc
@@ -19,6 +21,7 @@ from touchline_server.errors import (
     KeyConflictError,
     NotReadyError,
     OverloadedError,
+    ReplayError,
     RestoringError,
     SchemaChangedError,
     StorageFailedError,
@@ -30,6 +33,9 @@ from touchline_server.errors import (
 logger = logging.getLogger(__name__)
 
 REASON_METADATA_KEY = "touchline-reason"
+
+RETRY_METADATA_KEY = "grpc-retry-pushback-ms"
+"""gRPC's own name for the delay that a server asks for (proposal A6), in whole milliseconds."""
 
 
 class Status(NamedTuple):
@@ -86,6 +92,13 @@ def shorten(text: str) -> str:
     return text
 
 
+def trailing_metadata(error: Exception) -> tuple[tuple[str, str], ...]:
+    """Returns what programs are told of an error besides its status."""
+    reason = (REASON_METADATA_KEY, status_of(error).reason)
+    retry_after_s = error.retry_after_s if isinstance(error, ReplayError) else None
+    return (reason,) if retry_after_s is None else (reason, (RETRY_METADATA_KEY, str(math.ceil(retry_after_s * 1000))))
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends a call with the status of an error. What is not the caller's doing is logged with its trace and not told."""
     status = status_of(error)
@@ -95,4 +108,4 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     else:
         logger.debug("answered %s (%s): %s", status.code.name, status.reason, error)
         details = shorten(str(error))
-    await context.abort(status.code, details, trailing_metadata=((REASON_METADATA_KEY, status.reason),))
+    await context.abort(status.code, details, trailing_metadata=trailing_metadata(error))
