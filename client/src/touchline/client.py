@@ -42,7 +42,8 @@ class ReplayClient:
 
     The channel opens with the first call, and opens anew in a forked child, which also becomes another sender of episodes. Every call has
     a deadline; all but ``clear`` may be repeated without harm (an episode carries a key) and are retried with backoff, within that
-    deadline, while the server is unavailable or over a limit (then after the delay that it asks for). Episodes that are larger than a message travel in chunks by themselves.
+    deadline, while the server is unavailable or over a limit (then after the delay that it asks for). Episodes that are larger than a
+    message travel in chunks by themselves.
 
     Safe to use from many threads.
 
