@@ -6,9 +6,13 @@ TORCH ?= torch==2.13.0
 DEMO_SECONDS ?= 90
 FAULT_KILLS ?= 20
 FAULT_FLIPS ?= 500
+FAULT_EPISODES ?= 40
+FAULT_CONNECTS ?= 300
+FAULT_MESSAGES ?= 120000
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+FUZZER_INSTALLED := .venv/.fuzzer-installed
 PEERS_INSTALLED := .venv-peers/.installed
 # For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
 BENCH ?=
@@ -33,8 +37,13 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 test: lint types ## checks everything: lint, types, tests
 	$(BIN)/python -m pytest
 
-test-faults: $(INSTALLED) ## breaks the store for real, FAULT_KILLS kills and FAULT_FLIPS flipped bits a test
-	FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) $(BIN)/python -m pytest tests/faults -s
+test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 minutes: kills, networks, disks, damage, fuzzing
+	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
+	FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) $(BIN)/python -m pytest tests/faults -s
+
+# Coverage-guided fuzzing; not everywhere to be had, so the tests that need it are skipped, with this reason, where it is not.
+$(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)
+	-$(BIN)/pip install -r tests/faults/requirements.txt && touch $@
 
 lint: $(INSTALLED) ## checks style and format
 	$(BIN)/ruff check

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 from durable_cases import assert_whole, contents, durable_config, keyed_episode
+from fault_tally import FLIPS, note
 from touchline_server import DamagedStoreError, ReplayBuffer, ReplayError, upkeep
 
 EPISODES = 60
 CAPACITY = 1_000
-FLIPS = int(os.environ.get("FAULT_FLIPS", "60"))
-"""`make test-faults` asks for 500."""
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +91,7 @@ def test_flipped_bit_never_gives_a_wrong_episode(state: str, request: pytest.Fix
         else:
             assert found == whole, what
         shutil.rmtree(folder)
+    note(flipped_bits=FLIPS)
     # A bit in a free page or in what the log replaces harms nobody.
     assert refused > FLIPS // 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import threading
@@ -13,12 +12,11 @@ import grpc
 import pytest
 
 from durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
+from fault_tally import KILLS, note
 from service_calls import DEADLINE_S, Caller, ServerProcess, eventually
 from touchline_protos.codec import encode_add_episode
 from touchline_server import ReplayBuffer, upkeep
 
-KILLS = int(os.environ.get("FAULT_KILLS", "3"))
-"""`make test-faults` asks for 20."""
 ACTORS = 4
 CAPACITY = 4_000
 LONGEST = 50
@@ -148,6 +146,9 @@ def test_kill_under_four_actors_loses_and_doubles_nothing(durability: str, tmp_p
         # Each actor went on until its last episode was acknowledged, so what was ever added is what was acknowledged.
         assert counts.episodes_added == len(fleet.acknowledged)
     check_store(data_dir, fleet.acknowledged if lossless else {}, lossless=lossless)
+    note(kills=KILLS)
+    if lossless:
+        note(episodes_acknowledged=len(fleet.acknowledged), sent_again=fleet.duplicates, lost=0, doubled=0)
     outcome = "0 lost" if lossless else "the newest of each kill lost"
     print(f"{durability}: {KILLS} kills, {len(fleet.acknowledged)} acknowledged, {fleet.duplicates} sent again, {outcome}, 0 doubled")
 
@@ -164,6 +165,7 @@ def test_sigterm_under_load_keeps_everything_acknowledged(durability: str, tmp_p
         assert process.wait() == 0, process.log
 
     check_store(data_dir, fleet.acknowledged, lossless=True)
+    note(episodes_acknowledged=len(fleet.acknowledged), lost=0, doubled=0)
 
 
 def test_second_server_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,14 @@
+"""Prints at the end what the fault tests counted."""
+
+from __future__ import annotations
+
+import pytest
+
+import fault_tally
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counted = fault_tally.summary()
+    if counted:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(counted)
