@@ -97,6 +97,12 @@ def test_client_import_loads_neither_torch_nor_tensordict_nor_the_server() -> No
     assert loaded & {"torch", "tensordict", "torchrl", "touchline_server", "pydantic"} == set()
 
 
+def test_datasets_import_loads_no_package_of_a_format() -> None:
+    loaded = _modules_loaded_by("from touchline import datasets; datasets.load")
+
+    assert loaded & {"torch", "tensordict", "h5py", "minari", "gymnasium", "typer", "rich"} == set()
+
+
 def test_protos_import_loads_numpy_alone() -> None:
     loaded = _modules_loaded_by("import touchline_protos.codec")
 
@@ -169,6 +175,18 @@ EXPORTS = {
         "UnavailableError",
         "WriterCounters",
         "__version__",
+    ],
+    "touchline.datasets": [
+        "Changes",
+        "DatasetEpisode",
+        "DatasetError",
+        "FORMATS",
+        "LoadReport",
+        "Refusals",
+        "Source",
+        "load",
+        "open_source",
+        "survey",
     ],
     "touchline_server": [
         "Batch",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from touchline.calls import Calls
-from touchline.delivery import Delivery, make_episode, split_episodes
+from touchline.delivery import MAX_LOAD_BYTES, Delivery, make_episode, split_episodes
 from touchline.errors import (
     DeadlineError,
     InvalidArgumentError,
@@ -26,7 +26,7 @@ from touchline.messages import check_actor, check_policy_version, counts_of, rea
 from touchline.stream import BatchSource, BatchStream, StreamSource
 from touchline.tensors import load_torch, to_tensors
 from touchline.transport import Transport
-from touchline.types import ReadyState, ServerInfo
+from touchline.types import EpisodeResult, ReadyState, ServerInfo
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
@@ -174,6 +174,22 @@ class ReplayClient:
             TouchlineError: as :meth:`add`.
         """
         self._delivery.add(episode)
+
+    def deliver_all(
+        self, episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]], *, max_bytes: int = MAX_LOAD_BYTES
+    ) -> Iterator[list[EpisodeResult]]:
+        """Stores episodes that already carry their keys, and yields what became of them, call by call.
+
+        Args:
+            episodes: each with its key; an error stands for an episode that could not be made, and becomes its result. Taken as the
+                calls need them, so that no more than one call's episodes are in memory.
+            max_bytes: payload of a call, unless one episode alone has more.
+
+        Raises:
+            TouchlineError: a call failed. The episodes of the results that were yielded are answered; sending all again is harmless.
+        """
+        for results, _ in self._delivery.send(episodes, max_bytes=max_bytes):
+            yield results
 
     # Sampling.
 

@@ -152,24 +152,47 @@ class Delivery:
         """
         results: list[EpisodeResult] = []
         counts: Counts | None = None
-        for part in _parts(episodes):
-            sendable = [episode for _, episode in part if isinstance(episode, Episode)]
-            try:
-                answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], counts)
-            except TouchlineError as error:
-                error.add_note(f"load: {len(results)} episodes were answered before")
-                raise
-            answer = iter(answers)
-            for key, episode in part:
-                results.append(next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode))
-            if progress is not None:
-                progress(len(results))
+        try:
+            for part, latest in self.send(episodes, timeout_s=timeout_s):
+                results += part
+                counts = latest or counts
+                if progress is not None:
+                    progress(len(results))
+        except TouchlineError as error:
+            error.add_note(f"load: {len(results)} episodes were answered before")
+            raise
         refused = [(position, result.error) for position, result in enumerate(results) if result.error is not None]
         if refused:
             shown = "; ".join(f"episode {position}: {error}" for position, error in refused[:5])
             more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
             raise LoadError(f"{len(refused)} of {len(results)} episodes were refused, the others are stored: {shown}{more}", results)
         return counts
+
+    def send(
+        self,
+        episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
+        *,
+        timeout_s: float | None = None,
+        max_bytes: int = MAX_LOAD_BYTES,
+    ) -> Iterator[tuple[list[EpisodeResult], Counts | None]]:
+        """Sends episodes in calls of a bounded size, and yields what became of those of a call before it takes the next ones.
+
+        Args:
+            episodes: each with its key; an error stands for an episode that could not be made.
+            timeout_s: the deadline of each call, without what the bytes take.
+            max_bytes: payload of a call, unless one episode alone has more.
+
+        Yields:
+            The results in the order of the episodes, and the counts after the call; None where there was no call to make.
+
+        Raises:
+            TouchlineError: a call failed.
+        """
+        for part in _parts(episodes, max_bytes):
+            sendable = [episode for _, episode in part if isinstance(episode, Episode)]
+            answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], None)
+            answer = iter(answers)
+            yield [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in part], counts
 
     def _encode(self, episode: Episode) -> bytes | None:
         if episode.size_bytes > self._max_message_bytes:
@@ -216,12 +239,12 @@ class Delivery:
 _Item = tuple[EpisodeKey, Episode | TouchlineError]
 
 
-def _parts(episodes: Iterable[_Item]) -> Iterator[list[_Item]]:
+def _parts(episodes: Iterable[_Item], max_bytes: int) -> Iterator[list[_Item]]:
     part: list[_Item] = []
     size_bytes = 0
     for item in episodes:
         episode_bytes = item[1].size_bytes if isinstance(item[1], Episode) else 0
-        if part and (len(part) == MAX_LOAD_EPISODES or size_bytes + episode_bytes > MAX_LOAD_BYTES):
+        if part and (len(part) == MAX_LOAD_EPISODES or size_bytes + episode_bytes > max_bytes):
             yield part
             part, size_bytes = [], 0
         part.append(item)

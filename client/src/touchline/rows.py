@@ -63,7 +63,7 @@ class EpisodeRows:
             column = self._columns.get(name)
             if column is None:
                 column = np.empty((self._capacity, *value.shape), value.dtype)
-                column[: self._length] = _undefined(value.dtype)
+                column[: self._length] = undefined(value.dtype)
                 self._columns[name] = column
             elif self._length == len(column):
                 column = np.concatenate([column, np.empty_like(column)])
@@ -116,7 +116,8 @@ def _typed(level: Any) -> Any:
     return {name: _typed(value) for name, value in level.items()} if isinstance(level, dict) else level
 
 
-def _undefined(dtype: np.dtype) -> Any:
+def undefined(dtype: np.dtype) -> Any:
+    """Returns what stands in a row for a value that it does not have: NaN (of one bit pattern a dtype), or zero where there is no NaN."""
     if dtype == BFLOAT16:
         return np.array((_BFLOAT16_NAN_BITS,), BFLOAT16)
     return np.nan if dtype.kind == "f" else 0

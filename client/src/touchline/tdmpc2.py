@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tomllib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
@@ -103,7 +102,7 @@ class Buffer:
             InvalidEpisodeError: malformed, or not of the schema (the error of the backend's own tree where one was given).
             touchline.TouchlineError: not stored, or not known to be.
         """
-        columns = _columns(td)
+        columns = columns_of(td)
         self._check_backend()
         self._backend.add(columns)
         return self.num_eps
@@ -117,7 +116,7 @@ class Buffer:
         Raises:
             LoadError: some were refused; all others are stored. Further as :meth:`add`.
         """
-        columns = _columns(td)
+        columns = columns_of(td)
         self._check_backend()
         self._backend.load(columns)
         return self.num_eps
@@ -202,8 +201,15 @@ class Buffer:
         self._checked = True
 
 
-def _columns(td: Any) -> dict[str, Any]:
-    """Returns TD-MPC2's columns under Touchline's names, without ``episode``, which TD-MPC2's buffer writes into what it is given."""
+def columns_of(td: Any) -> dict[str, Any]:
+    """Returns TD-MPC2's columns under Touchline's names, without ``episode``, which TD-MPC2's buffer writes into what it is given.
+
+    Args:
+        td: a TensorDict, or a mapping. Not changed; the columns share its memory.
+
+    Raises:
+        InvalidEpisodeError: no such thing, or two columns that are stored under one name.
+    """
     if not hasattr(td, "keys"):
         raise InvalidEpisodeError(f"td: {type(td).__name__}, expected a TensorDict")
     names = set(td.keys())
@@ -228,5 +234,5 @@ def _device(wanted: Any) -> torch.device:
 
 def _row_convention(backend: Any) -> str:
     if isinstance(backend, ReplayClient):
-        return str(tomllib.loads(backend.info().config_toml)["sampling"]["row_convention"])
+        return backend.info().row_convention
     return str(backend.config.sampling.row_convention)

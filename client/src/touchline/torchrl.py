@@ -25,7 +25,6 @@ to the bit, the trajectory is cut: every transition is kept as it is, and no sli
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -234,7 +233,7 @@ class RemoteReplayBuffer:
 
     def _is_incoming(self) -> bool:
         if self._incoming is None:
-            self._incoming = tomllib.loads(self._client.info().config_toml)["sampling"]["row_convention"] == "incoming"
+            self._incoming = self._client.info().row_convention == "incoming"
         return self._incoming
 
     def _send(self, trajectories: Sequence[TensorDict]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 
 from touchline.errors import TouchlineError
@@ -55,6 +56,11 @@ class ServerInfo:
     """Of one request or response; what is larger travels in chunks."""
     counts: Counts
     """The table's figures at that moment."""
+
+    @property
+    def row_convention(self) -> str:
+        """Which row of an episode has no action: ``"incoming"``, the first; ``"outgoing"``, the last."""
+        return str(tomllib.loads(self.config_toml)["sampling"]["row_convention"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,241 @@
+"""``touchline load`` and its options. Needs typer and rich, which :mod:`touchline.console` sees to."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from touchline import datasets
+from touchline.client import ReplayClient
+from touchline.datasets import DatasetError, LoadReport
+from touchline.errors import DeadlineError, TouchlineError, UnavailableError
+from touchline.progress import Meter
+from touchline.types import ColumnInfo
+
+EXIT_FAILED = 1
+"""Something was refused, or could not be done."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C."""
+PROBE_S = 5.0
+"""How long a server may take to say that it is there, before anything is read."""
+
+app = typer.Typer(
+    name="touchline",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain text: it keeps the examples' lines, and reads the same in a log.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"touchline {version('touchline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _describe(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Touchline's client: data sets into a replay server, and out of it.
+
+    \b
+    Examples:
+      touchline load mt30/*.pt --address replay-host:50051
+      touchline load minari:D4RL/door/human-v2
+    """
+
+
+class FormatName(enum.StrEnum):
+    """The formats; :data:`touchline.datasets.FORMATS`."""
+
+    TDMPC2 = "tdmpc2"
+    MINARI = "minari"
+    HDF5 = "hdf5"
+    NPZ = "npz"
+
+
+Address = Annotated[
+    str, typer.Option(metavar="HOST:PORT|unix:/PATH", envvar="TOUCHLINE_ADDRESS", help="Server.", show_default=True, show_envvar=True)
+]
+Format = Annotated[FormatName | None, typer.Option(help="What it is. Without it: as the name tells.", show_choices=True)]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Longest time that the server may be away in one call.", min=0.1)]
+
+
+@app.command()
+def load(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Files (.pt, .h5, .hdf5, .npz), folders of .pt files, or Minari data sets (minari:ID)."),
+    ],
+    address: Address = "127.0.0.1:50051",
+    format: Format = None,
+    actor: Annotated[str | None, typer.Option(metavar="NAME", help="Who played the episodes. Without it: as the source says.")] = None,
+    task: Annotated[int | None, typer.Option(metavar="NUMBER", help="Store a column task (int64) with this number.")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Leave a column out, and all below it (obs.rgb, info). May be given again.")
+    ] = None,
+    float32: Annotated[bool, typer.Option("--float32", help="Store float64 columns as float32.")] = False,
+    infos: Annotated[bool, typer.Option("--infos", help="Minari: store the infos that are arrays, as columns info.<name>.")] = False,
+    first: Annotated[int, typer.Option(metavar="N", help="Begin with the episode at this position, from 0.", min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="At most this many episodes of each source.", min=0)] = None,
+    again: Annotated[
+        str, typer.Option(metavar="LABEL", help="Store episodes that were stored before once more: once for each label.")
+    ] = "",
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Unpickle anything that a .pt file holds. RUNS WHATEVER CODE IS IN IT.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything and say what it is; no server is needed.")] = False,
+    allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit status 0 although episodes were refused.")] = False,
+    timeout_s: Timeout = 60.0,
+) -> None:
+    """Stores data sets on a server, each episode exactly once.
+
+    A load that was interrupted is started again with the same command: what is stored is answered as a duplicate. That goes by the
+    content of the source, not by its name. An episode that was stored and evicted since counts as stored; --again stores it once more.
+
+    \b
+    Examples:
+      touchline load mt30/*.pt --address replay-host:50051
+      touchline load minari:D4RL/door/human-v2 --float32 --task 3
+      touchline load demos.h5 --actor teleoperation --limit 100
+      touchline load demos.npz --dry-run
+
+    \b
+    Exit status:
+      0    every episode is stored
+      1    some were refused (stdout says which and why), or it failed
+      2    the command line cannot be used
+      130  interrupted
+    """
+    changes = datasets.Changes(task=task, drop=tuple(drop or ()), float32=float32)
+    options = {"format": format, "changes": changes, "first": first, "limit": limit, "infos": infos, "trust_pickle": trust_pickle}
+    failed = False
+    with _failing_well(), Meter(Console(stderr=True)) as meter, ExitStack() as stack:
+        client = None
+        if not dry_run:
+            _probe(address)
+            client = stack.enter_context(ReplayClient(address, timeout_s=timeout_s))
+        for source in sources:
+            begun_s = time.monotonic()
+            try:
+                if client is None:
+                    report, columns = datasets.survey(source, watch=_watch(meter, source), **options)  # type: ignore[arg-type]
+                    meter.rest()
+                    _tell_survey(source, report, columns)
+                else:
+                    report = datasets.load(client, source, actor=actor, again=again, watch=_watch(meter, source), **options)  # type: ignore[arg-type]
+                    meter.rest()
+                    _tell_load(source, report, time.monotonic() - begun_s)
+            except DatasetError as error:
+                failed = True
+                meter.rest()
+                _complain(str(error))
+            else:
+                failed |= bool(report.refused) and not allow_refused
+        if client is not None:
+            counts = client.counts()
+            _print(f"{address} has {_n(counts.episodes_stored, 'episode')}, {_n(counts.steps_stored, 'step')}")
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _watch(meter: Meter, source: str) -> Callable[[str, int, int, LoadReport], None]:
+    def watch(stage: str, done: int, total: int, report: LoadReport) -> None:
+        if stage == "fingerprint":
+            meter.show(f"fingerprint {source}", done, total, unit="bytes", size_bytes=done)
+        else:
+            meter.show(f"{stage} {source}", done, total, unit="episodes", size_bytes=report.size_bytes)
+
+    return watch
+
+
+def _tell_load(source: str, report: LoadReport, seconds: float) -> None:
+    _print(f"{source}: {_n(report.read, 'episode')}, {_n(report.steps, 'step')}{_speed(report, seconds)}")
+    _print(f"  stored      {report.stored:>10,}")
+    if report.duplicates:
+        _print(f"  duplicates  {report.duplicates:>10,}  stored before, even if evicted since; --again LABEL stores them once more")
+    _tell_refused(report)
+
+
+def _tell_survey(source: str, report: LoadReport, columns: dict[str, ColumnInfo]) -> None:
+    _print(f"{source}: {_n(report.read, 'episode')}, {_n(report.steps, 'step')}, {report.size_bytes / 1e6:,.1f} MB; nothing was sent")
+    width = max((len(name) for name in columns), default=0)
+    for name, column in columns.items():
+        _print(f"  {name:<{width}}  {column.dtype} {list(column.shape)}")
+    _tell_refused(report)
+
+
+def _tell_refused(report: LoadReport) -> None:
+    if not report.refused:
+        return
+    _print(f"  refused     {report.refused:>10,}", style="bold red")
+    for reason, refusals in sorted(report.reasons.items(), key=lambda item: -item[1].count):
+        _print(f"    {refusals.count:,} × {reason}")
+        for position, message in refusals.examples:
+            _print(f"      episode {position}: {message}")
+        if refusals.count > len(refusals.examples):
+            _print(f"      and {refusals.count - len(refusals.examples):,} more")
+
+
+def _speed(report: LoadReport, seconds: float) -> str:
+    if seconds <= 0 or not report.read:
+        return ""
+    return f" in {seconds:,.1f} s ({report.read / seconds:,.0f} episodes/s, {report.size_bytes / seconds / 1e6:,.1f} MB/s)"
+
+
+def _n(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'' if count == 1 else 's'}"
+
+
+def _print(text: str, style: str = "") -> None:
+    """Prints a line as it is: rich's markup, highlighting and wrapping are not for data."""
+    Console(soft_wrap=True).print(Text(text, style=style), soft_wrap=True)
+
+
+def _probe(address: str) -> None:
+    """Asks the server whether it is there, before a source is read for nothing."""
+    with ReplayClient(address, timeout_s=PROBE_S) as client:
+        try:
+            client.info()
+        except (UnavailableError, DeadlineError) as error:
+            hint = "Is it up (touchline-server serve), and is --address or TOUCHLINE_ADDRESS right?"
+            _fail(f"no server: {error}\n{hint}", EXIT_FAILED)
+
+
+@contextmanager
+def _failing_well() -> Iterator[None]:
+    """Ends the command with a message in the place of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command again goes on, and stores nothing twice", EXIT_INTERRUPTED)
+    except (UnavailableError, DeadlineError) as error:
+        _fail(f"no answer: {error}\nWhat was answered before is stored; the same command again goes on.", EXIT_FAILED)
+    except DatasetError as error:
+        _fail(str(error), EXIT_FAILED)
+    except TouchlineError as error:
+        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED)
+    except OSError as error:
+        _fail(str(error), EXIT_FAILED)
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"touchline: {message}", err=True)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    _complain(message)
+    raise typer.Exit(status)

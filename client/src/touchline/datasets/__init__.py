@@ -1,0 +1,28 @@
+"""Data sets in and out: TD-MPC2's ``.pt`` files, Minari's data sets, HDF5 and NPZ files of episodes. ::
+
+    from touchline import ReplayClient, datasets
+
+    with ReplayClient("replay-host:50051") as client:
+        report = datasets.load(client, "minari:D4RL/door/human-v2")
+
+The commands ``touchline load`` and ``touchline export`` do the same. A load may be interrupted and started again: each episode is stored
+once. Importing this loads none of the formats' packages; a format needs its own alone (``touchline[torch]``, ``touchline[minari]``,
+``touchline[hdf5]``; NPZ needs none). Layouts, and what survives in which: docs/datasets.md.
+"""
+
+from touchline.datasets.formats import FORMATS, open_source
+from touchline.datasets.loading import Changes, LoadReport, Refusals, load, survey
+from touchline.datasets.values import DatasetEpisode, DatasetError, Source
+
+__all__ = [
+    "FORMATS",
+    "Changes",
+    "DatasetEpisode",
+    "DatasetError",
+    "LoadReport",
+    "Refusals",
+    "Source",
+    "load",
+    "open_source",
+    "survey",
+]

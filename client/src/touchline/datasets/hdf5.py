@@ -1,0 +1,89 @@
+"""HDF5 files of episodes: one group an episode. Read and written a dataset at a time; the layout is in docs/datasets.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from touchline.datasets.provenance import Provenance
+from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, unescape
+
+try:
+    import h5py
+except ImportError as error:
+    raise DatasetError(f"HDF5 files need h5py ({error}): pip install 'touchline[hdf5]'") from error
+
+FORMAT = "hdf5"
+EPISODES = "episodes"
+"""Group of the episodes' groups."""
+
+
+class Hdf5Source:
+    """Episodes of one HDF5 file, in the natural order of their groups' names: ``episode_2`` is before ``episode_10``.
+
+    Raises:
+        DatasetError: it is none, or not laid out so.
+    """
+
+    format = FORMAT
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = h5py.File(path, "r")
+        except OSError as error:
+            raise DatasetError(f"{path}: no HDF5 file, or a damaged one ({error})") from None
+        group = self._file.get(EPISODES)
+        if not isinstance(group, h5py.Group):
+            found = ", ".join(list(self._file)[:5]) or "nothing"
+            self._file.close()
+            raise DatasetError(f"{path}: no group '{EPISODES}' with a group for each episode (found {found}); see docs/datasets.md")
+        self._episodes = group
+        self._names = sorted(group, key=_natural)
+        self.row_convention = str(self._file.attrs.get("row_convention", "incoming"))
+
+    @property
+    def size_bytes(self) -> int:
+        return self._path.stat().st_size
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+        for position in range(first, len(self._names)):
+            yield self._read(position, self._names[position])
+
+    def fingerprint(self, digest: Digest) -> None:
+        digest.add_file(self._path)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, position: int, name: str) -> DatasetEpisode:
+        try:
+            group = self._episodes[name]
+            if not isinstance(group, h5py.Group):
+                raise DatasetError("not a group")
+            provenance = Provenance.of_attributes(group.attrs)
+            columns = dict(_columns(group, ""))
+        except (DatasetError, OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+            return DatasetEpisode(position, {}, error=DatasetError(f"{EPISODES}/{name}: cannot be read: {error}"))
+        return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
+
+
+def _columns(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in group.items():
+        label = prefix + unescape(name)
+        if isinstance(value, h5py.Group):
+            yield from _columns(value, f"{label}.")
+        elif isinstance(value, h5py.Dataset):
+            yield label, value[()]
+        else:
+            raise DatasetError(f"{label}: {type(value).__name__}, expected a dataset")
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Returns a sort key by which numbers in a name count as numbers."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part] + [(2, 0, name)]

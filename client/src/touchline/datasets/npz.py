@@ -1,0 +1,98 @@
+"""NPZ files of episodes: one prefix an episode. Read and written member by member; the layout is in docs/datasets.md."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from touchline.datasets.provenance import Provenance
+from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
+
+FORMAT = "npz"
+PROVENANCE = "episode.json"
+"""Member of an episode that says where it came from."""
+ABOUT = "touchline.json"
+"""Member that says what the file is."""
+
+DAMAGE = (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What reading a member may raise, where the file is damaged or not what it seems."""
+
+
+class NpzSource:
+    """Episodes of one NPZ file.
+
+    Raises:
+        DatasetError: it is none, or not laid out so.
+    """
+
+    format = FORMAT
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DatasetError(f"{path}: no NPZ file, or a damaged one ({error})") from None
+        self._members: dict[str, list[str]] = {}
+        for member in self._file.namelist():
+            if member == ABOUT or member.endswith("/"):
+                continue
+            episode, slash, _ = member.partition("/")
+            if not slash:
+                self._file.close()
+                raise DatasetError(
+                    f"{path}: {member.removesuffix('.npy')}: an array outside of any episode, expected names '<episode>/<column>', as "
+                    'in np.savez(path, **{"0/obs": ..., "0/action": ..., "0/reward": ...})'
+                )
+            self._members.setdefault(episode, []).append(member)
+        self.row_convention = self._read_convention()
+
+    @property
+    def size_bytes(self) -> int:
+        return self._path.stat().st_size
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+        for position, (episode, members) in enumerate(self._members.items()):
+            if position >= first:
+                yield self._read(position, episode, members)
+
+    def fingerprint(self, digest: Digest) -> None:
+        digest.add_file(self._path)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, position: int, episode: str, members: list[str]) -> DatasetEpisode:
+        columns: dict[str, Any] = {}
+        provenance = Provenance()
+        for member in members:
+            name = member.removeprefix(f"{episode}/")
+            try:
+                if name == PROVENANCE:
+                    provenance = Provenance.of_json(self._file.read(member))
+                elif name.endswith(".npy"):
+                    with self._file.open(member) as file:
+                        columns[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+                else:
+                    raise DatasetError("expected a member .npy")
+            except (DatasetError, *DAMAGE) as error:
+                return DatasetEpisode(position, {}, error=DatasetError(f"{episode}/{name}: cannot be read: {error}"))
+        return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
+
+    def _read_convention(self) -> str:
+        if ABOUT not in self._file.namelist():
+            return "incoming"
+        try:
+            about = json.loads(self._file.read(ABOUT))
+            return str(about["row_convention"])
+        except (*DAMAGE, KeyError, TypeError) as error:
+            raise DatasetError(f"{self._path}: {ABOUT}: cannot be read: {error}") from None

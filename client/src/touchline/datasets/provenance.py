@@ -1,0 +1,77 @@
+"""Where an episode came from, as files say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from touchline.datasets.values import DatasetError, escape, unescape
+from touchline_protos.codec import EpisodeKey
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is kept of an episode beside its columns."""
+
+    id: int = -1
+    """The number that its server gave it; -1 where unknown. Not kept by a load: a server gives its own."""
+    key: EpisodeKey | None = None
+    """That it was stored under; None where unknown."""
+    actor: str = ""
+    """Who played it."""
+    policy_version: int = 0
+    """Of the policy that acted."""
+
+    def attributes(self) -> dict[str, Any]:
+        """Returns it as flat attributes, as HDF5 has them."""
+        flat: dict[str, Any] = {"id": self.id, "actor": escape(self.actor), "policy_version": self.policy_version}
+        if self.key is not None:
+            flat |= {
+                "key_client_id": escape(self.key.client_id),
+                "key_incarnation": self.key.incarnation,
+                "key_sequence": self.key.sequence,
+            }
+        return flat
+
+    @classmethod
+    def of_attributes(cls, flat: Mapping[str, Any]) -> Provenance:
+        """Returns what attributes say; all of them may be left out.
+
+        Raises:
+            DatasetError: they are of other types.
+        """
+        try:
+            key = None
+            if "key_client_id" in flat:
+                key = EpisodeKey(
+                    unescape(_text(flat["key_client_id"])), int(flat.get("key_incarnation", 0)), int(flat.get("key_sequence", 0))
+                )
+            return cls(int(flat.get("id", -1)), key, unescape(_text(flat.get("actor", ""))), int(flat.get("policy_version", 0)))
+        except (TypeError, ValueError) as error:
+            raise DatasetError(f"id, actor, policy_version or key_*: {error}") from None
+
+    def json(self) -> str:
+        """Returns it as JSON."""
+        return json.dumps(self.attributes())
+
+    @classmethod
+    def of_json(cls, text: str | bytes) -> Provenance:
+        """Returns what :meth:`json` made.
+
+        Raises:
+            DatasetError: it is no such thing.
+        """
+        flat = json.loads(text)
+        if not isinstance(flat, dict):
+            raise DatasetError(f"{type(flat).__name__}, expected an object")
+        return cls.of_attributes(flat)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode()
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__}, expected text")
+    return value

@@ -1,0 +1,164 @@
+"""TD-MPC2's multi-task data sets: ``.pt`` files of a TensorDict [episodes, rows], as Hansen et al. (2024) published them in chunks.
+
+They are read without unpickling anything but tensors (``torch.load(weights_only=True)``): in the place of TensorDict's class and of
+what rebuilds one stands a holder of columns, so tensordict itself is not needed. Files are mapped into memory, not read into it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
+from touchline.errors import InvalidEpisodeError
+
+try:
+    import torch
+
+    from touchline.tdmpc2 import columns_of
+except ImportError as error:
+    raise DatasetError(f".pt files need torch ({error}): pip install 'touchline[torch]'") from error
+
+FORMAT = "tdmpc2"
+
+
+class Holder(dict[str, Any]):
+    """What stands in a restricted unpickler's results where a TensorDict was saved: its columns, and nothing that runs."""
+
+    def __setstate__(self, state: Any) -> None:
+        # Saved by any version of tensordict since 0.1: the columns are under this one name.
+        columns = state.get("_tensordict") if isinstance(state, dict) else None
+        if not isinstance(columns, dict):
+            raise pickle.UnpicklingError("a TensorDict without columns")
+        self.update(columns)
+
+
+def rebuild(kind: Any, state: Any) -> Holder:
+    """Stands for tensordict's own function of that place."""
+    holder = Holder()
+    holder.__setstate__(state)
+    return holder
+
+
+_SAFE: list[Any] = [
+    (Holder, "tensordict._td.TensorDict"),
+    (Holder, "tensordict.tensordict.TensorDict"),
+    (rebuild, "tensordict._reductions._make_td"),
+]
+
+
+class TDMPC2Source:
+    """Episodes of one or several ``.pt`` files. A file is open while its episodes are read.
+
+    Args:
+        paths: the files, in order.
+        trust_pickle: unpickle whatever a file holds, which runs any code in it: for files that the restricted unpickler does not take.
+
+    Raises:
+        DatasetError: a file is none, or holds no [episodes, rows].
+    """
+
+    format = FORMAT
+    row_convention = "incoming"
+
+    def __init__(self, paths: list[Path], *, trust_pickle: bool = False) -> None:
+        self._paths = paths
+        self._trust_pickle = trust_pickle
+        self._lengths = [_count(path, self._open(path)) for path in paths]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._paths)
+
+    def __len__(self) -> int:
+        return sum(self._lengths)
+
+    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+        position = 0
+        for path, length in zip(self._paths, self._lengths, strict=True):
+            if first < position + length:
+                columns = self._open(path)
+                for row in range(max(first - position, 0), length):
+                    yield DatasetEpisode(position + row, _row(columns, row))
+            position += length
+
+    def fingerprint(self, digest: Digest) -> None:
+        for path in self._paths:
+            digest.add_file(path)
+
+    def close(self) -> None:
+        pass
+
+    def _open(self, path: Path) -> dict[str, Any]:
+        loaded = _load(path, self._trust_pickle)
+        try:
+            return columns_of(loaded)
+        except InvalidEpisodeError as error:
+            raise DatasetError(f"{path}: {error}") from None
+
+
+def _load(path: Path, trust_pickle: bool) -> Any:
+    """Returns what a file holds, its tensors mapped where the file's layout permits (it does since torch 1.6)."""
+    for mmap in (True, False):
+        try:
+            if trust_pickle:
+                return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)
+            with torch.serialization.safe_globals(_SAFE):
+                return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        except pickle.UnpicklingError as error:
+            if trust_pickle:
+                raise DatasetError(f"{path}: no file of torch.save ({_first_line(error)})") from None
+            raise DatasetError(
+                f"{path}: {_found_by(error)}, expected a TensorDict or a dict of tensors. If you trust whoever made the file, "
+                "--trust-pickle (trust_pickle=True) unpickles anything, which runs whatever code is in it"
+            ) from None
+        except RuntimeError as error:
+            if mmap and "mmap" in str(error):
+                continue
+            raise DatasetError(f"{path}: no file of torch.save, or a damaged one ({_first_line(error)})") from None
+        except (EOFError, ValueError, AttributeError, ImportError, TypeError, KeyError, IndexError, OverflowError) as error:
+            raise DatasetError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
+    raise AssertionError("unreachable")
+
+
+def _found_by(error: Exception) -> str:
+    text = str(error)
+    if "GLOBAL " in text:
+        return f"it holds {text.split('GLOBAL ', 1)[1].split(' ', 1)[0]}"
+    return f"it is no file of torch.save, or a damaged one ({text.rsplit('WeightsUnpickler error: ', 1)[-1].splitlines()[0].strip()})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].partition("  (Could this")[0]
+
+
+def _count(path: Path, columns: Mapping[str, Any]) -> int:
+    """Returns how many episodes [episodes, rows] have."""
+    shapes = {name: tuple(value.shape) for name, value in _leaves(path, columns, "")}
+    if not shapes:
+        raise DatasetError(f"{path}: no columns, expected at least obs, action and reward")
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            raise DatasetError(f"{path}: {name}: shape {shape}, expected (episodes, rows, ...)")
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape[:2] != shapes[first][:2]:
+            raise DatasetError(f"{path}: {name}: shape {shape}, expected {shapes[first][:2]} episodes and rows to match {first}")
+    return int(shapes[first][0])
+
+
+def _leaves(path: Path, level: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name in level.keys():  # noqa: SIM118  perhaps a TensorDict
+        value = level[name]
+        if hasattr(value, "keys"):
+            yield from _leaves(path, value, f"{prefix}{name}.")
+        elif not hasattr(value, "shape"):
+            raise DatasetError(f"{path}: {prefix}{name}: {type(value).__name__}, expected a tensor")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _row(level: Any, row: int) -> dict[str, Any]:
+    return {name: _row(level[name], row) if hasattr(level[name], "keys") else level[name][row] for name in level.keys()}  # noqa: SIM118

@@ -1,0 +1,201 @@
+"""The command ``touchline`` as a process of its own, with a real server: what it prints, how it ends, and that killing it is harmless."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset_cases import Columns, assert_same, make_episode, serve, stored
+from touchline import ReplayClient
+from touchline_server.app import ServerThread
+
+KILLS = int(os.environ.get("FAULT_KILLS", "4"))
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the command; ends what is left at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "touchline", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COLUMNS": "200", **environment},
+            cwd=tmp_path,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(start: Start) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        process = start(*arguments, **environment)
+        output, errors = process.communicate(timeout=60)
+        return process.returncode, output, errors
+
+    return run
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def server() -> Iterator[ServerThread]:
+    with serve(allow_non_finite=False) as server:
+        yield server
+
+
+def _write_npz(path: Path, episodes: list[Columns]) -> None:
+    np.savez(path, **{f"{number}/{name}": value for number, columns in enumerate(episodes) for name, value in columns.items()})
+
+
+def test_load_says_what_it_stored(server: ServerThread, run: Run, tmp_path: Path) -> None:
+    _write_npz(tmp_path / "demos.npz", [make_episode(number) for number in range(5)])
+
+    status, output, errors = run("load", "demos.npz", TOUCHLINE_ADDRESS=server.address)
+    again, repeated, _ = run("load", "demos.npz", "--address", server.address)
+
+    assert (status, again, errors) == (0, 0, "")
+    assert "demos.npz: 5 episodes, 55 steps in " in output
+    assert "stored               5" in output
+    assert f"{server.address} has 5 episodes, 55 steps" in output
+    assert "stored               0" in repeated
+    assert "duplicates           5" in repeated
+    assert_same(stored(server), [make_episode(number) for number in range(5)])
+
+
+def test_load_with_refused_episodes_ends_with_one_and_says_why(server: ServerThread, run: Run, tmp_path: Path) -> None:
+    episodes = [make_episode(number) for number in range(6)]
+    for number in (1, 2, 3, 4):
+        episodes[number]["obs"][number] = np.nan
+    _write_npz(tmp_path / "demos.npz", episodes)
+
+    status, output, _ = run("load", "demos.npz", "--address", server.address)
+    allowed, _, _ = run("load", "demos.npz", "--address", server.address, "--allow-refused")
+
+    assert (status, allowed) == (1, 0)
+    assert "refused              4" in output
+    assert "4 × obs: a value that is not finite in row #, expected finite values" in output
+    assert "episode 2: obs: a value that is not finite in row 2" in output
+    assert "and 1 more" in output
+
+
+def test_source_that_cannot_be_read_does_not_stop_the_others(server: ServerThread, run: Run, tmp_path: Path) -> None:
+    _write_npz(tmp_path / "demos.npz", [make_episode(0)])
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+
+    status, output, errors = run("load", "broken.npz", "gone.h5", "demos.npz", "--address", server.address)
+
+    assert status == 1
+    assert "touchline: broken.npz: no NPZ file" in errors and "touchline: gone.h5: no such file or folder" in errors
+    assert "stored               1" in output
+    assert "Traceback" not in errors
+
+
+def test_dry_run_needs_no_server_and_shows_the_columns(run: Run, tmp_path: Path) -> None:
+    _write_npz(tmp_path / "demos.npz", [make_episode(0), make_episode(1, obs=3)])
+
+    status, output, _ = run("load", "demos.npz", "--dry-run", "--task", "4", "--address", "127.0.0.1:1")
+
+    assert status == 1
+    assert "obs     float32 [4]" in output and "task    int64 []" in output
+    assert "episode 1: obs: float32 (3,), expected float32 (4,) as in the first episode" in output
+
+
+def test_server_that_is_not_there_is_said_before_anything_is_read(run: Run, tmp_path: Path) -> None:
+    _write_npz(tmp_path / "demos.npz", [make_episode(0)])
+
+    status, _, errors = run("load", "demos.npz", "--address", "127.0.0.1:1")
+
+    assert status == 1
+    assert "no server: 127.0.0.1:1" in errors and "touchline-server serve" in errors and "Traceback" not in errors
+
+
+def test_no_arguments_show_the_commands(run: Run) -> None:
+    _, output, errors = run()
+
+    assert "touchline load" in output + errors
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from touchline.console import main; main()"
+
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert found.returncode == 1
+    assert "pip install 'touchline[cli]'" in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "extra"),
+    [("h5py", "a.h5", "hdf5"), ("minari", "minari:a-v0", "minari"), ("torch", "a.pt", "torch")],
+)
+def test_format_without_its_package_says_what_to_install(tmp_path: Path, package: str, file: str, extra: str) -> None:
+    (tmp_path / file).touch()
+    code = f"import sys; sys.modules[{package!r}] = None; from touchline import datasets; datasets.open_source({file!r})"
+
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert f"pip install 'touchline[{extra}]'" in found.stderr.splitlines()[-1]
+
+
+def _wait_until(server: ServerThread, episodes: int, process: subprocess.Popen[str]) -> None:
+    """Returns once so many episodes were added, or the process has ended."""
+    with ReplayClient(server.address) as client:
+        while client.counts().episodes_added < episodes and process.poll() is None:
+            pass
+
+
+@pytest.mark.timeout(300)
+def test_load_killed_half_way_and_started_again_stores_each_episode_once(server: ServerThread, start: Start, tmp_path: Path) -> None:
+    """Sixty megabytes, in two calls; killed ever later, and started again each time."""
+    total = 600
+    episodes = [make_episode(number, rows=50, obs=500) for number in range(total)]
+    _write_npz(tmp_path / "demos.npz", episodes)
+    half_way = 0
+
+    for kill in range(KILLS):
+        process = start("load", "demos.npz", "--address", server.address)
+        _wait_until(server, 1 + total * kill // KILLS, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with ReplayClient(server.address) as client:
+            half_way += 0 < client.counts().episodes_added < total
+    last = start("load", "demos.npz", "--address", server.address)
+    output, errors = last.communicate(timeout=120)
+
+    assert half_way > 0
+    assert last.returncode == 0, errors
+    assert Counter(episode["obs"].tobytes() for episode in stored(server)) == Counter(episode["obs"].tobytes() for episode in episodes)
+    assert f"{server.address} has 600 episodes" in output
+
+
+def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread, start: Start, tmp_path: Path) -> None:
+    _write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50, obs=500) for number in range(600)])
+    process = start("load", "demos.npz", "--address", server.address)
+    _wait_until(server, 1, process)
+
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert errors == "touchline: interrupted; the same command again goes on, and stores nothing twice\n"
