@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from touchline_server import sharing
-from touchline_server.sharing import MESSAGE_COST_S, AddGate
+from touchline_server.sharing import MESSAGE_COST_S, STALLED_S, AddGate
 
 
 class Clock:
@@ -79,6 +79,42 @@ def test_gate_with_share_zero_never_waits(clock: Clock) -> None:
 
     run(test)
     assert clock.slept == []
+
+
+def test_gate_does_not_hold_adds_back_for_a_learner_that_does_not_read(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing.time, "monotonic", lambda: clock.now)
+
+    async def test() -> None:
+        gate = AddGate(0.9)
+        with gate.hungry():
+            gate.charge(10.0)
+            clock.now += STALLED_S + 0.1
+            await gate.admit()
+            assert clock.slept == []
+            with gate.hungry():  # another one that does
+                await gate.admit()
+
+    run(test)
+    assert len(clock.slept) == 1
+
+
+def test_gate_lets_every_add_pass_however_many_wait_and_however_hungry_learners_are(clock: Clock) -> None:
+    passed = []
+
+    async def add(gate: AddGate, number: int) -> None:
+        await gate.admit()
+        clock.now += 0.01
+        gate.charge(0.01)
+        passed.append(number)
+
+    async def test() -> None:
+        gate = AddGate(0.95)
+        with gate.hungry():
+            await asyncio.gather(*(add(gate, number) for number in range(200)))
+
+    run(test)
+    assert passed == list(range(200))
+    assert sum(clock.slept) <= 200 * (0.01 + MESSAGE_COST_S) * 19 + 1
 
 
 def test_gate_stays_hungry_until_the_last_learner_is_served(clock: Clock) -> None:

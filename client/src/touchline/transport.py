@@ -50,6 +50,8 @@ class Transport:
             # Finds a peer that vanished without a word; the server allows pings this often.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
+            # Where nothing else is on its way gRPC goes by this one, a minute by default.
+            ("grpc.http2.ping_timeout_ms", 10_000),
             ("grpc.http2.max_pings_without_data", 0),
             # A server that restarts is back within seconds: do not wait for minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),

@@ -116,6 +116,11 @@ class LoadDecoder:
         """Whether a header was taken and chunks of its episode are still to come."""
         return self._partial is not None
 
+    @property
+    def announced_bytes(self) -> int:
+        """Payload of the episode in progress, as its header announced it (no more than the limit); 0 where none is."""
+        return self._partial.size_bytes if self._partial is not None else 0
+
     def feed(self, message: bytes) -> Episode | None:
         """Takes one message.
 
@@ -194,6 +199,7 @@ class _PartialEpisode:
         self._actor = actor
         self._policy_version = policy_version
         self._specs = specs
+        self.size_bytes = sum(spec.size_bytes for spec in specs)
         self._columns: dict[str, np.ndarray] = {}
         self._filled = 0
         self._skip_empty()

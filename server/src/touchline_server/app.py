@@ -19,8 +19,10 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
 
 from touchline_protos.ring import sweep_dead_rings
+from touchline_server.admission import Admission
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config
+from touchline_server.limits import Budgets
 from touchline_server.memory import keep_freed_memory
 from touchline_server.service import SERVICE_NAME, ReplayService
 
@@ -60,20 +62,28 @@ class ReplayServer:
             ReplayError: the durable store cannot be used.
         """
         limit = self._config.max_message_bytes
+        self.budgets = budgets = Budgets(self._config)
+        self.admission = Admission(max_calls=self._config.max_calls, budgets=budgets)
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 # Otherwise a second server would silently share the port.
                 ("grpc.so_reuseport", 0),
+                # Beyond it a client's calls wait at the client.
+                ("grpc.max_concurrent_streams", self._config.max_connection_calls),
                 # A peer that vanished is noticed, and clients may check an idle connection.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_time_ms", int(self._config.keepalive_s * 1000)),
+                ("grpc.keepalive_timeout_ms", int(self._config.keepalive_s * 1000 / 3)),
+                # Where nothing else is on its way gRPC goes by this one, a minute by default.
+                ("grpc.http2.ping_timeout_ms", int(self._config.keepalive_s * 1000 / 3)),
                 ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            )
+            ),
+            interceptors=(self.admission,),
         )
-        self._service = ReplayService(self.buffer)
+        self._service = ReplayService(self.buffer, budgets)
         self._health = health.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -130,6 +130,16 @@ class ServerConfig(_Table):
     """Largest horizon that a request may ask for."""
     max_streams: _Count = 1_024
     """Most sampling and loading streams open at a time."""
+    max_calls: _Count = 4_096
+    """Most calls in progress, streams included."""
+    max_connection_calls: Annotated[_Int, Field(ge=1, le=_INT32_MAX)] = 256
+    """Most calls in progress on one connection; the next ones wait at the client."""
+    max_receive_bytes: _Count = 4_294_967_296
+    """Bytes of episodes that may be on their way in: half for messages, half for episodes that come in chunks."""
+    max_send_bytes: _Count = 4_294_967_296
+    """Bytes of batches that may be made and not taken yet by the transport."""
+    keepalive_s: Annotated[_Seconds, Field(ge=1)] = 30.0
+    """Silence in seconds after which a peer is asked whether it is there; without an answer for a third of it, it is gone."""
     max_rings: Annotated[_Int, Field(ge=0, le=1_024)] = 16
     """Most shared-memory rings, one a learner on this host; 0: none, learners get messages."""
     max_ring_bytes: _Count = 536_870_912
@@ -218,6 +228,13 @@ class Config(_Table):
         if buffer.min_history > buffer.buffer_size:
             limit = f"config.buffer_size ({buffer.buffer_size})"
             wrong.append(f"config.min_history: {buffer.min_history}, expected at most {limit}")
+        least = 2 * max(server.max_message_bytes, server.max_episode_bytes)
+        if server.max_receive_bytes < least:
+            limit = f"2 x server.max_message_bytes and 2 x server.max_episode_bytes ({least})"
+            wrong.append(f"server.max_receive_bytes: {server.max_receive_bytes}, expected at least {limit}")
+        if server.max_send_bytes < server.max_message_bytes:
+            limit = f"server.max_message_bytes ({server.max_message_bytes})"
+            wrong.append(f"server.max_send_bytes: {server.max_send_bytes}, expected at least {limit}")
         if self.storage.device == "disk" and not self.storage.scratch_dir:
             wrong.append("storage.scratch_dir: '', expected a folder, because storage.device is 'disk'")
         if wrong:

@@ -34,6 +34,7 @@ from touchline_server.errors import (
     UnknownTableError,
 )
 from touchline_server.feeding import RingHouse
+from touchline_server.limits import Assembling, Budgets
 from touchline_server.session import SampleSession
 from touchline_server.sharing import AddGate
 from touchline_server.status import abort
@@ -59,8 +60,9 @@ T = TypeVar("T")
 class ReplayService:
     """``touchline.v1.Replay`` on one buffer. Lives in one event loop; end it with :meth:`drain`, :meth:`drained` and :meth:`close`."""
 
-    def __init__(self, buffer: ReplayBuffer) -> None:
+    def __init__(self, buffer: ReplayBuffer, budgets: Budgets) -> None:
         self._buffer = buffer
+        self._budgets = budgets
         self._limits = buffer.config.server
         self._codec_limits = CodecLimits(max_episode_bytes=self._limits.max_episode_bytes, max_columns=self._limits.max_columns)
         self._adding = ThreadPoolExecutor(self._limits.add_workers, thread_name_prefix="touchline-add")
@@ -195,14 +197,17 @@ class ReplayService:
         decoder = LoadDecoder(self._codec_limits)
         answers: list[pb.EpisodeResult | _Submitted] = []
         with self._stream():
-            async for message in requests:
-                if len(answers) == MAX_LOAD_RESULTS:
-                    raise TooLargeError(
-                        f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
-                    )
-                answer = await self._store(self._load, decoder, message)
-                if answer is not None:
-                    answers.append(answer)
+            async with Assembling(self._budgets, decoder) as assembling:
+                while (message := await assembling.receive(requests)) is not None:
+                    if len(answers) == MAX_LOAD_RESULTS:
+                        raise TooLargeError(
+                            f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
+                        )
+                    answer = await self._store(self._load, decoder, message)
+                    del message  # its room is given back
+                    if answer is not None:
+                        answers.append(answer)
+                    await assembling.settle()
         # Episodes of one call that wait for the disk share its fsync.
         results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
         if decoder.in_progress:
@@ -243,13 +248,18 @@ class ReplayService:
         wait_s = _checked_wait(request.wait_s)
         await self._changes.until(lambda: self._draining or self._buffer.store.can_sample(spec.horizon), wait_s)
         self._refuse_if_draining()
+        schema = self._buffer.store.schema
+        size = 0
+        if schema is not None:
+            # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
+            size = self._buffer.plan(schema, spec).layout.message_bytes(unary=True)
+            self._check_message_size(size)
+        await self._budgets.sending.reserve(size)
+        # gRPC calls this once it has handed the answer to the transport, or given the call up.
+        context.add_done_callback(lambda _: self._budgets.sending.release(size))  # type: ignore[arg-type]
         return await self._on(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
-        schema = self._buffer.store.schema
-        if schema is not None:
-            # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
-            self._check_message_size(self._buffer.plan(schema, spec).layout.message_bytes(unary=True))
         with self._buffer.select(spec, rng) as ((selection,), plan):
             actors = self._buffer.actor_names(selection.draw.actor)
             self._check_message_size(plan.layout.message_bytes(actors=actors, unary=True))
@@ -278,7 +288,9 @@ class ReplayService:
                 self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
                 max_batches=first.open.max_batches_per_frame,
             )
-            session = SampleSession(source, self._changes, self._sampling, self._rings, self._gate, draining=lambda: self._draining)
+            session = SampleSession(
+                source, self._changes, self._sampling, self._rings, self._gate, self._budgets.sending, draining=lambda: self._draining
+            )
             await session.run(first.open, requests, context.write)
 
     async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import NamedTuple
 
 from touchline_protos.ring import RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import DrainingError, InvalidRequestError, NotReadyError
 from touchline_server.feeding import RingFeeder, RingHouse, ring_offer
 from touchline_server.gathering import GatherPlan
+from touchline_server.limits import ByteBudget, Loan
 from touchline_server.sharing import AddGate
 from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
@@ -20,6 +22,15 @@ MAX_CREDITS = 1 << 20
 """Credits that a learner may hold."""
 
 Write = Callable[[bytes], Awaitable[None]]
+
+
+class _Making(NamedTuple):
+    """Frames that are being made."""
+
+    frames: asyncio.Future[tuple[int, list[bytes]]]
+    """How many batches, and the frames that carry them."""
+    room: Loan
+    """That they take."""
 
 
 class SampleSession:
@@ -32,6 +43,7 @@ class SampleSession:
         pool: ThreadPoolExecutor,
         rings: RingHouse,
         gate: AddGate,
+        sending: ByteBudget,
         *,
         draining: Callable[[], bool],
     ) -> None:
@@ -40,6 +52,7 @@ class SampleSession:
         self._pool = pool
         self._rings = rings
         self._gate = gate
+        self._sending = sending
         self._draining = draining
         self._credits = 0
         self._closed = False
@@ -74,26 +87,48 @@ class SampleSession:
 
     async def _push(self, write: Write, wake: asyncio.Event) -> None:
         """Sends frames as credits allow; the next ones are made while these are written."""
-        making: asyncio.Future[tuple[int, list[bytes]]] | None = None
+        making: _Making | None = None
         try:
             while making is not None or await self._may_push(wake):
-                with self._gate.hungry():
-                    try:
-                        count, frames = await (making or self._make())
-                    except NotReadyError:
-                        making = None
-                        continue  # cleared since it was looked at
-                    self._credits -= count
-                    self._check()
-                    making = self._make() if self._credits and self._source.can_sample() else None
-                    for frame in frames:
-                        await write(frame)
+                if making is None:
+                    # Here it holds no room, so that sessions never wait for each other in a circle.
+                    size = self._source.size_bytes(self._credits)
+                    await self._sending.reserve(size)
+                    making = self._make(size)
+                made, making = making, None
+                try:
+                    with self._gate.hungry():
+                        try:
+                            count, frames = await made.frames
+                        except NotReadyError:
+                            continue  # cleared since it was looked at
+                        self._credits -= count
+                        self._check()
+                        if self._credits and self._source.can_sample():
+                            size = self._source.size_bytes(self._credits)
+                            making = self._make(size) if self._sending.try_reserve(size) else None
+                        await self._write(frames, write, made.room)
+                finally:
+                    made.room.resize(0)
         finally:
             if making is not None:
-                making.cancel()
+                making.frames.cancel()
+                making.room.resize(0)
 
-    def _make(self) -> asyncio.Future[tuple[int, list[bytes]]]:
-        return asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
+    async def _write(self, frames: list[bytes], write: Write, room: Loan) -> None:
+        """Writes frames and gives their room back one by one."""
+        left = sum(len(frame) for frame in frames)
+        room.resize(left)
+        frames.reverse()
+        while frames:
+            left -= len(frames[-1])
+            await write(frames.pop())
+            room.resize(left)
+
+    def _make(self, size: int) -> _Making:
+        """Has the next frames made, in room that was reserved."""
+        frames = asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
+        return _Making(frames, Loan(self._sending, size))
 
     async def _may_push(self, wake: asyncio.Event) -> bool:
         """Waits for a credit and for something to sample; returns False once the learner wants no more."""

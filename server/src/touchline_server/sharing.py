@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 MESSAGE_COST_S = 150e-6
 """Time that receiving and answering a message takes, beside storing what it brings."""
+
+STALLED_S = 1.0
+"""A learner that has not come back for more after this time does not wait for batches: it is slow itself, or gone."""
 
 
 class AddGate:
@@ -23,13 +27,15 @@ class AddGate:
     def __init__(self, sample_share: float) -> None:
         self._pause_per_second = sample_share / (1.0 - sample_share)
         self._hungry: set[object] = set()
+        self._hungry_since = 0.0
         self._turn = asyncio.Lock()
         self._next = 0.0
 
     @contextmanager
     def hungry(self) -> Iterator[None]:
-        """Says that a learner waits while the block lasts."""
+        """Says that a learner waits while the block lasts, for :data:`STALLED_S` seconds at most."""
         mark = object()
+        self._hungry_since = time.monotonic()
         self._hungry.add(mark)
         try:
             yield
@@ -38,7 +44,7 @@ class AddGate:
 
     async def admit(self) -> None:
         """Waits for an add's turn; first come, first served."""
-        if not self._hungry or not self._pause_per_second:
+        if not self._hungry or not self._pause_per_second or time.monotonic() - self._hungry_since > STALLED_S:
             return
         loop = asyncio.get_running_loop()
         async with self._turn:

@@ -67,6 +67,18 @@ class BatchSource:
         schema = self._buffer.store.schema
         return None if schema is None else self._buffer.plan(schema, self.spec)
 
+    def size_bytes(self, credits: int) -> int:
+        """Returns the room that the next frames for so many credits take.
+
+        Raises:
+            TooLargeError: the batch is over the limit.
+        """
+        plan = self.plan()
+        if plan is None:
+            return 0
+        batches = self._group_size(plan, credits)
+        return batches * (plan.layout.body_bytes if plan.layout.body_bytes > self._chunked_above else plan.layout.message_bytes())
+
     def frames(self, credits: int) -> tuple[int, list[bytes]]:
         """Draws up to ``credits`` batches.
 

@@ -1,0 +1,134 @@
+"""What every call passes before a byte of its message is read: may it come in, and is there room for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+
+from touchline_server.errors import InvalidRequestError, OverloadedError
+from touchline_server.limits import Budgets, ByteBudget
+from touchline_server.status import abort
+
+HEALTH_SERVICE = "grpc.health.v1.Health"
+
+EPISODE_METHODS = frozenset({"/touchline.v1.Replay/AddEpisode", "/touchline.v1.Replay/LoadEpisodes"})
+"""Methods whose messages bring episodes."""
+
+MAX_HEALTH_CALLS = 256
+"""Calls to the health service at a time, those that watch it included."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # at run time it has no parameters
+
+
+class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Counts calls, and reads the message of a unary request only once there is room for it. Lives in one event loop.
+
+    gRPC itself would read that message first. So each such method is served as one that takes a stream, which on the wire is the same.
+
+    Args:
+        max_calls: at a time, apart from those to the health service.
+        budgets: room for messages.
+    """
+
+    def __init__(self, *, max_calls: int, budgets: Budgets) -> None:
+        self._budgets = budgets
+        self._calls = _Count(max_calls, "server.max_calls")
+        self._health_calls = _Count(MAX_HEALTH_CALLS, "the limit of the health service")
+        self._admitted: dict[str, tuple[Handler, Handler]] = {}
+
+    async def intercept_service(  # type: ignore[override]
+        self, continuation: Callable[[Any], Awaitable[Handler | None]], details: Any
+    ) -> Handler | None:
+        """Returns a method's handler with what it has to pass; gRPC calls this for each call."""
+        method = details.method
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        known = self._admitted.get(method)
+        if known is None or known[0] is not handler:
+            known = self._admitted[method] = (handler, self._admitting(method, handler))
+        return known[1]
+
+    def _admitting(self, method: str, handler: Handler) -> Handler:
+        if method.startswith(f"/{HEALTH_SERVICE}/"):
+            count, budget = self._health_calls, self._budgets.health
+        else:
+            count = self._calls
+            budget = self._budgets.messages if method in EPISODE_METHODS else self._budgets.questions
+        inner = _inner(handler)
+        make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+        if handler.request_streaming:
+            return make(_counted(count, inner), handler.request_deserializer, handler.response_serializer)
+        return make(_counted(count, self._reading(handler, inner, budget)), None, handler.response_serializer)
+
+    def _reading(self, handler: Handler, inner: Any, budget: ByteBudget) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
+        size = self._budgets.max_message_bytes
+        parse = handler.request_deserializer
+
+        async def read(requests: AsyncIterator[bytes], context: Context) -> Any:
+            try:
+                await budget.reserve(size)
+            except Exception as error:
+                await abort(context, error)
+            held = size
+            try:
+                message = await anext(aiter(requests), None)
+                if message is None:
+                    await abort(context, InvalidRequestError("the call ended without a message, expected one"))
+                held = len(message)
+                budget.release(size - held)
+                try:
+                    request = message if parse is None else parse(message)
+                except Exception:
+                    await abort(context, InvalidRequestError(f"{held} bytes that are no message of the expected type"))
+                return await inner(request, context)
+            finally:
+                budget.release(held)
+
+        return read
+
+
+class _Count:
+    """So many of something at a time."""
+
+    def __init__(self, limit: int, what: str) -> None:
+        self._limit = limit
+        self._what = what
+        self.now = 0
+        """In progress."""
+
+    def enter(self) -> None:
+        if self.now == self._limit:
+            raise OverloadedError(f"{self.now} calls are in progress, which is what {self._what} allows; try again later")
+        self.now += 1
+
+    def leave(self) -> None:
+        self.now -= 1
+
+
+def _inner(handler: Handler) -> Any:
+    if handler.request_streaming:
+        return handler.stream_stream if handler.response_streaming else handler.stream_unary
+    return handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+
+def _counted(count: _Count, method: Any) -> Callable[[Any, Context], Awaitable[Any]]:
+    async def counted(requests: Any, context: Context) -> Any:
+        try:
+            count.enter()
+        except OverloadedError as error:
+            await abort(context, error)
+        try:
+            answers = method(requests, context)
+            if not inspect.isasyncgen(answers):
+                return await answers
+            async for answer in answers:
+                await context.write(answer)
+        finally:
+            count.leave()
+
+    return counted

@@ -1,0 +1,380 @@
+"""What peers can have the server hold at a time: calls, messages, episodes in chunks, batches; and what is left of it when they go."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from service_calls import DEADLINE_S, SERVICE, Caller, eventually, make_episode, refused, serving
+from tcp_proxy import TcpProxy
+from touchline import EpisodeKey, EpisodeWriter, OverLimitError, ReplayClient
+from touchline_protos.codec import Episode, encode_add_episode, encode_load
+from touchline_protos.v1 import replay_pb2 as pb
+
+OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
+MIB = 1 << 20
+ONE_MESSAGE = {"port": 0, "max_message_bytes": MIB, "max_episode_bytes": MIB, "max_receive_bytes": 2 * MIB, "max_send_bytes": 2 * MIB}
+"""Room for one message with an episode, one episode in chunks, and two MiB of batches."""
+
+
+class OpenCall:
+    """A call whose messages are sent when the test says so; any method, unary ones included."""
+
+    def __init__(self, caller: Caller, method: str) -> None:
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.call = caller.channel.stream_unary(SERVICE + method).future(iter(self._messages.get, None), timeout=DEADLINE_S)
+
+    def send(self, *messages: bytes) -> None:
+        for message in messages:
+            self._messages.put(message)
+
+    def end(self) -> None:
+        self._messages.put(None)
+
+    def cancel(self) -> None:
+        self.call.cancel()
+        self.end()
+
+
+def budgets(server: Any) -> Any:
+    return server._server.budgets
+
+
+def in_use(server: Any) -> int:
+    return sum(budget.used for budget in budgets(server))
+
+
+def impatient(server: Any) -> None:
+    """Has nobody wait for room."""
+    for budget in budgets(server):
+        budget._wait_s = 0.0
+
+
+def refusal_of(call: OpenCall) -> tuple[grpc.StatusCode, str, str]:
+    refusal = refused(call.call.result)
+    return refusal.code, refusal.reason, refusal.retry_after_ms
+
+
+def big_episode() -> Episode:
+    """Goes in chunks, of a MiB in all."""
+    rows = 64
+    columns = {name: np.zeros((rows, width), np.float32) for name, width in (("obs", MIB // 4 // rows - 2), ("action", 1))}
+    return Episode(columns | {"reward": np.zeros(rows, np.float32)})
+
+
+# Calls
+
+
+def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers() -> None:
+    with serving(server={"port": 0, "max_calls": 2}) as (server, caller), Caller(server.address) as other:
+        waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=30)) for _ in range(2)]
+        count = server._server.admission._calls
+        eventually(lambda: count.now == 2, "two calls wait")
+
+        refusal = refused(other.counts)
+        health = other.channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=DEADLINE_S)
+
+        assert (refusal.code, refusal.reason, refusal.retry_after_ms) == OVER_LIMIT
+        assert "server.max_calls" in refusal.details
+        assert health == b"\x08\x01"
+        for call in waiting:
+            call.cancel()
+        eventually(lambda: count.now == 0, "the calls are forgotten")
+        other.add(make_episode())
+
+
+def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
+    with serving(server={"port": 0, "max_connection_calls": 2}) as (server, caller), Caller(server.address) as other:
+        caller.counts()  # the limit is known to the client from here on
+        waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=30)) for _ in range(2)]
+        third = caller.stub.Info.future(pb.InfoRequest(), timeout=DEADLINE_S)
+
+        other.counts()
+
+        assert not third.done()
+        waiting[0].cancel()
+        assert third.result().counts.episodes_stored == 0
+        waiting[1].cancel()
+
+
+# Messages on their way in
+
+
+@pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
+def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
+    with serving(server=ONE_MESSAGE) as (server, caller):
+        impatient(server)
+        holder = OpenCall(caller, method)
+        eventually(lambda: in_use(server) == MIB, "the first call holds the room")
+
+        refusals = [refusal_of(OpenCall(caller, one)) for one in ("AddEpisode", "LoadEpisodes")]
+
+        assert refusals == [OVER_LIMIT] * 2
+        assert in_use(server) == MIB
+        holder.send(encode_add_episode(make_episode()))
+        holder.end()
+        holder.call.result()
+        assert in_use(server) == 0
+        assert caller.add(make_episode()).counts.episodes_stored == 2
+
+
+def test_call_that_waits_for_room_gets_it_when_another_ends() -> None:
+    with serving(server=ONE_MESSAGE) as (server, caller):
+        holder = OpenCall(caller, "AddEpisode")
+        eventually(lambda: in_use(server) == MIB, "the first call holds the room")
+        second = OpenCall(caller, "AddEpisode")
+        second.send(encode_add_episode(make_episode()))
+        eventually(lambda: len(budgets(server).messages._waiters) == 1, "the second waits")
+
+        holder.cancel()
+
+        assert pb.AddEpisodeResponse.FromString(second.call.result()).counts.episodes_stored == 1
+        assert in_use(server) == 0
+
+
+def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> None:
+    with serving(server=ONE_MESSAGE) as (server, caller):
+        impatient(server)
+        holder = OpenCall(caller, "AddEpisode")
+        eventually(lambda: in_use(server) == MIB, "the first call holds the room")
+        sleeps: list[float] = []
+
+        with ReplayClient(server.address, timeout_s=20.0) as client:
+
+            def sleep(delay_s: float) -> None:
+                sleeps.append(delay_s)
+                holder.cancel()
+                eventually(lambda: in_use(server) == 0, "the room is free")
+
+            client._calls._sleep = sleep
+            with EpisodeWriter(client) as writer:
+                for number in range(3):
+                    writer.append({"obs": np.float32(number), "action": np.float32(0), "reward": 0.0})
+            client.add({name: np.zeros(4, np.float32) for name in ("obs", "action", "reward")})
+
+        assert len(sleeps) == 1
+        assert 1.0 < sleeps[0] <= 1.05
+        assert caller.counts().episodes_stored == 2
+
+
+def test_room_for_adds_and_for_sampling_are_apart() -> None:
+    with serving(server=ONE_MESSAGE) as (server, caller):
+        caller.add(make_episode())
+        impatient(server)
+        holder = OpenCall(caller, "AddEpisode")
+        eventually(lambda: in_use(server) == MIB, "the adds' room is taken")
+
+        assert caller.sample().episode_id.shape == (8,)
+        assert len(caller.stream().open(credits=2).read(2)) == 2
+        assert caller.counts().episodes_stored == 1
+        holder.cancel()
+        eventually(lambda: budgets(server).messages.used == 0, "the holder is gone")
+        assert budgets(server).sending.try_reserve(budgets(server).sending.total)
+
+        refusal = refused(caller.sample)
+
+        assert (refusal.code, refusal.reason, refusal.retry_after_ms) == OVER_LIMIT
+        assert "server.max_send_bytes" in refusal.details
+        assert caller.add(make_episode()).counts.episodes_stored == 2
+
+
+@pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Ready", "Info", "Clear"])
+def test_call_that_breaks_off_gives_its_room_back(method: str) -> None:
+    with serving() as (server, caller):
+        call = OpenCall(caller, method)
+        eventually(lambda: in_use(server) == server.buffer.config.server.max_message_bytes, "it holds room for its message")
+
+        call.cancel()
+
+        eventually(lambda: in_use(server) == 0, "its room is free")
+
+
+def test_unary_call_without_a_message_is_an_invalid_argument() -> None:
+    with serving() as (server, caller):
+        call = OpenCall(caller, "Info")
+        call.end()
+
+        refusal = refused(call.call.result)
+
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
+        eventually(lambda: in_use(server) == 0, "its room is free")
+
+
+# Episodes in chunks
+
+
+def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_back() -> None:
+    with serving(server=ONE_MESSAGE) as (server, caller):
+        impatient(server)
+        header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 4)
+        first = OpenCall(caller, "LoadEpisodes")
+        first.send(header)
+        announced = big_episode().size_bytes
+        eventually(lambda: budgets(server).assembling.used == announced, "the announced episode has its room")
+        # The stream that waits for chunks holds the messages' room as well, until they came.
+        first.send(*chunks)
+        eventually(lambda: budgets(server).assembling.used == 0, "the whole episode is stored")
+        first.end()
+        assert pb.LoadEpisodesResponse.FromString(first.call.result()).counts.episodes_stored == 1
+        assert in_use(server) == 0
+
+
+def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call_gives_all_back() -> None:
+    with serving(server=ONE_MESSAGE | {"max_receive_bytes": 5 * MIB, "max_message_bytes": MIB // 2}) as (server, caller):
+        impatient(server)
+        header, *_ = encode_load(big_episode(), chunk_bytes=MIB // 4)
+        holders = [OpenCall(caller, "LoadEpisodes") for _ in range(2)]
+        for holder in holders:
+            holder.send(header)
+        announced = big_episode().size_bytes
+        eventually(lambda: budgets(server).assembling.used == 2 * announced, "two are announced")
+        third = OpenCall(caller, "LoadEpisodes")
+        third.send(header)
+
+        assert refusal_of(third) == OVER_LIMIT
+        assert caller.add(make_episode()).counts.episodes_stored == 1
+        for holder in holders:
+            holder.cancel()
+        eventually(lambda: in_use(server) == 0, "their room is free")
+
+
+# Batches on their way out
+
+
+def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more() -> None:
+    with serving(server={"port": 0, "max_send_bytes": 128 * MIB}) as (server, caller):
+        caller.add(make_episode(100, obs=2000))
+        size = 4 * 2000 * 4 * 500
+        slow = [caller.stream().open(credits=1 << 20, batch_size=500) for _ in range(3)]
+        for stream in slow:
+            next(stream.call)
+
+        eventually(lambda: in_use(server) > 0, "batches wait for their learners")
+        quick = caller.stream().open(credits=4, batch_size=500)
+        assert len(quick.read(4)) == 4
+
+        # Each has the batch that is being written and the next one, whatever its credits.
+        assert in_use(server) <= 4 * 2 * 1.01 * size
+        assert caller.add(make_episode(obs=2000)).counts.episodes_stored == 2
+        for stream in (*slow, quick):
+            stream.cancel()
+        eventually(lambda: in_use(server) == 0, "their room is free")
+
+
+def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_room() -> None:
+    with serving(server=ONE_MESSAGE) as (server, caller):
+        impatient(server)
+        caller.add(make_episode())
+        assert budgets(server).sending.try_reserve(2 * MIB)
+        taken = threading.Event()
+
+        with ReplayClient(server.address, as_numpy=True) as client, client.batches(ring=False) as batches:
+            waits: list[float] = []
+
+            def wait(delay_s: float) -> bool:
+                waits.append(delay_s)
+                if not taken.is_set():
+                    taken.set()
+                    server._server._service._changes._loop.call_soon_threadsafe(budgets(server).sending.release, 2 * MIB)
+                return False
+
+            batches._source._closed.wait = wait  # type: ignore[attr-defined, method-assign]
+            assert next(batches).obs.shape == (4, 8, 4)
+
+        assert waits[0] > 1.0
+
+
+def test_batch_larger_than_all_the_room_is_too_large() -> None:
+    with serving(server=ONE_MESSAGE) as (_, caller):
+        caller.add(make_episode(100, obs=1000))
+
+        refusal = refused(caller.stream().open(credits=1, batch_size=500).rest)
+
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large")
+        assert "server.max_send_bytes" in refusal.details
+
+
+def test_sampled_batch_gives_its_room_back_also_where_nobody_waits_for_it_any_more() -> None:
+    with serving() as (server, caller):
+        caller.add(make_episode(100, obs=2000))
+        caller.sample(batch_size=500)
+        eventually(lambda: in_use(server) == 0, "the batch was taken")
+
+        for _ in range(20):
+            call = caller.stub.Sample.future(pb.SampleRequest(batch_size=500))
+            call.cancel()
+
+        eventually(lambda: in_use(server) == 0, "all is free")
+        assert caller.sample(batch_size=500).episode_id.shape == (500,)
+
+
+# Adding and sampling side by side
+
+
+def test_adds_get_through_while_learners_sample_flat_out() -> None:
+    stop = threading.Event()
+
+    def learn(address: str) -> None:
+        with ReplayClient(address, as_numpy=True) as client, client.batches(ring=False) as batches:
+            while not stop.is_set():
+                next(batches)
+
+    with serving(server={"port": 0, "sample_share": 0.9}) as (server, caller):
+        caller.add(make_episode())
+        learners = [threading.Thread(target=learn, args=(server.address,)) for _ in range(3)]
+        for learner in learners:
+            learner.start()
+        try:
+            for number in range(50):
+                caller.add(make_episode(seed=number))
+        finally:
+            stop.set()
+            for learner in learners:
+                learner.join()
+
+        assert caller.counts().episodes_stored == 51
+
+
+# Peers that vanish
+
+
+def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
+    with serving(server={"port": 0, "keepalive_s": 1.0}) as (server, caller), TcpProxy(server.address) as proxy:
+        caller.add(make_episode(100, obs=2000))
+        header, *_ = encode_load(Episode({**big_episode().columns}, key=EpisodeKey("gone", 1, 1)), chunk_bytes=MIB // 4)
+        # Two connections: one with data on its way, and one that is silent anyway, which only a ping finds out about.
+        with Caller(proxy.address) as gone, Caller(proxy.address) as silent:
+            learner = gone.stream().open(credits=1000, batch_size=500)
+            next(learner.call)
+            actor = OpenCall(silent, "LoadEpisodes")
+            actor.send(header)
+            waiting = silent.stub.Ready.future(pb.ReadyRequest(min_steps=10_000, wait_s=600))
+            service, admission = server._server._service, server._server.admission
+            eventually(lambda: service._streams == 2 and admission._calls.now == 3, "three calls are in progress")
+            eventually(lambda: budgets(server).assembling.used > 0 and budgets(server).sending.used > 0, "they hold room")
+
+            proxy.pause()
+
+            eventually(lambda: service._streams == 0 and admission._calls.now == 0, "the calls are given up")
+            eventually(lambda: in_use(server) == 0, "what they held is free")
+            learner.cancel()
+            actor.cancel()
+            waiting.cancel()
+        assert caller.add(make_episode(obs=2000)).counts.episodes_stored == 2
+
+
+def test_client_that_stays_over_a_limit_says_so_in_the_end() -> None:
+    with serving(server={"port": 0, "max_calls": 1}) as (server, caller):
+        waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=30))
+        eventually(lambda: server._server.admission._calls.now == 1, "one call waits")
+
+        with ReplayClient(server.address, timeout_s=0.5) as client, pytest.raises(OverLimitError, match=r"server\.max_calls") as caught:
+            client.info()
+
+        assert caught.value.retry_after_s == 1.0
+        waiting.cancel()

@@ -1,0 +1,134 @@
+"""The budgets that bound the server's memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from touchline_server.errors import OverloadedError, TooLargeError
+from touchline_server.limits import ByteBudget, Loan
+
+
+def run(test: Callable[[], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        return await test()
+
+    return asyncio.run(main())
+
+
+def budget(total: int = 100, *, wait_s: float = 30.0) -> ByteBudget:
+    return ByteBudget(total, key="server.max_receive_bytes", wait_s=wait_s)
+
+
+async def settle() -> None:
+    """Lets every task go on as far as it can."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_budget_lends_what_it_has_and_no_more() -> None:
+    async def test() -> None:
+        lender = budget()
+        await lender.reserve(60)
+        assert not lender.try_reserve(41)
+        assert lender.try_reserve(40)
+        assert lender.used == 100
+        lender.release(60)
+        lender.release(40)
+        assert lender.used == 0
+
+    run(test)
+
+
+def test_budget_serves_who_came_first_and_lets_nobody_overtake() -> None:
+    async def test() -> None:
+        lender, served = budget(), []
+
+        async def take(name: str, size: int) -> None:
+            await lender.reserve(size)
+            served.append(name)
+
+        await lender.reserve(90)
+        tasks = [asyncio.ensure_future(take(name, size)) for name, size in (("big", 50), ("small", 5), ("medium", 20))]
+        await settle()
+        assert served == []
+        assert not lender.try_reserve(1)
+
+        lender.release(40)
+        await settle()
+        assert served == ["big"]
+        lender.release(50)
+        await asyncio.gather(*tasks)
+        assert served == ["big", "small", "medium"]
+        assert lender.used == 75
+
+    run(test)
+
+
+def test_budget_without_room_in_time_says_so_with_a_delay_and_takes_nothing() -> None:
+    async def test() -> OverloadedError:
+        lender = budget(wait_s=0.01)
+        await lender.reserve(90)
+        with pytest.raises(
+            OverloadedError, match=r"90 of the 100 bytes that server.max_receive_bytes allows are in use, and 11 did"
+        ) as caught:
+            await lender.reserve(11)
+        lender.release(90)
+        assert lender.used == 0
+        assert lender.try_reserve(100)
+        return caught.value
+
+    assert run(test).retry_after_s == 1.0
+
+
+def test_budget_is_never_enough_for_more_than_it_has() -> None:
+    async def test() -> None:
+        with pytest.raises(TooLargeError, match=r"101 bytes at a time, expected at most 100; see server\.max_receive_bytes"):
+            await budget().reserve(101)
+
+    run(test)
+
+
+def test_waiter_that_leaves_is_forgotten_and_those_behind_it_go_on() -> None:
+    async def test() -> None:
+        lender = budget()
+        await lender.reserve(60)
+        first = asyncio.ensure_future(lender.reserve(90))
+        second = asyncio.ensure_future(lender.reserve(30))
+        await settle()
+        first.cancel()
+        await second
+        assert lender.used == 90
+
+    run(test)
+
+
+def test_waiter_that_leaves_in_the_moment_it_is_served_gives_back() -> None:
+    async def test() -> None:
+        lender = budget()
+        await lender.reserve(60)
+        waiter = asyncio.ensure_future(lender.reserve(90))
+        await settle()
+        lender.release(60)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        assert lender.used == 0
+
+    run(test)
+
+
+def test_loan_becomes_what_was_needed() -> None:
+    async def test() -> None:
+        lender = budget()
+        await lender.reserve(80)
+        loan = Loan(lender, 80)
+        loan.resize(30)
+        assert (lender.used, loan.size) == (30, 30)
+        loan.resize(0)
+        assert lender.used == 0
+
+    run(test)
