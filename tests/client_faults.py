@@ -12,6 +12,7 @@ import grpc
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
 _KINDS = {
+    "GetEpisodes": grpc.unary_stream_rpc_method_handler,
     "LoadEpisodes": grpc.stream_unary_rpc_method_handler,
     "SampleStream": grpc.stream_stream_rpc_method_handler,
 }

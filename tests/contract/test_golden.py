@@ -17,7 +17,9 @@ from touchline_protos.codec import (
     BatchDecoder,
     BatchLayout,
     Episode,
+    EpisodeDecoder,
     EpisodeKey,
+    EpisodeSelection,
     LoadDecoder,
     TensorSpec,
     decode_add_episode,
@@ -25,6 +27,8 @@ from touchline_protos.codec import (
     encode_load,
 )
 from touchline_protos.dtypes import DType, to_numpy
+from touchline_protos.loading import chunk_message
+from touchline_protos.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.v1 import replay_pb2 as pb
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,10 +106,33 @@ def write_load() -> list[bytes]:
     return list(encode_load(make_episode(), table="main", chunk_bytes=40))
 
 
+def write_reading() -> dict[str, bytes]:
+    """Two episodes in a group, and a third one in chunks, of which the first of many is here."""
+    episode = make_episode()
+    specs = [TensorSpec(name, column.dtype, column.shape) for name, column in episode.columns.items()]
+    outlines = [Outline(number, Episode({}, episode.key, episode.actor, episode.policy_version), specs) for number in (0, 1 << 40, 1 << 41)]
+    group, outs = group_message(outlines[:2])
+    for out, column in zip((out for outs_of_one in outs for out in outs_of_one), [*episode.columns.values()] * 2, strict=True):
+        out[:] = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
+    chunk, out = chunk_message(0, 2, 4)
+    out[:] = 1
+    return {
+        "selection": encode_selection(EpisodeSelection(0, 1 << 41, 3, 9, 1 << 60)),
+        "group": group,
+        "header": encode_stored_header(outlines[2], 3),
+        "chunk": chunk,
+        "evicted": encode_evicted(1 << 41),
+    }
+
+
 MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "add_episode_request": (lambda: encode_add_episode(make_episode(), table="main"), pb.AddEpisodeRequest),
     "load_episodes_request_header": (lambda: write_load()[0], pb.LoadEpisodesRequest),
     "load_episodes_request_chunk": (lambda: write_load()[-1], pb.LoadEpisodesRequest),
+    **{
+        f"get_episodes_response_{part}": (lambda part=part: write_reading()[part], pb.GetEpisodesResponse)
+        for part in ("selection", "group", "header", "chunk", "evicted")
+    },
     "sample_response": (write_response, pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
@@ -178,6 +205,25 @@ def test_golden_load_is_read_by_hand() -> None:
     expected = make_episode()
     assert not any(before) and episode is not None and episode.key == expected.key and decoder.table == "main"
     assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
+
+
+def test_golden_episodes_are_read_by_hand() -> None:
+    decoder, expected = EpisodeDecoder(), make_episode()
+
+    found = [
+        episode
+        for part in ("selection", "group", "header", "chunk", "evicted")
+        if part != "chunk"
+        for episode in decoder.feed(golden(f"get_episodes_response_{part}"))
+    ]
+
+    assert decoder.selection == EpisodeSelection(0, 1 << 41, 3, 9, 1 << 60)
+    assert [episode.id for episode in found] == [0, 1 << 40] and decoder.seen_id == 1 << 41
+    for episode in found:
+        assert (episode.key, episode.actor, episode.policy_version, episode.length) == (expected.key, "arm", 12, 3)
+        assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
+    by_class = pb.GetEpisodesResponse.FromString(golden("get_episodes_response_chunk")).chunk
+    assert (by_class.column, by_class.offset_bytes, by_class.data) == (0, 2, b"\1" * 4)
 
 
 def test_golden_batches_are_read_by_hand() -> None:

@@ -38,11 +38,12 @@ from touchline.errors import (
     UnacknowledgedError,
     UnavailableError,
 )
+from touchline.reading import EpisodeStream
 from touchline.stream import BatchStream
 from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo, WriterCounters
 from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
-from touchline_protos.codec import EpisodeKey
+from touchline_protos.codec import EpisodeKey, StoredEpisode
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "DeadlineError",
     "EpisodeKey",
     "EpisodeResult",
+    "EpisodeStream",
     "EpisodeWriter",
     "ForkError",
     "IncompatibleVersionError",
@@ -69,6 +71,7 @@ __all__ = [
     "ReplayClient",
     "ServerError",
     "ServerInfo",
+    "StoredEpisode",
     "TooLargeError",
     "TouchlineError",
     "UnacknowledgedError",

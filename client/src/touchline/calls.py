@@ -46,6 +46,7 @@ ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
     "draining": UnavailableError,
     "schema-changed": UnavailableError,  # of a stream that is opened again
     "unknown-table": InvalidArgumentError,
+    "unknown-episode": InvalidArgumentError,
     "internal": ServerError,
 }
 """What a Touchline server's reason means; it is the more exact of the two tables and goes first."""
@@ -216,6 +217,12 @@ class Calls:
         method: Any = self.transport.method("stream_stream", name)
         with gate:
             return method(requests, metadata=METADATA)
+
+    def download(self, name: str, request: bytes) -> Any:
+        """Returns an open call with one request: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
+        method: Any = self.transport.method("unary_stream", name)
+        with gate:
+            return method(request, metadata=METADATA)
 
     def translate(self, error: Exception) -> TouchlineError:
         """Returns what a failure of a call means.

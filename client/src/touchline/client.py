@@ -22,7 +22,17 @@ from touchline.errors import (
 )
 from touchline.forking import forget_in_child
 from touchline.identity import Identity
-from touchline.messages import check_actor, check_policy_version, counts_of, ready_state_of, sample_request, server_info_of, whole_number
+from touchline.messages import (
+    check_actor,
+    check_policy_version,
+    counts_of,
+    episodes_request,
+    ready_state_of,
+    sample_request,
+    server_info_of,
+    whole_number,
+)
+from touchline.reading import EpisodeSource, EpisodeStream
 from touchline.stream import BatchSource, BatchStream, StreamSource
 from touchline.tensors import load_torch, to_tensors
 from touchline.transport import Transport
@@ -78,6 +88,7 @@ class ReplayClient:
         self.timeout_s = timeout_s
         self.actor = check_actor(actor)
         self._as_numpy = as_numpy
+        self._max_message_bytes = max_message_bytes
         self._table = table
         self._identity = Identity(client_id)
         self._transport = Transport(address, max_message_bytes=max_message_bytes)
@@ -284,6 +295,54 @@ class ReplayClient:
         if device is None or str(device) == "cpu":
             return BatchStream(source, self._delivery_of_batches(as_numpy))
         return BatchStream(_on_device(source, device, as_numpy), lambda batch: batch)
+
+    # Reading back.
+
+    def episodes(
+        self,
+        *,
+        ids: Iterable[int] | None = None,
+        first: int | None = None,
+        last: int | None = None,
+        actor: str | None = None,
+        newest: int | None = None,
+        columns: Iterable[str] | None = None,
+        skip_missing: bool = False,
+        timeout_s: float | None = None,
+    ) -> EpisodeStream:
+        """Returns an iterator of stored episodes, each whole and to the bit as it was added, in the order of their ids.
+
+        What is stored when the server begins, at the first ``next``, is what is read; an episode that is evicted before its turn is left
+        out. If the server goes away, reading goes on behind the last whole episode.
+
+        Args:
+            ids: these alone, in any order, each once; none of the next four with it. None: all, or what those leave.
+            first: from this id on, itself included.
+            last: up to this id, itself included.
+            actor: of the actor of this name alone.
+            newest: of those that the three above leave, so many of the newest.
+            columns: these alone; ``obs`` stands for ``obs.*`` as well. None: all.
+            skip_missing: leaves out ids that are not stored, instead of an InvalidArgumentError.
+            timeout_s: the longest wait for the next piece, be it that the server is away; None takes the client's.
+
+        Raises:
+            InvalidArgumentError: an argument out of range, or some that do not go together.
+        """
+        if timeout_s is not None and not timeout_s > 0:
+            raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
+        request = episodes_request(
+            table=self._table,
+            ids=None if ids is None else tuple(ids),
+            first=first,
+            last=last,
+            actor=actor,
+            newest=newest,
+            columns=columns,
+            skip_missing=skip_missing,
+            max_frame_bytes=self._max_message_bytes,
+        )
+        none = ids is not None and not request.episode_ids
+        return EpisodeStream(EpisodeSource(self._calls, request, timeout_s=timeout_s or self.timeout_s, empty=none))
 
     # Asking.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 
 from touchline.errors import (
     InvalidArgumentError,
@@ -89,6 +90,49 @@ def sample_request(
     if seed is not None:
         request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
     return request
+
+
+def episodes_request(
+    *,
+    table: str,
+    ids: Sequence[int] | None,
+    first: int | None,
+    last: int | None,
+    actor: str | None,
+    newest: int | None,
+    columns: Iterable[str] | None,
+    skip_missing: bool,
+    max_frame_bytes: int,
+) -> pb.GetEpisodesRequest:
+    """Returns a GetEpisodesRequest.
+
+    Raises:
+        InvalidArgumentError: an argument out of range, or some that do not go together.
+    """
+    others = {"first": first, "last": last, "actor": actor, "newest": newest}
+    given = [name for name, value in others.items() if value is not None]
+    if ids is not None and given:
+        raise InvalidArgumentError(f"ids and {given[0]}: expected either ids, or any of {', '.join(others)}")
+    if skip_missing and ids is None:
+        raise InvalidArgumentError("skip_missing: True without ids, expected it with ids alone")
+    request = pb.GetEpisodesRequest(table=table, skip_missing=skip_missing, max_frame_bytes=max_frame_bytes)
+    request.episode_ids.extend(_int64(f"ids[{position}]", number) for position, number in enumerate(ids or ()))
+    if isinstance(columns, str):
+        raise InvalidArgumentError(f"columns: {columns!r}, expected a sequence of names")
+    request.columns.extend(columns or ())
+    if first is not None:
+        request.first_episode_id = _int64("first", first)
+    if last is not None:
+        request.last_episode_id = _int64("last", last)
+    if actor is not None:
+        request.actor = check_actor(actor)
+    if newest is not None:
+        request.newest = whole_number("newest", newest, least=1, most=(1 << 63) - 1)
+    return request
+
+
+def _int64(name: str, number: int) -> int:
+    return whole_number(name, number, least=-(1 << 63), most=(1 << 63) - 2)
 
 
 def counts_of(counts: pb.Counts) -> Counts:

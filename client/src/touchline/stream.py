@@ -16,6 +16,7 @@ from touchline.forking import keep_orphan
 from touchline.messages import ready_state_of
 from touchline.ring import RingBatches, RingEndedError, attach
 from touchline.types import ReadyState
+from touchline.watchdog import Watchdog
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, CodecError
 from touchline_protos.ring import RingError, shared_memory_id
@@ -124,7 +125,7 @@ class StreamSource:
         self._delays = calls.delays()
         self._away_since: float | None = None
         self._returned_at: float | None = None
-        self._watchdog = _Watchdog(timeout_s) if timeout_s is not None else None
+        self._watchdog = Watchdog(timeout_s) if timeout_s is not None else None
         self._generation = calls.transport.generation
         self._closed = threading.Event()
 
@@ -248,7 +249,7 @@ class StreamSource:
         keep_orphan(self._session)
         self._session = None
         self._ready.clear()
-        self._watchdog = _Watchdog(self._timeout_s) if self._timeout_s is not None else None
+        self._watchdog = Watchdog(self._timeout_s) if self._timeout_s is not None else None
 
 
 class _Session:
@@ -324,35 +325,3 @@ class _Session:
         self._call.cancel()
         if self._ring is not None:
             self._ring.interrupt()
-
-
-class _Watchdog:
-    """Ends a session that brings nothing until a moment: gRPC has no deadline for one response of many.
-
-    It looks a few times within each ``timeout_s`` and so may be late by a part of it, which costs the reader nothing for each batch.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        self._period_s = min(max(timeout_s / 20, 0.01), 1.0)
-        self._watched: tuple[_Session, float] | None = None
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, session: _Session, ends: float) -> None:
-        self._watched = (session, ends)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="touchline-watchdog", daemon=True)
-            self._thread.start()
-
-    def rest(self) -> None:
-        self._watched = None
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _work(self) -> None:
-        while not self._stopped.wait(self._period_s):
-            watched = self._watched
-            if watched is not None and time.monotonic() >= watched[1]:
-                self._watched = None
-                watched[0].end()

@@ -75,7 +75,7 @@ class Transport:
         """Returns a callable for a method of the service, requests and responses being bytes.
 
         Args:
-            kind: ``unary_unary``, ``stream_unary`` or ``stream_stream``.
+            kind: ``unary_unary``, ``unary_stream``, ``stream_unary`` or ``stream_stream``.
             name: ``AddEpisode``, ...
 
         Raises:

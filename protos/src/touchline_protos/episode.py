@@ -85,3 +85,26 @@ class Episode:
     def size_bytes(self) -> int:
         """Payload of all columns together."""
         return sum(column.nbytes for column in self.columns.values())
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEpisode:
+    """One whole episode as it is stored. Its arrays are the caller's: fresh, writable, and of nobody else's memory."""
+
+    id: int
+    """The server's number for it, never given to another episode of the same store."""
+    columns: dict[str, np.ndarray]
+    """[length, ...] by dotted name in the schema's order, to the bit as they were added; those that were asked for."""
+    key: EpisodeKey | None
+    """Under which it was added; None where it had none."""
+    actor: str
+    """Name of the actor that played it; may be empty."""
+    policy_version: int
+    """Version of the policy that played it; 0 where unknown."""
+    length: int
+    """Rows: one more than its transitions."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Payload of its columns together."""
+        return sum(column.nbytes for column in self.columns.values())

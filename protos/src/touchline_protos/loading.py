@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -65,32 +65,47 @@ def encode_load(episode: Episode, *, table: str = "", chunk_bytes: int = 1 << 20
         yield encode_add_episode(episode, table=table)
         return
     specs = [column_spec(name, column) for name, column in episode.columns.items()]
-    yield _encode_header(episode, specs, table)
+    yield text_field(1, table, "table") + len_field(3, encode_header(episode, specs, episode.length))
     for index, (spec, column) in enumerate(zip(specs, episode.columns.values(), strict=True)):
         flat = np.ascontiguousarray(column, dtype=spec.dtype).reshape(-1).view(np.uint8)
         for offset in range(0, flat.size, chunk_bytes):
-            yield _encode_chunk(index, offset, flat[offset : offset + chunk_bytes])
+            data = flat[offset : offset + chunk_bytes]
+            message, target = chunk_message(index, offset, data.size)
+            target[:] = data
+            yield message
 
 
-def _encode_header(episode: Episode, specs: list[TensorSpec], table: str) -> bytes:
-    rows = episode.length
+def encode_header(origin: Episode, specs: Sequence[TensorSpec], rows: int) -> bytes:
+    """Returns an ``EpisodeHeader``.
+
+    Args:
+        origin: key, actor and policy version; its columns are not looked at.
+        specs: of the columns, their shapes with the rows.
+        rows: of the episode.
+
+    Raises:
+        CodecError: a column has other rows, or a name or key is out of range.
+    """
     columns = b""
     for spec in specs:
         if spec.shape[:1] != (rows,):
             raise CodecError(f"{spec.name}: shape {spec.shape}, expected {rows} rows to match the other columns")
         columns += encode_column_spec(5, TensorSpec(spec.name, spec.dtype, spec.shape[1:]))
-    header = encode_origin(episode) + int_field(4, rows) + columns
-    return text_field(1, table, "table") + len_field(3, header)
+    return encode_origin(origin) + int_field(4, rows) + columns
 
 
-def _encode_chunk(column: int, offset: int, data: np.ndarray) -> bytes:
-    head = int_field(1, column) + int_field(2, offset) + encode_varint(tag(3, LEN)) + encode_varint(data.size)
-    size = len(head) + data.size
+def chunk_message(column: int, offset: int, size_bytes: int) -> tuple[bytes, np.ndarray]:
+    """Returns a message whose field 4 is a ``ColumnChunk``, as ``LoadEpisodesRequest`` and ``GetEpisodesResponse`` have it.
+
+    Returns:
+        The message, and where its data is to be put: [size_bytes] uint8, writable, valid for as long as the message is.
+    """
+    head = int_field(1, column) + int_field(2, offset) + encode_varint(tag(3, LEN)) + encode_varint(size_bytes)
+    size = len(head) + size_bytes
     head = encode_varint(_CHUNK) + encode_varint(size) + head
     message, view, _ = fresh_message(1 + varint_size(size) + size)
     view[: len(head)] = head
-    view[len(head) :] = data.data
-    return message
+    return message, np.ndarray((size_bytes,), np.uint8, view, len(head))
 
 
 class LoadDecoder:
@@ -103,7 +118,7 @@ class LoadDecoder:
     def __init__(self, limits: CodecLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._table: str | None = None
-        self._partial: _PartialEpisode | None = None
+        self._partial: PartialEpisode | None = None
         self._skipping = False
 
     @property
@@ -144,7 +159,7 @@ class LoadDecoder:
         if part == _EPISODE:
             return read_episode(message, start, end, self._limits)
         self._skipping = True
-        self._partial = _read_header(message, start, end, self._limits)
+        self._partial = read_header(message, start, end, self._limits)
         self._skipping = False
         return self._finish()
 
@@ -191,8 +206,8 @@ class LoadDecoder:
         return key
 
 
-class _PartialEpisode:
-    """An episode whose header was taken; each column is allocated when its first chunk arrives."""
+class PartialEpisode:
+    """An episode whose header was taken; each column is allocated when its first chunk arrives. Made by :func:`read_header`."""
 
     def __init__(self, key: EpisodeKey | None, actor: str, policy_version: int, specs: list[TensorSpec]) -> None:
         self.key = key
@@ -206,9 +221,15 @@ class _PartialEpisode:
 
     @property
     def complete(self) -> bool:
+        """Whether the last byte of its last column is there."""
         return len(self._columns) == len(self._specs) and not self._filled
 
     def take(self) -> Episode:
+        """Returns the complete episode; its columns are writable arrays of its own.
+
+        Raises:
+            CodecError: a value that its dtype does not have.
+        """
         try:
             for name, column in self._columns.items():
                 check_bool(name, column)
@@ -267,8 +288,12 @@ class _PartialEpisode:
             self._columns[spec.name] = np.empty(spec.shape, spec.dtype)
 
 
-def _read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> _PartialEpisode:
-    """Reads an ``EpisodeHeader`` and checks it against the limits; allocates nothing of the announced size."""
+def read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> PartialEpisode:
+    """Reads an ``EpisodeHeader`` and checks it against the limits; allocates nothing of the announced size.
+
+    Raises:
+        CodecError: malformed or over a limit; with the episode's key where that could be read.
+    """
     key, actor, policy_version = read_origin(message, start, end)
     try:
         length = 0
@@ -291,7 +316,7 @@ def _read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> _
         total = sum(spec.size_bytes for spec in specs)
         if total > limits.max_episode_bytes:
             raise OversizeError(f"episode of {total} bytes announced, expected at most {limits.max_episode_bytes}")
-        return _PartialEpisode(key, actor, policy_version, specs)
+        return PartialEpisode(key, actor, policy_version, specs)
     except CodecError as error:
         error.key = key
         raise

@@ -7,6 +7,7 @@
 from typing import TYPE_CHECKING, Any
 
 from touchline_protos import Batch, Counts
+from touchline_protos.codec import StoredEpisode
 from touchline_server.config import Config, ConfigError, read_cfg
 from touchline_server.errors import (
     DamagedStoreError,
@@ -25,6 +26,7 @@ from touchline_server.errors import (
     StoreInUseError,
     StoreMismatchError,
     TooLargeError,
+    UnknownEpisodeError,
     UnknownTableError,
 )
 
@@ -54,7 +56,9 @@ __all__ = [
     "StorageFullError",
     "StoreInUseError",
     "StoreMismatchError",
+    "StoredEpisode",
     "TooLargeError",
+    "UnknownEpisodeError",
     "UnknownTableError",
     "__version__",
     "read_cfg",

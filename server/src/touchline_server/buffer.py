@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +12,14 @@ import numpy as np
 
 from touchline_protos import Batch, Counts
 from touchline_protos.batch import assemble_batch
-from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
 from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.pool import BufferPool
 from touchline_server.columns import as_tensor
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
 from touchline_server.gathering import GatherPlan
+from touchline_server.reading import EpisodeQuery, EpisodeReader
 from touchline_server.sampling import Law, SeedSource
 from touchline_server.schema import Schema
 from touchline_server.store import EpisodeStore, Selection, Stored
@@ -216,6 +217,49 @@ class ReplayBuffer:
         """Draws one batch as configured, from a generator of the caller's: successive draws are those of a stream with its seed."""
         return self._sample(self.spec(), rng)
 
+    def episodes(
+        self,
+        *,
+        ids: Iterable[int] | None = None,
+        first: int | None = None,
+        last: int | None = None,
+        actor: str | None = None,
+        newest: int | None = None,
+        columns: Iterable[str] | None = None,
+        skip_missing: bool = False,
+    ) -> Iterator[StoredEpisode]:
+        """Reads stored episodes back, each whole and to the bit as it was added, in the order of their ids.
+
+        What is stored when this is called is what is read; an episode that is evicted before its turn is left out. Adding goes on
+        meanwhile: it waits for a copy of 1 MiB at most.
+
+        Args:
+            ids: these alone, in any order, each once; none of the next four with it. None: all, or what those leave.
+            first: from this id on, itself included.
+            last: up to this id, itself included.
+            actor: of the actor of this name alone.
+            newest: of those that the three above leave, so many of the newest.
+            columns: these alone; ``obs`` stands for ``obs.*`` as well. None: all.
+            skip_missing: leaves out ids that are not stored, instead of an error.
+
+        Returns:
+            An iterator of episodes whose arrays are the caller's.
+
+        Raises:
+            UnknownEpisodeError: an id is not stored; the text names it.
+            InvalidRequestError: arguments that do not go together or are out of range, or an unknown column.
+        """
+        query = EpisodeQuery(
+            ids=None if ids is None else tuple(ids),
+            first=first,
+            last=last,
+            actor=actor,
+            newest=newest,
+            columns=None if columns is None else tuple(columns),
+            skip_missing=skip_missing,
+        )
+        return EpisodeReader(self.store, query).episodes()
+
     def clear(self) -> Counts:
         """Forgets all episodes and the schema. Episode ids and the counts of what was ever added go on."""
         return self.store.clear()
@@ -295,7 +339,7 @@ class ReplayBuffer:
             arrays = plan.layout.body_views(lease)
             plan.fill(selection, arrays)
             tensors = {name: as_tensor(array) for name, array in arrays.items()}
-        return assemble_batch(tensors, self.store.actor_names)
+        return assemble_batch(tensors, self.store.actors.names)
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:

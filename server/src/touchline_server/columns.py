@@ -147,6 +147,29 @@ class Columns:
         else:
             as_tensor(out).copy_(self.gather_tensor(name, torch.from_numpy(rows).to(self.device)))
 
+    def copy_bytes(self, name: str, first_row: int, offset_bytes: int, out: np.ndarray) -> None:
+        """Copies a piece of one column's rows, which are consecutive modulo the capacity, into host memory.
+
+        Args:
+            name: the column.
+            first_row: at which the rows begin, in [0, capacity).
+            offset_bytes: where in their bytes the piece begins.
+            out: [size] uint8, contiguous: filled.
+        """
+        column = self.tensors[name]
+        total = column.numel() * column.element_size()
+        begin = (first_row * (total // self.capacity) + offset_bytes) % total
+        before_seam = min(len(out), total - begin)
+        self._copy_run(name, begin, out[:before_seam])
+        if before_seam < len(out):
+            self._copy_run(name, 0, out[before_seam:])
+
+    def _copy_run(self, name: str, begin: int, out: np.ndarray) -> None:
+        if self._arrays is not None:
+            out[:] = self._arrays[name].reshape(-1).view(np.uint8)[begin : begin + len(out)]
+        else:
+            torch.from_numpy(out).copy_(self.tensors[name].reshape(-1).view(torch.uint8)[begin : begin + len(out)])
+
     def gather_tensor(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Returns rows of one column as a fresh tensor on the columns' device, [*rows.shape, *column shape]."""
         column = self.tensors[name]

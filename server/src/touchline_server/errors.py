@@ -3,7 +3,8 @@
 ReplayError
 ├── InvalidEpisodeError     an episode that is malformed or does not fit the schema
 ├── InvalidRequestError     a batch size, horizon, law, table or seed out of range
-│   └── UnknownTableError   a table that does not exist
+│   ├── UnknownTableError   a table that does not exist
+│   └── UnknownEpisodeError an episode that is not stored
 ├── KeyConflictError        a key that was used before for another payload
 ├── NotReadyError           nothing can be sampled yet
 ├── TooLargeError           over a limit of size: of a message, an episode, the memory
@@ -39,6 +40,10 @@ class InvalidRequestError(ReplayError):
 
 class UnknownTableError(InvalidRequestError):
     """The table does not exist."""
+
+
+class UnknownEpisodeError(InvalidRequestError):
+    """An episode that was asked for by its id is not stored: evicted, cleared, or never there. The text names the ids."""
 
 
 class KeyConflictError(ReplayError):

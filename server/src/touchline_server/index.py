@@ -6,8 +6,10 @@ O(batch x log episodes) for the ``step`` law, whatever the number of rows.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from touchline_server.sampling import Draw, Law
 ID, FIRST_ROW, LENGTH, ACTOR, POLICY_VERSION = range(5)
 """Columns of an index entry."""
 ENTRY_WIDTH = 5
+
+SCAN = 4096
+"""Entries that are looked at together for one actor's."""
 
 MAX_HORIZONS = 16
 """Horizons for which eligibility is kept up to date at a time; the one used longest ago makes room."""
@@ -162,6 +167,23 @@ class EpisodeIndex:
         """[n, 5] int64, oldest first, columns ID to POLICY_VERSION: a view, valid until the next change."""
         return self._episodes.live
 
+    def position(self, episode_id: int) -> int | None:
+        """Returns where in :attr:`entries` an episode is, None where it is not stored."""
+        position = self._following(episode_id)
+        return position if position < len(self) and self.entries[position, ID] == episode_id else None
+
+    def positions(self, first_id: int, last_id: int, *, actor: int | None, limit: int) -> list[int]:
+        """Returns where in :attr:`entries` the first ``limit`` episodes of a range of ids are, of one actor where one is given."""
+        begin, end = self._following(first_id), self._following(last_id + 1)
+        if actor is None:
+            return list(range(begin, min(end, begin + limit)))
+        found: list[int] = []
+        while begin < end and len(found) < limit:
+            block = self.entries[begin : min(end, begin + SCAN), ACTOR]
+            found += (begin + np.flatnonzero(block == actor)).tolist()
+            begin += SCAN
+        return found[:limit]
+
     def evict_for(self, length: int) -> Evicted:
         """Forgets the oldest episodes, whole, until ``length`` rows are free."""
         episodes = steps = 0
@@ -184,6 +206,10 @@ class EpisodeIndex:
             eligible.append(entry)
         self.steps += length
         self.cursor = (self.cursor + length) % self.capacity
+
+    def _following(self, episode_id: int) -> int:
+        """Returns how many stored episodes have a smaller id: ids grow with age."""
+        return bisect_left(self.entries, episode_id, key=itemgetter(ID))
 
     def eligible(self, horizon: int) -> EligibleEpisodes:
         """Returns the episodes that can be sampled with this horizon: a live view. The first use of a horizon is O(episodes)."""

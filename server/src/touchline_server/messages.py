@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -14,6 +14,7 @@ from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import InvalidRequestError
+from touchline_server.reading import EpisodeQuery
 from touchline_server.sampling import Law
 from touchline_server.status import shorten
 
@@ -73,6 +74,27 @@ def law(number: int) -> str | None:
         return _LAW_OF[number]
     except KeyError:
         raise InvalidRequestError(f"law: number {number}, expected one of {sorted(_LAW_OF)}") from None
+
+
+def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
+    """Returns which episodes a request means.
+
+    Raises:
+        InvalidRequestError: its selectors do not go together, or are out of range.
+    """
+
+    def given(name: str) -> Any:
+        return getattr(request, name) if request.HasField(name) else None
+
+    return EpisodeQuery(
+        ids=tuple(request.episode_ids) or None,
+        first=given("first_episode_id"),
+        last=given("last_episode_id"),
+        actor=given("actor"),
+        newest=given("newest"),
+        columns=tuple(request.columns),
+        skip_missing=request.skip_missing,
+    )
 
 
 def info(buffer: ReplayBuffer) -> pb.InfoResponse:

@@ -46,7 +46,7 @@ def open_durable(store: EpisodeStore, config: Config, progress: Progress | None 
         database = Database(data_dir.database)
         try:
             _check_acknowledged(data_dir, database)
-            _check_convention(database, config.sampling.row_convention)
+            _check_convention(database, config.sampling.row_convention, store)
             restore(store, database, progress)
         except sqlite3.Error as error:
             raise translate(error, database.path) from error
@@ -79,7 +79,7 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
     for row in kept:
         arrays = read_columns(database.connection, row, database.path)
         _check_fits(arrays, row, schema, database.path)
-        store.publish(Episode(arrays, actor=row.actor, policy_version=row.policy_version), columns, digest=row.digest, episode_id=row.id)
+        store.publish(Episode(arrays, row.key, row.actor, row.policy_version), columns, digest=row.digest, episode_id=row.id)
         read += row.length
         if progress is not None:
             progress(read, total)
@@ -211,12 +211,15 @@ def _check_acknowledged(data_dir: DataDir, database: Database) -> None:
     )
 
 
-def _check_convention(database: Database, wanted: str) -> None:
+def _check_convention(database: Database, wanted: str, store: EpisodeStore) -> None:
+    """Refuses a database of another row convention, and has its ids be the store's; a new one takes both."""
     found = database.meta("row_convention")
     if found is None:
-        database.set_meta({"row_convention": wanted})
+        database.set_meta({"row_convention": wanted, "lineage": store.lineage})
     elif found != wanted:
         raise StoreMismatchError(
             f'{database.path}: written with sampling.row_convention = "{found}", configured is "{wanted}"; set it so, or choose another '
             "storage.data_dir"
         )
+    lineage = database.meta("lineage")
+    store.lineage = lineage if isinstance(lineage, int) else 0

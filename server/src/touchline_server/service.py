@@ -35,6 +35,8 @@ from touchline_server.errors import (
 )
 from touchline_server.feeding import RingHouse
 from touchline_server.limits import Assembling, Budgets
+from touchline_server.reading import EpisodeReader
+from touchline_server.sending import EpisodeFrames
 from touchline_server.session import SampleSession
 from touchline_server.sharing import AddGate
 from touchline_server.status import abort
@@ -67,6 +69,7 @@ class ReplayService:
         self._codec_limits = CodecLimits(max_episode_bytes=self._limits.max_episode_bytes, max_columns=self._limits.max_columns)
         self._adding = ThreadPoolExecutor(self._limits.add_workers, thread_name_prefix="touchline-add")
         self._sampling = ThreadPoolExecutor(self._limits.sample_workers, thread_name_prefix="touchline-sample")
+        self._reading = asyncio.Lock()
         self._rng = buffer.seeds.stream()
         self._changes = ChangeSignal(asyncio.get_running_loop())
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
@@ -98,6 +101,9 @@ class ReplayService:
                 "LoadEpisodes": grpc.stream_unary_rpc_method_handler(self._guarded(self._load_episodes), None, messages.serialize),
                 "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(self._sample, pb.SampleRequest)), None, None),
                 "SampleStream": grpc.stream_stream_rpc_method_handler(self._guarded(self._sample_stream), None, None),
+                "GetEpisodes": grpc.unary_stream_rpc_method_handler(
+                    self._guarded(_parsing(self._get_episodes, pb.GetEpisodesRequest)), None, None
+                ),
                 "Ready": unary(self._ready, pb.ReadyRequest, early=True),
                 "Info": unary(self._info, pb.InfoRequest),
                 "Clear": unary(self._clear, pb.ClearRequest),
@@ -292,6 +298,22 @@ class ReplayService:
                 source, self._changes, self._sampling, self._rings, self._gate, self._budgets.sending, draining=lambda: self._draining
             )
             await session.run(first.open, requests, context.write)
+
+    async def _get_episodes(self, request: pb.GetEpisodesRequest, context: Context) -> None:
+        _check_table(request.table)
+        query = messages.query(request)
+        with self._stream():
+            # One frame of one call at a time: reading never has more than one of the threads that sampling needs.
+            async with self._reading:
+                reader = await self._on(self._sampling, EpisodeReader, self._buffer.store, query)
+            frames = EpisodeFrames(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=request.max_frame_bytes)
+            while True:
+                self._refuse_if_draining()
+                async with self._reading:
+                    frame = await self._on(self._sampling, frames.next)
+                if frame is None:
+                    return
+                await context.write(frame)
 
     async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
         _check_table(request.table)

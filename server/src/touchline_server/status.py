@@ -27,6 +27,7 @@ from touchline_server.errors import (
     StorageFailedError,
     StorageFullError,
     TooLargeError,
+    UnknownEpisodeError,
     UnknownTableError,
 )
 
@@ -50,6 +51,7 @@ STATUS_OF: dict[type[Exception], Status] = {
     CodecError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode"),
     InvalidRequestError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument"),
     UnknownTableError: Status(grpc.StatusCode.NOT_FOUND, "unknown-table"),
+    UnknownEpisodeError: Status(grpc.StatusCode.NOT_FOUND, "unknown-episode"),
     KeyConflictError: Status(grpc.StatusCode.ALREADY_EXISTS, "key-conflict"),
     NotReadyError: Status(grpc.StatusCode.FAILED_PRECONDITION, "not-ready"),
     IncompatibleVersionError: Status(grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version"),

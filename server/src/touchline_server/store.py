@@ -11,22 +11,25 @@ adding waits only for gathers that are already under way.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from touchline_protos import Counts
-from touchline_protos.codec import Episode
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_server.actors import ActorNames
 from touchline_server.columns import Columns, allocate_columns, make_storage
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
 from touchline_server.index import EpisodeIndex
 from touchline_server.ledger import KeyLedger, payload_digest
+from touchline_server.pinning import Pins
 from touchline_server.sampling import Draw, Law
 from touchline_server.schema import EpisodeValidator, Schema
 from touchline_server.torchrl_state import release
@@ -35,10 +38,6 @@ if TYPE_CHECKING:
     from touchline_server.durable import GroupCommitter, Receipt
 
 logger = logging.getLogger(__name__)
-
-MAX_ACTOR_CHARS = 128
-MAX_ACTORS = 1_000_000
-"""Different actor names that a table can tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,19 @@ class Selection:
     columns: Columns
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored episode without its rows."""
+
+    episode_id: int
+    first_row: int
+    """Where it begins in the ring, for as long as it is stored."""
+    length: int
+    """Rows."""
+    origin: Episode
+    """Key, actor and policy version; no columns."""
+
+
 class EpisodeStore:
     """A ring of whole episodes, addressed by row. Every method may be called from any thread."""
 
@@ -83,18 +95,17 @@ class EpisodeStore:
         self.write_lock: AbstractContextManager[bool] = threading.RLock()
         """Held by whoever changes what is stored; reentrant. Sampling does not need it."""
         self._lock = threading.Lock()
-        self._unpinned = threading.Condition(self._lock)
-        self._generation = 0
-        self._pins: dict[int, int] = {}
+        self._pins = Pins(self._lock)
         self._index = EpisodeIndex(self.capacity)
+        self._keys: deque[EpisodeKey | None] = deque()
+        """Of the episodes in the index, in its order."""
+        self.lineage = secrets.randbits(62) + 1
+        """The same for as long as an id names the same episode: a durable store's is that of its file."""
         self._columns: Columns | None = None
         self._ledger = KeyLedger()
         self._next_id = 0
         self._figures = {field.name: 0 for field in fields(Counts)}
-        self._actors: dict[int, str] = {}
-        self.actor_names: Mapping[int, str] = MappingProxyType(self._actors)
-        """Name of every actor so far by its number: a view that grows."""
-        self._actor_numbers: dict[str, int] = {}
+        self.actors = ActorNames()
         self._listeners: list[Callable[[], None]] = []
         self._committer: GroupCommitter | None = None
 
@@ -116,7 +127,7 @@ class EpisodeStore:
 
     def actor_name(self, number: int) -> str:
         """Returns the name behind an actor's number."""
-        return self._actors[number]
+        return self.actors.names[number]
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Has ``listener`` called, from the adding thread, after every change of what is stored; it must not block.
@@ -207,19 +218,43 @@ class EpisodeStore:
                     f"{horizon + 1} steps that horizon {horizon} needs; add longer episodes or wait for them"
                 )
             draw = eligible.draw(batch_size, law, rng, batches=batches)
-            generation = self._generation
-            self._pins[generation] = self._pins.get(generation, 0) + 1
+            pin = self._pins.pin()
         try:
             rows = draw.rows_of_batches(batches, horizon, self.capacity)
             yield [Selection(draw.part(batch * batch_size, (batch + 1) * batch_size), rows[batch], columns) for batch in range(batches)]
         finally:
             with self._lock:
-                left = self._pins[generation] - 1
-                if left:
-                    self._pins[generation] = left
-                else:
-                    del self._pins[generation]
-                    self._unpinned.notify_all()
+                self._pins.unpin(pin)
+
+    def entries_of(self, episode_ids: Sequence[int]) -> list[Entry]:
+        """Returns those of these episodes that are stored."""
+        with self._lock:
+            return [self._entry(position) for position in map(self._index.position, episode_ids) if position is not None]
+
+    def entries_between(self, first_id: int, last_id: int, *, actor: str | None, limit: int) -> list[Entry]:
+        """Returns the first ``limit`` stored episodes of a range of ids, of one actor where one is named; oldest first."""
+        number = None if actor is None else self.actors.find(actor)
+        if actor is not None and number is None:
+            return []
+        with self._lock:
+            return [self._entry(position) for position in self._index.positions(first_id, last_id, actor=number, limit=limit)]
+
+    @contextmanager
+    def hold(self, entries: Sequence[Entry]) -> Iterator[tuple[Columns | None, list[Entry]]]:
+        """Keeps episodes from being overwritten until the block ends, which must be soon: who adds and evicts waits for it.
+
+        Returns:
+            The columns, and those of the episodes that are still stored.
+        """
+        with self._lock:
+            held = [entry for entry in entries if self._index.position(entry.episode_id) is not None]
+            columns = self._columns
+            pin = self._pins.pin()
+        try:
+            yield columns, held
+        finally:
+            with self._lock:
+                self._pins.unpin(pin)
 
     def read(self, entry: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Returns a stored episode's columns as fresh arrays. The caller makes sure that no add runs meanwhile."""
@@ -288,7 +323,7 @@ class EpisodeStore:
         schema = self._validator.check(episode.columns, schema)
         if not -(2**63) <= episode.policy_version < 2**63:
             raise InvalidEpisodeError(f"policy_version: {episode.policy_version}, expected a 64-bit integer")
-        self._actor_number(episode.actor)
+        self.actors.number(episode.actor)
         return schema
 
     def allocate(self, schema: Schema) -> Columns:
@@ -304,7 +339,7 @@ class EpisodeStore:
         with self._lock:
             evicted = self._index.evict_for(min(length, self.capacity))
             self._count_evicted(evicted.episodes, evicted.steps)
-            self._wait_for_older_gathers()
+            self._pins.wait_for_older()
 
     def publish(self, episode: Episode, columns: Columns | None, *, digest: int, episode_id: int) -> Stored:
         """Stores a checked episode in the ring and makes it visible; what it needs the room of is evicted."""
@@ -324,8 +359,9 @@ class EpisodeStore:
         with self._lock:
             self._columns = columns
             self._next_id = episode_id + 1
-            actor = self._actor_number(episode.actor)
+            actor = self.actors.number(episode.actor)
             self._index.append(episode_id=episode_id, length=length, actor=actor, policy_version=episode.policy_version)
+            self._keys.append(episode.key)
             self._figures["steps_added"] += length
             self._figures["episodes_added"] += 1
             self._figures["episodes_too_short"] += self.is_too_short(length)
@@ -350,7 +386,7 @@ class EpisodeStore:
         with self._lock:
             evicted = self._index.evict_for(self.capacity)
             self._count_evicted(evicted.episodes, evicted.steps)
-            self._wait_for_older_gathers()
+            self._pins.wait_for_older()
             if self._columns is not None:
                 self._columns.settle()
             self._index = EpisodeIndex(self.capacity)
@@ -368,27 +404,18 @@ class EpisodeStore:
         columns = self._columns if self._columns is not None else self.allocate(schema)
         return self.publish(episode, columns, digest=digest, episode_id=self._next_id)
 
-    def _actor_number(self, name: str) -> int:
-        number = self._actor_numbers.get(name)
-        if number is None:
-            if len(name) > MAX_ACTOR_CHARS:
-                raise InvalidEpisodeError(f"actor: a name of {len(name)} characters, expected at most {MAX_ACTOR_CHARS}")
-            if len(self._actors) == MAX_ACTORS:
-                raise InvalidEpisodeError(f"actor: {name!r} is one name too many, expected at most {MAX_ACTORS} different ones")
-            number = self._actor_numbers[name] = len(self._actors)
-            self._actors[number] = name
-        return number
-
     def _count_evicted(self, episodes: int, steps: int) -> None:
         self._figures["episodes_evicted"] += episodes
         self._figures["steps_evicted"] += steps
+        for _ in range(episodes):
+            self._keys.popleft()
         if episodes:
-            # Gathers drawn before this moment may still read the rows that just became free.
-            self._generation += 1
+            self._pins.retire()
 
-    def _wait_for_older_gathers(self) -> None:
-        while self._pins and min(self._pins) < self._generation:
-            self._unpinned.wait()
+    def _entry(self, position: int) -> Entry:
+        episode_id, first_row, length, actor, policy_version = self._index.entries[position].tolist()
+        origin = Episode({}, self._keys[position], self.actors.names[actor], policy_version)
+        return Entry(episode_id, first_row, length, origin)
 
     def _counts(self) -> Counts:
         figures = self._figures

@@ -248,10 +248,11 @@ def _copy_whole(old: Database, target: Path, findings: Findings, mark: Mark | No
         fresh.set_counts(_recovered_figures(old, findings))
         # Far enough that no id is given out again, whatever the lost ones were.
         reserved = max(_number(old, "next_id"), newest + 1) + ID_BLOCK
-        convention = _meta(old, "row_convention")
         meta: dict[str, object] = {"commits": 1, "next_id": reserved}
-        if convention is not None:
-            meta["row_convention"] = convention
+        for name in ("row_convention", "lineage"):
+            value = _meta(old, name)
+            if value is not None:
+                meta[name] = value
         if schema is not None:
             meta["schema"] = schema_text(schema)
         fresh.set_meta(meta)

@@ -344,6 +344,84 @@ class RingSetup(_message.Message):
     token: bytes
     def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ...) -> None: ...
 
+class GetEpisodesRequest(_message.Message):
+    __slots__ = ("table", "episode_ids", "skip_missing", "first_episode_id", "last_episode_id", "actor", "newest", "columns", "max_frame_bytes")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SKIP_MISSING_FIELD_NUMBER: _ClassVar[int]
+    FIRST_EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    episode_ids: _containers.RepeatedScalarFieldContainer[int]
+    skip_missing: bool
+    first_episode_id: int
+    last_episode_id: int
+    actor: str
+    newest: int
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    max_frame_bytes: int
+    def __init__(self, table: _Optional[str] = ..., episode_ids: _Optional[_Iterable[int]] = ..., skip_missing: bool = ..., first_episode_id: _Optional[int] = ..., last_episode_id: _Optional[int] = ..., actor: _Optional[str] = ..., newest: _Optional[int] = ..., columns: _Optional[_Iterable[str]] = ..., max_frame_bytes: _Optional[int] = ...) -> None: ...
+
+class GetEpisodesResponse(_message.Message):
+    __slots__ = ("selection", "group", "header", "chunk", "evicted")
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    selection: EpisodeSelection
+    group: EpisodeGroup
+    header: StoredEpisodeHeader
+    chunk: ColumnChunk
+    evicted: EpisodeEvicted
+    def __init__(self, selection: _Optional[_Union[EpisodeSelection, _Mapping]] = ..., group: _Optional[_Union[EpisodeGroup, _Mapping]] = ..., header: _Optional[_Union[StoredEpisodeHeader, _Mapping]] = ..., chunk: _Optional[_Union[ColumnChunk, _Mapping]] = ..., evicted: _Optional[_Union[EpisodeEvicted, _Mapping]] = ...) -> None: ...
+
+class EpisodeSelection(_message.Message):
+    __slots__ = ("first_episode_id", "last_episode_id", "episodes", "steps", "lineage")
+    FIRST_EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    first_episode_id: int
+    last_episode_id: int
+    episodes: int
+    steps: int
+    lineage: int
+    def __init__(self, first_episode_id: _Optional[int] = ..., last_episode_id: _Optional[int] = ..., episodes: _Optional[int] = ..., steps: _Optional[int] = ..., lineage: _Optional[int] = ...) -> None: ...
+
+class EpisodeGroup(_message.Message):
+    __slots__ = ("episodes",)
+    EPISODES_FIELD_NUMBER: _ClassVar[int]
+    episodes: _containers.RepeatedCompositeFieldContainer[StoredEpisode]
+    def __init__(self, episodes: _Optional[_Iterable[_Union[StoredEpisode, _Mapping]]] = ...) -> None: ...
+
+class StoredEpisode(_message.Message):
+    __slots__ = ("episode_id", "episode")
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_FIELD_NUMBER: _ClassVar[int]
+    episode_id: int
+    episode: Episode
+    def __init__(self, episode_id: _Optional[int] = ..., episode: _Optional[_Union[Episode, _Mapping]] = ...) -> None: ...
+
+class StoredEpisodeHeader(_message.Message):
+    __slots__ = ("episode_id", "header")
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    episode_id: int
+    header: EpisodeHeader
+    def __init__(self, episode_id: _Optional[int] = ..., header: _Optional[_Union[EpisodeHeader, _Mapping]] = ...) -> None: ...
+
+class EpisodeEvicted(_message.Message):
+    __slots__ = ("episode_id",)
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    episode_id: int
+    def __init__(self, episode_id: _Optional[int] = ...) -> None: ...
+
 class ReadyRequest(_message.Message):
     __slots__ = ("table", "min_steps", "wait_s")
     TABLE_FIELD_NUMBER: _ClassVar[int]

@@ -61,6 +61,11 @@ class ReplayStub(object):
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.SampleStreamRequest.SerializeToString,
                 response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.SampleStreamResponse.FromString,
                 _registered_method=True)
+        self.GetEpisodes = channel.unary_stream(
+                '/touchline.v1.Replay/GetEpisodes',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesResponse.FromString,
+                _registered_method=True)
         self.Ready = channel.unary_unary(
                 '/touchline.v1.Replay/Ready',
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.ReadyRequest.SerializeToString,
@@ -121,6 +126,18 @@ class ReplayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetEpisodes(self, request, context):
+        """Reads stored episodes back, whole, in the order of their ids: those of a list, or of a range, of one actor, the newest ones. What is
+        stored when the call begins is what is read; an episode that is evicted while the call runs is left out, never mixed with another.
+        NOT_FOUND: an id that was asked for by itself is not stored, and `skip_missing` is not set; the message names the ids.
+        INVALID_ARGUMENT: selectors that do not go together or are out of range, or a column that the schema does not have.
+        RESOURCE_EXHAUSTED: as many streams are open as the server takes.
+        UNAVAILABLE: the server drains; go on after the last whole episode (see EpisodeSelection).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ready(self, request, context):
         """Says whether batches can be sampled and whether enough history is stored, at once or after waiting for it.
         """
@@ -164,6 +181,11 @@ def add_ReplayServicer_to_server(servicer, server):
                     servicer.SampleStream,
                     request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.SampleStreamRequest.FromString,
                     response_serializer=touchline__protos_dot_v1_dot_replay__pb2.SampleStreamResponse.SerializeToString,
+            ),
+            'GetEpisodes': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetEpisodes,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesResponse.SerializeToString,
             ),
             'Ready': grpc.unary_unary_rpc_method_handler(
                     servicer.Ready,
@@ -290,6 +312,33 @@ class Replay(object):
             '/touchline.v1.Replay/SampleStream',
             touchline__protos_dot_v1_dot_replay__pb2.SampleStreamRequest.SerializeToString,
             touchline__protos_dot_v1_dot_replay__pb2.SampleStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEpisodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/touchline.v1.Replay/GetEpisodes',
+            touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,263 @@
+"""Stored episodes, read back from the server one after the other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from touchline.calls import Calls
+from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
+from touchline.forking import keep_orphan
+from touchline.watchdog import Watchdog
+from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
+from touchline_protos.v1 import replay_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+
+class EpisodeStream:
+    """An iterator of whole episodes, their ids ascending; also a context manager that closes it. Made by ``ReplayClient.episodes``.
+
+    One thread iterates, any thread may close. The episodes' arrays are the caller's. Who stops before the end closes it; what is
+    dropped without that ends its call once it is collected.
+    """
+
+    def __init__(self, source: EpisodeSource) -> None:
+        self._source = source
+        self._closed = False
+        weakref.finalize(self, source.close)
+
+    def __iter__(self) -> Iterator[StoredEpisode]:
+        return self
+
+    def __next__(self) -> StoredEpisode:
+        """Returns the next episode, waiting for it.
+
+        Raises:
+            StopIteration: there is no other, or the stream was closed here.
+            InvalidArgumentError: an id or a column that is not there, or arguments that the server does not take.
+            UnavailableError: the server was away for longer than ``timeout_s``, or came back without the episodes.
+            DeadlineError: nothing came within ``timeout_s``, though the server was there.
+            TouchlineError: another of the tree.
+        """
+        if self._closed:
+            raise StopIteration
+        try:
+            episode = self._source.take()
+        except ClosedError:
+            if self._closed:
+                raise StopIteration from None
+            raise
+        if episode is None:
+            self.close()
+            raise StopIteration
+        return episode
+
+    @property
+    def total(self) -> int:
+        """How many episodes there were to read when it began; asks the server where it has not begun.
+
+        Fewer come where some are evicted before their turn. Raises as ``next`` does.
+        """
+        return self._source.selection.episodes
+
+    @property
+    def total_steps(self) -> int:
+        """How many rows these episodes have. Raises as ``next`` does."""
+        return self._source.selection.steps
+
+    def close(self) -> None:
+        """Ends the call. Closing again does nothing."""
+        self._closed = True
+        self._source.close()
+
+    def __enter__(self) -> EpisodeStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class EpisodeSource:
+    """Episodes from GetEpisodes; a call that breaks off is followed by one for what is left. One thread takes, any closes.
+
+    Args:
+        calls: to the server.
+        request: which episodes; never changed.
+        timeout_s: the longest wait for the next message, retries included.
+        empty: no episode is asked for, and so the server is not.
+    """
+
+    def __init__(self, calls: Calls, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
+        self._calls = calls
+        self._request = request
+        self._timeout_s = timeout_s
+        self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
+        self._seen_id = -1
+        self._ready: deque[StoredEpisode] = deque()
+        self._session: _Session | None = None
+        self._finished = False
+        self._watchdog = Watchdog(timeout_s)
+        self._generation = calls.transport.generation
+        self._closed = threading.Event()
+
+    @property
+    def selection(self) -> EpisodeSelection:
+        """What there was to read when the first call began."""
+        self._forget_parent()
+        if self._selection is None:
+            self._advance()
+        assert self._selection is not None
+        return self._selection
+
+    def take(self) -> StoredEpisode | None:
+        """Returns the next episode, None at the end; see :class:`EpisodeStream` for what it raises."""
+        self._forget_parent()
+        while not self._ready and not self._finished:
+            self._advance()
+        return self._ready.popleft() if self._ready else None
+
+    def close(self) -> None:
+        """Ends the call; a ``take`` under way raises ClosedError."""
+        self._closed.set()
+        session = self._session
+        if session is not None:
+            session.end()
+        self._watchdog.stop()
+
+    def _advance(self) -> None:
+        """Takes what brings the reading forward, or notes its end; calls anew where the server was away."""
+        ends = time.monotonic() + self._timeout_s
+        delays = self._calls.delays()
+        while not self._finished:
+            if self._closed.is_set():
+                raise ClosedError("the stream was closed")
+            if self._selection is not None and self._seen_id >= self._selection.last_episode_id:
+                self._finish()
+                return
+            session = self._session or self._open()
+            try:
+                self._watchdog.watch(session, ends)
+                episodes = session.receive()
+            except TouchlineError as error:
+                self._drop()
+                self._wait_after(error, session, ends, delays)
+                continue
+            finally:
+                self._watchdog.rest()
+            if self._take_over(session, episodes):
+                return
+
+    def _wait_after(self, error: TouchlineError, session: _Session, ends: float, delays: Iterator[float]) -> None:
+        """Waits before the next attempt, or raises what there is to raise."""
+        if self._closed.is_set():
+            return
+        if time.monotonic() >= ends and session.ended:
+            raise DeadlineError(f"{self._calls.transport.address}: nothing came within {self._timeout_s} s") from error
+        if not isinstance(error, UnavailableError):
+            raise error
+        delay_s = next(delays)
+        if time.monotonic() + delay_s >= ends:
+            raise error
+        logger.info("reading was interrupted, trying again: %s", error)
+        self._closed.wait(delay_s)
+
+    def _take_over(self, session: _Session, episodes: list[StoredEpisode] | None) -> bool:
+        """Takes what a message brought; returns whether that is more than there was before the server was away."""
+        selection = session.decoder.selection
+        if episodes is None or selection is None:
+            self._finish()
+            return True
+        if self._selection is None:
+            self._selection = selection
+            return True
+        if selection.lineage != self._selection.lineage:
+            self._drop()
+            raise UnavailableError(
+                f"{self._calls.transport.address}: the server came back without the episodes that were being read; read them from the start"
+            )
+        self._seen_id = max(self._seen_id, session.decoder.seen_id)
+        self._ready.extend(episodes)
+        return session.frames > 1
+
+    def _finish(self) -> None:
+        self._drop()
+        self._finished = True
+        self._watchdog.stop()
+
+    def _open(self) -> _Session:
+        session = self._session = _Session(self._calls, self._what_is_left())
+        if self._closed.is_set():  # closed by another thread before it could see the session
+            session.end()
+        return session
+
+    def _what_is_left(self) -> pb.GetEpisodesRequest:
+        """Returns the request for what is behind the last whole episode, of what there was when the first call began."""
+        if self._selection is None:
+            return self._request
+        left = pb.GetEpisodesRequest()
+        left.CopyFrom(self._request)
+        if left.episode_ids:
+            left.episode_ids[:] = [number for number in left.episode_ids if number > self._seen_id]
+            left.skip_missing = True  # all were there when the first call began: what is not now was evicted
+        else:
+            left.first_episode_id = max(self._seen_id + 1, self._selection.first_episode_id)
+            left.last_episode_id = self._selection.last_episode_id
+            left.ClearField("newest")
+        return left
+
+    def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.end()
+
+    def _forget_parent(self) -> None:
+        """In a forked child: the call is the parent's; the child goes on from where that was, with one of its own."""
+        if self._generation != self._calls.transport.generation:
+            self._generation = self._calls.transport.generation
+            keep_orphan(self._session)
+            self._session = None
+            self._watchdog = Watchdog(self._timeout_s)
+
+
+class _Session:
+    """One call of GetEpisodes."""
+
+    def __init__(self, calls: Calls, request: pb.GetEpisodesRequest) -> None:
+        self._calls = calls
+        self.decoder = EpisodeDecoder()
+        self.frames = 0
+        """Messages so far."""
+        self.ended = False
+        """Whether this side ended it."""
+        self._call: Any = calls.download("GetEpisodes", request.SerializeToString())
+
+    def receive(self) -> list[StoredEpisode] | None:
+        """Returns the episodes that the next message completes, None at the end.
+
+        Raises:
+            TouchlineError: the call broke off, or brought what is no answer.
+        """
+        address = self._calls.transport.address
+        try:
+            message = next(self._call)
+            self.frames += 1
+            return self.decoder.feed(message)
+        except StopIteration:
+            if self.decoder.selection is None or self.decoder.in_progress:
+                raise ServerError(f"{address}: the server ended the stream within an episode, or before it began") from None
+            return None
+        except CodecError as error:
+            raise ServerError(f"{address}: a frame that is none: {error}") from error
+        except Exception as error:
+            raise self._calls.translate(error) from error
+
+    def end(self) -> None:
+        """Ends the call, from any thread."""
+        self.ended = True
+        self._call.cancel()
