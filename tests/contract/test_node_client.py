@@ -95,3 +95,16 @@ def test_node_client_adds_asks_and_samples(client: Path) -> None:
         assert_same(answers["streamed"][0], expected)
         assert [batch["actors"] for batch in answers["streamed"]] == [{"0": "Pelé"}, {}]
         assert server.buffer.counts().episodes_stored == 1
+        selection, (read,) = answers["read"]["selection"], answers["read"]["episodes"]
+        assert (selection["first_episode_id"], selection["last_episode_id"], selection["episodes"], selection["steps"]) == (
+            "0",
+            "0",
+            "1",
+            "30",
+        )
+        assert (read["id"], read["actor"], read["policy_version"]) == ("0", "Pelé", "12")
+        assert read["key"] == {"client_id": "node", "incarnation": "9007199254740993", "sequence": "0"}
+        assert list(read["columns"]) == ["obs", "reward"]
+        for name, tensor in read["columns"].items():
+            assert tensor["shape"] == list(episode.columns[name].shape)
+            assert np.array(tensor["values"], np.float32).tobytes() == episode.columns[name].tobytes()

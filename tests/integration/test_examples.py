@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -140,6 +141,23 @@ def test_actor_and_learner_go_on_after_a_restart_of_the_server(start: Start, tmp
     assert last["final"] and last["updates"] >= after["updates"]
     assert checkpoint.exists()
     assert totals["episodes_acknowledged"] == totals["episodes_played"] > 0
+
+
+def test_reader_ranks_the_actors_of_the_newest_episodes(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        for number in range(12):
+            reward = np.array([np.nan, number, 1], np.float32)
+            episode = {"obs": np.zeros((3, 2), np.float32), "action": np.zeros((3, 1), np.float32), "reward": reward}
+            client.add(episode, actor=f"actor-{number % 2}")
+
+        reader = start("read_episodes.py", "--address", server.address, "--newest", "5")
+        ranks = list(_lines(reader))
+        assert reader.wait() == 0
+
+    assert ranks == [
+        {"actor": "actor-1", "episodes": 3, "mean_return": 10.0},
+        {"actor": "actor-0", "episodes": 2, "mean_return": 10.0},
+    ]
 
 
 def test_learner_takes_its_checkpoint_up(start: Start, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from service_calls import Caller, Stream, assert_same_batch, key, make_config, make_episode, refused, serving
+from service_calls import DEADLINE_S, SERVICE, Caller, Stream, assert_same_batch, key, make_config, make_episode, refused, serving
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import __version__
@@ -50,6 +50,8 @@ def answer_at_once(caller: Caller, method: str) -> bytes:
         stream = caller.stream()
         stream.close()
         return b"".join(stream.call)
+    if method == "GetEpisodes":
+        return b"".join(caller.channel.unary_stream(SERVICE + method)(b"", timeout=DEADLINE_S))
     return caller.raw(method, b"")
 
 
@@ -372,10 +374,15 @@ def test_another_table_is_not_found(filled: Served, method: str) -> None:
 
 # Protocol versions, health, reflection
 
-METHODS = ["AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "Ready", "Info", "Clear"]
+METHODS = ["AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "Ready", "Info", "Clear"]
 
 
-class WithMetadata(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
+class WithMetadata(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
     """Adds metadata to every call of a channel."""
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
@@ -384,7 +391,7 @@ class WithMetadata(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInter
     def _intercept(self, proceed: Any, details: Any, request: Any) -> Any:
         return proceed(details._replace(metadata=self._metadata), request)
 
-    intercept_unary_unary = intercept_stream_unary = intercept_stream_stream = _intercept
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = intercept_stream_stream = _intercept
 
 
 @pytest.mark.parametrize("method", METHODS)

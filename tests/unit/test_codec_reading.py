@@ -133,7 +133,10 @@ BROKEN: dict[str, tuple[list[bytes], str]] = {
     "a gap": ([announced(1, small_episode(), 8)[0], announced(1, small_episode(), 8)[2]], "chunk of column 0 at byte 8"),
     "ids that go back": ([group((2, small_episode()), (1, small_episode()))], "episode 1 after 2"),
     "an id twice": ([group((2, small_episode())), *announced(2, small_episode(), 8)], "episode 2 after 2"),
-    "no content": ([pb.GetEpisodesResponse(group=pb.EpisodeGroup(episodes=[pb.StoredEpisode(episode_id=3)])).SerializeToString()], "without"),
+    "no content": (
+        [pb.GetEpisodesResponse(group=pb.EpisodeGroup(episodes=[pb.StoredEpisode(episode_id=3)])).SerializeToString()],
+        "without",
+    ),
     "columns of different rows": ([group((1, Episode({"obs": np.zeros((4, 3)), "reward": np.zeros(5)})))], r"reward: shape \(5,\)"),
 }
 

@@ -139,7 +139,7 @@ def store_of(*lengths: int, capacity: int) -> tuple[EpisodeStore, Told]:
     store = EpisodeStore(make_config(capacity))
     for number, length in enumerate(lengths):
         store.add(traced(number, length))
-    told = store._unpinned = Told(store._lock)
+    told = store._pins._unpinned = Told(store._lock)
     return store, told
 
 

@@ -156,6 +156,8 @@ class Columns:
             offset_bytes: where in their bytes the piece begins.
             out: [size] uint8, contiguous: filled.
         """
+        if not len(out):
+            return
         column = self.tensors[name]
         total = column.numel() * column.element_size()
         begin = (first_row * (total // self.capacity) + offset_bytes) % total

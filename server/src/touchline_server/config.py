@@ -129,7 +129,7 @@ class ServerConfig(_Table):
     max_horizon: _Count = 1_024
     """Largest horizon that a request may ask for."""
     max_streams: _Count = 1_024
-    """Most sampling and loading streams open at a time."""
+    """Most sampling, loading and reading streams open at a time."""
     max_calls: _Count = 4_096
     """Most calls in progress, streams included."""
     max_connection_calls: Annotated[_Int, Field(ge=1, le=_INT32_MAX)] = 256

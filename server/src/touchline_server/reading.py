@@ -161,7 +161,7 @@ class EpisodeReader:
 
     def episodes(self) -> Iterator[StoredEpisode]:
         """Yields the episodes as fresh arrays; one that is evicted meanwhile is left out."""
-        while taken := self.take(0):
+        while taken := self.take(0, limit=1):
             episode = self._read(taken[0])
             if episode is not None:
                 yield episode
@@ -175,7 +175,7 @@ class EpisodeReader:
             whole = all(
                 self.copy(entry, column, offset, out[offset : offset + size])
                 for column, out in enumerate(outs)
-                for offset, size in pieces(out.size)
+                for offset, size in pieces(out.size, PIECE_BYTES)
             )
         if not whole:
             return None
@@ -230,7 +230,7 @@ def chosen_columns(schema: Schema, names: Sequence[str]) -> tuple[ColumnSpec, ..
     return tuple(spec for spec in schema.columns if any(spec.name == name or spec.name.startswith(f"{name}.") for name in wanted))
 
 
-def pieces(size_bytes: int, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+def pieces(size_bytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
     """Yields offset and size of each piece of so many bytes."""
     for offset in range(0, size_bytes, piece_bytes):
         yield offset, min(piece_bytes, size_bytes - offset)

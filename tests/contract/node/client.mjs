@@ -1,5 +1,5 @@
 // A client that knows nothing of Touchline but its .proto. Adds an episode, asks whether it can sample, samples a batch, takes two from a
-// stream, and prints what it was answered as one line of JSON.
+// stream, reads its episode back, and prints what it was answered as one line of JSON.
 //
 //     node client.mjs ADDRESS PROTO_FOLDER EPISODE_JSON SEED
 //
@@ -63,6 +63,25 @@ function takeFromStream(client, sample, count) {
   });
 }
 
+/** Reads the episodes that a request selects; small ones, which come whole. */
+function readEpisodes(client, request) {
+  return new Promise((resolve, reject) => {
+    const read = { episodes: [] };
+    const stream = client.GetEpisodes(request, { deadline: Date.now() + DEADLINE_MS });
+    stream.on("error", reject);
+    stream.on("end", () => resolve(read));
+    stream.on("data", ({ part, selection, group }) => {
+      if (part === "selection") read.selection = selection;
+      else for (const { episode_id, episode } of group.episodes) read.episodes.push(storedOf(episode_id, episode));
+    });
+  });
+}
+
+function storedOf(id, { key, actor, policy_version, columns }) {
+  const tensors = Object.fromEntries(columns.map(({ name, tensor }) => [name, valuesOf(tensor)]));
+  return { id, key, actor, policy_version, columns: tensors };
+}
+
 const [address, protoFolder, episodeJson, seed] = process.argv.slice(2);
 const definition = protoLoader.loadSync("touchline/v1/replay.proto", {
   includeDirs: [protoFolder],
@@ -89,5 +108,6 @@ const refused = await call(client, "AddEpisode", { episode: { columns: columns.s
 const ready = await call(client, "Ready", { min_steps: 5 });
 const sample = await call(client, "Sample", { batch_size: 6, seed });
 const streamed = await takeFromStream(client, { batch_size: 6, seed }, 2);
+const read = await readEpisodes(client, { newest: 1, columns: ["reward", "obs"] });
 client.close();
-console.log(JSON.stringify({ added, again, refused, ready, batch: batchOf(sample.batch), streamed }));
+console.log(JSON.stringify({ added, again, refused, ready, batch: batchOf(sample.batch), streamed, read }));
