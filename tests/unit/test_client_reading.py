@@ -119,16 +119,21 @@ def test_server_that_came_back_without_the_episodes_is_told_apart(answers: Answe
 
 
 def test_refusal_is_raised_at_once(answers: Answers) -> None:
-    handler = in_turn(
-        answers(then=grpc.StatusCode.NOT_FOUND, reason="unknown-episode"),
-        answers(then=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="over-limit"),
-    )
-    with ScriptedServer(GetEpisodes=handler) as server, ReplayClient(server.address) as client:
+    refusing = answers(then=grpc.StatusCode.NOT_FOUND, reason="unknown-episode")
+    with ScriptedServer(GetEpisodes=refusing) as server, ReplayClient(server.address) as client:
         with pytest.raises(InvalidArgumentError):
             next(client.episodes(ids=[3]))
+        assert server.count("GetEpisodes") == 1
+
+
+def test_server_over_a_limit_is_asked_again_until_the_time_is_over(answers: Answers) -> None:
+    busy = answers(then=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="over-limit")
+    handler = in_turn(busy, answers(encode_selection(ALL), whole(9)), busy)
+    with ScriptedServer(GetEpisodes=handler) as server, ReplayClient(server.address) as client:
+        assert numbers(client.episodes()) == [9]
         with pytest.raises(OverLimitError):
-            next(client.episodes())
-        assert server.count("GetEpisodes") == 2
+            next(client.episodes(timeout_s=0.3))
+        assert server.count("GetEpisodes") > 3
 
 
 def silent(context_ended: threading.Event, *messages: bytes) -> Handler:

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from touchline.calls import Calls
-from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
+from touchline.calls import Calls, delay_before_retry
+from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import keep_orphan
 from touchline.watchdog import Watchdog
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
@@ -42,6 +42,7 @@ class EpisodeStream:
             StopIteration: there is no other, or the stream was closed here.
             InvalidArgumentError: an id or a column that is not there, or arguments that the server does not take.
             UnavailableError: the server was away for longer than ``timeout_s``, or came back without the episodes.
+            OverLimitError: it had too much to do for as long as that.
             DeadlineError: nothing came within ``timeout_s``, though the server was there.
             TouchlineError: another of the tree.
         """
@@ -159,9 +160,9 @@ class EpisodeSource:
             return
         if time.monotonic() >= ends and session.ended:
             raise DeadlineError(f"{self._calls.transport.address}: nothing came within {self._timeout_s} s") from error
-        if not isinstance(error, UnavailableError):
+        if not isinstance(error, UnavailableError | OverLimitError):
             raise error
-        delay_s = next(delays)
+        delay_s = delay_before_retry(error, next(delays))
         if time.monotonic() + delay_s >= ends:
             raise error
         logger.info("reading was interrupted, trying again: %s", error)

@@ -137,7 +137,7 @@ class ServerConfig(_Table):
     max_receive_bytes: _Count = 4_294_967_296
     """Bytes of episodes that may be on their way in: half for messages, half for episodes that come in chunks."""
     max_send_bytes: _Count = 4_294_967_296
-    """Bytes of batches that may be made and not taken yet by the transport."""
+    """Bytes of batches and episodes that may be made and not taken yet by the transport."""
     keepalive_s: Annotated[_Seconds, Field(ge=1)] = 30.0
     """Silence in seconds after which a peer is asked whether it is there; without an answer for a third of it, it is gone."""
     max_rings: Annotated[_Int, Field(ge=0, le=1_024)] = 16

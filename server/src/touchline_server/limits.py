@@ -171,7 +171,7 @@ class Budgets:
         self.health = ByteBudget(HEALTH_QUESTIONS * config.max_message_bytes, key="server.max_message_bytes")
         """Requests to the health service."""
         self.sending = ByteBudget(config.max_send_bytes, key="server.max_send_bytes")
-        """Batches, from before they are made until the transport took them."""
+        """Batches and episodes, from before they are made until the transport took them."""
 
     def __iter__(self) -> Iterator[ByteBudget]:
         return iter((self.messages, self.assembling, self.questions, self.health, self.sending))

@@ -36,6 +36,8 @@ class EpisodeFrames:
         self._reader = reader
         self._limit = min(max_message_bytes, max_frame_bytes or max_message_bytes)
         self._payload_bytes = min(PIECE_BYTES, self._limit // FRAME_SHARE)
+        self.room_bytes = self._payload_bytes
+        """What a frame takes in memory, but for the names and numbers in it."""
         self._frames = self._all()
 
     @property

@@ -34,7 +34,7 @@ from touchline_server.errors import (
     UnknownTableError,
 )
 from touchline_server.feeding import RingHouse
-from touchline_server.limits import Assembling, Budgets
+from touchline_server.limits import Assembling, Budgets, Loan
 from touchline_server.reading import EpisodeReader
 from touchline_server.sending import EpisodeFrames
 from touchline_server.session import SampleSession
@@ -309,11 +309,17 @@ class ReplayService:
             frames = EpisodeFrames(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=request.max_frame_bytes)
             while True:
                 self._refuse_if_draining()
-                async with self._reading:
-                    frame = await self._on(self._sampling, frames.next)
-                if frame is None:
-                    return
-                await context.write(frame)
+                await self._budgets.sending.reserve(frames.room_bytes)
+                room = Loan(self._budgets.sending, frames.room_bytes)
+                try:
+                    async with self._reading:
+                        frame = await self._on(self._sampling, frames.next)
+                    if frame is None:
+                        return
+                    room.resize(len(frame))
+                    await context.write(frame)
+                finally:
+                    room.resize(0)
 
     async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
         _check_table(request.table)
