@@ -45,6 +45,7 @@ def test_export_list_is_frozen() -> None:
         "ReplayClient",
         "ServerError",
         "ServerInfo",
+        "SpoolError",
         "StoredEpisode",
         "TooLargeError",
         "TouchlineError",

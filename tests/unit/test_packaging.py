@@ -170,6 +170,7 @@ EXPORTS = {
         "ReplayClient",
         "ServerError",
         "ServerInfo",
+        "SpoolError",
         "StoredEpisode",
         "TooLargeError",
         "TouchlineError",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from client_faults import ScriptedServer, fail
+from service_calls import eventually
 from touchline import (
     ClosedError,
     EpisodeWriter,
@@ -226,7 +227,7 @@ def test_server_at_its_limits_is_not_asked_again_before_the_delay_that_it_gave()
 def test_server_that_keeps_failing_on_an_episode_has_refused_it(
     client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline.writer.SERVER_ERROR_ATTEMPTS", 2)
+    monkeypatch.setattr("touchline.outbox.SERVER_ERROR_ATTEMPTS", 2)
     shelf.failures = [(grpc.StatusCode.INTERNAL, "internal")] * 2
     writer = EpisodeWriter(client)
     _play(writer, range(2))
@@ -244,8 +245,7 @@ def _refused(writer: EpisodeWriter) -> Any:
     """Ends an episode and waits until it was answered."""
     _play(writer, range(2))
     key = writer.end_episode()
-    with writer._changed:
-        assert writer._changed.wait_for(lambda: not writer._pending, 10)
+    eventually(lambda: not writer.counters.pending, "the episode is answered")
     return key
 
 

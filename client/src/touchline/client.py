@@ -107,6 +107,11 @@ class ReplayClient:
         """Names this sender in the keys of its episodes."""
         return self._identity.client_id
 
+    @property
+    def table(self) -> str:
+        """Of the server, that episodes go to and batches come from; empty is the default one."""
+        return self._table
+
     def next_key(self) -> EpisodeKey:
         """Returns a key that no episode of this client had before."""
         return self._identity.next_key()

@@ -14,6 +14,7 @@ TouchlineError
 ├── ClosedError                               used after it was closed
 ├── ForkError                                 used in a forked child that cannot use gRPC
 ├── LoadError (.results)                      some episodes of a load were refused; the others are stored
+├── SpoolError                                a writer's spool on the disk is in use, damaged, or cannot be written
 ├── UnacknowledgedError (.results)            an EpisodeWriter's episodes that were refused or not acknowledged in time
 └── ServerError                               something went wrong inside the server, or between it and us
 """
@@ -99,6 +100,10 @@ class LoadError(TouchlineError):
         super().__init__(message)
         self.results = tuple(results)
         """What became of every episode, in the order in which they were given."""
+
+
+class SpoolError(TouchlineError):
+    """The spool of an :class:`~touchline.EpisodeWriter` is another writer's, damaged, of a newer format, or cannot be read or written."""
 
 
 class UnacknowledgedError(TouchlineError):

@@ -1,4 +1,5 @@
-"""The end of a process in which an episode writer was not closed: a short chance to finish, then a log line about what is lost.
+"""The end of a process in which an episode writer was not closed: a short chance to finish, then a log line about what is lost
+and what waits in a spool.
 
 ``atexit`` does not run in children of ``multiprocessing``, which end through its own finalizers; so both are used.
 """
@@ -13,7 +14,7 @@ import sys
 import time
 from typing import Protocol
 
-from touchline.errors import UnacknowledgedError
+from touchline.errors import SpoolError, UnacknowledgedError
 
 GRACE_S = 2.0
 """Time that all writers of a process together have to finish."""
@@ -33,6 +34,9 @@ class Leaver(Protocol):
 
     def describe_loss(self) -> str | None:
         """Returns what would be lost; None for nothing."""
+
+    def describe_rest(self) -> str | None:
+        """Returns what waits where the next process finds it; None for nothing."""
 
 
 def watch(leaver: Leaver) -> None:
@@ -59,8 +63,11 @@ def _leave() -> None:
     ends = time.monotonic() + GRACE_S
     while _open:
         leaver = _open.pop()
-        with contextlib.suppress(UnacknowledgedError):  # the log says what was refused, and the next line the rest
+        with contextlib.suppress(UnacknowledgedError, SpoolError):  # the log says what was refused, and the next line the rest
             leaver.flush(max(0.0, ends - time.monotonic()))
         loss = leaver.describe_loss()
         if loss is not None:
             logger.error(loss)
+        rest = leaver.describe_rest()
+        if rest is not None:
+            logger.warning(rest)

@@ -79,19 +79,30 @@ class EpisodeResult:
 
 @dataclass(frozen=True, slots=True)
 class WriterCounters:
-    """What an :class:`~touchline.EpisodeWriter` did so far. Always ``appended == pending + acknowledged + refused``."""
+    """What an :class:`~touchline.EpisodeWriter` did so far.
+
+    Always ``appended + resumed == pending + acknowledged + refused + dropped``.
+    """
 
     appended: int = 0
-    """Episodes that were finished and handed to the background thread; the pieces of a cut episode count one each."""
+    """Episodes that were finished and handed on to be sent; the pieces of a cut episode count one each."""
     pending: int = 0
-    """Of these, not answered yet."""
+    """Of these and the resumed ones, not answered yet."""
     acknowledged: int = 0
     """Of these, stored by the server."""
     refused: int = 0
-    """Of these, given up: refused by the server, or the client was closed."""
+    """Of these, given up: refused by the server, damaged in the spool, or, without a spool, the client was closed."""
     discarded: int = 0
     """Episodes never handed on: unfinished when the body of ``with`` failed, or a single row, which holds no transition."""
     steps_appended: int = 0
     """Rows of the episodes that count as appended; the row at which an episode was cut counts in both pieces."""
     steps_acknowledged: int = 0
     """Rows of the episodes that count as acknowledged."""
+    resumed: int = 0
+    """Episodes of earlier writers that lay in the spool when this one opened it."""
+    dropped: int = 0
+    """Of the appended and the resumed ones, given up for want of room, as ``when_full`` says."""
+    steps_dropped: int = 0
+    """Rows of the episodes that count as dropped."""
+    spool_bytes: int = 0
+    """What the spool takes on the disk now, its log and free pages included; 0 without one."""

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import logging
-import random
-import threading
-from collections import deque
+import math
+import os
+import time
 from collections.abc import Mapping
-from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from touchline import leaving
-from touchline.calls import Backoff, delay_before_retry
-from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerError, TouchlineError, UnacknowledgedError, UnavailableError
+from touchline.errors import ClosedError, InvalidArgumentError, SpoolError, UnacknowledgedError
 from touchline.forking import forget_in_child
 from touchline.messages import check_actor, check_policy_version, whole_number
+from touchline.outbox import Outbox
+from touchline.pending import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
 from touchline.rows import EpisodeRows, row_columns
-from touchline.types import EpisodeResult, WriterCounters
+from touchline.types import WriterCounters
 from touchline_protos.codec import Episode, EpisodeKey
 
 if TYPE_CHECKING:
     from touchline.client import ReplayClient
 
-SERVER_ERROR_ATTEMPTS = 5
-"""How often an episode is sent to a server that fails on it, before it counts as refused."""
+MAX_PENDING_BYTES = 1 << 30
+"""Payload that may wait in memory where nothing else was said."""
+SPOOL_LIMIT_BYTES = 1 << 30
+"""What a spool may take on the disk where nothing else was said."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +39,22 @@ class EpisodeWriter:
     where the dtype has no NaN) and never reach a batch. An episode that does not end is cut after ``max_steps`` transitions; the row at
     which it was cut is the last of one piece and the first of the next, so that no transition is lost.
 
-    While the server is away, episodes wait and sending is tried again for ever; when ``max_pending`` episodes wait, ``append`` and
-    ``end_episode`` block. An episode that the server refuses is logged and counted, and reported once: by the next ``append``,
-    ``end_episode``, ``flush`` or ``close``, which raise UnacknowledgedError. ``append`` and ``end_episode`` do so before they do
-    anything else, so that the same call may simply be made again.
+    While the server is away, episodes wait and sending is tried again for ever, oldest first, with backoff and jitter. They wait in memory,
+    up to ``max_pending`` of them; or, with ``spool_dir``, on the disk: then an episode survives the death of this process and the
+    machine's loss of power once ``end_episode`` (or the ``append`` that cut it) has returned, and the next writer on that folder sends what
+    is left, under the first keys, so that none is stored twice. ``when_full`` says what happens to an episode for which there is no room:
+    ``"block"`` holds the actor up and loses nothing; ``"drop-oldest"`` gives up the oldest one that is not being sent; ``"drop-newest"``
+    the new one. What is dropped is counted and logged.
+
+    An episode that the server refuses is logged and counted, and reported once: by the next ``append``, ``end_episode``, ``flush`` or
+    ``close``, which raise UnacknowledgedError. ``append`` and ``end_episode`` do so before they do anything else, so that the same call may
+    simply be made again. A spool keeps the newest 64 refused ones, with the reason, where their room is not wanted. Where it is the client
+    that is refused (access denied, another protocol version, closed), episodes stay in a spool, and without one count as refused.
 
     The thread does not keep the process alive. A writer that was not closed at exit has two seconds to finish, and what is then not
-    acknowledged is logged as an error. In a forked child a writer starts empty: what its parent collected is the parent's to send.
+    acknowledged is logged: as an error where it is lost, as a warning where it waits in a spool. In a forked child a writer starts empty:
+    what its parent collected is the parent's to send. A spool is the parent's, too: a writer that has one cannot be used in a child, which
+    makes one of its own with another folder.
 
     One thread appends and ends episodes; ``flush``, ``close`` and the counters may be used from any.
 
@@ -51,10 +63,17 @@ class EpisodeWriter:
         actor: name of the actor, up to 128 characters; None takes the client's.
         policy_version: of the policy that acts; may be set between episodes.
         max_steps: transitions after which an episode is cut; None never cuts.
-        max_pending: episodes that may wait to be sent.
+        max_pending: episodes that may wait to be sent, at least 2 to drop the oldest; None is 64 without a spool, and with one as many as
+            fit.
+        max_pending_bytes: payload that may wait in memory; a single episode above it waits alone. Has no meaning with a spool.
+        spool_dir: folder on a local disk, of this writer alone; made if it is not there. None keeps episodes in memory only.
+        spool_limit_bytes: what the folder may take, all of SQLite's files included; at least 1 MiB. An episode takes its size twice while
+            it is written, and one that would not fit into an empty spool counts as refused.
+        when_full: ``"block"``, ``"drop-oldest"`` or ``"drop-newest"``.
 
     Raises:
         InvalidArgumentError: an argument out of range.
+        SpoolError: the spool is another writer's, damaged, of a newer format, or cannot be made.
     """
 
     def __init__(
@@ -64,29 +83,44 @@ class EpisodeWriter:
         actor: str | None = None,
         policy_version: int = 0,
         max_steps: int | None = None,
-        max_pending: int = 64,
+        max_pending: int | None = None,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
+        spool_dir: str | os.PathLike[str] | None = None,
+        spool_limit_bytes: int = SPOOL_LIMIT_BYTES,
+        when_full: WhenFull = "block",
     ) -> None:
+        if when_full not in get_args(WhenFull):
+            raise InvalidArgumentError(f"when_full: {when_full!r}, expected {', '.join(map(repr, get_args(WhenFull)))}")
         self._client = client
         self._actor = client.actor if actor is None else check_actor(actor)
         self._policy_version = check_policy_version(policy_version)
         self._max_rows = None if max_steps is None else whole_number("max_steps", max_steps, least=1) + 1
-        self._max_pending = whole_number("max_pending", max_pending, least=1)
-        self._start()
+        # The one that is being sent is never dropped, so there has to be another.
+        least = 2 if when_full == "drop-oldest" else 1
+        self._max_pending = None if max_pending is None else whole_number("max_pending", max_pending, least=least)
+        self._max_pending_bytes = whole_number("max_pending_bytes", max_pending_bytes, least=1, most=(1 << 63) - 1)
+        self._spool_limit_bytes = whole_number("spool_limit_bytes", spool_limit_bytes, least=1 << 20, most=(1 << 63) - 1)
+        self._when_full: WhenFull = when_full
+        self._parents_spool: Path | None = None
+        self._closing = False
+        self._start(self._open_spool(Path(spool_dir)) if spool_dir is not None else self._memory_queue())
         forget_in_child(self)
         leaving.watch(self)
 
-    def _start(self) -> None:
+    def _start(self, queue: PendingEpisodes) -> None:
         self._rows = EpisodeRows()
         self._rows_version = self._policy_version
         self._cut = False
-        self._changed = threading.Condition()
-        self._pending: deque[Episode] = deque()
-        self._unreported: list[EpisodeResult] = []
-        self._trouble: TouchlineError | None = None
-        self._counters = WriterCounters()
-        self._thread: threading.Thread | None = None
-        self._closing = False
-        self._closed = False
+        self._due: Episode | None = None
+        self._outbox = Outbox(self._client, queue, actor=self._actor, when_full=self._when_full)
+
+    def _open_spool(self, folder: Path) -> PendingEpisodes:
+        from touchline.spool import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool
+
+        return Spool(folder, limit_bytes=self._spool_limit_bytes, max_pending=self._max_pending, table=self._client.table)
+
+    def _memory_queue(self) -> PendingEpisodes:
+        return MemoryQueue(max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
 
     # What the actor calls.
 
@@ -102,11 +136,10 @@ class EpisodeWriter:
     @property
     def counters(self) -> WriterCounters:
         """What was done so far; all figures are of one moment."""
-        with self._changed:
-            return self._counters
+        return self._outbox.counters
 
     def append(self, step: Mapping[str, Any]) -> None:
-        """Adds one row; may block while too many episodes wait.
+        """Adds one row; may block, while too many episodes wait, where it cuts the episode.
 
         Args:
             step: values of one row by column name, nested or with dots: numpy arrays, torch tensors, numbers (a float is float32).
@@ -115,65 +148,74 @@ class EpisodeWriter:
         Raises:
             InvalidEpisodeError: a column is missing or unknown, or of another dtype or shape than in the rows before. The row is not added.
             UnacknowledgedError: earlier episodes were refused; the row is not added.
+            SpoolError: an episode that ended before cannot be written to the spool; the row is not added, the same call may be made again.
             ClosedError: the writer was closed.
         """
         self._check()
+        self._hand_on()
         row = row_columns(step)
         if not len(self._rows):
             self._rows_version = self._policy_version
         self._rows.append(row)
         if len(self._rows) == self._max_rows:
-            self._finish(overlap=True, block=True)
+            self._finish(overlap=True)
+            try:
+                self._hand_on()
+            except SpoolError as error:
+                logger.error("episode writer of actor %r: the next call tries again: %s", self._actor, error)
 
     def end_episode(self) -> EpisodeKey | None:
         """Hands the episode on to be sent; may block while too many episodes wait.
 
         Returns:
             The key under which it (or its last piece) goes out. None where there is no transition to send: no row since the last end or
-            cut; or one row alone, which is discarded, counted and logged.
+            cut; or one row alone, which is discarded, counted and logged. None also where ``when_full`` had it dropped.
 
         Raises:
             UnacknowledgedError: earlier episodes were refused; this one is not ended.
+            SpoolError: it cannot be written to the spool. It has ended; the same call may be made again and so may the next ``append``.
             ClosedError: the writer was closed.
         """
         self._check()
-        return self._end(block=True)
+        return self._end()
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Waits until every ended episode is acknowledged. The unfinished one stays.
+        """Waits until every ended episode is acknowledged, those of earlier writers in the spool included. The unfinished one stays.
 
         Raises:
             UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent.
+            ClosedError: closed before, and episodes wait in the spool.
         """
-        with self._changed:
-            answered = self._changed.wait_for(lambda: not self._pending, timeout_s)
-            results, self._unreported = self._unreported, []
-            if not answered:
-                reason = self._trouble or DeadlineError(f"no acknowledgement within {timeout_s} s")
-                results += [EpisodeResult(episode.key, error=reason) for episode in self._pending if episode.key is not None]
-        if results:
-            raise _unacknowledged(results)
+        self._outbox.flush(timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Ends the unfinished episode and waits until everything is acknowledged. Closing again waits for what is left.
 
+        With a spool, what is not acknowledged in time waits there for the next writer on that folder, which may be opened as soon as this
+        returns: logged, no error, and ``counters.pending`` says how many.
+
         Args:
-            timeout_s: the longest wait; None waits as long as it takes, also for a server that is away.
+            timeout_s: the longest wait. None waits as long as it takes, also for a server that is away; with a spool, the client's
+                ``timeout_s``.
 
         Raises:
-            UnacknowledgedError: some were refused, or are not acknowledged in time. The latter go on being sent in the background while the
-                process lives.
+            UnacknowledgedError: some were refused or, without a spool, are not acknowledged in time. The latter go on being sent in the
+                background while the process lives.
+            SpoolError: the unfinished episode cannot be written to the spool, or there is no room for it in time. It is kept in memory:
+                close again.
         """
         if not self._closing:
-            self._end(block=False)
+            wait_s = math.inf if timeout_s is None else timeout_s
+            if timeout_s is None and self._outbox.durable:
+                wait_s = self._client.timeout_s
+            ends = time.monotonic() + wait_s
+            self._end(ends=ends, force=True)
             self._closing = True
+            timeout_s = None if timeout_s is None else max(0.0, ends - time.monotonic())
         try:
-            self.flush(timeout_s)
+            self._outbox.close(timeout_s)
         finally:
-            with self._changed:
-                self._closed = not self._pending
-                self._changed.notify_all()
-            if self._closed:
+            if self._outbox.idle:
                 leaving.forget(self)
 
     def __enter__(self) -> EpisodeWriter:
@@ -189,136 +231,78 @@ class EpisodeWriter:
             self._discard("the body of its `with` failed")
         try:
             self.close(self._client.timeout_s)
-        except UnacknowledgedError as unacknowledged:
-            logger.error("episode writer of actor %r, closed because of %s: %s", self._actor, kind.__name__, unacknowledged)
+        except (UnacknowledgedError, SpoolError) as trouble:
+            logger.error("episode writer of actor %r, closed because of %s: %s", self._actor, kind.__name__, trouble)
 
     # At the process's exit and after a fork.
 
     def describe_loss(self) -> str | None:
         """Returns what would be lost if the process ended now; None for nothing."""
-        with self._changed:
-            pending, rows = len(self._pending), len(self._rows)
+        pending = 0 if self._outbox.durable else self._outbox.counters.pending
+        rows = len(self._rows) + (self._due.length if self._due is not None else 0)
         if not pending and not rows:
             return None
-        lost = f"{pending} episodes not acknowledged, {rows} rows of an unfinished one"
-        return f"episode writer of actor {self._actor!r} was not closed: {lost}"
+        waiting = "" if self._outbox.durable else f"{pending} episodes not acknowledged, "
+        return f"episode writer of actor {self._actor!r} was not closed: {waiting}{rows} rows of an unfinished one"
+
+    def describe_rest(self) -> str | None:
+        """Returns what waits in the spool for the next start; None for nothing."""
+        pending = self._outbox.counters.pending
+        if not pending or not self._outbox.durable:
+            return None
+        return f"episode writer of actor {self._actor!r} was not closed: {pending} episodes wait in {self._outbox.place} for its next start"
 
     def after_fork_in_child(self) -> None:
-        """Starts empty; a closed writer stays closed."""
-        closing, closed = self._closing, self._closed
-        self._start()
-        self._closing, self._closed = closing, closed
+        """Starts empty; a closed writer stays closed, and a spool stays the parent's."""
+        outbox = self._outbox
+        outbox.abandon()
+        if outbox.durable:
+            self._parents_spool = Path(outbox.place)
+        self._start(self._memory_queue())
 
     # Inside.
 
     def _check(self) -> None:
         if self._closing:
             raise ClosedError("the episode writer was closed")
-        if self._unreported:
-            with self._changed:
-                results, self._unreported = self._unreported, []
-            raise _unacknowledged(results)
+        if self._parents_spool is not None:
+            raise SpoolError(
+                f"spool_dir: {self._parents_spool} is the parent process's; in a forked child make a writer with a folder of its own"
+            )
+        self._outbox.report()
 
-    def _end(self, *, block: bool) -> EpisodeKey | None:
+    def _end(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:
+        key = self._hand_on(ends=ends, force=force)
         cut = self._cut
         self._cut = False
         if len(self._rows) < 2:
             if len(self._rows) and not cut:
                 self._discard("one row holds no transition")
             self._rows.clear()
-            return None
-        return self._finish(overlap=False, block=block)
+            return key
+        self._finish(overlap=False)
+        return self._hand_on(ends=ends, force=force)
 
-    def _finish(self, *, overlap: bool, block: bool) -> EpisodeKey:
+    def _finish(self, *, overlap: bool) -> None:
+        """Makes an episode of the rows. The last one was handed on before."""
+        assert self._due is None
         key = self._client.next_key()
-        length = len(self._rows)
-        episode = Episode(self._rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
+        self._due = Episode(self._rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
         self._cut = overlap
         self._rows_version = self._policy_version
-        with self._changed:
-            if block:
-                self._changed.wait_for(lambda: len(self._pending) < self._max_pending)
-            self._pending.append(episode)
-            self._count(appended=1, pending=1, steps_appended=length)
-            if self._thread is None:
-                leaving.watch(self)
-                self._thread = threading.Thread(target=self._work, name="touchline-writer", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-        return key
+
+    def _hand_on(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:
+        """Gives the episode that ended to the outbox, if there is one; returns its key unless it was dropped."""
+        episode = self._due
+        if episode is None:
+            return None
+        leaving.watch(self)
+        kept = self._outbox.put(episode, ends=ends, force=force)
+        self._due = None
+        return episode.key if kept else None
 
     def _discard(self, why: str) -> None:
         logger.warning("episode writer of actor %r discarded %d rows of an unfinished episode: %s", self._actor, len(self._rows), why)
         self._rows.clear()
         self._cut = False
-        with self._changed:
-            self._count(discarded=1)
-
-    def _count(self, **more: int) -> None:
-        """Adds to the counters; under the lock."""
-        now = self._counters
-        self._counters = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
-
-    # The background thread.
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closed)
-                if not self._pending:
-                    return
-                episode = self._pending[0]
-            error = self._send(episode)
-            with self._changed:
-                self._pending.popleft()
-                if error is None:
-                    self._count(pending=-1, acknowledged=1, steps_acknowledged=episode.length)
-                else:
-                    assert episode.key is not None
-                    self._unreported.append(EpisodeResult(episode.key, error=error))
-                    self._count(pending=-1, refused=1)
-                self._changed.notify_all()
-
-    def _send(self, episode: Episode) -> TouchlineError | None:
-        """Returns None once the episode is acknowledged, or why it never will be."""
-        delays = Backoff(first_s=0.1, max_s=5.0).delays(random.Random())
-        failures = 0
-        while True:
-            try:
-                self._client.deliver(episode)
-            except (UnavailableError, DeadlineError, OverLimitError) as error:
-                trouble: TouchlineError = error
-            except ServerError as error:
-                trouble = error
-                failures += 1
-                if failures == SERVER_ERROR_ATTEMPTS:
-                    return self._give_up(episode, error)
-            except TouchlineError as error:
-                return self._give_up(episode, error)
-            except Exception as error:
-                logger.exception("episode writer of actor %r: sending failed", self._actor)
-                return self._give_up(episode, ServerError(f"sending failed: {error!r}"))
-            else:
-                if self._trouble is not None:
-                    logger.info("episode writer of actor %r goes on: the server answers again", self._actor)
-                    self._trouble = None
-                return None
-            if self._trouble is None:
-                logger.warning(
-                    "episode writer of actor %r: %d episodes wait, sending is tried again: %s", self._actor, len(self._pending), trouble
-                )
-            self._trouble = trouble
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed, delay_before_retry(trouble, next(delays)))
-
-    def _give_up(self, episode: Episode, error: TouchlineError) -> TouchlineError:
-        logger.error("episode writer of actor %r: episode %s of %d rows is not stored: %s", self._actor, episode.key, episode.length, error)
-        return error
-
-
-def _unacknowledged(results: list[EpisodeResult]) -> UnacknowledgedError:
-    shown = "; ".join(
-        f"episode {result.key.client_id}/{result.key.incarnation}/{result.key.sequence}: {result.error}" for result in results[:5]
-    )
-    more = f"; and {len(results) - 5} more" if len(results) > 5 else ""
-    return UnacknowledgedError(f"{len(results)} episodes are not acknowledged: {shown}{more}", results)
+        self._outbox.count_discarded()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
+from urllib.parse import quote
 
 import numpy as np
 
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
+from touchline.pending import WhenFull
 from touchline.recorders.values import Convert
 from touchline.types import EpisodeResult, WriterCounters
-from touchline.writer import EpisodeWriter
+from touchline.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
 
 Row = dict[str, Any]
 
@@ -28,8 +32,16 @@ class RecordingOptions(TypedDict, total=False):
     """Of the policy that acts, 0 where left out; may be changed later by ``recording.policy_version``."""
     max_steps: int | None
     """Transitions after which an episode is cut in two, so that endless ones go out too; never, where left out."""
-    max_pending: int
-    """Episodes of a line that may wait to be sent before the environment is held up; 64 where left out."""
+    max_pending: int | None
+    """Episodes of a line that may wait to be sent; where left out 64, or, with a spool, as many as fit."""
+    spool_dir: str | os.PathLike[str] | None
+    """Folder on the disk that keeps what is not acknowledged, see :class:`~touchline.EpisodeWriter`; in memory only, where left out. With
+    several lines of episodes each has a folder in it, named after its number or agent: what waits for a line goes out when a recorder
+    with that line starts on the folder again."""
+    spool_limit_bytes: int
+    """What the spool of a line may take on the disk; 1 GiB where left out."""
+    when_full: WhenFull
+    """``"block"``, where left out: the environment is held up while too many episodes wait; ``"drop-oldest"`` or ``"drop-newest"``."""
     transform: Callable[[Row], Mapping[str, Any]]
     """Makes of each row what is stored: to flatten observations, to add a ``task`` column, ... Row 0 has ``obs`` alone, the others have
     ``obs``, ``action``, ``reward`` and ``done``."""
@@ -136,18 +148,28 @@ class Recording:
         self._transform = options.get("transform")
         self._policy_version = options.get("policy_version", 0)
         self._max_steps = options.get("max_steps")
-        self._max_pending = options.get("max_pending", 64)
+        self._max_pending = options.get("max_pending")
+        spool_dir = options.get("spool_dir")
+        self._spool_dir = None if spool_dir is None else Path(spool_dir)
+        self._spool_limit_bytes = options.get("spool_limit_bytes", SPOOL_LIMIT_BYTES)
+        self._when_full = options.get("when_full", "block")
         self._writers: list[EpisodeWriter] = []
         self._closing = ExitStack()
 
     def line(self, observe: Convert, name: object = None) -> EpisodeLine:
         """Returns a new line of episodes; ``observe`` makes arrays of its observations, ``name`` is added to the actor's name."""
+        spool_dir = self._spool_dir
+        if spool_dir is not None and name is not None:
+            spool_dir /= f"line-{quote(str(name), safe='')}"
         writer = EpisodeWriter(
             self._client,
             actor=self._actor if name is None else f"{self._actor}/{name}",
             policy_version=self._policy_version,
             max_steps=self._max_steps,
             max_pending=self._max_pending,
+            spool_dir=spool_dir,
+            spool_limit_bytes=self._spool_limit_bytes,
+            when_full=self._when_full,
         )
         self._writers.append(self._closing.enter_context(writer))
         return EpisodeLine(writer, observe, self._transform)
@@ -179,7 +201,8 @@ class Recording:
             writer.flush(timeout_s)
 
     def close(self) -> None:
-        """Ends the unfinished episodes and returns once everything is acknowledged. Closing again does nothing.
+        """Ends the unfinished episodes and returns once everything is acknowledged, or, with a spool, waits there for the next start.
+        Closing again does nothing.
 
         Raises:
             UnacknowledgedError: some episodes were refused.

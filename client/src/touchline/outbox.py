@@ -1,0 +1,375 @@
+"""The way of ended episodes from a writer to the server: a queue, the thread that empties it, and the account of both."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from touchline.calls import Backoff, delay_before_retry
+from touchline.errors import (
+    ClosedError,
+    DeadlineError,
+    InvalidArgumentError,
+    KeyConflictError,
+    OverLimitError,
+    ServerError,
+    SpoolError,
+    TooLargeError,
+    TouchlineError,
+    UnacknowledgedError,
+    UnavailableError,
+)
+from touchline.pending import PendingEpisodes, Waiting, WhenFull
+from touchline.types import EpisodeResult, WriterCounters
+from touchline_protos.codec import Episode, EpisodeKey
+
+if TYPE_CHECKING:
+    from touchline.client import ReplayClient
+
+SERVER_ERROR_ATTEMPTS = 5
+"""How often an episode is sent to a server that fails on it, before it counts as refused."""
+LOOK_S = 1.0
+"""How often a blocked writer looks for room that nobody tells it of, such as on a disk that others fill."""
+LOG_DROPS_S = 10.0
+"""Between two log lines about dropped episodes; the first is logged at once."""
+
+logger = logging.getLogger(__name__)
+
+
+class _StoppedError(Exception):
+    """The thread is to end; what waits stays where it is."""
+
+
+class Outbox:
+    """Takes ended episodes, sends them oldest first from a background thread, and counts what becomes of each.
+
+    One thread puts; the rest may be called from any. The thread does not keep the process alive.
+
+    Args:
+        client: sends the episodes.
+        queue: keeps them until they are acknowledged; closed with this.
+        actor: named in the log.
+        when_full: what happens to an episode for which the queue has no room.
+    """
+
+    def __init__(self, client: ReplayClient, queue: PendingEpisodes, *, actor: str, when_full: WhenFull) -> None:
+        self._client = client
+        self._queue = queue
+        self._name = f"episode writer of actor {actor!r}"
+        self._when_full = when_full
+        self._changed = threading.Condition()
+        self._counters = WriterCounters(resumed=queue.resumed[0], pending=queue.resumed[0])
+        self._unreported: list[EpisodeResult] = []
+        self._trouble: TouchlineError | None = None
+        self._troubles_told: set[type[TouchlineError]] = set()
+        self._settled = 0
+        self._halted = self._stopped = False
+        self._drops_told, self._told_at = 0, -math.inf
+        self._thread: threading.Thread | None = None
+        if queue.resumed[0]:
+            logger.info("%s: %d episodes of %s go out first", self._name, queue.resumed[0], queue.place)
+            with self._changed:
+                self._start()
+
+    @property
+    def counters(self) -> WriterCounters:
+        """What was done so far."""
+        with self._changed:
+            counters = self._counters
+        return replace(counters, spool_bytes=self._queue.size_bytes)
+
+    @property
+    def durable(self) -> bool:
+        """What waits outlives the process."""
+        return bool(self._queue.place)
+
+    @property
+    def place(self) -> str:
+        """The spool's folder; empty without one."""
+        return self._queue.place
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits here: all was answered, or it is the next writer's."""
+        return self._stopped
+
+    def count_discarded(self) -> None:
+        """Counts an episode that was not handed on."""
+        with self._changed:
+            self._count(discarded=1)
+
+    def report(self) -> None:
+        """Raises UnacknowledgedError where episodes were refused since the last report."""
+        if self._unreported:
+            with self._changed:
+                results, self._unreported = self._unreported, []
+            raise _unacknowledged(results)
+
+    def put(self, episode: Episode, *, ends: float = math.inf, force: bool = False) -> bool:
+        """Takes an episode over; with a spool it is on the disk when this returns.
+
+        Args:
+            episode: its columns are this outbox's from now on.
+            ends: until when, by the monotonic clock, to wait for room where the policy is to block.
+            force: beyond the bounds of a queue in memory.
+
+        Returns:
+            Whether it was kept: False where it was dropped (and counted).
+
+        Raises:
+            SpoolError: it could not be written, or there was no room in time; it is still the caller's.
+            ClosedError: there is no room and never will be, since the client was closed.
+        """
+        assert episode.key is not None
+        try:
+            parcel = self._queue.pack(episode)
+        except TouchlineError as error:
+            self._log_refusal(episode.key, episode.length, error)
+            with self._changed:
+                self._unreported.append(EpisodeResult(episode.key, error=error))
+                self._count(appended=1, refused=1, steps_appended=episode.length)
+            return True
+        blocked = False
+        while True:
+            settled = self._settled
+            admission = self._queue.put(parcel, drop_oldest=self._when_full == "drop-oldest", force=force)
+            dropped = len(admission.dropped)
+            if dropped:
+                with self._changed:
+                    self._count(pending=-dropped, dropped=dropped, steps_dropped=sum(waiting.length for waiting in admission.dropped))
+            if admission.error is not None:
+                raise admission.error
+            if admission.kept or self._when_full != "block":
+                break
+            if not blocked:
+                logger.warning("%s is held up: there is no room for another episode, %d wait", self._name, self._counters.pending)
+                blocked = True
+            self._wait_for_room(settled, ends)
+        with self._changed:
+            if admission.kept:
+                self._count(appended=1, pending=1, steps_appended=episode.length)
+            else:
+                self._count(appended=1, dropped=1, steps_appended=episode.length, steps_dropped=episode.length)
+            self._start()
+            self._changed.notify_all()
+        self._tell_drops()
+        return admission.kept
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Waits until everything is acknowledged.
+
+        Raises:
+            UnacknowledgedError: some episodes were refused, or are not acknowledged in time; those go on being sent.
+            ClosedError: closed before, and episodes wait in the spool.
+        """
+        with self._changed:
+            if self._stopped and self._counters.pending:
+                raise ClosedError(f"the episode writer was closed; {self._counters.pending} episodes wait in {self._queue.place}")
+            answered = self._changed.wait_for(lambda: self._done, timeout_s) and not self._counters.pending
+            results, self._unreported = self._unreported, []
+            reason = self._trouble or DeadlineError(f"no acknowledgement within {timeout_s} s")
+        if not answered:
+            results += [EpisodeResult(key, error=reason) for key in self._queue.waiting_keys()]
+        if results:
+            raise _unacknowledged(results)
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Waits until everything is acknowledged, and ends the thread.
+
+        With a spool, what is not acknowledged in time stays there for the next writer; the wait is the client's timeout where none is
+        given. Without one it goes on being sent.
+
+        Raises:
+            UnacknowledgedError: some episodes were refused or, without a spool, are not acknowledged in time.
+        """
+        self._tell_drops(last=True)
+        if not self.durable:
+            try:
+                self.flush(timeout_s)
+            finally:
+                with self._changed:
+                    self._stopped = not self._counters.pending
+                    self._changed.notify_all()
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._done, self._client.timeout_s if timeout_s is None else timeout_s)
+            results, self._unreported = self._unreported, []
+            told, self._stopped = self._stopped, True
+            left = self._counters.pending
+            self._changed.notify_all()
+        self._queue.close()
+        if left and not told:
+            logger.warning("%s: %d episodes wait in %s for its next start", self._name, left, self._queue.place)
+        if results:
+            raise _unacknowledged(results)
+
+    def abandon(self) -> None:
+        """In a forked child: leaves everything to the parent."""
+        self._queue.abandon()
+
+    def _wait_for_room(self, settled: int, ends: float) -> None:
+        with self._changed:
+            if self._halted:
+                raise ClosedError("the client was closed, and the spool has no room for another episode")
+            left_s = ends - time.monotonic()
+            if left_s <= 0:
+                raise SpoolError("the queue has no room for another episode, and got none in time")
+            self._changed.wait_for(lambda: self._settled != settled or self._halted, min(left_s, LOOK_S))
+
+    @property
+    def _done(self) -> bool:
+        return not self._counters.pending or self._halted or self._stopped
+
+    def _start(self) -> None:
+        """Has the thread run; under the lock."""
+        if self._thread is None and not self._stopped:
+            self._thread = threading.Thread(target=self._work, name="touchline-writer", daemon=True)
+            self._thread.start()
+
+    def _count(self, **more: int) -> None:
+        """Adds to the counters; under the lock."""
+        now = self._counters
+        self._counters = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
+
+    def _tell_drops(self, *, last: bool = False) -> None:
+        """Logs that episodes were dropped: the first at once, more of them now and then."""
+        counters = self._counters
+        now = time.monotonic()
+        if counters.dropped == self._drops_told or (now - self._told_at < LOG_DROPS_S and not last):
+            return
+        logger.error(
+            "%s: %d episodes were dropped since the last such line (%s), %d of %d rows so far: there is no room, the server does not take "
+            "them fast enough: %s",
+            self._name,
+            counters.dropped - self._drops_told,
+            self._when_full,
+            counters.dropped,
+            counters.steps_dropped,
+            self._trouble or "it answers",
+        )
+        self._drops_told, self._told_at = counters.dropped, now
+
+    # The background thread.
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._counters.pending or self._stopped)
+                    if self._stopped:
+                        return
+                waiting, found = self._take()
+                error = self._send(found) if isinstance(found, Episode) else found
+                if error is not None:
+                    self._log_refusal(waiting.key, waiting.length, error)
+                self._settle(waiting, error)
+        except _StoppedError:
+            with self._changed:
+                self._halted = True
+                self._changed.notify_all()
+
+    def _take(self) -> tuple[Waiting, Episode | TouchlineError]:
+        delays = self._delays()
+        while True:
+            try:
+                taken = self._queue.take()
+            except SpoolError as error:
+                self._pause(error, next(delays))
+                continue
+            if taken is not None:
+                return taken
+            # What the counters still call pending was just dropped, and its thread is about to say so.
+            self._sleep(0.01)
+
+    def _send(self, episode: Episode) -> TouchlineError | None:
+        """Returns None once the episode is acknowledged, or why it never will be."""
+        delays = self._delays()
+        failures = 0
+        while True:
+            try:
+                self._client.deliver(episode)
+            except (UnavailableError, DeadlineError, OverLimitError) as error:
+                trouble: TouchlineError = error
+            except (InvalidArgumentError, KeyConflictError, TooLargeError) as error:
+                return error
+            except ServerError as error:
+                trouble = error
+                failures += 1
+                if failures == SERVER_ERROR_ATTEMPTS:
+                    return error
+            except TouchlineError as error:
+                # It says something of this client, nothing of the episode: with a spool that waits for a client that is let in.
+                if not self.durable:
+                    return error
+                trouble = error
+                if isinstance(error, ClosedError):
+                    self._trouble = error
+                    raise _StoppedError from error
+            except Exception as error:
+                logger.exception("%s: sending failed", self._name)
+                return ServerError(f"sending failed: {error!r}")
+            else:
+                if self._trouble is not None:
+                    logger.info("%s goes on: the server answers again", self._name)
+                    self._trouble = None
+                    self._troubles_told.clear()
+                return None
+            self._pause(trouble, delay_before_retry(trouble, next(delays)))
+
+    def _settle(self, waiting: Waiting, error: TouchlineError | None) -> None:
+        delays = self._delays()
+        while True:
+            try:
+                if error is None:
+                    self._queue.remove(waiting)
+                else:
+                    self._queue.set_aside(waiting, error)
+                break
+            except SpoolError as failure:
+                self._pause(failure, next(delays))
+        with self._changed:
+            if error is None:
+                self._count(pending=-1, acknowledged=1, steps_acknowledged=waiting.length)
+            else:
+                self._unreported.append(EpisodeResult(waiting.key, error=error))
+                self._count(pending=-1, refused=1)
+            self._settled += 1
+            self._changed.notify_all()
+
+    def _pause(self, trouble: TouchlineError, delay_s: float) -> None:
+        """Waits before the next attempt; says why where that is news."""
+        if self._stopped:
+            raise _StoppedError
+        if type(trouble) not in self._troubles_told:
+            self._troubles_told.add(type(trouble))
+            logger.warning("%s: %d episodes wait, sending is tried again: %s", self._name, self._counters.pending, trouble)
+        self._trouble = trouble
+        self._sleep(delay_s)
+
+    def _sleep(self, delay_s: float) -> None:
+        with self._changed:
+            if self._changed.wait_for(lambda: self._stopped, delay_s):
+                raise _StoppedError
+
+    def _log_refusal(self, key: EpisodeKey, length: int, error: TouchlineError) -> None:
+        aside = f"; it is kept aside in {self._queue.place}" if self.durable else ""
+        logger.error("%s: episode %s of %d rows is not stored%s: %s", self._name, key, length, aside, error)
+
+    @staticmethod
+    def _delays() -> Iterator[float]:
+        # Jitter must differ between processes started alike: seeded by the system's entropy on purpose.
+        return Backoff(first_s=0.1, max_s=5.0).delays(random.Random())
+
+
+def _unacknowledged(results: list[EpisodeResult]) -> UnacknowledgedError:
+    shown = "; ".join(
+        f"episode {result.key.client_id}/{result.key.incarnation}/{result.key.sequence}: {result.error}" for result in results[:5]
+    )
+    more = f"; and {len(results) - 5} more" if len(results) > 5 else ""
+    return UnacknowledgedError(f"{len(results)} episodes are not acknowledged: {shown}{more}", results)

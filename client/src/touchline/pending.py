@@ -1,0 +1,203 @@
+"""Ended episodes that wait to be sent: what a queue of them does, and the one that keeps them in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from touchline.errors import SpoolError, TouchlineError
+from touchline_protos.codec import Episode, EpisodeKey
+
+WhenFull = Literal["block", "drop-oldest", "drop-newest"]
+"""What a writer does with an ended episode for which there is no room."""
+
+MAX_PENDING = 64
+"""Episodes that may wait in memory where nothing else was said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An episode in a queue."""
+
+    number: int
+    """Its place: later ones have higher numbers."""
+    key: EpisodeKey
+    length: int
+    """Rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """An episode as a queue takes it."""
+
+    key: EpisodeKey
+    length: int
+    """Rows."""
+    size_bytes: int
+    content: Episode | bytes
+    """As it is kept: the episode, or its message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What became of an episode that was put into a queue."""
+
+    kept: bool
+    """It is in the queue."""
+    dropped: list[Waiting] = field(default_factory=list)
+    """Those that left the queue for it, unsent; perhaps in vain."""
+    error: SpoolError | None = None
+    """Why it is not kept, where that is not want of room."""
+
+
+class PendingEpisodes(Protocol):
+    """A queue of ended episodes, oldest first. One thread puts, one takes; safe for both at once, and for others that look on.
+
+    The episode that was taken and is neither removed nor set aside is the one being sent: it is never dropped, because it may be
+    acknowledged at that very moment.
+    """
+
+    @property
+    def place(self) -> str:
+        """The folder that keeps the episodes beyond this process; empty where nothing does."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the disk now."""
+
+    @property
+    def resumed(self) -> tuple[int, int]:
+        """Episodes, and rows in them, that were there when it was opened."""
+
+    def pack(self, episode: Episode) -> Parcel:
+        """Returns the episode as it will be kept.
+
+        Raises:
+            InvalidEpisodeError: it cannot be put into a message.
+            TooLargeError: it would not fit even if nothing else were there.
+        """
+
+    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+        """Appends an episode if there is room.
+
+        Args:
+            parcel: the episode.
+            drop_oldest: make room by dropping the oldest that are not being sent; none, if that would not be enough.
+            force: beyond the bounds; only a queue in memory does that.
+        """
+
+    def take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
+        """Returns the oldest episode, which stays; or why it cannot be sent. None where there is none.
+
+        Raises:
+            SpoolError: reading failed.
+        """
+
+    def remove(self, waiting: Waiting) -> None:
+        """Forgets the episode that was taken: it is acknowledged.
+
+        Raises:
+            SpoolError: writing failed; it is still there.
+        """
+
+    def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
+        """Takes the episode that was taken out of the queue, because it will never be acknowledged.
+
+        Raises:
+            SpoolError: writing failed; it is still in the queue.
+        """
+
+    def waiting_keys(self) -> list[EpisodeKey]:
+        """Returns the keys of all that wait, oldest first.
+
+        Raises:
+            SpoolError: reading failed.
+        """
+
+    def close(self) -> None:
+        """Lets go of what it holds; what waits in memory is gone."""
+
+    def abandon(self) -> None:
+        """In a forked child: touches nothing that is the parent's. Must take no lock of the parent's."""
+
+
+class MemoryQueue:
+    """Episodes in this process's memory. See :class:`PendingEpisodes`.
+
+    Args:
+        max_pending: episodes that fit.
+        max_bytes: payload that fits; an episode above it waits alone.
+    """
+
+    place = ""
+    size_bytes = 0
+    resumed = (0, 0)
+
+    def __init__(self, *, max_pending: int, max_bytes: int) -> None:
+        self._max_pending = max_pending
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._episodes: deque[tuple[Waiting, Episode, int]] = deque()
+        self._bytes = 0
+        self._sending = False
+        self._next = 0
+
+    def pack(self, episode: Episode) -> Parcel:
+        """Returns the episode with its size."""
+        assert episode.key is not None
+        return Parcel(episode.key, episode.length, episode.size_bytes, episode)
+
+    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+        """Appends an episode if there is room."""
+        assert isinstance(parcel.content, Episode)
+        with self._lock:
+            dropped: list[Waiting] = []
+            if not force and not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
+                sending = self._sending
+                if not drop_oldest or not self._has_room(parcel.size_bytes, int(sending), self._episodes[0][2] if sending else 0):
+                    return Admission(False)
+                while not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
+                    waiting, _, size_bytes = self._episodes[int(sending)]
+                    del self._episodes[int(sending)]
+                    self._bytes -= size_bytes
+                    dropped.append(waiting)
+            self._episodes.append((Waiting(self._next, parcel.key, parcel.length), parcel.content, parcel.size_bytes))
+            self._next += 1
+            self._bytes += parcel.size_bytes
+            return Admission(True, dropped)
+
+    def take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
+        """Returns the oldest episode, which stays."""
+        with self._lock:
+            if not self._episodes:
+                return None
+            self._sending = True
+            waiting, episode, _ = self._episodes[0]
+            return waiting, episode
+
+    def remove(self, waiting: Waiting) -> None:
+        """Forgets the episode that was taken."""
+        with self._lock:
+            assert self._sending and self._episodes[0][0] == waiting
+            self._bytes -= self._episodes.popleft()[2]
+            self._sending = False
+
+    def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
+        """Forgets the episode that was taken: whoever took it reports it."""
+        self.remove(waiting)
+
+    def waiting_keys(self) -> list[EpisodeKey]:
+        """Returns the keys of all that wait, oldest first."""
+        with self._lock:
+            return [waiting.key for waiting, _, _ in self._episodes]
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def abandon(self) -> None:
+        """Does nothing."""
+
+    def _has_room(self, size_bytes: int, episodes: int, held_bytes: int) -> bool:
+        return episodes == 0 or (episodes < self._max_pending and held_bytes + size_bytes <= self._max_bytes)

@@ -1,0 +1,401 @@
+"""Ended episodes on the actor's own disk: they outlive the process and go out under the keys that they were given first.
+
+SQLite in WAL mode keeps them. An episode that :meth:`Spool.put` kept is committed and fsynced; one that is acknowledged is deleted without
+an fsync, because sending it again does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from touchline.errors import InvalidEpisodeError, SpoolError, TooLargeError, TouchlineError
+from touchline.forking import gate, keep_orphan
+from touchline.pending import Admission, Parcel, Waiting
+from touchline.spool_file import (
+    DAMAGED,
+    FILE_NAME,
+    PAGE_BYTES,
+    PART_BYTES,
+    PARTS,
+    REFUSED,
+    WAITING,
+    FolderLock,
+    inherit,
+    is_full,
+    open_file,
+    row_checksum,
+    translate,
+)
+from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError, decode_add_episode, encode_add_episode
+
+LIMITS = CodecLimits(max_episode_bytes=1 << 31)
+"""Of what is read back: all that could be written."""
+MAX_REFUSED = 64
+"""Refused episodes that are kept, the newest; they are deleted earlier where their room is wanted."""
+LOG_BYTES = 4 << 20
+"""Length of the write-ahead log at which it is moved into the main file; less where the limit is small."""
+SHARED_BYTES = 64 << 10
+"""What SQLite's index of the log and the lock file take at most."""
+FRAME_BYTES = PAGE_BYTES + 24
+SPARE_PAGES = 16
+"""Beside its payload an episode may dirty so many: its row, the trees above, the free list, the map of pages."""
+
+logger = logging.getLogger(__name__)
+
+_IS_WAITING = f"state NOT IN ({REFUSED}, {DAMAGED})"
+"""A state that is none is damage, which the row's checksum tells when its turn comes."""
+_Row = tuple[Any, ...]
+_COLUMNS = "id, client_id, incarnation, sequence, length, size_bytes, time, state, reason, payload_checksum"
+
+
+class Spool:
+    """Episodes in a folder that this writer holds alone. See :class:`~touchline.pending.PendingEpisodes`.
+
+    The folder never takes more than ``limit_bytes``, the log and the free pages of the database included; an episode takes its size twice
+    while it is being written. One that is damaged, by the checksum, is set aside and never sent; it stays in the file.
+
+    Args:
+        folder: made if it is not there. On a local disk: SQLite's log needs shared memory, which network file systems lack.
+        limit_bytes: what the folder may take.
+        max_pending: episodes that may wait; None for as many as fit.
+        table: of the server, that the episodes are for.
+
+    Raises:
+        SpoolError: another writer holds the folder, or its file is damaged, of a newer format, or no spool.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int, max_pending: int | None = None, table: str = "") -> None:
+        self._folder = folder.absolute()
+        self._path = self._folder / FILE_NAME
+        self._log = self._folder / f"{FILE_NAME}-wal"
+        self._limit_bytes = limit_bytes
+        self._log_bytes = min(LOG_BYTES, limit_bytes // 8)
+        self._max_pending = max_pending
+        self._table = table
+        self._lock = threading.Lock()
+        self._sending: int | None = None
+        self._skipped: set[int] = set()
+        self._synchronous = ""
+        with gate:
+            self._holder = FolderLock(self._folder)
+            try:
+                self._connection: sqlite3.Connection | None = open_file(self._folder, table=table)
+                self._next, self._count, rows = self._survey(self._connection)
+            except sqlite3.Error as error:
+                self._holder.release()
+                raise translate(error, self._path) from error
+            except SpoolError:
+                self._holder.release()
+                raise
+        self.resumed = (self._count, rows)
+
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    @property
+    def size_bytes(self) -> int:
+        """What the folder's files take on the disk now."""
+        return sum(_size(self._folder / f"{FILE_NAME}{suffix}") for suffix in ("", "-wal", "-shm"))
+
+    def pack(self, episode: Episode) -> Parcel:
+        """Returns the episode as a message."""
+        assert episode.key is not None
+        try:
+            message = encode_add_episode(episode, table=self._table)
+        except OversizeError as error:
+            raise TooLargeError(str(error)) from None
+        except CodecError as error:
+            raise InvalidEpisodeError(str(error)) from None
+        pages = _pages_for(len(message))
+        least = (SPARE_PAGES + pages) * PAGE_BYTES + self._log_bytes + pages * FRAME_BYTES + SHARED_BYTES
+        if least > self._limit_bytes:
+            raise TooLargeError(
+                f"the episode has {len(message)} bytes and needs {least} of the spool, whose limit is {self._limit_bytes}: raise "
+                "spool_limit_bytes, or cut episodes by max_steps"
+            )
+        return Parcel(episode.key, episode.length, len(message), message)
+
+    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+        """Appends an episode if there is room; where it returns that it is kept, it is on the disk."""
+        assert isinstance(parcel.content, bytes)
+        dropped: list[Waiting] = []
+        try:
+            with self._open() as connection:
+                if not self._make_room(connection, parcel, dropped if drop_oldest else None):
+                    return Admission(False, dropped)
+                self._insert(connection, parcel, parcel.content)
+                self._tidy(connection)
+        except SpoolError as error:
+            if isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__):
+                logger.error("%s: the disk is full", self._path)
+                return Admission(False, dropped)
+            return Admission(False, dropped, error)
+        return Admission(True, dropped)
+
+    def take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
+        """Returns the oldest episode, its columns views of the message that was read; or why it cannot be sent."""
+        with self._open() as connection:
+            row = self._oldest(connection, WAITING)
+            if row is None:
+                return None
+            waiting = _waiting(row)
+            self._sending = waiting.number
+            if row_checksum(*row[:-1]) != row[-1]:
+                return waiting, self._damage(waiting, "its row")
+            try:
+                message = b"".join(
+                    data
+                    for (data,) in connection.execute(
+                        "SELECT data FROM payloads WHERE number BETWEEN ? AND ? ORDER BY number", _parts(row[0])
+                    )
+                )
+            except (sqlite3.DatabaseError, TypeError) as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                return waiting, self._damage(waiting, f"its payload ({error})")
+            if len(message) != row[5] or zlib.crc32(message) != row[9]:
+                return waiting, self._damage(waiting, "its payload")
+        try:
+            _, episode = decode_add_episode(message, limits=LIMITS)
+        except CodecError as error:
+            return waiting, InvalidEpisodeError(str(error))
+        return waiting, episode
+
+    def remove(self, waiting: Waiting) -> None:
+        """Forgets the episode that was taken."""
+        with self._open() as connection:
+            self._delete(connection, waiting.number)
+            self._sending = None
+            self._count -= 1
+            self._tidy(connection)
+
+    def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
+        """Keeps the episode that was taken out of the queue with the reason; the newest ``MAX_REFUSED`` of those that were refused."""
+        with self._open() as connection:
+            damaged = isinstance(error, SpoolError)
+            try:
+                self._mark(connection, waiting.number, DAMAGED if damaged else REFUSED, str(error)[:1000])
+                if not damaged:
+                    refused = connection.execute("SELECT id FROM episodes WHERE state = ? ORDER BY id DESC", (REFUSED,)).fetchall()
+                    for (number,) in refused[MAX_REFUSED:]:
+                        self._delete(connection, number)
+            except sqlite3.DatabaseError:
+                if not damaged:
+                    raise
+                logger.exception("%s: the damaged episode %d cannot be marked; this writer passes over it", self._path, waiting.number)
+                self._skipped.add(waiting.number)
+            self._sending = None
+            self._count -= 1
+            self._tidy(connection)
+
+    def waiting_keys(self) -> list[EpisodeKey]:
+        """Returns the keys of all that wait, oldest first."""
+        with self._open() as connection:
+            rows = connection.execute(f"SELECT id, client_id, incarnation, sequence FROM episodes WHERE {_IS_WAITING} ORDER BY id")
+            return [EpisodeKey(*key) for number, *key in rows if number not in self._skipped]
+
+    def close(self) -> None:
+        """Moves the log into the main file and lets another writer have the folder. Closing again does nothing."""
+        with gate, self._lock:
+            if self._connection is not None:
+                with contextlib.suppress(sqlite3.Error):  # what is committed is in the log
+                    self._connection.close()
+                self._connection = None
+                self._holder.release()
+
+    def abandon(self) -> None:
+        """In a forked child: forgets the file without touching it."""
+        if self._connection is not None:
+            keep_orphan(self._connection)
+            self._connection = None
+            self._holder.release()
+            inherit(self._folder)
+        self._lock = threading.Lock()
+
+    # Inside, under the lock. A fork waits until no thread is inside SQLite, whose own locks a child would find taken for ever.
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with gate, self._lock:
+            if self._connection is None:
+                raise SpoolError(f"{self._path}: the spool was closed, or is the parent process's")
+            try:
+                yield self._connection
+            except sqlite3.Error as error:
+                raise translate(error, self._path) from error
+
+    def _survey(self, connection: sqlite3.Connection) -> tuple[int, int, int]:
+        """Returns the next id, and how many episodes and rows wait; says what else lies there."""
+        last, count, rows, aside = 0, 0, 0, 0
+        for row in connection.execute("SELECT id, length, state FROM episodes"):
+            if not all(isinstance(value, int) for value in row):
+                raise SpoolError(f"{self._path}: damaged (a row of the table episodes); move the folder {self._folder} away to start anew")
+            last = row[0]
+            if row[2] in (REFUSED, DAMAGED):
+                aside += 1
+            else:
+                count, rows = count + 1, rows + row[1]
+        if aside:
+            logger.warning("%s: %d episodes lie there that were refused or are damaged; the column `reason` says why", self._path, aside)
+        return last + 1, count, rows
+
+    def _oldest(self, connection: sqlite3.Connection, state: int) -> _Row | None:
+        rows = connection.execute(
+            f"SELECT {_COLUMNS}, row_checksum FROM episodes WHERE {_IS_WAITING if state == WAITING else f'state = {REFUSED}'} ORDER BY id"
+        )
+        return next((row for row in rows if row[0] not in self._skipped and row[0] != (None if state == WAITING else self._sending)), None)
+
+    def _insert(self, connection: sqlite3.Connection, parcel: Parcel, message: bytes) -> None:
+        key = (parcel.key.client_id, parcel.key.incarnation, parcel.key.sequence)
+        row = (self._next, *key, parcel.length, len(message), time.time(), WAITING, "", zlib.crc32(message))
+        parts = memoryview(message)
+        with self._transaction(connection, sync=True):
+            connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(row) + 1))})", (*row, row_checksum(*row)))
+            for part in range(-(-len(message) // PART_BYTES)):
+                data = parts[part * PART_BYTES : (part + 1) * PART_BYTES]
+                connection.execute("INSERT INTO payloads VALUES (?, ?)", (self._next * PARTS + part, data))
+        self._next += 1
+        self._count += 1
+
+    def _delete(self, connection: sqlite3.Connection, number: int) -> None:
+        with self._transaction(connection, sync=False):
+            connection.execute("DELETE FROM payloads WHERE number BETWEEN ? AND ?", _parts(number))
+            connection.execute("DELETE FROM episodes WHERE id = ?", (number,))
+
+    def _mark(self, connection: sqlite3.Connection, number: int, state: int, reason: str) -> None:
+        row = list(connection.execute(f"SELECT {_COLUMNS} FROM episodes WHERE id = ?", (number,)).fetchone())
+        row[7:9] = state, reason
+        with self._transaction(connection, sync=True):
+            connection.execute(
+                "UPDATE episodes SET state = ?, reason = ?, row_checksum = ? WHERE id = ?", (state, reason, row_checksum(*row), number)
+            )
+
+    def _damage(self, waiting: Waiting, where: str) -> SpoolError:
+        return SpoolError(
+            f"{self._path}: episode {waiting.number} is damaged, {where} is not what was written; it is set aside and not sent. The disk "
+            "may be failing"
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self, connection: sqlite3.Connection, *, sync: bool) -> Iterator[None]:
+        synchronous = "FULL" if sync else "NORMAL"
+        if synchronous != self._synchronous:
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            self._synchronous = synchronous
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    # Room.
+
+    def _make_room(self, connection: sqlite3.Connection, parcel: Parcel, dropped: list[Waiting] | None) -> bool:
+        """Returns whether there is room; deletes refused episodes for it and, where a list is given, drops waiting ones into it."""
+        pages = _pages_for(parcel.size_bytes)
+        if (self._max_pending is None or self._count < self._max_pending) and self._fits(connection, pages):
+            return True
+        droppable = [(row[0], row[5]) for row in self._droppable(connection)] if dropped is not None else []
+        crowd = self._count - len(droppable) if dropped is not None else self._count
+        freed = sum(size // (PAGE_BYTES - 4) for _, size in droppable) + sum(
+            size // (PAGE_BYTES - 4) for (size,) in connection.execute("SELECT size_bytes FROM episodes WHERE state = ?", (REFUSED,))
+        )
+        if (self._max_pending is not None and crowd >= self._max_pending) or not self._fits(connection, pages, freed, shrunk=True):
+            return False
+        while True:
+            crowded = self._max_pending is not None and self._count >= self._max_pending
+            if not crowded and self._fits(connection, pages):
+                return True
+            if not crowded and self._fits(connection, pages, shrunk=True):
+                self._shrink(connection)
+                if self._fits(connection, pages):
+                    return True
+            refused = None if crowded else self._oldest(connection, REFUSED)
+            if refused is not None:
+                self._delete(connection, refused[0])
+                logger.warning("%s: the refused episode %d is deleted, its room is wanted", self._path, refused[0])
+                continue
+            victim = next(self._droppable(connection), None) if dropped is not None else None
+            if victim is None or dropped is None:
+                return False
+            self._delete(connection, victim[0])
+            self._count -= 1
+            dropped.append(_waiting(victim))
+
+    def _droppable(self, connection: sqlite3.Connection) -> Iterator[_Row]:
+        rows = connection.execute(f"SELECT {_COLUMNS} FROM episodes WHERE state = ? ORDER BY id", (WAITING,))
+        return (row for row in rows if row[0] != self._sending and row[0] not in self._skipped)
+
+    def _fits(self, connection: sqlite3.Connection, pages: int, freed: int = 0, *, shrunk: bool = False) -> bool:
+        """Returns whether so many more pages keep within the limit: now, or after free pages and the log were given back."""
+        count, free = _pragma(connection, "page_count"), _pragma(connection, "freelist_count")
+        main = (count - free - freed + pages) * PAGE_BYTES
+        log = self._log_bytes
+        if not shrunk:
+            main = max(main, count * PAGE_BYTES, _size(self._path))
+            log = max(log, _size(self._log))
+        return main + log + pages * FRAME_BYTES + SHARED_BYTES <= self._limit_bytes
+
+    def _tidy(self, connection: sqlite3.Connection) -> None:
+        """Keeps log and file short. What is committed stays so, whatever becomes of this."""
+        try:
+            if _size(self._log) > self._log_bytes // 2:
+                _checkpoint(connection)
+            if not self._count and _pragma(connection, "freelist_count") * PAGE_BYTES > self._log_bytes:
+                self._shrink(connection)
+        except sqlite3.Error as error:
+            logger.warning("%s: not tidied: %s", self._path, error)
+
+    def _shrink(self, connection: sqlite3.Connection) -> None:
+        """Gives free pages and the log back to the file system."""
+        _checkpoint(connection)
+        step = max(1, self._log_bytes // 4 // FRAME_BYTES)
+        while _pragma(connection, "freelist_count"):
+            with self._transaction(connection, sync=False):
+                connection.execute(f"PRAGMA incremental_vacuum({step})").fetchall()
+            if _size(self._log) > self._log_bytes // 2:
+                _checkpoint(connection)
+        _checkpoint(connection)
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _checkpoint(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _parts(number: int) -> tuple[int, int]:
+    return number * PARTS, number * PARTS + PARTS - 1
+
+
+def _pages_for(size_bytes: int) -> int:
+    """Returns how many pages an episode may need at most; the map of pages takes one in 819."""
+    data = -(-size_bytes // (PAGE_BYTES - 4))
+    return data + data // 800 + SPARE_PAGES
+
+
+def _waiting(row: _Row) -> Waiting:
+    incarnation, sequence, length = (value if isinstance(value, int) else -1 for value in row[2:5])  # a damaged row may hold anything
+    return Waiting(row[0], EpisodeKey(str(row[1]), incarnation, sequence), length)

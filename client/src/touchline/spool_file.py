@@ -1,0 +1,183 @@
+"""The file of a spool: its tables, the lock on its folder, and what is said where it cannot be used.
+
+``episodes`` has one row an episode, ``payloads`` its encoded ``AddEpisodeRequest``, in parts where it is longer than SQLite's longest blob.
+Two checksums guard each episode: ``payload_checksum`` the message, which holds the key, ``row_checksum`` the row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import zlib
+from pathlib import Path
+
+from touchline.errors import SpoolError
+
+FILE_NAME = "spool.db"
+LOCK_NAME = "lock"
+APPLICATION_ID = 0x746C7370
+FORMAT = 1
+"""Version of the tables, in ``PRAGMA user_version``."""
+
+PAGE_BYTES = 4096
+PART_BYTES = 1 << 28
+"""Longest blob; SQLite's own limit is 10^9 bytes."""
+PARTS = 16
+"""A part's number in ``payloads`` is the episode's id times this, plus its place: protobuf's 2 GiB are 8 parts."""
+
+WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
+"""States of an episode: to be sent; refused by the server for good; not what was written. No flipped bit makes one of another."""
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE episodes (
+    id INTEGER PRIMARY KEY, client_id TEXT NOT NULL, incarnation INTEGER NOT NULL, sequence INTEGER NOT NULL, length INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL, time REAL NOT NULL, state INTEGER NOT NULL, reason TEXT NOT NULL, payload_checksum INTEGER NOT NULL,
+    row_checksum INTEGER NOT NULL);
+CREATE TABLE payloads (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
+"""
+
+_inherited: set[Path] = set()
+"""Folders whose spool the parent process had open at a fork: SQLite must not open the same file again in the child."""
+
+
+def row_checksum(*values: object) -> int:
+    """Returns the CRC-32 of a row's values."""
+    return zlib.crc32(repr(values).encode())
+
+
+def inherit(folder: Path) -> None:
+    """In a forked child: says that a folder is the parent's."""
+    _inherited.add(folder)
+
+
+class FolderLock:
+    """A folder that one writer holds; it ends with the process, however that ends.
+
+    Raises:
+        SpoolError: another writer holds it, or it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            raise SpoolError("spool_dir: this system has no file locks of POSIX, which a spool needs; leave it out") from None
+        if folder in _inherited:
+            raise SpoolError(f"spool_dir: {folder} is the parent process's; in a forked child name a folder of its own")
+        try:
+            missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self._handle, 20, 0).decode("ascii", "replace").strip()
+            os.close(self._handle)
+            raise SpoolError(
+                f"spool_dir: {folder} is in use by another writer{f' (process {holder})' if holder else ''}; close it, or give each writer "
+                "a folder of its own"
+            ) from None
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+        # What a power loss must not take are the folders' entries, too.
+        for parent in (folder, *folder.parents):
+            sync_folder(parent)
+            if parent == missing:
+                break
+
+    def release(self) -> None:
+        """Lets another writer have it; in a forked child only this process's copy of the handle goes."""
+        os.close(self._handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the file system write a folder's entries down, where it can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
+    """Opens the file in a folder that is locked, and makes it where there is none.
+
+    Raises:
+        SpoolError: it is damaged, of a newer format, of another table, or no spool.
+    """
+    path = folder / FILE_NAME
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+    except sqlite3.Error as error:
+        raise translate(error, path) from error
+    try:
+        _prepare(connection, path, table)
+    except sqlite3.Error as error:
+        connection.close()
+        raise translate(error, path) from error
+    except SpoolError:
+        connection.close()
+        raise
+    sync_folder(folder)
+    return connection
+
+
+def translate(error: sqlite3.Error, path: Path) -> SpoolError:
+    """Returns what a failure of SQLite means."""
+    if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return SpoolError(f"{path}: damaged ({error}); {advice(path)}")
+    return SpoolError(f"{path}: {error}")
+
+
+def is_full(error: sqlite3.Error) -> bool:
+    """Returns whether the disk is."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+def advice(path: Path) -> str:
+    """Returns what to do about a damaged spool."""
+    return (
+        f"move the folder {path.parent} away to start with an empty one (what waits in it is then not sent; "
+        "`sqlite3 spool.db .recover` may save rows)"
+    )
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, table: str) -> None:
+    def pragma(name: str) -> int:
+        return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+    connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
+    application, version = pragma("application_id"), pragma("user_version")
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if not application and not version and not tables:
+        # New, or of a writer that was killed while it made one.
+        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.executescript(f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_TABLES}")
+        connection.execute("INSERT INTO meta VALUES ('table', ?)", (table,))
+        connection.execute("COMMIT")
+        # From now on the file says what it is, whatever becomes of the log.
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    elif application != APPLICATION_ID:
+        raise SpoolError(f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {advice(path)}")
+    elif version != FORMAT:
+        raise SpoolError(
+            f"{path}: written in format {version}, this touchline reads format {FORMAT}; install one that reads it, or name another "
+            "spool_dir"
+        )
+    # A page that lost rows would be no error to SQLite otherwise.
+    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise SpoolError(f"{path}: damaged ({' '.join(verdict.split())}); {advice(path)}")
+    found = connection.execute("SELECT value FROM meta WHERE name = 'table'").fetchone()
+    if found is not None and found[0] != table:
+        raise SpoolError(f"{path}: its episodes are for the table {found[0]!r}, the client's is {table!r}; name another spool_dir")
+    for statement in ("journal_mode = WAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "fullfsync = ON", "checkpoint_fullfsync = ON"):
+        connection.execute(f"PRAGMA {statement}").fetchall()
