@@ -9,6 +9,7 @@ FAULT_FLIPS ?= 500
 FAULT_EPISODES ?= 40
 FAULT_CONNECTS ?= 300
 FAULT_MESSAGES ?= 120000
+FAULT_ACTOR_KILLS ?= 20
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -39,7 +40,7 @@ test: lint types ## checks everything: lint, types, tests
 
 test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
-	FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) $(BIN)/python -m pytest tests/faults -s
+	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) $(BIN)/python -m pytest tests/faults -s
 
 # Coverage-guided fuzzing; not everywhere to be had, so the tests that need it are skipped, with this reason, where it is not.
 $(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)
