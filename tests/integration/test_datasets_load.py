@@ -461,6 +461,23 @@ def test_loading_again_stores_nothing_twice_whatever_the_name(server: ServerThre
     assert_same(stored(server), [make_episode(number) for number in range(5)])
 
 
+def test_load_reads_no_more_ahead_than_one_call(client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline.datasets.loading.CALL_BYTES", 10_000)
+    episodes = [make_episode(number, rows=50) for number in range(100)]
+    _write_npz(tmp_path / "demos.npz", episodes)
+    ahead: list[tuple[int, int]] = []
+
+    def watch(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
+        if stage == "load" and done:
+            ahead.append((done, report.size_bytes))
+
+    datasets.load(client, str(tmp_path / "demos.npz"), watch=watch)
+
+    size_bytes = sum(column.nbytes for column in episodes[0].values())
+    assert len(ahead) >= 100 * size_bytes // 10_000
+    assert all(read_bytes <= (done + 1) * size_bytes for done, read_bytes in ahead)
+
+
 def test_file_that_was_changed_is_another_source(server: ServerThread, client: ReplayClient, tmp_path: Path) -> None:
     _write_npz(tmp_path / "demos.npz", [make_episode(number) for number in range(3)])
     datasets.load(client, str(tmp_path / "demos.npz"))

@@ -1,8 +1,9 @@
-"""``touchline load`` and its options. Needs typer and rich, which :mod:`touchline.console` sees to."""
+"""``touchline load`` and ``touchline export``. Needs typer and rich, which :mod:`touchline.console` sees to."""
 
 from __future__ import annotations
 
 import enum
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from touchline import datasets
 from touchline.client import ReplayClient
-from touchline.datasets import DatasetError, LoadReport
+from touchline.datasets import DatasetError, ExportReport, LoadReport
 from touchline.errors import DeadlineError, TouchlineError, UnavailableError
 from touchline.progress import Meter
 from touchline.types import ColumnInfo
@@ -24,7 +25,8 @@ EXIT_FAILED = 1
 """Something was refused, or could not be done."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C."""
-PROBE_S = 5.0
+LOAD_INTERRUPTED = "interrupted; the same command again goes on, and stores nothing twice"
+PROBE_S = 3.0
 """How long a server may take to say that it is there, before anything is read."""
 
 app = typer.Typer(
@@ -55,6 +57,7 @@ def _describe(
     Examples:
       touchline load mt30/*.pt --address replay-host:50051
       touchline load minari:D4RL/door/human-v2
+      touchline export everything.h5 --address replay-host:50051
     """
 
 
@@ -123,7 +126,11 @@ def load(
     changes = datasets.Changes(task=task, drop=tuple(drop or ()), float32=float32)
     options = {"format": format, "changes": changes, "first": first, "limit": limit, "infos": infos, "trust_pickle": trust_pickle}
     failed = False
-    with _failing_well(), Meter(Console(stderr=True)) as meter, ExitStack() as stack:
+    with (
+        _failing_well("interrupted; the same command again goes on, and stores nothing twice") as check,
+        Meter(Console(stderr=True)) as meter,
+        ExitStack() as stack,
+    ):
         client = None
         if not dry_run:
             _probe(address)
@@ -132,11 +139,11 @@ def load(
             begun_s = time.monotonic()
             try:
                 if client is None:
-                    report, columns = datasets.survey(source, watch=_watch(meter, source), **options)  # type: ignore[arg-type]
+                    report, columns = datasets.survey(source, watch=_watch(meter, source, check), **options)  # type: ignore[arg-type]
                     meter.rest()
                     _tell_survey(source, report, columns)
                 else:
-                    report = datasets.load(client, source, actor=actor, again=again, watch=_watch(meter, source), **options)  # type: ignore[arg-type]
+                    report = datasets.load(client, source, actor=actor, again=again, watch=_watch(meter, source, check), **options)  # type: ignore[arg-type]
                     meter.rest()
                     _tell_load(source, report, time.monotonic() - begun_s)
             except DatasetError as error:
@@ -152,8 +159,73 @@ def load(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _watch(meter: Meter, source: str) -> Callable[[str, int, int, LoadReport], None]:
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="File (.h5, .hdf5, .npz, .pt), or Minari data set (minari:ID).")],
+    address: Address = "127.0.0.1:50051",
+    format: Format = None,
+    first: Annotated[int | None, typer.Option(metavar="ID", help="From the episode of this id on.", min=0)] = None,
+    last: Annotated[int | None, typer.Option(metavar="ID", help="Up to the episode of this id, itself included.", min=0)] = None,
+    newest: Annotated[int | None, typer.Option(metavar="N", help="The newest so many alone.", min=1)] = None,
+    actor: Annotated[str | None, typer.Option(metavar="NAME", help="Episodes of this actor alone.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="This column alone (obs stands for obs.* too). May be given again.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a data set that is there.")] = False,
+    compress: Annotated[bool, typer.Option("--compress", help="HDF5 and NPZ: smaller and slower.")] = False,
+    allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit status 0 although episodes were left out.")] = False,
+    timeout_s: Timeout = 60.0,
+) -> None:
+    """Writes a server's episodes to a data set, which `touchline load` brings back to the bit.
+
+    It is written under a hidden name and put into its place once it is whole. Episodes that are evicted while it runs, before their
+    turn, are not in it. A .pt file holds episodes of one number of rows; a folder with --format tdmpc2 has a file for each number.
+
+    \b
+    Examples:
+      touchline export everything.h5 --address replay-host:50051
+      touchline export newest.npz --newest 100 --compress
+      touchline export minari:soccer/left-foot-v0 --actor left-foot
+      touchline export chunks --format tdmpc2
+
+    \b
+    Exit status:
+      0    it is written
+      1    the format cannot hold some of the episodes (stdout says why), or it failed
+      2    the command line cannot be used
+      130  interrupted; nothing was written
+    """
+    begun_s = time.monotonic()
+    with _failing_well("interrupted; nothing was written") as check, Meter(Console(stderr=True)) as meter:
+        _probe(address)
+
+        def watch(done: int, total: int, report: ExportReport) -> None:
+            check()
+            meter.show(f"export {target}", done, total, unit="episodes", size_bytes=report.size_bytes)
+
+        with ReplayClient(address, timeout_s=timeout_s) as client:
+            report = datasets.export(
+                client,
+                target,
+                format=format,
+                force=force,
+                compress=compress,
+                watch=watch,
+                first=first,
+                last=last,
+                newest=newest,
+                actor=actor,
+                columns=column or None,
+            )
+        meter.rest()
+        _tell_export(target, report, time.monotonic() - begun_s)
+    if report.left_out and not allow_refused:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _watch(meter: Meter, source: str, check: Callable[[], None]) -> Callable[[str, int, int, LoadReport], None]:
     def watch(stage: str, done: int, total: int, report: LoadReport) -> None:
+        check()
         if stage == "fingerprint":
             meter.show(f"fingerprint {source}", done, total, unit="bytes", size_bytes=done)
         else:
@@ -163,7 +235,7 @@ def _watch(meter: Meter, source: str) -> Callable[[str, int, int, LoadReport], N
 
 
 def _tell_load(source: str, report: LoadReport, seconds: float) -> None:
-    _print(f"{source}: {_n(report.read, 'episode')}, {_n(report.steps, 'step')}{_speed(report, seconds)}")
+    _print(f"{source}: {_n(report.read, 'episode')}, {_n(report.steps, 'step')}{_speed(report.read, report.size_bytes, seconds)}")
     _print(f"  stored      {report.stored:>10,}")
     if report.duplicates:
         _print(f"  duplicates  {report.duplicates:>10,}  stored before, even if evicted since; --again LABEL stores them once more")
@@ -190,10 +262,21 @@ def _tell_refused(report: LoadReport) -> None:
             _print(f"      and {refusals.count - len(refusals.examples):,} more")
 
 
-def _speed(report: LoadReport, seconds: float) -> str:
-    if seconds <= 0 or not report.read:
+def _tell_export(target: str, report: ExportReport, seconds: float) -> None:
+    _print(f"{target}: {_n(report.written, 'episode')}, {_n(report.steps, 'step')}{_speed(report.written, report.size_bytes, seconds)}")
+    if report.evicted:
+        _print(f"  evicted     {report.evicted:>10,}  before their turn came")
+    if report.left_out:
+        _print(f"  left out    {report.left_out:>10,}", style="bold red")
+    for reason, ids in report.reasons.items():
+        more = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
+        _print(f"    {len(ids):,} × {reason}: episodes {', '.join(map(str, ids[:5]))}{more}")
+
+
+def _speed(episodes: int, size_bytes: int, seconds: float) -> str:
+    if seconds <= 0 or not episodes:
         return ""
-    return f" in {seconds:,.1f} s ({report.read / seconds:,.0f} episodes/s, {report.size_bytes / seconds / 1e6:,.1f} MB/s)"
+    return f" in {seconds:,.1f} s ({episodes / seconds:,.0f} episodes/s, {size_bytes / seconds / 1e6:,.1f} MB/s)"
 
 
 def _n(count: int, unit: str) -> str:
@@ -216,14 +299,27 @@ def _probe(address: str) -> None:
 
 
 @contextmanager
-def _failing_well() -> Iterator[None]:
-    """Ends the command with a message in the place of a traceback."""
+def _failing_well(interrupted: str) -> Iterator[Callable[[], None]]:
+    """Ends the command with a message in the place of a traceback; gives what raises KeyboardInterrupt after Ctrl-C, to be called often."""
+    pressed = False
+
+    def press(number: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        # Where Python runs this in a callback of a weak reference, it prints the exception and goes on: so it is kept as well.
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, press)
     try:
-        yield
+        yield check
     except KeyboardInterrupt:
-        _fail("interrupted; the same command again goes on, and stores nothing twice", EXIT_INTERRUPTED)
+        _fail(interrupted, EXIT_INTERRUPTED)
     except (UnavailableError, DeadlineError) as error:
-        _fail(f"no answer: {error}\nWhat was answered before is stored; the same command again goes on.", EXIT_FAILED)
+        _fail(f"no answer: {error}\nThe same command may be run again.", EXIT_FAILED)
     except DatasetError as error:
         _fail(str(error), EXIT_FAILED)
     except TouchlineError as error:

@@ -4,24 +4,30 @@
 
     with ReplayClient("replay-host:50051") as client:
         report = datasets.load(client, "minari:D4RL/door/human-v2")
+        datasets.export(client, "everything.h5")
 
 The commands ``touchline load`` and ``touchline export`` do the same. A load may be interrupted and started again: each episode is stored
 once. Importing this loads none of the formats' packages; a format needs its own alone (``touchline[torch]``, ``touchline[minari]``,
 ``touchline[hdf5]``; NPZ needs none). Layouts, and what survives in which: docs/datasets.md.
 """
 
+from touchline.datasets.exporting import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
 from touchline.datasets.loading import Changes, LoadReport, Refusals, load, survey
-from touchline.datasets.values import DatasetEpisode, DatasetError, Source
+from touchline.datasets.values import DatasetEpisode, DatasetError, Source, UnholdableError
 
 __all__ = [
     "FORMATS",
     "Changes",
     "DatasetEpisode",
     "DatasetError",
+    "ExportReport",
     "LoadReport",
     "Refusals",
+    "Selection",
     "Source",
+    "UnholdableError",
+    "export",
     "load",
     "open_source",
     "survey",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
-from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, unescape
+from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
 
 try:
     import h5py
@@ -87,3 +90,40 @@ def _columns(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Returns a sort key by which numbers in a name count as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part] + [(2, 0, name)]
+
+
+class Hdf5Target:
+    """One HDF5 file of episodes, under their ids.
+
+    Args:
+        path: of the file.
+        row_convention: of the rows.
+        force: replace a file that is there.
+        compress: gzip the columns, their bytes shuffled before.
+
+    Raises:
+        DatasetError: it cannot be written there.
+    """
+
+    def __init__(self, path: Path, row_convention: str, *, force: bool, compress: bool) -> None:
+        self._placement = Placement(path, force=force)
+        self._compress = compress
+        self._file = h5py.File(self._placement.partial, "w")
+        self._file.attrs.update({"version": 1, "row_convention": row_convention})
+        self._episodes = self._file.create_group(EPISODES)
+
+    def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
+        group = self._episodes.create_group(str(provenance.id))
+        group.attrs.update(provenance.attributes())
+        for name, column in columns.items():
+            path = "/".join(escape(part) for part in name.split("."))
+            smaller = {"compression": "gzip", "shuffle": True} if self._compress and column.size else {}
+            group.create_dataset(path, data=column, **smaller)
+
+    def finish(self) -> None:
+        self._file.close()
+        self._placement.commit()
+
+    def discard(self) -> None:
+        self._file.close()
+        self._placement.discard()

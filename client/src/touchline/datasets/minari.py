@@ -16,7 +16,7 @@ import numpy as np
 
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.transitions import rows_of
-from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, unescape
+from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
 from touchline.errors import TouchlineError
 
 try:
@@ -51,7 +51,7 @@ class MinariSource:
     format = FORMAT
 
     def __init__(self, place: str, *, infos: bool = False) -> None:
-        self._folder = folder_of(place)
+        self._folder = folder_of(place).absolute()
         self._infos = infos
         try:
             # Minari makes what its own code and tests rule out an assertion.
@@ -192,7 +192,7 @@ def _rebuild(episode: Any, kept: Mapping[str, Any], about: Mapping[str, Any]) ->
         if name == "obs" or name.startswith("obs."):
             value = episode.observations
             for part in name.split(".")[1:]:
-                value = value[part]
+                value = value[escape(part)]
             columns[name] = np.asarray(value)
         elif name in transitions and name not in infos:
             values = np.asarray(transitions[name])

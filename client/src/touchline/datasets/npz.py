@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
 
@@ -96,3 +97,43 @@ class NpzSource:
             return str(about["row_convention"])
         except (*DAMAGE, KeyError, TypeError) as error:
             raise DatasetError(f"{self._path}: {ABOUT}: cannot be read: {error}") from None
+
+
+class NpzTarget:
+    """One NPZ file of episodes, under their ids.
+
+    Args:
+        path: of the file.
+        row_convention: of the rows.
+        force: replace a file that is there.
+        compress: deflate the members.
+
+    Raises:
+        DatasetError: it cannot be written there.
+    """
+
+    def __init__(self, path: Path, row_convention: str, *, force: bool, compress: bool) -> None:
+        self._placement = Placement(path, force=force)
+        self._compression = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+        self._file = zipfile.ZipFile(self._placement.partial, "w", self._compression, allowZip64=True)
+        self._file.writestr(self._member(ABOUT), json.dumps({"version": 1, "row_convention": row_convention}))
+
+    def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
+        self._file.writestr(self._member(f"{provenance.id}/{PROVENANCE}"), provenance.json())
+        for name, column in columns.items():
+            with self._file.open(self._member(f"{provenance.id}/{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, column, allow_pickle=False)
+
+    def finish(self) -> None:
+        self._file.close()
+        self._placement.commit()
+
+    def discard(self) -> None:
+        self._file.close()
+        self._placement.discard()
+
+    def _member(self, name: str) -> zipfile.ZipInfo:
+        # Of no date: the same episodes make the same file.
+        member = zipfile.ZipInfo(name)
+        member.compress_type = self._compression
+        return member

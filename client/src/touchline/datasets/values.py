@@ -3,7 +3,8 @@
 Errors::
 
     TouchlineError
-    └── DatasetError    a source or a target that cannot be read or written; nothing of a server
+    └── DatasetError            a source or a target that cannot be read or written; nothing of a server
+        └── UnholdableError     a target's format cannot hold this one episode
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ BLOCK_BYTES = 1 << 22
 
 class DatasetError(TouchlineError):
     """A source cannot be read, or a target cannot be written. The message names it, what was found and what to do."""
+
+
+class UnholdableError(DatasetError):
+    """The format of a target cannot hold this episode, but others."""
 
 
 @dataclass(frozen=True, slots=True)
