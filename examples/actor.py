@@ -18,11 +18,15 @@ import socket
 import sys
 import time
 import zlib
-from contextlib import ExitStack
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from soccer import PLAYERS, NoisyChaser, make_match, play_match
-from touchline import EpisodeWriter, ReplayClient, UnacknowledgedError
+from soccer import PLAYERS, MatchRows, NoisyChaser, make_match, play_match, shaped_reward
+from touchline import ReplayClient, UnacknowledgedError
+from touchline.recorders import DmEnvRecorder
+
+if TYPE_CHECKING:
+    import dm_env
 
 FLUSH_TIMEOUT_S = 30.0
 """How long the server may take, after the last match, to acknowledge what waits."""
@@ -52,46 +56,47 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def rewards_of(step: dm_env.TimeStep) -> list[float]:
+    """Returns each player's reward for a step."""
+    return [shaped_reward(float(goal), observation) for goal, observation in zip(step.reward, step.observation, strict=True)]
+
+
 def main() -> int:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = StopRequest()
     seed = zlib.crc32(args.actor_name.encode()) if args.seed is None else args.seed
-    match = make_match(seed=seed, match_seconds=args.match_seconds)
+    environment = make_match(seed=seed, match_seconds=args.match_seconds)
     policies = [NoisyChaser(seed=(seed, player)) for player in range(PLAYERS)]
+    rows = MatchRows()
     episodes = steps = 0
 
-    with ReplayClient(args.address, actor=args.actor_name) as client, ExitStack() as at_failure:
-        writers = [at_failure.enter_context(EpisodeWriter(client, actor=f"{args.actor_name}/{player}")) for player in range(PLAYERS)]
-
+    with ReplayClient(args.address, actor=args.actor_name) as client, DmEnvRecorder(environment, client, transform=rows) as match:
         for number in range(args.matches) if args.matches else itertools.count():
-            rows, returns = 0, [0.0] * PLAYERS
-            for players_rows in play_match(match, policies, number=number):
-                for player, (writer, row) in enumerate(zip(writers, players_rows, strict=True)):
-                    writer.append(row)
-                    returns[player] += float(row["reward"]) if rows else 0.0
-                rows += 1
+            rows.match, length, returns = number, 0, [0.0] * PLAYERS
+            for step in play_match(match, policies):
+                length += 1
+                if not step.first():
+                    returns = [sum(pair) for pair in zip(returns, rewards_of(step), strict=True)]
                 if stop.requested:
                     break
-            sent = [writer.end_episode() for writer in writers]
-            if all(sent):  # a match stopped at its first row has no transition to send
-                episodes, steps = episodes + PLAYERS, steps + PLAYERS * rows
-                report = {"time": time.time(), "match": number, "steps": rows, "returns": returns, "cut": stop.requested}
+            if length > 1:  # a match stopped at its first row has no transition to send
+                episodes, steps = episodes + PLAYERS, steps + PLAYERS * length
+                report = {"time": time.time(), "match": number, "steps": length, "returns": returns, "cut": stop.requested}
                 print(json.dumps(report), flush=True)
             if stop.requested:
                 break
 
         try:
-            for writer in writers:
-                writer.close(FLUSH_TIMEOUT_S)  # returns once everything is acknowledged
+            match.recording.close(FLUSH_TIMEOUT_S)  # returns once everything is acknowledged
         except UnacknowledgedError as error:
             logging.error("%s", error)
-        counters = [writer.counters for writer in writers]
+        counters = match.recording.counters
         totals = {
             "episodes_played": episodes,
-            "episodes_acknowledged": sum(counter.acknowledged for counter in counters),
+            "episodes_acknowledged": counters.acknowledged,
             "steps_played": steps,
-            "steps_acknowledged": sum(counter.steps_acknowledged for counter in counters),
+            "steps_acknowledged": counters.steps_acknowledged,
         }
         print(json.dumps(totals), flush=True)
     return 0 if totals["episodes_acknowledged"] == episodes else 1

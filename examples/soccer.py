@@ -1,7 +1,8 @@
-"""Robot soccer for replay: dm_control's 2 against 2 BoxHead match as four players' rows, and a policy that plays it.
+"""Robot soccer for replay: dm_control's 2 against 2 BoxHead match, what is stored of it, and a policy that plays it.
 
-A match gives four episodes, one a player, in TD-MPC2's row convention: an episode of T transitions has T + 1 rows; row 0 holds the
-reset observation, its action, reward and done are NaN; row t holds the observation that the action in row t led to.
+`touchline.recorders.DmEnvRecorder` around a match gives four episodes, one a player, in TD-MPC2's row convention: an episode of T
+transitions has T + 1 rows; row 0 holds the reset observation, its action, reward and done are NaN; row t holds the observation that the
+action in row t led to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("MUJOCO_GL", "disabled")  # no rendering, and so no graphics libraries; read when dm_control is imported
 
 try:
+    import dm_env
     from dm_control.locomotion import soccer
 except ImportError as error:
     raise SystemExit(f"Robot soccer needs dm_control ({error}). Install it with: pip install -r examples/requirements.txt") from error
@@ -91,38 +93,39 @@ class NoisyChaser:
         return np.clip(self._pull * chase + (1.0 - self._pull) * self._noise, -1.0, 1.0).astype(np.float32)
 
 
-def play_match(match: Any, policies: Sequence[NoisyChaser], *, number: int = 0) -> Iterator[tuple[Row, ...]]:
-    """Plays one match and yields, for the reset and after each step, every player's row.
+class MatchRows:
+    """Makes of a recorder's rows what is stored: pass it to a recorder as `transform`, and set `match` before each match.
+
+    A row is obs [obs_size], action [3], reward [] and done [], float32, and match [], int32, so that a learner can tell which episodes
+    share a match. `done` means terminated: 1 in the last row of a match that a goal ended; the time limit is a truncation and leaves it 0.
+    """
+
+    def __init__(self, match: int = 0) -> None:
+        self.match = match
+
+    def __call__(self, row: Mapping[str, Any]) -> Row:
+        """Returns the row of one player; `row` has its observation as a dict, and the goals as its reward."""
+        stored = {"obs": flat_observation(row["obs"]), "match": np.asarray(self.match, dtype=np.int32)}
+        if "action" in row:
+            reward = shaped_reward(float(row["reward"]), row["obs"])
+            stored |= {"action": row["action"].astype(np.float32), "reward": np.asarray(reward, dtype=np.float32), "done": row["done"]}
+        return stored
+
+
+def play_match(match: dm_env.Environment, policies: Sequence[NoisyChaser]) -> Iterator[dm_env.TimeStep]:
+    """Plays one match.
 
     Args:
-        match: from `make_match`.
+        match: from `make_match`, or a recorder around it.
         policies: one a player.
-        number: goes into the rows' `match` column, so that a learner can tell which episodes share a match.
 
     Yields:
-        A tuple of four rows: obs [obs_size], action [3], reward [] and done [] float32, match [] int32. `done` means terminated: 1 in the
-        last row of a match that a goal ended; the time limit is a truncation and leaves it 0.
+        What the reset gave, then what each step gave: lists of four observations and rewards, +1, -1 or 0 for a goal.
     """
     for policy in policies:
         policy.reset()
     step = match.reset()
-    nothing = np.full(ACTIONS, np.nan, dtype=np.float32)
-    yield tuple(_row(observation, nothing, np.nan, np.nan, number) for observation in step.observation)
+    yield step
     while not step.last():
-        actions = [policy(observation) for policy, observation in zip(policies, step.observation, strict=True)]
-        step = match.step(actions)
-        done = float(step.last() and step.discount == 0.0)
-        yield tuple(
-            _row(observation, action, shaped_reward(float(goal), observation), done, number)
-            for observation, action, goal in zip(step.observation, actions, step.reward, strict=True)
-        )
-
-
-def _row(observation: Mapping[str, np.ndarray], action: Array, reward: float, done: float, number: int) -> Row:
-    return {
-        "obs": flat_observation(observation),
-        "action": action,
-        "reward": np.asarray(reward, dtype=np.float32),
-        "done": np.asarray(done, dtype=np.float32),
-        "match": np.asarray(number, dtype=np.int32),
-    }
+        step = match.step([policy(observation) for policy, observation in zip(policies, step.observation, strict=True)])
+        yield step

@@ -14,7 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from soccer import ACTIONS, GOAL_REWARD, PLAYERS, NoisyChaser, make_match, play_match, shaped_reward
+from soccer import ACTIONS, GOAL_REWARD, PLAYERS, MatchRows, NoisyChaser, flat_observation, make_match, play_match, shaped_reward
+from touchline import ReplayClient
+from touchline.recorders import DmEnvRecorder
+from touchline_server import Config
+from touchline_server.app import ServerThread
 from world_model import Normalizer, WorldModel
 
 OBS_SIZE = 113
@@ -24,10 +28,48 @@ CONTROL_STEPS_PER_S = 40
 @cache
 def played_match(*, seed: int, seconds: float = 1.0, number: int = 3) -> tuple[dict[str, np.ndarray], ...]:
     """Returns the four episodes of a match; not to be changed."""
-    match = make_match(seed=seed, match_seconds=seconds)
-    policies = [NoisyChaser(seed=(seed, player)) for player in range(PLAYERS)]
-    rows = list(play_match(match, policies, number=number))
-    return tuple({name: np.stack([row[player][name] for row in rows]) for name in rows[0][player]} for player in range(PLAYERS))
+    return recorded(make_match(seed=seed, match_seconds=seconds), policies_of(seed), number=number)
+
+
+def policies_of(seed: int) -> list[NoisyChaser]:
+    return [NoisyChaser(seed=(seed, player)) for player in range(PLAYERS)]
+
+
+def recorded(environment: dm_env.Environment, policies: list[NoisyChaser], *, number: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Plays a match as the actor does, and returns what a server stored of it: a player's columns each."""
+    config = Config(config={"buffer_size": 10_000, "min_history": 0}, storage={"device": "cpu"}, server={"port": 0})
+    with ServerThread(config) as server, ReplayClient(server.address, actor="arm") as client:
+        with DmEnvRecorder(environment, client, transform=MatchRows(number)) as match:
+            for _ in play_match(match, policies):
+                pass
+        episodes = {episode.actor: episode.columns for episode in client.episodes()}
+    assert sorted(episodes) == [f"arm/{player}" for player in range(PLAYERS)]
+    return tuple(episodes[f"arm/{player}"] for player in range(PLAYERS))
+
+
+def rows_by_hand(seed: int, *, seconds: float, number: int) -> tuple[dict[str, np.ndarray], ...]:
+    """The same match without a recorder: every row put together from what the environment gave and took."""
+    match, policies = make_match(seed=seed, match_seconds=seconds), policies_of(seed)
+    for policy in policies:
+        policy.reset()
+    step = match.reset()
+    rows = [[(flat_observation(observation), np.full(ACTIONS, np.nan), np.nan, np.nan) for observation in step.observation]]
+    while not step.last():
+        actions = [policy(observation) for policy, observation in zip(policies, step.observation, strict=True)]
+        step = match.step(actions)
+        done = float(step.last() and step.discount == 0.0)
+        rows.append(
+            [
+                (flat_observation(observation), action, shaped_reward(float(goal), observation), done)
+                for observation, action, goal in zip(step.observation, actions, step.reward, strict=True)
+            ]
+        )
+    names = ("obs", "action", "reward", "done")
+    return tuple(
+        {name: np.stack([np.float32(row[player][place]) for row in rows]) for place, name in enumerate(names)}
+        | {"match": np.full(len(rows), number, np.int32)}
+        for player in range(PLAYERS)
+    )
 
 
 def test_match_gives_an_episode_a_player_of_one_row_more_than_steps() -> None:
@@ -44,6 +86,14 @@ def test_match_gives_an_episode_a_player_of_one_row_more_than_steps() -> None:
             "done": ("float32", (rows,)),
             "match": ("int32", (rows,)),
         }
+
+
+def test_match_is_stored_to_the_bit_as_it_was_played() -> None:
+    for stored, played in zip(played_match(seed=0), rows_by_hand(0, seconds=1.0, number=3), strict=True):
+        assert stored.keys() == played.keys()
+        for name, column in played.items():
+            assert (stored[name].dtype, stored[name].shape) == (column.dtype, column.shape), name
+            assert stored[name].tobytes() == column.tobytes(), name
 
 
 def test_match_row_0_has_an_observation_alone() -> None:
@@ -72,10 +122,17 @@ def test_match_that_the_clock_ends_is_not_terminated() -> None:
 
 
 def test_match_that_a_goal_ends_is_terminated_and_rewarded() -> None:
-    observation = make_match(seed=0, match_seconds=1.0).reset().observation
+    real = make_match(seed=0, match_seconds=1.0)
+    observation = real.reset().observation
 
-    class MatchWithAGoal:
-        """Home scores with the first step. No more than `play_match` uses of a dm_control environment."""
+    class MatchWithAGoal(dm_env.Environment):
+        """Home scores with the first step."""
+
+        def observation_spec(self) -> object:
+            return real.observation_spec()
+
+        def action_spec(self) -> object:
+            return real.action_spec()
 
         def reset(self) -> dm_env.TimeStep:
             return dm_env.restart(observation)
@@ -83,11 +140,12 @@ def test_match_that_a_goal_ends_is_terminated_and_rewarded() -> None:
         def step(self, actions: list[np.ndarray]) -> dm_env.TimeStep:
             return dm_env.termination([1.0, 1.0, -1.0, -1.0], observation)
 
-    _, last = play_match(MatchWithAGoal(), [NoisyChaser(seed=player) for player in range(PLAYERS)])
+    episodes = recorded(MatchWithAGoal(), policies_of(0), number=0)
 
-    assert [float(row["done"]) for row in last] == [1.0] * PLAYERS
+    assert [len(episode["done"]) for episode in episodes] == [2] * PLAYERS
+    assert [float(episode["done"][-1]) for episode in episodes] == [1.0] * PLAYERS
     expected = np.array([GOAL_REWARD, GOAL_REWARD, -GOAL_REWARD, -GOAL_REWARD])
-    np.testing.assert_allclose([float(row["reward"]) for row in last], expected, atol=1e-6)
+    np.testing.assert_allclose([float(episode["reward"][-1]) for episode in episodes], expected, atol=1e-6)
 
 
 def test_match_of_the_same_seed_is_the_same_and_of_another_is_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
@@ -203,11 +204,29 @@ class Recording:
     def close(self) -> None:
         """Ends the unfinished episodes and returns once everything is acknowledged, or, with a spool, waits there for the next start.
         Closing again does nothing.
+    def close(self, timeout_s: float | None = None) -> None:
+        """Ends the unfinished episodes and returns once everything is acknowledged. Closing again does nothing.
+
+        Args:
+            timeout_s: the longest wait, for all lines together; None waits as long as it takes, also for a server that is away.
 
         Raises:
-            UnacknowledgedError: some episodes were refused.
+            UnacknowledgedError: some episodes were refused, or are not acknowledged in time. The latter go on being sent while the client
+                is open.
         """
-        self._closing.close()
+        if timeout_s is None:
+            self._closing.close()
+            return
+        self._closing.pop_all()
+        ends = time.monotonic() + timeout_s
+        reports: list[UnacknowledgedError] = []
+        for writer in self._writers:
+            try:
+                writer.close(max(0.0, ends - time.monotonic()))
+            except UnacknowledgedError as error:
+                reports.append(error)
+        if reports:
+            raise UnacknowledgedError("; ".join(map(str, reports)), [result for report in reports for result in report.results])
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Closes as the end of a ``with`` does: after an error in its body the unfinished episodes are discarded, and nothing hides it."""
