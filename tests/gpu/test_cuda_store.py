@@ -59,6 +59,53 @@ def test_cuda_columns_of_every_dtype_give_back_the_bits_over_the_seam() -> None:
     assert all(stored[name].tobytes() == array.tobytes() for name, array in columns.items())
 
 
+@pytest.mark.parametrize("piece_bytes", [100, 1 << 20])
+def test_cuda_episodes_read_back_are_those_of_the_cpu(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline_server.reading.PIECE_BYTES", piece_bytes)
+    host, cuda = pair()
+    for number in range(20):
+        columns = traced_columns(number, 4 + number * 7 % 20) | {"nothing": np.empty((4 + number * 7 % 20, 0), np.float64)}
+        for buffer in (host, cuda):
+            buffer.add(columns, actor=f"actor-{number % 2}", policy_version=number)
+
+    found, expected = (list(buffer.episodes()) for buffer in (cuda, host))
+
+    assert cuda.store.columns is not None and cuda.store.columns.device.type == "cuda"
+    assert len(found) > 3
+    assert [(episode.id, episode.actor, episode.policy_version) for episode in found] == [
+        (episode.id, episode.actor, episode.policy_version) for episode in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert {name: as_bits(column) for name, column in one.columns.items()} == {
+            name: as_bits(column) for name, column in other.columns.items()
+        }
+
+
+def test_cuda_episodes_read_while_others_are_added_are_whole() -> None:
+    _, cuda = pair(capacity=300)
+    cuda.add_episode(traced(0, 20))
+    done = threading.Event()
+
+    def add() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            cuda.add_episode(traced(number, 5 + number % 40))
+
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(add)
+        try:
+            for _ in range(40):
+                for episode in cuda.episodes():
+                    expected = traced_columns(episode.policy_version, episode.length)
+                    assert {name: as_bits(column) for name, column in episode.columns.items()} == {
+                        name: as_bits(column) for name, column in expected.items()
+                    }
+        finally:
+            done.set()
+        adding.result()
+
+
 def test_cuda_host_gather_is_the_device_gather() -> None:
     _, cuda = pair()
     cuda.add_episode(traced(3, 30))
