@@ -201,18 +201,18 @@ class Recording:
         for writer in self._writers:
             writer.flush(timeout_s)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         """Ends the unfinished episodes and returns once everything is acknowledged, or, with a spool, waits there for the next start.
         Closing again does nothing.
-    def close(self, timeout_s: float | None = None) -> None:
-        """Ends the unfinished episodes and returns once everything is acknowledged. Closing again does nothing.
 
         Args:
-            timeout_s: the longest wait, for all lines together; None waits as long as it takes, also for a server that is away.
+            timeout_s: the longest wait, for all lines together; None waits as long as it takes, also for a server that is away; with a
+                spool, the client's ``timeout_s`` for each line.
 
         Raises:
-            UnacknowledgedError: some episodes were refused, or are not acknowledged in time. The latter go on being sent while the client
-                is open.
+            UnacknowledgedError: some episodes were refused or, without a spool, are not acknowledged in time. The latter go on being sent
+                while the client is open.
+            SpoolError: an unfinished episode cannot be written to the spool. The other lines are closed all the same.
         """
         if timeout_s is None:
             self._closing.close()
@@ -220,11 +220,16 @@ class Recording:
         self._closing.pop_all()
         ends = time.monotonic() + timeout_s
         reports: list[UnacknowledgedError] = []
-        for writer in self._writers:
+
+        def close_one(writer: EpisodeWriter) -> None:
             try:
                 writer.close(max(0.0, ends - time.monotonic()))
             except UnacknowledgedError as error:
                 reports.append(error)
+
+        with ExitStack() as closing:
+            for writer in reversed(self._writers):
+                closing.callback(close_one, writer)
         if reports:
             raise UnacknowledgedError("; ".join(map(str, reports)), [result for report in reports for result in report.results])
 
