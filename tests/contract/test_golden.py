@@ -25,6 +25,7 @@ from touchline_protos.codec import (
     decode_add_episode,
     encode_add_episode,
     encode_load,
+    encode_loads,
 )
 from touchline_protos.dtypes import DType, to_numpy
 from touchline_protos.loading import chunk_message
@@ -125,6 +126,11 @@ def write_reading() -> dict[str, bytes]:
     }
 
 
+def write_grouped() -> bytes:
+    (message,) = encode_loads([make_episode(), Episode(make_episode().columns)], table="main")
+    return message
+
+
 MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "add_episode_request": (lambda: encode_add_episode(make_episode(), table="main"), pb.AddEpisodeRequest),
     "load_episodes_request_header": (lambda: write_load()[0], pb.LoadEpisodesRequest),
@@ -133,6 +139,7 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
         f"get_episodes_response_{part}": (lambda part=part: write_reading()[part], pb.GetEpisodesResponse)
         for part in ("selection", "group", "header", "chunk", "evicted")
     },
+    "load_episodes_request_episodes": (write_grouped, pb.LoadEpisodesRequest),
     "sample_response": (write_response, pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
@@ -224,6 +231,21 @@ def test_golden_episodes_are_read_by_hand() -> None:
         assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
     by_class = pb.GetEpisodesResponse.FromString(golden("get_episodes_response_chunk")).chunk
     assert (by_class.column, by_class.offset_bytes, by_class.data) == (0, 2, b"\1" * 4)
+
+
+def test_golden_episodes_of_one_message_are_read_by_hand_and_by_the_generated_class() -> None:
+    decoder = LoadDecoder()
+
+    found = list(decoder.feed_all(golden("load_episodes_request_episodes")))
+    by_class = pb.LoadEpisodesRequest.FromString(golden("load_episodes_request_episodes"))
+
+    expected = make_episode()
+    assert decoder.table == by_class.table == "main"
+    assert [isinstance(episode, Episode) and episode.key for episode in found] == [expected.key, None]
+    for episode, message in zip(found, by_class.episodes, strict=True):
+        assert isinstance(episode, Episode)
+        assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
+        assert [column.tensor.data for column in message.columns] == [array.tobytes() for array in expected.columns.values()]
 
 
 def test_golden_batches_are_read_by_hand() -> None:

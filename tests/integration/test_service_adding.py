@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from service_calls import Caller, eventually, key, make_episode, refused, serving
-from touchline_protos.codec import Episode, encode_load
+from touchline_protos.codec import Episode, encode_load, encode_loads
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.app import ServerThread
@@ -184,8 +184,22 @@ def test_load_of_nothing_answers_with_the_counts(served: Served) -> None:
     assert (len(answer.results), answer.counts.episodes_stored) == (0, 1)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 20, CHUNK_BYTES], ids=["whole", "chunked"])
-def test_load_says_of_each_episode_what_became_of_it(chunk_bytes: int) -> None:
+def sent_whole(episodes: list[Episode]) -> Iterator[bytes]:
+    return (message for episode in episodes for message in encode_load(episode))
+
+
+def sent_in_chunks(episodes: list[Episode]) -> Iterator[bytes]:
+    return (message for episode in episodes for message in encode_load(episode, chunk_bytes=CHUNK_BYTES))
+
+
+def sent_together(episodes: list[Episode]) -> list[bytes]:
+    messages = list(encode_loads(episodes))
+    assert len(messages) == 1
+    return messages
+
+
+@pytest.mark.parametrize("send", [sent_whole, sent_in_chunks, sent_together])
+def test_load_says_of_each_episode_what_became_of_it(send: Callable[[list[Episode]], Iterable[bytes]]) -> None:
     other_shape = make_episode(10, seed=3, obs=5, key=key(3))
     not_finite = make_episode(10, seed=4, key=key(4))
     not_finite.columns["obs"][6] = np.inf
@@ -200,7 +214,7 @@ def test_load_says_of_each_episode_what_became_of_it(chunk_bytes: int) -> None:
         make_episode(10, seed=7),
     ]
     with serving(server={"port": 0, "max_episode_bytes": 2000}) as (server, caller):
-        answer = caller.load(message for episode in episodes for message in encode_load(episode, chunk_bytes=chunk_bytes))
+        answer = caller.load(send(episodes))
 
         assert [result.outcome for result in answer.results] == [
             ACCEPTED,
@@ -223,6 +237,36 @@ def test_load_says_of_each_episode_what_became_of_it(chunk_bytes: int) -> None:
         counts = answer.counts
         assert (counts.episodes_stored, counts.episodes_duplicate, counts.episodes_refused) == (3, 1, 4)
         assert_stored(server, 1, episodes[6])
+
+
+def test_load_of_many_small_episodes_while_learners_sample_stores_each_once_in_order(served: Served) -> None:
+    """The event loop stores what it can at once and leaves to threads what is in the way of gathers: the order stays."""
+    server, caller = served
+    episodes = [make_episode(5, seed=number, key=key(number), policy_version=number) for number in range(3000)]
+    sampling = threading.Event()
+    stop = threading.Event()
+
+    def sample() -> None:
+        rng = np.random.default_rng(0)
+        while not stop.is_set():
+            if server.buffer.ready():
+                server.buffer.sample_with(rng)
+                sampling.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        learners = [pool.submit(sample) for _ in range(2)]
+        try:
+            caller.add(make_episode(5, seed=9999))
+            assert sampling.wait(60)
+            results = caller.load(encode_loads(episodes)).results
+        finally:
+            stop.set()
+        for learner in learners:
+            learner.result(60)
+
+    assert [result.episode_id for result in results] == list(range(1, 3001))
+    assert server.buffer.store.entries()[:, 0].tolist() == list(range(3001 - 400, 3001))
+    assert_stored(server, 399, episodes[-1])
 
 
 def test_load_ending_within_chunks_is_refused_and_keeps_the_complete_episodes(served: Served) -> None:

@@ -20,6 +20,7 @@ from touchline_protos.codec import (
     LoadDecoder,
     OversizeError,
     encode_load,
+    encode_loads,
 )
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -88,6 +89,71 @@ def test_one_stream_carries_whole_and_chunked_episodes() -> None:
     messages = [m for e in (small, big, small) for m in encode_load(e, chunk_bytes=150)]
 
     assert [same_episode(a, b) for a, b in zip(feed_all(decoder, messages), (small, big, small), strict=True)] == [True] * 3
+
+
+@given(st.lists(episodes(), max_size=8), st.integers(1, 4), st.integers(1, 2000), st.integers(1, 2000))
+def test_episodes_arrive_the_same_and_in_order_however_they_share_messages(
+    some: list[Episode], rows: int, chunk_bytes: int, group_bytes: int
+) -> None:
+    some = [with_rows(episode, rows) for episode in some]
+    decoder = LoadDecoder()
+
+    messages = list(encode_loads(some, table="t", chunk_bytes=chunk_bytes, group_bytes=group_bytes))
+
+    found = [episode for message in messages for episode in decoder.feed_all(message)]
+    assert all(same_episode(a, b) for a, b in zip(found, some, strict=True))
+    for message in messages:
+        read = pb.LoadEpisodesRequest.FromString(message)
+        if read.episodes:
+            assert len(message) <= min(chunk_bytes, group_bytes) and len(read.episodes) > 1 and read.WhichOneof("part") is None
+
+
+def test_small_episodes_share_messages_and_big_ones_do_not() -> None:
+    small, big = small_episode(), with_rows(small_episode(), 50)
+
+    messages = list(encode_loads([small] * 3 + [big] + [small], group_bytes=2000, chunk_bytes=2000))
+
+    read = [pb.LoadEpisodesRequest.FromString(message) for message in messages]
+    assert [len(message.episodes) or message.WhichOneof("part") for message in read] == [
+        3,
+        "header",
+        *["chunk"] * (len(read) - 3),
+        "episode",
+    ]
+
+
+def test_malformed_episode_of_several_is_told_and_the_others_are_read() -> None:
+    request = pb.LoadEpisodesRequest.FromString(next(encode_loads([small_episode(), small_episode(), small_episode()])))
+    request.episodes[1].columns[0].tensor.data += b"x"
+    request.episodes[1].key.sequence = 99
+
+    first, refused, last = LoadDecoder().feed_all(request.SerializeToString())
+
+    assert isinstance(first, Episode) and same_episode(first, small_episode())
+    assert isinstance(refused, CodecError) and not refused.fatal and refused.key is not None and refused.key.sequence == 99
+    assert isinstance(last, Episode) and same_episode(last, small_episode())
+
+
+def test_episodes_beside_another_part_or_within_chunks_are_fatal() -> None:
+    group = pb.LoadEpisodesRequest.FromString(next(encode_loads([small_episode(), small_episode()])))
+    both = pb.LoadEpisodesRequest(episodes=group.episodes, episode=group.episodes[0])
+    with pytest.raises(CodecError, match="3 parts in a message, expected one") as caught:
+        LoadDecoder().feed_all(both.SerializeToString())
+    assert caught.value.fatal
+
+    decoder = LoadDecoder()
+    decoder.feed(header(3, spec("obs")))
+    with pytest.raises(CodecError, match="another episode begins") as caught:
+        decoder.feed_all(group.SerializeToString())
+    assert caught.value.fatal and caught.value.key == KEY
+
+
+def test_more_episodes_than_a_message_may_have_are_refused() -> None:
+    decoder = LoadDecoder()
+
+    assert len(list(decoder.feed_all(pb.LoadEpisodesRequest(episodes=[pb.Episode()] * 1024).SerializeToString()))) == 1024
+    with pytest.raises(OversizeError, match="1025 episodes in a message, expected at most 1024"):
+        decoder.feed_all(pb.LoadEpisodesRequest(episodes=[pb.Episode()] * 1025).SerializeToString())
 
 
 def test_chunked_columns_are_writable_and_own_their_memory() -> None:

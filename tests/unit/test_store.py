@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from store_cases import check_traced, make_config, traced, traced_columns
 from touchline_protos.codec import EpisodeKey
-from touchline_server import NotReadyError, ReplayBuffer
+from touchline_server import InvalidEpisodeError, NotReadyError, ReplayBuffer
 from touchline_server.columns import Columns
 from touchline_server.sampling import Law
 from touchline_server.store import EpisodeStore
@@ -194,6 +195,49 @@ def test_writer_that_evicts_nothing_does_not_wait() -> None:
         store.add(traced(1, 15))
 
     assert not told.waited.is_set()
+
+
+def test_add_at_once_stores_as_add_does() -> None:
+    one, _ = store_of(5, 8, capacity=20)
+    other, _ = store_of(5, 8, capacity=20)
+    for number in range(2, 9):
+        key = EpisodeKey("a", 1, number // 2)
+        stored = one.add_at_once(traced(number // 2, 6, key=key))
+        assert stored is not None and stored == other.add(traced(number // 2, 6, key=key))
+    with pytest.raises(InvalidEpisodeError, match="expected at most the buffer's capacity"):
+        one.add_at_once(traced(9, 21))
+    with pytest.raises(InvalidEpisodeError):
+        other.add(traced(9, 21))
+
+    assert np.array_equal(one.entries(), other.entries()) and one.counts() == other.counts()
+    for entry in one.entries():
+        assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one.read(entry).values(), other.read(entry).values(), strict=True))
+
+
+def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
+    empty = EpisodeStore(make_config(20))
+    assert empty.add_at_once(traced(1, 5)) is None  # the columns are to be allocated
+    store, told = store_of(5, 8, capacity=20)
+    before = store.counts()
+
+    with store.select(1, 3, Law.EPISODE, np.random.default_rng(0)):
+        assert store.add_at_once(traced(2, 6)) is None
+    with ThreadPoolExecutor(1) as pool:
+        store.write_lock.acquire()
+        try:
+            assert pool.submit(store.add_at_once, traced(2, 6)).result(60) is None
+        finally:
+            store.write_lock.release()
+
+    assert store.counts() == before and not told.waited.is_set()
+    assert store.add_at_once(traced(2, 6)) is not None
+
+
+def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:
+    store = EpisodeStore(make_config(20, storage={"device": "disk", "scratch_dir": str(tmp_path)}))
+    store.add(traced(0, 5))
+
+    assert store.add_at_once(traced(1, 5)) is None
 
 
 def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:

@@ -11,7 +11,7 @@ from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, Touc
 from touchline.messages import counts_of, load_results_of
 from touchline.types import EpisodeResult
 from touchline_protos import Counts
-from touchline_protos.codec import CodecError, Episode, EpisodeKey, OversizeError, encode_add_episode, encode_load
+from touchline_protos.codec import CodecError, Episode, EpisodeKey, OversizeError, encode_add_episode, encode_loads
 from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
@@ -207,8 +207,7 @@ class Delivery:
 
     def _upload(self, episodes: Sequence[Episode], *, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts]:
         def requests() -> Iterator[bytes]:
-            for episode in episodes:
-                yield from encode_load(episode, table=self._table, chunk_bytes=self._chunk_bytes)
+            return encode_loads(episodes, table=self._table, chunk_bytes=self._chunk_bytes)
 
         base_s = self._calls.timeout_s if timeout_s is None else timeout_s
         bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_BYTES_PER_S

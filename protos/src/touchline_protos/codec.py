@@ -8,7 +8,7 @@ refused, not merged. Decoders treat messages as hostile: what is malformed raise
 from touchline_protos.batches import BatchLayout, Piece, Segment
 from touchline_protos.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError, StoredEpisode
 from touchline_protos.episodes import decode_add_episode, encode_add_episode
-from touchline_protos.loading import LoadDecoder, encode_load
+from touchline_protos.loading import LoadDecoder, encode_load, encode_loads
 from touchline_protos.reading import EpisodeDecoder, EpisodeSelection
 from touchline_protos.receive import BatchDecoder, BodyLayout
 from touchline_protos.tensors import TensorSpec
@@ -32,4 +32,5 @@ __all__ = [
     "decode_add_episode",
     "encode_add_episode",
     "encode_load",
+    "encode_loads",
 ]

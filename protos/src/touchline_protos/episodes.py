@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from touchline_protos.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError
@@ -55,27 +57,44 @@ def encode_add_episode(episode: Episode, *, table: str = "") -> bytes:
         CodecError: a dtype that the wire does not have, a name or key out of range; the message names the column.
         OversizeError: over protobuf's limit of 2 GiB.
     """
+    return encode_episodes([episode], table=table, field=2)
+
+
+def encode_episodes(episodes: Sequence[Episode], *, table: str = "", field: int) -> bytes:
+    """Returns a message of a table, field 1, and of whole episodes, each a field of the number ``field``; else as
+    :func:`encode_add_episode`."""
+    start = text_field(1, table, "table")
+    frames: list[tuple[Frame, list[TensorSpec]]] = []
+    end = len(start)
+    for episode in episodes:
+        frame, specs = _frame_episode(episode, field, end)
+        frames.append((frame, specs))
+        end = frame.end
+    message, view, _ = fresh_message(end)
+    view[: len(start)] = start
+    for episode, (frame, specs) in zip(episodes, frames, strict=True):
+        for at, literal in frame.literals:
+            view[at : at + len(literal)] = literal
+        for spec, at, column in zip(specs, frame.payloads, episode.columns.values(), strict=True):
+            if spec.size_bytes:
+                # Copies the bits: a cast between byte orders of one dtype changes no value.
+                np.copyto(np.ndarray(spec.shape, spec.dtype, view, at), column, casting="equiv")
+    return message
+
+
+def _frame_episode(episode: Episode, field: int, at: int) -> tuple[Frame, list[TensorSpec]]:
+    """Returns the frame of an episode that is a field at position ``at`` of a message, and the specs of its columns."""
     specs = [column_spec(name, column) for name, column in episode.columns.items()]
     if len(specs) > DEFAULT_LIMITS.max_columns:
         raise OversizeError(f"{len(specs)} columns, expected at most {DEFAULT_LIMITS.max_columns}")
-    start = text_field(1, table, "table")
     head = encode_origin(episode)
     payload = sum(spec.size_bytes for spec in specs)
 
-    def content(at: int) -> Frame:
-        frame = frame_tensors(4, specs, at + len(head), column=True, with_data=True)
-        return Frame([(at, head), *frame.literals], frame.payloads, frame.end)
+    def content(start: int) -> Frame:
+        frame = frame_tensors(4, specs, start + len(head), column=True, with_data=True)
+        return Frame([(start, head), *frame.literals], frame.payloads, frame.end)
 
-    frame = nest(2, len(start), content, at_least=payload)
-    message, view, _ = fresh_message(frame.end)
-    view[: len(start)] = start
-    for at, literal in frame.literals:
-        view[at : at + len(literal)] = literal
-    for spec, at, column in zip(specs, frame.payloads, episode.columns.values(), strict=True):
-        if spec.size_bytes:
-            # Copies the bits: a cast between byte orders of one dtype changes no value.
-            np.copyto(np.ndarray(spec.shape, spec.dtype, view, at), column, casting="equiv")
-    return message
+    return nest(field, at, content, at_least=payload), specs
 
 
 def decode_add_episode(message: bytes, *, limits: CodecLimits = DEFAULT_LIMITS) -> tuple[str, Episode]:
@@ -109,13 +128,12 @@ def read_episode(data: Buffer, start: int, end: int, limits: CodecLimits) -> Epi
     Raises:
         CodecError: see :func:`decode_add_episode`.
     """
-    key, actor, policy_version = read_origin(data, start, end)
+    places: list[tuple[int, int]] = []
+    key, actor, policy_version = read_origin(data, start, end, columns=places)
     try:
         columns: dict[str, np.ndarray] = {}
         room = limits.max_episode_bytes
-        for field, a, b in read_fields(data, start, end):
-            if field != _COLUMNS:
-                continue
+        for a, b in places:
             if len(columns) == limits.max_columns:
                 raise OversizeError(f"more than {limits.max_columns} columns")
             column = read_column(data, a, b, limits)
@@ -172,8 +190,14 @@ def encode_origin(episode: Episode) -> bytes:
     return key + text_field(2, episode.actor, "actor") + int_field(3, episode.policy_version)
 
 
-def read_origin(data: Buffer, start: int, end: int) -> tuple[EpisodeKey | None, str, int]:
+def read_origin(data: Buffer, start: int, end: int, *, columns: list[tuple[int, int]] | None = None) -> tuple[EpisodeKey | None, str, int]:
     """Reads key, actor and policy version of an ``Episode`` or ``EpisodeHeader``.
+
+    Args:
+        data: the message.
+        start: where the episode or header begins in it.
+        end: where it ends.
+        columns: of an ``Episode``: is given the places of its columns, from ``data[first]`` to before ``data[last]`` each.
 
     Raises:
         CodecError: malformed. Its ``key`` is set where the key could be read before.
@@ -185,6 +209,8 @@ def read_origin(data: Buffer, start: int, end: int) -> tuple[EpisodeKey | None, 
                 if key is not None:
                     raise CodecError("more than one key in an episode, expected at most one")
                 key = _read_key(data, a, b)
+            elif field == _COLUMNS and columns is not None:
+                columns.append((a, b))
             elif field == _ACTOR:
                 actor = a, b
             elif field == _POLICY_VERSION:
@@ -216,6 +242,7 @@ def _view(data: Buffer, column: Located) -> np.ndarray:
         array = np.empty(column.spec.shape, column.spec.dtype)
     else:
         array = np.ndarray(column.spec.shape, column.spec.dtype, data, column.start)
-    array.flags.writeable = False
+    if not isinstance(data, bytes):
+        array.flags.writeable = False
     check_bool(column.spec.name, array)
     return array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from touchline_protos.episodes import (
     check_bool,
     column_spec,
     encode_add_episode,
+    encode_episodes,
     encode_origin,
     read_episode,
     read_origin,
@@ -37,12 +38,63 @@ _TABLE = tag(1, LEN)
 _EPISODE = tag(2, LEN)
 _HEADER = tag(3, LEN)
 _CHUNK = tag(4, LEN)
-_PARTS = (_EPISODE, _HEADER, _CHUNK)
+_EPISODES = tag(5, LEN)
+_PARTS = (_EPISODE, _HEADER, _CHUNK, _EPISODES)
 _HEADER_LENGTH = tag(4, VARINT)
 _HEADER_COLUMNS = tag(5, LEN)
 _CHUNK_COLUMN = tag(1, VARINT)
 _CHUNK_OFFSET = tag(2, VARINT)
 _CHUNK_DATA = tag(3, LEN)
+
+
+MAX_GROUP_EPISODES = 1024
+"""Most episodes of one message."""
+
+GROUP_BYTES = 480 << 10
+"""Size up to which small episodes share a message."""
+
+
+def encode_loads(
+    episodes: Iterable[Episode], *, table: str = "", chunk_bytes: int = 1 << 20, group_bytes: int = GROUP_BYTES
+) -> Iterator[bytes]:
+    """Iterates over the ``LoadEpisodesRequest`` messages of many episodes: small ones share a message, which costs both sides far
+    less than one for each.
+
+    Args:
+        episodes: in the order in which they go.
+        table: put into every episode's first message.
+        chunk_bytes: as for :func:`encode_load`.
+        group_bytes: largest message that several share; not more than ``chunk_bytes`` either.
+
+    Raises:
+        CodecError: as :func:`encode_load`.
+    """
+    room_bytes = min(chunk_bytes, group_bytes)
+    group: list[Episode] = []
+    group_size_bytes = 0
+    for episode in episodes:
+        size_bytes = episode.size_bytes + _most_bytes_around(episode)
+        small = size_bytes <= room_bytes
+        if group and (not small or group_size_bytes + size_bytes > room_bytes or len(group) == MAX_GROUP_EPISODES):
+            yield _encode_group(group, table)
+            group, group_size_bytes = [], 0
+        if small:
+            group.append(episode)
+            group_size_bytes += size_bytes
+        else:
+            yield from encode_load(episode, table=table, chunk_bytes=chunk_bytes)
+    if group:
+        yield _encode_group(group, table)
+
+
+def _most_bytes_around(episode: Episode) -> int:
+    """Returns an upper bound of what a message takes for an episode beside its payload."""
+    key_bytes = 4 * len(episode.key.client_id) if episode.key is not None else 0
+    return 96 + key_bytes + 4 * len(episode.actor) + sum(64 + 4 * len(name) + 10 * column.ndim for name, column in episode.columns.items())
+
+
+def _encode_group(episodes: list[Episode], table: str) -> bytes:
+    return encode_episodes(episodes, table=table, field=5) if len(episodes) > 1 else encode_add_episode(episodes[0], table=table)
 
 
 def encode_load(episode: Episode, *, table: str = "", chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
@@ -136,8 +188,30 @@ class LoadDecoder:
         """Payload of the episode in progress, as its header announced it (no more than the limit); 0 where none is."""
         return self._partial.size_bytes if self._partial is not None else 0
 
+    def feed_all(self, message: bytes) -> Iterator[Episode | CodecError]:
+        """Takes one message, which may bring several episodes.
+
+        Returns:
+            Iterates over the episodes that are complete with it, as :meth:`feed` gives them, and the errors of those that are refused. To
+            be used up before the next message.
+
+        Raises:
+            CodecError: the message as a whole is refused: the error is ``fatal``.
+        """
+        part, places = self._read_parts(message)
+        if part == _EPISODES:
+            self._end_partial()
+            return self._read_group(message, places)
+        try:
+            episode = self._feed(message, part, *places[0])
+        except CodecError as error:
+            if error.fatal:
+                raise
+            return iter((error,))
+        return iter(() if episode is None else (episode,))
+
     def feed(self, message: bytes) -> Episode | None:
-        """Takes one message.
+        """Takes one message of one part.
 
         Returns:
             The episode that is complete with it, if one is. A whole episode's columns are read-only views of the
@@ -149,13 +223,29 @@ class LoadDecoder:
                 overlap, an unfinished episode.
             OversizeError: the same, where it is over a limit.
         """
-        part, start, end = self._read_part(message)
-        if part == _CHUNK:
-            return self._feed_chunk(message, start, end)
+        part, places = self._read_parts(message)
+        if part == _EPISODES:
+            raise CodecError(f"{len(places)} episodes in a message, expected one part", key=self._abandon(skip=False), fatal=True)
+        return self._feed(message, part, *places[0])
+
+    def _read_group(self, message: bytes, places: list[tuple[int, int]]) -> Iterator[Episode | CodecError]:
+        for start, end in places:
+            try:
+                episode: Episode | CodecError = read_episode(message, start, end, self._limits)
+            except CodecError as error:
+                episode = error
+            yield episode
+
+    def _end_partial(self) -> None:
         if self._partial is not None:
             key = self._abandon(skip=False)
             raise CodecError("another episode begins before the last one is complete", key=key, fatal=True)
         self._skipping = False
+
+    def _feed(self, message: bytes, part: int, start: int, end: int) -> Episode | None:
+        if part == _CHUNK:
+            return self._feed_chunk(message, start, end)
+        self._end_partial()
         if part == _EPISODE:
             return read_episode(message, start, end, self._limits)
         self._skipping = True
@@ -163,23 +253,28 @@ class LoadDecoder:
         self._skipping = False
         return self._finish()
 
-    def _read_part(self, message: bytes) -> tuple[int, int, int]:
-        parts = []
+    def _read_parts(self, message: bytes) -> tuple[int, list[tuple[int, int]]]:
+        """Returns which part a message has, and where it is; several places for episodes that share it."""
+        places: list[tuple[int, int]] = []
+        kinds: list[int] = []
         table = ""
         try:
             for key, a, b in read_fields(message, 0, len(message)):
                 if key in _PARTS:
-                    parts.append((key, a, b))
+                    kinds.append(key)
+                    places.append((a, b))
                 elif key == _TABLE:
                     table = read_text(message, a, b, "table", max_chars=self._limits.max_name_chars)
-            if len(parts) != 1:
-                raise CodecError(f"{len(parts)} parts in a message, expected one of episode, header and chunk")
+            if not kinds or (len(kinds) > 1 and set(kinds) != {_EPISODES}):
+                raise CodecError(f"{len(kinds)} parts in a message, expected one of episode, header, chunk and episodes")
+            if len(places) > MAX_GROUP_EPISODES:
+                raise OversizeError(f"{len(places)} episodes in a message, expected at most {MAX_GROUP_EPISODES}")
         except CodecError as error:
             error.key, error.fatal = self._abandon(skip=False), True
             raise
         if self._table is None:
             self._table = table
-        return parts[0]
+        return kinds[0], places
 
     def _feed_chunk(self, message: bytes, start: int, end: int) -> Episode | None:
         if self._skipping:

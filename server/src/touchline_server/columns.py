@@ -105,6 +105,11 @@ class Columns:
         return "disk" if self.on_disk else str(self.device)
 
     @property
+    def in_host_memory(self) -> bool:
+        """Whether writing is a copy in memory alone."""
+        return self._arrays is not None and not self.on_disk
+
+    @property
     def size_bytes(self) -> int:
         """Bytes allocated."""
         return self.capacity * self.schema.row_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -20,6 +20,8 @@ from touchline_server.status import shorten
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
 
+
+_COUNTS = [field.name for field in fields(Counts)]
 
 M = TypeVar("M", bound=Message)
 
@@ -49,7 +51,7 @@ async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterato
 
 def counts(figures: Counts) -> pb.Counts:
     """Returns the figures of a table as a message."""
-    return pb.Counts(**asdict(figures))
+    return pb.Counts(**{name: getattr(figures, name) for name in _COUNTS})
 
 
 def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:

@@ -5,11 +5,9 @@ adding and sampling do not wait for each other's turn and a client costs no thre
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -17,7 +15,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
-from touchline_protos.codec import CodecError, CodecLimits, EpisodeKey, LoadDecoder, OversizeError, decode_add_episode
+from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, LoadDecoder, OversizeError, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import messages
 from touchline_server.buffer import ReplayBuffer, SampleSpec
@@ -34,18 +32,18 @@ from touchline_server.errors import (
     UnknownTableError,
 )
 from touchline_server.feeding import RingHouse
+from touchline_server.intake import EpisodeIntake, Taken
 from touchline_server.limits import Assembling, Budgets, Loan
 from touchline_server.reading import EpisodeReader
 from touchline_server.sending import EpisodeFrames
 from touchline_server.session import SampleSession
 from touchline_server.sharing import AddGate
 from touchline_server.status import abort
-from touchline_server.store import Stored
 from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
 
 if TYPE_CHECKING:
-    from touchline_server.durable import Receipt
+    pass
 
 SERVICE_NAME = "touchline.v1.Replay"
 
@@ -75,6 +73,7 @@ class ReplayService:
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
         self._rings = RingHouse(buffer)
         self._gate = AddGate(self._limits.sample_share)
+        self._intake = EpisodeIntake(buffer, self._adding, self._gate)
         self._streams = 0
         self._calls = 0
         self._draining = False
@@ -158,61 +157,37 @@ class ReplayService:
     async def _on(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
-    async def _store(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Does what stores episodes on the adding threads, in its turn."""
-        cost_s = 0.0
-
-        def timed() -> T:
-            nonlocal cost_s
-            begin = time.thread_time()
-            try:
-                return work(*arguments)
-            finally:
-                cost_s = time.thread_time() - begin
-
-        await self._gate.admit()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._adding, timed)
-        finally:
-            self._gate.charge(cost_s)
-
     async def _add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
-        stored = await self._committed(await self._store(self._add, message))
-        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts))
-
-    async def _committed(self, stored: Stored | Receipt) -> Stored:
-        """Waits for the durable store, where there is one, without a thread."""
-        if isinstance(stored, Stored):
-            return stored
-        try:
-            return await asyncio.wrap_future(stored)
-        finally:
-            if stored.done():
-                self._gate.charge(stored.cost_s)
-
-    def _add(self, message: bytes) -> Stored | Receipt:
-        try:
+        def decode(message: bytes) -> tuple[Episode]:
             table, episode = decode_add_episode(message, limits=self._codec_limits)
-        except CodecError as error:
-            self._buffer.store.count_refused(str(error))
-            raise
-        _check_table(table)
-        return self._buffer.submit_episode(episode)
+            _check_table(table)
+            return (episode,)
+
+        (taken,) = await self._intake.take(message, decode)
+        stored = await self._intake.stored(taken)
+        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts))
 
     async def _load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
         decoder = LoadDecoder(self._codec_limits)
-        answers: list[pb.EpisodeResult | _Submitted] = []
+        answers: list[pb.EpisodeResult | Taken] = []
+
+        def decode(message: bytes) -> Iterator[Episode | CodecError]:
+            episodes = decoder.feed_all(message)
+            _check_table(decoder.table)
+            return episodes
+
         with self._stream():
             async with Assembling(self._budgets, decoder) as assembling:
                 while (message := await assembling.receive(requests)) is not None:
-                    if len(answers) == MAX_LOAD_RESULTS:
+                    if len(answers) >= MAX_LOAD_RESULTS:
                         raise TooLargeError(
                             f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
                         )
-                    answer = await self._store(self._load, decoder, message)
+                    answers += [
+                        _refused(taken.key, taken.outcome) if isinstance(taken.outcome, CodecError | ReplayError) else taken
+                        for taken in await self._intake.take(message, decode)
+                    ]
                     del message  # its room is given back
-                    if answer is not None:
-                        answers.append(answer)
                     await assembling.settle()
         # Episodes of one call that wait for the disk share its fsync.
         results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
@@ -222,30 +197,13 @@ class ReplayService:
             raise error
         return pb.LoadEpisodesResponse(results=results, counts=messages.counts(self._buffer.counts()))
 
-    def _load(self, decoder: LoadDecoder, message: bytes) -> pb.EpisodeResult | _Submitted | None:
+    async def _result(self, taken: Taken) -> pb.EpisodeResult:
         try:
-            episode = decoder.feed(message)
-        except CodecError as error:
-            self._buffer.store.count_refused(str(error))
-            if error.fatal:
-                raise
-            outcome = pb.EpisodeResult.OUTCOME_TOO_LARGE if isinstance(error, OversizeError) else pb.EpisodeResult.OUTCOME_INVALID
-            return messages.refusal(error.key, outcome, str(error))
-        _check_table(decoder.table)
-        if episode is None:
-            return None
-        try:
-            return _Submitted(episode.key, self._buffer.submit_episode(episode))
+            stored = await self._intake.stored(taken)
         except ReplayError as error:
-            return _refused(episode.key, error)
-
-    async def _result(self, submitted: _Submitted) -> pb.EpisodeResult:
-        try:
-            stored = await self._committed(submitted.stored)
-        except ReplayError as error:
-            return _refused(submitted.key, error)
+            return _refused(taken.key, error)
         outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
-        return pb.EpisodeResult(key=messages.key(submitted.key), outcome=outcome, episode_id=stored.episode_id)
+        return pb.EpisodeResult(key=messages.key(taken.key), outcome=outcome, episode_id=stored.episode_id)
 
     async def _sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         spec = self._spec(request)
@@ -383,22 +341,17 @@ class ReplayService:
             self._streams -= 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    """An episode of a load that was handed to the store."""
-
-    key: EpisodeKey | None
-    stored: Stored | Receipt
-
-
-_OUTCOME_OF: dict[type[ReplayError], pb.EpisodeResult.Outcome] = {
+_OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
+    OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
+    CodecError: pb.EpisodeResult.OUTCOME_INVALID,
     InvalidEpisodeError: pb.EpisodeResult.OUTCOME_INVALID,
     KeyConflictError: pb.EpisodeResult.OUTCOME_KEY_CONFLICT,
     TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
 }
+"""Of what is an episode's own fault; the first that fits."""
 
 
-def _refused(key: EpisodeKey | None, error: ReplayError) -> pb.EpisodeResult:
+def _refused(key: EpisodeKey | None, error: CodecError | ReplayError) -> pb.EpisodeResult:
     """Returns the result of an episode of a load that was refused; an error that is not the episode's own ends the call."""
     for kind, outcome in _OUTCOME_OF.items():
         if isinstance(error, kind):

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,7 @@ class EpisodeStore:
             incoming=config.sampling.row_convention == "incoming",
             allow_non_finite=config.storage.allow_non_finite,
         )
-        self.write_lock: AbstractContextManager[bool] = threading.RLock()
+        self.write_lock = threading.RLock()
         """Held by whoever changes what is stored; reentrant. Sampling does not need it."""
         self._lock = threading.Lock()
         self._pins = Pins(self._lock)
@@ -177,6 +177,28 @@ class EpisodeStore:
             The answer, or what will hold the answer or the error; until then the episode's arrays must stay as they are.
         """
         return self.add(episode) if self._committer is None else self._committer.submit(episode)
+
+    def add_at_once(self, episode: Episode) -> Stored | None:
+        """Stores an episode as :meth:`add` does, from a thread that must not wait: an event loop's.
+
+        Returns:
+            None, and nothing was done, where it would have to wait: for another that adds, for gathers under way, for the disk, for a
+            device, or for the columns to be allocated.
+
+        Raises:
+            ReplayError: as :meth:`add`.
+        """
+        if self._committer is not None or self._columns is None or not self._columns.in_host_memory:
+            return None
+        if not self.write_lock.acquire(blocking=False):
+            return None
+        try:
+            with self._lock:
+                if self._pins:
+                    return None
+            return self.add(episode)
+        finally:
+            self.write_lock.release()
 
     def attach(self, committer: GroupCommitter) -> None:
         """Has everything that is added from now on go through a durable store."""

@@ -133,16 +133,18 @@ class AddEpisodeResponse(_message.Message):
     def __init__(self, episode_id: _Optional[int] = ..., duplicate: bool = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
 
 class LoadEpisodesRequest(_message.Message):
-    __slots__ = ("table", "episode", "header", "chunk")
+    __slots__ = ("table", "episodes", "episode", "header", "chunk")
     TABLE_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_FIELD_NUMBER: _ClassVar[int]
     EPISODE_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     table: str
+    episodes: _containers.RepeatedCompositeFieldContainer[Episode]
     episode: Episode
     header: EpisodeHeader
     chunk: ColumnChunk
-    def __init__(self, table: _Optional[str] = ..., episode: _Optional[_Union[Episode, _Mapping]] = ..., header: _Optional[_Union[EpisodeHeader, _Mapping]] = ..., chunk: _Optional[_Union[ColumnChunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, table: _Optional[str] = ..., episodes: _Optional[_Iterable[_Union[Episode, _Mapping]]] = ..., episode: _Optional[_Union[Episode, _Mapping]] = ..., header: _Optional[_Union[EpisodeHeader, _Mapping]] = ..., chunk: _Optional[_Union[ColumnChunk, _Mapping]] = ...) -> None: ...
 
 class EpisodeHeader(_message.Message):
     __slots__ = ("key", "actor", "policy_version", "length", "columns")
