@@ -10,6 +10,13 @@ from benchmarks.pacing import ready_tags
 from benchmarks.protocol import serve
 from benchmarks.workloads import WORKLOADS, Content
 from touchline import ReplayClient
+from touchline_protos.codec import Episode
+
+TOGETHER_EPISODES = 16
+"""Most episodes of one call, flat out."""
+
+TOGETHER_BYTES = 4 << 20
+"""Payload of one call, unless one episode alone has more."""
 
 
 class Actor:
@@ -34,6 +41,7 @@ class Actor:
         size = content.workload.row_bytes * content.workload.max_length
         self._client = ReplayClient(address, actor=f"actor-{number}", timeout_s=60.0)
         self._episodes = [(tag, content.episode(tag)) for tag in ready_tags(number, episode_bytes=size)]
+        self._together = max(1, min(TOGETHER_EPISODES, TOGETHER_BYTES // size))
 
     def fill(self, *, address: str, workload: str, rows: int) -> int:
         """Fills a server with the first episodes of a workload; returns how many steps."""
@@ -45,12 +53,19 @@ class Actor:
                 steps += int(content.length(tag))
         return steps
 
-    def start(self, *, steps_per_s: float) -> None:
-        """Begins to add, at this pace or, for 0, flat out."""
+    def start(self, *, steps_per_s: float, one_by_one: bool = False) -> None:
+        """Begins to add.
+
+        Args:
+            steps_per_s: the pace; 0 is flat out.
+            one_by_one: flat out, each episode has a call of its own, and the next waits for its answer; else several share a call, as
+                those that wait in an ``EpisodeWriter`` do.
+        """
         self._stopping.clear()
         self._steps = 0
         self._begin = time.perf_counter()
-        self._thread = threading.Thread(target=self._work, args=(steps_per_s,), daemon=True)
+        together = 1 if steps_per_s or one_by_one else self._together
+        self._thread = threading.Thread(target=self._work, args=(steps_per_s, together), daemon=True)
         self._thread.start()
 
     def stop(self) -> dict[str, float]:
@@ -66,19 +81,23 @@ class Actor:
             raise self._failure
         return {"steps_per_s": self._steps / (time.perf_counter() - self._begin)}
 
-    def insert(self, *, seconds: float) -> dict[str, float]:
+    def insert(self, *, seconds: float, one_by_one: bool = False) -> dict[str, float]:
         """Adds flat out for so long; returns the acknowledged ``steps_per_s`` and this process's ``cpu_s`` a step."""
         before = time.process_time()
-        self.start(steps_per_s=0.0)
+        self.start(steps_per_s=0.0, one_by_one=one_by_one)
         self._stopping.wait(seconds)
         result = self.stop()
         return {**result, "cpu_s": (time.process_time() - before) / max(self._steps, 1)}
 
-    def _work(self, steps_per_s: float) -> None:
+    def _work(self, steps_per_s: float, together: int) -> None:
         try:
             due = time.perf_counter()
             number = 0
             while not self._stopping.is_set():
+                if together > 1:
+                    self._steps += self._add_together(number, together)
+                    number += together
+                    continue
                 tag, episode = self._episodes[number % len(self._episodes)]
                 if steps_per_s:
                     # An actor has played an episode before it adds it; one that is late does not make up for it by a burst.
@@ -90,6 +109,18 @@ class Actor:
                 number += 1
         except BaseException as error:
             self._failure = error
+
+    def _add_together(self, first: int, count: int) -> int:
+        """Adds so many of the episodes in one call and returns how many steps are acknowledged."""
+        episodes = []
+        for number in range(first, first + count):
+            tag, columns = self._episodes[number % len(self._episodes)]
+            episodes.append(Episode(columns, key=self._client.next_key(), actor=self._client.actor, policy_version=tag))
+        for results in self._client.deliver_all((episode.key, episode) for episode in episodes):
+            for result in results:
+                if result.error is not None:
+                    raise result.error
+        return sum(episode.length for episode in episodes)
 
     def methods(self) -> dict[str, Any]:
         """Returns what the driver may call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from benchmarks.protocol import Worker, cpu_seconds, resident_bytes
 from benchmarks.rounds import Slice, Subject
@@ -50,13 +51,13 @@ class Troupe:
 
         return loaded
 
-    def insert(self, *, server_pid: int) -> Callable[[float], Slice]:
-        """Returns what has all actors add flat out, and nobody sample."""
+    def insert(self, *, server_pid: int, **options: Any) -> Callable[[float], Slice]:
+        """Returns what has all actors add flat out, with their own ``options``, and nobody sample."""
 
         def inserting(seconds: float) -> Slice:
             before = cpu_seconds(server_pid)
             for worker in self._workers:
-                worker.send("insert", seconds=seconds)
+                worker.send("insert", seconds=seconds, **options)
             results = [worker.receive() for worker in self._workers]
             steps_per_s = sum(result["steps_per_s"] for result in results)
             server_cpu_s = (cpu_seconds(server_pid) - before) / max(steps_per_s * seconds, 1.0)

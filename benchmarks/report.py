@@ -130,7 +130,8 @@ def _inserts_table(sections: Sections) -> str:
                 rate = _of(sections, section, subject, "steps_per_s")
                 own, server = (_of(sections, section, subject, key).median * 1e6 for key in ("cpu_s", "server_cpu_s"))
                 theirs = subject.startswith("reverb")
-                who, actors = ("Reverb's best writer", "4") if theirs else ("Touchline", subject.rpartition("-")[2])
+                ours = "Touchline, a call for each episode" if subject.startswith("add-") else "Touchline"
+                who, actors = ("Reverb's best writer", "4") if theirs else (ours, subject.rpartition("-")[2])
                 lines.append(
                     f"| {section} | {who} | {actors} | {short(rate.median)} | {short(rate.low)} to {short(rate.high)} "
                     f"| {own:.2f} | {server:.2f} |"

@@ -86,6 +86,7 @@ def state_section(stage: Stage, effort: Effort, findings: Findings, run: Run) ->
             subjects.append(Subject(f"{path}-{load}", loaded, effort.seconds))
     for actors in (1, 4, 8):
         subjects.append(Subject(f"insert-{actors}", crowd.first(actors).insert(server_pid=server.pid), effort.seconds))
+    subjects.append(Subject("add-4", four.insert(server_pid=server.pid, one_by_one=True), effort.seconds))
     section = Section("W1", subjects, effort.rounds)
     run(section)
     findings.record(section)

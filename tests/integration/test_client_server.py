@@ -26,6 +26,7 @@ from touchline import (
     TooLargeError,
     UnacknowledgedError,
 )
+from touchline_protos.codec import Episode
 from touchline_protos.dtypes import BFLOAT16
 from touchline_server import Config
 from touchline_server.app import ServerThread
@@ -157,6 +158,26 @@ def test_load_with_refused_episodes_stores_the_others(client: ReplayClient) -> N
 
     assert [type(result.error) for result in caught.value.results] == [type(None), InvalidEpisodeError, InvalidEpisodeError, type(None)]
     assert client.num_eps == 2
+
+
+@pytest.mark.parametrize("rows", [8, 40_000], ids=["small", "in chunks"])
+def test_deliver_all_answers_for_each_episode_in_order_and_may_be_repeated(rows: int) -> None:
+    sizes = [8, rows, 8, 9]
+    config = Config(config={"buffer_size": 100_000}, storage={"device": "cpu"}, server={"port": 0})
+    with ServerThread(config) as server, ReplayClient(server.address) as client:
+        episodes = [Episode(_episode(number, size), key=client.next_key()) for number, size in enumerate(sizes)]
+        episodes[2].columns["reward"] = episodes[2].columns["reward"][:-1]
+
+        (results,), (again,) = (list(client.deliver_all((episode.key, episode) for episode in episodes)) for _ in range(2))
+
+        assert [result.key for result in results] == [episode.key for episode in episodes]
+        assert [result.episode_id for result in results if result.error is None] == [0, 1, 2]
+        assert isinstance(results[2].error, InvalidEpisodeError)
+        assert [result.duplicate for result in again] == [True, True, False, True]
+        assert client.counts().episodes_added == 3
+        for entry, number in zip(server.buffer.store.entries(), (0, 1, 3), strict=True):
+            stored = server.buffer.store.read(entry)
+            assert all(np.array_equal(stored[name], column) for name, column in episodes[number].columns.items())
 
 
 def test_key_makes_adding_idempotent_and_conflicts_are_seen(client: ReplayClient) -> None:

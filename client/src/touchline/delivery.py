@@ -153,7 +153,7 @@ class Delivery:
         results: list[EpisodeResult] = []
         counts: Counts | None = None
         try:
-            for part, latest in self.send(episodes, timeout_s=timeout_s):
+            for part, latest in self.send(episodes, timeout_s=timeout_s, max_bytes=MAX_LOAD_BYTES):
                 results += part
                 counts = latest or counts
                 if progress is not None:
