@@ -31,6 +31,11 @@ class Pins:
             del self._pins[generation]
             self._unpinned.notify_all()
 
+    @property
+    def held(self) -> bool:
+        """Whether anybody reads."""
+        return bool(self._pins)
+
     def retire(self) -> None:
         """Notes that rows became free, which readers from before this moment may still read."""
         self._generation += 1

@@ -194,7 +194,7 @@ class EpisodeStore:
             return None
         try:
             with self._lock:
-                if self._pins:
+                if self._pins.held:
                     return None
             return self.add(episode)
         finally:
