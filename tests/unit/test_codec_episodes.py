@@ -20,6 +20,7 @@ from touchline_protos.codec import (
     decode_add_episode,
     encode_add_episode,
 )
+from touchline_protos.tensors import ALIGNMENT, TensorSpec, tensor_field
 from touchline_protos.v1 import replay_pb2 as pb
 
 
@@ -76,6 +77,17 @@ def test_length_boundaries_are_read_by_the_generated_class(size: int) -> None:
 
     assert same_episode(from_proto(pb.AddEpisodeRequest.FromString(message).episode), episode)
     assert same_episode(decode_add_episode(message)[1], episode)
+
+
+@pytest.mark.parametrize("boundary", [1 << 7, 1 << 14, 1 << 21])
+def test_payload_is_aligned_also_where_two_lengths_grow_with_the_padding(boundary: int) -> None:
+    for name_chars in range(1, 25):
+        for size in range(max(boundary - 70, 1), boundary + 10):
+            for phase in range(ALIGNMENT):
+                spec = TensorSpec("n" * name_chars, np.dtype("u1"), (size,))
+                field = tensor_field.__wrapped__(4, spec, phase, True, True)
+
+                assert (phase + len(field)) % ALIGNMENT == 0
 
 
 def test_decoded_columns_are_read_only_views_of_the_message() -> None:

@@ -177,8 +177,9 @@ def tensor_field(number: int, spec: TensorSpec, phase: int, column: bool, with_d
     field = assemble(0)
     if not size:
         return field
-    # A padding field takes at least 2 bytes, and may lengthen the lengths around it by a byte each.
-    return next(aligned for padding in (0, *range(2, 2 * ALIGNMENT + 4)) if (phase + len(aligned := assemble(padding))) % ALIGNMENT == 0)
+    # A padding field takes at least 2 bytes, and may lengthen the two lengths around it by a byte each: either may leap over the size that
+    # would have been aligned, so that only the third one is certain.
+    return next(aligned for padding in (0, *range(2, 3 * ALIGNMENT + 4)) if (phase + len(aligned := assemble(padding))) % ALIGNMENT == 0)
 
 
 def frame_tensors(number: int, specs: Sequence[TensorSpec], at: int, *, column: bool, with_data: bool) -> Frame:
