@@ -202,7 +202,8 @@ def read_origin(data: Buffer, start: int, end: int, *, columns: list[tuple[int, 
     Raises:
         CodecError: malformed. Its ``key`` is set where the key could be read before.
     """
-    key, actor, policy_version = None, None, 0
+    key, actor, policy_version = None, "", 0
+    fault: CodecError | None = None
     try:
         for field, a, b in read_fields(data, start, end):
             if field == _KEY:
@@ -212,14 +213,18 @@ def read_origin(data: Buffer, start: int, end: int, *, columns: list[tuple[int, 
             elif field == _COLUMNS and columns is not None:
                 columns.append((a, b))
             elif field == _ACTOR:
-                actor = a, b
+                try:
+                    actor = read_text(data, a, b, "actor", max_chars=MAX_ID_CHARS)
+                except CodecError as error:
+                    fault = fault or error  # told once the key is known
             elif field == _POLICY_VERSION:
                 policy_version = to_int64(a)
-        name = read_text(data, *actor, "actor", max_chars=MAX_ID_CHARS) if actor else ""
+        if fault is not None:
+            raise fault
     except CodecError as error:
         error.key = key
         raise
-    return key, name, policy_version
+    return key, actor, policy_version
 
 
 def _read_key(data: Buffer, start: int, end: int) -> EpisodeKey:

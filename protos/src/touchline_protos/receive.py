@@ -33,7 +33,8 @@ _ACTOR_NAME = tag(2, LEN)
 _GROUP = tag(1, LEN)
 _CHUNK = tag(2, LEN)
 _RING = tag(3, LEN)
-_FRAMES = (_GROUP, _CHUNK, _RING)
+_ACTOR_NAMES = tag(4, LEN)
+_FRAMES = (_GROUP, _CHUNK, _RING, _ACTOR_NAMES)
 _CHUNK_HEADER = tag(1, LEN)
 _CHUNK_SIZE = tag(2, VARINT)
 _CHUNK_OFFSET = tag(3, VARINT)
@@ -131,6 +132,10 @@ class BatchDecoder:
                 raise CodecError("a ring setup, which was not asked for")
             if frame[0] == _CHUNK:
                 return self._feed_chunk(message, frame[1], frame[2])
+            if frame[0] == _ACTOR_NAMES:
+                told = read_fields(message, frame[1], frame[2], max_fields=_MAX_BATCH_FIELDS)
+                self._learn(dict(_read_actor(message, a, b) for key, a, b in told if key == _FIELD_1))
+                return []
             batches = [(a, b) for key, a, b in read_fields(message, frame[1], frame[2]) if key == _FIELD_1]
             plan = _remember(self._group_plans, message, batches)
         if self._partial is not None:

@@ -22,7 +22,11 @@ MAX_FIELDS = 1 << 12
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 """Protobuf's own limit of a message."""
 
-_MAX_GROUP_DEPTH = 100
+MAX_SHORT_VARINT = 5
+"""Bytes of a tag or a length, however it is stretched; protobuf refuses longer ones too."""
+
+# Protobuf stops at 100 levels of groups and messages together, and a group may stand in a message within messages.
+_MAX_GROUP_DEPTH = 64
 _MAX_TAG = (1 << 32) - 1
 _UINT64 = (1 << 64) - 1
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
@@ -80,25 +84,30 @@ def text_field(number: int, text: str, what: str) -> bytes:
         raise CodecError(f"{what}: {text!r} has no UTF-8 form ({error.reason})") from None
 
 
-def read_varint(data: Buffer, position: int, end: int) -> tuple[int, int]:
+def read_varint(data: Buffer, position: int, end: int, *, max_bytes: int = 10) -> tuple[int, int]:
     """Reads an unsigned varint.
+
+    Args:
+        data: the message.
+        position: of its first byte.
+        end: of what may be read.
+        max_bytes: that it may take, from 1 to 10.
 
     Returns:
         The value in 0..2**64-1 and the position after it.
 
     Raises:
-        CodecError: the message ends within it, or it is longer than ten bytes.
+        CodecError: the message ends within it, or it is longer than ``max_bytes``.
     """
     value = shift = 0
-    for index in range(position, min(position + 10, end)):
+    for index in range(position, min(position + max_bytes, end)):
         byte = data[index]
         value |= (byte & 127) << shift
         if byte < 128:
             return value & _UINT64, index + 1
         shift += 7
-    raise CodecError(
-        f"malformed message: varint at byte {position} " + ("is cut off" if end - position < 10 else "is longer than 10 bytes")
-    )
+    fault = "is cut off" if end - position < max_bytes else f"is longer than {max_bytes} bytes"
+    raise CodecError(f"malformed message: varint at byte {position} {fault}")
 
 
 def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIELDS) -> Iterator[tuple[int, int, int]]:
@@ -122,7 +131,7 @@ def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIE
         key = data[position]
         position += 1
         if key > 127:
-            key, position = read_varint(data, at, end)
+            key, position = read_varint(data, at, end, max_bytes=MAX_SHORT_VARINT)
         kind = key & 7
         if key < 8 or key > _MAX_TAG:
             raise CodecError(f"malformed message: tag {key} at byte {at} has no valid field number")
@@ -131,7 +140,7 @@ def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIE
                 value = data[position]
                 position += 1
             else:
-                value, position = read_varint(data, position, end)
+                value, position = read_varint(data, position, end, max_bytes=MAX_SHORT_VARINT if kind == LEN else 10)
             if kind == VARINT:
                 yield key, value, 0
                 continue
@@ -160,7 +169,7 @@ def _skip_group(data: Buffer, position: int, end: int, number: int) -> int:
         budget -= 1
         if budget < 0 or len(open_groups) > _MAX_GROUP_DEPTH:
             raise OversizeError("malformed message: a group with too many fields or levels")
-        key, position = read_varint(data, position, end)
+        key, position = read_varint(data, position, end, max_bytes=MAX_SHORT_VARINT)
         kind = key & 7
         if key < 8 or key > _MAX_TAG:
             raise CodecError(f"malformed message: tag {key} in a group has no valid field number")
@@ -174,7 +183,7 @@ def _skip_group(data: Buffer, position: int, end: int, number: int) -> int:
         elif kind in (LEN, FIXED64, FIXED32):
             size = 8 if kind == FIXED64 else 4
             if kind == LEN:
-                size, position = read_varint(data, position, end)
+                size, position = read_varint(data, position, end, max_bytes=MAX_SHORT_VARINT)
             position += size
         else:
             raise CodecError(f"malformed message: field {key >> 3} in a group has wire type {kind}")
