@@ -87,6 +87,12 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
         assert time.monotonic() < end, f"{what}: not within {DEADLINE_S} s"
 
 
+def resident_bytes(process_id: int) -> int:
+    """Returns the memory that a process occupies, without what it shares through files."""
+    status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
+
+
 class Refusal:
     """What a refused call answered."""
 
@@ -243,6 +249,11 @@ class ServerProcess:
         """Threads that it has now."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads:"))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that it occupies now."""
+        return resident_bytes(self.process.pid)
 
     @property
     def open_files(self) -> int:

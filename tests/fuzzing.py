@@ -1,0 +1,465 @@
+"""Targets for fuzzing: what takes bytes from the network, each held against protobuf's own parser and the rules of the .proto, written
+here a second time. A target gets an input and raises, with anything but what it stands for, if the input is read wrongly.
+
+An input is bytes. Where a target reads a stream, the input is several messages, each after its length in two bytes (:func:`frame`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import struct
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from touchline_protos import Batch
+from touchline_protos.codec import (
+    BatchDecoder,
+    CodecError,
+    CodecLimits,
+    Episode,
+    LoadDecoder,
+    decode_add_episode,
+)
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server import Config, ReplayBuffer, ReplayError
+from touchline_server.limits import Budgets
+from touchline_server.service import SERVICE_NAME, ReplayService
+from touchline_server.store import Stored
+
+Target = Callable[[bytes], bool]
+"""Returns whether anything of the input was accepted."""
+
+CAPACITY = 64
+LIMITS = CodecLimits(max_episode_bytes=1 << 16)
+MAX_BATCH_BYTES = 1 << 16
+ITEM_BYTES = {1: 1, 2: 1, 3: 1, 4: 2, 5: 4, 6: 8, 7: 2, 8: 2, 9: 4, 10: 8}
+FORMATS = {1: "?", 2: "B", 3: "b", 4: "h", 5: "i", 6: "q", 7: "e", 9: "f", 10: "d"}
+_NAMES_IN_ORDER = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
+NUMPY_NAMES = dict(enumerate(_NAMES_IN_ORDER, 1))
+
+
+def frame(messages: Iterable[bytes]) -> bytes:
+    """Returns a stream's messages as one input."""
+    return b"".join(struct.pack("<H", len(message)) + message for message in messages)
+
+
+def unframe(data: bytes) -> list[bytes]:
+    """Returns the messages of an input; any bytes are one."""
+    messages, at = [], 0
+    while at + 2 <= len(data):
+        (size,) = struct.unpack_from("<H", data, at)
+        messages.append(data[at + 2 : at + 2 + size])
+        at += 2 + size
+    return messages
+
+
+def parse(kind: type[Message], data: bytes) -> Any:
+    """Returns what protobuf reads, None where it refuses."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
+# The rules, a second time.
+
+
+def dtype_number(array: np.ndarray) -> int:
+    name = "bfloat16" if array.dtype.kind == "V" else array.dtype.name
+    return next(number for number, known in NUMPY_NAMES.items() if known == name)
+
+
+def assert_tensor(array: np.ndarray, tensor: Any) -> None:
+    """An array is what protobuf read: element type, shape and bytes."""
+    assert dtype_number(array) == tensor.dtype
+    assert array.dtype.isnative and list(array.shape) == list(tensor.shape)
+    assert array.tobytes() == tensor.data
+
+
+def assert_well_formed(name: str, dtype: int, shape: list[int], data: bytes) -> None:
+    assert 1 <= len(name) <= 256
+    assert dtype in ITEM_BYTES
+    assert len(shape) <= 16 and all(size >= 0 for size in shape)
+    assert len(data) == math.prod(shape) * ITEM_BYTES[dtype]
+
+
+def assert_origin(episode: Episode, message: Any) -> None:
+    key = message.key if message.HasField("key") else None
+    assert (key is None) == (episode.key is None)
+    if key is not None and episode.key is not None:
+        assert (episode.key.client_id, episode.key.incarnation, episode.key.sequence) == (key.client_id, key.incarnation, key.sequence)
+        assert 1 <= len(key.client_id) <= 128
+    assert (episode.actor, episode.policy_version) == (message.actor, message.policy_version)
+    assert len(message.actor) <= 128
+
+
+def assert_episode(episode: Episode, message: pb.Episode) -> None:
+    """An episode that was accepted is what protobuf read, and well-formed by the .proto."""
+    assert_origin(episode, message)
+    assert list(episode.columns) == [column.name for column in message.columns]
+    assert len(episode.columns) == len(message.columns) <= 256
+    assert sum(len(column.tensor.data) for column in message.columns) <= LIMITS.max_episode_bytes
+    for column in message.columns:
+        assert_well_formed(column.name, column.tensor.dtype, list(column.tensor.shape), column.tensor.data)
+        assert_tensor(episode.columns[column.name], column.tensor)
+        if column.tensor.dtype == pb.DTYPE_BOOL:
+            assert set(column.tensor.data) <= {0, 1}
+
+
+def finite(dtype: int, data: bytes) -> bool:
+    if dtype == pb.DTYPE_BFLOAT16:
+        return all(bits & 0x7F80 != 0x7F80 for (bits,) in struct.iter_unpack("<H", data))
+    if dtype in (pb.DTYPE_FLOAT16, pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT64):
+        return all(math.isfinite(value) for (value,) in struct.iter_unpack("<" + FORMATS[dtype], data))
+    return True
+
+
+def assert_storable(message: pb.Episode, schema: dict[str, tuple[int, list[int]]] | None) -> None:
+    """An episode that was stored keeps the rules of a table under the row convention ``incoming``."""
+    columns = {column.name: column.tensor for column in message.columns}
+    assert all(name.isprintable() and "" not in name.split(".") for name in columns)
+    assert not any(name in ("episode", "index") or name.startswith("provenance.") for name in columns)
+    assert not any(other.startswith(f"{name}.") for name in columns for other in columns)
+    assert "action" in columns and "reward" in columns
+    assert any(name == "obs" or name.startswith("obs.") for name in columns)
+    (rows,) = {tensor.shape[0] for tensor in columns.values()}
+    assert 1 <= rows <= CAPACITY
+    for name in {"reward", "done", "task"} & columns.keys():
+        assert list(columns[name].shape[1:]) in ([], [1])
+    for name, tensor in columns.items():
+        row_bytes = len(tensor.data) // rows
+        if name == "obs" or name.startswith("obs."):
+            assert finite(tensor.dtype, tensor.data)
+        elif name in ("action", "reward", "done"):
+            assert finite(tensor.dtype, tensor.data[row_bytes:])
+    if schema is not None:
+        assert {name: (tensor.dtype, list(tensor.shape[1:])) for name, tensor in columns.items()} == schema
+
+
+class FuzzedStore:
+    """A small buffer that takes whatever the decoders accept.
+
+    Args:
+        clear_every: episodes after which it is emptied, so that the next one fixes another schema.
+    """
+
+    def __init__(self, *, clear_every: int = 50) -> None:
+        self._clear_every = clear_every
+        self.buffer = ReplayBuffer(
+            Config(config={"buffer_size": CAPACITY, "batch_size": 4, "min_history": 0, "horizon": 3}, storage={"device": "cpu"})
+        )
+        self.accepted = 0
+        self._schema: dict[str, tuple[int, list[int]]] | None = None
+
+    def take(self, episode: Episode, message: pb.Episode) -> None:
+        """Stores an episode or sees it refused; what was stored keeps the rules and is there as it was."""
+        before = self.buffer.counts()
+        try:
+            stored = self.buffer.submit_episode(episode)
+        except ReplayError as error:
+            assert str(error)
+            after = self.buffer.counts()
+            assert (after.episodes_added, after.steps_stored) == (before.episodes_added, before.steps_stored)
+            return
+        assert isinstance(stored, Stored)
+        if stored.duplicate:
+            assert self.buffer.counts().episodes_added == before.episodes_added
+            return
+        assert_storable(message, self._schema)
+        entry = self.buffer.store.entries()[-1]
+        assert int(entry[0]) == stored.episode_id and self.buffer.counts().steps_stored <= CAPACITY
+        assert self.buffer.store.actor_name(int(entry[3])) == message.actor
+        found = self.buffer.store.read(entry)
+        assert found.keys() == {column.name for column in message.columns}
+        for column in message.columns:
+            assert_tensor(found[column.name], column.tensor)
+        self.accepted += 1
+        self._schema = {column.name: (column.tensor.dtype, list(column.tensor.shape[1:])) for column in message.columns}
+        if self.accepted % self._clear_every == 0:
+            self.buffer.clear()
+            self._schema = None
+
+
+# The targets.
+
+
+def adding(store: FuzzedStore) -> Target:
+    """AddEpisodeRequest: decoder and store."""
+
+    def target(data: bytes) -> bool:
+        reference = parse(pb.AddEpisodeRequest, data)
+        try:
+            table, episode = decode_add_episode(data, limits=LIMITS)
+        except CodecError as error:
+            assert str(error)
+            return False
+        assert reference is not None, "protobuf refuses it"
+        assert table == reference.table and len(table) <= 256
+        assert_episode(episode, reference.episode)
+        store.take(episode, reference.episode)
+        return True
+
+    return target
+
+
+class _Assembler:
+    """Puts the episodes of a load together, by protobuf's reading and as the .proto says."""
+
+    def __init__(self) -> None:
+        self._header: Any = None
+        self._data: list[bytes] = []
+
+    @property
+    def in_progress(self) -> bool:
+        return self._header is not None
+
+    def give_up(self) -> None:
+        self._header = None
+
+    def feed(self, request: Any) -> pb.Episode | None:
+        part = request.WhichOneof("part")
+        if part == "episode":
+            assert self._header is None, "a whole episode within another's chunks"
+            return request.episode
+        if part == "header":
+            assert self._header is None, "a header within another's chunks"
+            self._header, self._data = request.header, [b""] * len(request.header.columns)
+        elif self._header is not None:
+            chunk = request.chunk
+            if chunk.data:
+                assert chunk.offset_bytes == len(self._data[chunk.column])
+                self._data[chunk.column] += chunk.data
+        return self._finish()
+
+    def _finish(self) -> pb.Episode | None:
+        header = self._header
+        if header is None:
+            return None
+        sizes = [math.prod([header.length, *spec.shape]) * ITEM_BYTES[spec.dtype] for spec in header.columns]
+        if [len(data) for data in self._data] != sizes:
+            return None
+        self._header = None
+        tensors = [
+            pb.Tensor(dtype=spec.dtype, shape=[header.length, *spec.shape], data=data)
+            for spec, data in zip(header.columns, self._data, strict=True)
+        ]
+        columns = [pb.Column(name=spec.name, tensor=tensor) for spec, tensor in zip(header.columns, tensors, strict=True)]
+        episode = pb.Episode(actor=header.actor, policy_version=header.policy_version, columns=columns)
+        if header.HasField("key"):
+            episode.key.CopyFrom(header.key)
+        return episode
+
+
+def loading(store: FuzzedStore) -> Target:
+    """A stream of LoadEpisodesRequest: decoder and store."""
+
+    def target(data: bytes) -> bool:
+        decoder, assembler, accepted = LoadDecoder(LIMITS), _Assembler(), False
+        for message in unframe(data):
+            reference = parse(pb.LoadEpisodesRequest, message)
+            try:
+                episode = decoder.feed(message)
+            except CodecError as error:
+                assert str(error)
+                assembler.give_up()
+                if error.fatal:
+                    return accepted
+                continue
+            if reference is None:
+                # What is left of a refused episode is passed over unread.
+                assert episode is None and not assembler.in_progress, "protobuf refuses it"
+                continue
+            expected = assembler.feed(reference)
+            assert (episode is None) == (expected is None)
+            if episode is not None and expected is not None:
+                accepted = True
+                assert_episode(episode, expected)
+                store.take(episode, expected)
+        return accepted
+
+    return target
+
+
+def assert_batch(batch: Batch, message: pb.Batch, names: dict[int, str]) -> None:
+    """A batch that was accepted is what protobuf read, and has the names and shapes of the .proto."""
+    columns = {column.name: column.tensor for column in message.columns}
+    assert len(columns) == len(message.columns)
+    for name, tensor in columns.items():
+        assert_well_formed(name, tensor.dtype, list(tensor.shape), tensor.data)
+    size = math.prod(message.provenance.episode_id.shape)
+    horizon = columns["reward"].shape[0]
+    for name, tensor in columns.items():
+        shape = list(tensor.shape)
+        if name == "task":
+            assert shape == [size]
+        elif name in ("reward", "done"):
+            assert shape == [horizon, size, 1]
+        else:
+            assert shape[:2] == [horizon + (name != "action"), size]
+        assert_tensor(_column(batch, name), tensor)
+    assert {"action", "reward", "done"} <= columns.keys()
+    for field, _ in message.provenance.ListFields():
+        tensor = getattr(message.provenance, field.name)
+        assert tensor.dtype == (pb.DTYPE_FLOAT64 if field.name == "probability" else pb.DTYPE_INT64)
+        assert list(tensor.shape) == [size] and size > 0
+        assert_tensor(getattr(batch, field.name), tensor)
+    assert len(message.provenance.ListFields()) == 5
+    assert dict(batch.actor_names) == names
+
+
+def _column(batch: Batch, name: str) -> np.ndarray:
+    if name == "obs" or name in ("action", "reward", "done", "task"):
+        return getattr(batch, name)
+    if not name.startswith("obs."):
+        return batch.extra[name]
+    level: Any = batch.obs
+    for part in name.split(".")[1:]:
+        level = level[part]
+    return level
+
+
+class _BodyAssembler:
+    """Puts batches together that arrive in chunks, by protobuf's reading and as the .proto says."""
+
+    def __init__(self) -> None:
+        self._header: Any = None
+        self._body = b""
+        self._size = 0
+
+    def feed(self, chunk: Any) -> pb.Batch | None:
+        if chunk.HasField("header"):
+            assert self._header is None, "a header within another batch"
+            self._header, self._body, self._size = chunk.header, b"", chunk.size_bytes
+        assert self._header is not None and chunk.offset_bytes == len(self._body)
+        self._body += chunk.data
+        if len(self._body) < self._size:
+            return None
+        batch, self._header, at = self._header, None, 0
+        fields = ("episode_id", "start", "actor", "policy_version", "probability")
+        for tensor in [column.tensor for column in batch.columns] + [getattr(batch.provenance, name) for name in fields]:
+            at = -(-at // 64) * 64
+            size = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+            tensor.data = self._body[at : at + size]
+            at += size
+        assert at == self._size == len(self._body)
+        return batch
+
+
+def receiving(data: bytes) -> bool:
+    """A stream of SampleStreamResponse, as the learner's side reads it."""
+    decoder, bodies, names, accepted = BatchDecoder(max_batch_bytes=MAX_BATCH_BYTES), _BodyAssembler(), dict[int, str](), False
+    for message in unframe(data):
+        reference = parse(pb.SampleStreamResponse, message)
+        try:
+            batches = decoder.feed(message)
+        except CodecError as error:
+            assert str(error)
+            return accepted
+        assert reference is not None, "protobuf refuses it"
+        names = names | {actor.index: actor.name for actor in reference.actors.actors}
+        expected = list(reference.group.batches)
+        if reference.WhichOneof("frame") == "chunk":
+            done = bodies.feed(reference.chunk)
+            expected = [] if done is None else [done]
+        assert len(batches) == len(expected)
+        for batch, wanted in zip(batches, expected, strict=True):
+            names = names | {actor.index: actor.name for actor in wanted.actors}
+            assert_batch(batch, wanted, names)
+            accepted = True
+    return accepted
+
+
+class _Ended(grpc.aio.AbortError):
+    """The service ended a call with a status."""
+
+
+class _Learner:
+    """The other side of a sampling stream, in the place of gRPC: gives the service what was sent and holds what comes against it."""
+
+    MOST_BATCHES = 40
+
+    def __init__(self, messages: list[bytes]) -> None:
+        self._messages = messages
+        self._decoder = BatchDecoder()
+        self.granted = self.batches = 0
+
+    async def requests(self) -> AsyncIterator[bytes]:
+        for message in self._messages:
+            request = parse(pb.SampleStreamRequest, message)
+            if request is not None:
+                self.granted += request.open.credits + request.credit.batches
+            yield message
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def done(self) -> bool:
+        return False
+
+    async def write(self, message: bytes) -> None:
+        self.batches += len(self._decoder.feed(message))
+        assert self.batches <= self.granted, "more batches than credits"
+        if self.batches > self.MOST_BATCHES:
+            raise asyncio.CancelledError  # it has seen enough and leaves
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> NoReturn:
+        assert details
+        raise _Ended(code, details)
+
+
+class FuzzedSessions:
+    """The service's sampling streams on a real buffer, asked by whatever bytes arrive. A context manager."""
+
+    def __init__(self) -> None:
+        config = Config(
+            config={"buffer_size": CAPACITY, "batch_size": 4, "min_history": 0, "horizon": 3},
+            storage={"device": "cpu"},
+            server={"max_batch_size": 64, "max_horizon": 8},
+        )
+        buffer = ReplayBuffer(config)
+        rows = {"obs": np.zeros((20, 2), np.float32), "action": np.zeros((20, 1), np.float32), "reward": np.zeros(20, np.float32)}
+        buffer.add(rows, actor="arm")
+        self._loop = asyncio.new_event_loop()
+        self._service = self._loop.run_until_complete(self._serve(buffer))
+        details = SimpleNamespace(method=f"/{SERVICE_NAME}/SampleStream", invocation_metadata=())
+        self._method: Any = self._service.handlers().service(details)
+
+    def __enter__(self) -> FuzzedSessions:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._service.close()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def target(self, data: bytes) -> bool:
+        """SampleStreamRequest: what a session makes of its opening and its credits."""
+        return self._loop.run_until_complete(self._run(unframe(data)))
+
+    @staticmethod
+    async def _serve(buffer: ReplayBuffer) -> ReplayService:
+        return ReplayService(buffer, Budgets(buffer.config.server))
+
+    async def _run(self, messages: list[bytes]) -> bool:
+        learner = _Learner(messages)
+        try:
+            async with asyncio.timeout(20):
+                await self._method.stream_stream(learner.requests(), learner)
+        except _Ended as ended:
+            assert ended.args[0] in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), ended
+            return learner.batches > 0
+        except asyncio.CancelledError:
+            return True
+        assert learner.batches == learner.granted
+        return learner.batches > 0
+
+
+def targets() -> dict[str, Target]:
+    """Returns the targets that need nothing closed, each with a store of its own."""
+    return {"adding": adding(FuzzedStore()), "loading": loading(FuzzedStore()), "receiving": receiving}
