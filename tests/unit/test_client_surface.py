@@ -47,6 +47,7 @@ def test_export_list_is_frozen() -> None:
         "ServerInfo",
         "SpoolError",
         "StoredEpisode",
+        "TlsConfig",
         "TooLargeError",
         "TouchlineError",
         "UnacknowledgedError",

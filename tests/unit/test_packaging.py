@@ -172,6 +172,7 @@ EXPORTS = {
         "ServerInfo",
         "SpoolError",
         "StoredEpisode",
+        "TlsConfig",
         "TooLargeError",
         "TouchlineError",
         "UnacknowledgedError",

@@ -20,6 +20,7 @@ Importing this loads neither torch nor tensordict.
 
 from touchline import forking  # noqa: F401  before all that imports grpc
 from touchline.client import ReplayClient
+from touchline.credentials import TlsConfig
 from touchline.errors import (
     AccessDeniedError,
     ClosedError,
@@ -74,6 +75,7 @@ __all__ = [
     "ServerInfo",
     "SpoolError",
     "StoredEpisode",
+    "TlsConfig",
     "TooLargeError",
     "TouchlineError",
     "UnacknowledgedError",

@@ -73,7 +73,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
 """What a status code means where no reason was given: by a proxy, by gRPC itself, by a server of another kind."""
 
 METADATA = ((PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),)
-"""Goes with every call."""
+"""Goes with every call, before what the transport's credentials add."""
 
 
 def translate(error: grpc.RpcError, address: str) -> TouchlineError:
@@ -141,6 +141,7 @@ class Calls:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.transport = transport
+        self._metadata = (*METADATA, *transport.metadata)
         self.timeout_s = timeout_s
         self.backoff = backoff or Backoff()
         self._sleep = sleep
@@ -170,9 +171,9 @@ class Calls:
             if not wait_s:
                 # The quicker way of the two: this thread itself waits inside gRPC, and a fork waits for it.
                 with gate:
-                    return method(request, timeout=left_s, metadata=METADATA)
+                    return method(request, timeout=left_s, metadata=self._metadata)
             with gate:
-                call = method.future(request, timeout=left_s, metadata=METADATA)
+                call = method.future(request, timeout=left_s, metadata=self._metadata)
             return _await(call)
 
         return self._run(attempt, (self.timeout_s if timeout_s is None else timeout_s) + wait_s, retry)
@@ -202,7 +203,7 @@ class Calls:
         def attempt(left_s: float) -> bytes:
             method: Any = self.transport.method("stream_unary", name)
             with gate:
-                call = method.future(guarded(), timeout=left_s, metadata=METADATA)
+                call = method.future(guarded(), timeout=left_s, metadata=self._metadata)
             try:
                 return _await(call)
             except grpc.RpcError:
@@ -216,13 +217,13 @@ class Calls:
         """Returns an open bidirectional call: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
         method: Any = self.transport.method("stream_stream", name)
         with gate:
-            return method(requests, metadata=METADATA)
+            return method(requests, metadata=self._metadata)
 
     def download(self, name: str, request: bytes) -> Any:
         """Returns an open call with one request: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
         method: Any = self.transport.method("unary_stream", name)
         with gate:
-            return method(request, metadata=METADATA)
+            return method(request, metadata=self._metadata)
 
     def translate(self, error: Exception) -> TouchlineError:
         """Returns what a failure of a call means.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from touchline.calls import Calls
+from touchline.credentials import Credentials, TlsConfig
 from touchline.delivery import MAX_LOAD_BYTES, Delivery, make_episode, split_episodes
 from touchline.errors import (
     DeadlineError,
@@ -35,7 +36,7 @@ from touchline.messages import (
 from touchline.reading import EpisodeSource, EpisodeStream
 from touchline.stream import BatchSource, BatchStream, StreamSource
 from touchline.tensors import load_torch, to_tensors
-from touchline.transport import Transport
+from touchline.transport import Transport, check_address
 from touchline.types import EpisodeResult, ReadyState, ServerInfo
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
@@ -66,9 +67,13 @@ class ReplayClient:
         max_message_bytes: of one request or response; the server's own limit holds besides.
         as_numpy: batches as numpy arrays even where torch is installed.
         table: of the server; empty is the default one.
+        tls: how to speak TLS, ``TlsConfig(ca="ca.pem")``; True trusts the roots that gRPC brings along, False is plain. None: by the
+            environment, where ``TOUCHLINE_TLS_CA`` (and ``_CERT``, ``_KEY``, ``_SERVER_NAME``) turn it on.
+        token: that the server knows this client by; None takes ``TOUCHLINE_TOKEN`` of the environment, empty is none. Never logged.
+        allow_plaintext: lets the token go to another machine without TLS; None: only if ``TOUCHLINE_ALLOW_PLAINTEXT`` is 1.
 
     Raises:
-        InvalidArgumentError: an argument out of range.
+        InvalidArgumentError: an argument out of range, a file that cannot be read, or a token that would go out in the clear.
     """
 
     def __init__(
@@ -81,6 +86,9 @@ class ReplayClient:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         as_numpy: bool = False,
         table: str = "",
+        tls: TlsConfig | bool | None = None,
+        token: str | None = None,
+        allow_plaintext: bool | None = None,
     ) -> None:
         if not timeout_s > 0:
             raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
@@ -91,7 +99,8 @@ class ReplayClient:
         self._max_message_bytes = max_message_bytes
         self._table = table
         self._identity = Identity(client_id)
-        self._transport = Transport(address, max_message_bytes=max_message_bytes)
+        credentials = Credentials(check_address(address), tls=tls, token=token, allow_plaintext=allow_plaintext)
+        self._transport = Transport(address, max_message_bytes=max_message_bytes, credentials=credentials)
         self._calls = Calls(self._transport, timeout_s=timeout_s)
         self._delivery = Delivery(self._calls, table=table, max_message_bytes=max_message_bytes)
         self._decoders = threading.local()

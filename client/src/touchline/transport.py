@@ -6,9 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import grpc
-
 from touchline import forking
+from touchline.credentials import Credentials
 from touchline.errors import ClosedError, ForkError, InvalidArgumentError
 
 _SERVICE = "/touchline.v1.Replay/"
@@ -36,10 +35,14 @@ class Transport:
     Args:
         address: ``host:port`` or ``unix:/path``.
         max_message_bytes: of one request or response.
+        credentials: of the channel and its calls; None: those of the environment.
     """
 
-    def __init__(self, address: str, *, max_message_bytes: int) -> None:
+    def __init__(self, address: str, *, max_message_bytes: int, credentials: Credentials | None = None) -> None:
         self.address = check_address(address)
+        self._credentials = Credentials(address) if credentials is None else credentials
+        self.metadata = self._credentials.metadata
+        """Goes with every call."""
         self.generation = 0
         """Grows by one in a forked child; what was opened before belongs to the parent."""
         self._options = [
@@ -94,7 +97,7 @@ class Transport:
                     "import touchline first, or set GRPC_ENABLE_FORK_SUPPORT=1"
                 )
             if self._channel is None:
-                self._channel = grpc.insecure_channel(self.address, options=self._options)
+                self._channel = self._credentials.open(self.address, self._options)
             made: Callable[..., Any] = getattr(self._channel, kind)(_SERVICE + name)
             self._methods[kind, name] = made
             return made

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from touchline_server.errors import InvalidRequestError, OverloadedError
+from touchline_server.access import Access
+from touchline_server.errors import AccessDeniedError, InvalidRequestError, OverloadedError, UnauthenticatedError
 from touchline_server.limits import Budgets, ByteBudget
 from touchline_server.status import abort
 
@@ -25,16 +26,18 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # at run time it has no 
 
 
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Counts calls, and reads the message of a unary request only once there is room for it. Lives in one event loop.
+    """Asks for tokens, counts calls, and reads the message of a unary request only once there is room for it. Lives in one event loop.
 
     gRPC itself would read that message first. So each such method is served as one that takes a stream, which on the wire is the same.
 
     Args:
+        access: who may call what; None: everybody everything.
         max_calls: at a time, apart from those to the health service.
         budgets: room for messages.
     """
 
-    def __init__(self, *, max_calls: int, budgets: Budgets) -> None:
+    def __init__(self, access: Access | None, *, max_calls: int, budgets: Budgets) -> None:
+        self._access = access
         self._budgets = budgets
         self._calls = _Count(max_calls, "server.max_calls")
         self._health_calls = _Count(MAX_HEALTH_CALLS, "the limit of the health service")
@@ -45,6 +48,11 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Handler | None:
         """Returns a method's handler with what it has to pass; gRPC calls this for each call."""
         method = details.method
+        if self._access is not None:
+            try:
+                self._access.check(method, details.invocation_metadata or ())
+            except (UnauthenticatedError, AccessDeniedError) as error:
+                return _refusing(error)
         handler = await continuation(details)
         if handler is None:
             return None
@@ -108,6 +116,15 @@ class _Count:
 
     def leave(self) -> None:
         self.now -= 1
+
+
+def _refusing(error: Exception) -> Handler:
+    """Returns a handler that refuses whatever is called; none of its messages is read."""
+
+    async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _inner(handler: Handler) -> Any:

@@ -19,12 +19,14 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
 
 from touchline_protos.ring import sweep_dead_rings
+from touchline_server.access import check_exposure, read_access
 from touchline_server.admission import Admission
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config
 from touchline_server.limits import Budgets
 from touchline_server.memory import keep_freed_memory
 from touchline_server.service import SERVICE_NAME, ReplayService
+from touchline_server.tls import server_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,21 @@ class ReplayServer:
     """A server on one buffer. Lives in one event loop."""
 
     def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
-        """``buffer``: the one to serve; a new one where left out."""
+        """``buffer``: the one to serve; a new one where left out. Tokens come from ``auth.tokens_file`` and the environment.
+
+        Raises:
+            ConfigError: certificates or tokens that cannot be used, or that would travel in the clear.
+        """
         self._config = config.server
+        self._credentials = server_credentials(config.tls)
+        self._access = read_access(config)
+        exposure = check_exposure(config, self._access)
+        if exposure:
+            logger.warning("%s", exposure)
+        if self._credentials is not None:
+            logger.info("TLS with %s; clients %s", config.tls.cert, "show a certificate" if config.tls.client_ca else "need no certificate")
+        if self._access is not None:
+            logger.info("tokens: %s", self._access.describe())
         self.buffer = buffer if buffer is not None else ReplayBuffer(config, restore=False)
         self._owns_buffer = buffer is None
         self.address = ""
@@ -63,7 +78,7 @@ class ReplayServer:
         """
         limit = self._config.max_message_bytes
         self.budgets = budgets = Budgets(self._config)
-        self.admission = Admission(max_calls=self._config.max_calls, budgets=budgets)
+        self.admission = Admission(self._access, max_calls=self._config.max_calls, budgets=budgets)
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_receive_message_length", limit),
@@ -123,7 +138,10 @@ class ReplayServer:
         if self._config.unix_socket and _is_alive(self._config.unix_socket):
             raise AddressInUseError(f"cannot listen on {wanted}: another server does; stop it or choose another --unix-socket")
         try:
-            port = self._server.add_insecure_port(wanted)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(wanted)
+            else:
+                port = self._server.add_secure_port(wanted, self._credentials)
         except RuntimeError as error:
             raise AddressInUseError(
                 f"cannot listen on {wanted}: the address is in use or not this machine's; stop the other server or choose another "

@@ -15,8 +15,10 @@ import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from touchline_server.access import check_exposure, read_access
 from touchline_server.config import Config, ConfigError, ServerConfig, read_cfg
 from touchline_server.errors import ReplayError
+from touchline_server.tls import open_channel, open_own_channel, server_credentials
 
 EXIT_FAILED = 1
 """The server could not run, or is not well."""
@@ -117,6 +119,9 @@ def serve(
     logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     try:
         effective = _override(read_cfg(config), host=host, port=port, unix_socket=unix_socket)
+        # The server does this too. What is wrong is said here, before seconds of importing.
+        server_credentials(effective.tls)
+        check_exposure(effective, read_access(effective))
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
 
@@ -144,16 +149,34 @@ def healthcheck(
     ] = None,
     timeout_s: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for an answer.", min=0.001)] = 5.0,
     config: ConfigPath = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", envvar="TOUCHLINE_TLS_CA", help="With --address: ask by TLS and trust what these certificates vouch for."
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="PATH", envvar="TOUCHLINE_TLS_CERT", help="Certificate to show, where the server wants one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Its private key.")] = None,
+    tls_server_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", envvar="TOUCHLINE_TLS_SERVER_NAME", help="Name in the server's certificate, where it is not the address's."
+        ),
+    ] = None,
 ) -> None:
     """Asks a server whether it is serving.
 
-    The question is the standard one of grpc.health.v1, about the server as a whole.
+    The question is the standard one of grpc.health.v1, about the server as a whole; it needs no token. Without --address a server whose
+    configuration has TLS is asked by TLS, and trusted if it has the configured certificate.
 
     \b
     Examples:
       touchline-server healthcheck
       touchline-server healthcheck --address replay:50051 --timeout-s 2
       touchline-server healthcheck --address unix:/run/touchline/replay.sock
+      touchline-server healthcheck --address replay:50051 --tls-ca ca.pem
 
     \b
     Exit status (stderr says why):
@@ -161,11 +184,15 @@ def healthcheck(
       1  it is not, or does not answer
     """
     try:
-        target = _address_of(read_cfg(config).server) if address is None else address
+        if address is None:
+            effective = read_cfg(config)
+            target = _address_of(effective.server)
+            channel = open_own_channel(effective, target)
+        else:
+            target, channel = address, open_channel(address, ca=tls_ca, cert=tls_cert, key=tls_key, server_name=tls_server_name)
     except ConfigError as error:
         _fail(str(error), EXIT_FAILED)
-    # A proxy of the environment is for the world outside, not for one's own server.
-    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
@@ -277,7 +304,7 @@ def _override(config: Config, **options: str | int | None) -> Config:
     if given.keys() & {"host", "port"}:
         given.setdefault("unix_socket", "")
     server = {**config.server.model_dump(), **given}
-    return Config(config=config.config, storage=config.storage, sampling=config.sampling, server=server)
+    return Config(**{name: getattr(config, name) for name in Config.model_fields} | {"server": server})
 
 
 def _data_dir(given: Path | None, config: Path | None) -> Path:

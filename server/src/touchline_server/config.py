@@ -154,6 +154,27 @@ class ServerConfig(_Table):
     """Time that calls in progress get to end after SIGTERM, in seconds."""
 
 
+class TlsConfig(_Table):
+    """Table ``[tls]``: what the server proves itself with. Paths of PEM files, read at the server's start."""
+
+    cert: str = ""
+    """Its certificate, followed by those between it and the root; empty: no TLS."""
+    key: str = ""
+    """The certificate's private key."""
+    client_ca: str = ""
+    """Certificates of those who vouch for clients; each client must show one of theirs. Empty: clients show none."""
+
+
+class AuthConfig(_Table):
+    """Table ``[auth]``: who may call what. There is no token in it, so it may be logged and told."""
+
+    tokens_file: str = ""
+    """TOML file with tokens and their roles, which nobody else may read. Empty: those of the environment; without any, everybody may call
+    everything."""
+    allow_plaintext: bool = False
+    """Whether tokens are taken without TLS from other machines."""
+
+
 class Config(_Table):
     """Everything that can be set, checked as a whole. Immutable and hashable, so safe to share between threads.
 
@@ -161,7 +182,7 @@ class Config(_Table):
     ``Config(config={"horizon": 5}, storage={"device": "cpu"})``.
 
     Args:
-        tables: ``config``, ``storage``, ``sampling`` and ``server``, each as a table object or a mapping. What is left
+        tables: ``config``, ``storage``, ``sampling``, ``server``, ``tls`` and ``auth``, each as a table object or a mapping. What is left
             out has its default.
 
     Raises:
@@ -176,6 +197,10 @@ class Config(_Table):
     """How slices are drawn."""
     server: ServerConfig = ServerConfig()
     """Where the server listens, and its limits."""
+    tls: TlsConfig = TlsConfig()
+    """What it proves itself with."""
+    auth: AuthConfig = AuthConfig()
+    """Who may call what."""
 
     def __init__(self, **tables: BaseModel | Mapping[str, Any]) -> None:
         plain = {name: dict(table) if isinstance(table, Mapping) else table for name, table in tables.items()}
@@ -237,6 +262,11 @@ class Config(_Table):
             wrong.append(f"server.max_send_bytes: {server.max_send_bytes}, expected at least {limit}")
         if self.storage.device == "disk" and not self.storage.scratch_dir:
             wrong.append("storage.scratch_dir: '', expected a folder, because storage.device is 'disk'")
+        if bool(self.tls.cert) != bool(self.tls.key):
+            missing = "tls.key" if self.tls.cert else "tls.cert"
+            wrong.append(f"{missing}: '', expected a file, because the other of tls.cert and tls.key is set")
+        if self.tls.client_ca and not self.tls.cert:
+            wrong.append("tls.client_ca: set without tls.cert, expected both: client certificates are part of TLS")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
@@ -262,7 +292,7 @@ def read_cfg(path: str | os.PathLike[str] | None = None) -> Config:
         merged = _Sources(**tables)
     except ValidationError as error:
         raise ConfigError(_explain_all(error, sources)) from None
-    return Config(config=merged.config, storage=merged.storage, sampling=merged.sampling, server=merged.server)
+    return Config(**{name: getattr(merged, name) for name in Config.model_fields})
 
 
 class _KeyVariables(EnvSettingsSource):
@@ -281,6 +311,8 @@ class _Sources(BaseSettings):
     storage: StorageConfig = StorageConfig()
     sampling: SamplingConfig = SamplingConfig()
     server: ServerConfig = ServerConfig()
+    tls: TlsConfig = TlsConfig()
+    auth: AuthConfig = AuthConfig()
 
     @classmethod
     def settings_customise_sources(

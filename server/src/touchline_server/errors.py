@@ -9,6 +9,8 @@ ReplayError
 ├── NotReadyError           nothing can be sampled yet
 ├── TooLargeError           over a limit of size: of a message, an episode, the memory
 ├── OverloadedError         as many streams or actors as the server takes
+├── UnauthenticatedError    no token, or none of the server's
+├── AccessDeniedError       a token that is for something else
 ├── IncompatibleVersionError  a client of another major version
 ├── SchemaChangedError      batches look otherwise than when the stream was opened
 ├── RestoringError          the durable store is being read, or cannot be
@@ -62,6 +64,14 @@ class OverloadedError(ReplayError):
     """The server has as much going on as it takes; the text says what. Try again later."""
 
     retry_after_s = 1.0
+
+
+class UnauthenticatedError(ReplayError):
+    """The call carries no token, or none of the server's."""
+
+
+class AccessDeniedError(ReplayError):
+    """The call's token is for something else."""
 
 
 class IncompatibleVersionError(ReplayError):

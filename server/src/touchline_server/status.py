@@ -14,6 +14,7 @@ import grpc
 
 from touchline_protos.codec import CodecError, OversizeError
 from touchline_server.errors import (
+    AccessDeniedError,
     DrainingError,
     IncompatibleVersionError,
     InvalidEpisodeError,
@@ -27,6 +28,7 @@ from touchline_server.errors import (
     StorageFailedError,
     StorageFullError,
     TooLargeError,
+    UnauthenticatedError,
     UnknownEpisodeError,
     UnknownTableError,
 )
@@ -55,6 +57,8 @@ STATUS_OF: dict[type[Exception], Status] = {
     KeyConflictError: Status(grpc.StatusCode.ALREADY_EXISTS, "key-conflict"),
     NotReadyError: Status(grpc.StatusCode.FAILED_PRECONDITION, "not-ready"),
     IncompatibleVersionError: Status(grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version"),
+    UnauthenticatedError: Status(grpc.StatusCode.UNAUTHENTICATED, "unauthenticated"),
+    AccessDeniedError: Status(grpc.StatusCode.PERMISSION_DENIED, "permission-denied"),
     TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
     OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
     OverloadedError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),

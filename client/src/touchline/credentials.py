@@ -1,0 +1,131 @@
+"""What a client shows to a server, and what it wants to see of it: TLS and tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from touchline.errors import InvalidArgumentError
+
+TOKEN_VARIABLE = "TOUCHLINE_TOKEN"
+ALLOW_PLAINTEXT_VARIABLE = "TOUCHLINE_ALLOW_PLAINTEXT"
+CA_VARIABLE = "TOUCHLINE_TLS_CA"
+CERT_VARIABLE = "TOUCHLINE_TLS_CERT"
+KEY_VARIABLE = "TOUCHLINE_TLS_KEY"
+SERVER_NAME_VARIABLE = "TOUCHLINE_TLS_SERVER_NAME"
+
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """How a client speaks TLS. Paths of PEM files, read when the client is made."""
+
+    ca: FilePath | None = None
+    """Certificates of those who vouch for the server; None: the roots that gRPC brings along."""
+    cert: FilePath | None = None
+    """Certificate to show, where the server wants one (``tls.client_ca``)."""
+    key: FilePath | None = None
+    """Its private key."""
+    server_name: str | None = None
+    """Name in the server's certificate, where it is not that of the address."""
+
+
+class Credentials:
+    """What goes with a channel and with each of its calls. Its repr shows no secret.
+
+    Args:
+        address: of the server.
+        tls: None: by the environment, where ``TOUCHLINE_TLS_CA`` turns TLS on (``_CERT``, ``_KEY``, ``_SERVER_NAME`` as in
+            :class:`TlsConfig`); False: none.
+        token: sent with every call; None: that of the environment, ``TOUCHLINE_TOKEN``; empty: none.
+        allow_plaintext: whether the token may go to another machine without TLS; None: only if ``TOUCHLINE_ALLOW_PLAINTEXT`` is 1.
+        environment: the variables.
+
+    Raises:
+        InvalidArgumentError: a file cannot be read, the token cannot be sent, or it would go to another machine in the clear.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: TlsConfig | bool | None = None,
+        token: str | None = None,
+        allow_plaintext: bool | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        if tls is None:
+            tls = _tls_of(environment)
+        elif tls is True:
+            tls = TlsConfig()
+        self._tls: TlsConfig | None = tls or None
+        self._channel_credentials = _channel_credentials(self._tls) if self._tls is not None else None
+        token = environment.get(TOKEN_VARIABLE, "") if token is None else token
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise InvalidArgumentError("token: expected printable ASCII characters without blanks")
+        if allow_plaintext is None:
+            allow_plaintext = environment.get(ALLOW_PLAINTEXT_VARIABLE, "") == "1"
+        if token and self._tls is None and not allow_plaintext and not is_local(address):
+            raise InvalidArgumentError(
+                f"token: would go to {address} in the clear, expected TLS: give tls=TlsConfig(...) or {CA_VARIABLE}; "
+                f"allow_plaintext=True or {ALLOW_PLAINTEXT_VARIABLE}=1 where the network itself is private"
+            )
+        self.metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {token}"),) if token else ()
+        """Goes with every call."""
+
+    def __repr__(self) -> str:
+        return f"Credentials(tls={self._tls!r}, token={'given' if self.metadata else 'none'})"
+
+    def open(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
+        """Returns a channel to the address."""
+        if self._tls is None or self._channel_credentials is None:
+            return grpc.insecure_channel(address, options=options)
+        if self._tls.server_name:
+            options = (*options, ("grpc.ssl_target_name_override", self._tls.server_name))
+        return grpc.secure_channel(address, self._channel_credentials, options=options)
+
+
+def is_local(address: str) -> bool:
+    """Returns whether what goes to an address does not leave this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _tls_of(environment: Mapping[str, str]) -> TlsConfig | None:
+    ca = environment.get(CA_VARIABLE)
+    if not ca:
+        return None
+    others = (environment.get(name) or None for name in (CERT_VARIABLE, KEY_VARIABLE, SERVER_NAME_VARIABLE))
+    return TlsConfig(ca, *others)
+
+
+def _channel_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
+    if (tls.cert is None) != (tls.key is None):
+        raise InvalidArgumentError(f"tls.{'key' if tls.key is None else 'cert'}: None, expected a file: cert and key go together")
+    return grpc.ssl_channel_credentials(_read("ca", tls.ca), _read("key", tls.key), _read("cert", tls.cert))
+
+
+def _read(name: str, path: FilePath | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidArgumentError(f"tls.{name}: {os.fspath(path)}: {error.strerror or error}") from None
+    if b"-----BEGIN " not in data:
+        raise InvalidArgumentError(f"tls.{name}: {os.fspath(path)}: expected a file in PEM form")
+    return data
