@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_type_hints
 
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from touchline_server import cli
@@ -53,6 +55,22 @@ def test_help_explains_with_examples(arguments: list[str], runner: CliRunner) ->
 
     assert result.exit_code == 0
     assert "Examples:\n" in result.stdout
+
+
+def test_options_have_their_names_whatever_the_version_of_typer() -> None:
+    # Before 0.29, typer took the metavar of an option without a name for the name: --PORT.
+    parameters = [
+        parameter
+        for command in cli.app.registered_commands
+        if command.callback is not None
+        for annotation in get_type_hints(command.callback, include_extras=True).values()
+        for parameter in getattr(annotation, "__metadata__", ())
+        if isinstance(parameter, OptionInfo) and parameter.metavar is not None
+    ]
+
+    assert len(parameters) >= 5
+    # What an annotation gives first is a name, which typer keeps as the default until it builds the command.
+    assert all(str(parameter.default).startswith("--") for parameter in parameters)
 
 
 @pytest.mark.parametrize("command", [["check"], ["recover"], ["snapshot", "copy"]])

@@ -84,15 +84,17 @@ def serve(
     config: ConfigPath = None,
     host: Annotated[
         str | None,
-        typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 accepts other machines. Overrides server.host."),
+        typer.Option("--host", metavar="HOST", help="Address to listen on; 0.0.0.0 accepts other machines. Overrides server.host."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(metavar="PORT", help="TCP port; 0 takes a free one, which is printed. Overrides server.port."),
+        typer.Option("--port", metavar="PORT", help="TCP port; 0 takes a free one, which is printed. Overrides server.port."),
     ] = None,
     unix_socket: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Unix socket to listen on instead of host and port. Overrides server.unix_socket."),
+        typer.Option(
+            "--unix-socket", metavar="PATH", help="Unix socket to listen on instead of host and port. Overrides server.unix_socket."
+        ),
     ] = None,
     log_level: Annotated[LogLevel, typer.Option(help="How much is logged, on stderr.")] = LogLevel.INFO,
 ) -> None:
@@ -143,11 +145,12 @@ def healthcheck(
     address: Annotated[
         str | None,
         typer.Option(
+            "--address",
             metavar="HOST:PORT|unix:/PATH",
             help="Server to ask. Without it: the one that the configuration describes, by default 127.0.0.1:50051.",
         ),
     ] = None,
-    timeout_s: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for an answer.", min=0.001)] = 5.0,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", metavar="SECONDS", help="Longest wait for an answer.", min=0.001)] = 5.0,
     config: ConfigPath = None,
     tls_ca: Annotated[
         Path | None,
