@@ -18,12 +18,19 @@ STRIDE = 1_000_000
 
 
 def make_config(
-    capacity: int = 64, *, horizon: int = 3, batch_size: int = 8, storage: Mapping[str, Any] | None = None, **sampling: Any
+    capacity: int = 64,
+    *,
+    horizon: int = 3,
+    batch_size: int = 8,
+    storage: Mapping[str, Any] | None = None,
+    server: Mapping[str, Any] | None = None,
+    **sampling: Any,
 ) -> Config:
     """A small buffer on the CPU."""
     return Config(
         config={"buffer_size": capacity, "batch_size": batch_size, "min_history": 0, "horizon": horizon},
         storage={"device": "cpu", **(storage or {})},
+        server=server or {},
         sampling=sampling,
     )
 

@@ -39,6 +39,7 @@ class Subject:
 def make_config(**changes: Any) -> Config:
     tables: dict[str, dict[str, Any]] = {
         "config": {"buffer_size": 2_000, "batch_size": BATCH, "horizon": HORIZON, "min_history": 100},
+        "storage": {"device": "cpu"},
         "server": {"port": 0},
     }
     for table, keys in changes.items():

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from store_cases import as_bits, check_traced, make_config, traced, traced_columns
+from touchline import ReplayClient
 from touchline_protos.dtypes import DType, to_numpy
 from touchline_server import Batch, NotReadyError, ReplayBuffer
+from touchline_server.app import ServerThread
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -151,6 +153,81 @@ def on_host(batch: Batch) -> Batch:
         probability=batch.probability,
         **{name: value.cpu() for name, value in values.items()},
     )
+
+
+def test_cuda_add_and_sample_wait_for_nothing_else_on_the_device() -> None:
+    _, cuda = pair()
+    cuda.add_episode(traced(0, 20))
+    cuda.sample()
+    training = torch.cuda.Stream()
+    with torch.cuda.stream(training):
+        torch.cuda._sleep(5_000_000_000)  # seconds, unless somebody waits for it
+    done = training.record_event()
+
+    cuda.add_episode(traced(1, 20))
+    check_traced(on_host(cuda.sample()), horizon=3)
+    busy = not done.query()
+    training.synchronize()
+
+    assert busy
+
+
+def test_cuda_sample_does_not_wait_for_its_own_stream() -> None:
+    _, cuda = pair()
+    cuda.add_episode(traced(0, 20))
+    stream = torch.cuda.Stream()
+
+    with torch.cuda.stream(stream):
+        cuda.sample()
+        torch.cuda._sleep(5_000_000_000)
+        done = stream.record_event()
+        batch = cuda.sample()
+        busy = not done.query()
+        stream.synchronize()
+
+    assert busy
+    check_traced(on_host(batch), horizon=3)
+
+
+def test_cuda_write_follows_gathers_that_were_only_queued() -> None:
+    _, cuda = pair(capacity=40)
+    cuda.add_episode(traced(0, 40))
+    stream = torch.cuda.Stream()
+
+    with torch.cuda.stream(stream):
+        cuda.sample()
+        torch.cuda._sleep(1_000_000_000)
+        batch = cuda.sample()
+        queued = not stream.query()
+    cuda.add_episode(traced(1, 40))  # takes all the rows that the gathers read
+    stream.synchronize()
+
+    assert queued
+    check_traced(on_host(batch), horizon=3)
+
+
+@pytest.mark.parametrize("ring", [True, False], ids=["ring", "stream"])
+@pytest.mark.parametrize("size", [1, 120], ids=["small", "big"])
+@pytest.mark.parametrize("stored", ["cuda", "cpu"])
+def test_cuda_batches_from_a_server_are_those_of_a_local_buffer(stored: str, size: int, ring: bool) -> None:
+    config = make_config(200, storage={"device": stored}, seed=1, server={"port": 0})
+    expected = ReplayBuffer(make_config(200, seed=1))
+    rng = expected.seeds.stream(5)
+    with ServerThread(config) as server, ReplayClient(server.address) as client:
+        for number in range(8):
+            columns = traced_columns(number, 20)
+            columns["obs.wide"] = np.repeat(columns["stamp"][:, None], size * 64, axis=1)
+            client.add(columns, policy_version=number)
+            expected.add(columns, policy_version=number)
+        with client.batches(device="cuda", seed=5, ring=ring) as batches:
+            found = [next(batches) for _ in range(30)]
+            transport = batches.transport
+
+    assert transport == ("ring" if ring else "stream")
+    for batch in found:
+        one = expected.sample_with(rng)
+        assert batch.action.is_cuda and batch.obs["wide"].is_cuda
+        assert [as_bits(tensor) for tensor in tensors_of(batch)] == [as_bits(tensor) for tensor in tensors_of(one)]
 
 
 def test_cuda_torchrl_face_samples_on_the_device() -> None:

@@ -4,7 +4,9 @@ only when a test lets them: what is checked is which memory is written when."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 
 from touchline import Batch, ClosedError, UnavailableError
 from touchline.device import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, hand_over
+from touchline.tensors import map_batch
 from touchline_protos.dtypes import BFLOAT16
 
 torch = pytest.importorskip("torch")
@@ -32,6 +35,10 @@ class LateTorch:
             stream=lambda stream: contextlib.nullcontext(),
             device=lambda device: contextlib.nullcontext(),
             current_stream=lambda device: self.current,
+            cudart=lambda: SimpleNamespace(
+                cudaHostRegister=lambda address, size_bytes, flags: self.log.append("register") or 0,
+                cudaHostUnregister=lambda address: self.log.append("unregister"),
+            ),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -49,6 +56,9 @@ class Event:
     def record(self, stream: str) -> None:
         assert stream == "side"
         self._copies = list(self._owner.queued)
+
+    def query(self) -> bool:
+        return not any(copy in self._owner.queued for copy in self._copies)
 
     def synchronize(self) -> None:
         for copy in self._copies:
@@ -146,6 +156,68 @@ def test_host_arrays_are_free_after_staging() -> None:
     assert _matches(hand_over(late, staged), 3)
 
 
+class Ring:
+    """Memory of two batches, as a ring has it."""
+
+    def __init__(self) -> None:
+        self.memory = (ctypes.c_ubyte * 8192)()
+
+    def whole_array(self) -> Any:
+        return self.memory
+
+    def batch(self, slot: int, number: int) -> Batch:
+        """A batch in a slot, each array at the next multiple of 16 bytes."""
+        at = 4096 * slot
+
+        def place(array: np.ndarray) -> np.ndarray:
+            nonlocal at
+            placed = np.ndarray(array.shape, array.dtype, self.memory, at)
+            placed[...] = array
+            at += -(-array.nbytes // 16) * 16
+            return placed
+
+        return map_batch(_batch(number), place)
+
+
+def test_batch_in_a_ring_is_copied_from_where_it_lies_and_held_until_then() -> None:
+    late, ring = LateTorch(), Ring()
+    staging = CudaStaging(late, "device")
+    batch = ring.batch(1, 5)
+    alive = weakref.ref(batch.action)
+
+    staged = staging.stage(batch, ring)
+    del batch
+    assert alive() is not None
+    ring.batch(1, 6)  # the device reads only now: what is in the slot by then is what it gets
+    arrived = hand_over(late, staged)
+    staging.close()
+
+    assert _matches(arrived, 6)
+    assert alive() is None
+    assert late.log == ["register", "record_stream", "unregister"]
+
+
+def test_no_more_than_two_batches_of_a_ring_are_held() -> None:
+    late, ring = LateTorch(), Ring()
+    staging = CudaStaging(late, "device")
+
+    staged = [staging.stage(ring.batch(number % 2, number), ring) for number in range(3)]
+
+    assert len(late.queued) == 2  # the third one waited for the first one's copy
+    assert _matches(hand_over(late, staged[2]), 2)
+
+
+def test_copy_of_a_rings_batch_goes_through_pinned_memory() -> None:
+    late, ring = LateTorch(), Ring()
+    staging = CudaStaging(late, "device")
+    copy = _batch(4)
+
+    staged = staging.stage(copy, ring)
+    copy.action[...] = 9
+
+    assert _matches(hand_over(late, staged), 4)
+
+
 class Host:
     """A source of numbered batches; ``fails_at`` raises once, and beyond ``last`` it waits until it is closed."""
 
@@ -153,6 +225,7 @@ class Host:
         self.taken = 0
         self.closed = threading.Event()
         self.ahead = threading.Event()
+        self.ring = None
         self._fails_at = fails_at
         self._last = last
 

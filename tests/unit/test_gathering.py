@@ -156,7 +156,7 @@ def test_every_way_of_gathering_gives_the_same_batch(
     with buffer.store.select(batch_size, horizon, buffer.spec().law, random) as (selection,):
         plan.fill(selection, whole)
         tensors = plan.gather_tensors(selection)
-        body = plan.layout.body_views(plan.host_body(selection))
+        body = plan.layout.body_views(plan.host_bodies([selection])[0])
         pieces = []
         for piece in plan.layout.chunk_plan(chunk_bytes):
             _, out = plan.layout.chunk(piece, {})

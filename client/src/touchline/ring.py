@@ -86,6 +86,10 @@ class RingBatches:
         self._leases[slot] = weakref.ref(memory, partial(_free, self._ring, slot))
         return self._layout.batch(memory, self._actor_names)
 
+    def whole_array(self) -> Any:
+        """Returns the memory that all batches but copies are views of, as a ctypes array that keeps it mapped."""
+        return self._ring.whole_array()
+
     def interrupt(self) -> None:
         """Has a :meth:`take` under way return."""
         self._ring.interrupt()

@@ -44,6 +44,10 @@ class BatchSource(Protocol):
     def transport(self) -> str:
         """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
 
+    @property
+    def ring(self) -> RingBatches | None:
+        """The ring that the last batch came through; None where it came in messages."""
+
 
 class BatchStream:
     """An endless iterator of batches; also a context manager that closes it.
@@ -147,6 +151,12 @@ class StreamSource:
         """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
         session = self._session
         return session.transport if session is not None else ""
+
+    @property
+    def ring(self) -> RingBatches | None:
+        """The ring that the last batch came through; None where it came in messages."""
+        session = self._session
+        return session.ring if session is not None else None
 
     def close(self) -> None:
         """Ends the session; a ``take`` under way raises ClosedError."""
@@ -261,7 +271,7 @@ class _Session:
         opening = pb.SampleStreamOpen(sample=request, credits=prefetch, shared_memory_id=shared_memory_id() if ring else "")
         self._requests.put(pb.SampleStreamRequest(open=opening).SerializeToString())
         self._offers = bool(opening.shared_memory_id)
-        self._ring: RingBatches | None = None
+        self.ring: RingBatches | None = None
         self._decoder = BatchDecoder()
         self._grants: dict[int, bytes] = {}
         self._call: Any = calls.stream("SampleStream", iter(self._requests.get, None))
@@ -273,8 +283,8 @@ class _Session:
             TouchlineError: the session ended.
         """
         try:
-            if self._ring is not None:
-                batch = self._ring.take()
+            if self.ring is not None:
+                batch = self.ring.take()
                 return [] if batch is None else [batch]
             message = next(self._call)
             return [] if self._offers and self._answer(message) else self._decoder.feed(message)
@@ -292,26 +302,26 @@ class _Session:
     @property
     def transport(self) -> str:
         """How batches come: ``ring`` or ``stream``."""
-        return "stream" if self._ring is None else "ring"
+        return "stream" if self.ring is None else "ring"
 
     def _answer(self, message: bytes) -> bool:
         """Takes the server's offer of a ring, if its first message is one; returns whether it was."""
         self._offers = False
         try:
-            self._ring = attach(message, self._call)
+            self.ring = attach(message, self._call)
         except (CodecError, RingError) as error:
             logger.info("frames instead of a ring: %s", error)
         else:
-            if self._ring is None:
+            if self.ring is None:
                 return False
-            self._ring.start()
-        answer = pb.RingAttachment(attached=self._ring is not None)
+            self.ring.start()
+        answer = pb.RingAttachment(attached=self.ring is not None)
         self._requests.put(pb.SampleStreamRequest(ring=answer).SerializeToString())
         return True
 
     def grant(self, batches: int) -> None:
         """Lets the server push so many batches more."""
-        if self._ring is not None:
+        if self.ring is not None:
             return  # the ring's free slots are its credits
         message = self._grants.get(batches)
         if message is None:
@@ -323,5 +333,5 @@ class _Session:
         """Ends the call, from any thread."""
         self._requests.put(None)  # releases gRPC's thread that waits for requests
         self._call.cancel()
-        if self._ring is not None:
-            self._ring.interrupt()
+        if self.ring is not None:
+            self.ring.interrupt()

@@ -25,12 +25,8 @@ def load_torch() -> Any:
 
 def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     """Returns a batch whose arrays are what ``change`` makes of the given one's."""
-
-    def walk(level: Any) -> Any:
-        return {name: walk(value) for name, value in level.items()} if isinstance(level, dict) else change(level)
-
     return Batch(
-        obs=walk(batch.obs),
+        obs=_changed(batch.obs, change),
         action=change(batch.action),
         reward=change(batch.reward),
         done=change(batch.done),
@@ -39,6 +35,11 @@ def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
         actor_names=batch.actor_names,
         **{name: change(getattr(batch, name)) for name, _ in PROVENANCE},
     )
+
+
+def _changed(level: Any, change: Callable[[Any], Any]) -> Any:
+    # Not a function inside: one that calls itself is a cycle, which would hold what ``change`` holds until the next collection.
+    return {name: _changed(value, change) for name, value in level.items()} if isinstance(level, dict) else change(level)
 
 
 def as_tensor(torch: Any, array: np.ndarray) -> Any:

@@ -114,6 +114,10 @@ class _Ring:
         """Returns a slot's memory as a fresh ctypes array: writable, shared, weak-referenceable, keeps the mapping alive."""
         return (ctypes.c_ubyte * self.geometry.slot_size_bytes).from_buffer(self.memory, self.geometry.offset(slot))
 
+    def whole_array(self) -> Any:
+        """Returns all of the memory as :meth:`slot_array` does a slot's."""
+        return (ctypes.c_ubyte * self.geometry.size_bytes).from_buffer(self.memory)
+
     def _sleep(self, word: int, seen: int, flag: int) -> None:
         """Sleeps until a word differs from what was seen, or for a nap."""
         spin_until = time.perf_counter() + SPIN_S

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,8 @@ class Columns:
         if self.on_disk:
             _reserve_files(storage, schema)
         self._arrays = None if self.device.type == "cuda" else {name: as_array(tensor) for name, tensor in self.tensors.items()}
+        self._device = _DeviceOrder(self.device) if self.device.type == "cuda" else None
+        self.settle()
 
     @property
     def where(self) -> str:
@@ -116,18 +120,26 @@ class Columns:
 
     def write(self, first_row: int, episode: Mapping[str, np.ndarray]) -> None:
         """Copies an episode's columns, each once, into consecutive rows modulo the capacity: in two pieces at the seam."""
-        self.settle()
         length = len(next(iter(episode.values())))
         before_seam = min(length, self.capacity - first_row)
-        for name, source in episode.items():
-            self._write_rows(name, first_row, source[:before_seam])
-            if before_seam < length:
-                self._write_rows(name, 0, source[before_seam:])
-        # The next gather may run on another stream.
-        self.settle()
+        with self._device.writing() if self._device is not None else nullcontext():
+            for name, source in episode.items():
+                self._write_rows(name, first_row, source[:before_seam])
+                if before_seam < length:
+                    self._write_rows(name, 0, source[before_seam:])
+
+    def note_reads(self) -> None:
+        """Notes that the current stream was given gathers, which may outlive their pin: the next write follows them."""
+        if self._device is not None:
+            self._device.note_reads()
+
+    def note_foreign_reads(self) -> None:
+        """Notes the same of gathers by other code, on whatever stream, that end before the write lock is given back."""
+        if self._device is not None:
+            self._device.note_foreign_reads()
 
     def settle(self) -> None:
-        """Waits until the device is done with what it was given: a gather on another stream may be under way after its pin is gone."""
+        """Waits until the device is done with all that it was given, whoever gave it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -137,7 +149,7 @@ class Columns:
         else:
             staging = torch.empty(source.shape, dtype=torch_dtype(source.dtype), pin_memory=True)
             as_array(staging)[...] = source
-            self.tensors[name][first_row : first_row + len(source)].copy_(staging)
+            self.tensors[name][first_row : first_row + len(source)].copy_(staging, non_blocking=True)
 
     def gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies rows of one column into host memory.
@@ -181,6 +193,49 @@ class Columns:
         """Returns rows of one column as a fresh tensor on the columns' device, [*rows.shape, *column shape]."""
         column = self.tensors[name]
         return column.index_select(0, rows.reshape(-1)).view(*rows.shape, *column.shape[1:])
+
+
+class _DeviceOrder:
+    """Keeps writes to columns on a CUDA device after the gathers before them, and before those that come later.
+
+    Writes have a stream of their own. It waits, on the device, for the gathers that were noted, and the writer waits for that stream alone:
+    for nothing else that the device was given, such as a learner's training step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+        self._reads: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._foreign = False
+
+    def note_reads(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        with self._lock:
+            event = self._reads.get(stream)
+            if event is None:
+                event = self._reads[stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+
+    def note_foreign_reads(self) -> None:
+        self._foreign = True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Has what is queued in the block come after the noted gathers, and waits for it."""
+        with self._lock:
+            reads, self._reads = self._reads, {}
+            foreign, self._foreign = self._foreign, False
+        if foreign:
+            torch.cuda.synchronize(self._device)
+        try:
+            with torch.cuda.stream(self._stream):
+                for event in reads.values():
+                    self._stream.wait_event(event)
+                yield
+        finally:
+            # Gathers on any stream may follow as soon as the episode is published, and the memory may go if it is not.
+            self._stream.synchronize()
 
 
 def allocate_columns(storage: Storage, schema: Schema, *, capacity: int, wanted_device: str) -> Columns:

@@ -11,12 +11,16 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+import torch
+
+from touchline_protos.pinning import PinnedRegion
 from touchline_protos.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.gathering import GatherPlan
 from touchline_server.sharing import AddGate
+from touchline_server.store import Selection
 from touchline_server.streaming import BatchSource
 
 logger = logging.getLogger(__name__)
@@ -118,6 +122,7 @@ class RingFeeder:
         # Batches that are drawn together cost less; big ones would keep their rows pinned for long.
         self._at_once = max(AT_ONCE_BYTES // plan.layout.body_bytes, 1)
         self._actors_told = 0
+        self._pinned: PinnedRegion | None = None
         self._thread = threading.Thread(target=self._work, name="touchline-ring", daemon=True)
 
     def start(self) -> None:
@@ -143,6 +148,8 @@ class RingFeeder:
         except Exception as error:
             fault = error
         finally:
+            if self._pinned is not None:
+                self._pinned.close()
             self._ended(fault)
 
     def _fill(self, slots: list[int]) -> None:
@@ -154,6 +161,21 @@ class RingFeeder:
                 self._actors_told += len(names)
                 actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
                 self._tell(pb.SampleStreamResponse(actors=actors).SerializeToString())
+            if selections[0].columns.device.type == "cuda":
+                self._fill_from_device(slots, selections, plan)
+                return
             for slot, selection in zip(slots, selections, strict=True):
                 plan.fill(selection, self._views[slot])
                 self._ring.publish(slot, self._actors_told)
+
+    def _fill_from_device(self, slots: list[int], selections: list[Selection], plan: GatherPlan) -> None:
+        """The device copies into the slots by itself, where their memory can be pinned; all of them are waited for at once."""
+        if self._pinned is None:
+            self._pinned = PinnedRegion(torch, self._ring.whole_array())
+        if self._pinned.pinned:
+            begins = [self._ring.geometry.offset(slot) for slot in slots]
+            plan.fill_pinned(selections, [self._pinned.tensor[begin : begin + plan.layout.body_bytes] for begin in begins])
+        else:
+            plan.fill_all(selections, [self._views[slot] for slot in slots])
+        for slot in slots:
+            self._ring.publish(slot, self._actors_told)

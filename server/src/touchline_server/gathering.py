@@ -7,11 +7,13 @@ Row conventions (a slice has rows 0..H):
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,9 +24,13 @@ from touchline_server.columns import Columns
 from touchline_server.sampling import Draw
 from touchline_server.schema import Schema
 from touchline_server.store import Selection
+from touchline_server.transfer import HostTransfer, rows_on_device
 
 TRANSITION_COLUMNS = ("action", "reward", "done")
 """Columns of a transition: [H, B, ...] in a batch, where those of a step are [H+1, B, ...]."""
+
+MAX_IDLE_TRANSFERS = 4
+"""Ways to host memory that are kept for the next batches of a CUDA store; each has a batch of device memory."""
 
 
 class Part(NamedTuple):
@@ -46,6 +52,8 @@ class GatherPlan:
 
     parts: tuple[Part, ...]
     layout: BatchLayout
+    _idle: WeakKeyDictionary[Columns, deque[HostTransfer]] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+    """Kept as long as the columns are: they hold on to their memory."""
 
     @classmethod
     def of(cls, schema: Schema, *, batch_size: int, horizon: int, incoming: bool) -> GatherPlan:
@@ -68,10 +76,19 @@ class GatherPlan:
 
     def fill(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
         """Gathers a whole batch into host arrays, by the names and shapes of ``layout.specs``. Every element is written."""
-        if selection.columns.device.type == "cuda":
-            for name, array in self.layout.body_views(self.host_body(selection)).items():
-                out[name][...] = array
+        self.fill_all([selection], [out])
+
+    def fill_all(self, selections: Sequence[Selection], outs: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Does what :meth:`fill` does for batches that were selected together; a CUDA device is waited for once."""
+        if selections[0].columns.device.type == "cuda":
+            for body, out in zip(self.host_bodies(selections), outs, strict=True):
+                for name, array in self.layout.body_views(body).items():
+                    out[name][...] = array
             return
+        for selection, out in zip(selections, outs, strict=True):
+            self._fill_from_host(selection, out)
+
+    def _fill_from_host(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
         for part in self.parts:
             target = out[part.name]
             if part.stored:
@@ -99,7 +116,7 @@ class GatherPlan:
         """Returns what fills the pieces of one batch, as :meth:`fill_piece` does; from a CUDA device it all comes in one transfer."""
         if selection.columns.device.type != "cuda":
             return partial(self.fill_piece, selection)
-        body = self.layout.body_views(self.host_body(selection))
+        body = self.layout.body_views(self.host_bodies([selection])[0])
 
         def copy(piece: Piece, out: Sequence[np.ndarray]) -> None:
             for (name, first, last, _), target in zip(piece.segments, out, strict=True):
@@ -107,42 +124,62 @@ class GatherPlan:
 
         return copy
 
-    def host_body(self, selection: Selection) -> np.ndarray:
-        """Gathers a batch on the columns' device and moves it to the host in one transfer.
+    def host_bodies(self, selections: Sequence[Selection]) -> list[np.ndarray]:
+        """Gathers batches on the columns' device and moves each to the host in one transfer.
 
         Returns:
-            The batch's body, [layout.body_bytes] uint8: fresh, pinned where the columns are on a CUDA device.
+            Their bodies, [layout.body_bytes] uint8: fresh, pinned where the columns are on a CUDA device.
         """
-        device = selection.columns.device
-        block = torch.empty(self.layout.body_bytes, dtype=torch.uint8, device=device)
-        rows = torch.from_numpy(selection.rows).to(device)
-        for part, offset in zip(self.parts, self.layout.offsets, strict=False):
-            size = math.prod(part.out_shape)
-            column = selection.columns.tensors.get(part.name)
-            if column is None:
-                block[offset : offset + 4 * size].zero_()
-            elif size:
-                target = block[offset : offset + size * column.element_size()].view(column.dtype)
-                index = rows[part.rows].reshape(-1)
-                torch.index_select(column, 0, index, out=target.view(len(index), *part.inner_shape))
-        host = torch.empty(self.layout.body_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        body = host.copy_(block).numpy()
-        fill_provenance(selection.draw, self.layout.body_views(body))
-        return body
+        pinned = selections[0].columns.device.type == "cuda"
+        memory = torch.empty((len(selections), self.layout.body_bytes), dtype=torch.uint8, pin_memory=pinned)
+        bodies = list(memory)
+        self.fill_pinned(selections, bodies)
+        return [body.numpy() for body in bodies]
+
+    def fill_pinned(self, selections: Sequence[Selection], bodies: Sequence[torch.Tensor]) -> None:
+        """Gathers batches, selected together, on the columns' device and straight into host memory.
+
+        Args:
+            selections: one or more.
+            bodies: [layout.body_bytes] uint8 each: pinned where the columns are on a CUDA device. Filled.
+        """
+        with self._transfer(selections[0]) as transfer:
+            transfer.run(selections, bodies)
+        for selection, body in zip(selections, bodies, strict=True):
+            fill_provenance(selection.draw, self.layout.body_views(body.numpy()))
 
     def gather_tensors(self, selection: Selection) -> dict[str, torch.Tensor]:
-        """Returns a batch as fresh tensors on the columns' device, provenance on the host."""
-        columns: Columns = selection.columns
-        rows = torch.from_numpy(selection.rows).to(columns.device)
+        """Returns a batch as fresh tensors on the columns' device, in the order of the current stream; provenance on the host."""
+        columns = selection.columns
+        steps, size = selection.rows.shape
+        rows = rows_on_device(selection.rows, columns.device)
+        indices: dict[tuple[int, int], torch.Tensor] = {}
         tensors = {}
         for part in self.parts:
             if part.stored:
-                tensors[part.name] = columns.gather_tensor(part.name, rows[part.rows]).view(part.out_shape)
+                first, last, _ = part.rows.indices(steps)
+                index = indices.get((first, last))
+                if index is None:
+                    index = indices[first, last] = rows[first * size : last * size]
+                tensors[part.name] = columns.tensors[part.name].index_select(0, index).view(part.out_shape)
             else:
                 tensors[part.name] = torch.zeros(part.out_shape, device=columns.device)
+        columns.note_reads()
         for name, _ in PROVENANCE:
             tensors[f"provenance.{name}"] = torch.from_numpy(getattr(selection.draw, name))
         return tensors
+
+    @contextmanager
+    def _transfer(self, selection: Selection) -> Iterator[HostTransfer]:
+        """Lends a way to host memory, for one thread at a time."""
+        idle = self._idle.setdefault(selection.columns, deque(maxlen=MAX_IDLE_TRANSFERS))
+        try:
+            transfer = idle.pop()
+        except IndexError:
+            transfer = HostTransfer(self, selection.columns, selection.rows.shape)
+        yield transfer
+        # Not after an error, which may have left work under way in it.
+        idle.append(transfer)
 
 
 def fill_provenance(draw: Draw, out: Mapping[str, np.ndarray]) -> None:

@@ -98,8 +98,7 @@ class BatchSource:
             if plan.layout.body_bytes > self._chunked_above:
                 return 1, self._chunks(selections[0], plan, actors)
             message, views = plan.layout.group(len(selections), actors)
-            for selection, arrays in zip(selections, views, strict=True):
-                plan.fill(selection, arrays)
+            plan.fill_all(selections, views)
             return len(selections), [self._checked(message)]
 
     def _group_size(self, plan: GatherPlan, credits: int) -> int:

@@ -133,6 +133,7 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         if self._rng is not None:
             random = np.random.default_rng(int(torch.randint(2**62, (), generator=self._rng)))
         with self._store.select(slices, steps - 1, self._law, random) as (selection,):
+            selection.columns.note_foreign_reads()
             rows = torch.from_numpy(np.ascontiguousarray(selection.rows.T).reshape(-1))
             truncated = torch.zeros(slices, steps, dtype=torch.bool)
             truncated[:, -1] = True
