@@ -20,7 +20,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults lint types serve demo bench bench-peers stubs clean
+.PHONY: help install test test-faults lint types serve demo bench bench-peers bench-gpu stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench: $(INSTALLED) ## measures beside TD-MPC2's buffer, some 10 minutes, into d
 
 bench-peers: $(INSTALLED) $(PEERS_INSTALLED) ## measures beside Reverb, some 15 minutes, into docs/benchmarks
 	$(BIN)/python -m benchmarks peers $(BENCH)
+
+bench-gpu: $(INSTALLED) ## measures the store and the learner on a CUDA device, some 5 minutes, into docs/benchmarks
+	$(BIN)/python -m benchmarks gpu $(BENCH)
 
 # Reverb needs a TensorFlow, a numpy and a protobuf of its time, so it has an environment of its own.
 $(PEERS_INSTALLED): benchmarks/peers/requirements.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import machine
 from benchmarks.bars import judge
 from benchmarks.cast import Stage
+from benchmarks.gpu.report import GPU_FILE, write_gpu_report
 from benchmarks.peers import suite as peers_suite
 from benchmarks.protocol import MALLOC_TUNING, REPOSITORY
 from benchmarks.report import OWN_FILE, PEERS_FILE, write_report
@@ -77,9 +79,34 @@ def peers(
 
 
 @app.command()
+def gpu(
+    output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = "W1,W2", default_malloc: DefaultMalloc = False
+) -> None:
+    """Measures the store and the learner on a CUDA device; writes a report of its own."""
+    from benchmarks.gpu import suite as gpu_suite
+
+    effort = _effort(quick, rounds)
+    findings = Findings()
+    described = machine.describe_device() | machine.describe()
+    begin = time.monotonic()
+    with _progress() as progress:
+        for name in [name for name in ("W1", "W2") if name in only.split(",")]:
+            task = progress.add_task(f"{name}: filling stores", total=None)
+            with Stage(tuned=not default_malloc) as stage:
+                gpu_suite.run(name, stage, effort, findings, _runner(progress, task))
+    output.mkdir(parents=True, exist_ok=True)
+    effort = replace(effort, seconds=min(effort.seconds, gpu_suite.SLICE_S))
+    results = {"machine": described, "settings": _settings(effort, quick, default_malloc, begin), "sections": findings.sections}
+    (output / GPU_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"wrote {write_gpu_report(output).name}")
+
+
+@app.command()
 def report(output: Output = DOCS) -> None:
-    """Writes the report and the plots again from the JSON files."""
+    """Writes the reports and the plots again from the JSON files."""
     console.print(f"wrote {write_report(output).name}")
+    if (output / GPU_FILE).exists():
+        console.print(f"wrote {write_gpu_report(output).name}")
 
 
 def _effort(quick: bool, rounds: int | None) -> Effort:

@@ -78,13 +78,13 @@ class Stage:
         """Starts a subject's process, with this interpreter or another."""
         return self._stack.enter_context(Worker(module, python=python, tuned=self.tuned))
 
-    def server(self, workload: str, rows: int) -> tuple[ServerProcess, dict[str, float]]:
+    def server(self, workload: str, rows: int, *, device: str = "cpu") -> tuple[ServerProcess, dict[str, float]]:
         """Starts a server and fills it.
 
         Returns:
             The server, and by how much its resident memory grew with the fill.
         """
-        server = self._stack.enter_context(ServerProcess(WORKLOADS[workload].resized(rows), tuned=self.tuned))
+        server = self._stack.enter_context(ServerProcess(WORKLOADS[workload].resized(rows), tuned=self.tuned, device=device))
         before = resident_bytes(server.pid)
         with Worker("benchmarks.actor", tuned=self.tuned) as filler:
             filler.call("fill", address=server.address, workload=workload, rows=rows)

@@ -12,12 +12,12 @@ from touchline_protos import Batch
 from touchline_server import Config, ReplayBuffer
 
 
-def make_config(content: Content, **server: Any) -> Config:
+def make_config(content: Content, *, device: str = "cpu", **server: Any) -> Config:
     """Returns the configuration of a buffer for a workload."""
     workload = content.workload
     return Config(
         config={"buffer_size": workload.rows, "batch_size": workload.batch_size, "min_history": 1, "horizon": workload.horizon},
-        storage={"device": "cpu"},
+        storage={"device": device},
         sampling={"law": workload.law, "seed": 1},
         server=server,
     )
@@ -26,9 +26,9 @@ def make_config(content: Content, **server: Any) -> Config:
 class LocalSubject:
     """``touchline_server.ReplayBuffer`` and its ``sample()``, filled with the first episodes of a workload."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Content, *, device: str = "cpu") -> None:
         self.content = content
-        self.buffer = ReplayBuffer(make_config(content))
+        self.buffer = ReplayBuffer(make_config(content, device=device))
         tags = content.tags_to_fill(content.workload.rows)
         for tag in tags:
             self.buffer.add(content.episode(tag), policy_version=tag)

@@ -13,6 +13,20 @@ from benchmarks.protocol import REPOSITORY
 PACKAGES = ("numpy", "torch", "torchrl", "tensordict", "grpcio", "protobuf")
 
 
+def describe_device() -> dict[str, str]:
+    """Returns the CUDA device, its driver and torch's CUDA version, as short texts."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    return {"device": f"one {properties.name}, {memory}, driver {driver}, CUDA {torch.version.cuda}"}
+
+
 def describe() -> dict[str, str]:
     """Returns the machine, its system, the versions in use and how busy it is, each as a short text."""
     packages = []

@@ -1,10 +1,9 @@
-"""Touchline's server as a user runs it: ``touchline-server serve`` in a process of its own."""
+"""Touchline's server as a user runs it: ``touchline-server serve``, as a module, in a process of its own."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Self
 
 from benchmarks.protocol import REPOSITORY, WorkerError, child_environment
@@ -14,17 +13,17 @@ from benchmarks.workloads import Workload
 class ServerProcess:
     """A server for one workload. A context manager that ends it."""
 
-    def __init__(self, workload: Workload, *, tuned: bool = True) -> None:
+    def __init__(self, workload: Workload, *, tuned: bool = True, device: str = "cpu") -> None:
         environment = child_environment(tuned=tuned) | {
             "TOUCHLINE_CONFIG__BUFFER_SIZE": str(workload.rows),
             "TOUCHLINE_CONFIG__BATCH_SIZE": str(workload.batch_size),
             "TOUCHLINE_CONFIG__HORIZON": str(workload.horizon),
             "TOUCHLINE_CONFIG__MIN_HISTORY": "1",
-            "TOUCHLINE_STORAGE__DEVICE": "cpu",
+            "TOUCHLINE_STORAGE__DEVICE": device,
             "TOUCHLINE_SAMPLING__LAW": workload.law,
             "TOUCHLINE_SAMPLING__SEED": "1",
         }
-        command = [str(Path(sys.executable).with_name("touchline-server")), "serve", "--port", "0", "--log-level", "error"]
+        command = [sys.executable, "-m", "touchline_server", "serve", "--port", "0", "--log-level", "error"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=environment, text=True)
         assert self._process.stdout is not None
         for line in self._process.stdout:

@@ -25,14 +25,15 @@ class Tdmpc2Subject:
     Args:
         content: what to store.
         cache: keep the episodes' borders between samples (TD-MPC2 does for several tasks); a write drops them.
+        device: of the storage.
     """
 
-    def __init__(self, content: Content, *, cache: bool) -> None:
+    def __init__(self, content: Content, *, cache: bool, device: str = "cpu") -> None:
         self.content = content
         workload = content.workload
         self._steps = workload.horizon + 1
         self._buffer = ReplayBuffer(
-            storage=LazyTensorStorage(workload.rows, device="cpu"),
+            storage=LazyTensorStorage(workload.rows, device=device),
             sampler=SliceSampler(
                 num_slices=workload.batch_size, traj_key="episode", end_key=None, truncated_key=None, strict_length=True, cache_values=cache
             ),

@@ -1,0 +1,136 @@
+"""One slice of a round, of a subject whose batches are on a CUDA device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from benchmarks.checks import BatchLog, check_batch
+from benchmarks.protocol import cpu_seconds
+from benchmarks.timing import MAX_LATENCIES
+from benchmarks.workloads import ROW_ID_BYTES, Content
+
+WARM_UP_S = 0.05
+"""Before each slice: what a subject had ready from the pause before is used up."""
+
+NOTED = 512
+"""Batches that a slice notes at most, and how many take their turn before their places are used again."""
+
+NOTE_EVERY = 8
+"""One batch of so many is noted: noting is two small copies on the device, whose launches cost the host some 25 µs."""
+
+
+class DeviceSubject(Protocol):
+    """Something that gives batches on a device."""
+
+    content: Content
+
+    def take(self) -> Any:
+        """Returns the next batch; its tensors may still be on their way, in the order of the current stream."""
+
+    def columns(self, batch: Any) -> Mapping[str, torch.Tensor]:
+        """Returns the batch's tensors by the names of :func:`~benchmarks.checks.check_batch`."""
+
+
+class DeviceLog:
+    """Notes row ids and rewards of batches in memory of the device, and checks them on the host after the clock has stopped."""
+
+    def __init__(self, content: Content) -> None:
+        workload = content.workload
+        dtype = np.dtype(workload.obs_dtype)
+        self._content = content
+        self._values = ROW_ID_BYTES // dtype.itemsize
+        torch_dtype = torch.uint8 if dtype == np.uint8 else torch.float32
+        self._ids = torch.empty((NOTED, workload.batch_size, self._values), dtype=torch_dtype, device="cuda")
+        self._rewards = torch.empty((NOTED, workload.horizon, workload.batch_size), device="cuda")
+        self._count = 0
+
+    def note(self, columns: Mapping[str, torch.Tensor]) -> None:
+        """Notes a batch."""
+        place = self._count % NOTED
+        first_rows = columns["obs"][0]
+        self._ids[place].copy_(first_rows.view(len(first_rows), -1)[:, : self._values])
+        self._rewards[place].copy_(columns["reward"].view(self._rewards.shape[1:]))
+        self._count += 1
+
+    def verify(self) -> int:
+        """Checks what was noted and starts afresh; returns how many batches. Raises WrongDataError as :class:`BatchLog` does."""
+        count = min(self._count, NOTED)
+        self._count = 0
+        log = BatchLog(self._content, capacity=max(count, 1))
+        ids, rewards = self._ids[:count].cpu().numpy(), self._rewards[:count].cpu().numpy()
+        for row_ids, reward in zip(ids, rewards, strict=True):
+            log.note(row_ids[None], reward)
+        return log.verify()
+
+
+class DeviceSliceTimer:
+    """Runs slices of one subject."""
+
+    def __init__(self, subject: DeviceSubject) -> None:
+        self._subject = subject
+        self._log = DeviceLog(subject.content)
+
+    def run(self, seconds: float, *, server_pid: int | None = None) -> dict[str, float]:
+        """Takes batches for so long, and then waits until the device has done all of them: that is in the time too.
+
+        Args:
+            seconds: of the timed part.
+            server_pid: whose processor time is noted besides this process's own.
+
+        Returns:
+            As :meth:`benchmarks.timing.SliceTimer.run`; ``p50_s`` and ``p99_s`` are the host's time for a batch.
+
+        Raises:
+            WrongDataError: a batch was wrong.
+        """
+        subject, log = self._subject, self._log
+        self._take_for(WARM_UP_S)
+        torch.cuda.synchronize()
+        latencies: list[float] = []
+        clock = time.perf_counter
+        server_before = cpu_seconds(server_pid) if server_pid else 0.0
+        own_before = time.process_time()
+        begin = clock()
+        count = 0
+        while True:
+            asked = clock()
+            batch = subject.take()
+            now = clock()
+            latencies.append(now - asked)
+            if not count % NOTE_EVERY:
+                log.note(subject.columns(batch))
+            count += 1
+            if now - begin >= seconds:
+                break
+        torch.cuda.synchronize()
+        elapsed = clock() - begin
+        own = time.process_time() - own_before
+        server = cpu_seconds(server_pid) - server_before if server_pid else 0.0
+        self._check(batch)
+        del batch
+        p50, p99 = np.percentile(latencies[-MAX_LATENCIES:], [50, 99])
+        return {
+            "batches_per_s": count / elapsed,
+            "p50_s": float(p50),
+            "p99_s": float(p99),
+            "cpu_s": own / count,
+            "server_cpu_s": server / count,
+            "checked": log.verify(),
+        }
+
+    def _take_for(self, seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        batch = self._subject.take()
+        while time.perf_counter() < end:
+            del batch
+            batch = self._subject.take()
+        self._check(batch)
+
+    def _check(self, batch: Any) -> None:
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self._subject.columns(batch).items()}
+        check_batch(self._subject.content, arrays)
