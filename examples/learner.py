@@ -92,7 +92,7 @@ class Learner:
         self.updates = 0
         self._reported = self._saved = time.monotonic()
         if checkpoint is not None and checkpoint.exists():
-            model.load_state_dict(torch.load(checkpoint, weights_only=True))
+            model.load_state_dict(torch.load(checkpoint, map_location=self._parameters[0].device, weights_only=True))
             logging.info("goes on from %s", checkpoint)
 
     def train(self, batch: Batch) -> None:
@@ -153,12 +153,12 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-def batches(client: ReplayClient, *, batch_size: int) -> Iterator[Batch]:
-    """Yields batches for ever; a server that is away is waited for."""
+def batches(client: ReplayClient, *, batch_size: int, device: str) -> Iterator[Batch]:
+    """Yields batches on a device for ever; a server that is away is waited for."""
     while True:
         client.wait_until_ready()
         try:
-            with client.batches(batch_size=batch_size, prefetch=8) as stream:
+            with client.batches(batch_size=batch_size, prefetch=8, device=device) as stream:
                 yield from stream
         except UnavailableError as error:
             logging.warning("waits for the server: %s", error)
@@ -171,6 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="ends after so long, waiting for data included; default: no limit")
     parser.add_argument("--updates", type=int, help="ends after so many updates; default: no limit")
     parser.add_argument("--batch-size", type=int, default=128, help="slices in a batch")
+    parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or cuda:N (default: cpu, since the model is small)")
     parser.add_argument("--seed", type=int, default=0, help="of the model's first weights")
     parser.add_argument("--metrics", type=Path, help="appends a line of JSON about every second")
     parser.add_argument("--checkpoint", type=Path, help="takes the weights up from here if they are there, and saves them")
@@ -187,9 +188,9 @@ def main() -> int:
     learner: Learner | None = None
     with ReplayClient(args.address) as client:
         try:
-            for batch in batches(client, batch_size=args.batch_size):
+            for batch in batches(client, batch_size=args.batch_size, device=args.device):
                 if learner is None:
-                    model = WorldModel(batch.obs.shape[-1], batch.action.shape[-1])
+                    model = WorldModel(batch.obs.shape[-1], batch.action.shape[-1]).to(args.device)
                     learner = Learner(model, metrics=args.metrics, checkpoint=args.checkpoint)
                 learner.train(batch)
                 if stop.requested or learner.updates == args.updates:
