@@ -29,9 +29,9 @@ from touchline_server import (
     StoreInUseError,
     StoreMismatchError,
     cli,
-    database,
     durable,
     ledger,
+    ledger_tables,
     upkeep,
 )
 from touchline_server.columns import Columns
@@ -187,7 +187,7 @@ def test_retry_after_restart_and_eviction_is_a_duplicate(durability: str, opened
 
 
 def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ledger, database):
+    for module in (ledger, ledger_tables):
         monkeypatch.setattr(module, "MAX_GAPS", 5)
         monkeypatch.setattr(module, "MAX_RECENT", 4)
     buffer = opened()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,15 +10,12 @@ from touchline.calls import Calls
 from touchline.credentials import Credentials, TlsConfig
 from touchline.delivery import MAX_LOAD_BYTES, Delivery, make_episode, split_episodes
 from touchline.errors import (
-    DeadlineError,
     InvalidArgumentError,
     InvalidEpisodeError,
     NotReadyError,
-    OverLimitError,
     ServerError,
     TooLargeError,
     TouchlineError,
-    UnavailableError,
 )
 from touchline.forking import forget_in_child
 from touchline.identity import Identity
@@ -28,11 +24,11 @@ from touchline.messages import (
     check_policy_version,
     counts_of,
     episodes_request,
-    ready_state_of,
     sample_request,
     server_info_of,
     whole_number,
 )
+from touchline.readiness import Readiness
 from touchline.reading import EpisodeSource, EpisodeStream
 from touchline.stream import BatchSource, BatchStream, StreamSource
 from touchline.tensors import load_torch, to_tensors
@@ -42,8 +38,6 @@ from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
 
-POLL_S = 5.0
-"""The longest that one call waits for readiness."""
 RECONNECT_S = 60.0
 """How long the server may be away before a stream of batches gives up."""
 
@@ -103,6 +97,7 @@ class ReplayClient:
         self._transport = Transport(address, max_message_bytes=max_message_bytes, credentials=credentials)
         self._calls = Calls(self._transport, timeout_s=timeout_s)
         self._delivery = Delivery(self._calls, table=table, max_message_bytes=max_message_bytes)
+        self._readiness = Readiness(self._calls, table=table)
         self._decoders = threading.local()
         forget_in_child(self)
 
@@ -308,7 +303,9 @@ class ReplayClient:
         source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
             return BatchStream(source, self._delivery_of_batches(as_numpy))
-        return BatchStream(_on_device(source, device, as_numpy), lambda batch: batch)
+        from touchline.device import on_device
+
+        return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), lambda batch: batch)
 
     # Reading back.
 
@@ -366,7 +363,7 @@ class ReplayClient:
 
     def ready_state(self) -> ReadyState:
         """Returns how far the table is from being sampled."""
-        return self._ready(0, 0.0, self.timeout_s)
+        return self._readiness.ask(0, 0.0, self.timeout_s)
 
     def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None) -> ReadyState:
         """Waits until batches can be sampled and enough is stored; a server that is not there yet, or restarts, is waited for.
@@ -379,27 +376,7 @@ class ReplayClient:
             NotReadyError: not ready in time; carries the counts.
             UnavailableError: no server in time.
         """
-        steps = 0 if min_steps is None else whole_number("min_steps", min_steps, least=1, most=(1 << 63) - 1)
-        ends = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        state: ReadyState | None = None
-        while True:
-            left_s = ends - time.monotonic()
-            try:
-                state = self._ready(steps, min(POLL_S, max(left_s, 0.0)), self.timeout_s if left_s > POLL_S else max(left_s, 1.0))
-            except (UnavailableError, DeadlineError, OverLimitError):
-                if time.monotonic() < ends:
-                    continue
-                if state is None:
-                    raise
-            if state is not None and state.can_sample and state.min_steps_reached:
-                return state
-            if state is not None and time.monotonic() >= ends:
-                counts = state.counts
-                wanted = f"{steps or state.min_history} steps" + ("" if state.can_sample else " and an episode that is long enough")
-                raise NotReadyError(
-                    f"not ready within {timeout_s} s: {counts.steps_stored} steps in {counts.episodes_stored} episodes, expected {wanted}",
-                    counts,
-                )
+        return self._readiness.wait(min_steps, timeout_s)
 
     def counts(self) -> Counts:
         """Returns the table's figures."""
@@ -465,29 +442,8 @@ class ReplayClient:
             return lambda batch: batch
         return lambda batch: to_tensors(torch, batch)
 
-    def _ready(self, min_steps: int, wait_s: float, timeout_s: float) -> ReadyState:
-        request = pb.ReadyRequest(table=self._table, min_steps=min_steps, wait_s=wait_s).SerializeToString()
-        return ready_state_of(self._calls.unary("Ready", request, timeout_s=timeout_s, wait_s=wait_s))
-
     def _with_counts(self, error: NotReadyError) -> NotReadyError:
         try:
             return NotReadyError(str(error), self.counts())
         except TouchlineError:
             return error
-
-
-def _on_device(source: BatchSource, device: Any, as_numpy: bool | None) -> BatchSource:
-    from touchline.device import CudaSource
-
-    torch = load_torch()
-    if torch is None:
-        raise InvalidArgumentError(f"device: {str(device)!r} needs torch, which is not installed")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidArgumentError(f"device: {device!r} ({error})") from None
-    if place.type != "cuda" or as_numpy:
-        raise InvalidArgumentError(f"device: {str(device)!r}, expected None, 'cpu' or 'cuda' with tensors")
-    if not torch.cuda.is_available():
-        raise InvalidArgumentError(f"device: {str(device)!r}, but torch finds no CUDA device")
-    return CudaSource(source, torch, place)

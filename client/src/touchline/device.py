@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from touchline.errors import ClosedError
+from touchline.errors import ClosedError, InvalidArgumentError
 from touchline.ring import RingBatches
 from touchline.stream import BatchSource
-from touchline.tensors import map_batch
+from touchline.tensors import load_torch, map_batch
 from touchline_protos import Batch
 from touchline_protos.dtypes import BFLOAT16
 from touchline_protos.pinning import PinnedRegion
@@ -290,3 +290,23 @@ class CudaSource:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
+
+
+def on_device(source: BatchSource, device: Any, *, as_numpy: bool) -> BatchSource:
+    """Returns a source of the same batches on a CUDA device.
+
+    Raises:
+        InvalidArgumentError: torch or the device is not there, or arrays are asked for.
+    """
+    torch = load_torch()
+    if torch is None:
+        raise InvalidArgumentError(f"device: {str(device)!r} needs torch, which is not installed")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device: {device!r} ({error})") from None
+    if place.type != "cuda" or as_numpy:
+        raise InvalidArgumentError(f"device: {str(device)!r}, expected None, 'cpu' or 'cuda' with tensors")
+    if not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device: {str(device)!r}, but torch finds no CUDA device")
+    return CudaSource(source, torch, place)

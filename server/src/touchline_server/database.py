@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from touchline_protos.codec import EpisodeKey
-from touchline_protos.dtypes import BFLOAT16, dtype_name
 from touchline_server.errors import DamagedStoreError, StorageFailedError, StorageFullError, StoreMismatchError
-from touchline_server.ledger import MAX_GAPS, MAX_RECENT, MAX_SENDERS
-from touchline_server.schema import ColumnSpec, Schema
+from touchline_server.ledger_tables import LedgerTables
+from touchline_server.records import Change, EpisodeRow, Payload, row_checksum, schema_of, schema_text
+from touchline_server.schema import Schema
 
 FILE_NAME = "touchline.db"
 APPLICATION_ID = 0x746C6E65
@@ -57,85 +52,6 @@ CREATE TABLE keys (
     PRIMARY KEY (sender, episode_id)) WITHOUT ROWID;
 """
 
-Blob = bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeRow:
-    """An episode's row in ``episodes``."""
-
-    id: int
-    key: EpisodeKey | None
-    actor: str
-    policy_version: int
-    length: int
-    return_: float | None
-    """Sum of the defined rewards; None where it is not a number."""
-    time: float
-    """When it was stored, seconds since 1970."""
-    digest: int
-    """Of its columns: :func:`touchline_server.ledger.payload_digest`."""
-
-    @property
-    def values(self) -> tuple[int | str | float | None, ...]:
-        """In the table's order, without the checksum."""
-        key = (self.key.client_id, self.key.incarnation, self.key.sequence) if self.key is not None else (None, None, None)
-        return (self.id, *key, self.actor, self.policy_version, self.length, self.return_, self.time, self.digest)
-
-
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """One column of an episode as it is kept."""
-
-    column: str
-    dtype: str
-    shape: tuple[int, ...]
-    data: Blob
-    """C order, little-endian."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One episode that is added, and those that make room for it."""
-
-    row: EpisodeRow
-    payloads: Sequence[Payload]
-    evicted: Sequence[int]
-    schema: Schema | None = None
-    """Where this episode fixes it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SenderState:
-    """What the ledger knows of one sender."""
-
-    client_id: str
-    incarnation: int
-    forgotten_below: int
-    runs: list[tuple[int, int]] = field(default_factory=list)
-    """[first, after) of consecutive numbers, ascending."""
-    recent: list[tuple[int, int, int]] = field(default_factory=list)
-    """Sequence number, digest and episode id, in the order in which they were stored."""
-
-
-def row_checksum(*values: object) -> int:
-    """Returns the CRC-32 of a row's values."""
-    return zlib.crc32(repr(values).encode())
-
-
-def payloads_of(columns: Mapping[str, np.ndarray], *, copy: bool) -> list[Payload]:
-    """Returns an episode's columns as they are kept: views of the arrays, or copies of their bytes."""
-    payloads = []
-    for name, array in columns.items():
-        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        payloads.append(Payload(name, dtype_name(array.dtype), array.shape, bytes(view) if copy else view))
-    return payloads
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """Returns the dtype of a name in ``payloads``; raises TypeError where there is none."""
-    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
-
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Opens a file. Transactions are begun and ended by whoever writes."""
@@ -157,12 +73,13 @@ class Database:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._synchronous = ""
-        self._keys_since_pruned: dict[int, int] = {}
         try:
             self._connection = connect(path)
             self._prepare()
         except sqlite3.Error as error:
             raise translate(error, path) from error
+        self.ledger = LedgerTables(self._connection, path, advice(path))
+        """Who has sent what."""
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -190,8 +107,7 @@ class Database:
         if text is None:
             return None
         try:
-            columns = json.loads(str(text))
-            return Schema(tuple(ColumnSpec(item["name"], numpy_dtype(item["dtype"]), tuple(item["shape"])) for item in columns))
+            return schema_of(str(text))
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedStoreError(f"{self.path}: the schema is not readable ({error}); {advice(self.path)}") from None
 
@@ -244,7 +160,7 @@ class Database:
             self._connection.execute("DELETE FROM meta WHERE name = 'schema'")
             for change in unwritten:
                 if change.row.key is not None:
-                    self._remember(change.row.key, change.row.digest, change.row.id)
+                    self.ledger.remember(change.row.key, change.row.digest, change.row.id)
             self._note(figures, {})
 
         self._transact(write, sync=True)
@@ -255,38 +171,6 @@ class Database:
         if free:
             self._connection.execute(f"PRAGMA incremental_vacuum({min(pages, free)})").fetchall()
         return bool(free > pages)
-
-    def senders(self) -> list[SenderState]:
-        """Returns what the ledger knows, the sender that stored longest ago first.
-
-        Raises:
-            DamagedStoreError: a row's checksum is wrong.
-        """
-        states: dict[int, SenderState] = {}
-        for number, *values, checksum in self._connection.execute(
-            "SELECT id, client_id, incarnation, forgotten_below, checksum FROM senders ORDER BY last_episode"
-        ):
-            if row_checksum(number, *values) != checksum:
-                raise DamagedStoreError(f"{self.path}: a row of the table senders is damaged; {advice(self.path)}")
-            states[number] = SenderState(*values)
-        for sender, first, after, checksum in self._connection.execute("SELECT * FROM runs ORDER BY sender, first"):
-            if sender not in states or row_checksum(sender, first, after) != checksum:
-                raise DamagedStoreError(f"{self.path}: a row of the table runs is damaged; {advice(self.path)}")
-            states[sender].runs.append((first, after))
-        for sender, episode_id, sequence, digest, checksum in self._connection.execute("SELECT * FROM keys ORDER BY sender, episode_id"):
-            if sender not in states or row_checksum(sender, episode_id, sequence, digest) != checksum:
-                raise DamagedStoreError(f"{self.path}: a row of the table keys is damaged; {advice(self.path)}")
-            states[sender].recent.append((sequence, digest, episode_id))
-        return list(states.values())
-
-    def insert_sender(self, number: int, state: SenderState, last_episode: int) -> None:
-        """Writes a sender's whole state, inside a transaction of the caller's."""
-        row = (number, state.client_id, state.incarnation, state.forgotten_below)
-        self._connection.execute("INSERT INTO senders VALUES (?, ?, ?, ?, ?, ?)", (*row, last_episode, row_checksum(*row)))
-        for first, after in state.runs:
-            self._insert_run(number, first, after)
-        for sequence, digest, episode_id in state.recent:
-            self._insert_key(number, episode_id, sequence, digest)
 
     def insert_episode(self, row: EpisodeRow, payloads: Sequence[Payload]) -> None:
         """Writes an episode's rows, inside a transaction of the caller's."""
@@ -373,72 +257,7 @@ class Database:
             self.set_meta({"schema": schema_text(change.schema)})
         self.insert_episode(change.row, change.payloads)
         if change.row.key is not None:
-            self._remember(change.row.key, change.row.digest, change.row.id)
-
-    def _remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
-        """Does to the tables what :meth:`touchline_server.ledger.KeyLedger.remember` does in memory."""
-        execute = self._connection.execute
-        sender = self._sender(key, episode_id)
-        self._insert_key(sender, episode_id, key.sequence, digest)
-        self._keys_since_pruned[sender] = self._keys_since_pruned.get(sender, MAX_RECENT) + 1
-        if self._keys_since_pruned[sender] > MAX_RECENT:
-            self._keys_since_pruned[sender] = 0
-            execute(
-                "DELETE FROM keys WHERE sender = ?1 AND episode_id <= "
-                "(SELECT episode_id FROM keys WHERE sender = ?1 ORDER BY episode_id DESC LIMIT 1 OFFSET ?2)",
-                (sender, MAX_RECENT),
-            )
-        first, after = key.sequence, key.sequence + 1
-        before = execute("SELECT first FROM runs WHERE sender = ? AND after = ?", (sender, first)).fetchone()
-        behind = execute("SELECT after FROM runs WHERE sender = ? AND first = ?", (sender, after)).fetchone()
-        if behind is not None:
-            execute("DELETE FROM runs WHERE sender = ? AND first = ?", (sender, after))
-            after = behind[0]
-        if before is not None:
-            first = before[0]
-        self._insert_run(sender, first, after)
-        if before is None and behind is None:
-            self._bound_gaps(sender)
-
-    def _sender(self, key: EpisodeKey, episode_id: int) -> int:
-        execute = self._connection.execute
-        name = (key.client_id, key.incarnation)
-        found = execute("SELECT id FROM senders WHERE client_id = ? AND incarnation = ?", name).fetchone()
-        if found is not None:
-            execute("UPDATE senders SET last_episode = ? WHERE id = ?", (episode_id, found[0]))
-            return int(found[0])
-        if execute("SELECT count(*) FROM senders").fetchone()[0] >= MAX_SENDERS:
-            oldest = execute("SELECT id FROM senders ORDER BY last_episode LIMIT 1").fetchone()
-            for place in ("runs WHERE sender", "keys WHERE sender", "senders WHERE id"):
-                execute(f"DELETE FROM {place} = ?", oldest)
-            self._keys_since_pruned.pop(oldest[0], None)
-        number = execute("SELECT ifnull(max(id), 0) + 1 FROM senders").fetchone()[0]
-        self.insert_sender(number, SenderState(*name, 0), episode_id)
-        return int(number)
-
-    def _insert_run(self, sender: int, first: int, after: int) -> None:
-        row = (sender, first, after)
-        self._connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (*row, row_checksum(*row)))
-
-    def _insert_key(self, sender: int, episode_id: int, sequence: int, digest: int) -> None:
-        row = (sender, episode_id, sequence, digest)
-        self._connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?)", (*row, row_checksum(*row)))
-
-    def _bound_gaps(self, sender: int) -> None:
-        execute = self._connection.execute
-        (runs,) = execute("SELECT count(*) FROM runs WHERE sender = ?", (sender,)).fetchone()
-        if runs <= MAX_GAPS:
-            return
-        (first, _), (second, after) = execute("SELECT first, after FROM runs WHERE sender = ? ORDER BY first LIMIT 2", (sender,)).fetchall()
-        execute("DELETE FROM runs WHERE sender = ? AND first IN (?, ?)", (sender, first, second))
-        self._insert_run(sender, first, after)
-        name = execute("SELECT client_id, incarnation FROM senders WHERE id = ?", (sender,)).fetchone()
-        execute("UPDATE senders SET forgotten_below = ?, checksum = ? WHERE id = ?", (second, row_checksum(sender, *name, second), sender))
-
-
-def schema_text(schema: Schema) -> str:
-    """Returns a schema as the JSON of ``meta``."""
-    return json.dumps([{"name": spec.name, "dtype": dtype_name(spec.dtype), "shape": spec.shape} for spec in schema.columns])
+            self.ledger.remember(change.row.key, change.row.digest, change.row.id)
 
 
 def advice(path: Path) -> str:

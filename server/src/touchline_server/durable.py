@@ -8,7 +8,6 @@ episode is published first, and the thread commits behind.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -17,15 +16,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import numpy as np
-
 from touchline_protos.codec import Episode
-from touchline_protos.dtypes import BFLOAT16
+from touchline_server.changes import change_of, check_storable
 from touchline_server.data_dir import DataDir
-from touchline_server.database import Change, Database, EpisodeRow, payloads_of
-from touchline_server.errors import InvalidEpisodeError, ReplayError, StorageFailedError, StorageFullError
+from touchline_server.database import Database
+from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError
 from touchline_server.ledger import payload_digest
 from touchline_server.planning import GroupPlan, Planned
+from touchline_server.records import Change
 from touchline_server.store import EpisodeStore, Stored
 
 logger = logging.getLogger(__name__)
@@ -345,22 +343,12 @@ class GroupCommitter:
             if known is not None:
                 pending.receipt.set_result(self._store.count_duplicate(known))
                 return None
-            _check_storable(episode)
+            check_storable(episode)
             planned = plan.admit(episode, pending.digest)
         except ReplayError as error:
             self._refuse(pending, error)
             return None
-        row = EpisodeRow(
-            planned.episode_id,
-            episode.key,
-            episode.actor,
-            episode.policy_version,
-            episode.length,
-            episode_return(episode.columns["reward"], incoming=self._store.incoming),
-            time.time(),
-            pending.digest,
-        )
-        return Change(row, payloads_of(episode.columns, copy=copy), planned.evicted, planned.schema)
+        return change_of(episode, pending.digest, planned, incoming=self._store.incoming, copy=copy)
 
     def _refuse(self, pending: _Pending, error: Exception) -> None:
         self._store.count_refused(str(error), pending.episode)
@@ -440,26 +428,3 @@ class GroupCommitter:
 
     def _figures(self) -> dict[str, int]:
         return self._store.figures()
-
-
-def episode_return(reward: np.ndarray, *, incoming: bool) -> float | None:
-    """Returns the sum of the defined rewards, None where it is not finite."""
-    defined = reward[1:] if incoming else reward[:-1]
-    if defined.dtype == BFLOAT16:
-        defined = (np.ascontiguousarray(defined).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(all="ignore"):
-        total = float(np.sum(defined, dtype=np.float64))
-    return total if math.isfinite(total) else None
-
-
-def _check_storable(episode: Episode) -> None:
-    """Raises InvalidEpisodeError where a name or number does not go into a table."""
-    key = episode.key
-    for name, text in (("actor", episode.actor), ("key.client_id", key.client_id if key is not None else "")):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidEpisodeError(f"{name}: {text[:40]!r}, expected text that UTF-8 can hold") from None
-    for name, number in (("incarnation", key.incarnation), ("sequence", key.sequence)) if key is not None else ():
-        if not -(2**63) <= number < 2**63 - 1:
-            raise InvalidEpisodeError(f"key.{name}: {number}, expected a 64-bit integer below its largest")

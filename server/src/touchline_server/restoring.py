@@ -13,10 +13,11 @@ import numpy as np
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server.config import Config
 from touchline_server.data_dir import DataDir, boot_id
-from touchline_server.database import Database, EpisodeRow, advice, numpy_dtype, row_checksum, translate
+from touchline_server.database import Database, advice, translate
 from touchline_server.durable import GroupCommitter
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
 from touchline_server.ledger import KeyLedger, payload_digest
+from touchline_server.records import EpisodeRow, numpy_dtype, row_checksum
 from touchline_server.schema import Schema
 from touchline_server.store import EpisodeStore
 
@@ -92,9 +93,9 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
 
 
 def restored_ledger(database: Database) -> KeyLedger:
-    """Returns the ledger as it was. Raises as :meth:`Database.senders` does."""
+    """Returns the ledger as it was. Raises as :meth:`LedgerTables.senders` does."""
     ledger = KeyLedger()
-    for state in database.senders():
+    for state in database.ledger.senders():
         ledger.restore(state.client_id, state.incarnation, runs=state.runs, recent=state.recent, forgotten_below=state.forgotten_below)
     return ledger
 

@@ -11,20 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from touchline_server.data_dir import MARK_NAME, DataDir, Mark, read_mark
-from touchline_server.database import (
-    FILE_NAME,
-    Database,
-    EpisodeRow,
-    SenderState,
-    connect,
-    payloads_of,
-    row_checksum,
-    schema_text,
-    translate,
-)
+from touchline_server.database import FILE_NAME, Database, connect, translate
 from touchline_server.durable import ID_BLOCK
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError
 from touchline_server.ledger import KeyLedger
+from touchline_server.records import EpisodeRow, SenderState, payloads_of, row_checksum, schema_text
 from touchline_server.restoring import as_row, read_columns
 from touchline_server.schema import Schema
 
@@ -182,7 +173,7 @@ def _check_episodes(database: Database, findings: Findings, progress: Progress |
 
 def _check_rest(database: Database, findings: Findings) -> None:
     try:
-        database.senders()
+        database.ledger.senders()
         figures = database.counts()
     except (ReplayError, sqlite3.Error, TypeError, ValueError) as error:
         findings.damage.append(str(error))
@@ -315,7 +306,7 @@ def _remember(ledger: KeyLedger, row: EpisodeRow) -> None:
 def _write_ledger(fresh: Database, ledger: KeyLedger) -> None:
     for number, (client_id, incarnation, runs, recent, below) in enumerate(ledger.senders(), start=1):
         last = max((episode_id for _, _, episode_id in recent), default=0)
-        fresh.insert_sender(number, SenderState(client_id, incarnation, below, runs, recent), last)
+        fresh.ledger.insert(number, SenderState(client_id, incarnation, below, runs, recent), last)
 
 
 def _recovered_figures(old: Database, findings: Findings) -> Mapping[str, int]:
