@@ -90,6 +90,11 @@ MALFORMED = {
     ),
     "a column without a name": (by_hand(lambda request: setattr(request.episode.columns[0], "name", "")), INVALID, "without a name"),
     "a name too long": (by_hand(lambda request: setattr(request.episode.columns[0], "name", "n" * 257)), TOO_LARGE, "256"),
+    "a name nested too deep": (
+        by_hand(lambda request: setattr(request.episode.columns[0], "name", "obs" + ".x" * 9)),
+        TOO_LARGE,
+        "nested 9 levels deep, expected at most 8",
+    ),
     "no tensor": (by_hand(lambda request: request.episode.columns[1].ClearField("tensor")), INVALID, "action: no tensor"),
     "a key without a client": (
         by_hand(lambda request: request.episode.key.CopyFrom(pb.EpisodeKey(sequence=1))),

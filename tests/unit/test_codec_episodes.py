@@ -209,6 +209,10 @@ def test_limits_are_the_receivers() -> None:
         decode_add_episode(message, limits=CodecLimits(max_dims=1))
     with pytest.raises(OversizeError, match="column name: 6 characters"):
         decode_add_episode(message, limits=CodecLimits(max_name_chars=5))
+    nested = request(column("reward", [1], bytes(4)), column("obs.head.left", [1], bytes(4)))
+    with pytest.raises(OversizeError, match=r"obs\.head\.left: nested 2 levels deep, expected at most 1"):
+        decode_add_episode(nested, limits=CodecLimits(max_nesting=1))
+    assert list(decode_add_episode(nested, limits=CodecLimits(max_nesting=2))[1].columns) == ["reward", "obs.head.left"]
     assert same_episode(decode_add_episode(message, limits=CodecLimits(132, 4, 6, 2))[1], small_episode())
 
 

@@ -245,6 +245,24 @@ def test_chunk_without_a_header_is_fatal() -> None:
     assert raised.value.fatal and raised.value.key is None
 
 
+def test_announced_bytes_are_those_of_the_episode_in_progress() -> None:
+    episode = small_episode()
+    first, *chunks = encode_load(episode, chunk_bytes=10)
+    decoder = LoadDecoder()
+    assert decoder.announced_bytes == 0
+
+    for message in (first, *chunks[:-1]):
+        decoder.feed(message)
+        assert decoder.announced_bytes == episode.size_bytes
+    decoder.feed(chunks[-1])
+
+    assert decoder.announced_bytes == 0
+    decoder.feed(first)
+    with pytest.raises(CodecError):
+        decoder.feed(b"")
+    assert decoder.announced_bytes == 0
+
+
 HUGE = 1 << 40
 
 
@@ -262,6 +280,7 @@ HUGE = 1 << 40
         (header(2, spec("obs", *[1] * 16)), OversizeError, "obs: more than 15 dimensions"),
         (header(2, *[spec(f"c{i}") for i in range(257)]), OversizeError, "more than 256 columns"),
         (header(2, spec("n" * 257)), OversizeError, "257 characters"),
+        (header(2, spec("obs" + ".x" * 9)), OversizeError, "obs.x.x.x.x.x.x.x.x.x: nested 9 levels deep, expected at most 8"),
         (header(-1, spec("obs")), CodecError, "length -1"),
         (header(2, spec("obs", -3)), CodecError, "obs: negative dimension"),
         (header(2, spec("obs"), spec("obs")), CodecError, "obs: column appears twice"),

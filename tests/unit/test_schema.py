@@ -56,6 +56,7 @@ MALFORMED = {
     "a wide task": (plain_columns(ROWS, task=np.zeros((ROWS, 3), np.int64)), "task: shape (10, 3), expected one value a step"),
     "a reserved name": (plain_columns(ROWS, episode=np.zeros(ROWS)), "episode: a reserved column name"),
     "another reserved name": (plain_columns(ROWS, index=np.zeros(ROWS)), "index: a reserved column name"),
+    "a name nested too deep": (plain_columns(ROWS) | {"a" + ".b" * 9: np.zeros(ROWS)}, "nested 9 levels deep, expected at most 8"),
     "a name of the provenance": (plain_columns(ROWS, provenance={"start": np.zeros(ROWS)}), "provenance.start: a reserved column name"),
     "a column that is a group too": (plain_columns(ROWS, **{"obs.x": np.zeros(ROWS)}), "obs.x: obs is a column too"),
     "an empty name": (plain_columns(ROWS, **{"": np.zeros(ROWS)}), "'': not a column name, expected 1 to 256 printable characters"),

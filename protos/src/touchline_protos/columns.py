@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.episode import CodecLimits
 
-MAX_NESTING = 8
+MAX_NESTING = CodecLimits().max_nesting
 """Levels of nested mappings that an episode may have."""
 
 

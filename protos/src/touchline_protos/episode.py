@@ -58,6 +58,8 @@ class CodecLimits:
     """Characters of a column's or table's name."""
     max_dims: int = 16
     """Dimensions of a column, the row dimension included."""
+    max_nesting: int = 8
+    """Dots in a column's name: levels of nested mappings that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,11 +101,13 @@ def little_endian(name: str, dtype: np.dtype) -> np.dtype:
 
 
 def check_name(name: str, limits: CodecLimits = DEFAULT_LIMITS) -> None:
-    """Raises CodecError unless the column's name is of an allowed length."""
+    """Raises CodecError unless the column's name is of an allowed length and depth."""
     if not name:
         raise CodecError("a column without a name, expected 1 to 256 characters")
     if len(name) > limits.max_name_chars:
         raise OversizeError(f"column name of {len(name)} characters, expected at most {limits.max_name_chars}")
+    if name.count(".") > limits.max_nesting:
+        raise OversizeError(f"{name}: nested {name.count('.')} levels deep, expected at most {limits.max_nesting}")
 
 
 def check_shape(spec: TensorSpec, max_dims: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from touchline_protos.columns import MAX_NESTING
 from touchline_protos.dtypes import BFLOAT16, dtype_name, is_floating, to_wire
 from touchline_server.errors import InvalidEpisodeError
 
@@ -177,6 +178,8 @@ def _check_names(names: Iterable[str]) -> None:
                 f"{name[:MAX_NAME_CHARS]!r}: not a column name, expected 1 to {MAX_NAME_CHARS} printable characters and no empty part "
                 "between dots"
             )
+        if name.count(".") > MAX_NESTING:
+            raise InvalidEpisodeError(f"{name}: nested {name.count('.')} levels deep, expected at most {MAX_NESTING}")
 
 
 def _check_groups(names: Iterable[str]) -> None:
