@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +186,9 @@ class Columns:
     def _copy_run(self, name: str, begin: int, out: np.ndarray) -> None:
         if self._arrays is not None:
             out[:] = self._arrays[name].reshape(-1).view(np.uint8)[begin : begin + len(out)]
-        else:
+            return
+        with self._device.copying() if self._device is not None else nullcontext():
+            # To pageable memory, so that the host waits for it: nothing is read once this returns.
             torch.from_numpy(out).copy_(self.tensors[name].reshape(-1).view(torch.uint8)[begin : begin + len(out)])
 
     def gather_tensor(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -205,6 +207,7 @@ class _DeviceOrder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._reads: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         self._foreign = False
@@ -219,6 +222,10 @@ class _DeviceOrder:
 
     def note_foreign_reads(self) -> None:
         self._foreign = True
+
+    def copying(self) -> AbstractContextManager[object]:
+        """Has copies to the host that are made in the block wait for each other alone, and not for what callers gave the device."""
+        return torch.cuda.stream(self._copies)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
