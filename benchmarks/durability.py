@@ -1,8 +1,11 @@
 """What durability costs: insert throughput in each mode over the wire, and the time of a restart.
 
     python -m benchmarks.durability [--seconds 10] [--folder DIR]
+    python -m benchmarks.durability --spool [--seconds 10] [--folder DIR]
 
 Four processes add episodes of workload W1 (500 rows of 64 float32, an action of 8) one at a time, each waiting for its acknowledgement.
+With ``--spool``, one actor hands such episodes to an EpisodeWriter, in memory and with a spool; then its spool is filled while the server
+is away, opened again, and emptied.
 """
 
 from __future__ import annotations
@@ -91,14 +94,82 @@ def measure(mode: str, folder: Path, seconds: float, rows: int) -> None:
     print(line, flush=True)
 
 
+def measure_handing_on(address: str, spool_dir: Path | None, seconds: float) -> None:
+    """Prints how long ``end_episode`` takes, and how many episodes arrive, with a server that answers."""
+    from touchline import EpisodeWriter, ReplayClient
+
+    rng = np.random.default_rng(0)
+    obs, action = rng.standard_normal((ROWS, 64), dtype=np.float32), rng.standard_normal((ROWS, 8), dtype=np.float32)
+    rows = [{"obs": obs[row], "action": action[row], "reward": 0.5, "done": 0.0} for row in range(ROWS)]
+    took: list[float] = []
+    with ReplayClient(address) as client, EpisodeWriter(client, spool_dir=spool_dir) as writer:
+        begin = time.monotonic()
+        while time.monotonic() - begin < seconds:
+            for row in rows:
+                writer.append(row)
+            before = time.perf_counter()
+            writer.end_episode()
+            took.append(time.perf_counter() - before)
+        writer.flush()
+        rate = len(took) / (time.monotonic() - begin)
+    took.sort()
+    place = "spool" if spool_dir is not None else "memory"
+    middle, late = took[len(took) // 2], took[len(took) * 99 // 100]
+    print(f"{place:7} end_episode {middle * 1e3:6.2f} ms, p99 {late * 1e3:6.2f} ms {rate:8.0f} episodes/s from one actor", flush=True)
+
+
+def measure_backlog(address: str, spool_dir: Path, episodes: int) -> None:
+    """Prints how fast a spool fills while nobody is there, how long it takes to open, and how fast it goes out."""
+    from touchline import ReplayClient
+    from touchline.spool import Spool
+    from touchline.writer import EpisodeWriter
+    from touchline_protos.codec import Episode
+
+    rng = np.random.default_rng(0)
+    columns = {
+        "obs": rng.standard_normal((ROWS, 64), dtype=np.float32),
+        "action": rng.standard_normal((ROWS, 8), dtype=np.float32),
+        "reward": np.zeros(ROWS, np.float32),
+        "done": np.zeros(ROWS, np.float32),
+    }
+    with ReplayClient(address) as client:
+        spool = Spool(spool_dir, limit_bytes=4 << 30)
+        begin = time.monotonic()
+        for _ in range(episodes):
+            assert spool.put(spool.pack(Episode(columns, key=client.next_key())), drop_oldest=False).kept
+        filled_s = time.monotonic() - begin
+        spool.close()
+        size = spool.size_bytes
+        begin = time.monotonic()
+        writer = EpisodeWriter(client, spool_dir=spool_dir, spool_limit_bytes=4 << 30)
+        opened_s = time.monotonic() - begin
+        writer.flush()
+        sent_s = time.monotonic() - begin - opened_s
+        writer.close()
+    print(
+        f"backlog of {episodes} episodes, {size / 2**20:.0f} MiB on the disk: filled at {episodes / filled_s:.0f} episodes/s, opened in "
+        f"{opened_s:.2f} s, sent at {episodes / sent_s:.0f} episodes/s",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Measures each mode in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rows", type=int, default=4_000_000)
+    parser.add_argument("--spool", action="store_true", help="what an actor's spool costs, instead")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one where left out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.spool:
+            process, address, _ = serve("", "batch", options.rows)
+            for round_number in range(3):
+                measure_handing_on(address, None, options.seconds)
+                measure_handing_on(address, Path(folder) / f"spool-{round_number}", options.seconds)
+            measure_backlog(address, Path(folder) / "backlog", 2000)
+            stop(process)
+            return
         for mode in ("none", "memory", "batch", "sync"):
             measure(mode, Path(folder), options.seconds, options.rows)
 

@@ -3,7 +3,8 @@
     python examples/actor.py --address 127.0.0.1:50051 --matches 10
 
 Prints a line of JSON for each match, and at the end one with its totals. SIGTERM or Ctrl-C ends the match under way, sends it, and exits
-with 0. While the server is away it keeps playing, until 64 episodes a player wait; they go out when the server is back.
+with 0. While the server is away it keeps playing, until 64 episodes a player wait; they go out when the server is back. With
+--spool-dir they wait on the disk, 1 GiB a player, and go out when the server or, after a kill or a power cut, this program is back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import socket
 import sys
 import time
 import zlib
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -50,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
     parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     parser.add_argument("--actor-name", default=f"soccer-{socket.gethostname()}", help="default: soccer-<hostname>")
+    parser.add_argument("--spool-dir", type=Path, help="folder for what is not acknowledged; default: memory")
     parser.add_argument("--seed", type=int, help="of pitch and policies; default: made from the actor's name")
     parser.add_argument("--matches", type=int, default=0, help="how many to play; 0, the default: until stopped")
     parser.add_argument("--match-seconds", type=float, default=10.0, help="time limit of a match, in the simulation's time")
@@ -71,7 +74,10 @@ def main() -> int:
     rows = MatchRows()
     episodes = steps = 0
 
-    with ReplayClient(args.address, actor=args.actor_name) as client, DmEnvRecorder(environment, client, transform=rows) as match:
+    with (
+        ReplayClient(args.address, actor=args.actor_name) as client,
+        DmEnvRecorder(environment, client, transform=rows, spool_dir=args.spool_dir) as match,
+    ):
         for number in range(args.matches) if args.matches else itertools.count():
             rows.match, length, returns = number, 0, [0.0] * PLAYERS
             for step in play_match(match, policies):
@@ -88,7 +94,7 @@ def main() -> int:
                 break
 
         try:
-            match.recording.close(FLUSH_TIMEOUT_S)  # returns once everything is acknowledged
+            match.recording.close(FLUSH_TIMEOUT_S)  # returns once everything is acknowledged, or waits in the spool
         except UnacknowledgedError as error:
             logging.error("%s", error)
         counters = match.recording.counters
@@ -98,8 +104,12 @@ def main() -> int:
             "steps_played": steps,
             "steps_acknowledged": counters.steps_acknowledged,
         }
+        if args.spool_dir:
+            totals["episodes_resumed"] = counters.resumed
+            totals["episodes_waiting"] = counters.pending
         print(json.dumps(totals), flush=True)
-    return 0 if totals["episodes_acknowledged"] == episodes else 1
+    safe = totals["episodes_acknowledged"] + totals.get("episodes_waiting", 0)
+    return 0 if safe == episodes + totals.get("episodes_resumed", 0) else 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 
 KILLS = int(os.environ.get("FAULT_KILLS", "3"))
 """Kills of a server in one test."""
+ACTOR_KILLS = int(os.environ.get("FAULT_ACTOR_KILLS", "3"))
+"""Kills of an actor in one test."""
 FLIPS = int(os.environ.get("FAULT_FLIPS", "60"))
 """Flipped bits in one test."""
 MESSAGES = int(os.environ.get("FAULT_MESSAGES", "3000"))

@@ -30,11 +30,20 @@ class Players:
         address: of the server.
         count: of the actors.
         timeout_s: the deadline of their calls.
+        spool_dir: each has a spool in it; None keeps episodes in memory.
     """
 
-    def __init__(self, address: str, *, count: int = 4, timeout_s: float = 30.0) -> None:
+    def __init__(self, address: str, *, count: int = 4, timeout_s: float = 30.0, spool_dir: Path | None = None) -> None:
         self._clients = [ReplayClient(address, timeout_s=timeout_s) for _ in range(count)]
-        self.writers = [EpisodeWriter(client, actor=f"actor-{number}", max_pending=10_000) for number, client in enumerate(self._clients)]
+        self.writers = [
+            EpisodeWriter(
+                client,
+                actor=f"actor-{number}",
+                max_pending=10_000,
+                spool_dir=None if spool_dir is None else spool_dir / str(number),
+            )
+            for number, client in enumerate(self._clients)
+        ]
         self._pool = ThreadPoolExecutor(count)
         self.played = 0
         """Episodes that each has played."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,13 +16,12 @@ import pytest
 
 import spooling_actor
 from durable_cases import contents, durable_config
+from fault_tally import ACTOR_KILLS, note
 from service_calls import Caller, ServerProcess, eventually
 from spooling_actor import played
 from store_cases import as_bits
 from touchline_server import ReplayBuffer
 
-KILLS = int(os.environ.get("FAULT_ACTOR_KILLS", "4"))
-"""`make test-faults` asks for 20."""
 CAPACITY = 16_000
 
 
@@ -100,17 +98,17 @@ def stored(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 10 * KILLS)
+@pytest.mark.timeout(60 + 10 * ACTOR_KILLS)
 @pytest.mark.parametrize("spooled", [True, False])
 def test_killed_actor_leaves_no_partial_episode_and_a_spool_loses_and_doubles_nothing(tmp_path: Path, spooled: bool) -> None:
-    rng = random.Random(KILLS)
+    rng = random.Random(ACTOR_KILLS)
     spool_dir: Path | str = tmp_path / "spool" if spooled else ""
     ended: list[int] = []
     begun = resumed = 0
     moments = {"in mid-episode": 0, "in mid-upload": 0, "in end_episode": 0}
 
     with serve(tmp_path) as server:
-        for kill in range(KILLS):
+        for kill in range(ACTOR_KILLS):
             with ActorProcess(server.address, spool_dir) as actor:
                 for _ in range(rng.randint(1, 5)):
                     actor.play(begun)
@@ -141,10 +139,9 @@ def test_killed_actor_leaves_no_partial_episode_and_a_spool_loses_and_doubles_no
         assert set(ended) <= set(found)
         assert found == sorted(found), "oldest first"
         assert counters["pending"] == counters["refused"] == counters["dropped"] == 0
-    where = ", ".join(f"{count} {moment}" for moment, count in moments.items())
-    kind = "with a spool" if spooled else "without one"
-    lost = len(set(ended) - set(found))
-    print(f"actor {kind}: {KILLS} kills ({where}), {len(ended)} episodes ended, {lost} lost, {resumed} resumed at the end, 0 doubled")
+    note(actor_kills=ACTOR_KILLS, **{kill.replace(" ", "_").replace("-", "_"): count for kill, count in moments.items()})
+    if spooled:
+        note(episodes_spooled=len(ended), resumed_at_the_end=resumed, lost=0, doubled=0)
 
 
 @pytest.mark.slow

@@ -47,8 +47,14 @@ def settle(process: ServerProcess, players: Players, folder: Path) -> None:
 
 
 @pytest.mark.timeout(120 + EPISODES)
-def test_outages_longer_than_the_deadline_stop_no_actor_and_cost_no_episode(tmp_path: Path) -> None:
-    with serve(tmp_path) as process, TcpProxy(process.address) as proxy, Players(proxy.address, timeout_s=TIMEOUT_S) as players:
+@pytest.mark.parametrize("spooled", [False, True])
+def test_outages_longer_than_the_deadline_stop_no_actor_and_cost_no_episode(tmp_path: Path, spooled: bool) -> None:
+    spool_dir = tmp_path / "spool" if spooled else None
+    with (
+        serve(tmp_path) as process,
+        TcpProxy(process.address) as proxy,
+        Players(proxy.address, timeout_s=TIMEOUT_S, spool_dir=spool_dir) as players,
+    ):
         players.play(EPISODES)
         players.arrive()
         for begin, end in OUTAGES.values():

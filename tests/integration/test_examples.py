@@ -110,6 +110,25 @@ def test_actor_stopped_in_a_match_sends_what_it_played(start: Start) -> None:
         assert totals["steps_played"] == totals["steps_acknowledged"] == counts.steps_added > 0
 
 
+@pytest.mark.slow
+def test_actor_with_a_spool_leaves_its_episodes_there_and_the_next_one_sends_them(start: Start, tmp_path: Path) -> None:
+    arguments = ("--match-seconds", "1", "--matches", "1", "--spool-dir", str(tmp_path / "spool"))
+    with socket.create_server(("127.0.0.1", 0)) as unanswered:  # nobody takes its connections
+        actor = start("actor.py", "--address", f"127.0.0.1:{unanswered.getsockname()[1]}", *arguments)
+        next(_lines(actor))  # the match is over and its episodes are on the disk
+        actor.kill()
+        actor.wait()
+
+    with _serve() as server, ReplayClient(server.address) as client:
+        actor = start("actor.py", "--address", server.address, *arguments)
+        *_, totals = _lines(actor)
+        assert actor.wait() == 0
+        stored = client.counts().episodes_added
+
+    assert totals["episodes_acknowledged"] == stored == 8
+    assert (totals["episodes_played"], totals["episodes_resumed"], totals["episodes_waiting"]) == (4, 4, 0)
+
+
 def test_actor_of_the_same_seed_plays_the_same_match(start: Start) -> None:
     with _serve() as server:
         arguments = ("--address", server.address, "--matches", "1", "--match-seconds", "1", "--seed")

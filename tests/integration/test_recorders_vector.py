@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -43,6 +44,30 @@ def _stored_by_line(server: ServerThread) -> list[list[dict[str, np.ndarray]]]:
 def _accounts() -> tuple[list[Account], list[Callable[[], gymnasium.Env[Any, Any]]]]:
     accounts = [Account(gymnasium.make("CartPole-v1", max_episode_steps=MAX_STEPS)) for _ in range(ENVS)]
     return accounts, [lambda account=account: account for account in accounts]
+
+
+def test_each_environment_has_a_spool_of_its_own_that_the_next_recorder_takes_up(
+    server: ServerThread, client: ReplayClient, tmp_path: Path
+) -> None:
+    accounts, makers = _accounts()
+    closed = ReplayClient(server.address, actor="vec")
+    closed.close()  # never gets anything across
+    with GymnasiumVectorRecorder(SyncVectorEnv(makers, copy=False), closed, spool_dir=tmp_path, when_full="drop-newest") as env:
+        env.action_space.seed(1)
+        env.reset(seed=7)
+        for _ in range(60):
+            env.step(env.action_space.sample())
+    waiting = env.recording.counters
+    folders = sorted(path.name for path in tmp_path.iterdir())
+
+    _, again = _accounts()
+    with GymnasiumVectorRecorder(SyncVectorEnv(again, copy=False), client, spool_dir=tmp_path) as env:
+        env.recording.flush(30)
+
+    assert folders == [f"line-{number}" for number in range(ENVS)]
+    assert waiting.acknowledged == 0 < waiting.pending == env.recording.counters.resumed
+    for account, episodes in zip(accounts, _stored_by_line(server), strict=True):
+        check_episodes(episodes, account.played)
 
 
 def _check_both_endings(episodes: list[dict[str, np.ndarray]]) -> None:

@@ -327,7 +327,9 @@ def test_episode_larger_than_the_spool_is_refused_and_reported(client: ReplayCli
     assert writer.counters.refused == 1
 
 
-def test_full_spool_holds_the_actor_up_until_there_is_room(client: ReplayClient, shelf: Shelf, tmp_path: Path) -> None:
+def test_full_spool_holds_the_actor_up_until_there_is_room_and_says_so_once(
+    client: ReplayClient, shelf: Shelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shelf.away.set()
     writer = EpisodeWriter(client, spool_dir=tmp_path, max_pending=2)
     third = threading.Event()
@@ -345,8 +347,11 @@ def test_full_spool_holds_the_actor_up_until_there_is_room(client: ReplayClient,
 
     assert third.wait(20)
     actor.join()
+    for number in range(3, 20):
+        play(writer, number)
     writer.close(30)
-    assert shelf.firsts == [0, 1, 2]
+    assert shelf.firsts == list(range(20))
+    assert caplog.text.count("is held up: there is no room for another episode, 2 wait") == 1
 
 
 @pytest.mark.parametrize("when_full", ["drop-oldest", "drop-newest"])

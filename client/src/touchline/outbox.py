@@ -36,8 +36,8 @@ SERVER_ERROR_ATTEMPTS = 5
 """How often an episode is sent to a server that fails on it, before it counts as refused."""
 LOOK_S = 1.0
 """How often a blocked writer looks for room that nobody tells it of, such as on a disk that others fill."""
-LOG_DROPS_S = 10.0
-"""Between two log lines about dropped episodes; the first is logged at once."""
+LOG_S = 10.0
+"""Between two log lines about dropped episodes, or about an actor that is held up; the first is logged at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Outbox:
         self._troubles_told: set[type[TouchlineError]] = set()
         self._settled = 0
         self._halted = self._stopped = False
-        self._drops_told, self._told_at = 0, -math.inf
+        self._drops_told, self._told_at, self._held_up_at = 0, -math.inf, -math.inf
         self._thread: threading.Thread | None = None
         if queue.resumed[0]:
             logger.info("%s: %d episodes of %s go out first", self._name, queue.resumed[0], queue.place)
@@ -135,7 +135,6 @@ class Outbox:
                 self._unreported.append(EpisodeResult(episode.key, error=error))
                 self._count(appended=1, refused=1, steps_appended=episode.length)
             return True
-        blocked = False
         while True:
             settled = self._settled
             admission = self._queue.put(parcel, drop_oldest=self._when_full == "drop-oldest", force=force)
@@ -147,9 +146,7 @@ class Outbox:
                 raise admission.error
             if admission.kept or self._when_full != "block":
                 break
-            if not blocked:
-                logger.warning("%s is held up: there is no room for another episode, %d wait", self._name, self._counters.pending)
-                blocked = True
+            self._tell_hold_up()
             self._wait_for_room(settled, ends)
         with self._changed:
             if admission.kept:
@@ -237,11 +234,18 @@ class Outbox:
         now = self._counters
         self._counters = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
 
+    def _tell_hold_up(self) -> None:
+        """Logs that the actor waits: the first time at once, then now and then."""
+        now = time.monotonic()
+        if now - self._held_up_at >= LOG_S:
+            logger.warning("%s is held up: there is no room for another episode, %d wait", self._name, self._counters.pending)
+            self._held_up_at = now
+
     def _tell_drops(self, *, last: bool = False) -> None:
         """Logs that episodes were dropped: the first at once, more of them now and then."""
         counters = self._counters
         now = time.monotonic()
-        if counters.dropped == self._drops_told or (now - self._told_at < LOG_DROPS_S and not last):
+        if counters.dropped == self._drops_told or (now - self._told_at < LOG_S and not last):
             return
         logger.error(
             "%s: %d episodes were dropped since the last such line (%s), %d of %d rows so far: there is no room, the server does not take "

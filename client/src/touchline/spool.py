@@ -26,6 +26,7 @@ from touchline.spool_file import (
     PART_BYTES,
     PARTS,
     REFUSED,
+    SQLITE_ERRORS,
     WAITING,
     FolderLock,
     inherit,
@@ -89,11 +90,10 @@ class Spool:
             try:
                 self._connection: sqlite3.Connection | None = open_file(self._folder, table=table)
                 self._next, self._count, rows = self._survey(self._connection)
-            except sqlite3.Error as error:
+            except BaseException as error:
                 self._holder.release()
-                raise translate(error, self._path) from error
-            except SpoolError:
-                self._holder.release()
+                if isinstance(error, SQLITE_ERRORS):
+                    raise translate(error, self._path) from error
                 raise
         self.resumed = (self._count, rows)
 
@@ -136,7 +136,7 @@ class Spool:
                 self._insert(connection, parcel, parcel.content)
                 self._tidy(connection)
         except SpoolError as error:
-            if isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__):
+            if is_full(error.__cause__):
                 logger.error("%s: the disk is full", self._path)
                 return Admission(False, dropped)
             return Admission(False, dropped, error)
@@ -159,7 +159,7 @@ class Spool:
                         "SELECT data FROM payloads WHERE number BETWEEN ? AND ? ORDER BY number", _parts(row[0])
                     )
                 )
-            except (sqlite3.DatabaseError, TypeError) as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError, TypeError) as error:
                 if isinstance(error, sqlite3.OperationalError):
                     raise
                 return waiting, self._damage(waiting, f"its payload ({error})")
@@ -189,7 +189,7 @@ class Spool:
                     refused = connection.execute("SELECT id FROM episodes WHERE state = ? ORDER BY id DESC", (REFUSED,)).fetchall()
                     for (number,) in refused[MAX_REFUSED:]:
                         self._delete(connection, number)
-            except sqlite3.DatabaseError:
+            except (sqlite3.DatabaseError, UnicodeDecodeError):
                 if not damaged:
                     raise
                 logger.exception("%s: the damaged episode %d cannot be marked; this writer passes over it", self._path, waiting.number)
@@ -231,7 +231,7 @@ class Spool:
                 raise SpoolError(f"{self._path}: the spool was closed, or is the parent process's")
             try:
                 yield self._connection
-            except sqlite3.Error as error:
+            except SQLITE_ERRORS as error:
                 raise translate(error, self._path) from error
 
     def _survey(self, connection: sqlite3.Connection) -> tuple[int, int, int]:
@@ -308,11 +308,11 @@ class Spool:
         pages = _pages_for(parcel.size_bytes)
         if (self._max_pending is None or self._count < self._max_pending) and self._fits(connection, pages):
             return True
-        droppable = [(row[0], row[5]) for row in self._droppable(connection)] if dropped is not None else []
+        droppable = list(self._droppable(connection)) if dropped is not None else []
         crowd = self._count - len(droppable) if dropped is not None else self._count
-        freed = sum(size // (PAGE_BYTES - 4) for _, size in droppable) + sum(
-            size // (PAGE_BYTES - 4) for (size,) in connection.execute("SELECT size_bytes FROM episodes WHERE state = ?", (REFUSED,))
-        )
+        refused_sizes = connection.execute("SELECT size_bytes FROM episodes WHERE state = ?", (REFUSED,))
+        sizes = [row[5] for row in droppable] + [size for (size,) in refused_sizes]
+        freed = sum(size // (PAGE_BYTES - 4) for size in sizes if isinstance(size, int))
         if (self._max_pending is not None and crowd >= self._max_pending) or not self._fits(connection, pages, freed, shrunk=True):
             return False
         while True:
@@ -356,7 +356,7 @@ class Spool:
                 _checkpoint(connection)
             if not self._count and _pragma(connection, "freelist_count") * PAGE_BYTES > self._log_bytes:
                 self._shrink(connection)
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             logger.warning("%s: not tidied: %s", self._path, error)
 
     def _shrink(self, connection: sqlite3.Connection) -> None:

@@ -38,6 +38,9 @@ CREATE TABLE episodes (
 CREATE TABLE payloads (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 """
 
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What the module raises; the second where SQLite's own message quotes what is damaged."""
+
 _inherited: set[Path] = set()
 """Folders whose spool the parent process had open at a fork: SQLite must not open the same file again in the child."""
 
@@ -117,7 +120,7 @@ def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
         raise translate(error, path) from error
     try:
         _prepare(connection, path, table)
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         connection.close()
         raise translate(error, path) from error
     except SpoolError:
@@ -127,14 +130,14 @@ def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
     return connection
 
 
-def translate(error: sqlite3.Error, path: Path) -> SpoolError:
+def translate(error: Exception, path: Path) -> SpoolError:
     """Returns what a failure of SQLite means."""
-    if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    if isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return SpoolError(f"{path}: damaged ({error}); {advice(path)}")
     return SpoolError(f"{path}: {error}")
 
 
-def is_full(error: sqlite3.Error) -> bool:
+def is_full(error: BaseException | None) -> bool:
     """Returns whether the disk is."""
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
@@ -151,6 +154,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, table: str) -> None:
     def pragma(name: str) -> int:
         return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
 
+    connection.text_factory = lambda data: data.decode(errors="replace")  # the checksums tell damage
     connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
     application, version = pragma("application_id"), pragma("user_version")
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
