@@ -183,5 +183,5 @@ def _prepare(connection: sqlite3.Connection, path: Path, table: str) -> None:
     found = connection.execute("SELECT value FROM meta WHERE name = 'table'").fetchone()
     if found is not None and found[0] != table:
         raise SpoolError(f"{path}: its episodes are for the table {found[0]!r}, the client's is {table!r}; name another spool_dir")
-    for statement in ("journal_mode = WAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "fullfsync = ON", "checkpoint_fullfsync = ON"):
+    for statement in ("journal_mode = WAL", "secure_delete = OFF", "fullfsync = ON", "checkpoint_fullfsync = ON"):
         connection.execute(f"PRAGMA {statement}").fetchall()
