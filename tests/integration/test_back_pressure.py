@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from tcp_proxy import TcpProxy
 from touchline import EpisodeKey, EpisodeWriter, OverLimitError, ReplayClient
 from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.streaming import BatchSource
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
 MIB = 1 << 20
@@ -246,7 +248,15 @@ def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call
 # Batches on their way out
 
 
-def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more() -> None:
+def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Counter[int] = Counter()
+
+    def counting(source: BatchSource, credits: int) -> tuple[int, list[bytes]]:
+        made[id(source)] += 1
+        return frames(source, credits)
+
+    frames = BatchSource.frames
+    monkeypatch.setattr(BatchSource, "frames", counting)
     with serving(server={"port": 0, "max_send_bytes": 128 * MIB}) as (server, caller):
         caller.add(make_episode(100, obs=2000))
         size = 4 * 2000 * 4 * 500
@@ -258,8 +268,9 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more() -> No
         quick = caller.stream().open(credits=4, batch_size=500)
         assert len(quick.read(4)) == 4
 
-        # Each has the batch that is being written and the next one, whatever its credits.
+        # Each has the batch that is being written and the next one, whatever its credits; before those, what fits into gRPC's window went.
         assert in_use(server) <= 4 * 2 * 1.01 * size
+        assert max(made.values()) <= 6
         assert caller.add(make_episode(obs=2000)).counts.episodes_stored == 2
         for stream in (*slow, quick):
             stream.cancel()

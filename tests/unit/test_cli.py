@@ -17,7 +17,8 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from touchline_server import cli
-from touchline_server.config import Config, ServerConfig
+from touchline_server.config import Config
+from touchline_server.tables import ServerConfig
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from touchline_server.config import Config, ConfigError, SamplingConfig, read_cfg
+from touchline_server.config import Config, ConfigError, read_cfg
+from touchline_server.tables import SamplingConfig
 
 DEFAULT_TOML = Path(__file__).parents[2] / "cfg" / "default.toml"
 

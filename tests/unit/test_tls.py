@@ -9,7 +9,8 @@ import grpc
 import pytest
 
 from certificates import Authority
-from touchline_server.config import ConfigError, TlsConfig
+from touchline_server.config import ConfigError
+from touchline_server.tables import TlsConfig
 from touchline_server.tls import open_channel, server_credentials
 
 

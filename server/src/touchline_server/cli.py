@@ -16,8 +16,9 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from touchline_server.access import check_exposure, read_access
-from touchline_server.config import Config, ConfigError, ServerConfig, read_cfg
+from touchline_server.config import Config, ConfigError, read_cfg
 from touchline_server.errors import ReplayError
+from touchline_server.tables import ServerConfig
 from touchline_server.tls import open_channel, open_own_channel, server_credentials
 
 EXIT_FAILED = 1
@@ -155,17 +156,24 @@ def healthcheck(
     tls_ca: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", envvar="TOUCHLINE_TLS_CA", help="With --address: ask by TLS and trust what these certificates vouch for."
+            "--tls-ca",
+            metavar="PATH",
+            envvar="TOUCHLINE_TLS_CA",
+            help="With --address: ask by TLS and trust what these certificates vouch for.",
         ),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(metavar="PATH", envvar="TOUCHLINE_TLS_CERT", help="Certificate to show, where the server wants one.")
+        Path | None,
+        typer.Option("--tls-cert", metavar="PATH", envvar="TOUCHLINE_TLS_CERT", help="Certificate to show, where the server wants one."),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Its private key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Its private key.")] = None,
     tls_server_name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", envvar="TOUCHLINE_TLS_SERVER_NAME", help="Name in the server's certificate, where it is not the address's."
+            "--tls-server-name",
+            metavar="NAME",
+            envvar="TOUCHLINE_TLS_SERVER_NAME",
+            help="Name in the server's certificate, where it is not the address's.",
         ),
     ] = None,
 ) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from touchline_protos.codec import LoadDecoder
-    from touchline_server.config import ServerConfig
+    from touchline_server.tables import ServerConfig
 
 ADMISSION_WAIT_S = 5.0
 """How long a request waits for room before its caller is told to come again later."""

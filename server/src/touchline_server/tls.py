@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from touchline_server.config import Config, ConfigError, TlsConfig
+from touchline_server.config import Config, ConfigError
+from touchline_server.tables import TlsConfig
 
 if TYPE_CHECKING:
     from cryptography import x509
