@@ -388,6 +388,33 @@ def test_episode_that_cannot_be_read_is_refused_and_the_others_are_stored(
     assert_same(stored(server), [make_episode(0), make_episode(2)])
 
 
+def test_episodes_that_no_message_can_hold_are_refused_and_the_others_are_stored(
+    server: ServerThread, client: ReplayClient, tmp_path: Path
+) -> None:
+    small = make_episode(2, rows=2)
+    bad = [
+        make_episode(0) | {"x" * 257: np.zeros(11)},
+        small | {f"column_{number}": np.zeros(2, np.uint8) for number in range(260)},
+        make_episode(3) | {"": np.zeros(11)},
+    ]
+    _write_npz(tmp_path / "demos.npz", [*bad, make_episode(4)])
+    _write_hdf5(tmp_path / "demos.h5", [make_episode(5)], key_client_id="", actor="x")
+    _write_hdf5(tmp_path / "actor.h5", [make_episode(5)], actor="x" * 129)
+
+    report = datasets.load(client, str(tmp_path / "demos.npz"))
+    of_bad_key, of_bad_actor = (datasets.load(client, str(tmp_path / name)) for name in ("demos.h5", "actor.h5"))
+
+    assert (report.stored, report.refused) == (1, 3)
+    assert [refusals.examples[0][1].partition(",")[0] for refusals in report.reasons.values()] == [
+        "column name of 257 characters",
+        "264 columns",
+        "a column without a name",
+    ]
+    assert "client_id of 0 characters" in next(iter(of_bad_key.reasons.values())).examples[0][1]
+    assert "actor: 129 characters" in next(iter(of_bad_actor.reasons.values())).examples[0][1]
+    assert_same(stored(server), [make_episode(4)])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -11,7 +11,16 @@ from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, Touc
 from touchline.messages import counts_of, load_results_of
 from touchline.types import EpisodeResult
 from touchline_protos import Counts
-from touchline_protos.codec import CodecError, Episode, EpisodeKey, OversizeError, encode_add_episode, encode_loads
+from touchline_protos.codec import (
+    CodecError,
+    CodecLimits,
+    Episode,
+    EpisodeKey,
+    OversizeError,
+    encode_add_episode,
+    encode_load,
+    encode_loads,
+)
 from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
@@ -189,10 +198,20 @@ class Delivery:
             TouchlineError: a call failed.
         """
         for part in _parts(episodes, max_bytes):
-            sendable = [episode for _, episode in part if isinstance(episode, Episode)]
-            answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], None)
-            answer = iter(answers)
-            yield [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in part], counts
+            try:
+                answered = self._send_part(part, timeout_s)
+            except (InvalidEpisodeError, TooLargeError):
+                checked = [_checked(item) for item in part]
+                if all(before[1] is after[1] for before, after in zip(part, checked, strict=True)):
+                    raise
+                answered = self._send_part(checked, timeout_s)
+            yield answered
+
+    def _send_part(self, part: list[_Item], timeout_s: float | None) -> tuple[list[EpisodeResult], Counts | None]:
+        sendable = [episode for _, episode in part if isinstance(episode, Episode)]
+        answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], None)
+        answer = iter(answers)
+        return [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in part], counts
 
     def _encode(self, episode: Episode) -> bytes | None:
         if episode.size_bytes > self._max_message_bytes:
@@ -236,6 +255,22 @@ class Delivery:
 
 
 _Item = tuple[EpisodeKey, Episode | TouchlineError]
+
+
+def _checked(item: _Item) -> _Item:
+    """Returns an episode that no message can hold as its error: one of them is no reason to refuse the others of its call."""
+    key, episode = item
+    if isinstance(episode, Episode):
+        most = CodecLimits().max_columns
+        if len(episode.columns) > most:
+            return key, TooLargeError(f"{len(episode.columns)} columns, expected at most {most}")
+        try:
+            next(encode_load(episode, chunk_bytes=1))  # its header alone
+        except OversizeError as error:
+            return key, TooLargeError(str(error))
+        except CodecError as error:
+            return key, InvalidEpisodeError(str(error))
+    return item
 
 
 def _parts(episodes: Iterable[_Item], max_bytes: int) -> Iterator[list[_Item]]:
