@@ -132,7 +132,9 @@ ENV TOUCHLINE_SERVER__HOST=0.0.0.0 \
 USER 10001:10001
 VOLUME /data
 EXPOSE 50051
-# The command asks where the configuration in force says that the server listens.
-HEALTHCHECK --interval=5s --timeout=10s --start-period=120s --retries=3 CMD ["touchline-server", "healthcheck", "--timeout-s", "5"]
+# The command asks where the configuration in force says that the server listens. Until the durable store is read the answer is
+# NOT_SERVING, and that takes some 3 s/GiB (more from a slow disk); what fails within the start period does not count, and the first
+# success ends it, so a long one delays nothing but the word "unhealthy".
+HEALTHCHECK --interval=5s --timeout=10s --start-period=600s --retries=3 CMD ["touchline-server", "healthcheck", "--timeout-s", "5"]
 ENTRYPOINT ["touchline-server"]
 CMD ["serve"]

@@ -55,6 +55,26 @@ def test_the_server_gets_longer_to_stop_than_to_drain() -> None:
     assert int(grace_s) > drain_s
 
 
+def test_compose_keeps_the_episodes_on_the_servers_volume() -> None:
+    service = COMPOSE.partition("\n  replay:\n")[2].partition("\n  actor:\n")[0]
+
+    # With `-` and not `:-`: set but empty has to turn it off.
+    (data_dir,) = re.findall(r"- TOUCHLINE_STORAGE__DATA_DIR=\$\{TOUCHLINE_STORAGE__DATA_DIR-(.+)\}", service)
+    (volume, mount) = re.findall(r"- ([a-z-]+):(/data)\b", service)[0]
+
+    assert Path(data_dir).parent == Path(mount)
+    assert f"\n  {volume}:\n" in COMPOSE[COMPOSE.index("\nvolumes:\n") :]
+    assert Config.model_validate({"storage": {"data_dir": ""}}).storage.data_dir == Config().storage.data_dir == ""
+
+
+def test_health_check_waits_for_a_large_store_to_be_read() -> None:
+    (start_s,) = re.findall(r"HEALTHCHECK .*--start-period=(\d+)s", DOCKERFILE)
+
+    # Seconds a GiB, rounded up, as docs/guarantees.md gives them; for a store of 128 GiB.
+    assert int(start_s) >= 4 * 128
+    assert "start_period" not in COMPOSE + GPU
+
+
 def test_every_file_that_is_copied_exists() -> None:
     lines = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
     sources = [source for line in lines for source in line.split()]
