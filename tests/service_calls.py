@@ -80,11 +80,12 @@ def assert_same_batch(found: Batch, expected: Batch) -> None:
     assert {number: found.actor_names[number] for number in names} == {number: expected.actor_names[number] for number in names}
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], bool], what: str, *, timeout_s: float = DEADLINE_S, every_s: float = 0.0) -> None:
     """Looks again and again, for what another process or thread does at a time of its own choice."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, f"{what}: not within {DEADLINE_S} s"
+        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+        time.sleep(every_s)
 
 
 def resident_bytes(process_id: int) -> int:
