@@ -9,6 +9,9 @@ FAULT_FLIPS ?= 500
 FAULT_EPISODES ?= 40
 FAULT_CONNECTS ?= 300
 FAULT_MESSAGES ?= 120000
+SOAK_MINUTES ?= 10
+# For example SOAK="--every-s 10 --out soak.png".
+SOAK ?=
 FAULT_ACTOR_KILLS ?= 20
 
 BIN := .venv/bin
@@ -20,7 +23,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults lint types serve demo bench bench-peers bench-gpu stubs clean
+.PHONY: help install test test-faults soak lint types serve demo bench bench-peers bench-gpu stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +48,9 @@ test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 min
 # Coverage-guided fuzzing; not everywhere to be had, so the tests that need it are skipped, with this reason, where it is not.
 $(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)
 	-$(BIN)/pip install -r tests/faults/requirements.txt && touch $@
+
+soak: $(INSTALLED) ## mixed load for SOAK_MINUTES, with a line a minute: fails if the server's memory grows
+	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES) $(SOAK)
 
 lint: $(INSTALLED) ## checks style and format
 	$(BIN)/ruff check
