@@ -24,6 +24,8 @@ LONG = bool(os.environ.get("FAULT_LONG"))
 
 long = pytest.mark.skipif(not LONG, reason="waits long: `make test-faults` runs it")
 
+_ORDER = ("server_kills", "actor_kills", "learner_kills", "episodes_acknowledged", "sent_again", "lost", "doubled")
+
 sums: Counter[str] = Counter()
 
 
@@ -34,4 +36,5 @@ def note(**counts: int) -> None:
 
 def summary() -> str:
     """Returns the sums as one line; empty where nothing was counted."""
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sums.items())
+    names = [name for name in _ORDER if name in sums] + sorted(sums.keys() - set(_ORDER))
+    return ", ".join(f"{sums[name]:,} {name.replace('_', ' ')}" for name in names)

@@ -146,7 +146,7 @@ def test_kill_under_four_actors_loses_and_doubles_nothing(durability: str, tmp_p
         # Each actor went on until its last episode was acknowledged, so what was ever added is what was acknowledged.
         assert counts.episodes_added == len(fleet.acknowledged)
     check_store(data_dir, fleet.acknowledged if lossless else {}, lossless=lossless)
-    note(kills=KILLS)
+    note(server_kills=KILLS)
     if lossless:
         note(episodes_acknowledged=len(fleet.acknowledged), sent_again=fleet.duplicates, lost=0, doubled=0)
     outcome = "0 lost" if lossless else "the newest of each kill lost"

@@ -132,7 +132,7 @@ def test_killed_learner_with_a_full_stream_leaves_nothing(transport: str, proces
 
         before.assert_again(process)
         assert caller.stream().open(credits=1).read(1)
-        note(learners_killed=KILLS + 1)
+        note(learner_kills=KILLS + 1)
 
 
 def polite(address: str) -> None:
