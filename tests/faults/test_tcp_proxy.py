@@ -149,7 +149,7 @@ def test_line_resets_by_chance_and_a_server_that_is_gone_is_a_reset(echo: str) -
                 connection.recv(100)
         proxy.shape(Line())
         proxy.target = "127.0.0.1:1"
-        with connect(proxy) as connection, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), connect(proxy) as connection:
             connection.recv(100)
         proxy.target = echo
         with connect(proxy) as connection:
