@@ -73,7 +73,7 @@ def test_cuda_episodes_read_back_are_those_of_the_cpu(piece_bytes: int, monkeypa
     found, expected = (list(buffer.episodes()) for buffer in (cuda, host))
 
     assert cuda.store.columns is not None and cuda.store.columns.device.type == "cuda"
-    assert len(found) > 3
+    assert len(found) == 3  # of 23, 10 and 17 rows: one more does not fit
     assert [(episode.id, episode.actor, episode.policy_version) for episode in found] == [
         (episode.id, episode.actor, episode.policy_version) for episode in expected
     ]
