@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -464,6 +465,30 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SpoolError, match="spool_dir"):
         Spool(tmp_path / "file" / "spool", limit_bytes=LIMIT)
+
+
+def test_log_that_was_cut_is_told_once_and_numbers_go_on_behind_it(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spool = Spool(folder, limit_bytes=LIMIT)
+    for number in range(5):
+        put(spool, traced(number, 60))
+    killed = tmp_path / "killed"
+    shutil.copytree(folder, killed)
+    spool.close()
+    log = killed / f"{FILE_NAME}-wal"
+    os.truncate(log, log.stat().st_size // 2)
+
+    first = Spool(killed, limit_bytes=LIMIT)
+    left = numbers(first)
+    put(first, traced(5, 60))
+    first.close()
+    second = Spool(killed, limit_bytes=LIMIT)
+    after = numbers(second)
+    second.close()
+
+    assert left == list(range(len(left))) and 0 < len(left) < 5
+    assert first.missing == 5 - len(left)
+    assert f"the last {first.missing} episodes that it took over are not there" in caplog.text
+    assert second.missing == 0 and after == [*left, 5]
 
 
 def test_damaged_episode_is_reported_set_aside_and_the_others_go_on(folder: Path) -> None:

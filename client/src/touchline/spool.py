@@ -74,7 +74,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int, max_pending: int | None = None, table: str = "") -> None:
-        self._folder = folder.absolute()
+        self._folder = folder.resolve()
         self._path = self._folder / FILE_NAME
         self._log = self._folder / f"{FILE_NAME}-wal"
         self._limit_bytes = limit_bytes
@@ -99,6 +99,15 @@ class Spool:
                     raise translate(error, self._path) from error
                 raise
         self.resumed = (self._count, rows)
+        self.missing = max(0, self._holder.marked() - self._next + 1)
+        """Episodes of earlier writers, the newest, that were taken over and are not in the file; perhaps acknowledged since."""
+        if self.missing:
+            logger.error(
+                "%s: the last %d episodes that it took over are not there: its log was damaged or cut. Those not acknowledged are lost",
+                self._path,
+                self.missing,
+            )
+            self._next += self.missing
 
     @property
     def place(self) -> str:
@@ -239,18 +248,18 @@ class Spool:
 
     def _survey(self, connection: sqlite3.Connection) -> tuple[int, int, int]:
         """Returns the next id, and how many episodes and rows wait; says what else lies there."""
-        last, count, rows, aside = 0, 0, 0, 0
+        count = rows = aside = 0
         for row in connection.execute("SELECT id, length, state FROM episodes"):
             if not all(isinstance(value, int) for value in row):
                 raise SpoolError(f"{self._path}: damaged (a row of the table episodes); move the folder {self._folder} away to start anew")
-            last = row[0]
             if row[2] in (REFUSED, DAMAGED):
                 aside += 1
             else:
                 count, rows = count + 1, rows + row[1]
         if aside:
             logger.warning("%s: %d episodes lie there that were refused or are damaged; the column `reason` says why", self._path, aside)
-        return last + 1, count, rows
+        (last,) = connection.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
+        return (last if isinstance(last, int) else 0) + 1, count, rows
 
     def _oldest(self, connection: sqlite3.Connection, state: int) -> _Row | None:
         rows = connection.execute(
@@ -267,6 +276,7 @@ class Spool:
             for part in range(-(-len(message) // PART_BYTES)):
                 data = parts[part * PART_BYTES : (part + 1) * PART_BYTES]
                 connection.execute("INSERT INTO payloads VALUES (?, ?)", (self._next * PARTS + part, data))
+        self._holder.mark(self._next)
         self._next += 1
         self._count += 1
 

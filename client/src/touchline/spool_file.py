@@ -16,6 +16,8 @@ from touchline.errors import SpoolError
 
 FILE_NAME = "spool.db"
 LOCK_NAME = "lock"
+MARK_NAME = "mark"
+"""File with the number of the last episode that was taken over, beside the database so that the log's end cannot be lost unnoticed."""
 APPLICATION_ID = 0x746C7370
 FORMAT = 1
 """Version of the tables, in ``PRAGMA user_version``."""
@@ -32,9 +34,9 @@ WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE episodes (
-    id INTEGER PRIMARY KEY, client_id TEXT NOT NULL, incarnation INTEGER NOT NULL, sequence INTEGER NOT NULL, length INTEGER NOT NULL,
-    size_bytes INTEGER NOT NULL, time REAL NOT NULL, state INTEGER NOT NULL, reason TEXT NOT NULL, payload_checksum INTEGER NOT NULL,
-    row_checksum INTEGER NOT NULL);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, client_id TEXT NOT NULL, incarnation INTEGER NOT NULL, sequence INTEGER NOT NULL,
+    length INTEGER NOT NULL, size_bytes INTEGER NOT NULL, time REAL NOT NULL, state INTEGER NOT NULL, reason TEXT NOT NULL,
+    payload_checksum INTEGER NOT NULL, row_checksum INTEGER NOT NULL);
 CREATE TABLE payloads (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 """
 
@@ -77,23 +79,42 @@ class FolderLock:
             raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.pread(self._handle, 20, 0).decode("ascii", "replace").strip()
             os.close(self._handle)
             raise SpoolError(
                 f"spool_dir: {folder} is in use by another writer{f' (process {holder})' if holder else ''}; close it, or give each writer "
                 "a folder of its own"
             ) from None
+        except OSError as error:
+            os.close(self._handle)
+            raise SpoolError(f"spool_dir: {folder} cannot be locked ({error.strerror}); name one on a local disk") from None
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+        try:
+            self._mark = os.open(folder / MARK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            os.close(self._handle)
+            raise SpoolError(f"spool_dir: {folder / MARK_NAME}: {error.strerror}") from None
         # What a power loss must not take are the folders' entries, too.
         for parent in (folder, *folder.parents):
             sync_folder(parent)
             if parent == missing:
                 break
 
+    def marked(self) -> int:
+        """Returns the number of the last episode that was taken over; 0 where none was, or where the mark cannot be read."""
+        text = os.pread(self._mark, 40, 0).split()
+        return int(text[0]) if text and text[0].isdigit() else 0
+
+    def mark(self, number: int) -> None:
+        """Notes the number of an episode that is on the disk. Not synced: a loss of power may take it, and with it a check."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._mark, f"{number:020d}\n".encode(), 0)
+
     def release(self) -> None:
-        """Lets another writer have it; in a forked child only this process's copy of the handle goes."""
+        """Lets another writer have it; in a forked child only this process's copy of the handles goes."""
+        os.close(self._mark)
         os.close(self._handle)
 
 
