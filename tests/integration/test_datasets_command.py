@@ -130,6 +130,21 @@ def test_server_that_is_not_there_is_said_before_anything_is_read(run: Run, tmp_
     assert "no server: 127.0.0.1:1" in errors and "touchline-server serve" in errors and "Traceback" not in errors
 
 
+def test_token_of_an_actor_loads_and_that_of_a_learner_exports(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_npz(tmp_path / "demos.npz", [make_episode(0)])
+    actor, learner = "actor-token-0123456789", "learner-token-0123456789"
+    with monkeypatch.context() as patch:
+        patch.setenv("TOUCHLINE_SERVER_TOKENS", f"actor:robots:{actor} learner:trainer:{learner}")
+        with serve() as guarded:
+            address = guarded.address
+            loaded, _, _ = run("load", "demos.npz", "--address", address, TOUCHLINE_TOKEN=actor)
+            exported, _, _ = run("export", "all.h5", "--address", address, TOUCHLINE_TOKEN=learner)
+            refused, _, errors = run("load", "demos.npz", "--address", address, TOUCHLINE_TOKEN=learner)
+
+    assert (loaded, exported, refused) == (0, 0, 1)
+    assert "touchline: AccessDeniedError: " in errors and "Traceback" not in errors
+
+
 def test_no_arguments_show_the_commands(run: Run) -> None:
     _, output, errors = run()
 

@@ -446,6 +446,27 @@ def test_hdf5_without_the_group_says_what_it_found(client: ReplayClient, tmp_pat
         datasets.load(client, str(tmp_path / "demos.h5"))
 
 
+def test_hdf5_that_reaches_into_other_files_is_refused(client: ReplayClient, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x" * 11)
+    _write_hdf5(tmp_path / "other.h5", [make_episode(0)])
+    _write_hdf5(tmp_path / "demos.h5", [make_episode(number) for number in range(3)])
+    with h5py.File(tmp_path / "demos.h5", "a") as file:
+        file["episodes/episode_0"].create_dataset("raw", (11,), "u1", external=[(str(tmp_path / "secret"), 0, 11)])
+        file["episodes/episode_1/linked"] = h5py.ExternalLink("other.h5", "/episodes/episode_0/obs")
+        layout = h5py.VirtualLayout((11,), "f4")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "episodes/episode_0/reward", (11,))
+        file["episodes/episode_2"].create_virtual_dataset("virtual", layout)
+
+    report = datasets.load(client, str(tmp_path / "demos.h5"))
+
+    assert (report.stored, report.refused) == (0, 3)
+    assert [refusals.examples[0][1].partition(": cannot be read: ")[2] for refusals in report.reasons.values()] == [
+        "raw: its values are in another file, which is not read",
+        "linked: a link to another file, which is not followed",
+        "virtual: its values are in another file, which is not read",
+    ]
+
+
 def test_rows_of_the_other_convention_are_not_loaded(tmp_path: Path) -> None:
     _write_npz(tmp_path / "demos.npz", [make_episode(0)])
 

@@ -53,6 +53,8 @@ def _describe(
 ) -> None:
     """Touchline's client: data sets into a replay server, and out of it.
 
+    TLS and tokens come from the environment: TOUCHLINE_TLS_CA, TOUCHLINE_TOKEN.
+
     \b
     Examples:
       touchline load mt30/*.pt --address replay-host:50051

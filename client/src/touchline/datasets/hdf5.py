@@ -77,8 +77,14 @@ class Hdf5Source:
 
 
 def _columns(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in group.items():
+    for name in group:
         label = prefix + unescape(name)
+        # Other files are not the source: their content is not in its fingerprint, nor for whoever made it to choose.
+        if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
+            raise DatasetError(f"{label}: a link to another file, which is not followed")
+        value = group[name]
+        if isinstance(value, h5py.Dataset) and (value.external or value.is_virtual):
+            raise DatasetError(f"{label}: its values are in another file, which is not read")
         if isinstance(value, h5py.Group):
             yield from _columns(value, f"{label}.")
         elif isinstance(value, h5py.Dataset):
