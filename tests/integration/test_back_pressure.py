@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import Counter
@@ -207,6 +208,26 @@ def test_unary_call_without_a_message_is_an_invalid_argument() -> None:
         eventually(lambda: in_use(server) == 0, "its room is free")
 
 
+def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline_server.admission.HEALTH_MESSAGE_S", 0.2)
+    check = "/grpc.health.v1.Health/Check"
+    never: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    with serving() as (server, caller), Caller(server.address) as other:
+        calls = [caller.channel.stream_unary(check).future(iter(never.get, None), timeout=DEADLINE_S) for _ in range(4)]
+        eventually(lambda: budgets(server).health.used == budgets(server).health.total, "all the room is taken")
+
+        answer = other.channel.unary_unary(check)(b"", timeout=DEADLINE_S)
+
+        assert answer == b"\x08\x01"
+        refusals = [refused(call.result) for call in calls]
+        assert {(refusal.code, refusal.details) for refusal in refusals} == {
+            (grpc.StatusCode.INVALID_ARGUMENT, "no message within 0.2 s, expected one")
+        }
+        eventually(lambda: in_use(server) == 0, "its room is free")
+        for _ in calls:
+            never.put(None)
+
+
 # Episodes in chunks
 
 
@@ -257,20 +278,24 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeyp
 
     frames = BatchSource.frames
     monkeypatch.setattr(BatchSource, "frames", counting)
-    with serving(server={"port": 0, "max_send_bytes": 128 * MIB}) as (server, caller):
+    with contextlib.ExitStack() as stack:
+        server, caller = stack.enter_context(serving(server={"port": 0, "max_send_bytes": 128 * MIB}))
         caller.add(make_episode(100, obs=2000))
-        size = 4 * 2000 * 4 * 500
-        slow = [caller.stream().open(credits=1 << 20, batch_size=500) for _ in range(3)]
+        size = 4 * 2000 * 4 * 125
+        slow = [stack.enter_context(Caller(server.address)).stream().open(credits=1 << 20, batch_size=125) for _ in range(3)]
         for stream in slow:
             next(stream.call)
 
         eventually(lambda: in_use(server) > 0, "batches wait for their learners")
-        quick = caller.stream().open(credits=4, batch_size=500)
-        assert len(quick.read(4)) == 4
+        quick = caller.stream().open(credits=300, batch_size=125)
+        for _ in range(300):
+            quick.read(1)
 
-        # Each has the batch that is being written and the next one, whatever its credits; before those, what fits into gRPC's window went.
+        # Each has the batch that is being written and the next one; before those went what fits into gRPC's window, whatever the credits.
         assert in_use(server) <= 4 * 2 * 1.01 * size
-        assert max(made.values()) <= 6
+        *slow_ones, quick_one = sorted(made.values())
+        assert quick_one == 300
+        assert max(slow_ones) <= 64
         assert caller.add(make_episode(obs=2000)).counts.episodes_stored == 2
         for stream in (*slow, quick):
             stream.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
@@ -20,6 +21,9 @@ EPISODE_METHODS = frozenset({"/touchline.v1.Replay/AddEpisode", "/touchline.v1.R
 
 MAX_HEALTH_CALLS = 256
 """Calls to the health service at a time, those that watch it included."""
+
+HEALTH_MESSAGE_S = 5.0
+"""How long a question to the health service may take to come in: it is open to all, and none may keep the others from asking."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # at run time it has no parameters
@@ -62,8 +66,9 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return known[1]
 
     def _admitting(self, method: str, handler: Handler) -> Handler:
+        within_s = None
         if method.startswith(f"/{HEALTH_SERVICE}/"):
-            count, budget = self._health_calls, self._budgets.health
+            count, budget, within_s = self._health_calls, self._budgets.health, HEALTH_MESSAGE_S
         else:
             count = self._calls
             budget = self._budgets.messages if method in EPISODE_METHODS else self._budgets.questions
@@ -71,9 +76,11 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         if handler.request_streaming:
             return make(_counted(count, inner), handler.request_deserializer, handler.response_serializer)
-        return make(_counted(count, self._reading(handler, inner, budget)), None, handler.response_serializer)
+        return make(_counted(count, self._reading(handler, inner, budget, within_s)), None, handler.response_serializer)
 
-    def _reading(self, handler: Handler, inner: Any, budget: ByteBudget) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
+    def _reading(
+        self, handler: Handler, inner: Any, budget: ByteBudget, within_s: float | None
+    ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
         size = self._budgets.max_message_bytes
         parse = handler.request_deserializer
 
@@ -84,9 +91,10 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 await abort(context, error)
             held = size
             try:
-                message = await anext(aiter(requests), None)
-                if message is None:
-                    await abort(context, InvalidRequestError("the call ended without a message, expected one"))
+                try:
+                    message = await _message(requests, within_s)
+                except InvalidRequestError as error:
+                    await abort(context, error)
                 held = len(message)
                 budget.release(size - held)
                 try:
@@ -98,6 +106,26 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 budget.release(held)
 
         return read
+
+
+async def _message(requests: AsyncIterator[bytes], within_s: float | None) -> bytes:
+    """Returns a call's one message.
+
+    Raises:
+        InvalidRequestError: there is none, or not in time.
+    """
+    if within_s is None:
+        message = await anext(aiter(requests), None)
+    else:
+        # Not cancelled when it is late: gRPC is still writing into what it reads to. It ends with the call.
+        reading = asyncio.ensure_future(anext(aiter(requests), None))
+        await asyncio.wait((reading,), timeout=within_s)
+        if not reading.done():
+            raise InvalidRequestError(f"no message within {within_s:g} s, expected one")
+        message = reading.result()
+    if message is None:
+        raise InvalidRequestError("the call ended without a message, expected one")
+    return message
 
 
 class _Count:

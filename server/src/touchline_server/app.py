@@ -38,6 +38,10 @@ CLOSING_S = 1.0
 """Time for the last answers to leave. A client that watches the server's health would stay for ever."""
 
 
+HANDSHAKE_MS = 20_000
+"""Time that a connection gets to be made."""
+
+
 class AddressInUseError(OSError):
     """The server cannot listen where it was told to."""
 
@@ -85,6 +89,8 @@ class ReplayServer:
                 ("grpc.max_send_message_length", limit),
                 # Otherwise a second server would silently share the port.
                 ("grpc.so_reuseport", 0),
+                # Who has not said what it wants by then, by TLS or in the clear, is hung up on.
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
                 # Beyond it a client's calls wait at the client.
                 ("grpc.max_concurrent_streams", self._config.max_connection_calls),
                 # A peer that vanished is noticed, and clients may check an idle connection.
