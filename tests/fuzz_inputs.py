@@ -176,6 +176,21 @@ def small_episodes() -> list[Episode]:
     ]
 
 
+def _reading_seeds() -> list[list[bytes]]:
+    """Answers to GetEpisodes: whole episodes, pieces of one, one that is taken back."""
+    first = pb.GetEpisodesResponse(selection=pb.EpisodeSelection(last_episode_id=9, episodes=2, steps=8, lineage=5)).SerializeToString()
+    whole, pieces = [], []
+    for number, episode in enumerate(small_episodes()):
+        stored = pb.StoredEpisode(episode_id=number, episode=pb.AddEpisodeRequest.FromString(encode_add_episode(episode)).episode)
+        whole.append(pb.GetEpisodesResponse(group=pb.EpisodeGroup(episodes=[stored])).SerializeToString())
+        requests = [pb.LoadEpisodesRequest.FromString(message) for message in encode_load(episode, chunk_bytes=20)]
+        header = pb.StoredEpisodeHeader(episode_id=number + 10, header=requests[0].header)
+        answers = [pb.GetEpisodesResponse(header=header), *(pb.GetEpisodesResponse(chunk=request.chunk) for request in requests[1:])]
+        pieces.append([answer.SerializeToString() for answer in answers])
+    taken_back = pb.GetEpisodesResponse(evicted=pb.EpisodeEvicted(episode_id=10)).SerializeToString()
+    return [[first, *whole], *([first, *piece] for piece in pieces), [first, *pieces[0][:2], taken_back, *pieces[1]]]
+
+
 def seeds(name: str) -> tuple[type[Message], list[list[bytes]]]:
     """Returns a target's kind of message and good inputs for it."""
     if name == "adding":
@@ -191,6 +206,8 @@ def seeds(name: str) -> tuple[type[Message], list[list[bytes]]]:
         chunked = [chunks_of(small_layout(), size) for size in (40, 200, 10_000)]
         goldens = [golden("sample_stream_response_group"), golden("sample_stream_response_first_chunk")]
         return pb.SampleStreamResponse, [*chunked, [group], [group, group], [group, *chunked[1], group], *([one] for one in goldens)]
+    if name == "reading":
+        return pb.GetEpisodesResponse, _reading_seeds()
     opening = pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=2, sample=pb.SampleRequest(batch_size=2, horizon=2, seed=7)))
     credit = pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=1))
     ring = pb.SampleStreamRequest(ring=pb.RingAttachment(attached=True))

@@ -26,6 +26,7 @@ from touchline_protos.codec import (
     LoadDecoder,
     decode_add_episode,
 )
+from touchline_protos.reading import EpisodeDecoder
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config, ReplayBuffer, ReplayError
 from touchline_server.limits import Budgets
@@ -209,7 +210,7 @@ def adding(store: FuzzedStore) -> Target:
 
 
 class _Assembler:
-    """Puts the episodes of a load together, by protobuf's reading and as the .proto says."""
+    """Puts an episode that comes in chunks together, by protobuf's reading and as the .proto says."""
 
     def __init__(self) -> None:
         self._header: Any = None
@@ -227,14 +228,17 @@ class _Assembler:
         if part == "episode":
             assert self._header is None, "a whole episode within another's chunks"
             return request.episode
-        if part == "header":
-            assert self._header is None, "a header within another's chunks"
-            self._header, self._data = request.header, [b""] * len(request.header.columns)
-        elif self._header is not None:
-            chunk = request.chunk
-            if chunk.data:
-                assert chunk.offset_bytes == len(self._data[chunk.column])
-                self._data[chunk.column] += chunk.data
+        return self.begin(request.header) if part == "header" else self.add(request.chunk)
+
+    def begin(self, header: Any) -> pb.Episode | None:
+        assert self._header is None, "a header within another's chunks"
+        self._header, self._data = header, [b""] * len(header.columns)
+        return self._finish()
+
+    def add(self, chunk: Any) -> pb.Episode | None:
+        if self._header is not None and chunk.data:
+            assert chunk.offset_bytes == len(self._data[chunk.column])
+            self._data[chunk.column] += chunk.data
         return self._finish()
 
     def _finish(self) -> pb.Episode | None:
@@ -375,6 +379,44 @@ def receiving(data: bytes) -> bool:
     return accepted
 
 
+def reading(data: bytes) -> bool:
+    """A stream of GetEpisodesResponse, as whoever reads episodes back does."""
+    decoder, assembler, number, last, accepted = EpisodeDecoder(LIMITS), _Assembler(), 0, -1, False
+    for message in unframe(data):
+        reference = parse(pb.GetEpisodesResponse, message)
+        try:
+            episodes = decoder.feed(message)
+        except CodecError as error:
+            assert str(error)
+            return accepted
+        assert reference is not None, "protobuf refuses it"
+        expected: list[tuple[int, Any]] = []
+        part = reference.WhichOneof("part")
+        if part == "selection":
+            selection, found = reference.selection, decoder.selection
+            assert found is not None
+            assert found.first_episode_id == selection.first_episode_id and found.last_episode_id == selection.last_episode_id
+            assert (found.episodes, found.steps, found.lineage) == (selection.episodes, selection.steps, selection.lineage)
+        elif part == "group":
+            assert not assembler.in_progress
+            expected = [(stored.episode_id, stored.episode) for stored in reference.group.episodes]
+        elif part == "evicted":
+            assert assembler.in_progress and reference.evicted.episode_id == number
+            assembler.give_up()
+        else:
+            if part == "header":
+                number = reference.header.episode_id
+            made = assembler.begin(reference.header.header) if part == "header" else assembler.add(reference.chunk)
+            expected = [] if made is None else [(number, made)]
+        assert [episode.id for episode in episodes] == [number for number, _ in expected]
+        for episode, (number, wanted) in zip(episodes, expected, strict=True):
+            assert number > last, "ids ascend"
+            last, accepted = number, True
+            assert_episode(Episode(episode.columns, episode.key, episode.actor, episode.policy_version), wanted)
+            assert {column.tensor.shape[0] for column in wanted.columns} <= {episode.length}
+    return accepted
+
+
 class _Ended(grpc.aio.AbortError):
     """The service ended a call with a status."""
 
@@ -462,4 +504,4 @@ class FuzzedSessions:
 
 def targets() -> dict[str, Target]:
     """Returns the targets that need nothing closed, each with a store of its own."""
-    return {"adding": adding(FuzzedStore()), "loading": loading(FuzzedStore()), "receiving": receiving}
+    return {"adding": adding(FuzzedStore()), "loading": loading(FuzzedStore()), "receiving": receiving, "reading": reading}

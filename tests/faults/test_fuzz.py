@@ -29,7 +29,6 @@ from fuzzing import (
     adding,
     frame,
     loading,
-    receiving,
     targets,
     unframe,
 )
@@ -63,11 +62,11 @@ def test_input_that_was_once_read_wrongly_is_not(file: Path) -> None:
 
 
 @pytest.mark.timeout(60 + MESSAGES // 100)
-@pytest.mark.parametrize(("name", "share"), [("adding", 0.25), ("loading", 0.15), ("receiving", 0.1), ("session", 0.05)])
+@pytest.mark.parametrize(("name", "share"), [("adding", 0.25), ("loading", 0.15), ("receiving", 0.1), ("reading", 0.1), ("session", 0.05)])
 def test_mutated_inputs_are_refused_or_read_as_protobuf_reads_them(name: str, share: float) -> None:
     store, count, accepted = FuzzedStore(), int(MESSAGES * share), 0
     with FuzzedSessions() as sessions:
-        target = {"adding": adding(store), "loading": loading(store), "receiving": receiving, "session": sessions.target}[name]
+        target = {**targets(), "adding": adding(store), "loading": loading(store), "session": sessions.target}[name]
         inputs = mutator(name, seed=7)
 
         for number in range(count):

@@ -191,7 +191,10 @@ class EpisodeDecoder:
         return self._stored(episode_id, Episode(columns, episode.key, episode.actor, episode.policy_version))
 
     def _take_back(self, message: bytes, start: int, end: int) -> None:
-        episode_id = next((to_int64(a) for key, a, _ in read_fields(message, start, end) if key == _EPISODE_ID), 0)
+        episode_id = 0
+        for key, a, _ in read_fields(message, start, end):
+            if key == _EPISODE_ID:
+                episode_id = to_int64(a)
         if self._partial is None or episode_id != self._partial_id:
             raise CodecError(f"episode {episode_id} is taken back, expected the one announced last", fatal=True)
         self._partial = None
