@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from codec_cases import same_episode
-from touchline import InvalidEpisodeError
-from touchline.pending import MemoryQueue, PendingEpisodes
+from touchline import InvalidEpisodeError, TouchlineError
+from touchline.pending import MemoryQueue, PendingEpisodes, Waiting
 from touchline.spool import MAX_REFUSED, Spool
 from touchline.spool_file import REFUSED
 from touchline_protos.codec import Episode, EpisodeKey
@@ -28,12 +28,12 @@ def numbered(number: int, size: int) -> Episode:
 
 
 class QueueAgainstList(RuleBasedStateMachine):
-    """The model keeps (number, size), oldest first, and whether the first is being sent."""
+    """The model keeps (number, size), oldest first, and how many of the first are being sent."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model: list[tuple[int, int]] = []
-        self.sending = False
+        self.sending = 0
         self.tried = 0
 
     def room_is_certain(self, size: int) -> bool:
@@ -62,36 +62,43 @@ class QueueAgainstList(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule()
     def take(self) -> None:
-        taken = self.queue().take()
+        self.taken = [self.check_taken(self.queue().take(), 0)]
+        self.sending = 1
 
+    @precondition(lambda self: 0 < self.sending < len(self.model))
+    @rule()
+    def take_another(self) -> None:
+        self.taken.append(self.check_taken(self.queue().take(self.taken[-1]), self.sending))
+        self.sending += 1
+
+    @precondition(lambda self: self.sending and self.sending == len(self.model))
+    @rule()
+    def take_another_where_there_is_none(self) -> None:
+        assert self.queue().take(self.taken[-1]) is None
+
+    def check_taken(self, taken: tuple[Waiting, Episode | TouchlineError] | None, position: int) -> Waiting:
         assert taken is not None
         waiting, episode = taken
-        number, size = self.model[0]
+        number, size = self.model[position]
         assert (waiting.key, waiting.length) == (EpisodeKey("robot", 1, number), size)
         assert isinstance(episode, Episode) and same_episode(episode, numbered(number, size))
-        self.sending = True
+        return waiting
 
     @precondition(lambda self: self.sending)
     @rule()
     def acknowledge(self) -> None:
-        taken = self.queue().take()
-        assert taken is not None
-
-        self.queue().remove(taken[0])
+        self.queue().remove(self.taken.pop(0))
 
         del self.model[0]
-        self.sending = False
+        self.sending -= 1
 
     @precondition(lambda self: self.sending)
     @rule()
     def refuse(self) -> None:
-        taken = self.queue().take()
-        assert taken is not None
-
-        self.queue().set_aside(taken[0], InvalidEpisodeError("as the test wants"))
+        self.queue().set_aside(self.taken.pop(0), InvalidEpisodeError("as the test wants"))
 
         del self.model[0]
-        self.sending = False
+        self.sending -= 1
 
     @invariant()
     def same_keys(self) -> None:
@@ -145,7 +152,7 @@ class SpoolAgainstList(QueueAgainstList):
 
     def open(self) -> None:
         self.spool = Spool(self.folder, limit_bytes=LIMIT, max_pending=self.max_pending)
-        self.sending = False
+        self.sending = 0
         assert self.spool.resumed == (len(self.model), sum(size for _, size in self.model))
 
     @rule()

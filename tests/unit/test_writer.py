@@ -29,7 +29,7 @@ from touchline import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline_protos.codec import Episode, decode_add_episode
+from touchline_protos.codec import Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
 
@@ -162,6 +162,67 @@ def test_full_queue_blocks_until_there_is_room(client: ReplayClient, shelf: Shel
     actor.join()
     writer.close(10)
     assert writer.counters.acknowledged == 3
+
+
+class Rack(Shelf):
+    """A shelf that also takes loads, and holds the first call until it is told to go on."""
+
+    def __init__(self, *failures: tuple[grpc.StatusCode, str], load_fails: bool = False) -> None:
+        super().__init__(*failures)
+        self.go_on = threading.Event()
+        self.load_fails = load_fails
+
+    def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.asked.set()
+        assert self.go_on.wait(60)
+        return super().__call__(request, context)
+
+    def load(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        decoder = LoadDecoder()
+        episodes = [episode for message in requests for episode in decoder.feed_all(message) if isinstance(episode, Episode)]
+        if self.load_fails:
+            fail(context, grpc.StatusCode.INTERNAL, details="as the test wants")
+        results = []
+        for episode in episodes:
+            bad = bool(episode.columns["obs"][0] == 13)
+            if not bad:
+                self.episodes.append(episode)
+            results.append(pb.EpisodeResult(outcome=3 if bad else 1, reason="obs: thirteen" if bad else ""))
+        return pb.LoadEpisodesResponse(results=results).SerializeToString()
+
+
+@pytest.mark.parametrize("spooled", [False, True], ids=["memory", "spool"])
+def test_episodes_that_wait_share_a_call_in_their_order(tmp_path: Path, spooled: bool) -> None:
+    rack = Rack()
+    with ScriptedServer(AddEpisode=rack, LoadEpisodes=rack.load) as server, ReplayClient(server.address) as client:
+        writer = EpisodeWriter(client, spool_dir=tmp_path if spooled else None)
+        for number in range(10, 21):
+            _play(writer, range(number, number + 2))
+            writer.end_episode()
+            assert rack.asked.wait(30)
+        rack.go_on.set()
+        with pytest.raises(UnacknowledgedError, match=r"1 episodes are not acknowledged.*obs: thirteen"):
+            writer.close(30)
+
+        assert (server.count("AddEpisode"), server.count("LoadEpisodes")) == (1, 1)
+    assert [number for number, _ in rack.columns("obs")] == [10, 11, 12, *range(14, 21)]
+    counters = writer.counters
+    assert (counters.appended, counters.acknowledged, counters.refused, counters.pending) == (11, 10, 1, 0)
+
+
+def test_episodes_whose_common_call_fails_go_one_by_one() -> None:
+    rack = Rack(load_fails=True)
+    with ScriptedServer(AddEpisode=rack, LoadEpisodes=rack.load) as server, ReplayClient(server.address) as client:
+        with EpisodeWriter(client) as writer:
+            for number in range(10, 21):
+                _play(writer, range(number, number + 2))
+                writer.end_episode()
+                assert rack.asked.wait(30)
+            rack.go_on.set()
+
+        assert (server.count("AddEpisode"), server.count("LoadEpisodes")) == (11, 1)
+    assert [number for number, _ in rack.columns("obs")] == list(range(10, 21))
+    assert writer.counters.acknowledged == 11
 
 
 def test_unavailable_server_is_tried_until_it_is_back(client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,10 @@ SERVER_ERROR_ATTEMPTS = 5
 """How often an episode is sent to a server that fails on it, before it counts as refused."""
 LOOK_S = 1.0
 """How often a blocked writer looks for room that nobody tells it of, such as on a disk that others fill."""
+TOGETHER_EPISODES = 64
+"""Most episodes of one call."""
+TOGETHER_BYTES = 1 << 20
+"""Most payload of one call that several share; little enough for a slow link to carry within the deadline."""
 LOG_S = 10.0
 """Between two log lines about dropped episodes, or about an actor that is held up; the first is logged at once."""
 
@@ -69,6 +73,7 @@ class Outbox:
         self._trouble: TouchlineError | None = None
         self._troubles_told: set[type[TouchlineError]] = set()
         self._settled = 0
+        self._apart = 0
         self._halted = self._stopped = False
         self._drops_told, self._told_at, self._held_up_at = 0, -math.inf, -math.inf
         self._thread: threading.Thread | None = None
@@ -268,15 +273,61 @@ class Outbox:
                     self._changed.wait_for(lambda: self._counters.pending or self._stopped)
                     if self._stopped:
                         return
-                waiting, found = self._take()
-                error = self._send(found) if isinstance(found, Episode) else found
-                if error is not None:
-                    self._log_refusal(waiting.key, waiting.length, error)
-                self._settle(waiting, error)
+                taken = self._take_some()
+                if len(taken) > 1 and (answers := self._send_together([episode for _, episode in taken])) is not None:
+                    for (waiting, episode), answer in zip(taken, answers, strict=True):
+                        # What says nothing of the episode itself is tried again.
+                        self._settle(waiting, answer if isinstance(answer, InvalidArgumentError | None) else self._send_one(episode))
+                else:
+                    self._apart = max(self._apart - 1, 0)
+                    waiting, found = taken[0]
+                    self._settle(waiting, self._send_one(found))
         except _StoppedError:
             with self._changed:
                 self._halted = True
                 self._changed.notify_all()
+
+    def _take_some(self) -> list[tuple[Waiting, Episode | TouchlineError]]:
+        """Returns the oldest episode, and where things go well those behind it that a call may share with it."""
+        taken = [self._take()]
+        # What is being sent cannot be dropped: under that policy it is one at a time.
+        if self._when_full == "drop-oldest" or self._trouble is not None or self._apart:
+            return taken
+        room = TOGETHER_BYTES
+        while len(taken) < TOGETHER_EPISODES:
+            waiting, found = taken[-1]
+            room -= found.size_bytes if isinstance(found, Episode) else TOGETHER_BYTES
+            if room <= 0:
+                break
+            try:
+                following = self._queue.take(waiting)
+            except SpoolError:
+                break
+            if following is None or not isinstance(following[1], Episode) or following[1].size_bytes > room:
+                break
+            taken.append(following)
+        return taken
+
+    def _send_together(self, found: Sequence[Episode | TouchlineError]) -> list[TouchlineError | None] | None:
+        """Sends episodes in one call.
+
+        Returns:
+            For each None once it is acknowledged, or why it is not; None where the call failed: then they, some of which may be stored, go
+            one by one, which knows what to do.
+        """
+        episodes = [(episode.key, episode) for episode in found if isinstance(episode, Episode) and episode.key is not None]
+        try:
+            return [result.error for results in self._client.deliver_all(episodes) for result in results]
+        except TouchlineError as error:
+            logger.debug("%s: %d episodes go one by one: %s", self._name, len(found), error)
+        except Exception:
+            logger.exception("%s: sending %d episodes together failed, they go one by one", self._name, len(found))
+        self._apart = len(found)
+        return None
+
+    def _send_one(self, found: Episode | TouchlineError) -> TouchlineError | None:
+        """Returns None once an episode is acknowledged, or why it never will be."""
+        return self._send(found) if isinstance(found, Episode) else found
 
     def _take(self) -> tuple[Waiting, Episode | TouchlineError]:
         delays = self._delays()
@@ -327,6 +378,8 @@ class Outbox:
             self._pause(trouble, delay_before_retry(trouble, next(delays)))
 
     def _settle(self, waiting: Waiting, error: TouchlineError | None) -> None:
+        if error is not None:
+            self._log_refusal(waiting.key, waiting.length, error)
         delays = self._delays()
         while True:
             try:

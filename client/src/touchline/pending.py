@@ -55,8 +55,7 @@ class Admission:
 class PendingEpisodes(Protocol):
     """A queue of ended episodes, oldest first. One thread puts, one takes; safe for both at once, and for others that look on.
 
-    The episode that was taken and is neither removed nor set aside is the one being sent: it is never dropped, because it may be
-    acknowledged at that very moment.
+    What was taken last, and all before it, is being sent: it is never dropped, because it may be acknowledged at that very moment.
     """
 
     @property
@@ -88,22 +87,25 @@ class PendingEpisodes(Protocol):
             force: beyond the bounds; only a queue in memory does that.
         """
 
-    def take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
+    def take(self, after: Waiting | None = None) -> tuple[Waiting, Episode | TouchlineError] | None:
         """Returns the oldest episode, which stays; or why it cannot be sent. None where there is none.
+
+        Args:
+            after: the oldest of those behind this one, which was taken before; to be sent with it.
 
         Raises:
             SpoolError: reading failed.
         """
 
     def remove(self, waiting: Waiting) -> None:
-        """Forgets the episode that was taken: it is acknowledged.
+        """Forgets an episode that was taken: it is acknowledged.
 
         Raises:
             SpoolError: writing failed; it is still there.
         """
 
     def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
-        """Takes the episode that was taken out of the queue, because it will never be acknowledged.
+        """Takes an episode that was taken out of the queue, because it will never be acknowledged.
 
         Raises:
             SpoolError: writing failed; it is still in the queue.
@@ -141,7 +143,7 @@ class MemoryQueue:
         self._lock = threading.Lock()
         self._episodes: deque[tuple[Waiting, Episode, int]] = deque()
         self._bytes = 0
-        self._sending = False
+        self._sending = -1
         self._next = 0
 
     def pack(self, episode: Episode) -> Parcel:
@@ -155,12 +157,12 @@ class MemoryQueue:
         with self._lock:
             dropped: list[Waiting] = []
             if not force and not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
-                sending = self._sending
-                if not drop_oldest or not self._has_room(parcel.size_bytes, int(sending), self._episodes[0][2] if sending else 0):
+                sizes = [size_bytes for waiting, _, size_bytes in self._episodes if waiting.number <= self._sending]
+                if not drop_oldest or not self._has_room(parcel.size_bytes, len(sizes), sum(sizes)):
                     return Admission(False)
                 while not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
-                    waiting, _, size_bytes = self._episodes[int(sending)]
-                    del self._episodes[int(sending)]
+                    waiting, _, size_bytes = self._episodes[len(sizes)]
+                    del self._episodes[len(sizes)]
                     self._bytes -= size_bytes
                     dropped.append(waiting)
             self._episodes.append((Waiting(self._next, parcel.key, parcel.length), parcel.content, parcel.size_bytes))
@@ -168,24 +170,23 @@ class MemoryQueue:
             self._bytes += parcel.size_bytes
             return Admission(True, dropped)
 
-    def take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
-        """Returns the oldest episode, which stays."""
+    def take(self, after: Waiting | None = None) -> tuple[Waiting, Episode | TouchlineError] | None:
+        """Returns the oldest episode, which stays; or the oldest behind ``after``."""
         with self._lock:
-            if not self._episodes:
-                return None
-            self._sending = True
-            waiting, episode, _ = self._episodes[0]
-            return waiting, episode
+            for waiting, episode, _ in self._episodes:
+                if after is None or waiting.number > after.number:
+                    self._sending = waiting.number
+                    return waiting, episode
+            return None
 
     def remove(self, waiting: Waiting) -> None:
-        """Forgets the episode that was taken."""
+        """Forgets an episode that was taken; those go in their order."""
         with self._lock:
-            assert self._sending and self._episodes[0][0] == waiting
+            assert waiting.number <= self._sending and self._episodes[0][0] == waiting
             self._bytes -= self._episodes.popleft()[2]
-            self._sending = False
 
     def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
-        """Forgets the episode that was taken: whoever took it reports it."""
+        """Forgets an episode that was taken: whoever took it reports it."""
         self.remove(waiting)
 
     def waiting_keys(self) -> list[EpisodeKey]:

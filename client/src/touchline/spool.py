@@ -82,7 +82,7 @@ class Spool:
         self._max_pending = max_pending
         self._table = table
         self._lock = threading.Lock()
-        self._sending: int | None = None
+        self._sending = -1
         self._skipped: set[int] = set()
         self._synchronous = ""
         with gate:
@@ -154,10 +154,11 @@ class Spool:
             return Admission(False, dropped, error)
         return Admission(True, dropped)
 
-    def take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
-        """Returns the oldest episode, its columns views of the message that was read; or why it cannot be sent."""
+    def take(self, after: Waiting | None = None) -> tuple[Waiting, Episode | TouchlineError] | None:
+        """Returns the oldest episode, or the oldest behind ``after``, its columns views of the message that was read; or why it cannot be
+        sent."""
         with self._open() as connection:
-            row = self._oldest(connection, WAITING)
+            row = self._oldest(connection, WAITING, after=after.number if after is not None else -1)
             if row is None:
                 return None
             waiting = _waiting(row)
@@ -184,15 +185,14 @@ class Spool:
         return waiting, episode
 
     def remove(self, waiting: Waiting) -> None:
-        """Forgets the episode that was taken."""
+        """Forgets an episode that was taken."""
         with self._open() as connection:
             self._delete(connection, waiting.number)
-            self._sending = None
             self._count -= 1
             self._tidy(connection)
 
     def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
-        """Keeps the episode that was taken out of the queue with the reason; the newest ``MAX_REFUSED`` of those that were refused."""
+        """Keeps an episode that was taken out of the queue, with the reason; the newest ``MAX_REFUSED`` of those that were refused."""
         with self._open() as connection:
             damaged = isinstance(error, SpoolError)
             try:
@@ -206,7 +206,6 @@ class Spool:
                     raise
                 logger.exception("%s: the damaged episode %d cannot be marked; this writer passes over it", self._path, waiting.number)
                 self._skipped.add(waiting.number)
-            self._sending = None
             self._count -= 1
             self._tidy(connection)
 
@@ -261,11 +260,10 @@ class Spool:
         (last,) = connection.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
         return (last if isinstance(last, int) else 0) + 1, count, rows
 
-    def _oldest(self, connection: sqlite3.Connection, state: int) -> _Row | None:
-        rows = connection.execute(
-            f"SELECT {_COLUMNS}, row_checksum FROM episodes WHERE {_IS_WAITING if state == WAITING else f'state = {REFUSED}'} ORDER BY id"
-        )
-        return next((row for row in rows if row[0] not in self._skipped and row[0] != (None if state == WAITING else self._sending)), None)
+    def _oldest(self, connection: sqlite3.Connection, state: int, *, after: int = -1) -> _Row | None:
+        which = _IS_WAITING if state == WAITING else f"state = {REFUSED}"
+        rows = connection.execute(f"SELECT {_COLUMNS}, row_checksum FROM episodes WHERE ({which}) AND id > ? ORDER BY id", (after,))
+        return next((row for row in rows if row[0] not in self._skipped), None)
 
     def _insert(self, connection: sqlite3.Connection, parcel: Parcel, message: bytes) -> None:
         key = (parcel.key.client_id, parcel.key.incarnation, parcel.key.sequence)
@@ -350,7 +348,7 @@ class Spool:
 
     def _droppable(self, connection: sqlite3.Connection) -> Iterator[_Row]:
         rows = connection.execute(f"SELECT {_COLUMNS} FROM episodes WHERE state = ? ORDER BY id", (WAITING,))
-        return (row for row in rows if row[0] != self._sending and row[0] not in self._skipped)
+        return (row for row in rows if row[0] > self._sending and row[0] not in self._skipped)
 
     def _fits(self, connection: sqlite3.Connection, pages: int, freed: int = 0, *, shrunk: bool = False) -> bool:
         """Returns whether so many more pages keep within the limit: now, or after free pages and the log were given back."""
