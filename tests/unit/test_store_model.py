@@ -143,7 +143,7 @@ class BufferAgainstList(RuleBasedStateMachine):
     def same_eligible_episodes(self) -> None:
         assert self.buffer.ready() == any(length > 3 for *_, length in self.model)
         for horizon in self.horizons:
-            eligible = self.buffer.store._index.eligible(horizon)
+            eligible = self.buffer.store._catalogue.index.eligible(horizon)
             assert eligible.entries[:, ID].tolist() == [identity for identity, _, length in self.model if length > horizon]
             assert eligible.starts == sum(length - horizon for *_, length in self.model if length > horizon)
 

@@ -167,6 +167,11 @@ class EpisodeIndex:
         """[n, 5] int64, oldest first, columns ID to POLICY_VERSION: a view, valid until the next change."""
         return self._episodes.live
 
+    @property
+    def oldest_id(self) -> int:
+        """Id of the oldest episode; there must be one."""
+        return int(self._episodes.oldest[ID])
+
     def position(self, episode_id: int) -> int | None:
         """Returns where in :attr:`entries` an episode is, None where it is not stored."""
         position = self._following(episode_id)

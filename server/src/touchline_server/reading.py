@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from touchline_protos.codec import EpisodeSelection, StoredEpisode, TensorSpec
+from touchline_server.catalogue import Entry
 from touchline_server.errors import InvalidRequestError, UnknownEpisodeError
 from touchline_server.index import ACTOR, ID, LENGTH
 from touchline_server.schema import ColumnSpec, Schema
-from touchline_server.store import Entry, EpisodeStore
+from touchline_server.store import EpisodeStore
 
 PIECE_BYTES = 1 << 20
 """Copied at a time."""

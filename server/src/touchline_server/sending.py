@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from touchline_protos.codec import EpisodeSelection
 from touchline_protos.loading import chunk_message
 from touchline_protos.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_server.catalogue import Entry
 from touchline_server.errors import InvalidRequestError, TooLargeError
 from touchline_server.reading import PIECE_BYTES, EpisodeReader, pieces
-from touchline_server.store import Entry
 
 MIN_FRAME_BYTES = 4096
 """Smallest frame that may be asked for."""

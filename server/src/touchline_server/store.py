@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,12 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from touchline_protos import Counts
-from touchline_protos.codec import Episode, EpisodeKey
-from touchline_server.actors import ActorNames
+from touchline_protos.codec import Episode
+from touchline_server.catalogue import Catalogue, Entry
 from touchline_server.columns import Columns, allocate_columns, make_storage
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
-from touchline_server.index import EpisodeIndex
 from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.pinning import Pins
 from touchline_server.sampling import Draw, Law
@@ -62,19 +60,6 @@ class Selection:
     columns: Columns
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A stored episode without its rows."""
-
-    episode_id: int
-    first_row: int
-    """Where it begins in the ring, for as long as it is stored."""
-    length: int
-    """Rows."""
-    origin: Episode
-    """Key, actor and policy version; no columns."""
-
-
 class EpisodeStore:
     """A ring of whole episodes, addressed by row. Every method may be called from any thread."""
 
@@ -96,16 +81,14 @@ class EpisodeStore:
         """Held by whoever changes what is stored; reentrant. Sampling does not need it."""
         self._lock = threading.Lock()
         self._pins = Pins(self._lock)
-        self._index = EpisodeIndex(self.capacity)
-        self._keys: deque[EpisodeKey | None] = deque()
-        """Of the episodes in the index, in its order."""
+        self._catalogue = Catalogue(self.capacity)
+        self.actors = self._catalogue.actors
         self.lineage = secrets.randbits(62) + 1
         """The same for as long as an id names the same episode: a durable store's is that of its file."""
         self._columns: Columns | None = None
         self._ledger = KeyLedger()
         self._next_id = 0
         self._figures = {field.name: 0 for field in fields(Counts)}
-        self.actors = ActorNames()
         self._listeners: list[Callable[[], None]] = []
         self._committer: GroupCommitter | None = None
 
@@ -141,12 +124,12 @@ class EpisodeStore:
     def entries(self) -> np.ndarray:
         """Returns a copy of the index, [episodes, 5] int64, oldest first; columns as in :mod:`touchline_server.index`."""
         with self._lock:
-            return self._index.entries.copy()
+            return self._catalogue.index.entries.copy()
 
     def can_sample(self, horizon: int) -> bool:
         """Returns whether an episode of at least horizon + 1 rows is stored."""
         with self._lock:
-            return len(self._index.eligible(horizon)) > 0
+            return len(self._catalogue.index.eligible(horizon)) > 0
 
     def add(self, episode: Episode) -> Stored:
         """Stores one episode, whole or not at all. The episode's arrays are copied.
@@ -232,11 +215,12 @@ class EpisodeStore:
             NotReadyError: no episode has horizon + 1 rows.
         """
         with self._lock:
-            eligible = self._index.eligible(horizon)
+            index = self._catalogue.index
+            eligible = index.eligible(horizon)
             columns = self._columns
             if not len(eligible) or columns is None:
                 raise NotReadyError(
-                    f"{self._index.steps} steps in {len(self._index)} episodes are stored, none of the episodes has the "
+                    f"{index.steps} steps in {len(index)} episodes are stored, none of the episodes has the "
                     f"{horizon + 1} steps that horizon {horizon} needs; add longer episodes or wait for them"
                 )
             draw = eligible.draw(batch_size, law, rng, batches=batches)
@@ -251,15 +235,12 @@ class EpisodeStore:
     def entries_of(self, episode_ids: Sequence[int]) -> list[Entry]:
         """Returns those of these episodes that are stored."""
         with self._lock:
-            return [self._entry(position) for position in map(self._index.position, episode_ids) if position is not None]
+            return self._catalogue.find(episode_ids)
 
     def entries_between(self, first_id: int, last_id: int, *, actor: str | None, limit: int) -> list[Entry]:
         """Returns the first ``limit`` stored episodes of a range of ids, of one actor where one is named; oldest first."""
-        number = None if actor is None else self.actors.find(actor)
-        if actor is not None and number is None:
-            return []
         with self._lock:
-            return [self._entry(position) for position in self._index.positions(first_id, last_id, actor=number, limit=limit)]
+            return self._catalogue.between(first_id, last_id, actor=actor, limit=limit)
 
     @contextmanager
     def hold(self, entries: Sequence[Entry]) -> Iterator[tuple[Columns | None, list[Entry]]]:
@@ -269,7 +250,7 @@ class EpisodeStore:
             The columns, and those of the episodes that are still stored.
         """
         with self._lock:
-            held = [entry for entry in entries if self._index.position(entry.episode_id) is not None]
+            held = self._catalogue.still_stored(entries)
             columns = self._columns
             pin = self._pins.pin()
         try:
@@ -314,7 +295,7 @@ class EpisodeStore:
 
     def index_view(self) -> np.ndarray:
         """Returns what :meth:`entries` does, as a view: valid until the next change."""
-        return self._index.entries
+        return self._catalogue.index.entries
 
     def is_too_short(self, length: int) -> bool:
         """Returns whether an episode of so many rows is never sampled at the configured horizon."""
@@ -359,7 +340,7 @@ class EpisodeStore:
     def evict(self, length: int) -> None:
         """Makes room for so many rows, or for all that there are."""
         with self._lock:
-            evicted = self._index.evict_for(min(length, self.capacity))
+            evicted = self._catalogue.evict_for(min(length, self.capacity))
             self._count_evicted(evicted.episodes, evicted.steps)
             self._pins.wait_for_older()
 
@@ -369,7 +350,7 @@ class EpisodeStore:
             raise ValueError("an episode without columns to store it in")
         length = episode.length
         self.evict(length)
-        first_row = self._index.cursor
+        first_row = self._catalogue.index.cursor
         try:
             columns.write(first_row, episode.columns)
             if self.on_written is not None:
@@ -381,9 +362,7 @@ class EpisodeStore:
         with self._lock:
             self._columns = columns
             self._next_id = episode_id + 1
-            actor = self.actors.number(episode.actor)
-            self._index.append(episode_id=episode_id, length=length, actor=actor, policy_version=episode.policy_version)
-            self._keys.append(episode.key)
+            self._catalogue.append(episode, episode_id=episode_id)
             self._figures["steps_added"] += length
             self._figures["episodes_added"] += 1
             self._figures["episodes_too_short"] += self.is_too_short(length)
@@ -406,12 +385,12 @@ class EpisodeStore:
 
     def _forget_all(self) -> None:
         with self._lock:
-            evicted = self._index.evict_for(self.capacity)
+            evicted = self._catalogue.evict_for(self.capacity)
             self._count_evicted(evicted.episodes, evicted.steps)
             self._pins.wait_for_older()
             if self._columns is not None:
                 self._columns.settle()
-            self._index = EpisodeIndex(self.capacity)
+            self._catalogue.start_over()
             self._columns = None
         release(self.storage)
         if self.on_cleared is not None:
@@ -429,18 +408,11 @@ class EpisodeStore:
     def _count_evicted(self, episodes: int, steps: int) -> None:
         self._figures["episodes_evicted"] += episodes
         self._figures["steps_evicted"] += steps
-        for _ in range(episodes):
-            self._keys.popleft()
         if episodes:
             self._pins.retire()
 
-    def _entry(self, position: int) -> Entry:
-        episode_id, first_row, length, actor, policy_version = self._index.entries[position].tolist()
-        origin = Episode({}, self._keys[position], self.actors.names[actor], policy_version)
-        return Entry(episode_id, first_row, length, origin)
-
     def _counts(self) -> Counts:
         figures = self._figures
-        figures["steps_stored"] = self._index.steps
-        figures["episodes_stored"] = len(self._index)
+        figures["steps_stored"] = self._catalogue.index.steps
+        figures["episodes_stored"] = len(self._catalogue.index)
         return Counts(**figures)

@@ -1,0 +1,74 @@
+"""What is stored, by episode: where its rows are, who played it, and under which key it was added."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_server.actors import ActorNames
+from touchline_server.index import EpisodeIndex, Evicted
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored episode without its rows."""
+
+    episode_id: int
+    first_row: int
+    """Where it begins in the ring, for as long as it is stored."""
+    length: int
+    """Rows."""
+    origin: Episode
+    """Key, actor and policy version; no columns."""
+
+
+class Catalogue:
+    """The index, and beside it the names of actors and the keys. Not thread-safe, but for the names: the store holds its lock."""
+
+    def __init__(self, capacity: int) -> None:
+        self.index = EpisodeIndex(capacity)
+        self.actors = ActorNames()
+        self._keys: deque[EpisodeKey | None] = deque()
+        """Of the episodes in the index, in its order."""
+
+    def append(self, episode: Episode, *, episode_id: int) -> None:
+        """Makes an episode visible whose rows were written at the index's cursor."""
+        number = self.actors.number(episode.actor)
+        self.index.append(episode_id=episode_id, length=episode.length, actor=number, policy_version=episode.policy_version)
+        self._keys.append(episode.key)
+
+    def evict_for(self, length: int) -> Evicted:
+        """Forgets the oldest episodes, whole, until so many rows are free."""
+        evicted = self.index.evict_for(length)
+        for _ in range(evicted.episodes):
+            self._keys.popleft()
+        return evicted
+
+    def start_over(self) -> None:
+        """Begins again at the ring's first row, once every episode is evicted. Actors keep their numbers."""
+        self.index = EpisodeIndex(self.index.capacity)
+
+    def find(self, episode_ids: Iterable[int]) -> list[Entry]:
+        """Returns those of these episodes that are stored."""
+        return [self._entry(position) for position in map(self.index.position, episode_ids) if position is not None]
+
+    def between(self, first_id: int, last_id: int, *, actor: str | None, limit: int) -> list[Entry]:
+        """Returns the first ``limit`` episodes of a range of ids, of one actor where one is named; oldest first."""
+        number = None if actor is None else self.actors.find(actor)
+        if actor is not None and number is None:
+            return []
+        return [self._entry(position) for position in self.index.positions(first_id, last_id, actor=number, limit=limit)]
+
+    def still_stored(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Returns those entries that were not evicted since they were taken from here."""
+        if not len(self.index):
+            return []
+        # Episodes leave in the order of their ids.
+        oldest_id = self.index.oldest_id
+        return [entry for entry in entries if entry.episode_id >= oldest_id]
+
+    def _entry(self, position: int) -> Entry:
+        episode_id, first_row, length, actor, policy_version = self.index.entries[position].tolist()
+        return Entry(episode_id, first_row, length, Episode({}, self._keys[position], self.actors.names[actor], policy_version))
