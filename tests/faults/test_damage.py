@@ -196,6 +196,35 @@ def test_recover_of_any_damage_keeps_whole_episodes_alone(good: Path, tmp_path: 
     assert recovered >= 6
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE counts SET name = 'e`isodes_too_short' WHERE name = 'episodes_too_short'",
+        "UPDATE counts SET value = value + 4 WHERE name = 'episodes_duplicate'",
+        "UPDATE meta SET value = value - 4 WHERE name = 'next_id'",
+        "UPDATE meta SET name = 'nexu_id' WHERE name = 'next_id'",
+        "UPDATE meta SET value = replace(value, 'obs.state', 'obs.ctate') WHERE name = 'schema'",
+    ],
+)
+def test_damaged_figure_or_setting_is_refused_named_and_recovered(change: str, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(good, folder)
+    whole = start(folder)
+    connection = sqlite3.connect(folder / "touchline.db")
+    assert connection.execute(change).rowcount == 1
+    connection.commit()
+    connection.close()
+
+    with pytest.raises(DamagedStoreError, match="is damaged") as caught:
+        start(folder)
+    assert says_what_to_do(caught.value), caught.value
+    assert any("is damaged" in line for line in upkeep.check(folder).damage)
+    upkeep.recover(folder)
+
+    assert start(folder) == whole
+    assert upkeep.check(folder).damage == []
+
+
 def test_mark_lost_is_no_reason_to_refuse(good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(good, folder)

@@ -30,8 +30,8 @@ CHECKPOINT_PAGES = 4096
 """Length of the write-ahead log, 32 MiB, from which on a commit moves it into the main file."""
 
 _TABLES = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta (name TEXT PRIMARY KEY, value, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE episodes (
     id INTEGER PRIMARY KEY, client_id TEXT, incarnation INTEGER, sequence INTEGER, actor TEXT NOT NULL, policy_version INTEGER NOT NULL,
     length INTEGER NOT NULL, return REAL, time REAL NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL);
@@ -93,9 +93,18 @@ class Database:
         return value if isinstance(value, int) else 0
 
     def meta(self, name: str, default: object = None) -> object:
-        """Returns a value of the table ``meta``."""
+        """Returns a value of the table ``meta``. Whether each is as it was written, its name too, :meth:`damaged_values` says."""
         row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return default if row is None else row[0]
+
+    def damaged_values(self) -> list[str]:
+        """Returns what in ``meta`` and ``counts`` is not as it was written, a line each."""
+        return [
+            f"{table}: {name!r} is damaged"
+            for table in ("meta", "counts")
+            for name, value, checksum in self._connection.execute(f"SELECT name, value, checksum FROM {table}")
+            if row_checksum(name, value) != checksum
+        ]
 
     def schema(self) -> Schema | None:
         """Returns the columns' schema, None where no episode has fixed it.
@@ -112,7 +121,7 @@ class Database:
             raise DamagedStoreError(f"{self.path}: the schema is not readable ({error}); {advice(self.path)}") from None
 
     def counts(self) -> dict[str, int]:
-        """Returns the figures by name."""
+        """Returns the figures by name, also where :meth:`damaged_values` names one."""
         return dict(self._connection.execute("SELECT name, value FROM counts"))
 
     def commit(self, changes: Sequence[Change], *, figures: Mapping[str, int], meta: Mapping[str, object], sync: bool) -> None:
@@ -187,11 +196,11 @@ class Database:
 
     def set_meta(self, meta: Mapping[str, object]) -> None:
         """Writes values of ``meta``, inside a transaction of the caller's or as one of its own."""
-        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+        self._set("meta", meta)
 
     def set_counts(self, figures: Mapping[str, int]) -> None:
         """Writes the figures, inside a transaction of the caller's."""
-        self._connection.executemany("INSERT OR REPLACE INTO counts VALUES (?, ?)", figures.items())
+        self._set("counts", figures)
 
     def close(self) -> None:
         """Moves the log into the main file and closes."""
@@ -242,6 +251,10 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise translate(error, self.path) from error
             raise
+
+    def _set(self, table: str, values: Mapping[str, object]) -> None:
+        rows = [(name, value, row_checksum(name, value)) for name, value in values.items()]
+        self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", rows)
 
     def _note(self, figures: Mapping[str, int], meta: Mapping[str, object]) -> None:
         self.set_counts(figures)

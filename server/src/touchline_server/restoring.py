@@ -46,6 +46,8 @@ def open_durable(store: EpisodeStore, config: Config, progress: Progress | None 
         _refuse_if_missing(data_dir)
         database = Database(data_dir.database)
         try:
+            for damage in database.damaged_values():
+                raise DamagedStoreError(f"{database.path}: {damage}; {advice(database.path)}")
             _check_acknowledged(data_dir, database)
             _check_convention(database, config.sampling.row_convention, store)
             restore(store, database, progress)

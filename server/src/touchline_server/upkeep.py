@@ -174,9 +174,12 @@ def _check_episodes(database: Database, findings: Findings, progress: Progress |
 def _check_rest(database: Database, findings: Findings) -> None:
     try:
         database.ledger.senders()
-        figures = database.counts()
+        damage, figures = database.damaged_values(), database.counts()
     except (ReplayError, sqlite3.Error, TypeError, ValueError) as error:
         findings.damage.append(str(error))
+        return
+    if damage:
+        findings.damage += damage
         return
     for name, found in (("episodes", findings.episodes), ("steps", findings.steps)):
         stored = figures.get(f"{name}_stored", 0)
@@ -186,6 +189,8 @@ def _check_rest(database: Database, findings: Findings) -> None:
 
 def _schema(database: Database, findings: Findings) -> Schema | None:
     try:
+        if any(line.startswith("meta: 'schema'") for line in database.damaged_values()):
+            return None  # which is told with the others; each episode says what its columns are
         return database.schema()
     except (DamagedStoreError, sqlite3.Error) as error:
         findings.damage.append(str(error))
@@ -311,6 +316,9 @@ def _write_ledger(fresh: Database, ledger: KeyLedger) -> None:
 
 def _recovered_figures(old: Database, findings: Findings) -> Mapping[str, int]:
     try:
+        damage = old.damaged_values()
+        if damage:
+            raise ValueError("; ".join(damage))
         figures = {name: int(value) for name, value in old.counts().items()}
     except (sqlite3.Error, ValueError, TypeError) as error:
         findings.damage.append(f"the counts ({error}): they begin again with what is stored")
