@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 import h5py
 
@@ -17,7 +18,8 @@ from touchline import ReplayClient, datasets
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("path", help="of the file to write")
-    arguments.add_argument("--address", default="127.0.0.1:50051")
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     with ReplayClient(options.address) as client:

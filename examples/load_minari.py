@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("dataset", help="id in Minari's folder")
-    arguments.add_argument("--address", default="127.0.0.1:50051")
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     with ReplayClient(options.address, actor=options.dataset) as client:
