@@ -178,10 +178,11 @@ def export(
     allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit status 0 although episodes were left out.")] = False,
     timeout_s: Timeout = 60.0,
 ) -> None:
-    """Writes a server's episodes to a data set, which `touchline load` brings back to the bit.
+    """Writes a server's episodes to a data set.
 
-    It is written under a hidden name and put into its place once it is whole. Episodes that are evicted while it runs, before their
-    turn, are not in it. A .pt file holds episodes of one number of rows; a folder with --format tdmpc2 has a file for each number.
+    `touchline load` brings them back to the bit. It is written under a hidden name and put into its place once it is whole. Episodes that
+    are evicted while it runs, before their turn, are not in it. A .pt file holds episodes of one number of rows; a folder with --format
+    tdmpc2 has a file for each number.
 
     \b
     Examples:

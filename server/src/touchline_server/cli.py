@@ -223,9 +223,9 @@ DataDir = Annotated[
 
 @app.command()
 def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
-    """Verifies a durable store: SQLite's structures, every episode's checksum, the ledger and the counts.
+    """Verifies all of a durable store.
 
-    Changes nothing. A server may be running on it.
+    That is SQLite's structures, every episode's checksum, the ledger and the counts. Changes nothing. A server may be running on it.
 
     \b
     Examples:
@@ -251,10 +251,10 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
 
 @app.command()
 def recover(data_dir: DataDir = None, config: ConfigPath = None) -> None:
-    """Keeps what is whole of a damaged store, and says what was not.
+    """Keeps what is whole of a damaged store.
 
-    What is whole goes into a fresh file, which takes the place of the old one; that stays beside it as touchline.db.damaged.
-    No server may be running on it.
+    It says what was not. What is whole goes into a fresh file, which takes the place of the old one; that stays beside it as
+    touchline.db.damaged. No server may be running on it.
 
     \b
     Examples:
@@ -282,9 +282,9 @@ def snapshot(
     data_dir: DataDir = None,
     config: ConfigPath = None,
 ) -> None:
-    """Takes a consistent copy of a durable store, of one moment, also while a server runs on it.
+    """Takes a consistent copy of a durable store.
 
-    The copy's folder is a data_dir that a server can start on.
+    It is of one moment, also while a server runs on the store. The copy's folder is a data_dir that a server can start on.
 
     \b
     Examples:
