@@ -30,6 +30,7 @@ from touchline_protos.reading import EpisodeDecoder
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config, ReplayBuffer, ReplayError
 from touchline_server.limits import Budgets
+from touchline_server.receiving import Receptions
 from touchline_server.service import SERVICE_NAME, ReplayService
 from touchline_server.store import Stored
 
@@ -486,7 +487,8 @@ class FuzzedSessions:
 
     @staticmethod
     async def _serve(buffer: ReplayBuffer) -> ReplayService:
-        return ReplayService(buffer, Budgets(buffer.config.server))
+        budgets = Budgets(buffer.config.server)
+        return ReplayService(buffer, budgets, Receptions(budgets, buffer.config.server))
 
     async def _run(self, messages: list[bytes]) -> bool:
         learner = _Learner(messages)

@@ -212,8 +212,10 @@ def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_ot
     monkeypatch.setattr("touchline_server.admission.HEALTH_MESSAGE_S", 0.2)
     check = "/grpc.health.v1.Health/Check"
     never: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    with serving() as (server, caller), Caller(server.address) as other:
-        calls = [caller.channel.stream_unary(check).future(iter(never.get, None), timeout=DEADLINE_S) for _ in range(4)]
+    with contextlib.ExitStack() as stack:
+        server, other = stack.enter_context(serving())
+        callers = [stack.enter_context(Caller(server.address)) for _ in range(4)]
+        calls = [caller.channel.stream_unary(check).future(iter(never.get, None), timeout=DEADLINE_S) for caller in callers]
         eventually(lambda: budgets(server).health.used == budgets(server).health.total, "all the room is taken")
 
         answer = other.channel.unary_unary(check)(b"", timeout=DEADLINE_S)
@@ -226,6 +228,73 @@ def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_ot
         eventually(lambda: in_use(server) == 0, "its room is free")
         for _ in calls:
             never.put(None)
+
+
+FOUR_MESSAGES = ONE_MESSAGE | {"max_receive_bytes": 8 * MIB}
+"""Room for four messages with episodes and four episodes in chunks; a connection gets one of each."""
+
+
+@pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Info"])
+def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: str) -> None:
+    with serving(server=FOUR_MESSAGES) as (server, caller), Caller(server.address) as other:
+        budget = budgets(server).messages if method in ("AddEpisode", "LoadEpisodes") else budgets(server).questions
+        idle = [OpenCall(caller, method) for _ in range(8)]
+        eventually(lambda: budget.used >= budget.total // 4, "the connection has its share")
+
+        other.add(make_episode())
+        other.counts()
+
+        assert budget.used == budget.total // 4
+        for call in idle:
+            call.cancel()
+        eventually(lambda: in_use(server) == 0, "all is free")
+
+
+@pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
+def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr("touchline_server.receiving.PATIENCE_S", 0.2)
+    monkeypatch.setattr("touchline_server.receiving.LOOK_S", 0.05)
+    with contextlib.ExitStack() as stack:
+        server, other = stack.enter_context(serving(server=FOUR_MESSAGES))
+        callers = [stack.enter_context(Caller(server.address)) for _ in range(4)]
+        idle = [OpenCall(caller, method) for caller in callers]
+        eventually(lambda: in_use(server) == 4 * MIB, "all the room is taken")
+
+        assert other.add(make_episode()).counts.episodes_stored == 1
+
+        # What was in nobody's way goes on.
+        (ended,) = [call for call in idle if call.call.done()]
+        assert refusal_of(ended) == OVER_LIMIT
+        for call in idle:
+            if call is not ended:
+                call.send(encode_add_episode(make_episode()))
+                call.end()
+                call.call.result()
+        assert other.counts().episodes_stored == 4
+        eventually(lambda: in_use(server) == 0, "all is free")
+
+
+def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline_server.receiving.PATIENCE_S", 0.2)
+    monkeypatch.setattr("touchline_server.receiving.LOOK_S", 0.05)
+    monkeypatch.setattr("touchline_server.receiving.SLOWEST_BYTES_PER_S", 1 << 40)
+    header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 8)
+    with contextlib.ExitStack() as stack:
+        server, other = stack.enter_context(serving(server=FOUR_MESSAGES | {"max_message_bytes": MIB // 4}))
+        idle = [OpenCall(stack.enter_context(Caller(server.address)), "LoadEpisodes") for _ in range(4)]
+        for call in idle:
+            call.send(header)
+        eventually(lambda: budgets(server).assembling.used == 4 * big_episode().size_bytes, "all the room is announced")
+
+        honest = OpenCall(other, "LoadEpisodes")
+        honest.send(header, *chunks)
+        honest.end()
+
+        assert pb.LoadEpisodesResponse.FromString(honest.call.result()).counts.episodes_stored == 1
+        assert sum(call.call.done() for call in idle) == 1
+        for call in idle:
+            call.cancel()
+        eventually(lambda: in_use(server) == 0, "all is free")
 
 
 # Episodes in chunks
@@ -248,10 +317,12 @@ def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_ba
 
 
 def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call_gives_all_back() -> None:
-    with serving(server=ONE_MESSAGE | {"max_receive_bytes": 5 * MIB, "max_message_bytes": MIB // 2}) as (server, caller):
+    with contextlib.ExitStack() as stack:
+        limits = ONE_MESSAGE | {"max_receive_bytes": 5 * MIB, "max_message_bytes": MIB // 2}
+        server, caller = stack.enter_context(serving(server=limits))
         impatient(server)
         header, *_ = encode_load(big_episode(), chunk_bytes=MIB // 4)
-        holders = [OpenCall(caller, "LoadEpisodes") for _ in range(2)]
+        holders = [OpenCall(stack.enter_context(Caller(server.address)), "LoadEpisodes") for _ in range(2)]
         for holder in holders:
             holder.send(header)
         announced = big_episode().size_bytes

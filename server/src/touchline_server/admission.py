@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
 
 from touchline_server.access import Access
-from touchline_server.errors import AccessDeniedError, InvalidRequestError, OverloadedError, UnauthenticatedError
-from touchline_server.limits import Budgets, ByteBudget
+from touchline_server.errors import AccessDeniedError, InvalidRequestError, OverloadedError, ReplayError, UnauthenticatedError
+from touchline_server.receiving import Reception, Receptions
 from touchline_server.status import abort
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -37,12 +37,12 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     Args:
         access: who may call what; None: everybody everything.
         max_calls: at a time, apart from those to the health service.
-        budgets: room for messages.
+        receptions: of messages.
     """
 
-    def __init__(self, access: Access | None, *, max_calls: int, budgets: Budgets) -> None:
+    def __init__(self, access: Access | None, *, max_calls: int, receptions: Receptions) -> None:
         self._access = access
-        self._budgets = budgets
+        self._receptions = receptions
         self._calls = _Count(max_calls, "server.max_calls")
         self._health_calls = _Count(MAX_HEALTH_CALLS, "the limit of the health service")
         self._admitted: dict[str, tuple[Handler, Handler]] = {}
@@ -66,66 +66,41 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return known[1]
 
     def _admitting(self, method: str, handler: Handler) -> Handler:
-        within_s = None
+        within_s = math.inf
         if method.startswith(f"/{HEALTH_SERVICE}/"):
-            count, budget, within_s = self._health_calls, self._budgets.health, HEALTH_MESSAGE_S
+            count, reception, within_s = self._health_calls, self._receptions.health, HEALTH_MESSAGE_S
         else:
             count = self._calls
-            budget = self._budgets.messages if method in EPISODE_METHODS else self._budgets.questions
+            reception = self._receptions.messages if method in EPISODE_METHODS else self._receptions.questions
         inner = _inner(handler)
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         if handler.request_streaming:
             return make(_counted(count, inner), handler.request_deserializer, handler.response_serializer)
-        return make(_counted(count, self._reading(handler, inner, budget, within_s)), None, handler.response_serializer)
+        return make(_counted(count, _reading(handler, inner, reception, within_s)), None, handler.response_serializer)
 
-    def _reading(
-        self, handler: Handler, inner: Any, budget: ByteBudget, within_s: float | None
-    ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
-        size = self._budgets.max_message_bytes
-        parse = handler.request_deserializer
 
-        async def read(requests: AsyncIterator[bytes], context: Context) -> Any:
+def _reading(
+    handler: Handler, inner: Any, reception: Reception, within_s: float
+) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
+    parse = handler.request_deserializer
+
+    async def read(requests: AsyncIterator[bytes], context: Context) -> Any:
+        try:
+            message, room = await reception.receive(requests, context.peer(), within_s=within_s)
+        except ReplayError as error:
+            await abort(context, error)
+        try:
+            if message is None:
+                await abort(context, InvalidRequestError("the call ended without a message, expected one"))
             try:
-                await budget.reserve(size)
-            except Exception as error:
-                await abort(context, error)
-            held = size
-            try:
-                try:
-                    message = await _message(requests, within_s)
-                except InvalidRequestError as error:
-                    await abort(context, error)
-                held = len(message)
-                budget.release(size - held)
-                try:
-                    request = message if parse is None else parse(message)
-                except Exception:
-                    await abort(context, InvalidRequestError(f"{held} bytes that are no message of the expected type"))
-                return await inner(request, context)
-            finally:
-                budget.release(held)
+                request = message if parse is None else parse(message)
+            except Exception:
+                await abort(context, InvalidRequestError(f"{len(message)} bytes that are no message of the expected type"))
+            return await inner(request, context)
+        finally:
+            room.resize(0)
 
-        return read
-
-
-async def _message(requests: AsyncIterator[bytes], within_s: float | None) -> bytes:
-    """Returns a call's one message.
-
-    Raises:
-        InvalidRequestError: there is none, or not in time.
-    """
-    if within_s is None:
-        message = await anext(aiter(requests), None)
-    else:
-        # Not cancelled when it is late: gRPC is still writing into what it reads to. It ends with the call.
-        reading = asyncio.ensure_future(anext(aiter(requests), None))
-        await asyncio.wait((reading,), timeout=within_s)
-        if not reading.done():
-            raise InvalidRequestError(f"no message within {within_s:g} s, expected one")
-        message = reading.result()
-    if message is None:
-        raise InvalidRequestError("the call ended without a message, expected one")
-    return message
+    return read
 
 
 class _Count:

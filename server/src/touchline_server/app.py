@@ -25,6 +25,7 @@ from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config
 from touchline_server.limits import Budgets
 from touchline_server.memory import keep_freed_memory
+from touchline_server.receiving import Receptions
 from touchline_server.service import SERVICE_NAME, ReplayService
 from touchline_server.tls import server_credentials
 
@@ -82,7 +83,8 @@ class ReplayServer:
         """
         limit = self._config.max_message_bytes
         self.budgets = budgets = Budgets(self._config)
-        self.admission = Admission(self._access, max_calls=self._config.max_calls, budgets=budgets)
+        receptions = Receptions(budgets, self._config)
+        self.admission = Admission(self._access, max_calls=self._config.max_calls, receptions=receptions)
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_receive_message_length", limit),
@@ -104,7 +106,7 @@ class ReplayServer:
             ),
             interceptors=(self.admission,),
         )
-        self._service = ReplayService(self.buffer, budgets)
+        self._service = ReplayService(self.buffer, budgets, receptions)
         self._health = health.HealthServicer()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from touchline_server.errors import OverloadedError, TooLargeError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from touchline_protos.codec import LoadDecoder
     from touchline_server.tables import ServerConfig
 
 ADMISSION_WAIT_S = 5.0
@@ -20,6 +18,9 @@ ADMISSION_WAIT_S = 5.0
 
 QUESTIONS = 8
 """Requests that bring no episodes and are being read at a time: their room is not the episodes', so neither waits for the other."""
+
+CONNECTION_SHARE = 4
+"""One connection gets one part in so many of the room for what it sends, or that of one message or episode where that is more."""
 
 HEALTH_QUESTIONS = 4
 """Questions to the health service that are being read at a time; it is open to all, so its room is nobody else's."""
@@ -32,12 +33,14 @@ class ByteBudget:
         total: bytes.
         key: of the configuration, that sets it; for the text of errors.
         wait_s: the longest wait for room.
+        within: a budget of which this one is a part: what this one lends is lent by both.
     """
 
-    def __init__(self, total: int, *, key: str, wait_s: float = ADMISSION_WAIT_S) -> None:
+    def __init__(self, total: int, *, key: str, wait_s: float = ADMISSION_WAIT_S, within: ByteBudget | None = None) -> None:
         self.total = total
         self._key = key
         self._wait_s = wait_s
+        self._within = within
         self._used = 0
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
@@ -46,9 +49,14 @@ class ByteBudget:
         """Bytes that are lent now."""
         return self._used
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for room, here or in what this is a part of."""
+        return bool(self._waiters) or (self._within is not None and self._within.wanted)
+
     def try_reserve(self, size: int) -> bool:
         """Takes so many bytes if they are free and nobody waits; returns whether it did."""
-        if self._waiters or self._used + size > self.total:
+        if self._waiters or self._used + size > self.total or (self._within is not None and not self._within.try_reserve(size)):
             return False
         self._used += size
         return True
@@ -62,6 +70,28 @@ class ByteBudget:
         """
         if self.try_reserve(size):
             return
+        await self._reserve_own(size)
+        if self._within is not None:
+            try:
+                await self._within.reserve(size)
+            except BaseException:
+                self._release_own(size)
+                raise
+
+    def release(self, size: int) -> None:
+        """Gives bytes back."""
+        self._release_own(size)
+        if self._within is not None:
+            self._within.release(size)
+
+    def part(self, total: int) -> ByteBudget:
+        """Returns a budget of so many bytes of this one."""
+        return ByteBudget(total, key=self._key, wait_s=self._wait_s, within=self)
+
+    async def _reserve_own(self, size: int) -> None:
+        if not self._waiters and self._used + size <= self.total:
+            self._used += size
+            return
         if size > self.total:
             raise TooLargeError(f"{size} bytes at a time, expected at most {self.total}; see {self._key}")
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -71,7 +101,7 @@ class ByteBudget:
                 await granted
         except BaseException as error:
             if granted.done() and not granted.cancelled():
-                self.release(size)  # granted in the very moment in which its waiter gave up
+                self._release_own(size)  # granted in the very moment in which its waiter gave up
             else:
                 self._waiters.remove((size, granted))
                 self._grant()
@@ -82,8 +112,7 @@ class ByteBudget:
                 ) from None
             raise
 
-    def release(self, size: int) -> None:
-        """Gives bytes back."""
+    def _release_own(self, size: int) -> None:
         self._used -= size
         self._grant()
 
@@ -108,56 +137,36 @@ class Loan:
         self.size = size
 
 
-class Assembling:
-    """The room of one call that loads episodes: that of its next message, and that of the episode whose chunks are coming in. A context
-    manager, which gives it back."""
+class Shares:
+    """The parts of a budget that its connections get, so that none of them has it all.
 
-    def __init__(self, budgets: Budgets, decoder: LoadDecoder) -> None:
-        self._budgets = budgets
-        self._decoder = decoder
-        self._message = Loan(budgets.messages, 0)
-        self._episode = Loan(budgets.assembling, 0)
+    Args:
+        budget: what is shared.
+        largest: bytes that one request may need; no part is smaller.
+    """
 
-    async def receive(self, requests: AsyncIterator[bytes]) -> bytes | None:
-        """Returns the next message once there is room for it; None at the end.
+    def __init__(self, budget: ByteBudget, *, largest: int) -> None:
+        self.budget = budget
+        self._total = max(largest, budget.total // CONNECTION_SHARE)
+        self._of: WeakValueDictionary[str, ByteBudget] = WeakValueDictionary()
 
-        Raises:
-            OverloadedError: there is none.
+    def of(self, peer: str) -> ByteBudget:
+        """Returns what a connection takes from; keep it for as long as something is taken.
+
+        Args:
+            peer: the connection's name in gRPC. Those of Unix sockets have the same, so that nothing is apart for them.
         """
-        self._message.resize(0)
-        size = self._budgets.max_message_bytes
-        await self._budgets.messages.reserve(size)
-        self._message.size = size
-        message = await anext(aiter(requests), None)
-        self._message.resize(len(message) if message is not None else 0)
-        return message
-
-    async def settle(self) -> None:
-        """Takes room for the episode that a header announced, before its first chunk, and gives that of a complete one back.
-
-        Raises:
-            OverloadedError: there is none.
-        """
-        self._message.resize(0)
-        needed = self._decoder.announced_bytes
-        if needed > self._episode.size:
-            self._episode.resize(0)
-            await self._budgets.assembling.reserve(needed)
-            self._episode.size = needed
-        elif needed < self._episode.size:
-            self._episode.resize(needed)
-
-    async def __aenter__(self) -> Assembling:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._message.resize(0)
-        self._episode.resize(0)
+        if self._total >= self.budget.total or peer.startswith("unix:"):
+            return self.budget
+        share = self._of.get(peer)
+        if share is None:
+            share = self._of[peer] = self.budget.part(self._total)
+        return share
 
 
 class Budgets:
     """The budgets of a server. Whoever waits for one holds nothing of it; what holds ``assembling`` waits for ``messages`` alone, and what
-    holds that, for its peer. So nobody waits in a circle."""
+    holds that, for its peer. So nobody waits in a circle. A connection's part of a budget is taken before the budget itself."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.max_message_bytes = config.max_message_bytes

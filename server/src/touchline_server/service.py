@@ -33,8 +33,9 @@ from touchline_server.errors import (
 )
 from touchline_server.feeding import RingHouse
 from touchline_server.intake import EpisodeIntake, Taken
-from touchline_server.limits import Assembling, Budgets, Loan
+from touchline_server.limits import Budgets, Loan
 from touchline_server.reading import EpisodeReader
+from touchline_server.receiving import Assembling, Receptions
 from touchline_server.sending import EpisodeFrames
 from touchline_server.session import SampleSession
 from touchline_server.sharing import AddGate
@@ -60,9 +61,10 @@ T = TypeVar("T")
 class ReplayService:
     """``touchline.v1.Replay`` on one buffer. Lives in one event loop; end it with :meth:`drain`, :meth:`drained` and :meth:`close`."""
 
-    def __init__(self, buffer: ReplayBuffer, budgets: Budgets) -> None:
+    def __init__(self, buffer: ReplayBuffer, budgets: Budgets, receptions: Receptions) -> None:
         self._buffer = buffer
         self._budgets = budgets
+        self._receptions = receptions
         self._limits = buffer.config.server
         self._codec_limits = CodecLimits(max_episode_bytes=self._limits.max_episode_bytes, max_columns=self._limits.max_columns)
         self._adding = ThreadPoolExecutor(self._limits.add_workers, thread_name_prefix="touchline-add")
@@ -177,7 +179,7 @@ class ReplayService:
             return episodes
 
         with self._stream():
-            async with Assembling(self._budgets, decoder) as assembling:
+            async with Assembling(self._receptions, decoder, context.peer()) as assembling:
                 while (message := await assembling.receive(requests)) is not None:
                     if len(answers) >= MAX_LOAD_RESULTS:
                         raise TooLargeError(
