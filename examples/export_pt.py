@@ -1,0 +1,33 @@
+"""Writes a replay server's episodes to .pt files, which TD-MPC2's own trainer loads, and reads them with torch.
+
+    python examples/export_pt.py chunks --newest 24000 --address replay-host:50051
+
+Needs touchline[torch]. A file holds a TensorDict [episodes, rows], so there is one for each number of rows that the episodes have. A
+further run replaces them. Prints a line of JSON for each file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from touchline import ReplayClient, datasets
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("folder", type=Path, help="for the files")
+    arguments.add_argument("--newest", type=int, help="how many episodes, the newest ones (default: all)")
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    options = arguments.parse_args()
+
+    with ReplayClient(options.address) as client:
+        datasets.export(client, str(options.folder), format="tdmpc2", force=True, newest=options.newest)
+    for path in sorted(options.folder.glob("*.pt")):
+        saved = torch.load(path, weights_only=False)  # our own file; a TensorDict is no plain tensor
+        episodes, rows = saved.shape
+        print(json.dumps({"file": path.name, "episodes": episodes, "rows": rows, "columns": sorted(saved.keys())}))

@@ -1,0 +1,32 @@
+"""Stores the episodes of an HDF5 file on a replay server, as one actor's and as one of the tasks that a learner trains on.
+
+    python examples/load_hdf5.py demos.h5 --actor teleoperation --task 3 --drop camera --address replay-host:50051
+
+Needs touchline[hdf5]. The layout of the file is in docs/datasets.md: a group an episode, a dataset a column. What is
+float64 is stored as float32, as TD-MPC2 and the recorders have it. Prints lines of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from touchline import ReplayClient, datasets
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("path", help="of the file")
+    arguments.add_argument("--actor", help="who played the episodes (default: whom the file names)")
+    arguments.add_argument("--task", type=int, help="number that is stored as the column `task`")
+    arguments.add_argument("--drop", action="append", default=[], help="column that is not stored; may be given again")
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    options = arguments.parse_args()
+
+    changes = datasets.Changes(task=options.task, drop=tuple(options.drop), float32=True)
+    with ReplayClient(options.address) as client:
+        report = datasets.load(client, options.path, actor=options.actor, changes=changes)
+        for reason, refusals in report.reasons.items():
+            print(json.dumps({"refused": refusals.count, "reason": reason, "first_at": refusals.examples[0][0]}))
+        print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "columns": list(client.info().columns)}))

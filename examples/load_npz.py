@@ -1,0 +1,33 @@
+"""Looks through an NPZ file of episodes, and stores them on a replay server if all of them can be.
+
+    python examples/load_npz.py demos.npz --address replay-host:50051
+
+Such a file is made with numpy alone: np.savez("demos.npz", **{"0/obs": obs, "0/action": action, "0/reward": reward, "1/obs": ...}), columns
+[rows, ...] whose row 0 is the reset observation's. Prints lines of JSON; what cannot be stored is told by reason, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from touchline import ReplayClient, datasets
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("path", help="of the file")
+    default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
+    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    options = arguments.parse_args()
+
+    found, columns = datasets.survey(options.path)  # needs no server
+    for name, column in columns.items():
+        print(json.dumps({"column": name, "dtype": column.dtype, "shape": column.shape}))
+    for reason, refusals in found.reasons.items():
+        print(json.dumps({"refused": refusals.count, "reason": reason}))
+    if found.refused:
+        raise SystemExit(1)
+    with ReplayClient(options.address, actor="demos") as client:
+        report = datasets.load(client, options.path)
+    print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "steps": report.steps}))
