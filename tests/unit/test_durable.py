@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from durable_cases import MODES, assert_whole, bits, contents, durable_config, keyed_episode, stored_keys
 from store_cases import as_bits
+from touchline_protos import tables
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.dtypes import BFLOAT16
 from touchline_server import (
@@ -36,6 +37,7 @@ from touchline_server import (
 )
 from touchline_server.columns import Columns
 from touchline_server.data_dir import DataDir
+from touchline_server.database import FILE_NAME
 
 
 @pytest.fixture(params=MODES)
@@ -387,6 +389,21 @@ def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, m
         with pytest.raises(StorageFailedError, match="cannot be written until the server is started again"):
             add(keyed_episode(0, 1))
     assert buffer.sample().episode_id.shape == (8,)
+
+
+def test_column_longer_than_a_blob_is_kept_in_parts(opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART_BYTES", 100)
+    first = opened()
+    first.add_episode(keyed_episode(0, 0))
+    expected = contents(first)
+    first.close()
+    connection = sqlite3.connect(tmp_path / "data" / FILE_NAME)
+    most, longest = connection.execute("SELECT max(part), max(length(data)) FROM payloads").fetchone()
+    connection.close()
+
+    assert most > 0
+    assert longest == 100
+    assert contents(opened()) == expected
 
 
 # Refusals

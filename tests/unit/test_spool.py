@@ -104,7 +104,7 @@ def test_oldest_goes_first_and_is_forgotten_once_acknowledged(spool: Spool) -> N
 
 
 def test_episode_longer_than_a_blob_is_kept_in_parts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.spool.PART_BYTES", 10_000)
+    monkeypatch.setattr("touchline_protos.tables.PART_BYTES", 10_000)
     episode = traced(7, 500)
 
     put(spool, episode)
@@ -352,6 +352,15 @@ def test_second_writer_on_a_folder_is_refused_and_the_first_goes_on(spool: Spool
         Spool(folder, limit_bytes=LIMIT)
 
     assert put(spool, traced(0)).kept
+
+
+def test_system_without_locks_is_refused_before_anything_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline.spool_file.HAS_LOCKS", False)
+
+    with pytest.raises(SpoolError, match="no file locks of POSIX"):
+        Spool(folder, limit_bytes=LIMIT)
+
+    assert not folder.exists()
 
 
 def test_lock_ends_with_the_process(folder: Path) -> None:

@@ -23,7 +23,6 @@ from touchline.spool_file import (
     DAMAGED,
     FILE_NAME,
     PAGE_BYTES,
-    PART_BYTES,
     PARTS,
     REFUSED,
     SQLITE_ERRORS,
@@ -32,10 +31,10 @@ from touchline.spool_file import (
     inherit,
     is_full,
     open_file,
-    row_checksum,
     translate,
 )
 from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError, decode_add_episode, encode_add_episode
+from touchline_protos.tables import parts, pragma, row_checksum
 
 LIMITS = CodecLimits(max_episode_bytes=1 << 31)
 """Of what is read back: all that could be written."""
@@ -268,11 +267,9 @@ class Spool:
     def _insert(self, connection: sqlite3.Connection, parcel: Parcel, message: bytes) -> None:
         key = (parcel.key.client_id, parcel.key.incarnation, parcel.key.sequence)
         row = (self._next, *key, parcel.length, len(message), time.time(), WAITING, "", zlib.crc32(message))
-        parts = memoryview(message)
         with self._transaction(connection, sync=True):
             connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(row) + 1))})", (*row, row_checksum(*row)))
-            for part in range(-(-len(message) // PART_BYTES)):
-                data = parts[part * PART_BYTES : (part + 1) * PART_BYTES]
+            for part, data in enumerate(parts(message)):
                 connection.execute("INSERT INTO payloads VALUES (?, ?)", (self._next * PARTS + part, data))
         self._holder.mark(self._next)
         self._next += 1
@@ -352,7 +349,7 @@ class Spool:
 
     def _fits(self, connection: sqlite3.Connection, pages: int, freed: int = 0, *, shrunk: bool = False) -> bool:
         """Returns whether so many more pages keep within the limit: now, or after free pages and the log were given back."""
-        count, free = _pragma(connection, "page_count"), _pragma(connection, "freelist_count")
+        count, free = pragma(connection, "page_count"), pragma(connection, "freelist_count")
         main = (count - free - freed + pages) * PAGE_BYTES
         log = self._log_bytes
         if not shrunk:
@@ -365,7 +362,7 @@ class Spool:
         try:
             if _size(self._log) > self._log_bytes:
                 _checkpoint(connection)
-            if not self._count and _pragma(connection, "freelist_count") * PAGE_BYTES > self._log_bytes:
+            if not self._count and pragma(connection, "freelist_count") * PAGE_BYTES > self._log_bytes:
                 self._shrink(connection)
         except SQLITE_ERRORS as error:
             logger.warning("%s: not tidied: %s", self._path, error)
@@ -374,16 +371,12 @@ class Spool:
         """Gives free pages and the log back to the file system."""
         _checkpoint(connection)
         step = max(1, self._log_bytes // 4 // FRAME_BYTES)
-        while _pragma(connection, "freelist_count"):
+        while pragma(connection, "freelist_count"):
             with self._transaction(connection, sync=False):
                 connection.execute(f"PRAGMA incremental_vacuum({step})").fetchall()
             if _size(self._log) > self._log_bytes // 2:
                 _checkpoint(connection)
         _checkpoint(connection)
-
-
-def _pragma(connection: sqlite3.Connection, name: str) -> int:
-    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
 
 
 def _checkpoint(connection: sqlite3.Connection) -> None:

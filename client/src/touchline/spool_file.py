@@ -9,47 +9,42 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import zlib
 from pathlib import Path
 
 from touchline.errors import SpoolError
+from touchline_protos.files import HAS_LOCKS, lock, open_own, sync
+from touchline_protos.tables import FormatError, Tables
 
 FILE_NAME = "spool.db"
 LOCK_NAME = "lock"
 MARK_NAME = "mark"
 """File with the number of the last episode that was taken over, beside the database so that the log's end cannot be lost unnoticed."""
-APPLICATION_ID = 0x746C7370
-FORMAT = 1
-"""Version of the tables, in ``PRAGMA user_version``."""
-
 PAGE_BYTES = 4096
-PART_BYTES = 1 << 28
-"""Longest blob; SQLite's own limit is 10^9 bytes."""
 PARTS = 16
 """A part's number in ``payloads`` is the episode's id times this, plus its place: protobuf's 2 GiB are 8 parts."""
 
 WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
 """States of an episode: to be sent; refused by the server for good; not what was written. No flipped bit makes one of another."""
 
-_TABLES = """
+TABLES = Tables(
+    application_id=0x746C7370,
+    version=1,
+    page_bytes=PAGE_BYTES,
+    statements="""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE episodes (
     id INTEGER PRIMARY KEY AUTOINCREMENT, client_id TEXT NOT NULL, incarnation INTEGER NOT NULL, sequence INTEGER NOT NULL,
     length INTEGER NOT NULL, size_bytes INTEGER NOT NULL, time REAL NOT NULL, state INTEGER NOT NULL, reason TEXT NOT NULL,
     payload_checksum INTEGER NOT NULL, row_checksum INTEGER NOT NULL);
 CREATE TABLE payloads (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
-"""
+""",
+)
 
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What the module raises; the second where SQLite's own message quotes what is damaged."""
 
 _inherited: set[Path] = set()
 """Folders whose spool the parent process had open at a fork: SQLite must not open the same file again in the child."""
-
-
-def row_checksum(*values: object) -> int:
-    """Returns the CRC-32 of a row's values."""
-    return zlib.crc32(repr(values).encode())
 
 
 def inherit(folder: Path) -> None:
@@ -65,20 +60,18 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import fcntl
-        except ImportError:
-            raise SpoolError("spool_dir: this system has no file locks of POSIX, which a spool needs; leave it out") from None
+        if not HAS_LOCKS:
+            raise SpoolError("spool_dir: this system has no file locks of POSIX, which a spool needs; leave it out")
         if folder in _inherited:
             raise SpoolError(f"spool_dir: {folder} is the parent process's; in a forked child name a folder of its own")
         try:
             missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
             folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._handle = open_own(folder / LOCK_NAME)
         except OSError as error:
             raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._handle)
         except BlockingIOError:
             holder = os.pread(self._handle, 20, 0).decode("ascii", "replace").strip()
             os.close(self._handle)
@@ -92,13 +85,13 @@ class FolderLock:
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
         try:
-            self._mark = os.open(folder / MARK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._mark = open_own(folder / MARK_NAME)
         except OSError as error:
             os.close(self._handle)
             raise SpoolError(f"spool_dir: {folder / MARK_NAME}: {error.strerror}") from None
         # What a power loss must not take are the folders' entries, too.
         for parent in (folder, *folder.parents):
-            sync_folder(parent)
+            _sync_entries(parent)
             if parent == missing:
                 break
 
@@ -116,16 +109,6 @@ class FolderLock:
         """Lets another writer have it; in a forked child only this process's copy of the handles goes."""
         os.close(self._mark)
         os.close(self._handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Has the file system write a folder's entries down, where it can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
@@ -147,7 +130,7 @@ def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
     except SpoolError:
         connection.close()
         raise
-    sync_folder(folder)
+    _sync_entries(folder)
     return connection
 
 
@@ -171,32 +154,27 @@ def advice(path: Path) -> str:
     )
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, table: str) -> None:
-    def pragma(name: str) -> int:
-        return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+def _sync_entries(folder: Path) -> None:
+    """Has the file system write a folder's entries down, where it can."""
+    with contextlib.suppress(OSError):
+        sync(folder)
 
+
+def _prepare(connection: sqlite3.Connection, path: Path, table: str) -> None:
     connection.text_factory = lambda data: data.decode(errors="replace")  # the checksums tell damage
     connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
-    application, version = pragma("application_id"), pragma("user_version")
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if not application and not version and not tables:
-        # New, or of a writer that was killed while it made one.
-        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.executescript(f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_TABLES}")
-        connection.execute("INSERT INTO meta VALUES ('table', ?)", (table,))
-        connection.execute("COMMIT")
-        # From now on the file says what it is, whatever becomes of the log.
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    elif application != APPLICATION_ID:
-        raise SpoolError(f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {advice(path)}")
-    elif version != FORMAT:
+    connection.execute("PRAGMA synchronous = FULL")
+    try:
+        TABLES.prepare(connection, lambda: connection.execute("INSERT INTO meta VALUES ('table', ?)", (table,)))
+    except FormatError as error:
+        if error.version is None:
+            raise SpoolError(
+                f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {advice(path)}"
+            ) from None
         raise SpoolError(
-            f"{path}: written in format {version}, this touchline reads format {FORMAT}; install one that reads it, or name another "
-            "spool_dir"
-        )
+            f"{path}: written in format {error.version}, this touchline reads format {TABLES.version}; install one that reads it, or name "
+            "another spool_dir"
+        ) from None
     # A page that lost rows would be no error to SQLite otherwise.
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":

@@ -1,4 +1,5 @@
-"""Touchline's wire contract: the generated stubs, the codec and the values that both sides speak of."""
+"""Touchline's wire contract: the generated stubs, the codec and the values that both sides speak of. Besides, what both sides' files
+have in common."""
 
 from touchline_protos.batch import Batch
 from touchline_protos.counts import Counts

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from touchline_protos.files import lock, open_own
 from touchline_server.database import FILE_NAME
 from touchline_server.errors import StorageFailedError, StoreInUseError
 
@@ -43,18 +43,18 @@ class DataDir:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = open_own(self.path / LOCK_NAME)
         except OSError as error:
             raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
         except OSError:
             os.close(self._lock)
             raise StoreInUseError(
                 f"storage.data_dir: {self.path} is in use by another touchline-server; stop it or choose another folder"
             ) from None
         try:
-            self._mark = os.open(self.path / MARK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._mark = open_own(self.path / MARK_NAME)
         except OSError as error:
             os.close(self._lock)
             raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None

@@ -12,24 +12,21 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from touchline_protos.tables import FormatError, Tables, parts, row_checksum
 from touchline_server.errors import DamagedStoreError, StorageFailedError, StorageFullError, StoreMismatchError
 from touchline_server.ledger_tables import LedgerTables
-from touchline_server.records import Change, EpisodeRow, Payload, row_checksum, schema_of, schema_text
+from touchline_server.records import Change, EpisodeRow, Payload, schema_of, schema_text
 from touchline_server.schema import Schema
 
 FILE_NAME = "touchline.db"
-APPLICATION_ID = 0x746C6E65
-FORMAT = 1
-"""Version of the tables, in ``PRAGMA user_version``."""
-
-PAGE_BYTES = 8192
-PART_BYTES = 1 << 28
-"""Longest blob: SQLite's own limit of 10^9 bytes is below ``server.max_episode_bytes``, so a longer column is kept in parts."""
-
 CHECKPOINT_PAGES = 4096
 """Length of the write-ahead log, 32 MiB, from which on a commit moves it into the main file."""
 
-_TABLES = """
+TABLES = Tables(
+    application_id=0x746C6E65,
+    version=1,
+    page_bytes=8192,
+    statements="""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value, checksum INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE episodes (
@@ -50,7 +47,8 @@ CREATE INDEX runs_by_end ON runs (sender, after);
 CREATE TABLE keys (
     sender INTEGER NOT NULL, episode_id INTEGER NOT NULL, sequence INTEGER NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL,
     PRIMARY KEY (sender, episode_id)) WITHOUT ROWID;
-"""
+""",
+)
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
@@ -187,8 +185,7 @@ class Database:
         self._connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(values) + 1))})", (*values, row_checksum(*values)))
         for payload in payloads:
             shape = json.dumps(payload.shape)
-            for part in range(max(1, -(-len(payload.data) // PART_BYTES))):
-                data = payload.data[part * PART_BYTES : (part + 1) * PART_BYTES]
+            for part, data in enumerate(parts(payload.data)):
                 self._connection.execute(
                     "INSERT INTO payloads (episode_id, column, part, dtype, shape, data) VALUES (?, ?, ?, ?, ?, ?)",
                     (row.id, payload.column, part, payload.dtype, shape, data),
@@ -207,31 +204,18 @@ class Database:
         self._connection.close()
 
     def _prepare(self) -> None:
-        def pragma(name: str) -> int:
-            return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
-
-        application, version = pragma("application_id"), pragma("user_version")
-        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not application and not version and not tables:
-            # New, or of a server that was killed while it made one.
-            self._connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.executescript(
-                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; {_TABLES} COMMIT;"
-            )
-            # From now on the file says what it is, whatever becomes of the log.
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        elif application != APPLICATION_ID:
+        try:
+            TABLES.prepare(self._connection)
+        except FormatError as error:
+            if error.version is None:
+                raise StoreMismatchError(
+                    f"{self.path}: not a store of touchline-server's, or its first page is damaged; put a copy back or choose another "
+                    "storage.data_dir"
+                ) from None
             raise StoreMismatchError(
-                f"{self.path}: not a store of touchline-server's, or its first page is damaged; put a copy back or choose another "
-                "storage.data_dir"
-            )
-        elif version != FORMAT:
-            raise StoreMismatchError(
-                f"{self.path}: written in format {version}, this touchline-server reads format {FORMAT}; install one that reads it or "
-                "choose another storage.data_dir"
-            )
+                f"{self.path}: written in format {error.version}, this touchline-server reads format {TABLES.version}; install one that "
+                "reads it or choose another storage.data_dir"
+            ) from None
         for statement in ("journal_mode = WAL", f"wal_autocheckpoint = {CHECKPOINT_PAGES}", "journal_size_limit = 67108864"):
             self._connection.execute(f"PRAGMA {statement}")
 

@@ -6,9 +6,10 @@ import sqlite3
 from pathlib import Path
 
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.tables import row_checksum
 from touchline_server.errors import DamagedStoreError
 from touchline_server.ledger import MAX_GAPS, MAX_RECENT, MAX_SENDERS
-from touchline_server.records import SenderState, row_checksum
+from touchline_server.records import SenderState
 
 
 class LedgerTables:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -72,11 +71,6 @@ class SenderState:
     """[first, after) of consecutive numbers, ascending."""
     recent: list[tuple[int, int, int]] = field(default_factory=list)
     """Sequence number, digest and episode id, in the order in which they were stored."""
-
-
-def row_checksum(*values: object) -> int:
-    """Returns the CRC-32 of a row's values."""
-    return zlib.crc32(repr(values).encode())
 
 
 def payloads_of(columns: Mapping[str, np.ndarray], *, copy: bool) -> list[Payload]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.tables import row_checksum
 from touchline_server.config import Config
 from touchline_server.data_dir import DataDir, boot_id
 from touchline_server.database import Database, advice, translate
 from touchline_server.durable import GroupCommitter
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
 from touchline_server.ledger import KeyLedger, payload_digest
-from touchline_server.records import EpisodeRow, numpy_dtype, row_checksum
+from touchline_server.records import EpisodeRow, numpy_dtype
 from touchline_server.schema import Schema
 from touchline_server.store import EpisodeStore
 

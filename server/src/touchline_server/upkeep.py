@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from touchline_protos.files import sync
+from touchline_protos.tables import row_checksum
 from touchline_server.data_dir import MARK_NAME, DataDir, Mark, read_mark
 from touchline_server.database import FILE_NAME, Database, connect, translate
 from touchline_server.durable import ID_BLOCK
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError
 from touchline_server.ledger import KeyLedger
-from touchline_server.records import EpisodeRow, SenderState, payloads_of, row_checksum, schema_text
+from touchline_server.records import EpisodeRow, SenderState, payloads_of, schema_text
 from touchline_server.restoring import as_row, read_columns
 from touchline_server.schema import Schema
 
@@ -94,7 +95,7 @@ def recover(data_dir: Path, progress: Progress | None = None) -> Findings:
                 source.rename(f"{kept}{suffix}")
         fresh_path.rename(path)
         (data_dir / MARK_NAME).unlink(missing_ok=True)
-        _sync_folder(data_dir)
+        sync(data_dir)
     return findings
 
 
@@ -123,10 +124,9 @@ def snapshot(data_dir: Path, target: Path) -> Path:
         finally:
             copy.close()
             source.close()
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
+        sync(unfinished)
         unfinished.rename(file)
-        _sync_folder(target)
+        sync(target)
     except sqlite3.Error as error:
         raise translate(error, path) from error
     except OSError as error:
@@ -348,11 +348,3 @@ def _is_held(data_dir: Path) -> bool:
     except ReplayError:
         return True
     return False
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

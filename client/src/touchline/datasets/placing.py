@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from touchline.datasets.values import DatasetError
+from touchline_protos.files import sync
 
 
 class Placement:
@@ -46,7 +46,7 @@ class Placement:
         self._check()
         for file in written.rglob("*") if written.is_dir() else [written]:
             if file.is_file():
-                _sync(file)
+                sync(file)
         if self.place.is_dir():
             aside = self.partial.with_suffix(".replaced")
             self.place.rename(aside)
@@ -54,7 +54,7 @@ class Placement:
             shutil.rmtree(aside)
         else:
             written.replace(self.place)
-        _sync(self.place.parent)
+        sync(self.place.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -71,11 +71,3 @@ class Placement:
             raise DatasetError(f"{self.place}: is there already; --force (force=True) replaces it")
         if self.place.is_dir() and not self._replaceable(self.place):
             raise DatasetError(f"{self.place}: a folder with something else in it, which is not replaced; choose another place")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,49 @@
+"""Files that one process keeps for itself, and what has them outlive the machine's power: what a spool and a durable store both need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    HAS_LOCKS = False
+else:
+    HAS_LOCKS = True
+"""Whether this system has the file locks of POSIX, without which :func:`lock` is not there."""
+
+
+def open_own(path: Path) -> int:
+    """Opens a file to read and write, and makes it where there is none: for its user alone, and not for child programs.
+
+    Returns:
+        A descriptor; the caller closes it.
+
+    Raises:
+        OSError: it cannot be opened or made.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def lock(descriptor: int) -> None:
+    """Takes a file's lock without waiting for it. It ends with the descriptor, so at the latest with the process, however that ends.
+
+    Raises:
+        BlockingIOError: another holds it.
+        OSError: the file system has no locks.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def sync(path: Path) -> None:
+    """Has the file system write a file's content, or a folder's entries, down.
+
+    Raises:
+        OSError: it cannot, as many cannot for a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
