@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from touchline.calls import Calls
+from touchline.encoding import encode_episode, unencodable
 from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
 from touchline.messages import counts_of, load_results_of
 from touchline.types import EpisodeResult
@@ -16,8 +17,6 @@ from touchline_protos.codec import (
     CodecLimits,
     Episode,
     EpisodeKey,
-    OversizeError,
-    encode_add_episode,
     encode_load,
     encode_loads,
 )
@@ -216,12 +215,7 @@ class Delivery:
     def _encode(self, episode: Episode) -> bytes | None:
         if episode.size_bytes > self._max_message_bytes:
             return None
-        try:
-            message = encode_add_episode(episode, table=self._table)
-        except OversizeError as error:
-            raise TooLargeError(str(error)) from None
-        except CodecError as error:
-            raise InvalidEpisodeError(str(error)) from None
+        message = encode_episode(episode, table=self._table)
         return message if len(message) <= self._max_message_bytes else None
 
     def _upload(self, episodes: Sequence[Episode], *, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts]:
@@ -237,10 +231,8 @@ class Delivery:
                 if not self._learn_limit():
                     raise
                 message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
-        except OversizeError as error:
-            raise TooLargeError(str(error)) from None
         except CodecError as error:
-            raise InvalidEpisodeError(str(error)) from None
+            raise unencodable(error) from None
         return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
 
     def _learn_limit(self) -> bool:
@@ -266,10 +258,8 @@ def _checked(item: _Item) -> _Item:
             return key, TooLargeError(f"{len(episode.columns)} columns, expected at most {most}")
         try:
             next(encode_load(episode, chunk_bytes=1))  # its header alone
-        except OversizeError as error:
-            return key, TooLargeError(str(error))
         except CodecError as error:
-            return key, InvalidEpisodeError(str(error))
+            return key, unencodable(error)
     return item
 
 

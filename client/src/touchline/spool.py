@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from touchline.encoding import encode_episode
 from touchline.errors import InvalidEpisodeError, SpoolError, TooLargeError, TouchlineError
 from touchline.forking import gate, keep_orphan
 from touchline.pending import Admission, Parcel, Waiting
@@ -33,7 +34,7 @@ from touchline.spool_file import (
     open_file,
     translate,
 )
-from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError, decode_add_episode, encode_add_episode
+from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, decode_add_episode
 from touchline_protos.tables import parts, pragma, row_checksum
 
 LIMITS = CodecLimits(max_episode_bytes=1 << 31)
@@ -121,12 +122,7 @@ class Spool:
     def pack(self, episode: Episode) -> Parcel:
         """Returns the episode as a message."""
         assert episode.key is not None
-        try:
-            message = encode_add_episode(episode, table=self._table)
-        except OversizeError as error:
-            raise TooLargeError(str(error)) from None
-        except CodecError as error:
-            raise InvalidEpisodeError(str(error)) from None
+        message = encode_episode(episode, table=self._table)
         pages = _pages_for(len(message))
         least = (SPARE_PAGES + pages) * PAGE_BYTES + self._log_bytes + pages * FRAME_BYTES + SHARED_BYTES
         if least > self._limit_bytes:
