@@ -70,6 +70,21 @@ def test_gate_without_hungry_learners_lets_adds_pass_at_once(clock: Clock) -> No
     assert clock.slept == []
 
 
+def test_gate_does_not_have_adds_wait_for_what_passed_while_nobody_was_hungry(clock: Clock) -> None:
+    async def test() -> None:
+        gate = AddGate(0.9)
+        # Two threads load a data set: more than a second of their time passes in a second.
+        for _ in range(1000):
+            await gate.admit()
+            clock.now += 0.05
+            gate.charge(0.1)
+        with gate.hungry():
+            await gate.admit()
+
+    run(test)
+    assert sum(clock.slept) <= (0.1 + MESSAGE_COST_S) * 9
+
+
 def test_gate_with_share_zero_never_waits(clock: Clock) -> None:
     async def test() -> None:
         gate = AddGate(0.0)

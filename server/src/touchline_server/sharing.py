@@ -44,7 +44,7 @@ class AddGate:
 
     async def admit(self) -> None:
         """Waits for an add's turn; first come, first served."""
-        if not self._hungry or not self._pause_per_second or time.monotonic() - self._hungry_since > STALLED_S:
+        if not self._pause_per_second or not self._is_waited_for():
             return
         loop = asyncio.get_running_loop()
         async with self._turn:
@@ -53,6 +53,10 @@ class AddGate:
                 await asyncio.sleep(delay)
 
     def charge(self, cost_s: float) -> None:
-        """Notes what an add took; the next ones wait for it."""
+        """Notes what an add took; the next ones wait for it. While nobody is hungry the last one alone counts: nobody missed the others."""
         now = asyncio.get_running_loop().time()
-        self._next = max(now, self._next) + (cost_s + MESSAGE_COST_S) * self._pause_per_second
+        begin = max(now, self._next) if self._is_waited_for() else now
+        self._next = begin + (cost_s + MESSAGE_COST_S) * self._pause_per_second
+
+    def _is_waited_for(self) -> bool:
+        return bool(self._hungry) and time.monotonic() - self._hungry_since <= STALLED_S
