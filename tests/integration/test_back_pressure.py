@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -138,6 +139,31 @@ def test_call_that_waits_for_room_gets_it_when_another_ends() -> None:
 
         assert pb.AddEpisodeResponse.FromString(second.call.result()).counts.episodes_stored == 1
         assert in_use(server) == 0
+
+
+@pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
+def test_room_of_a_call_that_was_left_is_taken_until_its_episode_is_stored(method: str) -> None:
+    message = encode_add_episode(make_episode(100, obs=400))
+    with serving(server={"port": 0, "add_workers": 1}) as (server, caller), ThreadPoolExecutor(1) as keeper:
+        caller.add(make_episode(obs=400))
+        # Somebody else adds for a long time, and these wait for him on a thread or for one.
+        keeper.submit(server.buffer.store.write_lock.acquire).result()
+        try:
+            left = [OpenCall(caller, method) for _ in range(4)]
+            for call in left:
+                call.send(message)
+            eventually(lambda: in_use(server) == 4 * len(message), "four messages are in the server")
+            for call in left:
+                call.cancel()
+            for _ in range(10):
+                caller.counts()  # behind the cancellations, on their connection
+            held = in_use(server)
+        finally:
+            keeper.submit(server.buffer.store.write_lock.release).result()
+
+        assert held == 4 * len(message)
+        eventually(lambda: in_use(server) == 0, "its room is free")
+        assert caller.counts().episodes_stored == 5
 
 
 def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ class EpisodeIntake:
     async def take(self, message: bytes, decode: Decode) -> list[Taken]:
         """Stores the episodes that are complete with a message. One that is refused is counted, and does not stop the others.
 
+        Where it is cancelled it ends only once no thread has the message any more, so that its room is not another's before.
+
         Raises:
             CodecError: the message as a whole is refused; counted.
             ReplayError: what ``decode`` raises.
@@ -78,7 +81,7 @@ class EpisodeIntake:
         loop = asyncio.get_running_loop()
         try:
             if len(message) > MAX_AT_ONCE_BYTES:
-                await loop.run_in_executor(self._pool, submit, None, None)
+                await _ended(loop.run_in_executor(self._pool, submit, None, None))
                 return taken
             begin = time.perf_counter()
             try:
@@ -87,7 +90,7 @@ class EpisodeIntake:
             finally:
                 cost_s = time.perf_counter() - begin
             if blocked is not None:
-                await loop.run_in_executor(self._pool, submit, episodes, blocked)
+                await _ended(loop.run_in_executor(self._pool, submit, episodes, blocked))
             return taken
         except CodecError as error:
             self._buffer.store.count_refused(str(error))
@@ -137,3 +140,16 @@ class EpisodeIntake:
             return Taken(episode.key, self._buffer.submit_episode(episode))
         except ReplayError as error:
             return Taken(episode.key, error)
+
+
+async def _ended(work: asyncio.Future[None]) -> None:
+    """Waits until a thread is done, also where the waiter is cancelled meanwhile."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((work,))
+        if not work.cancelled():
+            work.exception()  # looked at: nobody is to be told any more
+        raise
