@@ -18,6 +18,7 @@ from tcp_proxy import TcpProxy
 from touchline import EpisodeKey, EpisodeWriter, OverLimitError, ReplayClient
 from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.admission import MAX_HEALTH_WATCHES
 from touchline_server.streaming import BatchSource
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
@@ -104,6 +105,21 @@ def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
         waiting[0].cancel()
         assert third.result().counts.episodes_stored == 0
         waiting[1].cancel()
+
+
+def test_one_connection_that_watches_the_health_keeps_nobody_from_asking() -> None:
+    health = "/grpc.health.v1.Health/"
+    with serving() as (server, caller), Caller(server.address) as other:
+        watches = [caller.channel.unary_stream(health + "Watch")(b"") for _ in range(MAX_HEALTH_WATCHES)]
+        for watch in watches:
+            assert next(watch) == b"\x08\x01"
+
+        refusal = refused(other.channel.unary_stream(health + "Watch")(b"").__next__)
+
+        assert (refusal.code, refusal.reason, refusal.retry_after_ms) == OVER_LIMIT
+        assert other.channel.unary_unary(health + "Check")(b"", timeout=DEADLINE_S) == b"\x08\x01"
+        for watch in watches:
+            watch.cancel()
 
 
 # Messages on their way in

@@ -20,7 +20,10 @@ EPISODE_METHODS = frozenset({"/touchline.v1.Replay/AddEpisode", "/touchline.v1.R
 """Methods whose messages bring episodes."""
 
 MAX_HEALTH_CALLS = 256
-"""Calls to the health service at a time, those that watch it included."""
+"""Calls to the health service at a time, apart from those that watch it."""
+
+MAX_HEALTH_WATCHES = 128
+"""Calls that watch the health at a time: they last, and must keep nobody from asking."""
 
 HEALTH_MESSAGE_S = 5.0
 """How long a question to the health service may take to come in: it is open to all, and none may keep the others from asking."""
@@ -45,6 +48,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._receptions = receptions
         self._calls = _Count(max_calls, "server.max_calls")
         self._health_calls = _Count(MAX_HEALTH_CALLS, "the limit of the health service")
+        self._health_watches = _Count(MAX_HEALTH_WATCHES, "the limit of the health service")
         self._admitted: dict[str, tuple[Handler, Handler]] = {}
 
     async def intercept_service(  # type: ignore[override]
@@ -68,7 +72,8 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _admitting(self, method: str, handler: Handler) -> Handler:
         within_s = math.inf
         if method.startswith(f"/{HEALTH_SERVICE}/"):
-            count, reception, within_s = self._health_calls, self._receptions.health, HEALTH_MESSAGE_S
+            count = self._health_watches if handler.response_streaming else self._health_calls
+            reception, within_s = self._receptions.health, HEALTH_MESSAGE_S
         else:
             count = self._calls
             reception = self._receptions.messages if method in EPISODE_METHODS else self._receptions.questions
