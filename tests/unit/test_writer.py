@@ -20,6 +20,8 @@ from client_faults import ScriptedServer, fail
 from service_calls import eventually
 from touchline import (
     ClosedError,
+    EpisodeKey,
+    EpisodeResult,
     EpisodeWriter,
     InvalidArgumentError,
     InvalidEpisodeError,
@@ -29,6 +31,8 @@ from touchline import (
     UnacknowledgedError,
     UnavailableError,
 )
+from touchline.outbox import Outbox
+from touchline.pending import Admission, MemoryQueue, Parcel
 from touchline_protos.codec import Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -448,3 +452,44 @@ def test_writer_forgotten_at_exit_neither_hangs_nor_loses_in_silence(tmp_path: P
     assert len(shelf.episodes) == (0 if away else 1)
     lost = f"was not closed: {int(away)} episodes not acknowledged, 1 rows of an unfinished one"
     assert ended.stderr.count(lost) == 1
+
+
+class _SlowlyCounted(MemoryQueue):
+    """Has the last of three episodes answered before who put it knows that it was kept."""
+
+    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+        admission = super().put(parcel, drop_oldest=drop_oldest, force=force)
+        if parcel.key.sequence == 2:
+            self.sending.set()
+            eventually(lambda: not self.waiting_keys(), "all three are answered")
+        return admission
+
+    sending = threading.Event()
+
+
+def test_episode_that_is_answered_before_it_is_counted_leaves_the_thread_at_rest(
+    client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = _SlowlyCounted(max_pending=8, max_bytes=1 << 20)
+    monkeypatch.setattr(client, "deliver", lambda episode: queue.sending.wait(30))
+    monkeypatch.setattr(client, "deliver_all", lambda episodes: iter([[EpisodeResult(key) for key, _ in episodes]]))
+    outbox = Outbox(client, queue, actor="keeper", when_full="block")
+    pauses: list[int] = []
+    sleep = outbox._sleep
+
+    def noted(delay_s: float) -> None:
+        pauses.append(outbox.counters.pending)
+        sleep(delay_s)
+
+    monkeypatch.setattr(outbox, "_sleep", noted)
+    columns = {name: np.zeros(2, np.float32) for name in ("obs", "action", "reward")}
+
+    for sequence in range(4):
+        outbox.put(Episode(columns, key=EpisodeKey("keeper", 1, sequence)))
+        if sequence == 0:
+            eventually(lambda: queue._sending == 0, "the first is being sent")
+    outbox.flush(30)
+
+    assert [pending for pending in pauses if pending <= 0] == []
+    assert outbox.counters.acknowledged == outbox.counters.appended == 4
+    outbox.close(30)

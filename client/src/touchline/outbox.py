@@ -270,10 +270,12 @@ class Outbox:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._counters.pending or self._stopped)
+                    self._changed.wait_for(lambda: self._counters.pending > 0 or self._stopped)
                     if self._stopped:
                         return
                 taken = self._take_some()
+                if not taken:
+                    continue
                 if len(taken) > 1 and (answers := self._send_together([episode for _, episode in taken])) is not None:
                     for (waiting, episode), answer in zip(taken, answers, strict=True):
                         # What says nothing of the episode itself is tried again.
@@ -288,8 +290,11 @@ class Outbox:
                 self._changed.notify_all()
 
     def _take_some(self) -> list[tuple[Waiting, Episode | TouchlineError]]:
-        """Returns the oldest episode, and where things go well those behind it that a call may share with it."""
-        taken = [self._take()]
+        """Returns the oldest episode, and where things go well those behind it that a call may share with it; none where none waits."""
+        oldest = self._take()
+        if oldest is None:
+            return []
+        taken = [oldest]
         # What is being sent cannot be dropped: under that policy it is one at a time.
         if self._when_full == "drop-oldest" or self._trouble is not None or self._apart:
             return taken
@@ -329,7 +334,7 @@ class Outbox:
         """Returns None once an episode is acknowledged, or why it never will be."""
         return self._send(found) if isinstance(found, Episode) else found
 
-    def _take(self) -> tuple[Waiting, Episode | TouchlineError]:
+    def _take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
         delays = self._delays()
         while True:
             try:
@@ -339,7 +344,9 @@ class Outbox:
                 continue
             if taken is not None:
                 return taken
-            # What the counters still call pending was just dropped, and its thread is about to say so.
+            # What the counters still call pending was just dropped, or answered before it was counted: its thread is about to say so.
+            if self._counters.pending <= 0:
+                return None
             self._sleep(0.01)
 
     def _send(self, episode: Episode) -> TouchlineError | None:
