@@ -21,6 +21,26 @@ MAX_PREFETCH_BYTES = 160 << 20
 """Batches under way are as many as fit in this, 2 at least."""
 
 
+def open_stream(client: ReplayClient, *, path: str, prefetch: int, device: str | None = None) -> Iterator[Batch]:
+    """Returns a client's batches, of which one is taken: they are under way.
+
+    Args:
+        client: of the server.
+        path: ``stream`` or ``ring``.
+        prefetch: batches under way.
+        device: that they are copied to; None for none.
+
+    Raises:
+        RuntimeError: they come another way.
+    """
+    stream = client.batches(prefetch=prefetch, ring=path == "ring", device=device)
+    first = next(stream)
+    if stream.transport != path:
+        raise RuntimeError(f"batches come by {stream.transport!r}, expected {path!r}")
+    del first
+    return stream
+
+
 class RemoteSubject:
     """Batches of a server, as arrays.
 
@@ -44,7 +64,7 @@ class RemoteSubject:
         if self._path == "unary":
             return self._client.sample()
         if self._batches is None:
-            self._batches = self._open()
+            self._batches = open_stream(self._client, path=self._path, prefetch=self.prefetch)
         return next(self._batches)
 
     def noted(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -54,14 +74,6 @@ class RemoteSubject:
     def arrays(self, batch: Batch) -> Mapping[str, np.ndarray]:
         """Returns the batch's arrays."""
         return batch_columns(batch)
-
-    def _open(self) -> Iterator[Batch]:
-        stream = self._client.batches(prefetch=self.prefetch, ring=self._path == "ring")
-        first = next(stream)
-        if stream.transport != self._path:
-            raise RuntimeError(f"batches come by {stream.transport!r}, expected {self._path!r}")
-        del first
-        return stream
 
 
 class Learner:

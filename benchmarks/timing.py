@@ -6,8 +6,8 @@ Needs numpy only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ WARM_UP_S = 0.1
 """Before each slice: what a subject had ready from the pause before is used up, and caches are its own again."""
 
 MAX_LATENCIES = 1 << 16
+
+Taken = TypeVar("Taken")
 
 
 class BatchSubject(Protocol):
@@ -34,6 +36,41 @@ class BatchSubject(Protocol):
 
     def arrays(self, batch: Any) -> Mapping[str, np.ndarray]:
         """Returns all of the batch as arrays, for :func:`~benchmarks.checks.check_batch`."""
+
+
+class Usage:
+    """Processor time of this process and of a server, from its making on.
+
+    Args:
+        server_pid: of the server's process; None for none.
+    """
+
+    def __init__(self, server_pid: int | None) -> None:
+        self._server_pid = server_pid
+        self._server_before = self._server()
+        self._own_before = time.process_time()
+
+    def figures(self, latencies: Sequence[float], elapsed_s: float) -> dict[str, float]:
+        """Returns what a slice measured, but for what it checked; called as its clock stops.
+
+        Args:
+            latencies: seconds that each batch took to arrive.
+            elapsed_s: seconds of the slice.
+        """
+        own = time.process_time() - self._own_before
+        server = self._server() - self._server_before
+        count = len(latencies)
+        p50, p99 = np.percentile(latencies[-MAX_LATENCIES:], [50, 99])
+        return {
+            "batches_per_s": count / elapsed_s,
+            "p50_s": float(p50),
+            "p99_s": float(p99),
+            "cpu_s": own / count,
+            "server_cpu_s": server / count,
+        }
+
+    def _server(self) -> float:
+        return cpu_seconds(self._server_pid) if self._server_pid else 0.0
 
 
 class SliceTimer:
@@ -60,45 +97,35 @@ class SliceTimer:
             WrongDataError: a batch was wrong.
         """
         subject, log = self._subject, self._log
-        self._take_for(WARM_UP_S)
+        batch = take_for(subject.take, WARM_UP_S)
+        check_batch(subject.content, subject.arrays(batch))
+        del batch
         latencies: list[float] = []
         clock = time.perf_counter
-        server_before = cpu_seconds(server_pid) if server_pid else 0.0
-        own_before = time.process_time()
+        usage = Usage(server_pid)
         begin = asked = clock()
-        count = 0
         while True:
             batch = subject.take()
             now = clock()
             latencies.append(now - asked)
             log.note(*subject.noted(batch))
-            count += 1
             asked = clock()
             if asked - begin >= seconds:
                 break
-        elapsed = asked - begin
-        own = time.process_time() - own_before
-        server = cpu_seconds(server_pid) - server_before if server_pid else 0.0
+        figures = usage.figures(latencies, asked - begin)
         check_batch(subject.content, subject.arrays(batch))
         del batch
-        p50, p99 = np.percentile(latencies[-MAX_LATENCIES:], [50, 99])
-        return {
-            "batches_per_s": count / elapsed,
-            "p50_s": float(p50),
-            "p99_s": float(p99),
-            "cpu_s": own / count,
-            "server_cpu_s": server / count,
-            "checked": log.verify(),
-        }
+        return {**figures, "checked": log.verify()}
 
-    def _take_for(self, seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        take: Callable[[], Any] = self._subject.take
+
+def take_for(take: Callable[[], Taken], seconds: float) -> Taken:
+    """Takes batches for so long, one at least, each let go of before the next; returns the last."""
+    end = time.perf_counter() + seconds
+    batch = take()
+    while time.perf_counter() < end:
+        del batch
         batch = take()
-        while time.perf_counter() < end:
-            del batch
-            batch = take()
-        check_batch(self._subject.content, self._subject.arrays(batch))
+    return batch
 
 
 def seconds_per_call(work: Callable[[], Any], seconds: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import DeviceSliceTimer
-from benchmarks.learner import MAX_PREFETCH_BYTES, PREFETCH
+from benchmarks.learner import MAX_PREFETCH_BYTES, PREFETCH, open_stream
 from benchmarks.local import batch_columns
 from benchmarks.protocol import serve
 from benchmarks.workloads import WORKLOADS, Content
@@ -58,7 +58,8 @@ class DeviceRemoteSubject:
     def take(self) -> Batch:
         """Returns the next batch."""
         if self._batches is None:
-            self._batches = self._open()
+            device = "cuda" if self._ahead else None
+            self._batches = open_stream(self._client, path=self._path, prefetch=self._prefetch, device=device)
         batch = next(self._batches)
         if not self._ahead:
             batch = map_batch(batch, lambda tensor: tensor.to("cuda"))
@@ -69,14 +70,6 @@ class DeviceRemoteSubject:
     def columns(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         """Returns the batch's tensors."""
         return batch_columns(batch)
-
-    def _open(self) -> Iterator[Batch]:
-        stream = self._client.batches(prefetch=self._prefetch, ring=self._path == "ring", device="cuda" if self._ahead else None)
-        first = next(stream)
-        if stream.transport != self._path:
-            raise RuntimeError(f"batches come by {stream.transport!r}, expected {self._path!r}")
-        del first
-        return stream
 
 
 class HeldSubject:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.checks import BatchLog, check_batch
-from benchmarks.protocol import cpu_seconds
-from benchmarks.timing import MAX_LATENCIES
+from benchmarks.timing import Usage, take_for
 from benchmarks.workloads import ROW_ID_BYTES, Content
 
 WARM_UP_S = 0.05
@@ -89,12 +88,11 @@ class DeviceSliceTimer:
             WrongDataError: a batch was wrong.
         """
         subject, log = self._subject, self._log
-        self._take_for(WARM_UP_S)
+        self._check(take_for(subject.take, WARM_UP_S))
         torch.cuda.synchronize()
         latencies: list[float] = []
         clock = time.perf_counter
-        server_before = cpu_seconds(server_pid) if server_pid else 0.0
-        own_before = time.process_time()
+        usage = Usage(server_pid)
         begin = clock()
         count = 0
         while True:
@@ -108,28 +106,10 @@ class DeviceSliceTimer:
             if now - begin >= seconds:
                 break
         torch.cuda.synchronize()
-        elapsed = clock() - begin
-        own = time.process_time() - own_before
-        server = cpu_seconds(server_pid) - server_before if server_pid else 0.0
+        figures = usage.figures(latencies, clock() - begin)
         self._check(batch)
         del batch
-        p50, p99 = np.percentile(latencies[-MAX_LATENCIES:], [50, 99])
-        return {
-            "batches_per_s": count / elapsed,
-            "p50_s": float(p50),
-            "p99_s": float(p99),
-            "cpu_s": own / count,
-            "server_cpu_s": server / count,
-            "checked": log.verify(),
-        }
-
-    def _take_for(self, seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        batch = self._subject.take()
-        while time.perf_counter() < end:
-            del batch
-            batch = self._subject.take()
-        self._check(batch)
+        return {**figures, "checked": log.verify()}
 
     def _check(self, batch: Any) -> None:
         arrays = {name: tensor.cpu().numpy() for name, tensor in self._subject.columns(batch).items()}
