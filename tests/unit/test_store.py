@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,46 @@ def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
 
     assert store.counts() == before and not told.waited.is_set()
     assert store.add_at_once(traced(2, 6)) is not None
+
+
+def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = store_of(10, 10, capacity=20)
+    check, readers = store.check, ExitStack()
+
+    def meanwhile(*arguments: Any) -> Any:
+        schema = check(*arguments)
+        readers.enter_context(store.select(4, 3, Law.EPISODE, np.random.default_rng(0)))
+        return schema
+
+    monkeypatch.setattr(store, "check", meanwhile)
+    with ThreadPoolExecutor(1) as pool, readers:
+        assert pool.submit(store.add_at_once, traced(2, 6)).result(10) is None
+
+    assert [entry[4] for entry in store.entries()] == [0, 1]
+    monkeypatch.undo()
+    assert store.add_at_once(traced(2, 6)) is not None
+
+
+def test_add_at_once_does_not_allocate_where_the_table_is_cleared_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = store_of(10, capacity=20)
+
+    class Overtaken:
+        """The write lock, which somebody who clears gets first."""
+
+        def __init__(self, lock: Any) -> None:
+            self._lock = lock
+
+        def acquire(self, *, blocking: bool) -> bool:
+            monkeypatch.undo()
+            store.clear()
+            return bool(self._lock.acquire(blocking=blocking))
+
+        def release(self) -> None:
+            self._lock.release()
+
+    monkeypatch.setattr(store, "write_lock", Overtaken(store.write_lock))
+    assert store.add_at_once(traced(2, 6)) is None
+    assert store.columns is None
 
 
 def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:

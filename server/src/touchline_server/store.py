@@ -143,14 +143,8 @@ class EpisodeStore:
         """
         if self._committer is not None:
             return self._committer.add(episode)
-        try:
-            digest = payload_digest(episode.columns) if episode.key is not None else 0
-            with self.write_lock:
-                stored = self._add(episode, digest)
-        except (InvalidEpisodeError, KeyConflictError, TooLargeError) as error:
-            self.count_refused(str(error), episode)
-            raise
-        self.notify()
+        stored = self._add_and_tell(episode, may_wait=True)
+        assert stored is not None
         return stored
 
     def submit(self, episode: Episode) -> Stored | Receipt:
@@ -176,10 +170,10 @@ class EpisodeStore:
         if not self.write_lock.acquire(blocking=False):
             return None
         try:
-            with self._lock:
-                if self._pins.held:
-                    return None
-            return self.add(episode)
+            # Again: it may have been cleared before this one's turn.
+            if self._columns is None or self._pinned():
+                return None
+            return self._add_and_tell(episode, may_wait=False)
         finally:
             self.write_lock.release()
 
@@ -397,13 +391,40 @@ class EpisodeStore:
             self.on_cleared()
         logger.info("cleared: %d episodes, %d steps", evicted.episodes, evicted.steps)
 
-    def _add(self, episode: Episode, digest: int) -> Stored:
+    def _add_and_tell(self, episode: Episode, *, may_wait: bool) -> Stored | None:
+        try:
+            digest = payload_digest(episode.columns) if episode.key is not None else 0
+            with self.write_lock:
+                stored = self._add(episode, digest, may_wait=may_wait)
+        except (InvalidEpisodeError, KeyConflictError, TooLargeError) as error:
+            self.count_refused(str(error), episode)
+            raise
+        if stored is not None:
+            self.notify()
+        return stored
+
+    def _add(self, episode: Episode, digest: int, *, may_wait: bool) -> Stored | None:
         known = self.find(episode, digest)
         if known is not None:
             return self.count_duplicate(known)
         schema = self.check(episode, self.schema)
+        if not may_wait and not self._evict_at_once(episode.length):
+            return None
         columns = self._columns if self._columns is not None else self.allocate(schema)
         return self.publish(episode, columns, digest=digest, episode_id=self._next_id)
+
+    def _pinned(self) -> bool:
+        with self._lock:
+            return self._pins.held
+
+    def _evict_at_once(self, length: int) -> bool:
+        """Makes room as :meth:`evict` does, where nobody reads; returns whether it did. Who reads from then on holds no writer up."""
+        with self._lock:
+            if self._pins.held:
+                return False
+            evicted = self._catalogue.evict_for(min(length, self.capacity))
+            self._count_evicted(evicted.episodes, evicted.steps)
+            return True
 
     def _count_evicted(self, episodes: int, steps: int) -> None:
         self._figures["episodes_evicted"] += episodes
