@@ -13,6 +13,7 @@ import pytest
 from service_calls import Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
 from touchline_protos.codec import encode_load
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_protos.wire import len_field
 from touchline_server.app import ServerThread
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
@@ -312,14 +313,20 @@ def test_stream_closed_before_it_was_opened_ends_with_ok(served: Served) -> None
     assert stream.call.code() == grpc.StatusCode.OK
 
 
+OPENING = pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString()
+PADDING = len_field(100, bytes(1 << 16))
+"""A field that nobody knows; as part of a message a stream would hold it for as long as it lasts."""
+
+
 @pytest.mark.parametrize(
     ("first", "words"),
     [
         (pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=1)).SerializeToString(), "expected it to open the stream"),
         (b"", "expected it to open the stream"),
         (b"\xff" * 5, "5 bytes that are no message, expected one of type SampleStreamRequest"),
+        (OPENING + PADDING, "expected at most 65536"),
     ],
-    ids=["credits", "empty", "garbage"],
+    ids=["credits", "empty", "garbage", "padded"],
 )
 def test_stream_with_a_bad_first_message_is_refused(filled: Served, first: bytes, words: str) -> None:
     _, caller = filled
@@ -337,8 +344,9 @@ def test_stream_with_a_bad_first_message_is_refused(filled: Served, first: bytes
     [
         (pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString(), "opened twice"),
         (b"\xff" * 5, "5 bytes that are no message"),
+        (pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=0)).SerializeToString() + PADDING, "expected at most 65536"),
     ],
-    ids=["open", "garbage"],
+    ids=["open", "garbage", "padded"],
 )
 @pytest.mark.parametrize("credits", [0, 2])
 def test_stream_with_a_bad_later_message_ends_with_an_error(filled: Served, message: bytes, words: str, credits: int) -> None:

@@ -25,6 +25,9 @@ _COUNTS = [field.name for field in fields(Counts)]
 
 M = TypeVar("M", bound=Message)
 
+MAX_STREAM_REQUEST_BYTES = 1 << 16
+"""Largest message from a learner on a stream; its stream may hold it for as long as it lasts."""
+
 
 def serialize(message: Message) -> bytes:
     """Returns a message's bytes."""
@@ -44,8 +47,14 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterator[M]:
-    """Reads the messages of a stream as they come. Raises as :func:`parse` does."""
+    """Reads the messages of a stream as they come.
+
+    Raises:
+        InvalidRequestError: as :func:`parse`; also for one that is over :data:`MAX_STREAM_REQUEST_BYTES`.
+    """
     async for data in stream:
+        if len(data) > MAX_STREAM_REQUEST_BYTES:
+            raise InvalidRequestError(f"a message of {len(data)} bytes on the stream, expected at most {MAX_STREAM_REQUEST_BYTES}")
         yield parse(kind, data)
 
 
