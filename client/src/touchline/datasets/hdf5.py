@@ -11,7 +11,8 @@ import numpy as np
 
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
-from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
+from touchline.datasets.single_file import SingleFileSource
+from touchline.datasets.values import DatasetEpisode, DatasetError, escape, unescape
 
 try:
     import h5py
@@ -23,7 +24,7 @@ EPISODES = "episodes"
 """Group of the episodes' groups."""
 
 
-class Hdf5Source:
+class Hdf5Source(SingleFileSource[Any]):
     """Episodes of one HDF5 file, in the natural order of their groups' names: ``episode_2`` is before ``episode_10``.
 
     Raises:
@@ -33,36 +34,18 @@ class Hdf5Source:
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         try:
-            self._file = h5py.File(path, "r")
+            file = h5py.File(path, "r")
         except OSError as error:
             raise DatasetError(f"{path}: no HDF5 file, or a damaged one ({error})") from None
-        group = self._file.get(EPISODES)
+        group = file.get(EPISODES)
         if not isinstance(group, h5py.Group):
-            found = ", ".join(list(self._file)[:5]) or "nothing"
-            self._file.close()
+            found = ", ".join(list(file)[:5]) or "nothing"
+            file.close()
             raise DatasetError(f"{path}: no group '{EPISODES}' with a group for each episode (found {found}); see docs/datasets.md")
+        super().__init__(path, file, sorted(group, key=_natural))
         self._episodes = group
-        self._names = sorted(group, key=_natural)
-        self.row_convention = str(self._file.attrs.get("row_convention", "incoming"))
-
-    @property
-    def size_bytes(self) -> int:
-        return self._path.stat().st_size
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
-        for position in range(first, len(self._names)):
-            yield self._read(position, self._names[position])
-
-    def fingerprint(self, digest: Digest) -> None:
-        digest.add_file(self._path)
-
-    def close(self) -> None:
-        self._file.close()
+        self.row_convention = str(file.attrs.get("row_convention", "incoming"))
 
     def _read(self, position: int, name: str) -> DatasetEpisode:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
-from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
+from touchline.datasets.single_file import SingleFileSource
+from touchline.datasets.values import DatasetEpisode, DatasetError
 
 FORMAT = "npz"
 PROVENANCE = "episode.json"
@@ -25,7 +26,7 @@ DAMAGE = (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, Memo
 """What reading a member may raise, where the file is damaged or not what it seems."""
 
 
-class NpzSource:
+class NpzSource(SingleFileSource[zipfile.ZipFile]):
     """Episodes of one NPZ file.
 
     Raises:
@@ -35,58 +36,40 @@ class NpzSource:
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         try:
-            self._file = zipfile.ZipFile(path)
+            file = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise DatasetError(f"{path}: no NPZ file, or a damaged one ({error})") from None
         self._members: dict[str, list[str]] = {}
-        for member in self._file.namelist():
+        for member in file.namelist():
             if member == ABOUT or member.endswith("/"):
                 continue
             episode, slash, _ = member.partition("/")
             if not slash:
-                self._file.close()
+                file.close()
                 raise DatasetError(
                     f"{path}: {member.removesuffix('.npy')}: an array outside of any episode, expected names '<episode>/<column>', as "
                     'in np.savez(path, **{"0/obs": ..., "0/action": ..., "0/reward": ...})'
                 )
             self._members.setdefault(episode, []).append(member)
+        super().__init__(path, file, list(self._members))
         self.row_convention = self._read_convention()
 
-    @property
-    def size_bytes(self) -> int:
-        return self._path.stat().st_size
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
-        for position, (episode, members) in enumerate(self._members.items()):
-            if position >= first:
-                yield self._read(position, episode, members)
-
-    def fingerprint(self, digest: Digest) -> None:
-        digest.add_file(self._path)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _read(self, position: int, episode: str, members: list[str]) -> DatasetEpisode:
+    def _read(self, position: int, name: str) -> DatasetEpisode:
         columns: dict[str, Any] = {}
         provenance = Provenance()
-        for member in members:
-            name = member.removeprefix(f"{episode}/")
+        for member in self._members[name]:
+            column = member.removeprefix(f"{name}/")
             try:
-                if name == PROVENANCE:
+                if column == PROVENANCE:
                     provenance = Provenance.of_json(self._file.read(member))
-                elif name.endswith(".npy"):
+                elif column.endswith(".npy"):
                     with self._file.open(member) as file:
-                        columns[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+                        columns[column.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
                 else:
                     raise DatasetError("expected a member .npy")
             except (DatasetError, *DAMAGE) as error:
-                return DatasetEpisode(position, {}, error=DatasetError(f"{episode}/{name}: cannot be read: {error}"))
+                return DatasetEpisode(position, {}, error=DatasetError(f"{name}/{column}: cannot be read: {error}"))
         return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
 
     def _read_convention(self) -> str:
