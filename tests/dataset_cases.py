@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from codec_cases import DTYPES, bits
+from service_calls import make_config
 from touchline_protos.dtypes import BFLOAT16
-from touchline_server import Config
 from touchline_server.app import ServerThread
 
 Columns = dict[str, np.ndarray]
@@ -18,11 +18,10 @@ Columns = dict[str, np.ndarray]
 
 def serve(buffer_size: int = 50_000, *, allow_non_finite: bool = True, **sampling: Any) -> ServerThread:
     return ServerThread(
-        Config(
-            config={"buffer_size": buffer_size, "batch_size": 8, "min_history": 1, "horizon": 1},
-            storage={"device": "cpu", "allow_non_finite": allow_non_finite},
+        make_config(
+            config={"buffer_size": buffer_size, "min_history": 1, "horizon": 1},
+            storage={"allow_non_finite": allow_non_finite},
             sampling=sampling,
-            server={"port": 0},
         )
     )
 

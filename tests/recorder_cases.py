@@ -8,19 +8,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from touchline_server import Config
+from service_calls import make_config
 from touchline_server.app import ServerThread
 from touchline_server.index import ACTOR
 
 
 def serve(**config: Any) -> ServerThread:
-    return ServerThread(
-        Config(
-            config={"buffer_size": 20_000, "batch_size": 8, "min_history": 1, "horizon": 2, **config},
-            storage={"device": "cpu"},
-            server={"port": 0},
-        )
-    )
+    return ServerThread(make_config(config={"buffer_size": 20_000, "min_history": 1, "horizon": 2, **config}))
 
 
 def stored_episodes(server: ServerThread) -> list[tuple[str, dict[str, np.ndarray]]]:
