@@ -467,6 +467,29 @@ def test_hdf5_that_reaches_into_other_files_is_refused(client: ReplayClient, tmp
     ]
 
 
+def test_hdf5_whose_episodes_are_links_into_other_files_is_refused(client: ReplayClient, tmp_path: Path) -> None:
+    _write_hdf5(tmp_path / "other.h5", [make_episode(0)])
+    _write_hdf5(tmp_path / "demos.h5", [make_episode(1)])
+    with h5py.File(tmp_path / "demos.h5", "a") as file:
+        file["away"] = h5py.ExternalLink("other.h5", "/episodes")
+        file["episodes/episode_1"] = h5py.ExternalLink("other.h5", "/episodes/episode_0")
+        file["episodes/episode_2"] = h5py.SoftLink("/away/episode_0")
+        file["episodes/episode_3/action"] = h5py.SoftLink("/away/episode_0/action")
+        # Within the file they are as good as what they name.
+        file["episodes/episode_4"] = h5py.SoftLink("/episodes/episode_0")
+
+    report = datasets.load(client, str(tmp_path / "demos.h5"))
+
+    assert (report.stored, report.refused) == (2, 3)
+    reasons = [example[1].partition(": cannot be read: ")[2] for refusals in report.reasons.values() for example in refusals.examples]
+    assert sorted(reasons) == sorted(f"{name}: in another file, which is not read" for name in ("episode_1", "episode_2", "action"))
+
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file["episodes"] = h5py.ExternalLink("other.h5", "/episodes")
+    with pytest.raises(DatasetError, match=r"whole\.h5: episodes: in another file, which is not read"):
+        datasets.load(client, str(tmp_path / "whole.h5"))
+
+
 def test_rows_of_the_other_convention_are_not_loaded(tmp_path: Path) -> None:
     _write_npz(tmp_path / "demos.npz", [make_episode(0)])
 

@@ -43,6 +43,11 @@ class Hdf5Source(SingleFileSource[Any]):
             found = ", ".join(list(file)[:5]) or "nothing"
             file.close()
             raise DatasetError(f"{path}: no group '{EPISODES}' with a group for each episode (found {found}); see docs/datasets.md")
+        try:
+            _check_own(file, EPISODES, group)
+        except DatasetError as error:
+            file.close()
+            raise DatasetError(f"{path}: {error}") from None
         super().__init__(path, file, sorted(group, key=_natural))
         self._episodes = group
         self.row_convention = str(file.attrs.get("row_convention", "incoming"))
@@ -52,28 +57,36 @@ class Hdf5Source(SingleFileSource[Any]):
             group = self._episodes[name]
             if not isinstance(group, h5py.Group):
                 raise DatasetError("not a group")
+            _check_own(self._file, name, group)
             provenance = Provenance.of_attributes(group.attrs)
-            columns = dict(_columns(group, ""))
+            columns = dict(_columns(self._file, group, ""))
         except (DatasetError, OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
             return DatasetEpisode(position, {}, error=DatasetError(f"{EPISODES}/{name}: cannot be read: {error}"))
         return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
 
 
-def _columns(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _columns(file: Any, group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for name in group:
         label = prefix + unescape(name)
         # Other files are not the source: their content is not in its fingerprint, nor for whoever made it to choose.
         if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
             raise DatasetError(f"{label}: a link to another file, which is not followed")
         value = group[name]
+        _check_own(file, label, value)
         if isinstance(value, h5py.Dataset) and (value.external or value.is_virtual):
             raise DatasetError(f"{label}: its values are in another file, which is not read")
         if isinstance(value, h5py.Group):
-            yield from _columns(value, f"{label}.")
+            yield from _columns(file, value, f"{label}.")
         elif isinstance(value, h5py.Dataset):
             yield label, value[()]
         else:
             raise DatasetError(f"{label}: {type(value).__name__}, expected a dataset")
+
+
+def _check_own(file: Any, name: str, value: Any) -> None:
+    """Raises DatasetError where a value is another file's: a link of its own, or one that leads through another, can name one."""
+    if h5py.h5o.get_info(value.id).fileno != h5py.h5o.get_info(file.id).fileno:
+        raise DatasetError(f"{name}: in another file, which is not read")
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
