@@ -12,10 +12,10 @@ from benchmarks.workloads import WORKLOADS, Content
 from touchline import ReplayClient
 from touchline_protos.codec import Episode
 
-TOGETHER_EPISODES = 16
+TOGETHER_EPISODES = 64
 """Most episodes of one call, flat out."""
 
-TOGETHER_BYTES = 4 << 20
+TOGETHER_BYTES = 16 << 20
 """Payload of one call, unless one episode alone has more."""
 
 
@@ -58,7 +58,7 @@ class Actor:
 
         Args:
             steps_per_s: the pace; 0 is flat out.
-            one_by_one: flat out, each episode has a call of its own, and the next waits for its answer; else several share a call, as
+            one_by_one: flat out, each episode has a call of its own, and the next waits for its answer; else several share a call, as in a load and as
                 those that wait in an ``EpisodeWriter`` do.
         """
         self._stopping.clear()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_AT_ONCE_BYTES = 1 << 19
 """Largest message whose episodes are stored in the event loop."""
 
-MAX_AT_ONCE_S = 1e-3
+MAX_AT_ONCE_S = 3e-3
 """Time after which the event loop leaves what is left of a message to a thread: meanwhile it answers nobody else."""
 
 Decode = Callable[[bytes], Iterable[Episode | CodecError]]
