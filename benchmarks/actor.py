@@ -58,8 +58,8 @@ class Actor:
 
         Args:
             steps_per_s: the pace; 0 is flat out.
-            one_by_one: flat out, each episode has a call of its own, and the next waits for its answer; else several share a call, as in a load and as
-                those that wait in an ``EpisodeWriter`` do.
+            one_by_one: flat out, each episode has a call of its own, and the next waits for its answer; else several share a call, as
+                in a load and as those that wait in an ``EpisodeWriter`` do.
         """
         self._stopping.clear()
         self._steps = 0
