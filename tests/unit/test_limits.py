@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from touchline_server.errors import OverloadedError, TooLargeError
 from touchline_server.limits import ByteBudget, Loan
@@ -117,6 +119,74 @@ def test_waiter_that_leaves_in_the_moment_it_is_served_gives_back() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiter
         assert lender.used == 0
+
+    run(test)
+
+
+def test_waiter_that_left_but_had_no_turn_yet_is_passed_over() -> None:
+    async def test() -> None:
+        lender = budget()
+        await lender.reserve(60)
+        first = asyncio.ensure_future(lender.reserve(90))
+        second = asyncio.ensure_future(lender.reserve(30))
+        await settle()
+        first.cancel()
+        lender.release(60)
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await second
+        assert lender.used == 30
+        assert not lender.wanted
+
+    run(test)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), st.sampled_from([1, 20, 40, 60])),
+        st.tuples(st.just("leave"), st.integers(0, 1 << 10)),
+        st.tuples(st.just("release"), st.integers(0, 1 << 10)),
+        st.tuples(st.just("turn"), st.integers(1, 3)),
+    ),
+    max_size=40,
+)
+
+
+@given(steps=STEPS, share=st.sampled_from([100, 60]))
+def test_whatever_comes_and_goes_nothing_is_lent_twice_or_kept(steps: list[tuple[str, int]], share: int) -> None:
+    async def test() -> None:
+        total = budget()
+        lender = total.part(share) if share < total.total else total
+        held: list[int] = []
+        waiting: list[asyncio.Task[None]] = []
+
+        async def take(size: int) -> None:
+            await lender.reserve(size)
+            held.append(size)
+
+        for step, number in steps:
+            if step == "ask":
+                waiting.append(asyncio.ensure_future(take(number)))
+                await settle()
+            elif step == "turn":
+                for _ in range(number):
+                    await asyncio.sleep(0)
+            elif step == "leave" and waiting:
+                waiting.pop(number % len(waiting)).cancel()
+            elif step == "release" and held:
+                lender.release(held.pop(number % len(held)))
+            assert sum(held) <= lender.used <= lender.total
+
+        while held or not all(task.done() for task in waiting):
+            await settle()
+            assert held, "somebody waits for room that nobody has"
+            lender.release(held.pop())
+        await asyncio.gather(*waiting)
+        await settle()
+        for size in held:
+            lender.release(size)
+        assert lender.used == total.used == 0
+        assert not lender.wanted
 
     run(test)
 

@@ -95,7 +95,8 @@ class ByteBudget:
         if size > self.total:
             raise TooLargeError(f"{size} bytes at a time, expected at most {self.total}; see {self._key}")
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append((size, granted))
+        waiter = (size, granted)
+        self._waiters.append(waiter)
         try:
             async with asyncio.timeout(self._wait_s):
                 await granted
@@ -103,7 +104,8 @@ class ByteBudget:
             if granted.done() and not granted.cancelled():
                 self._release_own(size)  # granted in the very moment in which its waiter gave up
             else:
-                self._waiters.remove((size, granted))
+                if waiter in self._waiters:  # else it was passed over already
+                    self._waiters.remove(waiter)
                 self._grant()
             if isinstance(error, TimeoutError):
                 raise OverloadedError(
@@ -117,10 +119,14 @@ class ByteBudget:
         self._grant()
 
     def _grant(self) -> None:
-        while self._waiters and self._used + self._waiters[0][0] <= self.total:
-            size, granted = self._waiters.popleft()
-            self._used += size
-            granted.set_result(None)
+        while self._waiters:
+            size, granted = self._waiters[0]
+            if not granted.cancelled():  # else its waiter gave up, and its turn to leave is yet to come
+                if self._used + size > self.total:
+                    return
+                self._used += size
+                granted.set_result(None)
+            self._waiters.popleft()
 
 
 class Loan:
