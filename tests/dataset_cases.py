@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from hypothesis import strategies as st
 
@@ -52,6 +54,21 @@ def make_episode(number: int, rows: int = 11, *, obs: int = 4) -> Columns:
         columns[name][0] = np.nan
     columns["done"][-1] = number % 2
     return columns
+
+
+def write_hdf5(path: Path, episodes: Sequence[Mapping[str, np.ndarray]], name: str = "episode_{}", **attributes: Any) -> None:
+    """Writes an HDF5 file by hand, as docs/datasets.md says."""
+    with h5py.File(path, "w") as file:
+        for number, columns in enumerate(episodes):
+            group = file.create_group(f"episodes/{name.format(number)}")
+            group.attrs.update(attributes)
+            for column, value in columns.items():
+                group[column.replace(".", "/")] = value
+
+
+def write_npz(path: Path, episodes: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Writes an NPZ file with numpy alone, as docs/datasets.md says."""
+    np.savez(path, **{f"{number}/{name}": value for number, columns in enumerate(episodes) for name, value in columns.items()})
 
 
 @st.composite

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_cases import Columns, assert_same, make_episode, serve, stored
+from dataset_cases import assert_same, make_episode, serve, stored, write_npz
 from touchline import ReplayClient
 from touchline_server.app import ServerThread
 
@@ -64,12 +64,8 @@ def server() -> Iterator[ServerThread]:
         yield server
 
 
-def _write_npz(path: Path, episodes: list[Columns]) -> None:
-    np.savez(path, **{f"{number}/{name}": value for number, columns in enumerate(episodes) for name, value in columns.items()})
-
-
 def test_load_says_what_it_stored(server: ServerThread, run: Run, tmp_path: Path) -> None:
-    _write_npz(tmp_path / "demos.npz", [make_episode(number) for number in range(5)])
+    write_npz(tmp_path / "demos.npz", [make_episode(number) for number in range(5)])
 
     status, output, errors = run("load", "demos.npz", TOUCHLINE_ADDRESS=server.address)
     again, repeated, _ = run("load", "demos.npz", "--address", server.address)
@@ -87,7 +83,7 @@ def test_load_with_refused_episodes_ends_with_one_and_says_why(server: ServerThr
     episodes = [make_episode(number) for number in range(6)]
     for number in (1, 2, 3, 4):
         episodes[number]["obs"][number] = np.nan
-    _write_npz(tmp_path / "demos.npz", episodes)
+    write_npz(tmp_path / "demos.npz", episodes)
 
     status, output, _ = run("load", "demos.npz", "--address", server.address)
     allowed, _, _ = run("load", "demos.npz", "--address", server.address, "--allow-refused")
@@ -100,7 +96,7 @@ def test_load_with_refused_episodes_ends_with_one_and_says_why(server: ServerThr
 
 
 def test_source_that_cannot_be_read_does_not_stop_the_others(server: ServerThread, run: Run, tmp_path: Path) -> None:
-    _write_npz(tmp_path / "demos.npz", [make_episode(0)])
+    write_npz(tmp_path / "demos.npz", [make_episode(0)])
     (tmp_path / "broken.npz").write_bytes(b"PK")
 
     status, output, errors = run("load", "broken.npz", "gone.h5", "demos.npz", "--address", server.address)
@@ -112,7 +108,7 @@ def test_source_that_cannot_be_read_does_not_stop_the_others(server: ServerThrea
 
 
 def test_dry_run_needs_no_server_and_shows_the_columns(run: Run, tmp_path: Path) -> None:
-    _write_npz(tmp_path / "demos.npz", [make_episode(0), make_episode(1, obs=3)])
+    write_npz(tmp_path / "demos.npz", [make_episode(0), make_episode(1, obs=3)])
 
     status, output, _ = run("load", "demos.npz", "--dry-run", "--task", "4", "--address", "127.0.0.1:1")
 
@@ -122,7 +118,7 @@ def test_dry_run_needs_no_server_and_shows_the_columns(run: Run, tmp_path: Path)
 
 
 def test_server_that_is_not_there_is_said_before_anything_is_read(run: Run, tmp_path: Path) -> None:
-    _write_npz(tmp_path / "demos.npz", [make_episode(0)])
+    write_npz(tmp_path / "demos.npz", [make_episode(0)])
 
     status, _, errors = run("load", "demos.npz", "--address", "127.0.0.1:1")
 
@@ -131,7 +127,7 @@ def test_server_that_is_not_there_is_said_before_anything_is_read(run: Run, tmp_
 
 
 def test_token_of_an_actor_loads_and_that_of_a_learner_exports(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write_npz(tmp_path / "demos.npz", [make_episode(0)])
+    write_npz(tmp_path / "demos.npz", [make_episode(0)])
     actor, learner = "actor-token-0123456789", "learner-token-0123456789"
     with monkeypatch.context() as patch:
         patch.setenv("TOUCHLINE_SERVER_TOKENS", f"actor:robots:{actor} learner:trainer:{learner}")
@@ -185,7 +181,7 @@ def test_load_killed_half_way_and_started_again_stores_each_episode_once(server:
     """Sixty megabytes, in two calls; killed ever later, and started again each time."""
     total = 600
     episodes = [make_episode(number, rows=50, obs=500) for number in range(total)]
-    _write_npz(tmp_path / "demos.npz", episodes)
+    write_npz(tmp_path / "demos.npz", episodes)
     half_way = 0
 
     for kill in range(KILLS):
@@ -205,7 +201,7 @@ def test_load_killed_half_way_and_started_again_stores_each_episode_once(server:
 
 
 def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread, start: Start, tmp_path: Path) -> None:
-    _write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50, obs=500) for number in range(600)])
+    write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50, obs=500) for number in range(600)])
     process = start("load", "demos.npz", "--address", server.address)
     _wait_until(server, 1, process)
 
