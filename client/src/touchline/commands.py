@@ -102,6 +102,9 @@ def load(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Unpickle anything that a .pt file holds. RUNS WHATEVER CODE IS IN IT.")
     ] = False,
+    max_episode_bytes: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="Refuse larger episodes unread. Without it: what the server takes.", min=1)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything and say what it is; no server is needed.")] = False,
     allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit status 0 although episodes were refused.")] = False,
     timeout_s: Timeout = 60.0,
@@ -127,6 +130,7 @@ def load(
     """
     changes = datasets.Changes(task=task, drop=tuple(drop or ()), float32=float32)
     options = {"format": format, "changes": changes, "first": first, "limit": limit, "infos": infos, "trust_pickle": trust_pickle}
+    options["max_episode_bytes"] = max_episode_bytes
     failed = False
     with (
         _failing_well("interrupted; the same command again goes on, and stores nothing twice") as check,

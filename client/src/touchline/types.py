@@ -62,6 +62,11 @@ class ServerInfo:
         """Which row of an episode has no action: ``"incoming"``, the first; ``"outgoing"``, the last."""
         return str(tomllib.loads(self.config_toml)["sampling"]["row_convention"])
 
+    @property
+    def max_episode_bytes(self) -> int:
+        """Of one episode, summed over its columns; a larger one is refused."""
+        return int(tomllib.loads(self.config_toml)["server"]["max_episode_bytes"])
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeResult:

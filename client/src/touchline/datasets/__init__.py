@@ -11,9 +11,10 @@ once. Importing this loads none of the formats' packages; a format needs its own
 ``touchline[hdf5]``; NPZ needs none). Layouts, and what survives in which: docs/datasets.md.
 """
 
+from touchline.datasets.changes import Changes
 from touchline.datasets.exporting import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
-from touchline.datasets.loading import Changes, LoadReport, Refusals, load, survey
+from touchline.datasets.loading import LoadReport, Refusals, load, survey
 from touchline.datasets.values import DatasetEpisode, DatasetError, Source, UnholdableError
 
 __all__ = [

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.chunks import check_chunks
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
+from touchline.datasets.sizes import Tally
 from touchline.datasets.values import DatasetEpisode, DatasetError, escape, unescape
+from touchline_protos.columns import MAX_NESTING
 
 try:
     import h5py
@@ -22,6 +25,8 @@ except ImportError as error:
 FORMAT = "hdf5"
 EPISODES = "episodes"
 """Group of the episodes' groups."""
+MAX_DIGITS = 100
+"""Of a number in a name; a longer one is text."""
 
 
 class Hdf5Source(SingleFileSource[Any]):
@@ -52,20 +57,22 @@ class Hdf5Source(SingleFileSource[Any]):
         self._episodes = group
         self.row_convention = str(file.attrs.get("row_convention", "incoming"))
 
-    def _read(self, position: int, name: str) -> DatasetEpisode:
+    def _read(self, position: int, name: str, tally: Tally) -> DatasetEpisode:
         try:
             group = self._episodes[name]
             if not isinstance(group, h5py.Group):
                 raise DatasetError("not a group")
             _check_own(self._file, name, group)
             provenance = Provenance.of_attributes(group.attrs)
-            columns = dict(_columns(self._file, group, ""))
+            columns = dict(_columns(self._file, group, "", tally))
         except (DatasetError, OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
             return DatasetEpisode(position, {}, error=DatasetError(f"{EPISODES}/{name}: cannot be read: {error}"))
         return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
 
 
-def _columns(file: Any, group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _columns(file: Any, group: Any, prefix: str, tally: Tally, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_NESTING:
+        raise DatasetError(f"{prefix}: nested more than {MAX_NESTING} levels deep")
     for name in group:
         label = prefix + unescape(name)
         # Other files are not the source: their content is not in its fingerprint, nor for whoever made it to choose.
@@ -76,11 +83,32 @@ def _columns(file: Any, group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, h5py.Dataset) and (value.external or value.is_virtual):
             raise DatasetError(f"{label}: its values are in another file, which is not read")
         if isinstance(value, h5py.Group):
-            yield from _columns(file, value, f"{label}.")
+            tally.visit(label)
+            yield from _columns(file, value, f"{label}.", tally, depth + 1)
         elif isinstance(value, h5py.Dataset):
-            yield label, value[()]
+            if announced(label, value, tally):
+                yield label, value[()]
         else:
             raise DatasetError(f"{label}: {type(value).__name__}, expected a dataset")
+
+
+def announced(name: str, dataset: Any, tally: Tally) -> bool:
+    """Counts a dataset before it is read, and returns whether it is wanted.
+
+    Args:
+        name: of its column.
+        dataset: an ``h5py.Dataset``.
+        tally: of its episode.
+
+    Raises:
+        DatasetError: it is too large, or would take too much memory to read.
+    """
+    if dataset.shape is None:
+        raise DatasetError(f"{name}: no values, expected [rows, ...]")
+    if not tally.take(name, tuple(map(int, dataset.shape)), dataset.dtype):
+        return False
+    check_chunks(name, dataset, tally.max_bytes)
+    return True
 
 
 def _check_own(file: Any, name: str, value: Any) -> None:
@@ -91,7 +119,9 @@ def _check_own(file: Any, name: str, value: Any) -> None:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Returns a sort key by which numbers in a name count as numbers."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part] + [(2, 0, name)]
+    return [
+        (0, int(part), "") if part.isdecimal() and len(part) <= MAX_DIGITS else (1, 0, part) for part in re.split(r"(\d+)", name) if part
+    ] + [(2, 0, name)]
 
 
 class Hdf5Target:

@@ -8,19 +8,17 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
-from typing import Any
-
-import numpy as np
 
 from touchline.client import ReplayClient
+from touchline.datasets.changes import Changes
 from touchline.datasets.formats import open_source
+from touchline.datasets.sizes import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, Source
 from touchline.delivery import make_episode
 from touchline.errors import InvalidEpisodeError, TouchlineError
 from touchline.messages import check_actor, whole_number
 from touchline.types import ColumnInfo, EpisodeResult
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.dtypes import dtype_name
 
 CALL_BYTES = 32 << 20
@@ -71,42 +69,6 @@ class LoadReport:
             reason.examples.append((position, message))
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What is done to the columns of a source's episodes before they are stored."""
-
-    task: int | None = None
-    """Stored as the column ``task``, int64, in the place of one that is there."""
-    drop: tuple[str, ...] = ()
-    """Columns that are left out; ``info`` leaves out ``info.<any>`` too."""
-    float32: bool = False
-    """Store float64 columns as float32, as TD-MPC2 and the recorders have them."""
-
-    def __bool__(self) -> bool:
-        return self.task is not None or bool(self.drop) or self.float32
-
-    def of(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns an episode's flat columns as they are to be stored.
-
-        Raises:
-            InvalidEpisodeError: it has no columns that could be stored.
-        """
-        try:
-            flat = flatten_columns(columns)
-        except ColumnError as error:
-            raise InvalidEpisodeError(str(error)) from None
-        changed = {name: self._cast(column) for name, column in flat.items() if not self._dropped(name)}
-        if self.task is not None and changed:
-            changed["task"] = np.full(len(next(iter(changed.values()))), self.task, np.int64)
-        return changed
-
-    def _dropped(self, name: str) -> bool:
-        return any(name == gone or name.startswith(f"{gone}.") for gone in self.drop)
-
-    def _cast(self, column: np.ndarray) -> np.ndarray:
-        return column.astype(np.float32) if self.float32 and column.dtype == np.float64 else column
-
-
 Watch = Callable[[str, int, int, LoadReport], None]
 """Called as a load goes on: what it does (``"fingerprint"``: bytes, ``"load"``: episodes), how much is done, how much there is."""
 
@@ -123,6 +85,7 @@ def load(
     again: str = "",
     infos: bool = False,
     trust_pickle: bool = False,
+    max_episode_bytes: int | None = None,
     watch: Watch | None = None,
 ) -> LoadReport:
     """Stores the episodes of a file, folder or Minari data set, and returns what became of them. Refusing one does not stop the others.
@@ -142,6 +105,8 @@ def load(
         again: a label that makes the same episodes new ones, to store them once more on purpose: once for each label.
         infos: the arrays of Minari's infos become columns ``info.<name>``.
         trust_pickle: unpickle anything that a ``.pt`` file holds. That runs whatever code is in it.
+        max_episode_bytes: an episode that announces more, as it would be stored, is refused before memory is taken for it. None: the
+            server's own limit, ``server.max_episode_bytes``.
         watch: told how far it is.
 
     Raises:
@@ -150,8 +115,10 @@ def load(
         InvalidArgumentError: an argument out of range.
     """
     with closing(open_source(source, format=format, trust_pickle=trust_pickle, infos=infos)) as opened:
-        incoming = check_convention(source, opened, client.info().row_convention)
+        info = client.info()
+        incoming = check_convention(source, opened, info.row_convention)
         changes = changes or Changes()
+        size_limit = SizeLimit(info.max_episode_bytes if max_episode_bytes is None else max_episode_bytes, changes)
         report = LoadReport()
         total = _total(opened, first, limit)
 
@@ -169,7 +136,7 @@ def load(
         sent: list[tuple[int, int]] = []
 
         def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-            for read in islice(opened.episodes(first, incoming=incoming), total):
+            for read in islice(opened.episodes(first, incoming=incoming, limit=size_limit), total):
                 own = read.key if not changes and not again else None
                 key = EpisodeKey(*sender(), read.position) if own is None else own
                 made = _make(read, key, changes, client.actor if actor is None else actor, actor is None)
@@ -192,12 +159,13 @@ def survey(
     limit: int | None = None,
     infos: bool = False,
     trust_pickle: bool = False,
+    max_episode_bytes: int | None = None,
     watch: Watch | None = None,
 ) -> tuple[LoadReport, dict[str, ColumnInfo]]:
     """Reads what :func:`load` would send, without a server, and returns what it found: nothing is stored, ``stored`` is what could be.
 
     Args:
-        source: and all others: as for :func:`load`.
+        source: and all others: as for :func:`load`; without a server that says its limit, ``max_episode_bytes`` is 1 GiB.
 
     Returns:
         The report, and dtype and shape of each column of a row, as in the first episode; others are refused.
@@ -208,8 +176,10 @@ def survey(
     with closing(open_source(source, format=format, trust_pickle=trust_pickle, infos=infos)) as opened:
         report, schema = LoadReport(), dict[str, ColumnInfo]()
         total = _total(opened, first, limit)
-        for read in islice(opened.episodes(first, incoming=opened.row_convention != "outgoing"), total):
-            made = _make(read, EpisodeKey("survey", 0, read.position), changes or Changes(), "", True)
+        changes = changes or Changes()
+        size_limit = SizeLimit(DEFAULT_MAX_EPISODE_BYTES if max_episode_bytes is None else max_episode_bytes, changes)
+        for read in islice(opened.episodes(first, incoming=opened.row_convention != "outgoing", limit=size_limit), total):
+            made = _make(read, EpisodeKey("survey", 0, read.position), changes, "", True)
             if isinstance(made, Episode):
                 report.size_bytes += made.size_bytes
                 found = {name: ColumnInfo(dtype_name(column.dtype), column.shape[1:]) for name, column in made.columns.items()}

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.minari_sizes import TOO_MANY_PIXELS, MinariSizes
 from touchline.datasets.provenance import Provenance
+from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.transitions import rows_of
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
 from touchline.errors import TouchlineError
@@ -33,6 +35,11 @@ ABOUT = "touchline"
 """Key of the metadata under which an export says what the columns were; and of the episodes'."""
 ROW0 = "row0_"
 """Before a column's name, in an episode's metadata: what the row held that has no transition."""
+FAILURES = (
+    *(OSError, KeyError, ValueError, TypeError, AssertionError, RuntimeError, IndexError, AttributeError, MemoryError),
+    TOO_MANY_PIXELS,
+)
+"""What Minari may raise where a data set is damaged or not what it seems; it makes what its own code and tests rule out an assertion."""
 IDENTITY_KEYS = ("observation_space", "action_space", "env_spec", "data_format", "jpeg_encoding", ABOUT)
 """Metadata that the episodes depend on."""
 
@@ -53,11 +60,14 @@ class MinariSource:
     def __init__(self, place: str, *, infos: bool = False) -> None:
         self._folder = folder_of(place).absolute()
         self._infos = infos
+        self._sizes: MinariSizes | None = None
         try:
-            # Minari makes what its own code and tests rule out an assertion.
+            self._check_count()
             self._dataset = MinariDataset(self._folder)
             self._about = _about(self._dataset.storage.metadata.get(ABOUT))
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError, NotImplementedError) as error:
+            if self._dataset.storage.FORMAT == "hdf5":
+                self._sizes = MinariSizes(self._folder, self._dataset.storage)
+        except (ImportError, *FAILURES) as error:
             raise DatasetError(f"{place}: Minari cannot read it: {type(error).__name__}: {error}") from None
         self._needs_truncated: bool | None = None
 
@@ -72,13 +82,16 @@ class MinariSource:
     def __len__(self) -> int:
         return int(self._dataset.total_episodes)
 
-    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+    def episodes(self, first: int = 0, *, incoming: bool = True, limit: SizeLimit | None = None) -> Iterator[DatasetEpisode]:
+        limit = limit or SizeLimit()
         for position in range(first, len(self)):
             try:
-                yield self._read(position, incoming)
+                if self._sizes is not None:
+                    self._sizes.check(int(self._dataset.episode_indices[position]), limit)
+                yield self._read(position, incoming, limit)
             except TouchlineError as error:
                 yield DatasetEpisode(position, {}, error=error)
-            except (OSError, KeyError, ValueError, TypeError, AssertionError, RuntimeError, IndexError, AttributeError) as error:
+            except FAILURES as error:
                 yield DatasetEpisode(position, {}, error=DatasetError(f"episode {position}: {type(error).__name__}: {error}"))
 
     def fingerprint(self, digest: Digest) -> None:
@@ -90,12 +103,19 @@ class MinariSource:
             digest.add_file(path)
 
     def close(self) -> None:
-        pass
+        if self._sizes is not None:
+            self._sizes.close()
+
+    def _check_count(self) -> None:
+        """Raises ValueError where the metadata announces more episodes than the files could have: Minari makes a list of them."""
+        announced, size_bytes = MinariStorage.read_raw_metadata(self._folder)["total_episodes"], self.size_bytes
+        if announced > size_bytes:
+            raise ValueError(f"total_episodes: {announced}, expected no more than its files have bytes, {size_bytes}")
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self._folder.rglob("*") if path.is_file() and path != self._folder / METADATA_FILE_NAME)
 
-    def _read(self, position: int, incoming: bool) -> DatasetEpisode:
+    def _read(self, position: int, incoming: bool, limit: SizeLimit) -> DatasetEpisode:
         episode = self._dataset[position]
         metadata = next(iter(self._dataset.storage.get_episode_metadata([episode.id])))
         if self._about:
@@ -111,29 +131,21 @@ class MinariSource:
         columns["action"] = rows_of(actions, incoming=incoming)
         columns["reward"] = rows_of(_array("reward", episode.rewards), incoming=incoming)
         columns["done"] = rows_of(terminations.astype(np.float32), incoming=incoming)
-        if self._truncated_needed():
+        if self._truncated_needed(limit):
             columns["truncated"] = rows_of(truncations, incoming=incoming)
         if self._infos and episode.infos:
             columns["info"] = dict(_infos(episode.infos, len(terminations) + 1))
         return DatasetEpisode(position, columns)
 
-    def _truncated_needed(self) -> bool:
+    def _truncated_needed(self, limit: SizeLimit) -> bool:
         """Returns whether some episode's truncations are not what its end tells. Reads the flags of all, once."""
         if self._needs_truncated is None:
-            self._needs_truncated = any(not _implied(terminations, truncations) for terminations, truncations in self._flags())
+            self._needs_truncated = any(not _implied(terminations, truncations) for terminations, truncations in self._flags(limit))
         return self._needs_truncated
 
-    def _flags(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        storage = self._dataset.storage
-        file = self._folder / "main_data.hdf5"
-        if storage.FORMAT == "hdf5" and file.exists():
-            import h5py
-
-            with h5py.File(file, "r") as opened:
-                for number in self._dataset.episode_indices:
-                    group = opened.get(f"episode_{number}")
-                    if group is not None and "terminations" in group and "truncations" in group:
-                        yield group["terminations"][()], group["truncations"][()]
+    def _flags(self, limit: SizeLimit) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self._sizes is not None:
+            yield from self._sizes.flags(self._dataset.episode_indices, limit)
         else:
             for episode in self._dataset:
                 yield np.asarray(episode.terminations), np.asarray(episode.truncations)

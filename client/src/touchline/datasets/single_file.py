@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from touchline.datasets.sizes import SizeLimit, Tally
 from touchline.datasets.values import DatasetEpisode, Digest
 
 
@@ -40,9 +41,10 @@ class SingleFileSource(ABC, Generic[File]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+    def episodes(self, first: int = 0, *, incoming: bool = True, limit: SizeLimit | None = None) -> Iterator[DatasetEpisode]:
+        limit = limit or SizeLimit()
         for position in range(first, len(self._names)):
-            yield self._read(position, self._names[position])
+            yield self._read(position, self._names[position], limit.tally())
 
     def fingerprint(self, digest: Digest) -> None:
         digest.add_file(self._path)
@@ -51,5 +53,5 @@ class SingleFileSource(ABC, Generic[File]):
         self._file.close()
 
     @abstractmethod
-    def _read(self, position: int, name: str) -> DatasetEpisode:
-        """Returns the episode of a name, with the error where it cannot be read."""
+    def _read(self, position: int, name: str, tally: Tally) -> DatasetEpisode:
+        """Returns the episode of a name, with the error where it cannot be read; what it announces is counted before it is read."""

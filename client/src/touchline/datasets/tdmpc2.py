@@ -1,7 +1,8 @@
 """TD-MPC2's multi-task data sets: ``.pt`` files of a TensorDict [episodes, rows], as Hansen et al. (2024) published them in chunks.
 
 They are read without unpickling anything but tensors (``torch.load(weights_only=True)``): in the place of TensorDict's class and of
-what rebuilds one stands a holder of columns, so tensordict itself is not needed. Files are mapped into memory, not read into it.
+what rebuilds one stands a holder of columns, so tensordict itself is not needed. Files are mapped into memory, not read into it; those
+written before torch 1.6 cannot be mapped, and are.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from touchline.datasets.pt_file import check_file
+from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
 from touchline.errors import InvalidEpisodeError
+from touchline_protos.columns import MAX_NESTING, ColumnError, to_array
 
 try:
     import torch
@@ -75,13 +79,15 @@ class TDMPC2Source:
     def __len__(self) -> int:
         return sum(self._lengths)
 
-    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+    def episodes(self, first: int = 0, *, incoming: bool = True, limit: SizeLimit | None = None) -> Iterator[DatasetEpisode]:
+        limit = limit or SizeLimit()
         position = 0
         for path, length in zip(self._paths, self._lengths, strict=True):
             if first < position + length:
-                columns = self._open(path)
+                columns = dict(_leaves(path, self._open(path), ""))
+                wanted, error = _wanted(columns, limit)
                 for row in range(max(first - position, 0), length):
-                    yield DatasetEpisode(position + row, _row(columns, row))
+                    yield DatasetEpisode(position + row, {name: columns[name][row] for name in wanted}, error=error)
             position += length
 
     def fingerprint(self, digest: Digest) -> None:
@@ -101,6 +107,8 @@ class TDMPC2Source:
 
 def _load(path: Path, trust_pickle: bool) -> Any:
     """Returns what a file holds, its tensors mapped where the file's layout permits (it does since torch 1.6)."""
+    if not trust_pickle:
+        check_file(path)
     for mmap in (True, False):
         try:
             if trust_pickle:
@@ -118,7 +126,7 @@ def _load(path: Path, trust_pickle: bool) -> Any:
             if mmap and "mmap" in str(error):
                 continue
             raise DatasetError(f"{path}: no file of torch.save, or a damaged one ({_first_line(error)})") from None
-        except (EOFError, ValueError, AttributeError, ImportError, TypeError, KeyError, IndexError, OverflowError) as error:
+        except (EOFError, ValueError, AttributeError, ImportError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
             raise DatasetError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
     raise AssertionError("unreachable")
 
@@ -136,7 +144,11 @@ def _first_line(error: Exception) -> str:
 
 def _count(path: Path, columns: Mapping[str, Any]) -> int:
     """Returns how many episodes [episodes, rows] have."""
-    shapes = {name: tuple(value.shape) for name, value in _leaves(path, columns, "")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in _leaves(path, columns, ""):
+        if name in shapes:
+            raise DatasetError(f"{path}: {name}: given twice, expected every column once")
+        shapes[name] = tuple(value.shape)
     if not shapes:
         raise DatasetError(f"{path}: no columns, expected at least obs, action and reward")
     for name, shape in shapes.items():
@@ -149,16 +161,30 @@ def _count(path: Path, columns: Mapping[str, Any]) -> int:
     return int(shapes[first][0])
 
 
-def _leaves(path: Path, level: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(path: Path, level: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_NESTING:
+        raise DatasetError(f"{path}: {prefix}: nested more than {MAX_NESTING} levels deep")
     for name in level.keys():  # noqa: SIM118  perhaps a TensorDict
         value = level[name]
+        label = f"{prefix}{name}"
+        if not isinstance(name, str):
+            raise DatasetError(f"{path}: {label}: a name of type {type(name).__name__}, expected str")
         if hasattr(value, "keys"):
-            yield from _leaves(path, value, f"{prefix}{name}.")
-        elif not hasattr(value, "shape"):
-            raise DatasetError(f"{path}: {prefix}{name}: {type(value).__name__}, expected a tensor")
+            yield from _leaves(path, value, f"{label}.", depth + 1)
+        elif not isinstance(value, torch.Tensor):
+            raise DatasetError(f"{path}: {label}: {type(value).__name__}, expected a tensor")
+        elif value.layout != torch.strided or value.is_quantized or value.is_meta:
+            kind = "quantized" if value.is_quantized else "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise DatasetError(f"{path}: {label}: a {kind} tensor, expected one with a value for every element")
         else:
-            yield f"{prefix}{name}", value
+            yield label, value
 
 
-def _row(level: Any, row: int) -> dict[str, Any]:
-    return {name: _row(level[name], row) if hasattr(level[name], "keys") else level[name][row] for name in level.keys()}  # noqa: SIM118
+def _wanted(columns: Mapping[str, Any], limit: SizeLimit) -> tuple[list[str], DatasetError | None]:
+    """Returns the names of the columns that are wanted, and why no episode of a file can be taken, if so: all are of the same size."""
+    tally = limit.tally()
+    try:
+        # An expanded tensor has more values than its file.
+        return [name for name, value in columns.items() if tally.take(name, value.shape[1:], to_array(name, value[:0]).dtype)], None
+    except (DatasetError, ColumnError, TypeError) as error:
+        return [], error if isinstance(error, DatasetError) else DatasetError(str(error))

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from touchline.errors import TouchlineError
 from touchline_protos.codec import EpisodeKey
+
+if TYPE_CHECKING:
+    from touchline.datasets.sizes import SizeLimit
 
 BLOCK_BYTES = 1 << 22
 """What is read of a file at a time."""
@@ -95,12 +98,14 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of episodes."""
 
-    def episodes(self, first: int = 0, *, incoming: bool = True) -> Iterator[DatasetEpisode]:
+    def episodes(self, first: int = 0, *, incoming: bool = True, limit: SizeLimit | None = None) -> Iterator[DatasetEpisode]:
         """Yields the episodes one by one from position ``first`` on; one that cannot be read is yielded with its error.
 
         Args:
             first: position of the first one.
             incoming: the row convention that rows are made in, where they are made.
+            limit: an episode that announces more is yielded with an error, and not read; columns that its changes leave out need not be
+                read either. None: 1 GiB.
         """
 
     def fingerprint(self, digest: Digest) -> None:
