@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from types import TracebackType
 from typing import Any, NoReturn
 
 import grpc
+import pytest
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -86,3 +88,15 @@ def over_limit(retry_after: str = "") -> Handler:
 def answering(message: bytes) -> Handler:
     """Returns a handler that answers with a message."""
     return lambda request, context: message
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Has the system refuse threads of this name from now on, as one does that has no other."""
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from client_faults import refuse_threads
 from touchline import (
     ColumnInfo,
     EpisodeKey,
@@ -308,6 +309,18 @@ def test_wait_until_ready_returns_when_enough_is_stored(client: ReplayClient) ->
     timer.join()
     assert state.min_steps_reached
     assert (state.min_history, state.counts.steps_stored) == (20, 20)
+
+
+def test_ring_without_a_thread_to_listen_gives_way_to_messages(client: ReplayClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        client.add(_episode(number))
+    refuse_threads(monkeypatch, "touchline-ring")
+
+    with client.batches(prefetch=2, batch_size=8, horizon=3) as stream:
+        for _ in range(20):
+            _check_rows(next(stream))
+
+        assert stream.transport == "stream"
 
 
 @pytest.mark.parametrize("ring", [True, False])

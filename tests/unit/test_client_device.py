@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client_faults import refuse_threads
 from touchline import Batch, ClosedError, UnavailableError
 from touchline.device import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, hand_over
 from touchline.tensors import map_batch
@@ -271,6 +272,18 @@ def test_failure_reaches_the_learner_after_the_batches_before_it_and_taking_goes
         source.take()
 
     assert _matches(source.take(), 2)
+    source.close()
+
+
+def test_take_without_a_thread_to_read_ahead_is_told_and_the_next_one_tries_again(late: LateTorch) -> None:
+    source = CudaSource(Host(), late, "device")
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_threads(patch, "touchline-cuda")
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                source.take()
+
+    assert _matches(source.take(), 0)
     source.close()
 
 

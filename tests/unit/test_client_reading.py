@@ -13,7 +13,7 @@ import pytest
 
 from client_faults import Handler, ScriptedServer, fail, in_turn
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
-from touchline_protos.codec import Episode, EpisodeSelection, TensorSpec
+from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode, TensorSpec
 from touchline_protos.loading import chunk_message
 from touchline_protos.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.v1 import replay_pb2 as pb
@@ -167,6 +167,29 @@ def test_reading_goes_on_after_a_deadline_was_missed(answers: Answers) -> None:
             next(episodes)
 
         assert numbers(episodes) == [9]
+
+
+def test_reading_that_was_interrupted_within_a_message_goes_on_without_a_gap(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, left = EpisodeDecoder.feed, [None, None, KeyboardInterrupt()]
+
+    def feed_unless_interrupted(decoder: EpisodeDecoder, message: bytes) -> list[StoredEpisode]:
+        if left and (error := left.pop(0)) is not None:
+            raise error
+        return feed(decoder, message)
+
+    monkeypatch.setattr(EpisodeDecoder, "feed", feed_unless_interrupted)
+    handler = in_turn(
+        answers(encode_selection(ALL), whole(0), whole(1), whole(9)),
+        answers(encode_selection(ALL._replace(first_episode_id=1)), whole(1), whole(9)),
+    )
+    with ScriptedServer(GetEpisodes=handler) as server, ReplayClient(server.address) as client:
+        episodes = client.episodes()
+        assert next(episodes).id == 0
+        with pytest.raises(KeyboardInterrupt):
+            next(episodes)
+
+        assert numbers(episodes) == [1, 9]
+    assert answers.requests[1].first_episode_id == 1
 
 
 def test_absent_server_is_unavailable_within_the_time_limit() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from client_faults import ScriptedServer, answering, fail, failing, in_turn, over_limit
-from touchline import DeadlineError, InvalidArgumentError, NotReadyError, OverLimitError, ReplayClient, ServerError, UnavailableError
+from touchline import Batch, DeadlineError, InvalidArgumentError, NotReadyError, OverLimitError, ReplayClient, ServerError, UnavailableError
 from touchline.stream import StreamSource
-from touchline_protos.codec import BatchLayout, TensorSpec
+from touchline_protos.codec import BatchDecoder, BatchLayout, TensorSpec
 from touchline_protos.v1 import replay_pb2 as pb
 
 F4 = np.dtype("<f4")
@@ -291,6 +291,30 @@ def _then_silence(batches: int, pusher: Pusher) -> Any:
             pass
 
     return push
+
+
+def test_stream_whose_reading_failed_of_itself_is_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, left = BatchDecoder.feed, [None, MemoryError()]
+
+    def feed_where_there_is_memory(decoder: BatchDecoder, message: bytes) -> list[Batch]:
+        if left and (error := left.pop(0)) is not None:
+            raise error
+        return feed(decoder, message)
+
+    monkeypatch.setattr(BatchDecoder, "feed", feed_where_there_is_memory)
+    pusher = Pusher()
+    with (
+        ScriptedServer(SampleStream=pusher) as server,
+        ReplayClient(server.address, as_numpy=True) as client,
+        client.batches(prefetch=1) as stream,
+    ):
+        first = _number(next(stream))
+        with pytest.raises(MemoryError):
+            next(stream)
+        assert pusher.ended.wait(10)
+
+        assert (first, [_number(next(stream)) for _ in range(2)]) == (0, [2, 3])
+    assert len(pusher.opened) == 2
 
 
 def test_closed_stream_has_no_next() -> None:

@@ -237,8 +237,9 @@ class CudaSource:
         """Returns the next batch; see :class:`~touchline.stream.BatchStream` for what it raises."""
         with self._changed:
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
+                thread.start()  # raises where the system has no other thread: then the next take tries again
+                self._thread = thread
             self._changed.wait_for(lambda: self._ahead or self._failure is not None or self._closed)
             if self._closed:
                 raise ClosedError("the stream was closed")

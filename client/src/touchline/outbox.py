@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from touchline.client import ReplayClient
 
 SERVER_ERROR_ATTEMPTS = 5
-"""How often an episode is sent to a server that fails on it, before it counts as refused."""
+"""How often an episode is sent where server or client fail on it, before it counts as refused."""
 LOOK_S = 1.0
 """How often a blocked writer looks for room that nobody tells it of, such as on a disk that others fill."""
 TOGETHER_EPISODES = 64
@@ -75,6 +75,8 @@ class Outbox:
         self._settled = 0
         self._apart = 0
         self._halted = self._stopped = False
+        self._failure: ServerError | None = None
+        self._failure_told = False
         self._drops_told, self._told_at, self._held_up_at = 0, -math.inf, -math.inf
         self._thread: threading.Thread | None = None
         if queue.resumed[0]:
@@ -110,11 +112,13 @@ class Outbox:
             self._count(discarded=1)
 
     def report(self) -> None:
-        """Raises UnacknowledgedError where episodes were refused since the last report."""
+        """Raises UnacknowledgedError where episodes were refused since the last report, or the thread has failed since."""
         if self._unreported:
             with self._changed:
                 results, self._unreported = self._unreported, []
             raise _unacknowledged(results)
+        if self._failure is not None and not self._failure_told:
+            raise self._failed(self._failure)
 
     def put(self, episode: Episode, *, ends: float = math.inf, force: bool = False) -> bool:
         """Takes an episode over; with a spool it is on the disk when this returns.
@@ -130,8 +134,11 @@ class Outbox:
         Raises:
             SpoolError: it could not be written, or there was no room in time; it is still the caller's.
             ClosedError: there is no room and never will be, since the client was closed.
+            UnacknowledgedError: the same, since the thread has failed; without a spool also where there is room. Still the caller's.
         """
         assert episode.key is not None
+        if self._failure is not None and not self.durable and not force:
+            raise self._failed(self._failure)
         try:
             parcel = self._queue.pack(episode)
         except TouchlineError as error:
@@ -177,6 +184,8 @@ class Outbox:
             results, self._unreported = self._unreported, []
             reason = self._trouble or DeadlineError(f"no acknowledgement within {timeout_s} s")
         if not answered:
+            if self._failure is not None:
+                raise self._failed(self._failure, results)
             results += [EpisodeResult(key, error=reason) for key in self._queue.waiting_keys()]
         if results:
             raise _unacknowledged(results)
@@ -203,11 +212,16 @@ class Outbox:
             self._changed.wait_for(lambda: self._done, self._client.timeout_s if timeout_s is None else timeout_s)
             results, self._unreported = self._unreported, []
             told, self._stopped = self._stopped, True
+            failure = self._failure if not told else None
             left = self._counters.pending
             self._changed.notify_all()
-        self._queue.close()
-        if left and not told:
-            logger.warning("%s: %d episodes wait in %s for its next start", self._name, left, self._queue.place)
+        try:
+            if failure is not None:
+                raise self._failed(failure, results)
+        finally:
+            self._queue.close()
+            if left and not told:
+                logger.warning("%s: %d episodes wait in %s for its next start", self._name, left, self._queue.place)
         if results:
             raise _unacknowledged(results)
 
@@ -217,6 +231,8 @@ class Outbox:
 
     def _wait_for_room(self, settled: int, ends: float) -> None:
         with self._changed:
+            if self._failure is not None:
+                raise self._failed(self._failure)
             if self._halted:
                 raise ClosedError("the client was closed, and the spool has no room for another episode")
             left_s = ends - time.monotonic()
@@ -230,9 +246,15 @@ class Outbox:
 
     def _start(self) -> None:
         """Has the thread run; under the lock."""
-        if self._thread is None and not self._stopped:
-            self._thread = threading.Thread(target=self._work, name="touchline-writer", daemon=True)
-            self._thread.start()
+        if self._thread is not None or self._stopped or self._failure is not None:
+            return
+        thread = threading.Thread(target=self._work, name="touchline-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no other thread
+            self._fail(error)
+        else:
+            self._thread = thread
 
     def _count(self, **more: int) -> None:
         """Adds to the counters; under the lock."""
@@ -288,6 +310,20 @@ class Outbox:
             with self._changed:
                 self._halted = True
                 self._changed.notify_all()
+        except BaseException as error:
+            # Whoever waits for this thread would wait for ever.
+            with self._changed:
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Notes that nothing is sent any more, and says so; under the lock."""
+        rest = f"which sends what waits in {self._queue.place}" if self.durable else "what waits is lost with this one"
+        self._failure = ServerError(
+            f"the thread that sends the episodes ended unexpectedly ({error!r}): close this writer and make another, {rest}"
+        )
+        self._halted = True
+        logger.error("%s: %s", self._name, self._failure, exc_info=error)
+        self._changed.notify_all()
 
     def _take_some(self) -> list[tuple[Waiting, Episode | TouchlineError]]:
         """Returns the oldest episode, and where things go well those behind it that a call may share with it; none where none waits."""
@@ -363,8 +399,6 @@ class Outbox:
             except ServerError as error:
                 trouble = error
                 failures += 1
-                if failures == SERVER_ERROR_ATTEMPTS:
-                    return error
             except TouchlineError as error:
                 # It says something of this client, nothing of the episode: with a spool that waits for a client that is let in.
                 if not self.durable:
@@ -374,14 +408,18 @@ class Outbox:
                     self._trouble = error
                     raise _StoppedError from error
             except Exception as error:
-                logger.exception("%s: sending failed", self._name)
-                return ServerError(f"sending failed: {error!r}")
+                if not failures:
+                    logger.exception("%s: sending failed", self._name)
+                trouble = ServerError(f"sending failed: {error!r}")
+                failures += 1
             else:
                 if self._trouble is not None:
                     logger.info("%s goes on: the server answers again", self._name)
                     self._trouble = None
                     self._troubles_told.clear()
                 return None
+            if failures == SERVER_ERROR_ATTEMPTS:
+                return trouble
             self._pause(trouble, delay_before_retry(trouble, next(delays)))
 
     def _settle(self, waiting: Waiting, error: TouchlineError | None) -> None:
@@ -424,6 +462,12 @@ class Outbox:
     def _log_refusal(self, key: EpisodeKey, length: int, error: TouchlineError) -> None:
         aside = f"; it is kept aside in {self._queue.place}" if self.durable else ""
         logger.error("%s: episode %s of %d rows is not stored%s: %s", self._name, key, length, aside, error)
+
+    def _failed(self, failure: ServerError, refused: Sequence[EpisodeResult] = ()) -> UnacknowledgedError:
+        """Returns what tells of the thread's end, with all that waits and those that were refused before."""
+        self._failure_told = True
+        waiting = [EpisodeResult(key, error=failure) for key in self._queue.waiting_keys()]
+        return UnacknowledgedError(f"{len(waiting)} episodes are not acknowledged: {failure}", [*refused, *waiting])
 
     @staticmethod
     def _delays() -> Iterator[float]:

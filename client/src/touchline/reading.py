@@ -149,6 +149,9 @@ class EpisodeSource:
                 self._drop()
                 self._wait_after(error, session, ends, delays)
                 continue
+            except BaseException:
+                self._drop()  # who knows how far a message was read: another call begins behind the last whole episode
+                raise
             finally:
                 self._watchdog.rest()
             if self._take_over(session, episodes):

@@ -239,6 +239,8 @@ class Spool:
                 yield self._connection
             except SQLITE_ERRORS as error:
                 raise translate(error, self._path) from error
+            except MemoryError as error:
+                raise SpoolError(f"{self._path}: this process has no memory left to read or write an episode with") from error
 
     def _survey(self, connection: sqlite3.Connection) -> tuple[int, int, int]:
         """Returns the next id, and how many episodes and rows wait; says what else lies there."""

@@ -187,6 +187,9 @@ class StreamSource:
                 if not isinstance(error, UnavailableError | OverLimitError):
                     raise
                 self._wait_for_return(error, ends)
+            except BaseException:
+                self._drop()  # who knows how far a message was read
+                raise
             else:
                 self._ready.extend(batches)
         if self._watchdog is not None:
@@ -308,13 +311,14 @@ class _Session:
         """Takes the server's offer of a ring, if its first message is one; returns whether it was."""
         self._offers = False
         try:
-            self.ring = attach(message, self._call)
-        except (CodecError, RingError) as error:
+            ring = attach(message, self._call)
+            if ring is None:
+                return False
+            ring.start()
+        except (CodecError, RingError, RuntimeError) as error:  # the last where the system has no other thread
             logger.info("frames instead of a ring: %s", error)
         else:
-            if self.ring is None:
-                return False
-            self.ring.start()
+            self.ring = ring
         answer = pb.RingAttachment(attached=self.ring is not None)
         self._requests.put(pb.SampleStreamRequest(ring=answer).SerializeToString())
         return True

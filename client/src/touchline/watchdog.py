@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from dataclasses import dataclass
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Endable(Protocol):
@@ -12,6 +16,15 @@ class Endable(Protocol):
 
     def end(self) -> None:
         """Ends it; whoever waits for it gets an error."""
+
+
+@dataclass(slots=True)
+class _Term:
+    """A session and when it ends."""
+
+    session: Endable
+    ends: float
+    over: bool = False
 
 
 class Watchdog:
@@ -22,16 +35,21 @@ class Watchdog:
 
     def __init__(self, timeout_s: float) -> None:
         self._period_s = min(max(timeout_s / 20, 0.01), 1.0)
-        self._watched: tuple[Endable, float] | None = None
+        self._watched: _Term | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def watch(self, session: Endable, ends: float) -> None:
-        """Ends the session at a moment of ``time.monotonic()``, unless :meth:`rest` is called before."""
-        self._watched = (session, ends)
+        """Ends the session at a moment of ``time.monotonic()``, unless :meth:`rest` is called before.
+
+        Raises:
+            RuntimeError: the system has no other thread; nothing is watched.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="touchline-watchdog", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="touchline-watchdog", daemon=True)
+            thread.start()
+            self._thread = thread
+        self._watched = _Term(session, ends)
 
     def rest(self) -> None:
         """Ends nothing until the next :meth:`watch`."""
@@ -43,7 +61,13 @@ class Watchdog:
 
     def _work(self) -> None:
         while not self._stopped.wait(self._period_s):
-            watched = self._watched
-            if watched is not None and time.monotonic() >= watched[1]:
-                self._watched = None
-                watched[0].end()
+            # Only the reader writes the attribute: a later term that it sets meanwhile must not be lost.
+            term = self._watched
+            if term is None or term.over or time.monotonic() < term.ends:
+                continue
+            try:
+                term.session.end()
+            except Exception:
+                logger.exception("a session whose time is over cannot be ended; that is tried again")
+            else:
+                term.over = True

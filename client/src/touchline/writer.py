@@ -51,6 +51,11 @@ class EpisodeWriter:
     simply be made again. A spool keeps the newest 64 refused ones, with the reason, where their room is not wanted. Where it is the client
     that is refused (access denied, another protocol version, closed), episodes stay in a spool, and without one count as refused.
 
+    Should the thread itself end of something unexpected (a defect, no other thread to be had), that is logged, and nobody waits for it:
+    the next call says so as UnacknowledgedError. ``flush`` and ``close`` go on doing so, and so does ``end_episode`` where an episode would
+    wait in memory, or where a spool that blocks has no room. What a spool has stays there, it goes on taking episodes, and the next
+    writer on the folder sends them.
+
     The thread does not keep the process alive. A writer that was not closed at exit has two seconds to finish, and what is then not
     acknowledged is logged: as an error where it is lost, as a warning where it waits in a spool. In a forked child a writer starts empty:
     what its parent collected is the parent's to send. A spool is the parent's, too: a writer that has one cannot be used in a child, which
@@ -163,6 +168,8 @@ class EpisodeWriter:
                 self._hand_on()
             except SpoolError as error:
                 logger.error("episode writer of actor %r: the next call tries again: %s", self._actor, error)
+            except UnacknowledgedError:
+                pass  # logged; the row is added, so it is the next call that raises
 
     def end_episode(self) -> EpisodeKey | None:
         """Hands the episode on to be sent; may block while too many episodes wait.
@@ -172,7 +179,8 @@ class EpisodeWriter:
             cut; or one row alone, which is discarded, counted and logged. None also where ``when_full`` had it dropped.
 
         Raises:
-            UnacknowledgedError: earlier episodes were refused; this one is not ended.
+            UnacknowledgedError: earlier episodes were refused; this one is not ended. Or nothing is sent any more; it has ended, and
+                waits in memory.
             SpoolError: it cannot be written to the spool. It has ended; the same call may be made again and so may the next ``append``.
             ClosedError: the writer was closed.
         """
@@ -183,7 +191,7 @@ class EpisodeWriter:
         """Waits until every ended episode is acknowledged, those of earlier writers in the spool included. The unfinished one stays.
 
         Raises:
-            UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent.
+            UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent, unless it says otherwise.
             ClosedError: closed before, and episodes wait in the spool.
         """
         self._outbox.flush(timeout_s)
@@ -200,7 +208,7 @@ class EpisodeWriter:
 
         Raises:
             UnacknowledgedError: some were refused or, without a spool, are not acknowledged in time. The latter go on being sent in the
-                background while the process lives.
+                background while the process lives. Or nothing was sent any more, with a spool as well.
             SpoolError: the unfinished episode cannot be written to the spool, or there is no room for it in time. It is kept in memory:
                 close again.
         """
