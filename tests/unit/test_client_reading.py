@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ import pytest
 
 from client_faults import Handler, ScriptedServer, fail, in_turn
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
+from touchline.calls import Backoff
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode, TensorSpec
 from touchline_protos.loading import chunk_message
 from touchline_protos.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
@@ -103,6 +106,62 @@ def test_reading_of_ids_goes_on_with_those_that_are_left(answers: Answers) -> No
     first, second = answers.requests
     assert (list(first.episode_ids), first.skip_missing) == ([9, 4, 1, 6], False)
     assert (list(second.episode_ids), second.skip_missing) == ([9, 6], True)
+
+
+class Clock:
+    """The source's, an hour ahead so that no watchdog bites: it goes on by so many seconds with each call that is answered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds_a_call: float) -> None:
+        self._server: ScriptedServer | None = None
+        self._begun = time.monotonic() + 3600
+        self._seconds_a_call = seconds_a_call
+        monkeypatch.setattr("touchline.reading.time", self)
+
+    @contextmanager
+    def client(self, handler: Handler) -> Iterator[tuple[ScriptedServer, ReplayClient]]:
+        """A server and its client, which does not wait between attempts."""
+        with ScriptedServer(GetEpisodes=handler) as self._server, ReplayClient(self._server.address) as client:
+            client._calls.backoff = Backoff(first_s=0.0)
+            yield self._server, client
+
+    def monotonic(self) -> float:
+        calls = 0 if self._server is None else self._server.count("GetEpisodes")
+        return self._begun + calls * self._seconds_a_call
+
+
+@pytest.mark.parametrize(("seconds_a_call", "calls"), [(10, 5), (60, 5), (1, 31)], ids=["tries", "long tries", "time"])
+def test_connection_that_never_holds_for_an_episode_is_given_up(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch, seconds_a_call: float, calls: int
+) -> None:
+    broken = answers(encode_selection(ALL._replace(first_episode_id=2)), *in_chunks(2)[:2], then=BROKEN)
+    first = answers(encode_selection(ALL), whole(0, 1), then=BROKEN)
+    with Clock(monkeypatch, seconds_a_call).client(in_turn(first, *[broken] * calls, answers(encode_selection(ALL), whole(9)))) as at:
+        server, client = at
+        episodes = client.episodes(timeout_s=30)
+        assert [next(episodes).id, next(episodes).id] == [0, 1]
+
+        with pytest.raises(UnavailableError, match=rf"broke off within an episode {calls} times in .* MB .*steadier network.*columns="):
+            next(episodes)
+
+        assert server.count("GetEpisodes") == 1 + calls
+        assert numbers(episodes) == [9]  # who goes on after the error has all tries again
+
+
+def test_connection_that_holds_for_an_episode_now_and_then_is_not_given_up(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    selection = encode_selection(ALL)
+    broken = [answers(selection, *in_chunks(number)[:2], then=BROKEN) for number in (0, 1, 4, 9)]
+    handler = in_turn(
+        *[broken[0]] * 4,
+        answers(selection, whole(0), *in_chunks(1)[:2], then=BROKEN),
+        *[broken[1]] * 4,
+        answers(selection, *in_chunks(1)[:2], encode_evicted(1), *in_chunks(4)[:2], then=BROKEN),
+        *[broken[2]] * 4,
+        answers(selection, *in_chunks(4), then=BROKEN),
+        *[broken[3]] * 4,
+        answers(selection, *in_chunks(9)),
+    )
+    with Clock(monkeypatch, 1000).client(handler) as (_, client):
+        assert numbers(client.episodes()) == [0, 4, 9]
 
 
 def test_server_that_came_back_without_the_episodes_is_told_apart(answers: Answers) -> None:
@@ -197,7 +256,7 @@ def test_absent_server_is_unavailable_within_the_time_limit() -> None:
         address = server.address
 
     with ReplayClient(address) as client, pytest.raises(UnavailableError):
-        next(client.episodes(timeout_s=0.3))
+        next(client.episodes(timeout_s=1.0))
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,8 @@ class ReplayClient:
         """Returns an iterator of stored episodes, each whole and to the bit as it was added, in the order of their ids.
 
         What is stored when the server begins, at the first ``next``, is what is read; an episode that is evicted before its turn is left
-        out. If the server goes away, reading goes on behind the last whole episode.
+        out. If the server goes away, reading goes on behind the last whole episode; a connection that keeps breaking off within one
+        episode, for ``timeout_s`` and five times at least, ends it with an UnavailableError.
 
         Args:
             ids: these alone, in any order, each once; none of the next four with it. None: all, or what those leave.

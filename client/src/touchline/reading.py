@@ -17,6 +17,9 @@ from touchline.watchdog import Watchdog
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
 
+MAX_FRUITLESS = 5
+"""Calls that each broke off within an episode and brought none, after which reading ends; but not before ``timeout_s`` has passed."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +44,8 @@ class EpisodeStream:
         Raises:
             StopIteration: there is no other, or the stream was closed here.
             InvalidArgumentError: an id or a column that is not there, or arguments that the server does not take.
-            UnavailableError: the server was away for longer than ``timeout_s``, or came back without the episodes.
+            UnavailableError: the server was away for longer than ``timeout_s``, or came back without the episodes; or the connection broke
+                off within one episode for as long as that, and five times at least. The next ``next`` tries again.
             OverLimitError: it had too much to do for as long as that.
             DeadlineError: nothing came within ``timeout_s``, though the server was there.
             TouchlineError: another of the tree.
@@ -100,6 +104,9 @@ class EpisodeSource:
         self._timeout_s = timeout_s
         self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
         self._seen_id = -1
+        self._fruitless = 0
+        self._fruitless_since = 0.0
+        self._delays = calls.delays()
         self._ready: deque[StoredEpisode] = deque()
         self._session: _Session | None = None
         self._finished = False
@@ -134,7 +141,9 @@ class EpisodeSource:
     def _advance(self) -> None:
         """Takes what brings the reading forward, or notes its end; calls anew where the server was away."""
         ends = time.monotonic() + self._timeout_s
-        delays = self._calls.delays()
+        if not self._fruitless:
+            self._delays = self._calls.delays()
+        last: TouchlineError | None = None
         while not self._finished:
             if self._closed.is_set():
                 raise ClosedError("the stream was closed")
@@ -147,7 +156,8 @@ class EpisodeSource:
                 episodes = session.receive()
             except TouchlineError as error:
                 self._drop()
-                self._wait_after(error, session, ends, delays)
+                self._wait_after(error, session, ends, last)
+                last = error
                 continue
             except BaseException:
                 self._drop()  # who knows how far a message was read: another call begins behind the last whole episode
@@ -157,19 +167,40 @@ class EpisodeSource:
             if self._take_over(session, episodes):
                 return
 
-    def _wait_after(self, error: TouchlineError, session: _Session, ends: float, delays: Iterator[float]) -> None:
-        """Waits before the next attempt, or raises what there is to raise."""
+    def _wait_after(self, error: TouchlineError, session: _Session, ends: float, last: TouchlineError | None) -> None:
+        """Waits before the next attempt, or raises what there is to raise; ``last`` is the error before this one."""
         if self._closed.is_set():
             return
         if time.monotonic() >= ends and session.ended:
+            if last is not None:
+                raise last from error
             raise DeadlineError(f"{self._calls.transport.address}: nothing came within {self._timeout_s} s") from error
         if not isinstance(error, UnavailableError | OverLimitError):
             raise error
-        delay_s = delay_before_retry(error, next(delays))
+        delay_s = delay_before_retry(error, next(self._delays))
+        if session.frames > 1 and not session.fruitful:
+            self._count_fruitless(error, session)
+            delay_s = min(delay_s, max(ends - time.monotonic(), 0.0) / 2)  # when it is to end, that count says
         if time.monotonic() + delay_s >= ends:
             raise error
         logger.info("reading was interrupted, trying again: %s", error)
         self._closed.wait(delay_s)
+
+    def _count_fruitless(self, error: TouchlineError, session: _Session) -> None:
+        """Notes a call that was given up within its first episode, which the next one begins again; raises where that goes on."""
+        now = time.monotonic()
+        if not self._fruitless:
+            self._fruitless_since = now
+        self._fruitless += 1
+        lost_s = now - self._fruitless_since
+        if self._fruitless < MAX_FRUITLESS or lost_s < self._timeout_s:
+            return
+        count, self._fruitless = self._fruitless, 0  # whoever goes on after this error gets as many again
+        raise UnavailableError(
+            f"{self._calls.transport.address}: the connection broke off within an episode {count} times in {lost_s:.1f} s (after "
+            f"{session.size_bytes / 1e6:,.1f} MB the last time), and none arrived whole; one that breaks off is read from its start. A "
+            f"steadier network helps, or fewer columns (columns=), or shorter episodes (max_steps of the writer): {error}"
+        ) from error
 
     def _take_over(self, session: _Session, episodes: list[StoredEpisode] | None) -> bool:
         """Takes what a message brought; returns whether that is more than there was before the server was away."""
@@ -185,7 +216,9 @@ class EpisodeSource:
             raise UnavailableError(
                 f"{self._calls.transport.address}: the server came back without the episodes that were being read; read them from the start"
             )
-        self._seen_id = max(self._seen_id, session.decoder.seen_id)
+        if session.decoder.seen_id > self._seen_id:
+            self._seen_id = session.decoder.seen_id
+            self._fruitless, session.fruitful = 0, True
         self._ready.extend(episodes)
         return session.frames > 1
 
@@ -237,6 +270,10 @@ class _Session:
         self.decoder = EpisodeDecoder()
         self.frames = 0
         """Messages so far."""
+        self.size_bytes = 0
+        """Bytes in them."""
+        self.fruitful = False
+        """Whether they brought the reading forward by an episode at least."""
         self.ended = False
         """Whether this side ended it."""
         self._call: Any = calls.download("GetEpisodes", request.SerializeToString())
@@ -251,6 +288,7 @@ class _Session:
         try:
             message = next(self._call)
             self.frames += 1
+            self.size_bytes += len(message)
             return self.decoder.feed(message)
         except StopIteration:
             if self.decoder.selection is None or self.decoder.in_progress:
