@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import enum
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from touchline import datasets
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError, ExportReport, LoadReport
-from touchline.errors import DeadlineError, TouchlineError, UnavailableError
 from touchline.progress import Meter
+from touchline.terminal import EXIT_FAILED, amount, complain, failing_well, probe, say, say_reasons, speed
 from touchline.types import ColumnInfo
 
-EXIT_FAILED = 1
-"""Something was refused, or could not be done."""
-EXIT_INTERRUPTED = 130
-"""Ctrl-C."""
 LOAD_INTERRUPTED = "interrupted; the same command again goes on, and stores nothing twice"
-PROBE_S = 3.0
-"""How long a server may take to say that it is there, before anything is read."""
 
 app = typer.Typer(
     name="touchline",
@@ -133,13 +125,13 @@ def load(
     options["max_episode_bytes"] = max_episode_bytes
     failed = False
     with (
-        _failing_well("interrupted; the same command again goes on, and stores nothing twice") as check,
+        failing_well(LOAD_INTERRUPTED) as check,
         Meter(Console(stderr=True)) as meter,
         ExitStack() as stack,
     ):
         client = None
         if not dry_run:
-            _probe(address)
+            probe(address)
             client = stack.enter_context(ReplayClient(address, timeout_s=timeout_s))
         for source in sources:
             begun_s = time.monotonic()
@@ -155,12 +147,12 @@ def load(
             except DatasetError as error:
                 failed = True
                 meter.rest()
-                _complain(str(error))
+                complain(str(error))
             else:
                 failed |= bool(report.refused) and not allow_refused
         if client is not None:
             counts = client.counts()
-            _print(f"{address} has {_n(counts.episodes_stored, 'episode')}, {_n(counts.steps_stored, 'step')}")
+            say(f"{address} has {amount(counts.episodes_stored, 'episode')}, {amount(counts.steps_stored, 'step')}")
     if failed:
         raise typer.Exit(EXIT_FAILED)
 
@@ -203,8 +195,8 @@ def export(
       130  interrupted; nothing was written
     """
     begun_s = time.monotonic()
-    with _failing_well("interrupted; nothing was written") as check, Meter(Console(stderr=True)) as meter:
-        _probe(address)
+    with failing_well("interrupted; nothing was written") as check, Meter(Console(stderr=True)) as meter:
+        probe(address)
 
         def watch(done: int, total: int, report: ExportReport) -> None:
             check()
@@ -242,103 +234,34 @@ def _watch(meter: Meter, source: str, check: Callable[[], None]) -> Callable[[st
 
 
 def _tell_load(source: str, report: LoadReport, seconds: float) -> None:
-    _print(f"{source}: {_n(report.read, 'episode')}, {_n(report.steps, 'step')}{_speed(report.read, report.size_bytes, seconds)}")
-    _print(f"  stored      {report.stored:>10,}")
+    say(f"{source}: {amount(report.read, 'episode')}, {amount(report.steps, 'step')}{speed(report.read, report.size_bytes, seconds)}")
+    say(f"  stored      {report.stored:>10,}")
     if report.duplicates:
-        _print(f"  duplicates  {report.duplicates:>10,}  stored before, even if evicted since; --again LABEL stores them once more")
+        say(f"  duplicates  {report.duplicates:>10,}  stored before, even if evicted since; --again LABEL stores them once more")
     _tell_refused(report)
 
 
 def _tell_survey(source: str, report: LoadReport, columns: dict[str, ColumnInfo]) -> None:
-    _print(f"{source}: {_n(report.read, 'episode')}, {_n(report.steps, 'step')}, {report.size_bytes / 1e6:,.1f} MB; nothing was sent")
+    say(f"{source}: {amount(report.read, 'episode')}, {amount(report.steps, 'step')}, {report.size_bytes / 1e6:,.1f} MB; nothing was sent")
     width = max((len(name) for name in columns), default=0)
     for name, column in columns.items():
-        _print(f"  {name:<{width}}  {column.dtype} {list(column.shape)}")
+        say(f"  {name:<{width}}  {column.dtype} {list(column.shape)}")
     _tell_refused(report)
 
 
 def _tell_refused(report: LoadReport) -> None:
     if not report.refused:
         return
-    _print(f"  refused     {report.refused:>10,}", style="bold red")
-    for reason, refusals in sorted(report.reasons.items(), key=lambda item: -item[1].count):
-        _print(f"    {refusals.count:,} × {reason}")
-        for position, message in refusals.examples:
-            _print(f"      episode {position}: {message}")
-        if refusals.count > len(refusals.examples):
-            _print(f"      and {refusals.count - len(refusals.examples):,} more")
+    say(f"  refused     {report.refused:>10,}", style="bold red")
+    say_reasons(report.reasons)
 
 
 def _tell_export(target: str, report: ExportReport, seconds: float) -> None:
-    _print(f"{target}: {_n(report.written, 'episode')}, {_n(report.steps, 'step')}{_speed(report.written, report.size_bytes, seconds)}")
+    say(f"{target}: {amount(report.written, 'episode')}, {amount(report.steps, 'step')}{speed(report.written, report.size_bytes, seconds)}")
     if report.evicted:
-        _print(f"  evicted     {report.evicted:>10,}  before their turn came")
+        say(f"  evicted     {report.evicted:>10,}  before their turn came")
     if report.left_out:
-        _print(f"  left out    {report.left_out:>10,}", style="bold red")
+        say(f"  left out    {report.left_out:>10,}", style="bold red")
     for reason, ids in report.reasons.items():
         more = f" and {len(ids) - 5:,} more" if len(ids) > 5 else ""
-        _print(f"    {len(ids):,} × {reason}: episodes {', '.join(map(str, ids[:5]))}{more}")
-
-
-def _speed(episodes: int, size_bytes: int, seconds: float) -> str:
-    if seconds <= 0 or not episodes:
-        return ""
-    return f" in {seconds:,.1f} s ({episodes / seconds:,.0f} episodes/s, {size_bytes / seconds / 1e6:,.1f} MB/s)"
-
-
-def _n(count: int, unit: str) -> str:
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
-
-
-def _print(text: str, style: str = "") -> None:
-    """Prints a line as it is: rich's markup, highlighting and wrapping are not for data."""
-    Console(soft_wrap=True).print(Text(text, style=style), soft_wrap=True)
-
-
-def _probe(address: str) -> None:
-    """Asks the server whether it is there, before a source is read for nothing."""
-    with ReplayClient(address, timeout_s=PROBE_S) as client:
-        try:
-            client.info()
-        except (UnavailableError, DeadlineError) as error:
-            hint = "Is it up (touchline-server serve), and is --address or TOUCHLINE_ADDRESS right?"
-            _fail(f"no server: {error}\n{hint}", EXIT_FAILED)
-
-
-@contextmanager
-def _failing_well(interrupted: str) -> Iterator[Callable[[], None]]:
-    """Ends the command with a message in the place of a traceback; gives what raises KeyboardInterrupt after Ctrl-C, to be called often."""
-    pressed = False
-
-    def press(number: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        # Where Python runs this in a callback of a weak reference, it prints the exception and goes on: so it is kept as well.
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield check
-    except KeyboardInterrupt:
-        _fail(interrupted, EXIT_INTERRUPTED)
-    except (UnavailableError, DeadlineError) as error:
-        _fail(f"no answer: {error}\nThe same command may be run again.", EXIT_FAILED)
-    except DatasetError as error:
-        _fail(str(error), EXIT_FAILED)
-    except TouchlineError as error:
-        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED)
-    except OSError as error:
-        _fail(str(error), EXIT_FAILED)
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"touchline: {message}", err=True)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    _complain(message)
-    raise typer.Exit(status)
+        say(f"    {len(ids):,} × {reason}: episodes {', '.join(map(str, ids[:5]))}{more}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,26 +16,15 @@ from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, Sour
 from touchline.delivery import make_episode
 from touchline.errors import InvalidEpisodeError, TouchlineError
 from touchline.messages import check_actor, whole_number
+from touchline.refusals import Refusals, add_refusal
 from touchline.types import ColumnInfo, EpisodeResult
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.dtypes import dtype_name
 
 CALL_BYTES = 32 << 20
 """Payload of one call: what is in memory, and how often progress is told."""
-EXAMPLES = 3
-"""Refusals of one reason that are kept with their text."""
 READERS_VERSION = 1
 """Goes up when a reader makes other columns of the same file: those are other episodes, with other keys."""
-
-
-@dataclass(slots=True)
-class Refusals:
-    """The episodes that were refused for one reason."""
-
-    count: int = 0
-    """How many."""
-    examples: list[tuple[int, str]] = field(default_factory=list)
-    """Position and full message of the first few."""
 
 
 @dataclass(slots=True)
@@ -62,11 +50,7 @@ class LoadReport:
         """Counts an episode that was refused."""
         self.read += 1
         self.refused += 1
-        message = str(error)
-        reason = self.reasons.setdefault(re.sub(r"\d+", "#", message), Refusals())
-        reason.count += 1
-        if len(reason.examples) < EXAMPLES:
-            reason.examples.append((position, message))
+        add_refusal(self.reasons, position, str(error))
 
 
 Watch = Callable[[str, int, int, LoadReport], None]
