@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc._cython import cygrpc
 
-from service_calls import Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
+from service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
 from touchline_protos.codec import encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_protos.wire import len_field
+from touchline_server import service as service_module
 from touchline_server.app import ServerThread
+from touchline_server.session import SampleSession
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit")
@@ -301,6 +305,41 @@ def test_stream_closed_by_the_learner_ends_with_ok(filled: Served) -> None:
 
     assert stream.rest() == []
     assert stream.call.code() == grpc.StatusCode.OK
+
+
+def test_learner_that_leaves_is_no_error_also_where_a_write_tells_it_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = threading.Event()
+
+    async def write(session: SampleSession, *_: Any) -> None:
+        failed.set()
+        raise cygrpc.ExecuteBatchError("as gRPC does where the connection breaks under a write")
+
+    monkeypatch.setattr(SampleSession, "_write", write)
+    with serving() as (_, caller):
+        fill(caller)
+        stream = caller.stream().open(credits=3)
+        assert failed.wait(DEADLINE_S)
+        stream.cancel()
+
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_failure_to_write_to_a_learner_that_is_there_is_told_and_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def write(session: SampleSession, *_: Any) -> None:
+        raise cygrpc.ExecuteBatchError("for whatever reason")
+
+    monkeypatch.setattr(SampleSession, "_write", write)
+    monkeypatch.setattr(service_module, "LEAVING_S", 0.0)
+    with serving() as (_, caller):
+        fill(caller)
+        refusal = refused(caller.stream().open(credits=3).rest)
+
+    assert refusal.code == grpc.StatusCode.INTERNAL
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == ["a call failed"]
 
 
 def test_stream_closed_before_it_was_opened_ends_with_ok(served: Served) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -50,6 +50,9 @@ SERVICE_NAME = "touchline.v1.Replay"
 
 MAX_WAIT_S = 3600.0
 """Longest time that a call may wait for the store to fill."""
+
+LEAVING_S = 5.0
+"""How long after a failed write the end of the call is waited for."""
 
 MAX_LOAD_RESULTS = 100_000
 """Most episodes of one LoadEpisodes call: its answer has a result for each."""
@@ -149,7 +152,7 @@ class ReplayService:
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
             except Exception as error:
-                if context.done():
+                if context.done() or (isinstance(error, grpc.aio.InternalError) and await _is_left(context)):
                     # The peer left while it was being answered: nobody is to be told, and nothing went wrong here.
                     raise asyncio.CancelledError from error
                 await abort(context, error)
@@ -368,6 +371,15 @@ def _parsing(method: Callable[[Any, Context], Awaitable[T]], request: type[Messa
         return await method(messages.parse(request, data), context)
 
     return parsing
+
+
+async def _is_left(context: Context) -> bool:
+    """Returns whether the peer is gone. gRPC tells it a moment later than it fails to write what the peer is sent."""
+    ended = asyncio.Event()
+    context.add_done_callback(lambda _: ended.set())  # type: ignore[arg-type]
+    with suppress(TimeoutError):
+        await asyncio.wait_for(ended.wait(), LEAVING_S)
+    return context.done()
 
 
 def _check_protocol(context: Context) -> None:
