@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventua
 from touchline_protos.codec import encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_protos.wire import len_field
+from touchline_server import ReplayBuffer
 from touchline_server import service as service_module
 from touchline_server.app import ServerThread
 from touchline_server.session import SampleSession
@@ -174,6 +176,35 @@ def test_stream_big_batches_come_in_chunks_and_equal_the_in_process_ones(served:
     half = stream.batch_counts.index(1) + 1
     assert half >= 4
     assert stream.batch_counts == ([0] * (half - 1) + [1]) * 2
+
+
+@pytest.mark.parametrize("verb", ["Sample", "SampleStream"])
+@pytest.mark.parametrize(
+    ("device", "obs", "batch_size", "in_loop"),
+    [("cpu", 4, 16, True), ("cpu", 4, 5000, False), ("cpu", 700, 300, False), ("disk", 4, 16, False)],
+    ids=["small", "many rows", "many bytes", "on disk"],
+)
+def test_small_batches_are_gathered_in_the_event_loop_and_what_takes_long_on_threads(
+    verb: str, device: str, obs: int, batch_size: int, in_loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[bool] = set()
+    select = ReplayBuffer.select
+
+    def noting(buffer: ReplayBuffer, *arguments: Any, **options: Any) -> Any:
+        threads.add(threading.current_thread().name.startswith("touchline-sample"))
+        return select(buffer, *arguments, **options)
+
+    with serving(storage={"device": device, "scratch_dir": str(tmp_path)}) as (server, caller):
+        fill(caller, obs=obs)
+        monkeypatch.setattr(ReplayBuffer, "select", noting)
+
+        if verb == "Sample":
+            batch = caller.sample(batch_size=batch_size, seed=6)
+        else:
+            batch = caller.stream().open(credits=3, batch_size=batch_size, seed=6).read(3)[0]
+
+        assert threads == {not in_loop}
+        assert_same_batch(batch, server.buffer.sample(seed=6, batch_size=batch_size))
 
 
 def test_streams_of_the_same_configured_seed_differ_from_each_other() -> None:

@@ -29,6 +29,11 @@ from touchline_server.transfer import HostTransfer, rows_on_device
 TRANSITION_COLUMNS = ("action", "reward", "done")
 """Columns of a transition: [H, B, ...] in a batch, where those of a step are [H+1, B, ...]."""
 
+MAX_AT_ONCE_BYTES = 1 << 21
+MAX_AT_ONCE_ROWS = 1 << 14
+"""Batches of together so many bytes and rows are gathered in an event loop: a millisecond or two. A thread's hand-over to the loop
+costs as much as a small batch, and the two then share the interpreter lock."""
+
 MAX_IDLE_TRANSFERS = 4
 """Ways to host memory that are kept for the next batches of a CUDA store; each has a batch of device memory."""
 
@@ -52,6 +57,8 @@ class GatherPlan:
 
     parts: tuple[Part, ...]
     layout: BatchLayout
+    steps: int
+    """Of a slice: horizon + 1."""
     _idle: WeakKeyDictionary[Columns, deque[HostTransfer]] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
     """Kept as long as the columns are: they hold on to their memory."""
 
@@ -72,7 +79,12 @@ class GatherPlan:
                 rows, shape = slice(None), _shape(horizon + 1, batch_size, *inner)
             parts.append(Part(name, rows, inner, shape, name in stored))
             specs.append(TensorSpec(name, dtype, shape))
-        return cls(tuple(parts), BatchLayout(specs, batch_size))
+        return cls(tuple(parts), BatchLayout(specs, batch_size), horizon + 1)
+
+    def is_quick(self, columns: Columns, *, batches: int = 1) -> bool:
+        """Returns whether an event loop may gather so many batches by itself: they are small, and neither on a disk nor on a device."""
+        rows = batches * self.layout.batch_size * self.steps
+        return columns.in_host_memory and rows <= MAX_AT_ONCE_ROWS and batches * self.layout.body_bytes <= MAX_AT_ONCE_BYTES
 
     def fill(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
         """Gathers a whole batch into host arrays, by the names and shapes of ``layout.specs``. Every element is written."""

@@ -217,16 +217,17 @@ class ReplayService:
         wait_s = _checked_wait(request.wait_s)
         await self._changes.until(lambda: self._draining or self._buffer.store.can_sample(spec.horizon), wait_s)
         self._refuse_if_draining()
-        schema = self._buffer.store.schema
-        size = 0
-        if schema is not None:
+        columns = self._buffer.store.columns
+        size, quick = 0, False
+        if columns is not None:
             # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
-            size = self._buffer.plan(schema, spec).layout.message_bytes(unary=True)
+            plan = self._buffer.plan(columns.schema, spec)
+            size, quick = plan.layout.message_bytes(unary=True), plan.is_quick(columns)
             self._check_message_size(size)
         await self._budgets.sending.reserve(size)
         # gRPC calls this once it has handed the answer to the transport, or given the call up.
         context.add_done_callback(lambda _: self._budgets.sending.release(size))  # type: ignore[arg-type]
-        return await self._on(self._sampling, self._sample_message, spec, rng)
+        return self._sample_message(spec, rng) if quick else await self._on(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
         with self._buffer.select(spec, rng) as ((selection,), plan):

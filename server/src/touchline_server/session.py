@@ -112,7 +112,8 @@ class SampleSession:
                     made.room.resize(0)
         finally:
             if making is not None:
-                making.frames.cancel()
+                if not making.frames.cancel():
+                    making.frames.exception()  # looked at: nobody is to be told any more
                 making.room.resize(0)
 
     async def _write(self, frames: list[bytes], write: Write, room: Loan) -> None:
@@ -126,8 +127,17 @@ class SampleSession:
             room.resize(left)
 
     def _make(self, size: int) -> _Making:
-        """Has the next frames made, in room that was reserved."""
-        frames = asyncio.get_running_loop().run_in_executor(self._pool, self._source.frames, self._credits)
+        """Has the next frames made, in room that was reserved. To hand small ones to a thread and back costs as much as they do."""
+        loop = asyncio.get_running_loop()
+        frames: asyncio.Future[tuple[int, list[bytes]]] = loop.create_future()
+        try:
+            made = self._source.frames_at_once(self._credits)
+            if made is None:
+                frames = loop.run_in_executor(self._pool, self._source.frames, self._credits)
+            else:
+                frames.set_result(made)
+        except Exception as error:
+            frames.set_exception(error)
         return _Making(frames, Loan(self._sending, size))
 
     async def _may_push(self, wake: asyncio.Event) -> bool:

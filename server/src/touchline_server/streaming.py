@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from touchline_server.buffer import ReplayBuffer, SampleSpec
-from touchline_server.errors import InvalidRequestError, TooLargeError
+from touchline_server.errors import InvalidRequestError, NotReadyError, TooLargeError
 from touchline_server.gathering import GatherPlan
 from touchline_server.store import Selection
 
@@ -92,14 +92,25 @@ class BatchSource:
         expected = self.plan()
         batches = self._group_size(expected, credits) if expected is not None else 1
         with self.select(batches) as (selections, plan):
-            # The table may have been cleared since, and have a schema of larger batches now.
-            selections = selections[: self._group_size(plan, credits)]
+            if expected is None or plan.layout.specs != expected.layout.specs:
+                raise NotReadyError("the table was cleared and has another schema now")
             actors = self.new_actors(selections)
             if plan.layout.body_bytes > self._chunked_above:
                 return 1, self._chunks(selections[0], plan, actors)
             message, views = plan.layout.group(len(selections), actors)
             plan.fill_all(selections, views)
             return len(selections), [self._checked(message)]
+
+    def frames_at_once(self, credits: int) -> tuple[int, list[bytes]] | None:
+        """Does what :meth:`frames` does, from a thread that must not wait: an event loop's.
+
+        Returns:
+            None, and nothing was done, where it would take long: see :meth:`GatherPlan.is_quick`.
+        """
+        plan, columns = self.plan(), self._buffer.store.columns
+        if plan is None or columns is None or not plan.is_quick(columns, batches=self._group_size(plan, credits)):
+            return None
+        return self.frames(credits)
 
     def _group_size(self, plan: GatherPlan, credits: int) -> int:
         size = plan.layout.body_bytes
