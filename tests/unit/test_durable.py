@@ -355,6 +355,30 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
     assert_whole(before)
 
 
+def test_episode_that_the_ring_could_not_take_is_stored_when_it_is_sent_again_after_a_restart(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = opened(durability="sync")
+    for sequence in (0, 1):
+        buffer.add_episode(keyed_episode(0, sequence))
+
+    def fail(columns: Columns, name: str, first_row: int, source: np.ndarray) -> None:
+        raise MemoryError("as the test wants")
+
+    monkeypatch.setattr(Columns, "_write_rows", fail)
+    with pytest.raises(MemoryError):
+        buffer.add_episode(keyed_episode(0, 2))
+    monkeypatch.undo()
+    buffer.close()
+    buffer = opened(durability="sync")
+
+    stored = buffer.add_episode(keyed_episode(0, 2))
+
+    assert not stored.duplicate
+    assert contents(buffer)[stored.episode_id][2] == bits(keyed_episode(0, 2))
+    assert buffer.add_episode(keyed_episode(0, 2)).duplicate
+
+
 def test_file_stays_within_the_stated_factor_of_the_ring(opened: Opener, tmp_path: Path) -> None:
     capacity = 20_000
     buffer = opened(durability="batch", capacity=capacity)

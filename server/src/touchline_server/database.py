@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from touchline_protos.codec import EpisodeKey
 from touchline_protos.tables import FormatError, Tables, parts, row_checksum
 from touchline_server.errors import DamagedStoreError, StorageFailedError, StorageFullError, StoreMismatchError
 from touchline_server.ledger_tables import LedgerTables
@@ -144,11 +145,19 @@ class Database:
 
         self._transact(write, sync=sync)
 
-    def forget(self, episode_ids: Iterable[int], *, figures: Mapping[str, int]) -> None:
-        """Forgets episodes, their keys not, in a transaction of its own. Raises as :meth:`commit` does."""
+    def forget(self, episode_ids: Iterable[int], *, figures: Mapping[str, int], keys: Iterable[tuple[EpisodeKey, int]] = ()) -> None:
+        """Forgets episodes, in a transaction of its own. Raises as :meth:`commit` does.
+
+        Args:
+            episode_ids: of the episodes.
+            figures: the counts after it.
+            keys: with their episodes' ids, those to forget too: of episodes that nobody was told are stored. Other keys stay known.
+        """
 
         def write() -> None:
             self._forget(episode_ids)
+            for key, episode_id in keys:
+                self.ledger.forget(key, episode_id)
             self._note(figures, {})
 
         self._transact(write, sync=True)

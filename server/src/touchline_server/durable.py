@@ -320,7 +320,7 @@ class GroupCommitter:
                 stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=planned.episode_id)
             except Exception as error:
                 lost = {planned.episode_id for _, planned in accepted[position:]}
-                self._take_back([planned for _, planned in accepted[position:]])
+                self._take_back(accepted[position:])
                 for left in (
                     *(left for left, _ in accepted[position:]),
                     *(left for left, episode_id in answers if episode_id in lost),
@@ -354,15 +354,17 @@ class GroupCommitter:
         self._store.count_refused(str(error), pending.episode)
         pending.receipt.set_exception(error)
 
-    def _take_back(self, planned: Sequence[Planned]) -> None:
+    def _take_back(self, accepted: Sequence[tuple[_Pending, Planned]]) -> None:
         """Forgets in the database what the ring could not take after it was committed."""
-        ids = [episode.episode_id for episode in planned]
+        ids = [planned.episode_id for _, planned in accepted]
         logger.error("the ring did not take episodes %s: they are taken out of the durable store again", ids)
         self._store.skip_ids(ids[-1] + 1)
         # They have evicted others from the database already, which the ring now follows.
-        self._store.evict(sum(episode.length for episode in planned))
+        self._store.evict(sum(planned.length for _, planned in accepted))
+        keys = [(pending.episode.key, planned.episode_id) for pending, planned in accepted if pending.episode.key is not None]
         try:
-            self._database.forget(ids, figures=self._figures())
+            # Their keys too: they were never acknowledged, and must not be taken for stored when they are sent again.
+            self._database.forget(ids, figures=self._figures(), keys=keys)
         except ReplayError as error:
             self._broken = str(error)
             raise
@@ -372,8 +374,10 @@ class GroupCommitter:
         """Writes what is in memory already; returns whether it could."""
         with self._store.write_lock:
             group: list[_Unwritten] = []
+            group_bytes = 0
             for unwritten in self._behind:
-                if group and sum(one.size_bytes for one in group) + unwritten.size_bytes > self._behind_group_bytes:
+                group_bytes += unwritten.size_bytes
+                if group and group_bytes > self._behind_group_bytes:
                     break
                 group.append(unwritten)
             if not group:

@@ -84,6 +84,24 @@ class LedgerTables:
         if before is None and behind is None:
             self._bound_gaps(sender)
 
+    def forget(self, key: EpisodeKey, episode_id: int) -> None:
+        """Undoes :meth:`remember`, but for numbers that it made room among."""
+        execute = self._connection.execute
+        name = (key.client_id, key.incarnation)
+        found = execute("SELECT id FROM senders WHERE client_id = ? AND incarnation = ?", name).fetchone()
+        if found is None:
+            return
+        execute("DELETE FROM keys WHERE sender = ? AND episode_id = ?", (found[0], episode_id))
+        run = execute(
+            "SELECT first, after FROM runs WHERE sender = ? AND first <= ? ORDER BY first DESC LIMIT 1", (found[0], key.sequence)
+        ).fetchone()
+        if run is None or run[1] <= key.sequence:
+            return
+        execute("DELETE FROM runs WHERE sender = ? AND first = ?", (found[0], run[0]))
+        for first, after in ((run[0], key.sequence), (key.sequence + 1, run[1])):
+            if first < after:
+                self._insert_run(found[0], first, after)
+
     def _sender(self, key: EpisodeKey, episode_id: int) -> int:
         execute = self._connection.execute
         name = (key.client_id, key.incarnation)
