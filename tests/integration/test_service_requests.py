@@ -226,6 +226,16 @@ def test_sample_above_the_message_limit_names_the_stream_which_gives_it() -> Non
         assert len(stream.batch_counts) > 4
 
 
+def test_sample_above_the_message_limit_is_not_ready_while_no_episode_is_long_enough() -> None:
+    with serving(server={"port": 0, "max_message_bytes": 65536}) as (_, caller):
+        caller.add(make_episode(100, obs=100))
+
+        refusal = refused(caller.sample, batch_size=256, horizon=100)
+
+        assert (refusal.code, refusal.reason) == NOT_READY
+        assert "none of the episodes has the 101 steps that horizon 100 needs" in refusal.details
+
+
 def test_largest_batch_that_may_be_asked_for_is_refused_by_its_size(served: Served) -> None:
     _, caller = served
     caller.add(make_episode(1025, obs=64))
@@ -298,7 +308,12 @@ def test_ready_that_waits_for_too_short_episodes_says_that_they_cannot_be_sample
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"), [({"min_steps": -1}, "min_steps: -1, expected 0 or more"), ({"wait_s": -1}, "wait_s: -1.0, expected 0 to 3600")]
+    ("fields", "words"),
+    [
+        ({"min_steps": -1}, "min_steps: -1, expected 0 or more"),
+        ({"min_steps": 1_000_000_000}, "min_steps: 1000000000, expected at most the buffer's capacity of "),
+        ({"wait_s": -1}, "wait_s: -1.0, expected 0 to 3600"),
+    ],
 )
 def test_ready_out_of_range_is_refused(served: Served, fields: dict[str, Any], words: str) -> None:
     _, caller = served

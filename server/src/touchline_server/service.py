@@ -219,7 +219,8 @@ class ReplayService:
         self._refuse_if_draining()
         columns = self._buffer.store.columns
         size, quick = 0, False
-        if columns is not None:
+        # What cannot be sampled yet is not ready, however large it would be.
+        if columns is not None and self._buffer.store.can_sample(spec.horizon):
             # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
             plan = self._buffer.plan(columns.schema, spec)
             size, quick = plan.layout.message_bytes(unary=True), plan.is_quick(columns)
@@ -290,6 +291,8 @@ class ReplayService:
         config = self._buffer.config
         if request.min_steps < 0:
             raise InvalidRequestError(f"min_steps: {request.min_steps}, expected 0 or more")
+        if request.min_steps > config.buffer_size:
+            raise InvalidRequestError(f"min_steps: {request.min_steps}, expected at most the buffer's capacity of {config.buffer_size}")
         wanted = request.min_steps or config.min_history
 
         def reached() -> bool:
