@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from typing import Any
 
 import grpc
 import numpy as np
@@ -119,9 +120,12 @@ def test_address_that_is_one_is_kept(address: str) -> None:
     assert check_address(address) == address
 
 
-@pytest.mark.parametrize("address", ["", "localhost", "localhost:", ":50051", "host:0", "host:65536", "http://host:80", "unix:", "host:x"])
-def test_address_that_is_none_is_refused(address: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="expected 'host:port' or 'unix:/path'"):
+@pytest.mark.parametrize(
+    "address",
+    ["", "localhost", "localhost:", ":50051", "host:0", "host:65536", "http://host:80", "unix:", "host:x", "::1:50051", 50051, None],
+)
+def test_address_that_is_none_is_refused(address: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"expected 'host:port', '\[ipv6\]:port' or 'unix:/path'"):
         ReplayClient(address)
 
 
@@ -130,8 +134,12 @@ def test_address_that_is_none_is_refused(address: str) -> None:
     [
         ({"timeout_s": 0}, "timeout_s"),
         ({"timeout_s": float("nan")}, "timeout_s"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"timeout_s": None}, "timeout_s"),
         ({"actor": "x" * 129}, "actor"),
+        ({"actor": 7}, "actor"),
         ({"client_id": ""}, "client_id"),
+        ({"client_id": 7}, "client_id"),
         ({"client_id": "x" * 129}, "client_id"),
         ({"max_message_bytes": 10}, "max_message_bytes"),
     ],
@@ -151,6 +159,7 @@ def test_client_with_a_bad_argument_is_refused(arguments: dict[str, object], nam
         ({"law": "uniform"}, "law"),
         ({"seed": 1 << 64}, "seed"),
         ({"wait_s": -1}, "wait_s"),
+        ({"wait_s": float("inf")}, "wait_s"),
     ],
 )
 def test_sample_with_a_bad_argument_is_refused_without_a_call(arguments: dict[str, object], name: str) -> None:
@@ -162,13 +171,26 @@ def test_sample_with_a_bad_argument_is_refused_without_a_call(arguments: dict[st
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [({"prefetch": 0}, "prefetch"), ({"timeout_s": 0}, "timeout_s"), ({"device": "meta"}, "device"), ({"device": "nonsense"}, "device")],
+    [
+        ({"prefetch": 0}, "prefetch"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"device": "meta"}, "device"),
+        ({"device": "nonsense"}, "device"),
+    ],
 )
 def test_batches_with_a_bad_argument_is_refused_without_a_call(arguments: dict[str, object], name: str) -> None:
     client = ReplayClient(NOWHERE)
 
     with pytest.raises(InvalidArgumentError, match=f"^{name}: "):
         client.batches(**arguments)  # type: ignore[arg-type]
+
+
+def test_add_with_something_other_than_a_key_is_refused_without_a_call() -> None:
+    client = ReplayClient(NOWHERE)
+
+    with pytest.raises(InvalidArgumentError, match=r"^key: \('me', 1, 0\), expected an EpisodeKey"):
+        client.add({}, key=("me", 1, 0))  # type: ignore[arg-type]
 
 
 def test_numpy_integers_are_whole_numbers() -> None:

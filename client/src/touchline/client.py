@@ -25,6 +25,7 @@ from touchline.messages import (
     counts_of,
     episodes_request,
     sample_request,
+    seconds,
     server_info_of,
     whole_number,
 )
@@ -54,8 +55,8 @@ class ReplayClient:
 
     Args:
         address: ``"host:50051"`` or ``"unix:/path"``.
-        timeout_s: deadline of a call, its retries included. What the server is asked to wait (``wait_s``), and a second for every 4 MiB
-            that are sent, come on top.
+        timeout_s: deadline of a call, its retries included, up to a year. What the server is asked to wait (``wait_s``), and a second for
+            every 4 MiB that are sent, come on top.
         client_id: names the sender in the keys of episodes, 1 to 128 characters; None makes ``<hostname>-<random>``.
         actor: name of the actor for episodes that are given none, up to 128 characters.
         max_message_bytes: of one request or response; the server's own limit holds besides.
@@ -84,8 +85,7 @@ class ReplayClient:
         token: str | None = None,
         allow_plaintext: bool | None = None,
     ) -> None:
-        if not timeout_s > 0:
-            raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
+        seconds("timeout_s", timeout_s)
         whole_number("max_message_bytes", max_message_bytes, least=1 << 16)
         self.timeout_s = timeout_s
         self.actor = check_actor(actor)
@@ -134,11 +134,14 @@ class ReplayClient:
 
         Raises:
             InvalidEpisodeError: malformed, or not of the schema. Nothing is stored.
+            InvalidArgumentError: ``actor``, ``policy_version`` or ``key`` is none.
             KeyConflictError: the key was used before for another payload.
             TooLargeError: over the server's limit of an episode.
             UnavailableError, DeadlineError: not known to be stored; may be sent again with the same key.
             TouchlineError: another of the tree.
         """
+        if key is not None and not isinstance(key, EpisodeKey):
+            raise InvalidArgumentError(f"key: {key!r}, expected an EpisodeKey, such as next_key() gives")
         made = make_episode(
             episode,
             key=self.next_key() if key is None else key,
@@ -175,6 +178,8 @@ class ReplayClient:
         """
         name = self.actor if actor is None else check_actor(actor)
         version = check_policy_version(policy_version)
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
 
         def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
             for episode in split_episodes(episodes):
@@ -297,8 +302,8 @@ class ReplayClient:
             InvalidArgumentError: an argument out of range, or a device that is not there.
         """
         whole_number("prefetch", prefetch, least=1)
-        if timeout_s is not None and not timeout_s > 0:
-            raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
         request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed)
         source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
@@ -340,8 +345,8 @@ class ReplayClient:
         Raises:
             InvalidArgumentError: an argument out of range, or some that do not go together.
         """
-        if timeout_s is not None and not timeout_s > 0:
-            raise InvalidArgumentError(f"timeout_s: {timeout_s}, expected more than 0")
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
         request = episodes_request(
             table=self._table,
             ids=None if ids is None else tuple(ids),

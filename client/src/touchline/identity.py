@@ -23,10 +23,12 @@ class Identity:
         client_id: names the sender, 1 to 128 characters; None makes ``<hostname>-<random>``.
 
     Raises:
-        InvalidArgumentError: the name is empty or too long.
+        InvalidArgumentError: the name is no text, empty or too long.
     """
 
     def __init__(self, client_id: str | None = None) -> None:
+        if client_id is not None and not isinstance(client_id, str):
+            raise InvalidArgumentError(f"client_id: {client_id!r}, expected a str or None")
         if client_id is not None and not 1 <= len(client_id) <= MAX_CLIENT_ID_CHARS:
             raise InvalidArgumentError(f"client_id: {len(client_id)} characters, expected 1 to {MAX_CLIENT_ID_CHARS}")
         self._given_id = client_id

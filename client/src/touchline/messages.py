@@ -20,6 +20,9 @@ from touchline_protos.dtypes import dtype_name, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_ACTOR_CHARS = 128
+MAX_SECONDS = 366 * 24 * 3600
+"""Longest time that may be given: gRPC takes what is much longer, infinity too, for a deadline that has passed."""
+
 _LAWS = {None: pb.LAW_UNSPECIFIED, "episode": pb.LAW_EPISODE, "step": pb.LAW_STEP}
 _ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
     pb.EpisodeResult.OUTCOME_INVALID: InvalidEpisodeError,
@@ -44,12 +47,29 @@ def whole_number(name: str, value: int, *, least: int, most: int = (1 << 31) - 1
     return number
 
 
+def seconds(name: str, value: float, *, or_zero: bool = False) -> float:
+    """Returns the value.
+
+    Raises:
+        InvalidArgumentError: it is no number of seconds above 0, or 0 where that will do, and up to a year.
+    """
+    try:
+        good = 0 < value <= MAX_SECONDS or (or_zero and value == 0)
+    except TypeError:
+        good = False
+    if not good:
+        raise InvalidArgumentError(f"{name}: {value!r}, expected {'0' if or_zero else 'more than 0'} to {MAX_SECONDS:,} seconds")
+    return value
+
+
 def check_actor(actor: str) -> str:
     """Returns the name of an actor.
 
     Raises:
-        InvalidArgumentError: it is too long.
+        InvalidArgumentError: it is no text, or too long.
     """
+    if not isinstance(actor, str):
+        raise InvalidArgumentError(f"actor: {actor!r}, expected a str")
     if len(actor) > MAX_ACTOR_CHARS:
         raise InvalidArgumentError(f"actor: {len(actor)} characters, expected up to {MAX_ACTOR_CHARS}")
     return actor
@@ -80,8 +100,7 @@ def sample_request(
     """
     if law not in _LAWS:
         raise InvalidArgumentError(f"law: {law!r}, expected 'episode' or 'step'")
-    if not wait_s >= 0:
-        raise InvalidArgumentError(f"wait_s: {wait_s}, expected 0 or more")
+    seconds("wait_s", wait_s, or_zero=True)
     request = pb.SampleRequest(table=table, law=_LAWS[law], wait_s=wait_s)
     if batch_size is not None:
         request.batch_size = whole_number("batch_size", batch_size, least=1)

@@ -19,14 +19,15 @@ def check_address(address: str) -> str:
     Raises:
         InvalidArgumentError: it is something else.
     """
-    if address.startswith("unix:"):
+    if isinstance(address, str) and address.startswith("unix:"):
         if len(address) > len("unix:"):
             return address
-    elif "//" not in address:
+    elif isinstance(address, str) and "//" not in address:
         host, _, port = address.rpartition(":")
-        if host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16:
+        bracketed = host.startswith("[") and host.endswith("]")
+        if host and (bracketed or ":" not in host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16:
             return address
-    raise InvalidArgumentError(f"address: {address!r}, expected 'host:port' or 'unix:/path'")
+    raise InvalidArgumentError(f"address: {address!r}, expected 'host:port', '[ipv6]:port' or 'unix:/path'")
 
 
 class Transport:
