@@ -97,6 +97,14 @@ def test_tls_of_the_environment_is_taken_where_none_is_given(tmp_path: Path) -> 
     assert "tls=None" in repr(credentials(environment=environment, tls=False))
 
 
+@pytest.mark.parametrize("variable", ["TOUCHLINE_TLS_CERT", "TOUCHLINE_TLS_KEY", "TOUCHLINE_TLS_SERVER_NAME"])
+def test_tls_of_the_environment_without_its_ca_is_refused_and_not_plain(variable: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{variable}: set without TOUCHLINE_TLS_CA, which turns TLS on"):
+        credentials(environment={variable: "x"})
+
+    assert "tls=None" in repr(credentials(environment={variable: "x"}, tls=False))
+
+
 def test_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.issue("client")

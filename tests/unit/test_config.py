@@ -145,6 +145,19 @@ def test_read_cfg_variable_with_a_tables_name_alone_is_not_its_own(monkeypatch: 
     assert read_cfg() == Config()
 
 
+def test_variable_with_one_underscore_has_no_effect_and_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for variable in ("TOUCHLINE_CONFIG_BATCH_SIZE", "TOUCHLINE_TLS_CERT", "TOUCHLINE_SERVER_TOKENS", "TOUCHLINE_SERVER_SERVICE_HOST"):
+        monkeypatch.setenv(variable, "7")
+
+    assert read_cfg() == Config()
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "environment variable TOUCHLINE_CONFIG_BATCH_SIZE has no effect: TOUCHLINE_CONFIG__BATCH_SIZE, with two underscores, "
+        "overrides config.batch_size"
+    )
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [

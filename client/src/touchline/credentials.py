@@ -107,10 +107,14 @@ def is_local(address: str) -> bool:
 
 def _tls_of(environment: Mapping[str, str]) -> TlsConfig | None:
     ca = environment.get(CA_VARIABLE)
-    if not ca:
-        return None
-    others = (environment.get(name) or None for name in (CERT_VARIABLE, KEY_VARIABLE, SERVER_NAME_VARIABLE))
-    return TlsConfig(ca, *others)
+    others = {name: environment.get(name) or None for name in (CERT_VARIABLE, KEY_VARIABLE, SERVER_NAME_VARIABLE)}
+    if ca:
+        return TlsConfig(ca, *others.values())
+    for name, value in others.items():
+        if value is not None:
+            # To go on in the clear is not what whoever set it wants.
+            raise InvalidArgumentError(f"{name}: set without {CA_VARIABLE}, which turns TLS on, expected both; or give tls=")
+    return None
 
 
 def _channel_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:

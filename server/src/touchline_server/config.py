@@ -8,6 +8,7 @@ from its arguments alone. The tables and their defaults are those of ``cfg/defau
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tomllib
 from collections.abc import Mapping
@@ -29,6 +30,10 @@ ENV_PREFIX = "TOUCHLINE_"
 """``TOUCHLINE_<TABLE>__<KEY>`` overrides one key."""
 
 _ENV_DELIMITER = "__"
+_CLIENTS_VARIABLES = ("TOUCHLINE_TLS_CERT", "TOUCHLINE_TLS_KEY")
+"""Look like keys, and are what a client goes by."""
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -230,13 +235,24 @@ def _overrides() -> dict[tuple[str, str], str]:
     found = {}
     for variable in os.environ:
         table, delimiter, key = variable.removeprefix(ENV_PREFIX).lower().partition(_ENV_DELIMITER)
-        if not variable.startswith(ENV_PREFIX) or not delimiter:
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        if not delimiter:
+            _warn_of_one_underscore(variable)
             continue
         if table not in Config.model_fields:
             known = ", ".join(Config.model_fields)
             raise ConfigError(f"environment variable {variable}: unknown table {table!r}, expected one of {known}")
         found[table, key.partition(_ENV_DELIMITER)[0]] = variable
     return found
+
+
+def _warn_of_one_underscore(variable: str) -> None:
+    """A warning and no error: an orchestrator may set variables of such names by itself, for a service that is called like this one."""
+    table, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("_")
+    if table in Config.model_fields and key in _keys_of(table) and variable not in _CLIENTS_VARIABLES:
+        meant = f"{ENV_PREFIX}{table}{_ENV_DELIMITER}{key}".upper()
+        logger.warning("environment variable %s has no effect: %s, with two underscores, overrides %s.%s", variable, meant, table, key)
 
 
 _EXPECTED = {
