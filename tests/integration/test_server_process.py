@@ -84,6 +84,14 @@ def test_serve_on_a_port_in_use_exits_1_and_says_what_to_do(process: ServerProce
     assert "Traceback" not in result.stderr
 
 
+def test_serve_on_a_socket_in_no_folder_exits_1_and_says_so(tmp_path: Path) -> None:
+    result = run("serve", "--unix-socket", str(tmp_path / "none" / "s"))
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"touchline-server: cannot listen on unix:{tmp_path}/none/s: its folder is not there or not writable" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_serve_with_a_bad_configuration_exits_2_and_names_the_key(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text("[config]\nbatch_sise = 8\n", encoding="utf-8")

@@ -151,10 +151,13 @@ class ReplayServer:
             else:
                 port = self._server.add_secure_port(wanted, self._credentials)
         except RuntimeError as error:
-            raise AddressInUseError(
-                f"cannot listen on {wanted}: the address is in use or not this machine's; stop the other server or choose another "
-                f"--host, --port or --unix-socket ({error})"
-            ) from None
+            if self._config.unix_socket:
+                what = "its folder is not there or not writable, or its path is over 107 characters; choose another --unix-socket"
+            else:
+                what = (
+                    "the address is in use or not this machine's; stop the other server or choose another --host, --port or --unix-socket"
+                )
+            raise AddressInUseError(f"cannot listen on {wanted}: {what} ({error})") from None
         return wanted if self._config.unix_socket else _join(self._config.host, port)
 
 

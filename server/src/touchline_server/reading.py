@@ -66,10 +66,21 @@ class EpisodeQuery:
             raise InvalidRequestError("skip_missing without ids, expected it with ids alone")
         if self.newest is not None and self.newest < 1:
             raise InvalidRequestError(f"newest: {self.newest}, expected 1 or more")
-        numbers = {"first": self.first, "last": self.last} | {f"ids[{at}]": number for at, number in enumerate(self.ids or ())}
-        for name, number in numbers.items():
-            if number is not None and not -(2**63) <= number < 2**63 - 1:
-                raise InvalidRequestError(f"{name}: {number}, expected a 64-bit integer below its largest")
+        _check_id("first", self.first)
+        _check_id("last", self.last)
+        # There may be a million, and this is the event loop: each is looked at by itself only where one of them is wrong.
+        if self.ids and not (_is_id(min(self.ids)) and _is_id(max(self.ids))):
+            for at, number in enumerate(self.ids):
+                _check_id(f"ids[{at}]", number)
+
+
+def _is_id(number: int) -> bool:
+    return -(2**63) <= number < 2**63 - 1
+
+
+def _check_id(name: str, number: int | None) -> None:
+    if number is not None and not _is_id(number):
+        raise InvalidRequestError(f"{name}: {number}, expected a 64-bit integer below its largest")
 
 
 class EpisodeReader:
