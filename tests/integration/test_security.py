@@ -106,13 +106,13 @@ def test_name_of_the_certificate_may_be_another_than_the_address(authority: Auth
 
 def test_client_that_trusts_others_or_speaks_plainly_does_not_get_in(other_authority: Authority, pair: Pair) -> None:
     with tls_server(pair) as server:
-        for tls in (TlsConfig(other_authority.cert), True, False):
-            with pytest.raises(UnavailableError, match=server.address):
+        for tls, spoken in ((TlsConfig(other_authority.cert), "TLS"), (True, "TLS"), (False, "no TLS")):
+            with pytest.raises(UnavailableError, match=f"^{server.address}: .* and speaks {spoken}, as this client does"):
                 ask(server, tls)
 
 
 def test_tls_to_a_plain_server_fails(authority: Authority) -> None:
-    with ServerThread(make_config()) as server, pytest.raises(UnavailableError, match=server.address):
+    with ServerThread(make_config()) as server, pytest.raises(UnavailableError, match=f"^{server.address}: .* and speaks TLS, as"):
         ask(server, TlsConfig(authority.cert))
 
 

@@ -76,14 +76,24 @@ METADATA = ((PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),)
 """Goes with every call, before what the transport's credentials add."""
 
 
-def translate(error: grpc.RpcError, address: str) -> TouchlineError:
-    """Returns what a failed call means. Status code and reason decide, never the words of the message."""
+def translate(error: grpc.RpcError, address: str, *, tls: bool) -> TouchlineError:
+    """Returns what a failed call means. Status code and reason decide, never the words of the message.
+
+    Args:
+        error: what gRPC raised.
+        address: of the server.
+        tls: whether it was asked by TLS.
+    """
     failed: Any = error  # the public class has none of what gRPC raises with
     code = failed.code()
     trailing = dict(failed.trailing_metadata() or ())
     reason = trailing.get(REASON_METADATA_KEY, "")
     kind = ERROR_OF_REASON.get(reason) or ERROR_OF_STATUS.get(code, ServerError)
     details = failed.details() or "no details"
+    if code is grpc.StatusCode.UNAVAILABLE and not reason:
+        # No server said so: nobody answered, or not in the language of the question.
+        expected = f"a touchline-server that is up there and speaks {'TLS' if tls else 'no TLS'}, as this client does"
+        return kind(f"{address}: {details} (UNAVAILABLE); expected {expected}")
     if issubclass(kind, UnavailableError | DeadlineError | ServerError | IncompatibleVersionError | AccessDeniedError):
         return kind(f"{address}: {details} ({code.name})")
     if issubclass(kind, OverLimitError):
@@ -234,7 +244,7 @@ class Calls:
         if self.transport.closed:
             return ClosedError(f"the client of {self.transport.address} was closed")
         if isinstance(error, grpc.RpcError):
-            return translate(error, self.transport.address)
+            return translate(error, self.transport.address, tls=self.transport.tls)
         raise error
 
     def _run(self, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:

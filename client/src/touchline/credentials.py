@@ -80,6 +80,11 @@ class Credentials:
         self.metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {token}"),) if token else ()
         """Goes with every call."""
 
+    @property
+    def tls(self) -> bool:
+        """Whether channels speak TLS."""
+        return self._tls is not None
+
     def __repr__(self) -> str:
         return f"Credentials(tls={self._tls!r}, token={'given' if self.metadata else 'none'})"
 

@@ -44,6 +44,8 @@ class Transport:
         self._credentials = Credentials(address) if credentials is None else credentials
         self.metadata = self._credentials.metadata
         """Goes with every call."""
+        self.tls = self._credentials.tls
+        """Whether it speaks TLS."""
         self.generation = 0
         """Grows by one in a forked child; what was opened before belongs to the parent."""
         self._options = [
