@@ -86,7 +86,10 @@ def _throughput(sections: Sections) -> Figure | None:
     for axis, (workload, found) in zip(axes[:, 0], panels, strict=True):
         _bar_panel(axis, found)
         axis.set_title(titles[workload], loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes[-1, 0].set_xlabel("batches per second (log scale); whiskers: 95 % interval of the median", color=MUTED, fontsize=9)
+    text = "batches per second (log scale); whiskers: 95 % interval of the median"
+    if any(subject.startswith("reverb") for _, found in panels for subject, _ in found):
+        text += "; Reverb: of a run of its own, see the tables"
+    axes[-1, 0].set_xlabel(text, color=MUTED, fontsize=9, loc="right")
     return figure
 
 
@@ -145,7 +148,8 @@ def _ratios(verdicts: Sequence[Verdict]) -> Figure | None:
     ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axis.minorticks_off()
-    figure.supxlabel("measured over its bar, right of the line is better; the ratio itself stands at the right", color=MUTED, fontsize=9)
+    text = "measured over its bar, right of the line is better; green: the 95 % interval reaches the bar; at the right the ratio itself"
+    figure.supxlabel(text, color=MUTED, fontsize=9)
     _clean(axis, "x")
     return figure
 
@@ -158,8 +162,8 @@ def _load(sections: Sections) -> Figure | None:
         (("reverb", COLOURS["theirs"], "Reverb"), ("stream", COLOURS["faint"], "TCP stream"), ("ring", COLOURS["ours"], "ring"))
     ):
         for place, (_, suffix) in enumerate(groups):
-            section = "peers W1" if subject == "reverb" else "W1"
-            rates = values(sections, section, subject + suffix, "batches_per_s")
+            # Side by side only what one run measured; without Reverb there is but the other run.
+            rates = values(sections, "peers W1" if "peers W1" in sections else "W1", subject + suffix, "batches_per_s")
             if not rates:
                 continue
             rate = median_interval(rates)

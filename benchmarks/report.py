@@ -86,6 +86,7 @@ def _bars_table(verdicts: Sequence[Verdict]) -> str:
         sign = "at most" if bar.at_most else "at least"
         measured = f"**{short(ratio.median)}** | {short(ratio.low)} to {short(ratio.high)}" if ratio else "— | —"
         lines.append(f"| {bar.text} | {sign} {bar.value:g} | {measured} | {verdict.word} | {bar.prototypes} |")
+    lines += ["", "*Met*: the 95 % interval reaches the bar, the median itself perhaps not. *Clearly met*: all of the interval does."]
     return "\n".join(lines)
 
 
