@@ -160,7 +160,7 @@ class Columns:
             out: [*rows.shape, *column shape], contiguous, of the column's dtype: filled.
         """
         if self._arrays is not None:
-            np.take(self._arrays[name], rows, axis=0, out=out, mode="clip")
+            self._arrays[name].take(rows, 0, out, "clip")
         else:
             as_tensor(out).copy_(self.gather_tensor(name, torch.from_numpy(rows).to(self.device)))
 

@@ -45,6 +45,8 @@ class Part(NamedTuple):
     rows: slice
     inner_shape: tuple[int, ...]
     """Of one row as stored."""
+    gathered_shape: tuple[int, ...]
+    """Of those rows of all slices."""
     out_shape: tuple[int, ...]
     """In the batch."""
     stored: bool
@@ -77,7 +79,8 @@ class GatherPlan:
                 rows, shape = transition, _shape(horizon, batch_size, *(inner if name == "action" else (1,)))
             else:
                 rows, shape = slice(None), _shape(horizon + 1, batch_size, *inner)
-            parts.append(Part(name, rows, inner, shape, name in stored))
+            gathered = (len(range(horizon + 1)[rows]), batch_size, *inner)
+            parts.append(Part(name, rows, inner, gathered, shape, name in stored))
             specs.append(TensorSpec(name, dtype, shape))
         return cls(tuple(parts), BatchLayout(specs, batch_size), horizon + 1)
 
@@ -101,11 +104,11 @@ class GatherPlan:
             self._fill_from_host(selection, out)
 
     def _fill_from_host(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
+        columns, rows = selection.columns, selection.rows
         for part in self.parts:
             target = out[part.name]
             if part.stored:
-                rows = selection.rows[part.rows]
-                selection.columns.gather(part.name, rows, target.reshape(*rows.shape, *part.inner_shape))
+                columns.gather(part.name, rows[part.rows], target.reshape(part.gathered_shape))
             else:
                 target.fill(0)
         fill_provenance(selection.draw, out)
