@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 from hypothesis import settings
 
@@ -12,3 +13,7 @@ logging.getLogger("torchrl").addFilter(lambda record: record.levelno >= logging.
 
 settings.register_profile("touchline", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("touchline")
+
+# A shell starts what it runs in the background with SIGINT ignored, and so would be every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
