@@ -473,7 +473,7 @@ def test_episode_that_is_answered_before_it_is_counted_leaves_the_thread_at_rest
     queue = _SlowlyCounted(max_pending=8, max_bytes=1 << 20)
     monkeypatch.setattr(client, "deliver", lambda episode: queue.sending.wait(30))
     monkeypatch.setattr(client, "deliver_all", lambda episodes: iter([[EpisodeResult(key) for key, _ in episodes]]))
-    outbox = Outbox(client, queue, actor="keeper", when_full="block")
+    outbox = Outbox(client, queue, name="keeper", when_full="block")
     pauses: list[int] = []
     sleep = outbox._sleep
 

@@ -1,4 +1,4 @@
-"""``touchline load`` and ``touchline export``. Needs typer and rich, which :mod:`touchline.console` sees to."""
+"""``touchline load`` and ``touchline export``, with ``touchline spool`` beside them. :mod:`touchline.console` sees to typer and rich."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from touchline import datasets
+from touchline import datasets, spool_commands
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError, ExportReport, LoadReport
 from touchline.progress import Meter
@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(spool_commands.app, name="spool")
 
 
 def _print_version(asked: bool) -> None:
@@ -43,7 +44,7 @@ def _describe(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Touchline's client: data sets into a replay server, and out of it.
+    """Touchline's client: data sets into a replay server, and out of it; and what waits on a robot's disk.
 
     TLS and tokens come from the environment: TOUCHLINE_TLS_CA, TOUCHLINE_TOKEN.
 
@@ -52,6 +53,7 @@ def _describe(
       touchline load mt30/*.pt --address replay-host:50051
       touchline load minari:D4RL/door/human-v2
       touchline export everything.h5 --address replay-host:50051
+      touchline spool show /var/lib/robot/spool
     """
 
 

@@ -58,14 +58,14 @@ class Outbox:
     Args:
         client: sends the episodes.
         queue: keeps them until they are acknowledged; closed with this.
-        actor: named in the log.
+        name: of the sender, in the log.
         when_full: what happens to an episode for which the queue has no room.
     """
 
-    def __init__(self, client: ReplayClient, queue: PendingEpisodes, *, actor: str, when_full: WhenFull) -> None:
+    def __init__(self, client: ReplayClient, queue: PendingEpisodes, *, name: str, when_full: WhenFull) -> None:
         self._client = client
         self._queue = queue
-        self._name = f"episode writer of actor {actor!r}"
+        self._name = name
         self._when_full = when_full
         self._changed = threading.Condition()
         self._counters = WriterCounters(resumed=queue.resumed[0], pending=queue.resumed[0])
@@ -105,6 +105,16 @@ class Outbox:
     def idle(self) -> bool:
         """Nothing waits here: all was answered, or it is the next writer's."""
         return self._stopped
+
+    @property
+    def trouble(self) -> TouchlineError | None:
+        """Why sending is being tried again, or is over; None where nothing is in the way."""
+        return self._failure or self._trouble
+
+    def wait(self, timeout_s: float) -> bool:
+        """Returns whether nothing is to be sent any more: at once where that is so, else at the latest after this time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._done, timeout_s)
 
     def count_discarded(self) -> None:
         """Counts an episode that was not handed on."""

@@ -21,6 +21,7 @@ from touchline.errors import InvalidEpisodeError, SpoolError, TooLargeError, Tou
 from touchline.forking import gate, keep_orphan
 from touchline.pending import Admission, Parcel, Waiting
 from touchline.spool_file import (
+    COLUMNS,
     DAMAGED,
     FILE_NAME,
     PAGE_BYTES,
@@ -32,6 +33,8 @@ from touchline.spool_file import (
     inherit,
     is_full,
     open_file,
+    set_state,
+    table_of,
     translate,
 )
 from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, decode_add_episode
@@ -54,7 +57,6 @@ logger = logging.getLogger(__name__)
 _IS_WAITING = f"state NOT IN ({REFUSED}, {DAMAGED})"
 """A state that is none is damage, which the row's checksum tells when its turn comes."""
 _Row = tuple[Any, ...]
-_COLUMNS = "id, client_id, incarnation, sequence, length, size_bytes, time, state, reason, payload_checksum"
 
 
 class Spool:
@@ -67,20 +69,29 @@ class Spool:
         folder: made if it is not there. On a local disk: SQLite's log needs shared memory, which network file systems lack.
         limit_bytes: what the folder may take.
         max_pending: episodes that may wait; None for as many as fit.
-        table: of the server, that the episodes are for.
+        table: of the server, that the episodes are for; None: of the table that the file names.
+        max_refused: refused episodes that are kept, the newest; None keeps all.
 
     Raises:
         SpoolError: another writer holds the folder, or its file is damaged, of a newer format, or no spool.
     """
 
-    def __init__(self, folder: Path, *, limit_bytes: int, max_pending: int | None = None, table: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit_bytes: int,
+        max_pending: int | None = None,
+        table: str | None = "",
+        max_refused: int | None = MAX_REFUSED,
+    ) -> None:
         self._folder = folder.resolve()
         self._path = self._folder / FILE_NAME
         self._log = self._folder / f"{FILE_NAME}-wal"
         self._limit_bytes = limit_bytes
         self._log_bytes = min(LOG_BYTES, limit_bytes // 8)
         self._max_pending = max_pending
-        self._table = table
+        self._max_refused = max_refused
         self._lock = threading.Lock()
         self._sending = -1
         self._skipped: set[int] = set()
@@ -93,6 +104,8 @@ class Spool:
                 self._connection.execute(f"PRAGMA wal_autocheckpoint = {self._log_bytes // 2 // PAGE_BYTES}").fetchall()
                 self._connection.execute(f"PRAGMA journal_size_limit = {self._log_bytes}").fetchall()
                 self._next, self._count, rows = self._survey(self._connection)
+                self.table = table_of(self._connection) or "" if table is None else table
+                """Of the server, that the episodes are for."""
             except BaseException as error:
                 self._holder.release()
                 if isinstance(error, SQLITE_ERRORS):
@@ -122,7 +135,7 @@ class Spool:
     def pack(self, episode: Episode) -> Parcel:
         """Returns the episode as a message."""
         assert episode.key is not None
-        message = encode_episode(episode, table=self._table)
+        message = encode_episode(episode, table=self.table)
         pages = _pages_for(len(message))
         least = (SPARE_PAGES + pages) * PAGE_BYTES + self._log_bytes + pages * FRAME_BYTES + SHARED_BYTES
         if least > self._limit_bytes:
@@ -187,14 +200,14 @@ class Spool:
             self._tidy(connection)
 
     def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
-        """Keeps an episode that was taken out of the queue, with the reason; the newest ``MAX_REFUSED`` of those that were refused."""
+        """Keeps an episode that was taken out of the queue, with the reason; the newest ``max_refused`` of those that were refused."""
         with self._open() as connection:
             damaged = isinstance(error, SpoolError)
             try:
                 self._mark(connection, waiting.number, DAMAGED if damaged else REFUSED, str(error)[:1000])
-                if not damaged:
+                if not damaged and self._max_refused is not None:
                     refused = connection.execute("SELECT id FROM episodes WHERE state = ? ORDER BY id DESC", (REFUSED,)).fetchall()
-                    for (number,) in refused[MAX_REFUSED:]:
+                    for (number,) in refused[self._max_refused :]:
                         self._delete(connection, number)
             except (sqlite3.DatabaseError, UnicodeDecodeError):
                 if not damaged:
@@ -259,7 +272,7 @@ class Spool:
 
     def _oldest(self, connection: sqlite3.Connection, state: int, *, after: int = -1) -> _Row | None:
         which = _IS_WAITING if state == WAITING else f"state = {REFUSED}"
-        rows = connection.execute(f"SELECT {_COLUMNS}, row_checksum FROM episodes WHERE ({which}) AND id > ? ORDER BY id", (after,))
+        rows = connection.execute(f"SELECT {COLUMNS}, row_checksum FROM episodes WHERE ({which}) AND id > ? ORDER BY id", (after,))
         return next((row for row in rows if row[0] not in self._skipped), None)
 
     def _insert(self, connection: sqlite3.Connection, parcel: Parcel, message: bytes) -> None:
@@ -279,12 +292,8 @@ class Spool:
             connection.execute("DELETE FROM episodes WHERE id = ?", (number,))
 
     def _mark(self, connection: sqlite3.Connection, number: int, state: int, reason: str) -> None:
-        row = list(connection.execute(f"SELECT {_COLUMNS} FROM episodes WHERE id = ?", (number,)).fetchone())
-        row[7:9] = state, reason
         with self._transaction(connection, sync=True):
-            connection.execute(
-                "UPDATE episodes SET state = ?, reason = ?, row_checksum = ? WHERE id = ?", (state, reason, row_checksum(*row), number)
-            )
+            set_state(connection, number, state, reason)
 
     def _damage(self, waiting: Waiting, where: str) -> SpoolError:
         return SpoolError(
@@ -342,7 +351,7 @@ class Spool:
             dropped.append(_waiting(victim))
 
     def _droppable(self, connection: sqlite3.Connection) -> Iterator[_Row]:
-        rows = connection.execute(f"SELECT {_COLUMNS} FROM episodes WHERE state = ? ORDER BY id", (WAITING,))
+        rows = connection.execute(f"SELECT {COLUMNS} FROM episodes WHERE state = ? ORDER BY id", (WAITING,))
         return (row for row in rows if row[0] > self._sending and row[0] not in self._skipped)
 
     def _fits(self, connection: sqlite3.Connection, pages: int, freed: int = 0, *, shrunk: bool = False) -> bool:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from touchline.errors import SpoolError
-from touchline_protos.files import HAS_LOCKS, lock, open_own, sync
-from touchline_protos.tables import FormatError, Tables
+from touchline_protos.files import HAS_LOCKS, is_locked, lock, open_own, sync
+from touchline_protos.tables import FormatError, Tables, row_checksum
 
 FILE_NAME = "spool.db"
 LOCK_NAME = "lock"
@@ -39,6 +42,13 @@ CREATE TABLE episodes (
 CREATE TABLE payloads (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 """,
 )
+
+COLUMNS = "id, client_id, incarnation, sequence, length, size_bytes, time, state, reason, payload_checksum"
+"""Of ``episodes``, all that ``row_checksum`` is made of, in its order."""
+
+LOOKS = 10
+LOOK_S = 0.02
+"""A folder that is taken is looked at so often, so far apart: who shows a spool takes a share of the lock for a moment."""
 
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What the module raises; the second where SQLite's own message quotes what is damaged."""
@@ -71,9 +81,9 @@ class FolderLock:
         except OSError as error:
             raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
         try:
-            lock(self._handle)
+            _lock(self._handle)
         except BlockingIOError:
-            holder = os.pread(self._handle, 20, 0).decode("ascii", "replace").strip()
+            holder = _number_in(self._handle)
             os.close(self._handle)
             raise SpoolError(
                 f"spool_dir: {folder} is in use by another writer{f' (process {holder})' if holder else ''}; close it, or give each writer "
@@ -97,8 +107,7 @@ class FolderLock:
 
     def marked(self) -> int:
         """Returns the number of the last episode that was taken over; 0 where none was, or where the mark cannot be read."""
-        text = os.pread(self._mark, 40, 0).split()
-        return int(text[0]) if text and text[0].isdigit() else 0
+        return _number_in(self._mark)
 
     def mark(self, number: int) -> None:
         """Notes the number of an episode that is on the disk. Not synced: a loss of power may take it, and with it a check."""
@@ -111,17 +120,78 @@ class FolderLock:
         os.close(self._handle)
 
 
-def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
+def _lock(handle: int) -> None:
+    """Takes a folder's lock.
+
+    Raises:
+        BlockingIOError: another holds it, and for more than a moment.
+    """
+    for _ in range(LOOKS - 1):
+        with contextlib.suppress(BlockingIOError):
+            return lock(handle)
+        time.sleep(LOOK_S)
+    lock(handle)
+
+
+def _number_in(handle: int) -> int:
+    """Returns the number that a file begins with; 0 where there is none."""
+    text = os.pread(handle, 40, 0).split()
+    return int(text[0]) if text and text[0].isdigit() else 0
+
+
+def number_in(path: Path) -> int:
+    """Returns the number that the lock's or the mark's file has; 0 where there is none.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        return _number_in(handle)
+    finally:
+        os.close(handle)
+
+
+def check_there(folder: Path) -> None:
+    """Refuses a folder without a spool, before anything is made in it.
+
+    Raises:
+        SpoolError: there is none, or it cannot be read.
+    """
+    try:
+        if (folder / FILE_NAME).is_file():
+            if os.access(folder / FILE_NAME, os.R_OK):
+                return
+            raise SpoolError(f"{folder / FILE_NAME} cannot be read by this user; run it as the one that the writer runs as")
+        found = "it has no spool.db" if folder.is_dir() else "it is no folder" if folder.exists() else "there is no such folder"
+    except OSError as error:
+        found = f"it cannot be looked into ({error.strerror})"
+    raise SpoolError(f"{folder} is no spool: {found}; name the spool_dir of an EpisodeWriter")
+
+
+def in_use(folder: Path) -> bool:
+    """Returns whether a writer, or another command, holds a folder."""
+    try:
+        return HAS_LOCKS and is_locked(folder / LOCK_NAME)
+    except OSError:
+        return False
+
+
+def open_file(folder: Path, *, table: str | None) -> sqlite3.Connection:
     """Opens the file in a folder that is locked, and makes it where there is none.
+
+    Args:
+        folder: of the file.
+        table: that its episodes are for; None: whatever the file says.
 
     Raises:
         SpoolError: it is damaged, of a newer format, of another table, or no spool.
     """
     path = folder / FILE_NAME
-    try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
-    except sqlite3.Error as error:
-        raise translate(error, path) from error
+    connection = _connect(str(path), path)
     try:
         _prepare(connection, path, table)
     except SQLITE_ERRORS as error:
@@ -132,6 +202,39 @@ def open_file(folder: Path, *, table: str) -> sqlite3.Connection:
         raise
     _sync_entries(folder)
     return connection
+
+
+@contextlib.contextmanager
+def read_file(folder: Path) -> Iterator[sqlite3.Connection | None]:
+    """Opens the file in a folder that a writer may be using, to read it alone; gives None where nothing was ever written to it.
+
+    Raises:
+        SpoolError: it is damaged, of a newer format, or no spool; also where the body finds damage.
+    """
+    path = folder / FILE_NAME
+    with contextlib.closing(_connect(f"file:{quote(str(path))}?mode=ro", path)) as connection:
+        try:
+            _set_up(connection)
+            yield connection if TABLES.check(connection) else None
+        except FormatError as error:
+            raise _foreign(error, path) from None
+        except SQLITE_ERRORS as error:
+            raise translate(error, path) from error
+
+
+def table_of(connection: sqlite3.Connection) -> str | None:
+    """Returns the name of the server's table that a file's episodes are for; None where the file does not say."""
+    found = connection.execute("SELECT value FROM meta WHERE name = 'table'").fetchone()
+    return str(found[0]) if found is not None else None
+
+
+def set_state(connection: sqlite3.Connection, number: int, state: int, reason: str) -> None:
+    """Says what an episode is waiting for, or why it is not; in a transaction of the caller's."""
+    row = list(connection.execute(f"SELECT {COLUMNS} FROM episodes WHERE id = ?", (number,)).fetchone())
+    row[7:9] = state, reason
+    connection.execute(
+        "UPDATE episodes SET state = ?, reason = ?, row_checksum = ? WHERE id = ?", (state, reason, row_checksum(*row), number)
+    )
 
 
 def translate(error: Exception, path: Path) -> SpoolError:
@@ -160,27 +263,48 @@ def _sync_entries(folder: Path) -> None:
         sync(folder)
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, table: str) -> None:
+def _connect(name: str, path: Path) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=10.0, uri=name.startswith("file:"))
+    except sqlite3.Error as error:
+        raise translate(error, path) from error
+
+
+def _set_up(connection: sqlite3.Connection) -> None:
     connection.text_factory = lambda data: data.decode(errors="replace")  # the checksums tell damage
     connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
-    connection.execute("PRAGMA synchronous = FULL")
-    try:
-        TABLES.prepare(connection, lambda: connection.execute("INSERT INTO meta VALUES ('table', ?)", (table,)))
-    except FormatError as error:
-        if error.version is None:
-            raise SpoolError(
-                f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {advice(path)}"
-            ) from None
-        raise SpoolError(
-            f"{path}: written in format {error.version}, this touchline reads format {TABLES.version}; install one that reads it, or name "
-            "another spool_dir"
-        ) from None
-    # A page that lost rows would be no error to SQLite otherwise.
+
+
+def _foreign(error: FormatError, path: Path) -> SpoolError:
+    if error.version is None:
+        return SpoolError(f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {advice(path)}")
+    return SpoolError(
+        f"{path}: written in format {error.version}, this touchline reads format {TABLES.version}; install one that reads it, or name "
+        "another spool_dir"
+    )
+
+
+def check_structure(connection: sqlite3.Connection, path: Path) -> None:
+    """Reads all of a file: a page that lost rows would be no error to SQLite otherwise.
+
+    Raises:
+        SpoolError: it is damaged.
+    """
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
         raise SpoolError(f"{path}: damaged ({' '.join(verdict.split())}); {advice(path)}")
-    found = connection.execute("SELECT value FROM meta WHERE name = 'table'").fetchone()
-    if found is not None and found[0] != table:
-        raise SpoolError(f"{path}: its episodes are for the table {found[0]!r}, the client's is {table!r}; name another spool_dir")
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, table: str | None) -> None:
+    _set_up(connection)
+    connection.execute("PRAGMA synchronous = FULL")
+    try:
+        TABLES.prepare(connection, lambda: connection.execute("INSERT INTO meta VALUES ('table', ?)", (table or "",)))
+    except FormatError as error:
+        raise _foreign(error, path) from None
+    check_structure(connection, path)
+    found = table_of(connection)
+    if table is not None and found is not None and found != table:
+        raise SpoolError(f"{path}: its episodes are for the table {found!r}, the client's is {table!r}; name another spool_dir")
     for statement in ("journal_mode = WAL", "secure_delete = OFF", "fullfsync = ON", "checkpoint_fullfsync = ON"):
         connection.execute(f"PRAGMA {statement}").fetchall()

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError
-from touchline.errors import DeadlineError, TouchlineError, UnavailableError
+from touchline.errors import DeadlineError, SpoolError, TouchlineError, UnavailableError
 from touchline.refusals import Refusals
 
 EXIT_FAILED = 1
@@ -83,7 +83,7 @@ def failing_well(interrupted: str) -> Iterator[Callable[[], None]]:
         fail(interrupted, EXIT_INTERRUPTED)
     except (UnavailableError, DeadlineError) as error:
         fail(f"no answer: {error}\nThe same command may be run again.", EXIT_FAILED)
-    except DatasetError as error:
+    except (DatasetError, SpoolError) as error:
         fail(str(error), EXIT_FAILED)
     except TouchlineError as error:
         fail(f"{type(error).__name__}: {error}", EXIT_FAILED)

@@ -117,7 +117,7 @@ class EpisodeWriter:
         self._rows_version = self._policy_version
         self._cut = False
         self._due: Episode | None = None
-        self._outbox = Outbox(self._client, queue, actor=self._actor, when_full=self._when_full)
+        self._outbox = Outbox(self._client, queue, name=f"episode writer of actor {self._actor!r}", when_full=self._when_full)
 
     def _open_spool(self, folder: Path) -> PendingEpisodes:
         from touchline.spool import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool

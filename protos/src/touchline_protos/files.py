@@ -36,6 +36,22 @@ def lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def is_locked(path: Path) -> bool:
+    """Returns whether a process holds a file's lock. Looking takes a share of it for a moment, in which nobody gets the lock.
+
+    Raises:
+        OSError: the file cannot be read, or the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def sync(path: Path) -> None:
     """Has the file system write a file's content, or a folder's entries, down.
 

@@ -36,6 +36,23 @@ class Tables:
     statements: str
     """That make the tables."""
 
+    def check(self, connection: sqlite3.Connection) -> bool:
+        """Checks what a file says that it is, and returns whether anything was ever written to it.
+
+        Raises:
+            FormatError: it is something else.
+            sqlite3.Error: SQLite cannot make sense of it.
+        """
+        application, version = pragma(connection, "application_id"), pragma(connection, "user_version")
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not (application or version or tables):
+            return False
+        if application != self.application_id:
+            raise FormatError(None)
+        if version != self.version:
+            raise FormatError(version)
+        return True
+
     def prepare(self, connection: sqlite3.Connection, first: Callable[[], object] = lambda: None) -> None:
         """Checks what a file says that it is, and makes the tables, all or none, where it is empty.
 
@@ -47,13 +64,7 @@ class Tables:
             FormatError: it is something else.
             sqlite3.Error: SQLite cannot make sense of it, or cannot write it.
         """
-        application, version = pragma(connection, "application_id"), pragma(connection, "user_version")
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application or version or tables:
-            if application != self.application_id:
-                raise FormatError(None)
-            if version != self.version:
-                raise FormatError(version)
+        if self.check(connection):
             return
         # New, or of a process that was killed while it made one.
         connection.execute(f"PRAGMA page_size = {self.page_bytes}")
