@@ -3,7 +3,7 @@
     python examples/export_pt.py chunks --newest 24000 --address replay-host:50051
 
 Needs touchline[torch]. A file holds a TensorDict [episodes, rows], so there is one for each number of rows that the episodes have. A
-further run replaces them. Prints a line of JSON for each file.
+further run replaces them. They are read by their weights alone and mapped, not read into memory. Prints a line of JSON for each file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 
 import torch
+from tensordict import TensorDict
+from tensordict._reductions import _make_td
 
 from touchline import ReplayClient, datasets
 
@@ -28,6 +30,8 @@ if __name__ == "__main__":
     with ReplayClient(options.address) as client:
         datasets.export(client, str(options.folder), format="tdmpc2", force=True, newest=options.newest)
     for path in sorted(options.folder.glob("*.pt")):
-        saved = torch.load(path, weights_only=False)  # our own file; a TensorDict is no plain tensor
+        # Beside tensors, a TensorDict and what makes one of them may come out of the file: nothing else in it would be run.
+        with torch.serialization.safe_globals([TensorDict, _make_td]):
+            saved = torch.load(path, weights_only=True, mmap=True)
         episodes, rows = saved.shape
         print(json.dumps({"file": path.name, "episodes": episodes, "rows": rows, "columns": sorted(saved.keys())}))
