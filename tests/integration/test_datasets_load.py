@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 from dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
 from touchline import ReplayClient, datasets
-from touchline.datasets import Changes
+from touchline.datasets import Changes, DatasetEpisode
+from touchline.datasets.npz import NpzSource
+from touchline.errors import UnavailableError
 from touchline_server.app import ServerThread
 
 
@@ -56,20 +59,47 @@ def test_loading_again_stores_nothing_twice_whatever_the_name(server: ServerThre
 
 
 def test_load_reads_no_more_ahead_than_one_call(client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the call that is under way."""
     monkeypatch.setattr("touchline.datasets.loading.CALL_BYTES", 10_000)
     episodes = [make_episode(number, rows=50) for number in range(100)]
     write_npz(tmp_path / "demos.npz", episodes)
+    read = 0
     ahead: list[tuple[int, int]] = []
+    read_one = NpzSource._read
+
+    def count(*arguments: Any) -> DatasetEpisode:
+        nonlocal read
+        read += 1
+        return read_one(*arguments)
 
     def watch(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
         if stage == "load" and done:
-            ahead.append((done, report.size_bytes))
+            ahead.append((done, read))
 
+    monkeypatch.setattr(NpzSource, "_read", count)
     datasets.load(client, str(tmp_path / "demos.npz"), watch=watch)
 
-    size_bytes = sum(column.nbytes for column in episodes[0].values())
-    assert len(ahead) >= 100 * size_bytes // 10_000
-    assert all(read_bytes <= (done + 1) * size_bytes for done, read_bytes in ahead)
+    a_call = -(-10_000 // sum(column.nbytes for column in episodes[0].values()))
+    assert len(ahead) >= 100 // a_call
+    assert all(read <= done + a_call + 2 for done, read in ahead)
+
+
+def test_load_that_fails_half_way_reads_no_further(client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline.datasets.loading.CALL_BYTES", 10_000)
+    write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50) for number in range(100)])
+
+    def watch(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
+        if stage == "load" and done:
+            raise UnavailableError("away")
+
+    with pytest.raises(UnavailableError, match="away"):
+        datasets.load(client, str(tmp_path / "demos.npz"), watch=watch)
+    reading = [thread for thread in threading.enumerate() if thread.name == "touchline-read-ahead"]
+    report = datasets.load(client, str(tmp_path / "demos.npz"))
+
+    assert reading == []
+    assert report.duplicates > 0 and report.duplicates + report.stored == 100
+    assert client.num_eps == 100
 
 
 def test_file_that_was_changed_is_another_source(server: ServerThread, client: ReplayClient, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 
 from touchline.client import ReplayClient
 from touchline.datasets.changes import Changes
 from touchline.datasets.formats import open_source
+from touchline.datasets.read_ahead import ReadAhead
 from touchline.datasets.sizes import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, Source
 from touchline.delivery import make_episode
@@ -22,7 +23,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.dtypes import dtype_name
 
 CALL_BYTES = 32 << 20
-"""Payload of one call: what is in memory, and how often progress is told."""
+"""Payload of one call, and of what is read while it is under way: twice that is in memory. How often progress is told."""
 READERS_VERSION = 1
 """Goes up when a reader makes other columns of the same file: those are other episodes, with other keys."""
 
@@ -120,17 +121,19 @@ def load(
         sent: list[tuple[int, int]] = []
 
         def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-            for read in islice(opened.episodes(first, incoming=incoming, limit=size_limit), total):
+            for read in ahead:
                 own = read.key if not changes and not again else None
                 key = EpisodeKey(*sender(), read.position) if own is None else own
-                made = _make(read, key, changes, client.actor if actor is None else actor, actor is None)
+                made = _make(read, key, client.actor if actor is None else actor, actor is None)
                 sent.append((read.position, made.length if isinstance(made, Episode) else 0))
                 report.size_bytes += made.size_bytes if isinstance(made, Episode) else 0
                 yield key, made
 
-        for results in client.deliver_all(items(), max_bytes=CALL_BYTES):
-            _account(report, results, sent)
-            told("load", report.read, total)
+        read_episodes = (_changed(read, changes) for read in islice(opened.episodes(first, incoming=incoming, limit=size_limit), total))
+        with ReadAhead(read_episodes, size_of=_size_of, max_bytes=CALL_BYTES) as ahead:
+            for results in client.deliver_all(items(), max_bytes=CALL_BYTES):
+                _account(report, results, sent)
+                told("load", report.read, total)
         return report
 
 
@@ -163,7 +166,7 @@ def survey(
         changes = changes or Changes()
         size_limit = SizeLimit(DEFAULT_MAX_EPISODE_BYTES if max_episode_bytes is None else max_episode_bytes, changes)
         for read in islice(opened.episodes(first, incoming=opened.row_convention != "outgoing", limit=size_limit), total):
-            made = _make(read, EpisodeKey("survey", 0, read.position), changes, "", True)
+            made = _make(_changed(read, changes), EpisodeKey("survey", 0, read.position), "", True)
             if isinstance(made, Episode):
                 report.size_bytes += made.size_bytes
                 found = {name: ColumnInfo(dtype_name(column.dtype), column.shape[1:]) for name, column in made.columns.items()}
@@ -221,12 +224,26 @@ def check_convention(name: str, source: Source, convention: str) -> bool:
     return convention == "incoming"
 
 
-def _make(read: DatasetEpisode, key: EpisodeKey, changes: Changes, actor: str, take_own: bool) -> Episode | TouchlineError:
+def _changed(read: DatasetEpisode, changes: Changes) -> DatasetEpisode:
+    """Returns an episode with flat columns as they are to be stored."""
+    if read.error is not None:
+        return read
+    try:
+        return replace(read, columns=changes.of(read.columns))
+    except TouchlineError as error:
+        return replace(read, columns={}, error=error)
+
+
+def _size_of(read: DatasetEpisode) -> int:
+    return sum(column.nbytes for column in read.columns.values())
+
+
+def _make(read: DatasetEpisode, key: EpisodeKey, actor: str, take_own: bool) -> Episode | TouchlineError:
     if read.error is not None:
         return read.error
     try:
         return make_episode(
-            changes.of(read.columns),
+            read.columns,
             key=key,
             actor=check_actor(read.actor) if take_own and read.actor else actor,
             policy_version=read.policy_version,
