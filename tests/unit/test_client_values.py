@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from touchline import Batch, InvalidEpisodeError
 from touchline.delivery import make_episode, split_episodes
@@ -42,7 +44,6 @@ def test_nested_observations_flatten_with_dots() -> None:
 
 
 def test_tensors_and_tensordict_become_arrays() -> None:
-    torch = pytest.importorskip("torch")
     tensordict = pytest.importorskip("tensordict")
     columns = {"obs": {"rgb": torch.ones(4, 2).to(torch.bfloat16)}, "action": torch.ones(4, 1), "reward": torch.ones(4)}
 
@@ -52,6 +53,31 @@ def test_tensors_and_tensordict_become_arrays() -> None:
     assert plain.columns["obs.rgb"].dtype == td.columns["obs.rgb"].dtype == BFLOAT16
     assert plain.columns["obs.rgb"].view(np.uint16).tolist() == [[0x3F80] * 2] * 4
     assert td.columns["action"].tolist() == [[1.0]] * 4
+
+
+def test_bfloat16_of_jax_is_that_of_torch() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(4, 3).astype(ml_dtypes.bfloat16)[:, ::2]
+
+    made = _make(_episode() | {"obs": values})
+
+    assert made.columns["obs"].dtype == BFLOAT16
+    assert made.columns["obs"].shape == (4, 2)
+    assert made.columns["obs"].view(np.uint16).tolist() == torch.tensor(values.astype(np.float32)).bfloat16().view(torch.uint16).tolist()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(4, 2).to_sparse(),
+        torch.zeros(4, 2, dtype=torch.float8_e4m3fn),
+        torch.zeros(4, 2, device="meta"),
+        np.zeros((4, 2), ml_dtypes.float8_e4m3fn),
+    ],
+    ids=["sparse", "float8", "meta", "float8 of JAX"],
+)
+def test_tensor_that_cannot_be_a_column_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(InvalidEpisodeError, match=r"^obs: .*(is no array|is not supported)"):
+        _make(_episode() | {"obs": value})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +111,6 @@ def test_mapping_of_stacked_arrays_splits_into_episodes() -> None:
 
 
 def test_tensordict_of_stacked_tensors_splits_into_episodes() -> None:
-    torch = pytest.importorskip("torch")
     tensordict = pytest.importorskip("tensordict")
 
     episodes = list(split_episodes(tensordict.TensorDict({"obs": torch.zeros(3, 5, 2)}, batch_size=[3, 5])))
@@ -123,7 +148,6 @@ def _batch(**change: Any) -> Batch:
 
 
 def test_tensors_share_the_arrays_memory_and_structure() -> None:
-    torch = pytest.importorskip("torch")
     arrays = _batch()
 
     tensors = to_tensors(torch, arrays)
@@ -141,7 +165,6 @@ def test_tensors_share_the_arrays_memory_and_structure() -> None:
 
 
 def test_bits_of_bfloat16_become_that_dtype() -> None:
-    torch = pytest.importorskip("torch")
     bits = np.array([0x3F80, 0xC000], np.uint16).view(BFLOAT16)
 
     tensor = as_tensor(torch, bits)

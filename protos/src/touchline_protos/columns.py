@@ -41,21 +41,24 @@ def flatten_columns(episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def to_array(name: str, value: Any) -> np.ndarray:
-    """Returns one value as a C-contiguous, little-endian numpy array; bfloat16 tensors as :data:`~touchline_protos.dtypes.BFLOAT16`.
+    """Returns one value as a C-contiguous, little-endian numpy array; bfloat16, torch's and JAX's, as
+    :data:`~touchline_protos.dtypes.BFLOAT16`.
 
     Raises:
-        ColumnError: the value is no array of numbers.
+        ColumnError: the value is no array of numbers, or a tensor that numpy cannot hold (sparse, quantised, float8).
     """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return np.asarray(tensor.view(torch.int16).numpy()).view(BFLOAT16)
-        value = tensor.numpy()
     try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu().contiguous()
+            if tensor.dtype == torch.bfloat16:
+                return np.asarray(tensor.view(torch.int16).numpy()).view(BFLOAT16)
+            value = tensor.numpy()
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ColumnError(f"{name}: {type(value).__name__} is no array ({error})") from None
+    if array.dtype.name == "bfloat16":
+        array = array.view(BFLOAT16)  # the dtype that JAX's arrays have in numpy, of the package ml_dtypes
     if array.dtype.hasobject:
         raise ColumnError(f"{name}: an array of {array.dtype.name}, expected numbers")
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
