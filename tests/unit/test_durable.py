@@ -514,6 +514,20 @@ def test_snapshot_of_a_store_in_use_is_a_store_of_one_moment(opened: Opener, tmp
         upkeep.snapshot(tmp_path / "data", tmp_path / "copy")
 
 
+def test_snapshot_has_a_lineage_of_its_own_for_both_go_on_with_the_same_ids(opened: Opener, tmp_path: Path) -> None:
+    buffer = opened()
+    buffer.add_episode(keyed_episode(0, 0))
+
+    upkeep.snapshot(tmp_path / "data", tmp_path / "copy")
+
+    copy = ReplayBuffer(durable_config(tmp_path / "copy"))
+    try:
+        assert copy.store.lineage not in (buffer.store.lineage, 0)
+        assert contents(copy) == contents(buffer)
+    finally:
+        copy.close()
+
+
 def test_commands_check_and_copy_a_store_in_use(opened: Opener, tmp_path: Path) -> None:
     buffer, runner, data_dir = opened(), CliRunner(), str(tmp_path / "data")
     buffer.add_episode(keyed_episode(0, 0))

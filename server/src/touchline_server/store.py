@@ -60,6 +60,11 @@ class Selection:
     columns: Columns
 
 
+def new_lineage() -> int:
+    """Returns a number that no other store has."""
+    return secrets.randbits(62) + 1
+
+
 class EpisodeStore:
     """A ring of whole episodes, addressed by row. Every method may be called from any thread."""
 
@@ -83,7 +88,7 @@ class EpisodeStore:
         self._pins = Pins(self._lock)
         self._catalogue = Catalogue(self.capacity)
         self.actors = self._catalogue.actors
-        self.lineage = secrets.randbits(62) + 1
+        self.lineage = new_lineage()
         """The same for as long as an id names the same episode: a durable store's is that of its file."""
         self._columns: Columns | None = None
         self._ledger = KeyLedger()

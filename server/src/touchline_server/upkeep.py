@@ -19,6 +19,7 @@ from touchline_server.ledger import KeyLedger
 from touchline_server.records import EpisodeRow, SenderState, payloads_of, schema_text
 from touchline_server.restoring import as_row, read_columns
 from touchline_server.schema import Schema
+from touchline_server.store import new_lineage
 
 Progress = Callable[[int, int], None]
 MAX_FINDINGS = 20
@@ -100,7 +101,7 @@ def recover(data_dir: Path, progress: Progress | None = None) -> Findings:
 
 
 def snapshot(data_dir: Path, target: Path) -> Path:
-    """Copies one moment's state of a store, also while a server uses it: adding and sampling go on.
+    """Copies one moment's state of a store, also while a server uses it: adding and sampling go on. The copy has a lineage of its own.
 
     Returns:
         The copy's file: its folder is a data_dir that a server can start on.
@@ -120,6 +121,9 @@ def snapshot(data_dir: Path, target: Path) -> Path:
         try:
             # All pages in one step: what is committed meanwhile goes to the log and does not start the copy again.
             source.backup(copy, pages=-1)
+            # From here on the two give the same ids to different episodes.
+            lineage = new_lineage()
+            copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", ("lineage", lineage, row_checksum("lineage", lineage)))
             copy.execute("PRAGMA journal_mode = DELETE")
         finally:
             copy.close()
