@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from store_cases import make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode
 from touchline_protos.dtypes import BFLOAT16
-from touchline_server import ConfigError, ReplayBuffer, TooLargeError, columns
+from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError, columns
 from touchline_server.columns import allocate_columns, as_array, as_tensor, choose_device, make_storage
 from touchline_server.schema import Schema
 
@@ -216,14 +217,25 @@ def test_disk_clear_frees_the_files_and_leaves_older_views_as_they_were(tmp_path
     assert view.tolist() == traced_columns(1, 10)["stamp"].tolist()
 
 
-def test_disk_folder_that_cannot_be_made_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_disk_folder_that_cannot_be_made_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    buffer = on_disk(tmp_path / "file" / "folder")
 
-    with pytest.raises(TooLargeError, match=r"storage\.scratch_dir: the columns' files cannot be made: Not a directory"):
-        buffer.add(plain_columns(5))
+    with pytest.raises(StorageFailedError, match=r"storage\.scratch_dir: .*/file/folder: Not a directory; choose a folder"):
+        on_disk(tmp_path / "file" / "folder")
 
-    assert buffer.counts().episodes_refused == 1
+
+def test_disk_folder_of_another_buffer_is_refused_until_that_one_lets_go(tmp_path: Path) -> None:
+    first = on_disk(tmp_path)
+    first.add_episode(traced(1, 10))
+
+    with pytest.raises(StoreInUseError, match=r"storage\.scratch_dir: .* is in use by another buffer"):
+        on_disk(tmp_path)
+
+    assert np.array_equal(next(first.episodes()).columns["stamp"], traced_columns(1, 10)["stamp"])
+    first.close()
+    on_disk(tmp_path).add_episode(traced(2, 10))
+    gc.collect()  # who is forgotten lets go, too
+    assert on_disk(tmp_path).counts().episodes_stored == 0
 
 
 def test_disk_without_room_is_an_error_and_a_smaller_schema_works_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -561,3 +561,8 @@ def test_deleted_database_is_noticed(opened: Opener, tmp_path: Path) -> None:
 
     with pytest.raises(DamagedStoreError, match="is missing, and it was there"):
         opened()
+
+
+def test_check_of_a_folder_that_cannot_be_looked_into_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StorageFailedError, match=r"File name too long|there is no touchline\.db"):
+        upkeep.check(tmp_path / ("x" * 300))

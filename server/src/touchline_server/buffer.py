@@ -96,9 +96,10 @@ class ReplayBuffer:
             self.restored = True
 
     def close(self) -> None:
-        """Commits what is under way and lets go of the ``storage.data_dir``; without one there is nothing to do."""
+        """Commits what is under way, and lets go of the ``storage.data_dir`` and the ``storage.scratch_dir``, where there are such."""
         if self._committer is not None:
             self._committer.close()
+        self.store.close()
 
     @property
     def capacity(self) -> int:

@@ -116,7 +116,7 @@ def serve(
     \b
     Exit status:
       0  stopped by a signal
-      1  the address is in use, or the storage.data_dir cannot be used
+      1  the address is in use, or the storage.data_dir or scratch_dir cannot be used
       2  the configuration or the command line cannot be used
     """
     logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")

@@ -18,7 +18,7 @@ ReplayError
 ├── StorageFailedError      the durable store cannot be read or written
 │   └── DamagedStoreError   something in it is not as it was written
 ├── StoreMismatchError      the durable store is of another format or configuration
-├── StoreInUseError         another server has the data_dir
+├── StoreInUseError         another server has the data_dir or the scratch_dir
 └── DrainingError           the server is about to stop
 """
 
@@ -109,4 +109,4 @@ class StoreMismatchError(ReplayError):
 
 
 class StoreInUseError(ReplayError):
-    """Another process has the data_dir."""
+    """Another buffer has the data_dir or the scratch_dir."""

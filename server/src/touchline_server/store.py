@@ -30,6 +30,7 @@ from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.pinning import Pins
 from touchline_server.sampling import Draw, Law
 from touchline_server.schema import EpisodeValidator, Schema
+from touchline_server.scratch import ScratchDir
 from touchline_server.torchrl_state import release
 
 if TYPE_CHECKING:
@@ -69,8 +70,16 @@ class EpisodeStore:
     """A ring of whole episodes, addressed by row. Every method may be called from any thread."""
 
     def __init__(self, config: Config) -> None:
+        """Makes an empty store; with ``storage.device = "disk"`` it takes the ``storage.scratch_dir``.
+
+        Raises:
+            ConfigError: a CUDA device that this machine does not have.
+            StoreInUseError: another has the folder.
+            StorageFailedError: the folder cannot be made or written.
+        """
         self._config = config
         self.capacity = config.buffer_size
+        self._scratch = ScratchDir(config.storage.scratch_dir) if config.storage.device == "disk" else None
         self.storage = make_storage(self.capacity, device=config.storage.device, scratch_dir=config.storage.scratch_dir)
         """The TorchRL storage that holds the columns."""
         self.on_written: Callable[[np.ndarray], None] | None = None
@@ -96,6 +105,11 @@ class EpisodeStore:
         self._figures = {field.name: 0 for field in fields(Counts)}
         self._listeners: list[Callable[[], None]] = []
         self._committer: GroupCommitter | None = None
+
+    def close(self) -> None:
+        """Lets go of the ``storage.scratch_dir``, if there is one. Nothing may be added, sampled or read from then on."""
+        if self._scratch is not None:
+            self._scratch.release()
 
     @property
     def schema(self) -> Schema | None:

@@ -140,7 +140,11 @@ def snapshot(data_dir: Path, target: Path) -> Path:
 
 def _existing(data_dir: Path) -> Path:
     path = data_dir / FILE_NAME
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise StorageFailedError(f"{path}: {error.strerror}") from None
+    if not found:
         raise StorageFailedError(f"{data_dir}: there is no {FILE_NAME}, expected the storage.data_dir of a touchline-server")
     return path
 
