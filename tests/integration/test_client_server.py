@@ -358,11 +358,13 @@ def test_load_by_a_client_with_a_higher_limit_than_the_server_falls_back_to_smal
 
 def test_episode_over_the_servers_limit_of_episodes_is_too_large() -> None:
     with ServerThread(_config(max_episode_bytes=1000)) as server, ReplayClient(server.address) as client:
-        with pytest.raises(TooLargeError):
+        with pytest.raises(TooLargeError, match=r"expected at most 1000 \(max_episode_bytes\)$"):
             client.add(_episode(0, rows=100))
+        refused = client.counts().episodes_refused
         with pytest.raises(LoadError) as caught:
             client.load([_episode(0, rows=100), _episode(0)])
 
+    assert refused == 1
     assert [type(result.error) for result in caught.value.results] == [TooLargeError, type(None)]
 
 

@@ -101,6 +101,14 @@ def translate(error: grpc.RpcError, address: str, *, tls: bool) -> TouchlineErro
     return kind(details)
 
 
+def reason_of(error: TouchlineError) -> str:
+    """Returns the reason that a Touchline server gave with an error; empty where gRPC itself, or a proxy, refused."""
+    if not isinstance(error.__cause__, grpc.RpcError):
+        return ""
+    failed: Any = error.__cause__
+    return str(dict(failed.trailing_metadata() or ()).get(REASON_METADATA_KEY, ""))
+
+
 def delay_before_retry(error: TouchlineError, backoff_s: float) -> float:
     """Returns how long to wait before the next attempt, in seconds.
 

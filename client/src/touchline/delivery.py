@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from touchline.calls import Calls
+from touchline.calls import Calls, reason_of
 from touchline.encoding import encode_episode, unencodable
 from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
 from touchline.messages import counts_of, load_results_of
@@ -127,7 +127,9 @@ class Delivery:
         if message is not None:
             try:
                 answer = pb.AddEpisodeResponse.FromString(self._calls.unary("AddEpisode", message, timeout_s=timeout_s))
-            except TooLargeError:
+            except TooLargeError as error:
+                if reason_of(error):
+                    raise  # the message came through: it is the episode that is too large, in chunks as well
                 self._learn_limit()
             else:
                 assert episode.key is not None

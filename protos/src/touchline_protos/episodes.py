@@ -135,7 +135,7 @@ def read_episode(data: Buffer, start: int, end: int, limits: CodecLimits) -> Epi
         room = limits.max_episode_bytes
         for a, b in places:
             if len(columns) == limits.max_columns:
-                raise OversizeError(f"more than {limits.max_columns} columns")
+                raise OversizeError(f"more than {limits.max_columns} columns, expected at most so many (max_columns)")
             column = read_column(data, a, b, limits)
             if column.spec.name in columns:
                 raise CodecError(f"{column.spec.name}: column appears twice, expected once")
@@ -144,7 +144,7 @@ def read_episode(data: Buffer, start: int, end: int, limits: CodecLimits) -> Epi
             if room < 0:
                 raise OversizeError(
                     f"{column.spec.name}: with this column the episode has {limits.max_episode_bytes - room} bytes, "
-                    f"expected at most {limits.max_episode_bytes}"
+                    f"expected at most {limits.max_episode_bytes} (max_episode_bytes)"
                 )
             columns[column.spec.name] = _view(data, column)
         return Episode(columns, key, actor, policy_version)

@@ -398,7 +398,7 @@ def read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> Pa
                 length = to_int64(a)
             elif field == _HEADER_COLUMNS:
                 if len(rows_of) == limits.max_columns:
-                    raise OversizeError(f"more than {limits.max_columns} columns")
+                    raise OversizeError(f"more than {limits.max_columns} columns, expected at most so many (max_columns)")
                 spec = read_column_spec(message, a, b, limits)
                 if spec.name in rows_of:
                     raise CodecError(f"{spec.name}: column appears twice, expected once")
@@ -410,7 +410,7 @@ def read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> Pa
             check_shape(spec, limits.max_dims)
         total = sum(spec.size_bytes for spec in specs)
         if total > limits.max_episode_bytes:
-            raise OversizeError(f"episode of {total} bytes announced, expected at most {limits.max_episode_bytes}")
+            raise OversizeError(f"episode of {total} bytes announced, expected at most {limits.max_episode_bytes} (max_episode_bytes)")
         return PartialEpisode(key, actor, policy_version, specs)
     except CodecError as error:
         error.key = key
