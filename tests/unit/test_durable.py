@@ -215,12 +215,12 @@ def test_same_key_in_one_group_is_stored_once(opened: Opener) -> None:
         receipts = [buffer.submit_episode(episode) for _ in range(5)]
         other = buffer.submit_episode(replace(keyed_episode(0, 1), key=episode.key))
 
-    answers = [receipt.result(30) for receipt in receipts]  # type: ignore[union-attr]
+    answers = [receipt.result(60) for receipt in receipts]  # type: ignore[union-attr]
 
     assert [answer.duplicate for answer in answers] == [False, True, True, True, True]
     assert {answer.episode_id for answer in answers} == {0}
     with pytest.raises(KeyConflictError):
-        other.result(30)  # type: ignore[union-attr]
+        other.result(60)  # type: ignore[union-attr]
     assert buffer.counts().episodes_duplicate == 4
 
 
@@ -249,7 +249,7 @@ def test_group_larger_than_the_ring_evicts_its_own_oldest(opened: Opener, tmp_pa
     buffer = opened(durability="sync", capacity=100)
     with buffer.store.write_lock:
         receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in range(40)]
-    assert [receipt.result(30).episode_id for receipt in receipts] == list(range(40))  # type: ignore[union-attr]
+    assert [receipt.result(60).episode_id for receipt in receipts] == list(range(40))  # type: ignore[union-attr]
     before = contents(buffer)
     buffer.close()
 
@@ -307,6 +307,25 @@ def test_full_disk_before_the_first_episode_fixes_no_schema(opened: Opener) -> N
     assert buffer.counts().episodes_stored == 1
 
 
+def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
+    opened: Opener, durability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = opened(durability=durability)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError("as the test wants")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "change_of", fail)
+        with pytest.raises(MemoryError):
+            buffer.add_episode(keyed_episode(0, 0))
+    other = Episode({name: np.zeros((12, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(12, np.float32)})
+
+    assert buffer.store.schema is None
+    assert buffer.add_episode(other).counts.episodes_stored == 1
+    assert [sorted(columns) for _, _, columns in contents(buffer).values()] == [["action", "obs", "reward"]]
+
+
 def test_full_disk_in_memory_mode_keeps_what_it_acknowledged_and_bounds_it(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durable, "MAX_QUEUED_EPISODES", 20)
     monkeypatch.setattr(durable, "RETRY_S", 0.01)
@@ -339,10 +358,10 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
     monkeypatch.setattr(Columns, "_write_rows", fail)
     with buffer.store.write_lock:
         receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in (10, 11, 12, 12)]
-    receipts[0].result(30)  # type: ignore[union-attr]
+    receipts[0].result(60)  # type: ignore[union-attr]
     for receipt in receipts[1:]:
         with pytest.raises(MemoryError):
-            receipt.result(30)  # type: ignore[union-attr]
+            receipt.result(60)  # type: ignore[union-attr]
     monkeypatch.undo()
     buffer.add_episode(keyed_episode(0, 13))
     before, counts = contents(buffer), buffer.counts()
@@ -406,8 +425,8 @@ def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, m
     with monkeypatch.context() as patch:
         patch.setattr(durable.os, "fsync", fail)
         buffer.add_episode(keyed_episode(0, 0))
-        assert failed.wait(30)
-        committer(buffer)._thread.join(30)
+        assert failed.wait(60)
+        committer(buffer)._thread.join(60)
 
     for add in (buffer.add_episode, buffer.submit_episode):
         with pytest.raises(StorageFailedError, match="cannot be written until the server is started again"):

@@ -116,11 +116,11 @@ class ReplayServer:
         swept = sweep_dead_rings()
         if swept:
             logger.info("removed %d rings that killed servers left in shared memory", swept)
-        self.address = self._listen()
-        await self._health.set("", _NOT_SERVING)
-        await self._health.set(SERVICE_NAME, _NOT_SERVING)
-        await self._server.start()
         try:
+            self.address = self._listen()
+            await self._health.set("", _NOT_SERVING)
+            await self._health.set(SERVICE_NAME, _NOT_SERVING)
+            await self._server.start()
             await asyncio.get_running_loop().run_in_executor(None, self.buffer.restore, progress)
         except BaseException:
             await self._server.stop(0)
@@ -137,9 +137,11 @@ class ReplayServer:
         # gRPC cancels whatever arrives after its own stop has begun, so it comes last: until then newcomers are told to try again.
         ended = await self._service.drained(self._config.drain_timeout_s)
         await self._server.stop(CLOSING_S if ended else 0)
-        self._service.close()
+        # Not in the loop: calls that were broken off wait here until no thread works for them any more.
+        await asyncio.to_thread(self._service.close)
+        await self._service.drained(CLOSING_S)
         if self._owns_buffer:
-            await asyncio.get_running_loop().run_in_executor(None, self.buffer.close)
+            await asyncio.to_thread(self.buffer.close)
 
     def _listen(self) -> str:
         wanted = f"unix:{self._config.unix_socket}" if self._config.unix_socket else _join(self._config.host, self._config.port)

@@ -209,9 +209,15 @@ class GroupCommitter:
         begin = time.thread_time()
         with self._store.write_lock:
             plan = GroupPlan(self._store)
-            change = self._plan(plan, pending, copy=True)
+            try:
+                change = self._plan(plan, pending, copy=True)
+                if change is not None:
+                    episode_id = plan.planned[-1].episode_id
+                    stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=episode_id)
+            except BaseException:
+                plan.give_up()
+                raise
             if change is not None:
-                stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=plan.planned[-1].episode_id)
                 with self._state:
                     self._behind.append(_Unwritten(change, self._figures(), pending.size_bytes))
                     self._queued_bytes += pending.size_bytes

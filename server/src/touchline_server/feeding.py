@@ -70,8 +70,8 @@ class RingHouse:
 
     def close(self, ring: RingWriter) -> None:
         """Takes a ring down."""
-        ring.close()
         self._rings -= 1
+        ring.close()
 
 
 def ring_offer(ring: RingWriter, plan: GatherPlan) -> bytes:
@@ -148,9 +148,11 @@ class RingFeeder:
         except Exception as error:
             fault = error
         finally:
-            if self._pinned is not None:
-                self._pinned.close()
-            self._ended(fault)
+            try:
+                if self._pinned is not None:
+                    self._pinned.close()
+            finally:
+                self._ended(fault)
 
     def _fill(self, slots: list[int]) -> None:
         with self._source.select(len(slots)) as (selections, plan):

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
+from touchline_server import jobs
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
 from touchline_server.sharing import AddGate
@@ -78,10 +78,9 @@ class EpisodeIntake:
             finally:
                 cost_s += time.thread_time() - begin
 
-        loop = asyncio.get_running_loop()
         try:
             if len(message) > MAX_AT_ONCE_BYTES:
-                await _ended(loop.run_in_executor(self._pool, submit, None, None))
+                await jobs.run(self._pool, submit, None, None)
                 return taken
             begin = time.perf_counter()
             try:
@@ -90,7 +89,7 @@ class EpisodeIntake:
             finally:
                 cost_s = time.perf_counter() - begin
             if blocked is not None:
-                await _ended(loop.run_in_executor(self._pool, submit, episodes, blocked))
+                await jobs.run(self._pool, submit, episodes, blocked)
             return taken
         except CodecError as error:
             self._buffer.store.count_refused(str(error))
@@ -140,16 +139,3 @@ class EpisodeIntake:
             return Taken(episode.key, self._buffer.submit_episode(episode))
         except ReplayError as error:
             return Taken(episode.key, error)
-
-
-async def _ended(work: asyncio.Future[None]) -> None:
-    """Waits until a thread is done, also where the waiter is cancelled meanwhile."""
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait((work,))
-        if not work.cancelled():
-            work.exception()  # looked at: nobody is to be told any more
-        raise

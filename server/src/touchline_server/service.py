@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -17,10 +17,10 @@ from google.protobuf.message import Message
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, LoadDecoder, OversizeError, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server import messages
+from touchline_server import jobs, messages
 from touchline_server.buffer import ReplayBuffer, SampleSpec
+from touchline_server.draining import Drain
 from touchline_server.errors import (
-    DrainingError,
     IncompatibleVersionError,
     InvalidEpisodeError,
     InvalidRequestError,
@@ -34,17 +34,14 @@ from touchline_server.errors import (
 from touchline_server.feeding import RingHouse
 from touchline_server.intake import EpisodeIntake, Taken
 from touchline_server.limits import Budgets, Loan
-from touchline_server.reading import EpisodeReader
+from touchline_server.reading import EpisodeQuery, EpisodeReader
 from touchline_server.receiving import Assembling, Receptions
 from touchline_server.sending import EpisodeFrames
-from touchline_server.session import SampleSession
+from touchline_server.session import SampleSession, Write
 from touchline_server.sharing import AddGate
 from touchline_server.status import abort
 from touchline_server.streaming import BatchSource
 from touchline_server.waiting import ChangeSignal
-
-if TYPE_CHECKING:
-    pass
 
 SERVICE_NAME = "touchline.v1.Replay"
 
@@ -53,6 +50,9 @@ MAX_WAIT_S = 3600.0
 
 LEAVING_S = 5.0
 """How long after a failed write the end of the call is waited for."""
+
+LOAD_REST_S = 1.0
+"""A call that loads episodes, and is not in the middle of one, is ended by a server that stops once nothing came for this time."""
 
 MAX_LOAD_RESULTS = 100_000
 """Most episodes of one LoadEpisodes call: its answer has a result for each."""
@@ -75,13 +75,13 @@ class ReplayService:
         self._reading = asyncio.Lock()
         self._rng = buffer.seeds.stream()
         self._changes = ChangeSignal(asyncio.get_running_loop())
+        self._drain = Drain(self._changes.notify)
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
         self._rings = RingHouse(buffer)
         self._gate = AddGate(self._limits.sample_share)
         self._intake = EpisodeIntake(buffer, self._adding, self._gate)
         self._streams = 0
         self._calls = 0
-        self._draining = False
         self._serving = buffer.restored
 
     def serve(self) -> None:
@@ -115,9 +115,8 @@ class ReplayService:
         )
 
     def drain(self) -> None:
-        """Refuses new work from now on and ends the sampling streams; calls in progress end by themselves."""
-        self._draining = True
-        self._changes.notify()
+        """Refuses new work from now on and ends the streams that might last for ever; all other calls end by themselves."""
+        self._drain.begin()
 
     async def drained(self, timeout_s: float) -> bool:
         """Waits until the calls in progress have ended, ``timeout_s`` seconds at most; new ones are told meanwhile that it drains.
@@ -144,7 +143,7 @@ class ReplayService:
         async def guarded(request: Any, context: Context) -> T:
             try:
                 _check_protocol(context)
-                self._refuse_if_draining()
+                self._drain.refuse()
                 if not self._serving and not early:
                     raise RestoringError("the server is reading its durable store; try again when it has")
                 with self._call():
@@ -158,9 +157,6 @@ class ReplayService:
                 await abort(context, error)
 
         return guarded
-
-    async def _on(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     async def _add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
         def decode(message: bytes) -> tuple[Episode]:
@@ -183,7 +179,12 @@ class ReplayService:
 
         with self._stream():
             async with Assembling(self._receptions, decoder, context.peer()) as assembling:
-                while (message := await assembling.receive(requests)) is not None:
+                while True:
+                    # A peer that is in the middle of an episode is waited for; one that is not may never say anything again.
+                    async with nullcontext() if decoder.in_progress else self._drain.breaking(rest_s=LOAD_REST_S):
+                        message = await assembling.receive(requests)
+                    if message is None:
+                        break
                     if len(answers) >= MAX_LOAD_RESULTS:
                         raise TooLargeError(
                             f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
@@ -215,8 +216,8 @@ class ReplayService:
         # numpy's generators are not thread-safe, so each call gets one of its own.
         rng = self._buffer.seeds.stream(request.seed) if request.HasField("seed") else self._rng.spawn(1)[0]
         wait_s = _checked_wait(request.wait_s)
-        await self._changes.until(lambda: self._draining or self._buffer.store.can_sample(spec.horizon), wait_s)
-        self._refuse_if_draining()
+        await self._changes.until(lambda: self._drain.begun or self._buffer.store.can_sample(spec.horizon), wait_s)
+        self._drain.refuse()
         columns = self._buffer.store.columns
         size, quick = 0, False
         # What cannot be sampled yet is not ready, however large it would be.
@@ -228,7 +229,7 @@ class ReplayService:
         await self._budgets.sending.reserve(size)
         # gRPC calls this once it has handed the answer to the transport, or given the call up.
         context.add_done_callback(lambda _: self._budgets.sending.release(size))  # type: ignore[arg-type]
-        return self._sample_message(spec, rng) if quick else await self._on(self._sampling, self._sample_message, spec, rng)
+        return self._sample_message(spec, rng) if quick else await jobs.run(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
         with self._buffer.select(spec, rng) as ((selection,), plan):
@@ -246,45 +247,47 @@ class ReplayService:
             )
 
     async def _sample_stream(self, stream: AsyncIterator[bytes], context: Context) -> None:
-        requests = messages.parse_all(pb.SampleStreamRequest, stream)
-        with self._stream():
-            first = await anext(requests, None)
-            if first is None:
-                return
-            if first.WhichOneof("request") != "open":
-                raise InvalidRequestError("the first message of a sampling stream grants credits, expected it to open the stream")
-            source = BatchSource(
-                self._buffer,
-                self._spec(first.open.sample),
-                self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
-                max_batches=first.open.max_batches_per_frame,
-            )
-            session = SampleSession(
-                source, self._changes, self._sampling, self._rings, self._gate, self._budgets.sending, draining=lambda: self._draining
-            )
-            await session.run(first.open, requests, context.write)
+        async with self._broken_off(context):
+            await self._run_session(messages.parse_all(pb.SampleStreamRequest, stream), context.write)
+
+    async def _run_session(self, requests: AsyncIterator[pb.SampleStreamRequest], write: Write) -> None:
+        first = await anext(requests, None)
+        if first is None:
+            return
+        if first.WhichOneof("request") != "open":
+            raise InvalidRequestError("the first message of a sampling stream grants credits, expected it to open the stream")
+        source = BatchSource(
+            self._buffer,
+            self._spec(first.open.sample),
+            self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
+            max_batches=first.open.max_batches_per_frame,
+        )
+        session = SampleSession(source, self._changes, self._sampling, self._rings, self._gate, self._budgets.sending)
+        await session.run(first.open, requests, write)
 
     async def _get_episodes(self, request: pb.GetEpisodesRequest, context: Context) -> None:
         _check_table(request.table)
         query = messages.query(request)
-        with self._stream():
-            # One frame of one call at a time: reading never has more than one of the threads that sampling needs.
-            async with self._reading:
-                reader = await self._on(self._sampling, EpisodeReader, self._buffer.store, query)
-            frames = EpisodeFrames(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=request.max_frame_bytes)
-            while True:
-                self._refuse_if_draining()
-                await self._budgets.sending.reserve(frames.room_bytes)
-                room = Loan(self._budgets.sending, frames.room_bytes)
-                try:
-                    async with self._reading:
-                        frame = await self._on(self._sampling, frames.next)
-                    if frame is None:
-                        return
-                    room.resize(len(frame))
-                    await context.write(frame)
-                finally:
-                    room.resize(0)
+        async with self._broken_off(context):
+            await self._send_episodes(query, request.max_frame_bytes, context.write)
+
+    async def _send_episodes(self, query: EpisodeQuery, max_frame_bytes: int, write: Write) -> None:
+        # One frame of one call at a time: reading never has more than one of the threads that sampling needs.
+        async with self._reading:
+            reader = await jobs.run(self._sampling, EpisodeReader, self._buffer.store, query)
+        frames = EpisodeFrames(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=max_frame_bytes)
+        while True:
+            await self._budgets.sending.reserve(frames.room_bytes)
+            room = Loan(self._budgets.sending, frames.room_bytes)
+            try:
+                async with self._reading:
+                    frame = await jobs.run(self._sampling, frames.next)
+                if frame is None:
+                    return
+                room.resize(len(frame))
+                await write(frame)
+            finally:
+                room.resize(0)
 
     async def _ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
         _check_table(request.table)
@@ -296,7 +299,7 @@ class ReplayService:
         wanted = request.min_steps or config.min_history
 
         def reached() -> bool:
-            return self._draining or (self._serving and self._buffer.ready() and self._buffer.size >= wanted)
+            return self._drain.begun or (self._serving and self._buffer.ready() and self._buffer.size >= wanted)
 
         await self._changes.until(reached, _checked_wait(request.wait_s))
         counts = self._buffer.counts()
@@ -313,7 +316,7 @@ class ReplayService:
 
     async def _clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
         _check_table(request.table)
-        return pb.ClearResponse(counts=messages.counts(await self._on(self._adding, self._buffer.clear)))
+        return pb.ClearResponse(counts=messages.counts(await jobs.run(self._adding, self._buffer.clear)))
 
     def _spec(self, request: pb.SampleRequest) -> SampleSpec:
         _check_table(request.table)
@@ -323,10 +326,6 @@ class ReplayService:
             law=messages.law(request.law),
         )
 
-    def _refuse_if_draining(self) -> None:
-        if self._draining:
-            raise DrainingError("the server is stopping and takes no new work; try again when it is back")
-
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Counts a call while it is in progress."""
@@ -335,8 +334,17 @@ class ReplayService:
             yield
         finally:
             self._calls -= 1
-            if self._draining:
+            if self._drain.begun:
                 self._changes.notify()
+
+    @asynccontextmanager
+    async def _broken_off(self, context: Context) -> AsyncIterator[None]:
+        """Counts a stream of answers while it lasts, and breaks it off once the server stops."""
+        with self._stream():
+            # Before the first answer, and not with it: gRPC could not tell the status of a call that is broken off in that very moment.
+            await context.send_initial_metadata(())
+            async with self._drain.breaking():
+                yield
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from touchline_protos.ring import RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.errors import DrainingError, InvalidRequestError, NotReadyError
+from touchline_server.errors import InvalidRequestError, NotReadyError
 from touchline_server.feeding import RingFeeder, RingHouse, ring_offer
 from touchline_server.gathering import GatherPlan
+from touchline_server.jobs import Job, look_at
 from touchline_server.limits import ByteBudget, Loan
 from touchline_server.sharing import AddGate
 from touchline_server.streaming import BatchSource
@@ -29,8 +30,17 @@ class _Making(NamedTuple):
 
     frames: asyncio.Future[tuple[int, list[bytes]]]
     """How many batches, and the frames that carry them."""
+    job: Job[tuple[int, list[bytes]]] | None
+    """That makes them; None where they are made."""
     room: Loan
     """That they take."""
+
+    async def leave(self) -> None:
+        """Gives the room back, once no thread makes them any more."""
+        look_at(self.frames)
+        if self.job is not None:
+            await self.job.leave()
+        self.room.resize(0)
 
 
 class SampleSession:
@@ -44,8 +54,6 @@ class SampleSession:
         rings: RingHouse,
         gate: AddGate,
         sending: ByteBudget,
-        *,
-        draining: Callable[[], bool],
     ) -> None:
         self._source = source
         self._changes = changes
@@ -53,7 +61,6 @@ class SampleSession:
         self._rings = rings
         self._gate = gate
         self._sending = sending
-        self._draining = draining
         self._credits = 0
         self._closed = False
         self._attached: bool | None = None
@@ -63,7 +70,6 @@ class SampleSession:
         """Pushes batches until the learner closes its side and its credits are used up.
 
         Raises:
-            DrainingError: the server stops.
             InvalidRequestError: the learner says what does not fit the session.
             SchemaChangedError: a ring's batches look otherwise now.
         """
@@ -109,12 +115,10 @@ class SampleSession:
                             making = self._make(size) if self._sending.try_reserve(size) else None
                         await self._write(frames, write, made.room)
                 finally:
-                    made.room.resize(0)
+                    await made.leave()
         finally:
             if making is not None:
-                if not making.frames.cancel():
-                    making.frames.exception()  # looked at: nobody is to be told any more
-                making.room.resize(0)
+                await making.leave()
 
     async def _write(self, frames: list[bytes], write: Write, room: Loan) -> None:
         """Writes frames and gives their room back one by one."""
@@ -128,17 +132,18 @@ class SampleSession:
 
     def _make(self, size: int) -> _Making:
         """Has the next frames made, in room that was reserved. To hand small ones to a thread and back costs as much as they do."""
-        loop = asyncio.get_running_loop()
-        frames: asyncio.Future[tuple[int, list[bytes]]] = loop.create_future()
+        frames: asyncio.Future[tuple[int, list[bytes]]] = asyncio.get_running_loop().create_future()
+        job: Job[tuple[int, list[bytes]]] | None = None
         try:
             made = self._source.frames_at_once(self._credits)
             if made is None:
-                frames = loop.run_in_executor(self._pool, self._source.frames, self._credits)
+                job = Job(self._pool, self._source.frames, self._credits)
+                frames = job.result
             else:
                 frames.set_result(made)
         except Exception as error:
             frames.set_exception(error)
-        return _Making(frames, Loan(self._sending, size))
+        return _Making(frames, job, Loan(self._sending, size))
 
     async def _may_push(self, wake: asyncio.Event) -> bool:
         """Waits for a credit and for something to sample; returns False once the learner wants no more."""
@@ -196,8 +201,6 @@ class SampleSession:
     def _check(self) -> None:
         if self._fault is not None:
             raise self._fault
-        if self._draining():
-            raise DrainingError("the server is stopping; open the stream again when it is back")
 
     async def _read(self, requests: AsyncIterator[pb.SampleStreamRequest], wake: asyncio.Event) -> None:
         try:

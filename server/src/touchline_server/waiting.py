@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class ChangeSignal:
@@ -20,8 +20,9 @@ class ChangeSignal:
 
     def notify(self) -> None:
         """Wakes every waiter; cheap while there are none."""
-        if self._waiters and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake)
+        if self._waiters:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._wake)
 
     @contextmanager
     def waiter(self) -> Iterator[asyncio.Event]:
