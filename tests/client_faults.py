@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 import grpc
 import pytest
 
+from touchline import ReplayClient
+from touchline.calls import Backoff
+
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
 _KINDS = {
@@ -63,6 +66,12 @@ class ScriptedServer(grpc.GenericRpcHandler):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._server.stop(0).wait()
+
+
+def trying_once(client: ReplayClient) -> ReplayClient:
+    """Has a client's calls raise what they are answered at once: however slow the machine, their deadline has nothing to do with it."""
+    client._calls.backoff = Backoff(first_s=3600.0)
+    return client
 
 
 def in_turn(*handlers: Handler) -> Handler:

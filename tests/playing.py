@@ -19,7 +19,7 @@ from touchline_protos import Batch
 from touchline_protos.codec import Episode
 from touchline_server import ReplayBuffer
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 """The longest wait for anything."""
 
 

@@ -23,7 +23,8 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_protos.v1 import replay_pb2_grpc
 from touchline_server.config import Config
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
+"""The longest wait for what takes a moment: machines may be many times slower than this one, and have other work."""
 SERVICE = "/touchline.v1.Replay/"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),

@@ -110,7 +110,7 @@ class TcpProxy:
         self._holder.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     async def _set_flowing(self, flowing: bool) -> None:
         if flowing:

@@ -19,7 +19,7 @@ from touchline_server.app import ServerThread
 HERE = Path(__file__).parent / "node"
 PROTOS = Path(__file__).parents[2] / "protos"
 NO_REGISTRY = re.compile(r"ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN|ENETUNREACH|ERR_SOCKET_TIMEOUT|E40[134]|E5\d\d|ENOTCACHED")
-TIMEOUT_S = 90
+TIMEOUT_S = 300
 SEED = 5
 
 DTYPES = {"DTYPE_FLOAT32": np.float32, "DTYPE_FLOAT64": np.float64, "DTYPE_INT64": np.int64}
@@ -59,7 +59,6 @@ def assert_same(found: dict[str, Any], expected: Batch) -> None:
         assert np.array_equal(arrays[name], array), name
 
 
-@pytest.mark.timeout(180)
 def test_node_client_adds_asks_and_samples(client: Path) -> None:
     episode = make_episode(30)
     for name in ("action", "reward"):

@@ -16,7 +16,6 @@ ENVIRONMENT = Path(os.environ.get("TOUCHLINE_STUBS_VENV") or PROTOS.parent / ".v
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(
     not ENVIRONMENT.exists() and sys.version_info >= (3, 13),
     reason="the pinned generator, grpcio-tools 1.63.2, has no wheels for Python 3.13 and later",

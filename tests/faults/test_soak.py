@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @long
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("bound", "status"), [("500", 0), ("-500", 1)])
 def test_soak_prints_its_table_and_tells_growth_by_its_exit_status(bound: str, status: int, tmp_path: Path) -> None:
     picture = tmp_path / "soak.png"

@@ -11,7 +11,7 @@ import pytest
 
 from tcp_proxy import Line, TcpProxy
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 SILENCE_S = 0.3
 """How long nothing has to arrive to be called silence."""
 

@@ -84,7 +84,7 @@ def big_episode() -> Episode:
 
 def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers() -> None:
     with serving(server={"port": 0, "max_calls": 2}) as (server, caller), Caller(server.address) as other:
-        waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=30)) for _ in range(2)]
+        waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600)) for _ in range(2)]
         count = server._server.admission._calls
         eventually(lambda: count.now == 2, "two calls wait")
 
@@ -103,7 +103,7 @@ def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers(
 def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
     with serving(server={"port": 0, "max_connection_calls": 2}) as (server, caller), Caller(server.address) as other:
         caller.counts()  # the limit is known to the client from here on
-        waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=30)) for _ in range(2)]
+        waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600)) for _ in range(2)]
         third = caller.stub.Info.future(pb.InfoRequest(), timeout=DEADLINE_S)
 
         other.counts()
@@ -521,7 +521,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
             next(learner.call)
             actor = OpenCall(silent, "LoadEpisodes")
             actor.send(header)
-            waiting = silent.stub.Ready.future(pb.ReadyRequest(min_steps=10_000, wait_s=600))
+            waiting = silent.stub.Ready.future(pb.ReadyRequest(min_steps=2_000, wait_s=600))
             service, admission = server._server._service, server._server.admission
             eventually(lambda: service._streams == 2 and admission._calls.now == 3, "three calls are in progress")
             eventually(lambda: budgets(server).assembling.used > 0 and budgets(server).sending.used > 0, "they hold room")
@@ -539,7 +539,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
 def test_client_that_stays_over_a_limit_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OverloadedError, "retry_after_s", 60.0)  # longer than the client tries
     with serving(server={"port": 0, "max_calls": 1}) as (server, caller):
-        waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=30))
+        waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600))
         eventually(lambda: server._server.admission._calls.now == 1, "one call waits")
 
         with ReplayClient(server.address, timeout_s=30.0) as client, pytest.raises(OverLimitError, match=r"server\.max_calls") as caught:

@@ -103,7 +103,7 @@ class Requests:
         return [pb.GetEpisodesRequest(max_frame_bytes=self._random.choice([0, 4096])).SerializeToString()]
 
     def ready(self) -> Messages:
-        return [pb.ReadyRequest(min_steps=self._random.choice([1, 1 << 40]), wait_s=30).SerializeToString()]
+        return [pb.ReadyRequest(min_steps=self._random.choice([1, 2_000, 1 << 40]), wait_s=30).SerializeToString()]
 
 
 def break_off(caller: Caller, random: Random, requests: Requests) -> str:

@@ -169,7 +169,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield line.split()[-1]
     finally:
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait(60) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -179,7 +179,7 @@ def test_child_and_parent_both_go_on(address: str, tmp_path: Path, name: str) ->
     script.write_text(f"import sys\nfrom touchline import ReplayClient\nReplayClient(sys.argv[1]).clear()\n{COMMON}{SCRIPTS[name]}")
     plain = {key: value for key, value in os.environ.items() if key != "GRPC_ENABLE_FORK_SUPPORT"}
 
-    ended = subprocess.run([sys.executable, str(script), address], capture_output=True, text=True, timeout=90, env=plain, check=False)
+    ended = subprocess.run([sys.executable, str(script), address], capture_output=True, text=True, timeout=300, env=plain, check=False)
 
     assert ended.returncode == 0, ended.stderr
 
@@ -201,6 +201,6 @@ def test_child_of_a_parent_that_loaded_grpc_first_gets_an_error_and_does_not_han
     )
     plain = {key: value for key, value in os.environ.items() if key != "GRPC_ENABLE_FORK_SUPPORT"}
 
-    ended = subprocess.run([sys.executable, str(script), address], capture_output=True, text=True, timeout=90, env=plain, check=False)
+    ended = subprocess.run([sys.executable, str(script), address], capture_output=True, text=True, timeout=300, env=plain, check=False)
 
     assert ended.returncode == 0, ended.stderr

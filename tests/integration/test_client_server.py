@@ -224,7 +224,7 @@ def test_sample_waits_for_the_first_episode(server: ServerThread, client: Replay
     timer = threading.Timer(0.2, client.add, (_episode(0),))
     timer.start()
 
-    batch = client.sample(wait_s=20)
+    batch = client.sample(wait_s=60)
 
     timer.join()
     _check_rows(batch)
@@ -300,11 +300,11 @@ def test_wait_until_ready_returns_when_enough_is_stored(client: ReplayClient) ->
     client.add(_episode(0))
     with pytest.raises(NotReadyError, match="10 steps in 1 episodes, expected 20 steps"):
         client.wait_until_ready(timeout_s=0.2)
-    assert client.wait_until_ready(10, timeout_s=5).can_sample
+    assert client.wait_until_ready(10, timeout_s=60).can_sample
     timer = threading.Timer(0.2, client.add, (_episode(1),))
     timer.start()
 
-    state = client.wait_until_ready(timeout_s=20)
+    state = client.wait_until_ready(timeout_s=60)
 
     timer.join()
     assert state.min_steps_reached
@@ -408,7 +408,8 @@ def test_learner_and_actor_survive_a_restart_of_the_server(caplog: pytest.LogCap
         address = first.address
         client = ReplayClient(address, timeout_s=0.5)
         writer = EpisodeWriter(client)
-        client.add(_episode(0))
+        with ReplayClient(address) as patient:
+            patient.add(_episode(0))
         stream = client.batches(prefetch=2, ring=ring)
         _check_rows(next(stream))
     for number in range(3):  # while nobody is there
@@ -419,8 +420,8 @@ def test_learner_and_actor_survive_a_restart_of_the_server(caplog: pytest.LogCap
     port = int(address.rpartition(":")[2])
     with ServerThread(_config(port=port)) as second:
         assert second.address == address
-        writer.close(30)
-        assert client.wait_until_ready(timeout_s=30).counts.episodes_stored == 3
+        writer.close(60)
+        assert client.wait_until_ready(timeout_s=60).counts.episodes_stored == 3
         batches = [next(stream) for _ in range(20)]
         stream.close()
         client.close()
@@ -454,7 +455,7 @@ def test_writer_reports_what_the_server_refused(client: ReplayClient) -> None:
         writer.append({"obs": np.zeros(3, np.float32), "action": np.zeros(1, np.float32), "reward": 0.0})
 
     with pytest.raises(UnacknowledgedError, match="obs: ") as caught:
-        writer.close(30)
+        writer.close(60)
 
     assert [type(result.error) for result in caught.value.results] == [InvalidEpisodeError]
     assert writer.counters.refused == 1

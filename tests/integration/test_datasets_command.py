@@ -49,7 +49,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def run(start: Start) -> Callable[..., tuple[int, str, str]]:
     def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
         process = start(*arguments, **environment)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
         return process.returncode, output, errors
 
     return run
@@ -176,7 +176,6 @@ def _wait_until(server: ServerThread, episodes: int, process: subprocess.Popen[s
             pass
 
 
-@pytest.mark.timeout(300)
 def test_load_killed_half_way_and_started_again_stores_each_episode_once(server: ServerThread, start: Start, tmp_path: Path) -> None:
     """Sixty megabytes, in two calls; killed ever later, and started again each time."""
     total = 600
@@ -192,7 +191,7 @@ def test_load_killed_half_way_and_started_again_stores_each_episode_once(server:
         with ReplayClient(server.address) as client:
             half_way += 0 < client.counts().episodes_added < total
     last = start("load", "demos.npz", "--address", server.address)
-    output, errors = last.communicate(timeout=120)
+    output, errors = last.communicate(timeout=300)
 
     assert half_way > 0
     assert last.returncode == 0, errors
@@ -206,7 +205,7 @@ def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread
     _wait_until(server, 1, process)
 
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
 
     assert process.returncode == 130
     assert "touchline: interrupted; the same command again goes on, and stores nothing twice\n" in errors

@@ -31,7 +31,7 @@ def _run(example: str, *arguments: str, forbidden: str = "") -> list[dict[str, A
         [sys.executable, "-c", code, str(EXAMPLES / example), *arguments],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -235,7 +235,7 @@ def test_policy_version_counts_from_the_next_episode(server: ServerThread, clien
         _play(env, episodes=1)
         env.recording.policy_version = 9
         _play(env, episodes=1)
-        env.recording.flush(30)
+        env.recording.flush(60)
         assert env.recording.counters.acknowledged == 2
 
     assert server.buffer.store.entries()[:, 4].tolist() == [0, 9]

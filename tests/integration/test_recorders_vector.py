@@ -62,7 +62,7 @@ def test_each_environment_has_a_spool_of_its_own_that_the_next_recorder_takes_up
 
     _, again = _accounts()
     with GymnasiumVectorRecorder(SyncVectorEnv(again, copy=False), client, spool_dir=tmp_path) as env:
-        env.recording.flush(30)
+        env.recording.flush(60)
 
     assert folders == [f"line-{number}" for number in range(ENVS)]
     assert waiting.acknowledged == 0 < waiting.pending == env.recording.counters.resumed

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from typer.testing import CliRunner
 
 from certificates import Authority, Pair
+from client_faults import trying_once
 from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
 from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, UnavailableError
 from touchline_protos.codec import encode_add_episode
@@ -67,8 +68,8 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
 
 
 def ask(server: ServerThread, tls: TlsConfig | bool | None) -> bool:
-    with ReplayClient(server.address, tls=tls, timeout_s=1.0) as client:
-        return client.ready()
+    with ReplayClient(server.address, tls=tls) as client:
+        return trying_once(client).ready()
 
 
 def play(client: ReplayClient) -> None:
@@ -86,7 +87,7 @@ def test_everything_goes_by_tls(authority: Authority, pair: Pair) -> None:
         assert client.add(EPISODE) == 1
         assert client.load([EPISODE] * 3) == 4
         play(client)
-        assert client.wait_until_ready(min_steps=1, timeout_s=20).can_sample
+        assert client.wait_until_ready(min_steps=1, timeout_s=60).can_sample
         assert client.sample().obs.shape == (4, 8, 2)
         for ring in (False, True):
             with client.batches(ring=ring) as batches:
@@ -213,7 +214,7 @@ def test_client_shows_its_token_with_everything(guarded: ServerThread) -> None:
         actor.add(EPISODE)
         actor.load([EPISODE] * 2)
         play(actor)
-        learner.wait_until_ready(min_steps=1, timeout_s=20)
+        learner.wait_until_ready(min_steps=1, timeout_s=60)
         learner.sample()
         for ring in (False, True):
             with learner.batches(ring=ring) as batches:
@@ -265,9 +266,9 @@ def test_mutual_tls_and_tokens_are_both_asked_for(authority: Authority, pair: Pa
             assert client.ready() is False
         with ReplayClient(server.address, tls=tls) as client, pytest.raises(AccessDeniedError, match="no token"):
             client.ready()
-        certless = ReplayClient(server.address, tls=TlsConfig(authority.cert), token=TOKENS["actor"], timeout_s=1.0)
+        certless = ReplayClient(server.address, tls=TlsConfig(authority.cert), token=TOKENS["actor"])
         with certless, pytest.raises(UnavailableError):
-            certless.ready()
+            trying_once(certless).ready()
 
 
 # Secrets

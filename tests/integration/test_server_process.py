@@ -257,7 +257,7 @@ def test_signal_drains_ends_streams_and_lets_work_in_progress_end(number: signal
         assert final_episodes_added(process) == 2
         assert "Traceback" not in process.log
         assert not path.exists()
-        gone = run("healthcheck", "--address", process.address, "--timeout-s", "2")
+        gone = run("healthcheck", "--address", process.address, "--timeout-s", "60")
         assert (gone.returncode, f"{process.address}: UNAVAILABLE" in gone.stderr) == (1, True)
 
 

@@ -187,8 +187,8 @@ def test_sample_before_an_episode_is_long_enough_is_not_ready_and_gives_the_coun
 
 def test_sample_that_waits_is_answered_when_a_long_enough_episode_is_added(served: Served) -> None:
     _, caller = served
-    request = pb.SampleRequest(wait_s=25, batch_size=5, horizon=9).SerializeToString()
-    waiting = [caller.channel.unary_unary("/touchline.v1.Replay/Sample").future(request, timeout=30) for _ in range(20)]
+    request = pb.SampleRequest(wait_s=60, batch_size=5, horizon=9).SerializeToString()
+    waiting = [caller.channel.unary_unary("/touchline.v1.Replay/Sample").future(request, timeout=DEADLINE_S) for _ in range(20)]
     caller.add(make_episode(9))  # too short
     caller.counts()
     assert not any(call.done() for call in waiting)
@@ -252,7 +252,7 @@ def test_largest_batch_that_may_be_asked_for_is_refused_by_its_size(served: Serv
 
 
 def ready(caller: Caller, **fields: Any) -> pb.ReadyResponse:
-    return caller.stub.Ready(pb.ReadyRequest(**fields), timeout=30)
+    return caller.stub.Ready(pb.ReadyRequest(**fields), timeout=DEADLINE_S)
 
 
 def test_ready_tells_sampling_and_history_apart(served: Served) -> None:
@@ -283,7 +283,7 @@ def test_ready_min_steps_takes_the_place_of_min_history(served: Served) -> None:
 
 def test_ready_that_waits_is_answered_once_both_conditions_hold(served: Served) -> None:
     _, caller = served
-    waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=60, wait_s=25), timeout=30) for _ in range(20)]
+    waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=60, wait_s=60), timeout=DEADLINE_S) for _ in range(20)]
     for seed in range(2):
         caller.add(make_episode(20, seed=seed))
     caller.counts()
@@ -328,7 +328,7 @@ def test_ready_out_of_range_is_refused(served: Served, fields: dict[str, Any], w
 
 
 def info(caller: Caller) -> pb.InfoResponse:
-    return caller.stub.Info(pb.InfoRequest(), timeout=30)
+    return caller.stub.Info(pb.InfoRequest(), timeout=DEADLINE_S)
 
 
 def test_info_gives_version_limits_and_the_configuration_in_force() -> None:
@@ -361,7 +361,7 @@ def test_info_gives_the_schema_that_the_first_episode_fixed(served: Served) -> N
 def test_clear_empties_the_table_and_its_schema_and_goes_on_counting(filled: Served) -> None:
     _, caller = filled
 
-    cleared = caller.stub.Clear(pb.ClearRequest(), timeout=30).counts
+    cleared = caller.stub.Clear(pb.ClearRequest(), timeout=DEADLINE_S).counts
 
     assert (cleared.steps_stored, cleared.episodes_stored) == (0, 0)
     assert (cleared.steps_added, cleared.episodes_added, cleared.steps_evicted, cleared.episodes_evicted) == (275, 10, 275, 10)
@@ -440,7 +440,7 @@ def test_client_of_the_same_major_version_is_served(filled: Served, version: str
 def test_health_is_serving(served: Served, service: str) -> None:
     _, caller = served
 
-    answer = health_pb2_grpc.HealthStub(caller.channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+    answer = health_pb2_grpc.HealthStub(caller.channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=DEADLINE_S)
 
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 

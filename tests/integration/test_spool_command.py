@@ -315,7 +315,7 @@ def test_send_that_is_interrupted_says_that_nothing_is_lost(server: ServerThread
         )
         assert asked.wait(60)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=300)
         go_on.set()
 
     assert process.returncode == 130

@@ -77,8 +77,8 @@ def test_batches_are_whole_while_many_add_load_and_sample() -> None:
         def sample() -> int:
             slices = 0
             with Caller(server.address) as caller:
-                while not done.is_set():
-                    slices += check(caller.sample(wait_s=20))
+                while not slices or not done.is_set():
+                    slices += check(caller.sample(wait_s=60))
             return slices
 
         with ThreadPoolExecutor(8) as pool:

@@ -383,7 +383,7 @@ def test_example_learns(tmp_path: Path) -> None:
             [sys.executable, str(EXAMPLES / "train_torchrl.py"), "--address", server.address, "--frames", "4000"],
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=300,
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,

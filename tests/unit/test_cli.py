@@ -87,7 +87,7 @@ def test_upkeep_without_a_folder_exits_2_and_of_no_store_1(command: list[str], r
 
 def test_module_prints_the_version() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "touchline_server", "--version"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "touchline_server", "--version"], capture_output=True, text=True, timeout=300, check=False
     )
 
     assert (result.returncode, result.stdout) == (0, "touchline-server 0.1.0\n")

@@ -232,7 +232,7 @@ class Host:
 
     def take(self) -> Batch:
         if self.taken == self._last:
-            self.closed.wait(30)
+            self.closed.wait(60)
             raise ClosedError("closed")
         if self.taken == self._fails_at:
             self._fails_at = -1
@@ -256,7 +256,7 @@ def test_source_reads_ahead_a_bounded_number_of_batches(late: LateTorch) -> None
     source = CudaSource(host, late, "device")
 
     first = source.take()
-    assert host.ahead.wait(10)
+    assert host.ahead.wait(60)
     rest = [source.take() for _ in range(9)]
     source.close()
 
@@ -302,11 +302,11 @@ def test_close_ends_a_take_under_way_and_the_thread(late: LateTorch) -> None:
     taker = threading.Thread(target=take)
     taker.start()
     source.close()
-    taker.join(10)
+    taker.join(60)
 
     assert [type(error) for error in caught] == [ClosedError]
     assert source._thread is not None
-    source._thread.join(10)
+    source._thread.join(60)
     assert not source._thread.is_alive()
 
 

@@ -19,7 +19,7 @@ def test_gate_lets_a_fork_wait_until_calls_are_out() -> None:
     def call() -> None:
         with gate:
             inside.set()
-            leave.wait(10)
+            leave.wait(60)
 
     def fork() -> None:
         gate.shut()
@@ -27,15 +27,15 @@ def test_gate_lets_a_fork_wait_until_calls_are_out() -> None:
 
     caller, forker = threading.Thread(target=call), threading.Thread(target=fork)
     caller.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     forker.start()
     assert not shut.wait(0.1)
 
     leave.set()
 
-    assert shut.wait(10)
-    caller.join(10)
-    forker.join(10)
+    assert shut.wait(60)
+    caller.join(60)
+    forker.join(60)
 
 
 def test_gate_keeps_calls_out_until_it_is_reopened() -> None:
@@ -53,8 +53,8 @@ def test_gate_keeps_calls_out_until_it_is_reopened() -> None:
 
     gate.reopen()
 
-    assert inside.wait(10)
-    caller.join(10)
+    assert inside.wait(60)
+    caller.join(60)
 
 
 def test_gate_gives_a_fork_way_after_its_longest_wait(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -191,7 +191,7 @@ def test_server_over_a_limit_is_asked_again_until_the_time_is_over(answers: Answ
     with ScriptedServer(GetEpisodes=handler) as server, ReplayClient(server.address) as client:
         assert numbers(client.episodes()) == [9]
         with pytest.raises(OverLimitError):
-            next(client.episodes(timeout_s=0.3))
+            next(client.episodes(timeout_s=1.0))
         assert server.count("GetEpisodes") > 3
 
 
@@ -201,7 +201,7 @@ def silent(context_ended: threading.Event, *messages: bytes) -> Handler:
     def handle(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         context.add_callback(context_ended.set)
         yield from messages
-        context_ended.wait(30)
+        context_ended.wait(60)
 
     return handle
 
@@ -209,21 +209,24 @@ def silent(context_ended: threading.Event, *messages: bytes) -> Handler:
 def test_silence_is_a_deadline_error_and_ends_the_call() -> None:
     ended = threading.Event()
     with ScriptedServer(GetEpisodes=silent(ended, encode_selection(ALL), whole(0))) as server, ReplayClient(server.address) as client:
-        episodes = client.episodes(timeout_s=0.3)
+        episodes = client.episodes()
         next(episodes)
+        episodes._source._timeout_s = 0.3
 
         with pytest.raises(DeadlineError, match=r"nothing came within 0\.3 s"):
             next(episodes)
-        assert ended.wait(10)
+        assert ended.wait(60)
 
 
 def test_reading_goes_on_after_a_deadline_was_missed(answers: Answers) -> None:
     handler = in_turn(silent(threading.Event(), encode_selection(ALL), whole(0)), answers(encode_selection(ALL), whole(9)))
     with ScriptedServer(GetEpisodes=handler) as server, ReplayClient(server.address) as client:
-        episodes = client.episodes(timeout_s=0.3)
+        episodes = client.episodes()
         next(episodes)
+        episodes._source._timeout_s = 0.3
         with pytest.raises(DeadlineError):
             next(episodes)
+        episodes._source._timeout_s = 60.0
 
         assert numbers(episodes) == [9]
 
@@ -296,7 +299,7 @@ def test_who_stops_before_the_end_ends_the_call(how: str) -> None:
         del episodes
         gc.collect()
 
-        assert ended.wait(10)
+        assert ended.wait(60)
 
 
 def test_close_by_another_thread_ends_the_iteration() -> None:
@@ -313,11 +316,11 @@ def test_close_by_another_thread_ends_the_iteration() -> None:
 
         thread = threading.Thread(target=iterate)
         thread.start()
-        assert third.wait(10)
+        assert third.wait(60)
         episodes.close()
-        thread.join(10)
+        thread.join(60)
 
-        assert not thread.is_alive() and ended.wait(10)
+        assert not thread.is_alive() and ended.wait(60)
         assert found == [0, 1, 2]
 
 

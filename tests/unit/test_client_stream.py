@@ -84,7 +84,7 @@ def test_stream_opens_with_its_credits_and_grants_half_of_them_at_a_time() -> No
     with ScriptedServer(SampleStream=pusher) as server, ReplayClient(server.address, as_numpy=True, table="pitch") as client:
         with client.batches(prefetch=6, batch_size=3, horizon=1, law="step", seed=9) as stream:
             numbers = [_number(next(stream)) for _ in range(30)]
-        assert pusher.ended.wait(10)
+        assert pusher.ended.wait(60)
 
     assert numbers == list(range(30))
     (opened,) = pusher.opened
@@ -184,14 +184,14 @@ def test_session_is_opened_only_after_the_server_answered() -> None:
 
 
 def test_server_that_stays_away_is_unavailable_after_the_limit_and_each_next_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.client.RECONNECT_S", 0.3)
+    monkeypatch.setattr("touchline.client.RECONNECT_S", 1.0)
     with ScriptedServer(SampleStream=failing_stream(UNAVAILABLE), Ready=failing(UNAVAILABLE)) as server:
         with ReplayClient(server.address, as_numpy=True) as client, client.batches() as stream:
             for _ in range(2):
-                with pytest.raises(UnavailableError, match=r"no batch for 0\.\d s"):
+                with pytest.raises(UnavailableError, match=r"no batch for \d+\.\d s"):
                     next(stream)
 
-        assert server.count("Ready") > 2
+        assert server.count("Ready") >= 2
 
 
 def failing_stream(code: grpc.StatusCode, reason: str = "") -> Any:
@@ -241,13 +241,20 @@ def test_silence_within_the_time_limit_is_a_deadline_error() -> None:
 
 
 def test_stream_goes_on_after_a_time_limit_was_missed() -> None:
+    pushing, pusher = threading.Event(), Pusher()
+
+    def push_later(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        return (pusher if pushing.is_set() else _silent)(requests, context)
+
     with (
-        ScriptedServer(SampleStream=in_turn(_silent, Pusher()), Ready=CAN_SAMPLE) as server,
+        ScriptedServer(SampleStream=push_later, Ready=CAN_SAMPLE) as server,
         ReplayClient(server.address, as_numpy=True) as client,
         client.batches(timeout_s=0.5) as stream,
     ):
         with pytest.raises(DeadlineError):
             next(stream)
+        pushing.set()
+        stream._source._timeout_s = 60.0  # type: ignore[attr-defined]
         assert _number(next(stream)) == 0
 
 
@@ -273,12 +280,12 @@ def test_close_by_another_thread_ends_the_iteration() -> None:
 
         thread = threading.Thread(target=iterate)
         thread.start()
-        assert third.wait(10)
+        assert third.wait(60)
         stream.close()
-        thread.join(10)
+        thread.join(60)
 
         assert not thread.is_alive()
-        assert pusher.ended.wait(10)
+        assert pusher.ended.wait(60)
     assert numbers == [0, 1, 2]
 
 
@@ -311,7 +318,7 @@ def test_stream_whose_reading_failed_of_itself_is_opened_anew(monkeypatch: pytes
         first = _number(next(stream))
         with pytest.raises(MemoryError):
             next(stream)
-        assert pusher.ended.wait(10)
+        assert pusher.ended.wait(60)
 
         second = _number(next(stream))
         assert first < second and _number(next(stream)) == second + 1
@@ -346,7 +353,7 @@ def test_sample_over_the_message_limit_comes_over_a_stream() -> None:
     too_large = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large")
     with ScriptedServer(Sample=too_large, SampleStream=pusher) as server, ReplayClient(server.address, as_numpy=True) as client:
         batch = client.sample(batch_size=3, seed=4)
-        assert pusher.ended.wait(10)
+        assert pusher.ended.wait(60)
 
     assert _number(batch) == 0
     assert pusher.opened[0].credits == 1

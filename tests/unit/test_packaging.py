@@ -39,7 +39,7 @@ def _lines(file: str) -> list[str]:
 def _modules_loaded_by(statement: str) -> set[str]:
     """Returns the top-level modules of a fresh interpreter after the statement."""
     program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return {name.partition(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
 

@@ -338,7 +338,7 @@ def test_suspended_reading_holds_nobody_up() -> None:
 
     adder = threading.Thread(target=lambda: [buffer.add_episode(traced(number, 20)) for number in range(10, 30)], daemon=True)
     adder.start()
-    adder.join(30)
+    adder.join(60)
 
     assert not adder.is_alive()
     assert list(episodes) == []

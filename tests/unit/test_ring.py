@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,16 @@ pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux
 GEOMETRY = RingGeometry.of(4, 1000)
 
 
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of shared memory for the rings of a test alone: servers that others run on this machine neither see nor sweep it."""
+    with tempfile.TemporaryDirectory(prefix="rings-", dir=ring_module.SHARED_MEMORY_DIR) as name:
+        monkeypatch.setattr(ring_module, "SHARED_MEMORY_DIR", Path(name))
+        yield Path(name)
+
+
 @pytest.fixture
-def writer() -> Iterator[RingWriter]:
+def writer(folder: Path) -> Iterator[RingWriter]:
     writer = RingWriter(GEOMETRY)
     yield writer
     writer.close()
@@ -133,8 +142,8 @@ def test_ring_file_is_private_reserved_and_gone_after_unlink(writer: RingWriter)
     ("changes", "words"),
     [
         ({"path": "/etc/passwd"}, "no ring's name"),
-        ({"path": "/dev/shm/../etc/passwd"}, "no ring's name"),
-        ({"path": f"/dev/shm/touchline-{'0' * 32}"}, "No such file"),
+        ({"path": "{folder}/../etc/passwd"}, "no ring's name"),
+        ({"path": "{folder}/touchline-" + "0" * 32}, "No such file"),
         ({"size_bytes": GEOMETRY.size_bytes + PAGE}, "bytes offered"),
         ({"geometry": RingGeometry(3, PAGE), "size_bytes": RingGeometry(3, PAGE).size_bytes}, "not a file of this user of"),
         ({"geometry": RingGeometry(1, PAGE)}, "1 slots"),
@@ -143,13 +152,14 @@ def test_ring_file_is_private_reserved_and_gone_after_unlink(writer: RingWriter)
         ({"token": bytes(16)}, "not the ring that was offered"),
     ],
 )
-def test_reader_refuses_an_offer_that_does_not_fit(writer: RingWriter, changes: dict[str, object], words: str) -> None:
+def test_reader_refuses_an_offer_that_does_not_fit(writer: RingWriter, folder: Path, changes: dict[str, object], words: str) -> None:
+    changes = {name: value.format(folder=folder) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(RingError, match=words):
         attach(writer, **changes)
 
 
-def test_reader_refuses_a_link(writer: RingWriter) -> None:
-    link = Path(f"/dev/shm/touchline-{'a' * 31}0")
+def test_reader_refuses_a_link(writer: RingWriter, folder: Path) -> None:
+    link = folder / f"touchline-{'a' * 31}0"
     link.symlink_to(writer.path)
     try:
         with pytest.raises(RingError):
@@ -167,15 +177,14 @@ def test_reader_refuses_a_slot_that_is_out_of_range(writer: RingWriter) -> None:
         reader.take()
 
 
-def test_writer_without_room_raises_and_leaves_no_file() -> None:
-    before = set(os.listdir("/dev/shm"))
-    status = os.statvfs("/dev/shm")
+def test_writer_without_room_raises_and_leaves_no_file(folder: Path) -> None:
+    status = os.statvfs(folder)
     too_much = status.f_blocks * status.f_frsize * 2
 
     with pytest.raises(RingError, match="no ring of"):
         RingWriter(RingGeometry(2, -(-too_much // PAGE) * PAGE))
 
-    assert set(os.listdir("/dev/shm")) == before
+    assert list(folder.iterdir()) == []
 
 
 def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter) -> None:
@@ -194,16 +203,16 @@ def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter
     assert slot not in writer.free_slots()
 
 
-def test_sweep_removes_the_rings_of_killed_servers_only(writer: RingWriter) -> None:
+def test_sweep_removes_the_rings_of_killed_servers_only(writer: RingWriter, folder: Path) -> None:
     code = (
-        "import os, signal; from touchline_protos.ring import *; w = RingWriter(RingGeometry.of(2, 10)); "
-        "print(w.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, pathlib, signal, sys; from touchline_protos import ring; ring.SHARED_MEMORY_DIR = pathlib.Path(sys.argv[1]); "
+        "w = ring.RingWriter(ring.RingGeometry.of(2, 10)); print(w.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     left = Path(killed.stdout.strip())
     assert left.exists()
 
-    sweep_dead_rings()
+    assert sweep_dead_rings() == 1
 
     assert not left.exists()
     assert writer.path.exists()

@@ -245,7 +245,7 @@ def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_evicti
 
     monkeypatch.setattr(store, "check", meanwhile)
     with ThreadPoolExecutor(1) as pool, readers:
-        assert pool.submit(store.add_at_once, traced(2, 6)).result(10) is None
+        assert pool.submit(store.add_at_once, traced(2, 6)).result(60) is None
 
     assert [entry[4] for entry in store.entries()] == [0, 1]
     monkeypatch.undo()

@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
-from client_faults import ScriptedServer, fail
+from client_faults import ScriptedServer, fail, trying_once
 from service_calls import eventually
 from touchline import (
     AccessDeniedError,
@@ -73,8 +73,8 @@ def shelf() -> Shelf:
 
 @pytest.fixture
 def client(shelf: Shelf) -> Iterator[ReplayClient]:
-    with ScriptedServer(AddEpisode=shelf) as server, ReplayClient(server.address, timeout_s=0.2, actor="keeper") as client:
-        yield client
+    with ScriptedServer(AddEpisode=shelf) as server, ReplayClient(server.address, actor="keeper") as client:
+        yield trying_once(client)
 
 
 def play(writer: EpisodeWriter, first: int, rows: int = 2) -> EpisodeKey | None:
@@ -95,12 +95,12 @@ def test_drop_oldest_keeps_the_newest_and_the_one_being_sent(client: ReplayClien
     shelf.away.set()
     writer = EpisodeWriter(client, max_pending=3, when_full="drop-oldest")
     play(writer, 0)
-    assert shelf.asked.wait(10)
+    assert shelf.asked.wait(60)
 
     assert all(play(writer, number) is not None for number in range(1, 7))
     counters = writer.counters
     shelf.away.clear()
-    writer.close(30)
+    writer.close(60)
 
     check(counters)
     assert (counters.pending, counters.dropped, counters.steps_dropped) == (3, 4, 8)
@@ -118,7 +118,7 @@ def test_drop_newest_keeps_the_oldest_and_returns_no_key(client: ReplayClient, s
     keys = [play(writer, number) for number in range(5)]
     counters = writer.counters
     shelf.away.clear()
-    writer.close(30)
+    writer.close(60)
 
     check(counters)
     assert [key is None for key in keys] == [False, False, False, True, True]
@@ -133,11 +133,11 @@ def test_bytes_in_memory_are_bounded_and_a_larger_episode_waits_alone(client: Re
 
     kept = [play(writer, 10 * number, rows) is not None for number, rows in enumerate((20, 2, 2))]
     shelf.away.clear()
-    writer.flush(30)
+    writer.flush(60)
     shelf.away.set()
     kept += [play(writer, 10 * number, rows) is not None for number, rows in enumerate((4, 4, 4), 3)]
     shelf.away.clear()
-    writer.close(30)
+    writer.close(60)
 
     assert kept == [True, False, False, True, True, False]
     assert shelf.firsts == [0, 30, 40]
@@ -163,7 +163,7 @@ def test_bad_argument_is_refused(client: ReplayClient, arguments: dict[str, Any]
 def test_spooled_episode_goes_out_and_leaves_the_disk(client: ReplayClient, shelf: Shelf, tmp_path: Path) -> None:
     with EpisodeWriter(client, spool_dir=tmp_path / "spool", policy_version=4) as writer:
         key = play(writer, 7, 3)
-        writer.flush(30)
+        writer.flush(60)
         counters = writer.counters
 
     (episode,) = shelf.episodes.values()
@@ -203,7 +203,7 @@ def test_next_writer_sends_what_was_left_under_the_first_keys_and_in_order(clien
 
     second = EpisodeWriter(client, spool_dir=tmp_path, actor="right")
     keys.append(play(second, 3))
-    second.close(30)
+    second.close(60)
 
     assert list(shelf.episodes) == keys
     assert [episode.actor for episode in shelf.episodes.values()] == ["left"] * 3 + ["right"]
@@ -223,7 +223,7 @@ def test_episode_whose_acknowledgement_was_lost_is_sent_again_under_the_same_key
     shelf.deaf.clear()
 
     with EpisodeWriter(client, spool_dir=tmp_path) as second:
-        second.flush(30)
+        second.flush(60)
 
     assert len(shelf.requests) > 1 and len(set(shelf.requests)) == 1
     assert len(shelf.episodes) == 1
@@ -233,7 +233,8 @@ def test_close_leaves_what_waits_to_the_next_start_and_says_so(
     client: ReplayClient, shelf: Shelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf.away.set()
-    with EpisodeWriter(client, spool_dir=tmp_path) as writer:
+    hasty = ReplayClient(client.address, timeout_s=0.2)  # for so long closing waits
+    with hasty, EpisodeWriter(hasty, spool_dir=tmp_path, actor="keeper") as writer:
         play(writer, 0)
         writer.append({"obs": np.float32(9)})
         writer.append({"obs": np.float32(10)})
@@ -270,9 +271,9 @@ def test_refused_episode_is_reported_and_kept_aside(client: ReplayClient, shelf:
     writer = EpisodeWriter(client, spool_dir=tmp_path)
     key = play(writer, 0)
     with pytest.raises(UnacknowledgedError) as caught:
-        writer.flush(30)
+        writer.flush(60)
     play(writer, 1)
-    writer.close(30)
+    writer.close(60)
 
     assert [(result.key, type(result.error)) for result in caught.value.results] == [(key, InvalidEpisodeError)]
     assert shelf.firsts == [1]
@@ -282,15 +283,16 @@ def test_refused_episode_is_reported_and_kept_aside(client: ReplayClient, shelf:
 
 
 def test_client_that_is_not_let_in_loses_nothing_and_goes_on_once_it_is(client: ReplayClient, shelf: Shelf, tmp_path: Path) -> None:
-    shelf.failures = [(grpc.StatusCode.UNAUTHENTICATED, "")] * 3
+    shelf.failures = [(grpc.StatusCode.UNAUTHENTICATED, "")] * 1000
     writer = EpisodeWriter(client, spool_dir=tmp_path)
     play(writer, 0)
-    assert shelf.asked.wait(10)
-    eventually(lambda: len(shelf.failures) < 2, "it was turned away twice")
+    assert shelf.asked.wait(60)
+    eventually(lambda: len(shelf.failures) < 999, "it was turned away twice")
     with pytest.raises(UnacknowledgedError) as caught:
         writer.flush(0)
 
-    writer.close(30)
+    shelf.failures.clear()
+    writer.close(60)
 
     assert [type(result.error) for result in caught.value.results] == [AccessDeniedError]
     assert shelf.firsts == [0] and writer.counters.refused == 0
@@ -321,7 +323,7 @@ def test_episode_larger_than_the_spool_is_refused_and_reported(client: ReplayCli
 
     with pytest.raises(UnacknowledgedError, match="raise spool_limit_bytes, or cut") as caught:
         writer.end_episode()
-    writer.close(30)
+    writer.close(60)
 
     assert [type(result.error) for result in caught.value.results] == [TooLargeError]
     assert writer.counters.refused == 1
@@ -341,15 +343,15 @@ def test_full_spool_holds_the_actor_up_until_there_is_room_and_says_so_once(
 
     actor = threading.Thread(target=act)
     actor.start()
-    assert not third.wait(0.5)
-    assert writer.counters.pending == 2
+    eventually(lambda: writer.counters.pending == 2, "two wait")
+    assert not third.wait(0.2)
     shelf.away.clear()
 
-    assert third.wait(20)
+    assert third.wait(60)
     actor.join()
     for number in range(3, 20):
         play(writer, number)
-    writer.close(30)
+    writer.close(60)
     assert shelf.firsts == list(range(20))
     assert caplog.text.count("is held up: there is no room for another episode, 2 wait") == 1
 
@@ -366,7 +368,7 @@ def test_full_spool_drops_as_it_was_told_within_its_bytes(client: ReplayClient, 
         assert writer.counters.spool_bytes <= 1 << 20
     counters = writer.counters
     shelf.away.clear()
-    writer.flush(30)
+    writer.flush(60)
     writer.close()
 
     check(counters)
@@ -394,8 +396,8 @@ def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_roo
         writer.close(0.1)
     loss = writer.describe_loss()
     shelf.away.clear()
-    writer.close(30)
-    writer.close(30)
+    writer.close(60)
+    writer.close(60)
 
     assert loss is not None and "2 rows of an unfinished one" in loss
     assert shelf.firsts == [0, 1]
@@ -422,7 +424,7 @@ def test_spool_that_cannot_be_written_is_told_and_nothing_is_lost_once_it_can(
     if ended_by == "cut":
         writer.append(rows[2])
     assert writer.end_episode() is not None or ended_by == "cut"
-    writer.close(30)
+    writer.close(60)
 
     found = [episode.columns["obs"].tolist() for episode in shelf.episodes.values()]
     assert found == ([[0, 1]] if ended_by == "end" else [[0, 1], [1, 2]])
@@ -442,7 +444,7 @@ def test_damaged_episode_is_reported_and_the_others_arrive(client: ReplayClient,
 
     second = EpisodeWriter(client, spool_dir=tmp_path)
     with pytest.raises(UnacknowledgedError, match="damaged") as caught:
-        second.close(30)
+        second.close(60)
 
     assert [(result.key, type(result.error)) for result in caught.value.results] == [(keys[1], SpoolError)]
     assert list(shelf.episodes) == [keys[0], keys[2]]
@@ -461,7 +463,7 @@ def test_memory_does_not_grow_with_what_waits_in_the_spool(client: ReplayClient,
             writer.end_episode()
 
     add(3)
-    assert shelf.asked.wait(10)
+    assert shelf.asked.wait(60)
     tracemalloc.start()
     add(40)
     held, _ = tracemalloc.get_traced_memory()
@@ -508,7 +510,7 @@ for number in range(5):
             os._exit(1)
     play(writer)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-writer.close(30)
+writer.close(60)
 assert writer.counters.acknowledged == 10, writer.counters
 """
 
@@ -518,7 +520,7 @@ def test_fork_between_episodes_leaves_the_spool_to_the_parent(shelf: Shelf, tmp_
 
     with ScriptedServer(AddEpisode=shelf) as server:
         ended = subprocess.run(
-            [sys.executable, "-c", FORKING, server.address, str(tmp_path / "spool")], capture_output=True, text=True, timeout=60, env=env
+            [sys.executable, "-c", FORKING, server.address, str(tmp_path / "spool")], capture_output=True, text=True, timeout=300, env=env
         )
 
     assert ended.returncode == 0, ended.stderr
@@ -543,11 +545,11 @@ def test_writer_forgotten_at_exit_leaves_its_episodes_in_the_spool_and_says_what
 ) -> None:
     shelf.away.set()
     ended = subprocess.run(
-        [sys.executable, "-c", FORGETFUL, client.address, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", FORGETFUL, client.address, str(tmp_path)], capture_output=True, text=True, timeout=300, check=True
     )
     shelf.away.clear()
     with EpisodeWriter(client, spool_dir=tmp_path) as writer:
-        writer.flush(30)
+        writer.flush(60)
 
     assert "was not closed: 1 rows of an unfinished one" in ended.stderr
     assert f"was not closed: 1 episodes wait in {tmp_path} for its next start" in ended.stderr
