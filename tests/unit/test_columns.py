@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchrl.data import LazyTensorStorage
 
 from store_cases import make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode
@@ -173,6 +174,26 @@ def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
 
 def on_disk(folder: Path, capacity: int = 1000) -> ReplayBuffer:
     return ReplayBuffer(make_config(capacity, storage={"device": "disk", "scratch_dir": str(folder)}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_allocation_is_not_announced_by_torchrl_whose_logger_stays_as_it_was(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "torchrl")
+    logger, announced = logging.getLogger("torchrl"), list[str]()
+    note = logging.Handler(logging.INFO)
+    note.emit = lambda record: announced.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(logger, "handlers", [note])
+    monkeypatch.setattr(logger, "filters", [])  # that of these tests
+    buffer = ReplayBuffer(make_config(20, storage={"device": device, "scratch_dir": str(tmp_path)}))
+
+    buffer.add(plain_columns(5))
+    assert announced == []
+
+    LazyTensorStorage(4).set(0, torch.zeros(3))
+    assert len(announced) == 1
+    assert (logger.filters, logger.level) == ([], logging.INFO)
 
 
 def test_disk_columns_hold_the_values_in_preallocated_files(tmp_path: Path) -> None:

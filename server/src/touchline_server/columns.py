@@ -23,7 +23,7 @@ from touchline_server.config import ConfigError
 from touchline_server.errors import TooLargeError
 from touchline_server.memory import available_host_bytes, free_cuda_bytes
 from touchline_server.schema import Schema
-from touchline_server.torchrl_state import Storage, column_tensor, release
+from touchline_server.torchrl_state import Storage, column_tensor, release, unannounced
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ class Columns:
         first_row = TensorDict(
             {tuple(spec.name.split(".")): torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in schema.columns}, []
         )
-        storage.set(0, first_row.to(device))
+        with unannounced():
+            storage.set(0, first_row.to(device))
         self.tensors = {spec.name: column_tensor(storage, spec.name) for spec in schema.columns}
         """Column by dotted name; shares the storage's memory."""
         self.device = next(iter(self.tensors.values())).device

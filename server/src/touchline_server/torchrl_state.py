@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +14,24 @@ import torch
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 Storage: TypeAlias = LazyTensorStorage | LazyMemmapStorage
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Has TorchRL print nothing of what this thread does in the block, warnings apart; whatever else it logs goes where it always goes.
+
+    It sets a logger of its own up at its import, which announces each allocation on stdout, and stdout is the program's.
+    """
+    logger, own = logging.getLogger("torchrl"), threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != own or record.levelno >= logging.WARNING
+
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
 
 
 def column_tensor(storage: Storage, name: str) -> torch.Tensor:
