@@ -89,8 +89,8 @@ def eventually(condition: Callable[[], bool], what: str, *, timeout_s: float = D
         time.sleep(every_s)
 
 
-def resident_bytes(process_id: int) -> int:
-    """Returns the memory that a process occupies, without what it shares through files."""
+def private_bytes(process_id: int) -> int:
+    """Returns the memory that a process has to itself, without what it shares with others or through files."""
     status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
 
@@ -253,9 +253,9 @@ class ServerProcess:
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads:"))
 
     @property
-    def resident_bytes(self) -> int:
-        """Memory that it occupies now."""
-        return resident_bytes(self.process.pid)
+    def private_bytes(self) -> int:
+        """Memory that it has to itself now."""
+        return private_bytes(self.process.pid)
 
     @property
     def open_files(self) -> int:

@@ -32,7 +32,7 @@ from fuzzing import (
     targets,
     unframe,
 )
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, resident_bytes
+from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, private_bytes
 from touchline_protos.v1 import replay_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_mutated_inputs_are_refused_or_read_as_protobuf_reads_them(name: str, sh
 
         for number in range(count):
             if number == count // 2:
-                before = resident_bytes(os.getpid())
+                before = private_bytes(os.getpid())
             data = inputs.input()
             try:
                 accepted += target(data)
@@ -80,7 +80,7 @@ def test_mutated_inputs_are_refused_or_read_as_protobuf_reads_them(name: str, sh
                 raise
 
         assert count // 10 < accepted < count
-        assert resident_bytes(os.getpid()) - before < GROWTH_BYTES
+        assert private_bytes(os.getpid()) - before < GROWTH_BYTES
         assert store.buffer.counts().steps_stored <= CAPACITY
         note(messages_fuzzed=count)
 
@@ -223,7 +223,7 @@ def test_server_answers_mutated_requests_and_neither_fails_nor_grows(tmp_path: P
         stranger, ends = Stranger(caller), Counter[grpc.StatusCode]()
         for number in range(count):
             if number == count // 2:
-                before = process.resident_bytes
+                before = process.private_bytes
             name, code, data = stranger.call()
             ends[code] += 1
             allowed = EXPECTED | WAITS if name in ("Ready", "Sample", "SampleStream") else EXPECTED
@@ -233,7 +233,7 @@ def test_server_answers_mutated_requests_and_neither_fails_nor_grows(tmp_path: P
         assert process.process.poll() is None
         assert "Traceback" not in process.log
         assert counts.steps_stored <= 100
-        assert process.resident_bytes - before < GROWTH_BYTES
+        assert process.private_bytes - before < GROWTH_BYTES
     assert min(ends[grpc.StatusCode.OK], ends[grpc.StatusCode.INVALID_ARGUMENT]) > count // 20, ends
     note(messages_fuzzed=count)
 

@@ -33,20 +33,20 @@ be more."""
 class Level:
     """What a server holds."""
 
-    resident_bytes: int
+    private_bytes: int
     threads: int
     files: int
 
     @classmethod
     def of(cls, process: ServerProcess) -> Level:
-        return cls(process.resident_bytes, process.threads, process.open_files)
+        return cls(process.private_bytes, process.threads, process.open_files)
 
     def assert_again(self, process: ServerProcess) -> None:
         """Waits until threads and files are what they were; memory may be held a little more."""
         gc.collect()  # gRPC closes a channel's connections when the channel is collected
         eventually(lambda: process.open_files <= self.files, f"{process.open_files} files as before, {self.files}")
         eventually(lambda: process.threads <= self.threads, f"{process.threads} threads as before, {self.threads}")
-        grown = process.resident_bytes - self.resident_bytes
+        grown = process.private_bytes - self.private_bytes
         assert grown < LEAK_BYTES, f"{grown >> 20} MiB more than before"
 
 
@@ -75,7 +75,7 @@ def test_learner_that_does_not_read_costs_less_than_its_credits_and_holds_nobody
         for seed in range(200):
             assert reader.read(1)
             others.add(make_episode(20, seed=seed, obs=256))
-        grown = process.resident_bytes - before.resident_bytes
+        grown = process.private_bytes - before.private_bytes
         for stream in idle:
             stream.cancel()
 
