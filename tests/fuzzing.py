@@ -445,6 +445,9 @@ class _Learner:
     def done(self) -> bool:
         return False
 
+    async def send_initial_metadata(self, metadata: tuple[()]) -> None:
+        """Nothing to send it to."""
+
     async def write(self, message: bytes) -> None:
         self.batches += len(self._decoder.feed(message))
         assert self.batches <= self.granted, "more batches than credits"
@@ -493,7 +496,7 @@ class FuzzedSessions:
     async def _run(self, messages: list[bytes]) -> bool:
         learner = _Learner(messages)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 await self._method.stream_stream(learner.requests(), learner)
         except _Ended as ended:
             assert ended.args[0] in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), ended

@@ -9,17 +9,26 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from touchline_protos import PROTOCOL_VERSION, Counts
-from touchline_protos.codec import EpisodeKey
+from touchline_protos.codec import CodecError, EpisodeKey, OversizeError
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
-from touchline_server.errors import InvalidRequestError
+from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, KeyConflictError, ReplayError, TooLargeError
 from touchline_server.reading import EpisodeQuery
 from touchline_server.sampling import Law
 from touchline_server.status import shorten
+from touchline_server.store import Stored
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
 
+_OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
+    OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
+    CodecError: pb.EpisodeResult.OUTCOME_INVALID,
+    InvalidEpisodeError: pb.EpisodeResult.OUTCOME_INVALID,
+    KeyConflictError: pb.EpisodeResult.OUTCOME_KEY_CONFLICT,
+    TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
+}
+"""Of what is an episode's own fault; the first that fits."""
 
 _COUNTS = [field.name for field in fields(Counts)]
 
@@ -70,9 +79,22 @@ def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:
     return pb.EpisodeKey(client_id=episode_key.client_id, incarnation=episode_key.incarnation, sequence=episode_key.sequence)
 
 
-def refusal(episode_key: EpisodeKey | None, outcome: pb.EpisodeResult.Outcome, reason: str) -> pb.EpisodeResult:
-    """Returns the result of an episode that was not stored."""
-    return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=-1, reason=shorten(reason))
+def acceptance(episode_key: EpisodeKey | None, stored: Stored) -> pb.EpisodeResult:
+    """Returns the result of an episode of a load that is stored."""
+    outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
+    return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=stored.episode_id)
+
+
+def refusal(episode_key: EpisodeKey | None, error: CodecError | ReplayError) -> pb.EpisodeResult:
+    """Returns the result of an episode of a load that was refused.
+
+    Raises:
+        CodecError, ReplayError: the given one, where it is not the episode's own fault: it ends the call.
+    """
+    for kind, outcome in _OUTCOME_OF.items():
+        if isinstance(error, kind):
+            return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=-1, reason=shorten(str(error)))
+    raise error
 
 
 def law(number: int) -> str | None:

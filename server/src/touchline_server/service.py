@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
-from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, LoadDecoder, OversizeError, decode_add_episode
+from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import jobs, messages
 from touchline_server.buffer import ReplayBuffer, SampleSpec
@@ -24,7 +24,6 @@ from touchline_server.errors import (
     IncompatibleVersionError,
     InvalidEpisodeError,
     InvalidRequestError,
-    KeyConflictError,
     OverloadedError,
     ReplayError,
     RestoringError,
@@ -190,7 +189,7 @@ class ReplayService:
                             f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
                         )
                     answers += [
-                        _refused(taken.key, taken.outcome) if isinstance(taken.outcome, CodecError | ReplayError) else taken
+                        messages.refusal(taken.key, taken.outcome) if isinstance(taken.outcome, CodecError | ReplayError) else taken
                         for taken in await self._intake.take(message, decode)
                     ]
                     del message  # its room is given back
@@ -207,9 +206,8 @@ class ReplayService:
         try:
             stored = await self._intake.stored(taken)
         except ReplayError as error:
-            return _refused(taken.key, error)
-        outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
-        return pb.EpisodeResult(key=messages.key(taken.key), outcome=outcome, episode_id=stored.episode_id)
+            return messages.refusal(taken.key, error)
+        return messages.acceptance(taken.key, stored)
 
     async def _sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         spec = self._spec(request)
@@ -356,24 +354,6 @@ class ReplayService:
             yield
         finally:
             self._streams -= 1
-
-
-_OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
-    OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
-    CodecError: pb.EpisodeResult.OUTCOME_INVALID,
-    InvalidEpisodeError: pb.EpisodeResult.OUTCOME_INVALID,
-    KeyConflictError: pb.EpisodeResult.OUTCOME_KEY_CONFLICT,
-    TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
-}
-"""Of what is an episode's own fault; the first that fits."""
-
-
-def _refused(key: EpisodeKey | None, error: CodecError | ReplayError) -> pb.EpisodeResult:
-    """Returns the result of an episode of a load that was refused; an error that is not the episode's own ends the call."""
-    for kind, outcome in _OUTCOME_OF.items():
-        if isinstance(error, kind):
-            return messages.refusal(key, outcome, str(error))
-    raise error
 
 
 def _parsing(method: Callable[[Any, Context], Awaitable[T]], request: type[Message]) -> Callable[[bytes, Context], Awaitable[T]]:
