@@ -47,6 +47,17 @@ def test_refusals_are_counted_by_reason_with_examples(tmp_path: Path) -> None:
     assert (other.count, other.examples[0][0]) == (1, 7)
 
 
+def test_refusals_of_other_sizes_have_one_reason(client: ReplayClient, tmp_path: Path) -> None:
+    """And a dtype is no number."""
+    write_npz(tmp_path / "demos.npz", [make_episode(number, rows=rows) for number, rows in enumerate((5, 500, 50_000))])
+
+    report = datasets.load(client, str(tmp_path / "demos.npz"), max_episode_bytes=10)
+
+    ((reason, refusals),) = report.reasons.items()
+    assert refusals.count == 3
+    assert "obs: float32 (#, #): with this column the episode would take # bytes, expected at most #" in reason
+
+
 def test_loading_again_stores_nothing_twice_whatever_the_name(server: ServerThread, client: ReplayClient, tmp_path: Path) -> None:
     write_npz(tmp_path / "demos.npz", [make_episode(number) for number in range(5)])
     datasets.load(client, str(tmp_path / "demos.npz"), limit=3)

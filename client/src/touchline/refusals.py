@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+NUMBER = re.compile(r"(?<![A-Za-z\d])\d+(,\d{3})*")
+"""Also ``12,000``; not that in ``float32``."""
 EXAMPLES = 3
 """Refusals of one reason that are kept with their text."""
 
@@ -21,7 +23,7 @@ class Refusals:
 
 def add_refusal(reasons: dict[str, Refusals], position: int, message: str) -> None:
     """Counts an episode among those of its reason, which is the message with ``#`` for its numbers."""
-    refusals = reasons.setdefault(re.sub(r"\d+", "#", message), Refusals())
+    refusals = reasons.setdefault(NUMBER.sub("#", message), Refusals())
     refusals.count += 1
     if len(refusals.examples) < EXAMPLES:
         refusals.examples.append((position, message))
