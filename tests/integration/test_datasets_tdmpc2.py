@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,16 @@ def test_file_of_an_early_tensordict_is_read_without_trust(
     datasets.load(client, str(tmp_path / "early.pt"))
 
     assert_same(stored(server), _episodes_of(td))
+
+
+def test_pt_file_is_read_without_tensordict(tmp_path: Path) -> None:
+    """Which takes as long to import as torch itself."""
+    torch.save(_multitask(2, 3), tmp_path / "chunk.pt")
+    code = "import sys; sys.modules['tensordict'] = None; from touchline import datasets; print(datasets.survey(sys.argv[1])[0].stored)"
+
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "chunk.pt")], capture_output=True, text=True, check=False)
+
+    assert found.stdout == "2\n", found.stderr
 
 
 class Payload:

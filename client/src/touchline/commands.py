@@ -77,7 +77,7 @@ Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Longest time th
 def load(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Files (.pt, .h5, .hdf5, .npz), folders of .pt files, or Minari data sets (minari:ID)."),
+        typer.Argument(metavar="SOURCE", help="Files (.pt, .h5, .hdf5, .npz), folders of .pt files, or Minari data sets (minari:ID)."),
     ],
     address: Address = "127.0.0.1:50051",
     format: Format = None,

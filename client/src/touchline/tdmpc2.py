@@ -19,7 +19,8 @@ except ImportError as error:
     raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): pip install 'touchline[torch]'") from error
 
 from touchline.client import ReplayClient
-from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError
+from touchline.errors import ClosedError, InvalidArgumentError
+from touchline.naming import columns_of
 from touchline.stream import BatchStream
 from touchline_protos import Batch, Counts
 
@@ -199,23 +200,6 @@ class Buffer:
                 "the server keeps %d rows (config.buffer_size), cfg asks for %d: min(cfg.buffer_size, cfg.steps)", capacity, self._capacity
             )
         self._checked = True
-
-
-def columns_of(td: Any) -> dict[str, Any]:
-    """Returns TD-MPC2's columns under Touchline's names, without ``episode``, which TD-MPC2's buffer writes into what it is given.
-
-    Args:
-        td: a TensorDict, or a mapping. Not changed; the columns share its memory.
-
-    Raises:
-        InvalidEpisodeError: no such thing, or two columns that are stored under one name.
-    """
-    if not hasattr(td, "keys"):
-        raise InvalidEpisodeError(f"td: {type(td).__name__}, expected a TensorDict")
-    names = set(td.keys())
-    if {"done", "terminated"} <= names:
-        raise InvalidEpisodeError("done: given beside terminated, which is stored under that name; expected one of the two")
-    return {"done" if name == "terminated" else name: td[name] for name in td.keys() if name != "episode"}  # noqa: SIM118  a TensorDict
 
 
 def _address(cfg: Any) -> str:

@@ -16,12 +16,11 @@ from touchline.datasets.pt_file import check_file
 from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
 from touchline.errors import InvalidEpisodeError
+from touchline.naming import columns_of
 from touchline_protos.columns import MAX_NESTING, ColumnError, to_array
 
 try:
     import torch
-
-    from touchline.tdmpc2 import columns_of
 except ImportError as error:
     raise DatasetError(f".pt files need torch ({error}): pip install 'touchline[torch]'") from error
 
