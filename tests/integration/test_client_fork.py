@@ -99,6 +99,69 @@ with client.batches() as stream:
     for _ in range(200):
         next(stream)
 """,
+    "thread-that-waits-for-the-server": """
+from touchline import UnavailableError, stream as module
+
+real, failures, inside = module._Session, [1, 1], threading.Event()
+
+def open_session(*arguments, **options):
+    if failures:
+        failures.pop()
+        raise UnavailableError("as the test wants")
+    return real(*arguments, **options)
+
+def delays():
+    yield 0.0
+    inside.set()
+    threading.Event().wait()
+
+module._Session = open_session
+client._calls.delays = delays
+batches = client.batches()
+threading.Thread(target=lambda: next(batches), daemon=True).start()
+assert inside.wait(20)
+pid = os.fork()
+if pid == 0:
+    try:
+        failures.append(1)
+        next(batches)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+wait(pid)
+os._exit(0)
+""",
+    "thread-that-takes-episodes-over": """
+from touchline import reading as module
+
+class Halting(list):
+    def __iter__(self):
+        inside.set()
+        threading.Event().wait()
+
+feed, inside, parent = module.EpisodeDecoder.feed, threading.Event(), os.getpid()
+
+def feed_and_halt(decoder, message):
+    found = feed(decoder, message)
+    return Halting(found) if found and os.getpid() == parent else found
+
+module.EpisodeDecoder.feed = feed_and_halt
+for _ in range(3):
+    client.add(episode())
+episodes = client.episodes(newest=4)
+threading.Thread(target=lambda: next(episodes), daemon=True).start()
+assert inside.wait(20)
+pid = os.fork()
+if pid == 0:
+    try:
+        os._exit(0 if len(list(episodes)) == 4 else 2)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+wait(pid)
+os._exit(0)
+""",
     "busy-writer": """
 writer = EpisodeWriter(client)
 stop = threading.Event()

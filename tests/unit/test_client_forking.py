@@ -72,11 +72,9 @@ def test_transport_in_a_child_opens_a_channel_of_its_own(monkeypatch: pytest.Mon
     monkeypatch.setattr(forking, "SUPPORTED", True)  # whatever this test process loaded first
     transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
     parents = transport.method("unary_unary", "Ready")
-    generation = transport.generation
 
     transport.after_fork_in_child()
 
-    assert transport.generation == generation + 1
     assert transport.method("unary_unary", "Ready") is not parents
     transport.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from touchline.errors import ClosedError, InvalidArgumentError
+from touchline.forking import forget_in_child, keep_orphan
 from touchline.ring import RingBatches
 from touchline.stream import BatchSource
 from touchline.tensors import load_torch, map_batch
@@ -227,11 +228,21 @@ class CudaSource:
         self._source = source
         self._torch = torch
         self._device = device
+        self._closed = False
+        self._begin()
+        forget_in_child(self)
+
+    def _begin(self) -> None:
+        """Has everything that changes as it is before the first batch."""
         self._changed = threading.Condition()
         self._ahead: deque[StagedBatch] = deque()
         self._failure: BaseException | None = None
-        self._closed = False
         self._thread: threading.Thread | None = None
+
+    def after_fork_in_child(self) -> None:
+        """Begins anew; what is on the device is the parent's. CUDA itself refuses a child of a process that has used it, by an error."""
+        keep_orphan((self._ahead, self._thread))
+        self._begin()
 
     def take(self) -> Batch:
         """Returns the next batch; see :class:`~touchline.stream.BatchStream` for what it raises."""

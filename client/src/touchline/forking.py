@@ -92,6 +92,14 @@ def forget_in_child(thing: Forgetful) -> None:
     _forgetful.add(thing)
 
 
+def event_like(event: threading.Event) -> threading.Event:
+    """In a child: returns an event that is set where this one is, and whose lock nobody of the parent's holds."""
+    fresh = threading.Event()
+    if event.is_set():
+        fresh.set()
+    return fresh
+
+
 def keep_orphan(thing: object) -> None:
     """In a child: keeps what is the parent's alive, since its destructor could reach what both share."""
     _orphans.append(thing)

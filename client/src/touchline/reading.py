@@ -8,11 +8,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from touchline.calls import Calls, delay_before_retry
 from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerError, TouchlineError, UnavailableError
-from touchline.forking import keep_orphan
+from touchline.forking import event_like, forget_in_child, keep_orphan
 from touchline.watchdog import Watchdog
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 class EpisodeStream:
     """An iterator of whole episodes, their ids ascending; also a context manager that closes it. Made by ``ReplayClient.episodes``.
 
-    One thread iterates, any thread may close. The episodes' arrays are the caller's. Who stops before the end closes it; what is
-    dropped without that ends its call once it is collected.
+    One thread iterates, any thread may close; forks as with a :class:`~touchline.BatchStream`, but a child goes on where its parent was.
+    The episodes' arrays are the caller's. Who stops before the end closes it; what is dropped without that ends its call once it is
+    collected.
     """
 
     def __init__(self, source: EpisodeSource) -> None:
@@ -88,6 +90,16 @@ class EpisodeStream:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """How far reading is."""
+
+    seen_id: int = -1
+    """The highest id that was dealt with."""
+    ready: deque[StoredEpisode] = field(default_factory=deque)
+    """Episodes up to it that nobody has taken yet."""
+
+
 class EpisodeSource:
     """Episodes from GetEpisodes; a call that breaks off is followed by one for what is left. One thread takes, any closes.
 
@@ -103,21 +115,19 @@ class EpisodeSource:
         self._request = request
         self._timeout_s = timeout_s
         self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
-        self._seen_id = -1
+        self._progress = _Progress()
         self._fruitless = 0
         self._fruitless_since = 0.0
         self._delays = calls.delays()
-        self._ready: deque[StoredEpisode] = deque()
         self._session: _Session | None = None
         self._finished = False
         self._watchdog = Watchdog(timeout_s)
-        self._generation = calls.transport.generation
         self._closed = threading.Event()
+        forget_in_child(self)
 
     @property
     def selection(self) -> EpisodeSelection:
         """What there was to read when the first call began."""
-        self._forget_parent()
         if self._selection is None:
             self._advance()
         assert self._selection is not None
@@ -125,10 +135,10 @@ class EpisodeSource:
 
     def take(self) -> StoredEpisode | None:
         """Returns the next episode, None at the end; see :class:`EpisodeStream` for what it raises."""
-        self._forget_parent()
-        while not self._ready and not self._finished:
+        while not self._progress.ready and not self._finished:
             self._advance()
-        return self._ready.popleft() if self._ready else None
+        ready = self._progress.ready
+        return ready.popleft() if ready else None
 
     def close(self) -> None:
         """Ends the call; a ``take`` under way raises ClosedError."""
@@ -147,7 +157,7 @@ class EpisodeSource:
         while not self._finished:
             if self._closed.is_set():
                 raise ClosedError("the stream was closed")
-            if self._selection is not None and self._seen_id >= self._selection.last_episode_id:
+            if self._selection is not None and self._progress.seen_id >= self._selection.last_episode_id:
                 self._finish()
                 return
             session = self._session or self._open()
@@ -216,10 +226,10 @@ class EpisodeSource:
             raise UnavailableError(
                 f"{self._calls.transport.address}: the server came back without the episodes that were being read; read them from the start"
             )
-        if session.decoder.seen_id > self._seen_id:
-            self._seen_id = session.decoder.seen_id
+        if session.decoder.seen_id > self._progress.seen_id:
             self._fruitless, session.fruitful = 0, True
-        self._ready.extend(episodes)
+            # In one step: whoever forks sees the episodes and their ids, or neither.
+            self._progress = _Progress(session.decoder.seen_id, deque([*self._progress.ready, *episodes]))
         return session.frames > 1
 
     def _finish(self) -> None:
@@ -240,10 +250,10 @@ class EpisodeSource:
         left = pb.GetEpisodesRequest()
         left.CopyFrom(self._request)
         if left.episode_ids:
-            left.episode_ids[:] = [number for number in left.episode_ids if number > self._seen_id]
+            left.episode_ids[:] = [number for number in left.episode_ids if number > self._progress.seen_id]
             left.skip_missing = True  # all were there when the first call began: what is not now was evicted
         else:
-            left.first_episode_id = max(self._seen_id + 1, self._selection.first_episode_id)
+            left.first_episode_id = max(self._progress.seen_id + 1, self._selection.first_episode_id)
             left.last_episode_id = self._selection.last_episode_id
             left.ClearField("newest")
         return left
@@ -253,13 +263,13 @@ class EpisodeSource:
         if session is not None:
             session.end()
 
-    def _forget_parent(self) -> None:
-        """In a forked child: the call is the parent's; the child goes on from where that was, with one of its own."""
-        if self._generation != self._calls.transport.generation:
-            self._generation = self._calls.transport.generation
-            keep_orphan(self._session)
-            self._session = None
-            self._watchdog = Watchdog(self._timeout_s)
+    def after_fork_in_child(self) -> None:
+        """The call is the parent's; the child goes on from where that was, with one of its own."""
+        keep_orphan((self._session, self._watchdog))
+        self._session = None
+        self._delays = self._calls.delays()
+        self._watchdog = Watchdog(self._timeout_s)
+        self._closed = event_like(self._closed)
 
 
 class _Session:

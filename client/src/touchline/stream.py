@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from touchline.calls import Calls, delay_before_retry
 from touchline.errors import ClosedError, DeadlineError, NotReadyError, OverLimitError, ServerError, TouchlineError, UnavailableError
-from touchline.forking import keep_orphan
+from touchline.forking import event_like, forget_in_child, keep_orphan
 from touchline.messages import ready_state_of
 from touchline.ring import RingBatches, RingEndedError, attach
 from touchline.types import ReadyState
@@ -53,6 +53,10 @@ class BatchStream:
     """An endless iterator of batches; also a context manager that closes it.
 
     One thread iterates, any thread may close. The batches are the caller's: nothing overwrites them, however long they are held.
+
+    A forked child begins a session of its own. Limit: where one thread forks while another is taking a batch in messages (not through a
+    ring), gRPC itself may be caught half-way, and hang in the child: let the thread that iterates be the one that forks, or hold the
+    iteration meanwhile.
     """
 
     def __init__(self, source: BatchSource, deliver: Callable[[Batch], Batch]) -> None:
@@ -123,20 +127,22 @@ class StreamSource:
         self._grant = max(1, prefetch // 2)
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
+        self._session: _Session | None = None
+        self._closed = threading.Event()
+        self._begin()
+        forget_in_child(self)
+
+    def _begin(self) -> None:
+        """Has everything that changes as it is before the first batch."""
         self._ready: deque[Batch] = deque()
         self._taken = 0
-        self._session: _Session | None = None
-        self._delays = calls.delays()
+        self._delays = self._calls.delays()
         self._away_since: float | None = None
         self._returned_at: float | None = None
-        self._watchdog = Watchdog(timeout_s) if timeout_s is not None else None
-        self._generation = calls.transport.generation
-        self._closed = threading.Event()
+        self._watchdog = Watchdog(self._timeout_s) if self._timeout_s is not None else None
 
     def take(self) -> Batch:
         """Returns the next batch; see :class:`BatchStream` for what it raises."""
-        if self._generation != self._calls.transport.generation:
-            self._forget_parent()
         while not self._ready:
             self._receive()
         batch = self._ready.popleft()
@@ -256,13 +262,12 @@ class StreamSource:
             )
         return DeadlineError(waited)
 
-    def _forget_parent(self) -> None:
-        """In a forked child: the session is the parent's; what was received is the child's copy, and would be used twice."""
-        self._generation = self._calls.transport.generation
-        keep_orphan(self._session)
+    def after_fork_in_child(self) -> None:
+        """Begins anew, whatever a thread of the parent was doing here: the session is the parent's, and batches would be used twice."""
+        keep_orphan((self._session, self._ready, self._watchdog))
         self._session = None
-        self._ready.clear()
-        self._watchdog = Watchdog(self._timeout_s) if self._timeout_s is not None else None
+        self._closed = event_like(self._closed)
+        self._begin()
 
 
 class _Session:

@@ -46,8 +46,6 @@ class Transport:
         """Goes with every call."""
         self.tls = self._credentials.tls
         """Whether it speaks TLS."""
-        self.generation = 0
-        """Grows by one in a forked child; what was opened before belongs to the parent."""
         self._options = [
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -122,4 +120,3 @@ class Transport:
         self._channel = None
         self._methods = {}
         self._lock = threading.Lock()
-        self.generation += 1
