@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,10 @@ def test_column_without_a_byte_is_read_of_every_episode(both: tuple[ReplayBuffer
         assert [(episode.id, episode.columns["obs.empty"].shape) for episode in episodes] == expected
 
 
-def test_read_episodes_added_again_are_the_same_episodes(both: tuple[ReplayBuffer, ReplayClient]) -> None:
-    _, client = both
-    copy = ReplayBuffer(both[0].config)
+def test_read_episodes_added_again_are_the_same_episodes(both: tuple[ReplayBuffer, ReplayClient], tmp_path: Path) -> None:
+    buffer, client = both
+    tables = buffer.config.model_dump()
+    copy = ReplayBuffer(Config(**tables | {"storage": tables["storage"] | {"scratch_dir": str(tmp_path)}}))
 
     for episode in client.episodes():
         copy.add(episode.columns, actor=episode.actor, policy_version=episode.policy_version, key=episode.key)
