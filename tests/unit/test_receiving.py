@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from touchline_server import receiving
-from touchline_server.errors import OverloadedError
+from touchline_server.errors import InvalidRequestError, OverloadedError
 from touchline_server.limits import ByteBudget, Shares
 from touchline_server.receiving import Reception, patience_s
 
@@ -75,6 +77,52 @@ def test_message_takes_the_room_of_the_largest_until_its_own_size_is_known() -> 
         assert budget.used == 0
 
     run(test)
+
+
+class Message(bytearray):
+    """A message of which one can tell whether it is still in memory."""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector."""
+    monkeypatch.setattr(receiving, "LOOK_S", 0.0)
+    kept: list[weakref.ref[Message]] = []
+    come = asyncio.Event()
+
+    async def requests() -> AsyncIterator[Any]:
+        await come.wait()
+        message = Message(SIZE)
+        kept.append(weakref.ref(message))
+        yield message
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        call = requests()
+        reception = Reception(lender(1), SIZE)
+        receiving = asyncio.ensure_future(reception.receive(call, "ipv4:1", within_s=0.0 if late else 30.0))
+        if late:
+            with pytest.raises(InvalidRequestError, match="no message within 0 s"):
+                await receiving
+        else:
+            await settle()
+        come.set()
+        await settle()
+        if not late:
+            message, room = receiving.result()
+            assert message == bytes(SIZE)
+            room.resize(0)
+            del message
+        del receiving
+        await settle()
+        await call.aclose()  # what holds it besides
+
+    gc.disable()
+    try:
+        run(test)
+        assert [message() for message in kept] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("impatience")

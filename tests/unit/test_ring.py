@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -201,6 +202,24 @@ def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter
 
     assert reader.held == 1
     assert slot not in writer.free_slots()
+
+
+def test_ring_that_is_gone_leaves_no_class(writer: RingWriter) -> None:
+    """Classes are circles of references: only the garbage collector frees them."""
+
+    def classes() -> int:
+        return sum(isinstance(one, type) for one in gc.get_objects())
+
+    attach(writer)
+    gc.collect()
+    gc.disable()
+    try:
+        before = classes()
+        for _ in range(5):
+            attach(writer)
+        assert classes() == before
+    finally:
+        gc.enable()
 
 
 def test_sweep_removes_the_rings_of_killed_servers_only(writer: RingWriter, folder: Path) -> None:

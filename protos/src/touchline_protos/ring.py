@@ -22,6 +22,7 @@ import secrets
 import stat
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,12 @@ class RingGeometry:
             raise RingError(f"a ring of {self.slots} slots of {self.slot_size_bytes} bytes, expected 2 to {MAX_SLOTS} slots of whole pages")
 
 
+@cache
+def _syscall() -> Any:
+    """Returns the C library's ``syscall``. Once: each ``CDLL`` makes classes, which only the garbage collector frees."""
+    return ctypes.CDLL(None, use_errno=True).syscall
+
+
 class _Ring:
     """What both sides see of the file. The words are aligned, so each load and store of one is a single instruction."""
 
@@ -108,7 +115,7 @@ class _Ring:
         self.memory = memory
         self._words = (ctypes.c_int64 * (PAGE // 8)).from_buffer(memory)
         self._address = ctypes.addressof(self._words)
-        self._syscall: Any = ctypes.CDLL(None, use_errno=True).syscall
+        self._syscall = _syscall()
 
     def slot_array(self, slot: int) -> Any:
         """Returns a slot's memory as a fresh ctypes array: writable, shared, weak-referenceable, keeps the mapping alive."""

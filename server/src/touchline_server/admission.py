@@ -108,6 +108,25 @@ def _reading(
     return read
 
 
+class _Messages:
+    """A call's messages, one after the other, as gRPC's own iterator of them yields them.
+
+    That one is part of a circle of references, in which the message that it yielded last stays until the garbage collector comes by.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        message = await self._context.read()
+        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
+            raise StopAsyncIteration
+        return message
+
+
 class _Count:
     """So many of something at a time."""
 
@@ -142,13 +161,13 @@ def _inner(handler: Handler) -> Any:
 
 
 def _counted(count: _Count, method: Any) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def counted(requests: Any, context: Context) -> Any:
+    async def counted(_: Any, context: Context) -> Any:
         try:
             count.enter()
         except OverloadedError as error:
             await abort(context, error)
         try:
-            answers = method(requests, context)
+            answers = method(_Messages(context), context)
             if not inspect.isasyncgen(answers):
                 return await answers
             async for answer in answers:

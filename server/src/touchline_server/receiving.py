@@ -42,8 +42,10 @@ class Reception:
 
     def __init__(self, budget: ByteBudget, size: int) -> None:
         self._shares = Shares(budget, largest=size)
-        self._size = size
-        self._leaving = 0
+        self.size = size
+        """Bytes of the largest message."""
+        self.leaving = 0
+        """Calls that were ended because their room is wanted, and have not left yet."""
 
     async def receive(
         self, requests: AsyncIterator[bytes], peer: str, *, episode: Announced | None = None, within_s: float = math.inf
@@ -61,51 +63,83 @@ class Reception:
             OverloadedError: there is no room, or the message did not come in time and others want its room.
         """
         budget = self._shares.of(peer)
-        await budget.reserve(self._size)
-        room = Loan(budget, self._size)
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[None] = loop.create_future()
+        await budget.reserve(self.size)
+        room = Loan(budget, self.size)
         # Never cancelled: gRPC goes on writing into what it reads to until the call has ended, and that long the room is taken.
         reading = asyncio.ensure_future(anext(aiter(requests), None))
-        now = loop.time()
-        ends_at, late_at = now + within_s, now + patience_s(self._size)
-
-        def notice(_: asyncio.Future[bytes | None]) -> None:
-            if not arrived.done():
-                arrived.set_result(None)
-
-        timer: asyncio.TimerHandle
-
-        def look() -> None:
-            nonlocal timer
-            now = loop.time()
-            if arrived.done():
-                return
-            if now >= ends_at:
-                arrived.set_exception(InvalidRequestError(f"no message within {within_s:g} s, expected one"))
-            elif not self._leaving and ((now >= late_at and budget.wanted) or (episode is not None and episode.is_late(now))):
-                # One at a time: what waits for room mostly needs it for a moment.
-                self._leaving += 1
-                reading.add_done_callback(left)
-                arrived.set_exception(OverloadedError("the room for a message that did not come in time is wanted; try again later"))
-            else:
-                timer = loop.call_at(min(now + LOOK_S, ends_at), look)
-
-        def left(_: asyncio.Future[bytes | None]) -> None:
-            self._leaving -= 1
-
-        reading.add_done_callback(notice)
-        timer = loop.call_at(min(ends_at, late_at, math.inf if episode is None else episode.late_at), look)
+        wait = _Wait(self, reading, budget, episode=episode, within_s=within_s)
         try:
-            await arrived
+            await wait.over
             message = reading.result()
         except BaseException:
             reading.add_done_callback(lambda ended: _give_back(ended, room))
             raise
         finally:
-            timer.cancel()
+            wait.end()
+            del wait, reading  # an error that one of them holds has a traceback, which holds what is named here
         room.resize(len(message) if message is not None else 0)
         return message, room
+
+    def left(self, _: asyncio.Future[bytes | None]) -> None:
+        """Is told that a call whose room was wanted has ended."""
+        self.leaving -= 1
+
+
+class _Wait:
+    """The wait for one message.
+
+    Once it is over, it is part of no circle of references: in one, the message would stay in memory until the garbage collector comes by,
+    when its room has long been another's.
+
+    Args:
+        reception: for which it waits.
+        reading: the message.
+        budget: that lent its room.
+        episode: of which it may bring a chunk.
+        within_s: time after which the call is ended, whether others want the room or not.
+    """
+
+    def __init__(
+        self, reception: Reception, reading: asyncio.Future[bytes | None], budget: ByteBudget, *, episode: Announced | None, within_s: float
+    ) -> None:
+        self._reception = reception
+        self._reading = reading
+        self._budget = budget
+        self._episode = episode
+        self._within_s = within_s
+        self._loop = asyncio.get_running_loop()
+        now = self._loop.time()
+        self._ends_at, self._late_at = now + within_s, now + patience_s(reception.size)
+        self.over: asyncio.Future[None] = self._loop.create_future()
+        """Done once the message is there, or with the error with which the call ends."""
+        reading.add_done_callback(self._arrive)
+        first_at = min(self._ends_at, self._late_at, math.inf if episode is None else episode.late_at)
+        self._timer = self._loop.call_at(first_at, self._look)
+
+    def end(self) -> None:
+        """Looks no more."""
+        self._timer.cancel()
+
+    def _arrive(self, _: asyncio.Future[bytes | None]) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self.over.done():
+            return
+        if now >= self._ends_at:
+            self.over.set_exception(InvalidRequestError(f"no message within {self._within_s:g} s, expected one"))
+        elif not self._reception.leaving and self._is_in_the_way(now):
+            # One at a time: what waits for room mostly needs it for a moment.
+            self._reception.leaving += 1
+            self._reading.add_done_callback(self._reception.left)
+            self.over.set_exception(OverloadedError("the room for a message that did not come in time is wanted; try again later"))
+        else:
+            self._timer = self._loop.call_at(min(now + LOOK_S, self._ends_at), self._look)
+
+    def _is_in_the_way(self, now: float) -> bool:
+        return (now >= self._late_at and self._budget.wanted) or (self._episode is not None and self._episode.is_late(now))
 
 
 class Announced:
