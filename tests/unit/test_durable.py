@@ -32,7 +32,6 @@ from touchline_server import (
     cli,
     durable,
     ledger,
-    ledger_tables,
     upkeep,
 )
 from touchline_server.columns import Columns
@@ -188,24 +187,86 @@ def test_retry_after_restart_and_eviction_is_a_duplicate(durability: str, opened
         buffer.add_episode(replace(keyed_episode(1, 7), key=EpisodeKey("client-1", 1, 8)))
 
 
-def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ledger, ledger_tables):
-        monkeypatch.setattr(module, "MAX_GAPS", 5)
-        monkeypatch.setattr(module, "MAX_RECENT", 4)
-    buffer = opened()
+def ledger_state(buffer: ReplayBuffer) -> tuple[list[Any], list[Any]]:
+    return list(buffer.store._ledger.senders()), list(buffer.store._ledger.recent())
+
+
+@pytest.fixture
+def little_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that soon has to forget."""
+    for name, limit in (("SENDERS", 4), ("RECENT", 4), ("RUNS", 5), ("ALL_RUNS", 11)):
+        monkeypatch.setattr(ledger, f"MAX_{name}", limit)
+
+
+@pytest.mark.usefixtures("little_ledger")
+def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(durability: str, opened: Opener) -> None:
+    buffer = opened(durability=durability)
     rng = np.random.default_rng(3)
-    for sequence in rng.permutation(60)[:40]:
-        with_key = replace(keyed_episode(0, int(sequence)), key=EpisodeKey(f"c{sequence % 2}", 1, int(sequence)))
+    for sequence in rng.permutation(90)[:60]:
+        with_key = replace(keyed_episode(0, int(sequence)), key=EpisodeKey(f"c{sequence % 5}", 1, int(sequence)))
         try:
             buffer.add_episode(with_key)
         except KeyConflictError:
             continue  # too far behind a forgotten gap
-    kept = sorted(buffer.store._ledger.senders())
+    kept = ledger_state(buffer)
+    forgotten = buffer.store._ledger.forgotten_senders, buffer.store._ledger.forgotten_runs
     buffer.close()
 
-    restored = sorted(opened().store._ledger.senders())
+    assert ledger_state(opened()) == kept
+    assert min(forgotten) > 0
 
-    assert restored == kept
+
+@pytest.mark.usefixtures("little_ledger")
+def test_sender_that_a_group_forgets_and_hears_again_is_known_by_what_is_new(opened: Opener) -> None:
+    buffer = opened(durability="sync")
+    buffer.add_episode(keyed_episode(0, 0))
+    with buffer.store.write_lock:
+        receipts = [buffer.submit_episode(keyed_episode(client, 1)) for client in (1, 2, 3, 4, 0)]
+    assert not any(receipt.result(30).duplicate for receipt in receipts)  # type: ignore[union-attr]
+    kept = ledger_state(buffer)
+    buffer.close()
+
+    buffer = opened()
+
+    assert ledger_state(buffer) == kept
+    assert buffer.add_episode(keyed_episode(0, 1)).duplicate
+
+
+@pytest.mark.usefixtures("little_ledger")
+def test_recovered_ledger_is_the_one_that_was(opened: Opener, tmp_path: Path) -> None:
+    buffer = opened()
+    for number in range(9):
+        buffer.add_episode(keyed_episode(number % 3, number // 3 * 2))
+    kept = ledger_state(buffer)
+    buffer.close()
+
+    findings = upkeep.recover(tmp_path / "data")
+
+    assert findings.damage == []
+    assert ledger_state(opened()) == kept
+
+
+def test_recover_puts_stored_episodes_into_a_ledger_that_lost_them(opened: Opener, tmp_path: Path) -> None:
+    buffer = opened()
+    for sequence in range(6):
+        buffer.add_episode(keyed_episode(sequence % 2, sequence))
+    senders, recent = ledger_state(buffer)
+    buffer.close()
+    connection = sqlite3.connect(tmp_path / "data" / FILE_NAME)
+    connection.execute("UPDATE senders SET incarnation = 9 WHERE id = 1")
+    connection.execute("UPDATE keys SET digest = digest + 1 WHERE episode_id = 5")
+    connection.commit()
+    connection.close()
+    with pytest.raises(DamagedStoreError, match="a row of the table senders is damaged"):
+        opened()
+
+    findings = upkeep.recover(tmp_path / "data")
+
+    # A sender, its three runs and the keys of its three episodes, and one more key.
+    assert findings.damage == ["8 rows of the ledger: an episode that was evicted may be taken for new if it is sent again"]
+    buffer = opened()
+    assert ledger_state(buffer) == (senders, recent[:5])
+    assert all(buffer.add_episode(keyed_episode(sequence % 2, sequence)).duplicate for sequence in range(6))
 
 
 def test_same_key_in_one_group_is_stored_once(opened: Opener) -> None:
@@ -364,14 +425,16 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
             receipt.result(60)  # type: ignore[union-attr]
     monkeypatch.undo()
     buffer.add_episode(keyed_episode(0, 13))
-    before, counts = contents(buffer), buffer.counts()
+    before, counts, known = contents(buffer), buffer.counts(), ledger_state(buffer)
     buffer.close()
 
     buffer = opened(capacity=200)
 
     assert contents(buffer) == before
     assert buffer.counts() == counts
+    assert ledger_state(buffer) == known
     assert_whole(before)
+    assert not any(buffer.add_episode(keyed_episode(0, sequence)).duplicate for sequence in (11, 12))
 
 
 def test_episode_that_the_ring_could_not_take_is_stored_when_it_is_sent_again_after_a_restart(
@@ -483,9 +546,9 @@ def test_newer_format_and_foreign_file_are_refused(opened: Opener, tmp_path: Pat
     opened().close()
     file = tmp_path / "data" / "touchline.db"
     with sqlite3.connect(file) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     connection.close()
-    with pytest.raises(StoreMismatchError, match="written in format 2, this touchline-server reads format 1"):
+    with pytest.raises(StoreMismatchError, match="written in format 3, this touchline-server reads format 2"):
         opened()
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA application_id = 7")

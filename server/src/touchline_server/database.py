@@ -25,7 +25,7 @@ CHECKPOINT_PAGES = 4096
 
 TABLES = Tables(
     application_id=0x746C6E65,
-    version=1,
+    version=2,
     page_bytes=8192,
     statements="""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value, checksum INTEGER NOT NULL) WITHOUT ROWID;
@@ -46,8 +46,7 @@ CREATE TABLE runs (
     ) WITHOUT ROWID;
 CREATE INDEX runs_by_end ON runs (sender, after);
 CREATE TABLE keys (
-    sender INTEGER NOT NULL, episode_id INTEGER NOT NULL, sequence INTEGER NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL,
-    PRIMARY KEY (sender, episode_id)) WITHOUT ROWID;
+    episode_id INTEGER PRIMARY KEY, sender INTEGER NOT NULL, sequence INTEGER NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL);
 """,
 )
 
@@ -241,6 +240,7 @@ class Database:
         except BaseException as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+            self.ledger.rolled_back()
             if isinstance(error, sqlite3.Error):
                 raise translate(error, self.path) from error
             raise

@@ -1,10 +1,10 @@
-"""What the durable store keeps of an episode and of a sender, and in which form."""
+"""What the durable store keeps of an episode, and in which form."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -58,19 +58,6 @@ class Change:
     evicted: Sequence[int]
     schema: Schema | None = None
     """Where this episode fixes it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SenderState:
-    """What the ledger knows of one sender."""
-
-    client_id: str
-    incarnation: int
-    forgotten_below: int
-    runs: list[tuple[int, int]] = field(default_factory=list)
-    """[first, after) of consecutive numbers, ascending."""
-    recent: list[tuple[int, int, int]] = field(default_factory=list)
-    """Sequence number, digest and episode id, in the order in which they were stored."""
 
 
 def payloads_of(columns: Mapping[str, np.ndarray], *, copy: bool) -> list[Payload]:

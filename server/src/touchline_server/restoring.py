@@ -96,10 +96,9 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
 
 
 def restored_ledger(database: Database) -> KeyLedger:
-    """Returns the ledger as it was. Raises as :meth:`LedgerTables.senders` does."""
+    """Returns the ledger as it was. Raises as :meth:`LedgerTables.load` does."""
     ledger = KeyLedger()
-    for state in database.ledger.senders():
-        ledger.restore(state.client_id, state.incarnation, runs=state.runs, recent=state.recent, forgotten_below=state.forgotten_below)
+    database.ledger.load(ledger)
     return ledger
 
 

@@ -15,8 +15,8 @@ from touchline_server.data_dir import MARK_NAME, DataDir, Mark, read_mark
 from touchline_server.database import FILE_NAME, Database, connect, translate
 from touchline_server.durable import ID_BLOCK
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError
-from touchline_server.ledger import KeyLedger
-from touchline_server.records import EpisodeRow, SenderState, payloads_of, schema_text
+from touchline_server.ledger import KeyLedger, sender_name
+from touchline_server.records import EpisodeRow, payloads_of, schema_text
 from touchline_server.restoring import as_row, read_columns
 from touchline_server.schema import Schema
 from touchline_server.store import new_lineage
@@ -181,7 +181,7 @@ def _check_episodes(database: Database, findings: Findings, progress: Progress |
 
 def _check_rest(database: Database, findings: Findings) -> None:
     try:
-        database.ledger.senders()
+        database.ledger.load(KeyLedger())
         damage, figures = database.damaged_values(), database.counts()
     except (ReplayError, sqlite3.Error, TypeError, ValueError) as error:
         findings.damage.append(str(error))
@@ -275,51 +275,73 @@ def _episode_ids(old: Database, findings: Findings) -> list[int]:
     return sorted(numbers)
 
 
-def _whole_ledger(old: Database, findings: Findings) -> KeyLedger:
-    states: dict[object, SenderState] = {}
+@dataclass
+class _Ledger:
+    """What is left of a ledger, and what its senders are called."""
+
+    keys: KeyLedger = field(default_factory=KeyLedger)
+    senders: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    """Client id and incarnation by name."""
+    last_episodes: dict[bytes, int] = field(default_factory=dict)
+    """The id of its newest episode by name."""
+
+
+def _whole_ledger(old: Database, findings: Findings) -> _Ledger:
+    ledger = _Ledger()
+    names: dict[object, bytes] = {}
     lost = 0
-    for number, client_id, incarnation, below, _, checksum in _guarded(
+    for number, client_id, incarnation, below, last_episode, checksum in _guarded(
         old.connection, "SELECT * FROM senders ORDER BY last_episode", findings
     ):
         if row_checksum(number, client_id, incarnation, below) == checksum:
-            states[number] = SenderState(client_id, incarnation, below)  # type: ignore[arg-type]
+            name = ledger.keys.restore(client_id, incarnation, forgotten_below=below)  # type: ignore[arg-type]
+            names[number] = name
+            ledger.senders[name] = (client_id, incarnation)  # type: ignore[assignment]
+            ledger.last_episodes[name] = last_episode  # type: ignore[assignment]
         else:
             lost += 1
     for sender, first, after, checksum in _guarded(old.connection, "SELECT * FROM runs ORDER BY sender, first", findings):
-        if sender in states and row_checksum(sender, first, after) == checksum:
-            states[sender].runs.append((first, after))  # type: ignore[arg-type]
-        else:
+        try:
+            if row_checksum(sender, first, after) != checksum:
+                raise ValueError
+            ledger.keys.restore_run(names[sender], first, after)  # type: ignore[arg-type]
+        except (KeyError, ValueError):
             lost += 1
-    for sender, episode_id, sequence, digest, checksum in _guarded(
-        old.connection, "SELECT * FROM keys ORDER BY sender, episode_id", findings
-    ):
-        if sender in states and row_checksum(sender, episode_id, sequence, digest) == checksum:
-            states[sender].recent.append((sequence, digest, episode_id))  # type: ignore[arg-type]
+    newest = -1
+    for episode_id, sender, sequence, digest, checksum in _guarded(old.connection, "SELECT * FROM keys ORDER BY episode_id", findings):
+        if sender in names and row_checksum(episode_id, sender, sequence, digest) == checksum and newest < episode_id:  # type: ignore[operator]
+            ledger.keys.restore_recent(names[sender], sequence, digest, episode_id)  # type: ignore[arg-type]
+            newest = episode_id  # type: ignore[assignment]
         else:
             lost += 1
     if lost:
         findings.damage.append(f"{lost} rows of the ledger: an episode that was evicted may be taken for new if it is sent again")
-    ledger = KeyLedger()
-    for state in states.values():
-        ledger.restore(state.client_id, state.incarnation, runs=state.runs, recent=state.recent, forgotten_below=state.forgotten_below)
     return ledger
 
 
-def _remember(ledger: KeyLedger, row: EpisodeRow) -> None:
+def _remember(ledger: _Ledger, row: EpisodeRow) -> None:
     """Has the ledger know an episode that is stored, where its rows of it were lost."""
     if row.key is None:
         return
     try:
-        if ledger.find(row.key, row.digest) is None:
-            ledger.remember(row.key, row.digest, row.id)
+        if ledger.keys.find(row.key, row.digest) is None:
+            ledger.keys.remember(row.key, row.digest, row.id)
     except ReplayError:
         return  # known under this key, by another payload or beyond its gaps: it stays so
+    name = sender_name(row.key.client_id, row.key.incarnation)
+    ledger.senders[name] = (row.key.client_id, row.key.incarnation)
+    ledger.last_episodes[name] = max(row.id, ledger.last_episodes.get(name, 0))
 
 
-def _write_ledger(fresh: Database, ledger: KeyLedger) -> None:
-    for number, (client_id, incarnation, runs, recent, below) in enumerate(ledger.senders(), start=1):
-        last = max((episode_id for _, _, episode_id in recent), default=0)
-        fresh.ledger.insert(number, SenderState(client_id, incarnation, below, runs, recent), last)
+def _write_ledger(fresh: Database, ledger: _Ledger) -> None:
+    numbers: dict[bytes, int] = {}
+    for name, below, runs in ledger.keys.senders():
+        number = numbers[name] = len(numbers) + 1
+        fresh.ledger.insert_sender(number, *ledger.senders[name], forgotten_below=below, last_episode=ledger.last_episodes[name])
+        fresh.ledger.insert_runs(number, runs)
+    for name, sequence, digest, episode_id in ledger.keys.recent():
+        if name in numbers:
+            fresh.ledger.insert_key(episode_id, numbers[name], sequence, digest)
 
 
 def _recovered_figures(old: Database, findings: Findings) -> Mapping[str, int]:
