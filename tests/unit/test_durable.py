@@ -255,6 +255,7 @@ def test_recover_puts_stored_episodes_into_a_ledger_that_lost_them(opened: Opene
     connection = sqlite3.connect(tmp_path / "data" / FILE_NAME)
     connection.execute("UPDATE senders SET incarnation = 9 WHERE id = 1")
     connection.execute("UPDATE keys SET digest = digest + 1 WHERE episode_id = 5")
+    connection.execute("UPDATE runs SET after = after + 1 WHERE sender = 2 AND first = 3")
     connection.commit()
     connection.close()
     with pytest.raises(DamagedStoreError, match="a row of the table senders is damaged"):
@@ -262,8 +263,8 @@ def test_recover_puts_stored_episodes_into_a_ledger_that_lost_them(opened: Opene
 
     findings = upkeep.recover(tmp_path / "data")
 
-    # A sender, its three runs and the keys of its three episodes, and one more key.
-    assert findings.damage == ["8 rows of the ledger: an episode that was evicted may be taken for new if it is sent again"]
+    # A sender, its three runs and the keys of its three episodes, and one more run and key.
+    assert findings.damage == ["9 rows of the ledger: an episode that was evicted may be taken for new if it is sent again"]
     buffer = opened()
     assert ledger_state(buffer) == (senders, recent[:5])
     assert all(buffer.add_episode(keyed_episode(sequence % 2, sequence)).duplicate for sequence in range(6))

@@ -256,8 +256,13 @@ class KeyLedger:
         self._runs += 1
 
     def restore_recent(self, name: bytes, sequence: int, digest: int, episode_id: int) -> None:
-        """Takes over what is known of an episode, in the order in which they were stored."""
+        """Takes over what is known of an episode, in the order in which they were stored, and its number, where that is in no run."""
         self._recent.add(name, sequence, digest, episode_id)
+        numbers = self._senders[name]
+        if sequence not in numbers and sequence >= numbers.forgotten_below:
+            self._runs -= len(numbers)
+            numbers.add(sequence)
+            self._runs += len(numbers)
 
     def senders(self) -> Iterator[tuple[bytes, int, list[tuple[int, int]]]]:
         """Yields each sender's name, the number below which it is forgotten, and its runs; the one that stored longest ago first."""
