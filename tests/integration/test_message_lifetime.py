@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from service_calls import DEADLINE_S, SERVICE, Caller, Stream, eventually, key, make_episode, serving
+from service_calls import DEADLINE_S, SERVICE, Caller, Stream, eventually, key, make_config, make_episode
 from touchline_protos.codec import Episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.app import ServerThread
 
 CALLS = 24
 MESSAGE_BYTES = 1 << 20
@@ -51,7 +52,8 @@ def read(caller: Caller, number: int) -> None:
 
 @pytest.mark.parametrize("call", [add, load, sample, stream, read])
 def test_messages_are_gone_once_their_call_has_ended(call: Callable[[Caller, int], None]) -> None:
-    with serving(config={"buffer_size": 2 * ROWS, "batch_size": 8, "min_history": 0, "horizon": HORIZON}) as (_, caller):
+    config = make_config(config={"buffer_size": 2 * ROWS, "batch_size": 8, "min_history": 0, "horizon": HORIZON})
+    with ServerThread(config) as server, Caller(server.address) as caller:
         add(caller, 1000)
         for number in range(4):
             call(caller, number)
