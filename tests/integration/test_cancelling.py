@@ -155,7 +155,7 @@ def held_by(server: ServerThread) -> dict[str, Any]:
     service, admission, budgets = inner._service, inner.admission, inner.budgets
     receptions = service._receptions
     found = {f"budgets[{number}]": (budget.used, budget.wanted) for number, budget in enumerate(budgets)}
-    found |= {f"receptions.{name}": getattr(receptions, name)._leaving for name in ("messages", "questions", "health")}
+    found |= {f"receptions.{name}": getattr(receptions, name).leaving for name in ("messages", "questions", "health")}
     found |= {name: getattr(admission, name).now for name in ("_calls", "_health_calls", "_health_watches")}
     found |= {
         "calls": service._calls,
