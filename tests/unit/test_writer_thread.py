@@ -146,7 +146,7 @@ def test_actor_that_is_held_up_when_the_thread_dies_is_let_go(
     bug.setattr(Spool, "take", take)
     writer = EpisodeWriter(client, max_pending=1, **place)
     key = play(writer, 0)
-    bug.setattr(writer._outbox, "_tell_hold_up", held_up.set)
+    bug.setattr(writer._outbox._log, "held_up", lambda waiting: held_up.set())
 
     with pytest.raises(UnacknowledgedError) as caught:
         play(writer, 10)

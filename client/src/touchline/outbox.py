@@ -25,9 +25,10 @@ from touchline.errors import (
     UnacknowledgedError,
     UnavailableError,
 )
+from touchline.outbox_log import OutboxLog
 from touchline.pending import PendingEpisodes, Waiting, WhenFull
 from touchline.types import EpisodeResult, WriterCounters
-from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.codec import Episode
 
 if TYPE_CHECKING:
     from touchline.client import ReplayClient
@@ -40,9 +41,6 @@ TOGETHER_EPISODES = 64
 """Most episodes of one call."""
 TOGETHER_BYTES = 1 << 20
 """Most payload of one call that several share; little enough for a slow link to carry within the deadline."""
-LOG_S = 10.0
-"""Between two log lines about dropped episodes, or about an actor that is held up; the first is logged at once."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -66,21 +64,20 @@ class Outbox:
         self._client = client
         self._queue = queue
         self._name = name
+        self._log = OutboxLog(name, queue.place)
         self._when_full = when_full
         self._changed = threading.Condition()
         self._counters = WriterCounters(resumed=queue.resumed[0], pending=queue.resumed[0])
         self._unreported: list[EpisodeResult] = []
         self._trouble: TouchlineError | None = None
-        self._troubles_told: set[type[TouchlineError]] = set()
         self._settled = 0
         self._apart = 0
         self._halted = self._stopped = False
         self._failure: ServerError | None = None
         self._failure_told = False
-        self._drops_told, self._told_at, self._held_up_at = 0, -math.inf, -math.inf
         self._thread: threading.Thread | None = None
+        self._log.resumed(queue.resumed[0])
         if queue.resumed[0]:
-            logger.info("%s: %d episodes of %s go out first", self._name, queue.resumed[0], queue.place)
             with self._changed:
                 self._start()
 
@@ -152,7 +149,7 @@ class Outbox:
         try:
             parcel = self._queue.pack(episode)
         except TouchlineError as error:
-            self._log_refusal(episode.key, episode.length, error)
+            self._log.refused(episode.key, episode.length, error)
             with self._changed:
                 self._unreported.append(EpisodeResult(episode.key, error=error))
                 self._count(appended=1, refused=1, steps_appended=episode.length)
@@ -168,7 +165,7 @@ class Outbox:
                 raise admission.error
             if admission.kept or self._when_full != "block":
                 break
-            self._tell_hold_up()
+            self._log.held_up(self._counters.pending)
             self._wait_for_room(settled, ends)
         with self._changed:
             if admission.kept:
@@ -177,7 +174,7 @@ class Outbox:
                 self._count(appended=1, dropped=1, steps_appended=episode.length, steps_dropped=episode.length)
             self._start()
             self._changed.notify_all()
-        self._tell_drops()
+        self._log.dropped(self._counters, self._when_full, self._trouble)
         return admission.kept
 
     def flush(self, timeout_s: float | None = None) -> None:
@@ -209,7 +206,7 @@ class Outbox:
         Raises:
             UnacknowledgedError: some episodes were refused or, without a spool, are not acknowledged in time.
         """
-        self._tell_drops(last=True)
+        self._log.dropped(self._counters, self._when_full, self._trouble, last=True)
         if not self.durable:
             try:
                 self.flush(timeout_s)
@@ -230,8 +227,8 @@ class Outbox:
                 raise self._failed(failure, results)
         finally:
             self._queue.close()
-            if left and not told:
-                logger.warning("%s: %d episodes wait in %s for its next start", self._name, left, self._queue.place)
+            if not told:
+                self._log.left(left)
         if results:
             raise _unacknowledged(results)
 
@@ -270,31 +267,6 @@ class Outbox:
         """Adds to the counters; under the lock."""
         now = self._counters
         self._counters = replace(now, **{name: getattr(now, name) + count for name, count in more.items()})
-
-    def _tell_hold_up(self) -> None:
-        """Logs that the actor waits: the first time at once, then now and then."""
-        now = time.monotonic()
-        if now - self._held_up_at >= LOG_S:
-            logger.warning("%s is held up: there is no room for another episode, %d wait", self._name, self._counters.pending)
-            self._held_up_at = now
-
-    def _tell_drops(self, *, last: bool = False) -> None:
-        """Logs that episodes were dropped: the first at once, more of them now and then."""
-        counters = self._counters
-        now = time.monotonic()
-        if counters.dropped == self._drops_told or (now - self._told_at < LOG_S and not last):
-            return
-        logger.error(
-            "%s: %d episodes were dropped since the last such line (%s), %d of %d rows so far: there is no room, the server does not take "
-            "them fast enough: %s",
-            self._name,
-            counters.dropped - self._drops_told,
-            self._when_full,
-            counters.dropped,
-            counters.steps_dropped,
-            self._trouble or "it answers",
-        )
-        self._drops_told, self._told_at = counters.dropped, now
 
     # The background thread.
 
@@ -424,9 +396,8 @@ class Outbox:
                 failures += 1
             else:
                 if self._trouble is not None:
-                    logger.info("%s goes on: the server answers again", self._name)
+                    self._log.answered()
                     self._trouble = None
-                    self._troubles_told.clear()
                 return None
             if failures == SERVER_ERROR_ATTEMPTS:
                 return trouble
@@ -434,7 +405,7 @@ class Outbox:
 
     def _settle(self, waiting: Waiting, error: TouchlineError | None) -> None:
         if error is not None:
-            self._log_refusal(waiting.key, waiting.length, error)
+            self._log.refused(waiting.key, waiting.length, error)
         delays = self._delays()
         while True:
             try:
@@ -458,9 +429,7 @@ class Outbox:
         """Waits before the next attempt; says why where that is news."""
         if self._stopped:
             raise _StoppedError
-        if type(trouble) not in self._troubles_told:
-            self._troubles_told.add(type(trouble))
-            logger.warning("%s: %d episodes wait, sending is tried again: %s", self._name, self._counters.pending, trouble)
+        self._log.tried_again(trouble, self._counters.pending)
         self._trouble = trouble
         self._sleep(delay_s)
 
@@ -468,10 +437,6 @@ class Outbox:
         with self._changed:
             if self._changed.wait_for(lambda: self._stopped, delay_s):
                 raise _StoppedError
-
-    def _log_refusal(self, key: EpisodeKey, length: int, error: TouchlineError) -> None:
-        aside = f"; it is kept aside in {self._queue.place}" if self.durable else ""
-        logger.error("%s: episode %s of %d rows is not stored%s: %s", self._name, key, length, aside, error)
 
     def _failed(self, failure: ServerError, refused: Sequence[EpisodeResult] = ()) -> UnacknowledgedError:
         """Returns what tells of the thread's end, with all that waits and those that were refused before."""
