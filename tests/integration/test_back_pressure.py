@@ -176,6 +176,8 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
             for call in left:
                 call.send(message)
             eventually(lambda: in_use(server) == 4 * len(message), "four messages are in the server")
+            waiting = server._server._service._adding._work_queue
+            eventually(lambda: waiting.qsize() == 3, "the thread has begun with one")
             for call in left:
                 call.cancel()
             eventually(lambda: in_use(server) <= len(message), "those that no thread had begun with are gone")
