@@ -77,7 +77,9 @@ def test_many_waiting_adds_take_no_thread_each_and_share_commits(tmp_path: Path)
     assert commits <= 2
 
 
-def test_server_that_restores_says_not_serving_and_ready_is_false(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_restores_says_not_serving_and_refuses_every_call_with_the_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = durable_config(tmp_path / "data", capacity=5_000)
     with closing(ReplayBuffer(config)) as buffer:
         for sequence in range(20):
@@ -91,10 +93,11 @@ def test_server_that_restores_says_not_serving_and_ready_is_false(tmp_path: Path
         addresses.append(listen(server))
         return addresses[-1]
 
-    def slow(*arguments: Any) -> None:
+    def slow(store: Any, database: Any, progress: Any, **options: Any) -> None:
+        progress(120, 480)
         reading.set()
         assert go_on.wait(DEADLINE_S)
-        restore(*arguments)
+        restore(store, database, progress, **options)
 
     monkeypatch.setattr(restoring, "restore", slow)
     monkeypatch.setattr(ReplayServer, "_listen", note_address)
@@ -106,8 +109,17 @@ def test_server_that_restores_says_not_serving_and_ready_is_false(tmp_path: Path
         with Caller(addresses[0]) as caller:
             health = health_pb2_grpc.HealthStub(caller.channel)
             status = health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S).status
-            ready = caller.stub.Ready(pb.ReadyRequest(), timeout=DEADLINE_S)
-            add, sample = refused(caller.add, keyed_episode(0, 20)), refused(caller.sample)
+            refusals = [
+                refused(caller.stub.Ready, pb.ReadyRequest(), timeout=DEADLINE_S),
+                refused(caller.stub.Ready, pb.ReadyRequest(min_steps=1, wait_s=0.05), timeout=DEADLINE_S),
+                refused(caller.stub.Info, pb.InfoRequest(), timeout=DEADLINE_S),
+                refused(caller.stub.Clear, pb.ClearRequest(), timeout=DEADLINE_S),
+                refused(lambda: list(caller.stub.GetEpisodes(pb.GetEpisodesRequest(), timeout=DEADLINE_S))),
+                refused(lambda: caller.stream().open(credits=1).read(1)),
+                refused(caller.load, encode_load(keyed_episode(0, 20))),
+                refused(caller.add, keyed_episode(0, 20)),
+                refused(caller.sample),
+            ]
             go_on.set()
             starting.join()
             served = health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S).status
@@ -118,8 +130,8 @@ def test_server_that_restores_says_not_serving_and_ready_is_false(tmp_path: Path
         server.__exit__(None, None, None)
 
     assert status == health_pb2.HealthCheckResponse.NOT_SERVING
-    assert (ready.can_sample, ready.min_steps_reached) == (False, False)
-    assert {(refusal.code, refusal.reason) for refusal in (add, sample)} == {(grpc.StatusCode.UNAVAILABLE, "restoring")}
+    assert {(refusal.code, refusal.reason) for refusal in refusals} == {(grpc.StatusCode.UNAVAILABLE, "restoring")}
+    assert all("is being read (120 of 480 rows, 25 %)" in refusal.details for refusal in refusals)
     assert served == health_pb2.HealthCheckResponse.SERVING
     assert (ready_after.can_sample, ready_after.min_steps_reached) == (True, True)
     assert server.buffer.counts().episodes_stored == 20

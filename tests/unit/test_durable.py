@@ -133,24 +133,6 @@ def test_same_seed_draws_the_same_batches_after_a_restart(opened: Opener) -> Non
     assert as_bits(after.episode_id) == as_bits(before.episode_id)
 
 
-def test_smaller_capacity_keeps_the_newest_and_says_so(opened: Opener, caplog: pytest.LogCaptureFixture) -> None:
-    buffer = opened(capacity=2_000)
-    for sequence in range(40):
-        buffer.add_episode(keyed_episode(0, sequence))
-    before = contents(buffer)
-    buffer.close()
-
-    buffer = opened(capacity=200)
-    after, counts = contents(buffer), buffer.counts()
-    buffer.close()
-
-    assert after == dict(list(before.items())[-len(after) :])
-    assert 200 - 50 < counts.steps_stored <= 200
-    assert counts.episodes_added == counts.episodes_stored + counts.episodes_evicted == 40
-    assert "config.buffer_size is 200 rows, less than what is stored: the newest episodes are kept" in caplog.text
-    assert contents(opened(capacity=200)) == after
-
-
 def test_clear_empties_durably_and_the_next_schema_may_differ(durability: str, opened: Opener, tmp_path: Path) -> None:
     buffer = opened(durability=durability)
     for sequence in range(20):
@@ -534,13 +516,6 @@ def test_closed_buffer_refuses_adds(durability: str, opened: Opener) -> None:
         buffer.add_episode(keyed_episode(0, 0))
     with pytest.raises(StorageFailedError, match="closed"):
         buffer.submit_episode(keyed_episode(0, 0))
-
-
-def test_other_row_convention_is_refused(opened: Opener) -> None:
-    opened().close()
-
-    with pytest.raises(StoreMismatchError, match=r'written with sampling\.row_convention = "incoming", configured is "outgoing"'):
-        opened(sampling={"row_convention": "outgoing"})
 
 
 def test_newer_format_and_foreign_file_are_refused(opened: Opener, tmp_path: Path) -> None:

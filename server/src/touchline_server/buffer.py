@@ -17,7 +17,7 @@ from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.pool import BufferPool
 from touchline_server.columns import as_tensor
 from touchline_server.config import Config
-from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
+from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
 from touchline_server.gathering import GatherPlan
 from touchline_server.reading import EpisodeQuery, EpisodeReader
 from touchline_server.sampling import Law, SeedSource
@@ -50,13 +50,15 @@ class ReplayBuffer:
     Every method may be called from any thread. Adding copies what it is given; batches are the caller's.
     """
 
-    def __init__(self, config: Config, *, restore: bool = True) -> None:
+    def __init__(self, config: Config, *, restore: bool = True, accept_eviction: bool = False) -> None:
         """Makes a buffer: empty, and nothing is allocated before the first episode fixes the columns; or with a ``storage.data_dir``
         as it was when the last one on that folder ended.
 
         Args:
             config: the configuration.
             restore: False leaves the folder to :meth:`restore`, which must come before anything else.
+            accept_eviction: whether stored episodes for which ``config.buffer_size`` has become too small may be evicted, as
+                ``storage.accept_eviction`` says for the server; otherwise that is a StoreMismatchError.
 
         Raises:
             ReplayError: as :meth:`restore`.
@@ -71,8 +73,10 @@ class ReplayBuffer:
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._torchrl: torchrl.data.ReplayBuffer | None = None
         self._committer: GroupCommitter | None = None
+        self._accept_eviction = accept_eviction or config.storage.accept_eviction
         self.restored = not config.storage.data_dir
-        """Whether the durable store, if there is to be one, is read."""
+        """Whether the durable store, if there is to be one, is read. Until then every other method raises RestoringError."""
+        self._restore_progress = (0, 0)
         if restore:
             self.restore()
 
@@ -84,7 +88,7 @@ class ReplayBuffer:
 
         Raises:
             StoreInUseError: another server has the folder.
-            StoreMismatchError: it is of another format or configuration.
+            StoreMismatchError: it is of another format or configuration, or the buffer is too small for what is in it.
             DamagedStoreError: something in it is not as it was written.
             StorageFailedError: it cannot be read or written.
             TooLargeError: there is no memory for the columns.
@@ -92,8 +96,20 @@ class ReplayBuffer:
         if not self.restored:
             from touchline_server.restoring import open_durable
 
-            self._committer = open_durable(self.store, self.config, progress)
+            def note_progress(read: int, total: int) -> None:
+                self._restore_progress = read, total
+                if progress is not None:
+                    progress(read, total)
+
+            self._committer = open_durable(self.store, self.config, note_progress, accept_eviction=self._accept_eviction)
             self.restored = True
+
+    def check_restored(self) -> None:
+        """Raises RestoringError while the durable store is not read: what the buffer holds is not known before that."""
+        if not self.restored:
+            read, total = self._restore_progress
+            progress = f" ({read} of {total} rows, {100 * read // total} %)" if total else ""
+            raise RestoringError(f"the durable store in {self.config.storage.data_dir} is being read{progress}; try again when it is")
 
     def close(self) -> None:
         """Commits what is under way, and lets go of the ``storage.data_dir`` and the ``storage.scratch_dir``, where there are such."""
@@ -123,10 +139,12 @@ class ReplayBuffer:
 
     def counts(self) -> Counts:
         """Returns the figures of this moment."""
+        self.check_restored()
         return self.store.counts()
 
     def ready(self) -> bool:
         """Returns whether at least one episode can be sampled at the configured horizon."""
+        self.check_restored()
         return self.store.can_sample(self.config.horizon)
 
     def add(self, td: Mapping[str, Any], *, actor: str = "", policy_version: int = 0, key: EpisodeKey | None = None) -> int:
@@ -259,10 +277,12 @@ class ReplayBuffer:
             columns=None if columns is None else tuple(columns),
             skip_missing=skip_missing,
         )
+        self.check_restored()
         return EpisodeReader(self.store, query).episodes()
 
     def clear(self) -> Counts:
         """Forgets all episodes and the schema. Episode ids and the counts of what was ever added go on."""
+        self.check_restored()
         return self.store.clear()
 
     def as_torchrl(self) -> torchrl.data.ReplayBuffer:
@@ -271,6 +291,7 @@ class ReplayBuffer:
         ``extend`` takes whole episodes (split where the ``episode`` column changes, one episode where there is none), ``sample``
         returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl_face`).
         """
+        self.check_restored()
         from touchline_server.torchrl_face import make_torchrl_buffer
 
         with self.store.write_lock:
@@ -280,10 +301,12 @@ class ReplayBuffer:
 
     def add_episode(self, episode: Episode) -> Stored:
         """Stores one episode of numpy columns, as the codec gives it. Raises as :meth:`add` does."""
+        self.check_restored()
         return self.store.add(episode)
 
     def submit_episode(self, episode: Episode) -> Stored | Receipt:
         """Stores one episode without waiting for the disk: see :meth:`EpisodeStore.submit`."""
+        self.check_restored()
         return self.store.submit(episode)
 
     def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
@@ -292,6 +315,7 @@ class ReplayBuffer:
         Raises:
             InvalidRequestError: a value is out of range.
         """
+        self.check_restored()
         limits = self.config.server
         batch_size = self.config.batch_size if batch_size is None else batch_size
         horizon = self.config.horizon if horizon is None else horizon

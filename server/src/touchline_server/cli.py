@@ -16,8 +16,8 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from touchline_server.access import check_exposure, read_access
-from touchline_server.config import Config, ConfigError, read_cfg
-from touchline_server.errors import ReplayError
+from touchline_server.config import Config, ConfigError, read_cfg, sources_of
+from touchline_server.errors import ReplayError, StoreMismatchError
 from touchline_server.tables import ServerConfig
 from touchline_server.tls import open_channel, open_own_channel, server_credentials
 
@@ -97,6 +97,13 @@ def serve(
             "--unix-socket", metavar="PATH", help="Unix socket to listen on instead of host and port. Overrides server.unix_socket."
         ),
     ] = None,
+    accept_eviction: Annotated[
+        bool,
+        typer.Option(
+            "--accept-eviction",
+            help="Start although config.buffer_size is smaller than what storage.data_dir holds: the oldest episodes are evicted for good.",
+        ),
+    ] = False,
     log_level: Annotated[LogLevel, typer.Option(help="How much is logged, on stderr.")] = LogLevel.INFO,
 ) -> None:
     """Runs the server until SIGTERM or SIGINT.
@@ -116,12 +123,15 @@ def serve(
     \b
     Exit status:
       0  stopped by a signal
-      1  the address is in use, or the storage.data_dir or scratch_dir cannot be used
+      1  the address is in use, or the storage.data_dir or scratch_dir cannot be used (or holds more episodes than the buffer would)
       2  the configuration or the command line cannot be used
     """
     logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     try:
         effective = _override(read_cfg(config), host=host, port=port, unix_socket=unix_socket)
+        if accept_eviction:
+            effective = _accept_eviction(effective)
+        sources = sources_of(config)
         # The server does this too. What is wrong is said here, before seconds of importing.
         server_credentials(effective.tls)
         check_exposure(effective, read_access(effective))
@@ -136,6 +146,8 @@ def serve(
             status = run(effective, progress)
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
+    except StoreMismatchError as error:
+        _fail(f"{error}\n{sources}", EXIT_FAILED)
     except (AddressInUseError, ReplayError) as error:
         _fail(str(error), EXIT_FAILED)
     raise typer.Exit(status)
@@ -316,6 +328,12 @@ def _override(config: Config, **options: str | int | None) -> Config:
         given.setdefault("unix_socket", "")
     server = {**config.server.model_dump(), **given}
     return Config(**{name: getattr(config, name) for name in Config.model_fields} | {"server": server})
+
+
+def _accept_eviction(config: Config) -> Config:
+    """Returns the configuration with ``storage.accept_eviction``."""
+    storage = {**config.storage.model_dump(), "accept_eviction": True}
+    return Config(**{name: getattr(config, name) for name in Config.model_fields} | {"storage": storage})
 
 
 def _data_dir(given: Path | None, config: Path | None) -> Path:

@@ -160,6 +160,17 @@ def read_cfg(path: str | os.PathLike[str] | None = None) -> Config:
     return Config(**{name: getattr(merged, name) for name in Config.model_fields})
 
 
+def sources_of(path: str | os.PathLike[str] | None = None) -> str:
+    """Returns, for messages, where the configuration that :func:`read_cfg` returns comes from: the file, and the variables in force.
+
+    Raises:
+        ConfigError: as :func:`read_cfg`.
+    """
+    name, _ = _read_text(path)
+    variables = ", ".join(f"{variable}={os.environ[variable]}" for variable in sorted(_overrides().values()))
+    return f"configuration file: {name}; environment variables in force: {variables or 'none'}"
+
+
 class _KeyVariables(EnvSettingsSource):
     """Variables that set one key; ``TOUCHLINE_SERVER``, which has a table's name alone, may be a client's address."""
 

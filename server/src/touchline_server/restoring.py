@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +26,29 @@ from touchline_server.store import EpisodeStore
 
 logger = logging.getLogger(__name__)
 
+CAPACITY_KEY = "capacity"
+"""In ``meta``: rows of the ring that the store was last used with."""
+
 Progress = Callable[[int, int], None]
 """Is told how many of how many rows are read."""
 
 
-def open_durable(store: EpisodeStore, config: Config, progress: Progress | None = None) -> GroupCommitter:
+def open_durable(store: EpisodeStore, config: Config, progress: Progress | None = None, *, accept_eviction: bool = False) -> GroupCommitter:
     """Takes ``storage.data_dir`` for this process, puts what is in it into the ring, and has the store go on in it.
+
+    Args:
+        store: the empty ring.
+        config: the configuration.
+        progress: told how many of how many rows are read.
+        accept_eviction: whether stored episodes that the ring has no room for may be evicted.
 
     Returns:
         What commits; its ``close`` ends it.
 
     Raises:
         StoreInUseError: another process has the folder.
-        StoreMismatchError: it was written in another format or under another row convention.
+        StoreMismatchError: it was written in another format or under another row convention, or holds more than the ring does and
+            eviction is not accepted. Nothing was changed.
         DamagedStoreError: something in it is not as it was written. Nothing was changed.
         StorageFailedError: it cannot be read or written.
         TooLargeError: there is no memory for its columns.
@@ -51,7 +63,8 @@ def open_durable(store: EpisodeStore, config: Config, progress: Progress | None 
                 raise DamagedStoreError(f"{database.path}: {damage}; {advice(database.path)}")
             _check_acknowledged(data_dir, database)
             _check_convention(database, config.sampling.row_convention, store)
-            restore(store, database, progress)
+            restore(store, database, progress, accept_eviction=accept_eviction)
+            _note_capacity(database, store.capacity)
         except sqlite3.Error as error:
             raise translate(error, database.path) from error
         committer = GroupCommitter(
@@ -70,16 +83,27 @@ def open_durable(store: EpisodeStore, config: Config, progress: Progress | None 
     return committer
 
 
-def restore(store: EpisodeStore, database: Database, progress: Progress | None = None) -> None:
+def restore(store: EpisodeStore, database: Database, progress: Progress | None = None, *, accept_eviction: bool = False) -> None:
     """Puts the stored episodes, the counts, the keys and the next id into an empty store. Raises as :func:`open_durable` does."""
+    begun_s = time.monotonic()
     schema, figures, ledger = database.schema(), database.counts(), restored_ledger(database)
     rows = list(episode_rows(database.connection, database.path))
     _check_counts(database.path, figures, rows)
-    kept = _newest(rows, store.capacity)
-    total, read = sum(row.length for row in kept), 0
+    reserved = database.meta("next_id", 0)
+    if not isinstance(reserved, int):
+        raise DamagedStoreError(f"{database.path}: the next id is not readable; {advice(database.path)}")
     if rows and schema is None:
         raise DamagedStoreError(f"{database.path}: the schema is missing; {advice(database.path)}")
-    columns = store.allocate(schema) if kept and schema is not None else None
+    kept = _newest(rows, store.capacity)
+    dropped = rows[: len(rows) - len(kept)]
+    if dropped and not accept_eviction:
+        raise StoreMismatchError(_eviction_text(database, rows, dropped, store.capacity))
+    total, read = sum(row.length for row in kept), 0
+    if kept and schema is not None:
+        schema = replace(schema, restored_from=str(database.path.parent))
+        columns = store.allocate(schema)
+    else:
+        columns = None
     for row in kept:
         arrays = read_columns(database.connection, row, database.path)
         _check_fits(arrays, row, schema, database.path)
@@ -87,12 +111,10 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
         read += row.length
         if progress is not None:
             progress(read, total)
-    if len(kept) < len(rows):
-        _drop_oldest(database, rows[: len(rows) - len(kept)], figures, store.capacity)
-    reserved = database.meta("next_id", 0)
-    if not isinstance(reserved, int):
-        raise DamagedStoreError(f"{database.path}: the next id is not readable; {advice(database.path)}")
+    if dropped:
+        _drop_oldest(database, dropped, figures, store.capacity)
     store.resume(figures, ledger, next_id=max(reserved, rows[-1].id + 1 if rows else 0))
+    _tell_restored(database.path, schema, episodes=len(kept), steps=total, seconds=time.monotonic() - begun_s)
 
 
 def restored_ledger(database: Database) -> KeyLedger:
@@ -163,10 +185,23 @@ def _newest(rows: list[EpisodeRow], capacity: int) -> list[EpisodeRow]:
     return rows
 
 
+def _eviction_text(database: Database, rows: list[EpisodeRow], dropped: list[EpisodeRow], capacity: int) -> str:
+    stored, lost = sum(row.length for row in rows), sum(row.length for row in dropped)
+    before = database.meta(CAPACITY_KEY)
+    earlier = f"it was {before} when this store was last used, " if isinstance(before, int) and before != capacity else ""
+    return (
+        f"config.buffer_size: {capacity} rows, expected at least {stored}: {earlier}and {database.path.parent} holds {len(rows)} episodes "
+        f"of {stored} rows, so this start would evict the oldest {len(dropped)} of them ({lost} rows) for good; nothing was changed. Set "
+        "config.buffer_size back, or accept it: --accept-eviction, storage.accept_eviction = true, or "
+        "ReplayBuffer(config, accept_eviction=True)"
+    )
+
+
 def _drop_oldest(database: Database, dropped: list[EpisodeRow], figures: dict[str, int], capacity: int) -> None:
     steps = sum(row.length for row in dropped)
     logger.warning(
-        "config.buffer_size is %d rows, less than what is stored: the newest episodes are kept, the %d oldest (%d rows) are evicted",
+        "config.buffer_size is %d rows, less than what is stored: the newest episodes are kept, the %d oldest (%d rows) are evicted, as "
+        "accepted",
         capacity,
         len(dropped),
         steps,
@@ -176,6 +211,24 @@ def _drop_oldest(database: Database, dropped: list[EpisodeRow], figures: dict[st
     figures["steps_stored"] -= steps
     figures["episodes_stored"] -= len(dropped)
     database.forget([row.id for row in dropped], figures=figures)
+
+
+def _tell_restored(path: Path, schema: Schema | None, *, episodes: int, steps: int, seconds: float) -> None:
+    if not episodes or schema is None:
+        logger.info("%s holds no episodes: starting empty", path)
+        return
+    columns = ", ".join(f"{spec.name} {spec}" for spec in schema.columns)
+    logger.info("restored %d episodes, %d steps from %s in %.1f s; columns: %s", episodes, steps, path, seconds, columns)
+
+
+def _note_capacity(database: Database, capacity: int) -> None:
+    """Notes the ring's size, which a later start that would evict names beside its own."""
+    if database.meta(CAPACITY_KEY) == capacity:
+        return
+    try:
+        database.set_meta({CAPACITY_KEY: capacity})
+    except sqlite3.Error as error:
+        logger.warning("%s: the buffer size was not noted: %s", database.path, error)  # a full disk: adding is what says so
 
 
 def _check_counts(path: Path, figures: dict[str, int], rows: list[EpisodeRow]) -> None:

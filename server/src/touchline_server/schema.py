@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class Schema:
     """The columns of a table, in the order of the first episode."""
 
     columns: tuple[ColumnSpec, ...]
+    restored_from: str = field(default="", compare=False)
+    """The folder whose episodes fixed it; empty if the first episode since the start did."""
 
     @classmethod
     def of(cls, episode: Mapping[str, np.ndarray]) -> Schema:
@@ -74,17 +76,21 @@ class Schema:
         known = {spec.name for spec in self.columns}
         for name in episode:
             if name not in known:
-                raise InvalidEpisodeError(f"{name}: an unknown column, expected only {', '.join(sorted(known))} as in the first episode")
+                raise self._misfit(f"{name}: an unknown column, expected only {', '.join(sorted(known))}")
         for spec in self.columns:
             array = episode.get(spec.name)
             if array is None:
-                raise InvalidEpisodeError(f"{spec.name}: missing, expected {spec} as in the first episode")
+                raise self._misfit(f"{spec.name}: missing, expected {spec}")
             if array.dtype != spec.dtype:
-                raise InvalidEpisodeError(
-                    f"{spec.name}: dtype {dtype_name(array.dtype)}, expected {dtype_name(spec.dtype)} as in the first episode"
-                )
+                found, expected = dtype_name(array.dtype), dtype_name(spec.dtype)
+                raise self._misfit(f"{spec.name}: dtype {found}, expected {expected}", f'cast it (dtype="{expected}"), or ')
             if array.shape[1:] != spec.shape:
-                raise InvalidEpisodeError(f"{spec.name}: shape {array.shape[1:]} a step, expected {spec.shape} as in the first episode")
+                raise self._misfit(f"{spec.name}: shape {array.shape[1:]} a step, expected {spec.shape}")
+
+    def _misfit(self, what: str, remedy: str = "") -> InvalidEpisodeError:
+        origin = f"the episodes restored from {self.restored_from}" if self.restored_from else "the first episode"
+        other = ", or start on another storage.data_dir" if self.restored_from else ""
+        return InvalidEpisodeError(f"{what} as in {origin}; {remedy}to change the columns, empty the buffer (`touchline clear`){other}")
 
 
 @dataclass(frozen=True, slots=True)

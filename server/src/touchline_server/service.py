@@ -88,6 +88,10 @@ class ReplayService:
         self._serving = True
         self._changes.notify()
 
+    def _refuse_restoring(self) -> None:
+        self._buffer.check_restored()
+        raise RestoringError("the server has read its durable store and is about to serve; try again")
+
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Returns the service's method handlers.
 
@@ -144,7 +148,7 @@ class ReplayService:
                 _check_protocol(context)
                 self._drain.refuse()
                 if not self._serving and not early:
-                    raise RestoringError("the server is reading its durable store; try again when it has")
+                    self._refuse_restoring()
                 with self._call():
                     return await method(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -300,10 +304,12 @@ class ReplayService:
             return self._drain.begun or (self._serving and self._buffer.ready() and self._buffer.size >= wanted)
 
         await self._changes.until(reached, _checked_wait(request.wait_s))
+        if not self._serving:
+            self._refuse_restoring()
         counts = self._buffer.counts()
         return pb.ReadyResponse(
-            can_sample=self._serving and self._buffer.ready(),
-            min_steps_reached=self._serving and counts.steps_stored >= wanted,
+            can_sample=self._buffer.ready(),
+            min_steps_reached=counts.steps_stored >= wanted,
             min_history=config.min_history,
             counts=messages.counts(counts),
         )

@@ -72,6 +72,8 @@ class StorageConfig(Table):
     behind."""
     sync_interval_ms: Annotated[_Int, Field(ge=1, le=60_000)] = 100
     """Longest time in milliseconds between an acknowledgement and the disk, for ``batch``."""
+    accept_eviction: bool = False
+    """Whether a start may evict stored episodes for which ``config.buffer_size`` has become too small; otherwise it is refused."""
 
 
 class SamplingConfig(Table):
