@@ -10,6 +10,7 @@ FAULT_EPISODES ?= 40
 FAULT_CONNECTS ?= 300
 FAULT_MESSAGES ?= 120000
 SOAK_MINUTES ?= 10
+QUIET_MINUTES ?= 15
 # For example SOAK="--every-s 10 --out soak.png".
 SOAK ?=
 FAULT_ACTOR_KILLS ?= 20
@@ -23,7 +24,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults soak lint types serve demo bench bench-peers bench-gpu stubs clean
+.PHONY: help install test test-faults test-quiet soak lint types serve demo bench bench-peers bench-gpu stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ test: lint types ## checks everything: lint, types, tests
 test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
 	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) $(BIN)/python -m pytest tests/faults -s
+
+test-quiet: $(INSTALLED) ## leaves connections of every kind quiet for QUIET_MINUTES, under the default configuration
+	QUIET_MINUTES=$(QUIET_MINUTES) $(BIN)/python -m pytest tests/faults/test_quiet.py -s
 
 # Coverage-guided fuzzing; not everywhere to be had, so the tests that need it are skipped, with this reason, where it is not.
 $(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)

@@ -12,6 +12,11 @@ from touchline.errors import ClosedError, ForkError, InvalidArgumentError
 
 _SERVICE = "/touchline.v1.Replay/"
 
+KEEPALIVE_S = 30.0
+"""Silence on a connection with a call under way after which the server is asked whether it is there. Servers allow a ping every 5 s."""
+KEEPALIVE_TIMEOUT_S = 10.0
+"""How long the server may take to answer that."""
+
 
 def check_address(address: str) -> str:
     """Returns the address if it is ``host:port``, ``[ipv6]:port`` or ``unix:/path``.
@@ -52,10 +57,10 @@ class Transport:
             # A proxy of the environment is for the web: gRPC would take it even to 127.0.0.1.
             ("grpc.enable_http_proxy", 0),
             # Finds a peer that vanished without a word; the server allows pings this often.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+            ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
             # Where nothing else is on its way gRPC goes by this one, a minute by default.
-            ("grpc.http2.ping_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
             ("grpc.http2.max_pings_without_data", 0),
             # A server that restarts is back within seconds: do not wait for minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),

@@ -43,6 +43,11 @@ HANDSHAKE_MS = 20_000
 """Time that a connection gets to be made."""
 
 
+MIN_PING_INTERVAL_S = 5.0
+"""Shortest time between two pings of a client that has nothing else to say; one that keeps pinging more often is hung up on. Clients of
+other languages ping every 10 s at most."""
+
+
 class AddressInUseError(OSError):
     """The server cannot listen where it was told to."""
 
@@ -102,7 +107,8 @@ class ReplayServer:
                 ("grpc.http2.ping_timeout_ms", int(self._config.keepalive_s * 1000 / 3)),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                # A client that waits quietly pings every 30 s. The core's default, 5 minutes, takes that for abuse and hangs up on it.
+                ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_PING_INTERVAL_S * 1000)),
             ),
             interceptors=(self.admission,),
         )

@@ -1,0 +1,75 @@
+"""Every gRPC option that the sources set is one that the installed core knows: gRPC takes unknown ones without a word."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc._cython import cygrpc
+
+from service_calls import make_config
+from touchline import ReplayClient
+from touchline_server.app import ServerThread
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(path for part in ("protos/src", "client/src", "server/src", "tests", "benchmarks") for path in (ROOT / part).rglob("*.py"))
+CORE = Path(cygrpc.__file__).read_bytes()
+
+
+def options_of(source: str) -> Iterator[str]:
+    """Yields the names of the options in a module: the first of every pair that begins with a text that begins with ``grpc.``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Tuple) and len(node.elts) == 2 and isinstance(node.elts[0], ast.Constant):
+            name = node.elts[0].value
+            if isinstance(name, str) and name.startswith("grpc."):
+                yield name
+
+
+def is_known(name: str) -> bool:
+    """Returns whether the core has an option of this name, and not only one that begins with it."""
+    return name.startswith("grpc.") and name.encode() + b"\0" in CORE
+
+
+def test_options_of_all_sources_are_known_to_the_core() -> None:
+    found = {name: path for path in SOURCES for name in options_of(path.read_text(encoding="utf-8"))}
+
+    assert {"grpc.keepalive_time_ms", "grpc.http2.min_ping_interval_without_data_ms", "grpc.ssl_target_name_override"} <= found.keys()
+    assert {name: str(path.relative_to(ROOT)) for name, path in found.items() if not is_known(name)} == {}
+
+
+def test_options_that_server_and_client_come_to_set_are_known_to_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def noting(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*arguments: Any, options: Iterable[tuple[str, Any]] = (), **others: Any) -> Any:
+            given.extend(name for name, _ in options)
+            return make(*arguments, options=options, **others)
+
+        return made
+
+    monkeypatch.setattr(grpc.aio, "server", noting(grpc.aio.server))
+    monkeypatch.setattr(grpc, "insecure_channel", noting(grpc.insecure_channel))
+    with ServerThread(make_config()) as server, ReplayClient(server.address) as client:
+        client.info()
+
+    assert {"grpc.max_concurrent_streams", "grpc.use_local_subchannel_pool"} <= set(given)  # one of each side
+    assert [name for name in given if not is_known(name)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grpc.http2.min_recv_ping_interval_without_data_ms",  # set by the server once, for which its clients were hung up on
+        "grpc.keepalive_time",
+        "grpc.keepalive_time_msec",
+        "keepalive_time_ms",
+        "grpc.max_recieve_message_length",
+    ],
+)
+def test_option_misspelled_is_not_known(name: str) -> None:
+    assert not is_known(name)
+    assert list(options_of(f"options = [({name!r}, 5_000)]")) == [name] * name.startswith("grpc.")
