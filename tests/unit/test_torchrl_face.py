@@ -320,7 +320,7 @@ def test_checkpoint_that_could_not_be_sampled_again_is_refused(buffer: ReplayBuf
 def test_no_episode_can_be_stored_in_the_middle_of(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch, step: str, act: str) -> None:
     """Between TorchRL's draw and its gather, and between the steps of emptying, other threads cannot write."""
     face = buffer.as_torchrl()
-    storage = buffer.store.storage
+    storage = face.storage
     original = getattr(storage, step)
     could_write: list[bool] = []
 

@@ -7,13 +7,13 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import grpc
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
@@ -185,14 +185,11 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None) -> i
         AddressInUseError: the server cannot listen where it was told to.
         ReplayError: the durable store cannot be used.
     """
-    # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
-    torch.set_num_threads(1)
     keep_freed_memory()
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
     logger.info("configuration in force:\n%s", config.to_toml())
     asyncio.run(_serve(config, progress))
-    # The interpreter's last collection would go through all that torch made: most of a second of CPU, which a busy machine stretches
-    # beyond the time that a container gets to stop.
+    # The interpreter's last collection would go through all that torch made, where it was imported: most of a second of CPU, which a busy
+    # machine stretches beyond the time that a container gets to stop.
     gc.freeze()
     return 0
 
@@ -200,6 +197,11 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None) -> i
 async def _serve(config: Config, progress: Callable[[int, int], None] | None) -> None:
     server = ReplayServer(config)
     await server.start(progress)
+    if "torch" in sys.modules:  # only where the columns may be on CUDA
+        import torch
+
+        # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
+        torch.set_num_threads(1)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -15,7 +15,7 @@ from touchline_protos.batch import assemble_batch
 from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
 from touchline_protos.columns import ColumnError, flatten_columns
 from touchline_protos.pool import BufferPool
-from touchline_server.columns import as_tensor
+from touchline_server import cuda_device
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
 from touchline_server.gathering import GatherPlan
@@ -56,12 +56,12 @@ class ReplayBuffer:
 
         Args:
             config: the configuration.
-            restore: False leaves the folder to :meth:`restore`, which must come before anything else.
+            restore: False leaves the folder, and finding the device, to :meth:`restore`, which must come before anything else.
             accept_eviction: whether stored episodes for which ``config.buffer_size`` has become too small may be evicted, as
                 ``storage.accept_eviction`` says for the server; otherwise that is a StoreMismatchError.
 
         Raises:
-            ReplayError: as :meth:`restore`.
+            ConfigError, ReplayError: as :meth:`restore`.
         """
         self.config = config
         self.store = EpisodeStore(config)
@@ -87,12 +87,14 @@ class ReplayBuffer:
             progress: told how many of how many rows are read, again and again.
 
         Raises:
+            ConfigError: a CUDA device that this machine does not have.
             StoreInUseError: another server has the folder.
             StoreMismatchError: it is of another format or configuration, or the buffer is too small for what is in it.
             DamagedStoreError: something in it is not as it was written.
             StorageFailedError: it cannot be read or written.
             TooLargeError: there is no memory for the columns.
         """
+        cuda_device.prepare(self.config.storage.device)
         if not self.restored:
             from touchline_server.restoring import open_durable
 
@@ -356,11 +358,13 @@ class ReplayBuffer:
             return self._gather(selection, plan)
 
     def _gather(self, selection: Selection, plan: GatherPlan) -> Batch:
-        if selection.columns.device.type == "cuda":
+        if selection.columns.on_cuda:
             tensors = plan.gather_tensors(selection)
         else:
             # A fresh allocation of a big batch costs more in page faults than the gather itself.
             lease = self._pool.lease(plan.layout.body_bytes)
+            from touchline_server.tensors import as_tensor
+
             arrays = plan.layout.body_views(lease)
             plan.fill(selection, arrays)
             tensors = {name: as_tensor(array) for name, array in arrays.items()}

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
-
 from touchline_protos.pinning import PinnedRegion
 from touchline_protos.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
@@ -163,7 +161,7 @@ class RingFeeder:
                 self._actors_told += len(names)
                 actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
                 self._tell(pb.SampleStreamResponse(actors=actors).SerializeToString())
-            if selections[0].columns.device.type == "cuda":
+            if selections[0].columns.on_cuda:
                 self._fill_from_device(slots, selections, plan)
                 return
             for slot, selection in zip(slots, selections, strict=True):
@@ -173,6 +171,8 @@ class RingFeeder:
     def _fill_from_device(self, slots: list[int], selections: list[Selection], plan: GatherPlan) -> None:
         """The device copies into the slots by itself, where their memory can be pinned; all of them are waited for at once."""
         if self._pinned is None:
+            import torch
+
             self._pinned = PinnedRegion(torch, self._ring.whole_array())
         if self._pinned.pinned:
             begins = [self._ring.geometry.offset(slot) for slot in slots]

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from touchline_protos.batch import PROVENANCE
 from touchline_protos.codec import BatchLayout, Piece, TensorSpec
@@ -24,7 +23,11 @@ from touchline_server.columns import Columns
 from touchline_server.sampling import Draw
 from touchline_server.schema import Schema
 from touchline_server.store import Selection
-from touchline_server.transfer import HostTransfer, rows_on_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from touchline_server.transfer import HostTransfer
 
 TRANSITION_COLUMNS = ("action", "reward", "done")
 """Columns of a transition: [H, B, ...] in a batch, where those of a step are [H+1, B, ...]."""
@@ -95,7 +98,7 @@ class GatherPlan:
 
     def fill_all(self, selections: Sequence[Selection], outs: Sequence[Mapping[str, np.ndarray]]) -> None:
         """Does what :meth:`fill` does for batches that were selected together; a CUDA device is waited for once."""
-        if selections[0].columns.device.type == "cuda":
+        if selections[0].columns.on_cuda:
             for body, out in zip(self.host_bodies(selections), outs, strict=True):
                 for name, array in self.layout.body_views(body).items():
                     out[name][...] = array
@@ -129,7 +132,7 @@ class GatherPlan:
 
     def piece_filler(self, selection: Selection) -> Callable[[Piece, Sequence[np.ndarray]], None]:
         """Returns what fills the pieces of one batch, as :meth:`fill_piece` does; from a CUDA device it all comes in one transfer."""
-        if selection.columns.device.type != "cuda":
+        if not selection.columns.on_cuda:
             return partial(self.fill_piece, selection)
         body = self.layout.body_views(self.host_bodies([selection])[0])
 
@@ -145,7 +148,9 @@ class GatherPlan:
         Returns:
             Their bodies, [layout.body_bytes] uint8: fresh, pinned where the columns are on a CUDA device.
         """
-        pinned = selections[0].columns.device.type == "cuda"
+        import torch
+
+        pinned = selections[0].columns.on_cuda
         memory = torch.empty((len(selections), self.layout.body_bytes), dtype=torch.uint8, pin_memory=pinned)
         bodies = list(memory)
         self.fill_pinned(selections, bodies)
@@ -165,18 +170,22 @@ class GatherPlan:
 
     def gather_tensors(self, selection: Selection) -> dict[str, torch.Tensor]:
         """Returns a batch as fresh tensors on the columns' device, in the order of the current stream; provenance on the host."""
+        import torch
+
+        from touchline_server.transfer import rows_on_device
+
         columns = selection.columns
         steps, size = selection.rows.shape
         rows = rows_on_device(selection.rows, columns.device)
         indices: dict[tuple[int, int], torch.Tensor] = {}
-        tensors = {}
+        stored, tensors = columns.tensors, {}
         for part in self.parts:
             if part.stored:
                 first, last, _ = part.rows.indices(steps)
                 index = indices.get((first, last))
                 if index is None:
                     index = indices[first, last] = rows[first * size : last * size]
-                tensors[part.name] = columns.tensors[part.name].index_select(0, index).view(part.out_shape)
+                tensors[part.name] = stored[part.name].index_select(0, index).view(part.out_shape)
             else:
                 tensors[part.name] = torch.zeros(part.out_shape, device=columns.device)
         columns.note_reads()
@@ -191,6 +200,8 @@ class GatherPlan:
         try:
             transfer = idle.pop()
         except IndexError:
+            from touchline_server.transfer import HostTransfer
+
             transfer = HostTransfer(self, selection.columns, selection.rows.shape)
         yield transfer
         # Not after an error, which may have left work under way in it.

@@ -6,8 +6,6 @@ import ctypes
 import os
 from pathlib import Path
 
-import torch
-
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -36,11 +34,6 @@ def available_host_bytes() -> int:
             used = max(usage - _figure(folder / "memory.stat", reclaimable), 0)
             available = min(available, max(int(limit) - used, 0))
     return available
-
-
-def free_cuda_bytes(device: torch.device) -> int:
-    """Returns the free bytes of a CUDA device's memory."""
-    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def keep_freed_memory() -> bool:

@@ -88,7 +88,7 @@ class GroupPlan:
     def give_up(self) -> None:
         """Leaves the store as it was: the group is not stored."""
         if self._store.columns is None and self.columns is not None:
-            self._store.release()
+            self.columns.release()
             self.columns = None
 
     def _evict_for(self, length: int) -> list[int]:

@@ -23,7 +23,7 @@ import numpy as np
 from touchline_protos import Counts
 from touchline_protos.codec import Episode
 from touchline_server.catalogue import Catalogue, Entry
-from touchline_server.columns import Columns, allocate_columns, make_storage
+from touchline_server.columns import Columns, allocate_columns
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
 from touchline_server.ledger import KeyLedger, payload_digest
@@ -31,7 +31,6 @@ from touchline_server.pinning import Pins
 from touchline_server.sampling import Draw, Law
 from touchline_server.schema import EpisodeValidator, Schema
 from touchline_server.scratch import ScratchDir
-from touchline_server.torchrl_state import release
 
 if TYPE_CHECKING:
     from touchline_server.durable import GroupCommitter, Receipt
@@ -73,17 +72,14 @@ class EpisodeStore:
         """Makes an empty store; with ``storage.device = "disk"`` it takes the ``storage.scratch_dir``.
 
         Raises:
-            ConfigError: a CUDA device that this machine does not have.
             StoreInUseError: another has the folder.
             StorageFailedError: the folder cannot be made or written.
         """
         self._config = config
         self.capacity = config.buffer_size
         self._scratch = ScratchDir(config.storage.scratch_dir) if config.storage.device == "disk" else None
-        self.storage = make_storage(self.capacity, device=config.storage.device, scratch_dir=config.storage.scratch_dir)
-        """The TorchRL storage that holds the columns."""
-        self.on_written: Callable[[np.ndarray], None] | None = None
-        """Called under the write lock with the rows of each stored episode: TorchRL's bookkeeping follows it."""
+        self.on_written: Callable[[Columns, np.ndarray], None] | None = None
+        """Called under the write lock with the columns and the rows of each stored episode: TorchRL's bookkeeping follows it."""
         self.on_cleared: Callable[[], None] | None = None
         """Called under the write lock after the table was emptied."""
         self._validator = EpisodeValidator(
@@ -344,11 +340,8 @@ class EpisodeStore:
 
     def allocate(self, schema: Schema) -> Columns:
         """Returns columns for the first episode, seen by nobody before that is published. Raises as :func:`allocate_columns` does."""
-        return allocate_columns(self.storage, schema, capacity=self.capacity, wanted_device=self._config.storage.device)
-
-    def release(self) -> None:
-        """Frees columns whose first episode is not published after all: the next one may have another schema."""
-        release(self.storage)
+        storage = self._config.storage
+        return allocate_columns(schema, capacity=self.capacity, wanted_device=storage.device, scratch_dir=storage.scratch_dir)
 
     def evict(self, length: int) -> None:
         """Makes room for so many rows, or for all that there are."""
@@ -367,10 +360,10 @@ class EpisodeStore:
         try:
             columns.write(first_row, episode.columns)
             if self.on_written is not None:
-                self.on_written(np.remainder(np.arange(first_row, first_row + length), self.capacity))
+                self.on_written(columns, np.remainder(np.arange(first_row, first_row + length), self.capacity))
         except BaseException:
             if self._columns is None:
-                self.release()
+                columns.release()
             raise
         with self._lock:
             self._columns = columns
@@ -401,11 +394,12 @@ class EpisodeStore:
             evicted = self._catalogue.evict_for(self.capacity)
             self._count_evicted(evicted.episodes, evicted.steps)
             self._pins.wait_for_older()
-            if self._columns is not None:
-                self._columns.settle()
+            columns, self._columns = self._columns, None
+            if columns is not None:
+                columns.settle()
             self._catalogue.start_over()
-            self._columns = None
-        release(self.storage)
+        if columns is not None:
+            columns.release()
         if self.on_cleared is not None:
             self.on_cleared()
         logger.info("cleared: %d episodes, %d steps", evicted.episodes, evicted.steps)

@@ -18,12 +18,13 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
 from touchline_protos.codec import Episode
 from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_server.columns import Columns
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
 from touchline_server.index import FIRST_ROW, LENGTH
 from touchline_server.sampling import Law, SeedSource
 from touchline_server.store import EpisodeStore
-from touchline_server.torchrl_state import exclude_writes, note_written
+from touchline_server.torchrl_state import adopt, exclude_writes, make_storage, note_written, release
 
 
 class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
@@ -40,8 +41,11 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         """Attaches to the store's storage and catches up with what it holds."""
         super().register_storage(storage)
         with self._store.write_lock:
-            for entry in self._store.entries():
-                self._follow(np.remainder(np.arange(entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH]), self._store.capacity))
+            columns = self._store.columns
+            if columns is not None:
+                for entry in self._store.entries():
+                    rows = np.arange(entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH])
+                    self._follow(columns, np.remainder(rows, self._store.capacity))
             self._store.on_written = self._follow
             self._store.on_cleared = self._forget
 
@@ -101,9 +105,12 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         super()._empty(empty_write_count)
 
     def _forget(self) -> None:
+        release(self._storage)
         super()._empty(empty_write_count=False)
 
-    def _follow(self, rows: np.ndarray) -> None:
+    def _follow(self, columns: Columns, rows: np.ndarray) -> None:
+        if not self._storage.initialized:
+            adopt(self._storage, columns.tensors)
         self._cursor = int(rows[-1] + 1) % self._store.capacity
         self._write_count += len(rows)
         note_written(self._storage, rows)
@@ -157,7 +164,7 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     """
 
     def __init__(self, store: EpisodeStore, *, sampler: EpisodeSliceSampler, batch_size: int) -> None:
-        super().__init__(storage=store.storage, writer=EpisodeRingWriter(store), sampler=sampler, batch_size=batch_size)
+        super().__init__(storage=make_storage(store.capacity), writer=EpisodeRingWriter(store), sampler=sampler, batch_size=batch_size)
         self._episodes = store
         exclude_writes(self, store.write_lock)
 

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-Storage: TypeAlias = LazyTensorStorage | LazyMemmapStorage
-
-
-@contextmanager
-def unannounced() -> Iterator[None]:
-    """Has TorchRL print nothing of what this thread does in the block, warnings apart; whatever else it logs goes where it always goes.
-
-    It sets a logger of its own up at its import, which announces each allocation on stdout, and stdout is the program's.
-    """
-    logger, own = logging.getLogger("torchrl"), threading.get_ident()
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.thread != own or record.levelno >= logging.WARNING
-
-    logger.addFilter(passes)
-    try:
-        yield
-    finally:
-        logger.removeFilter(passes)
+Storage: TypeAlias = LazyTensorStorage
 
 
-def column_tensor(storage: Storage, name: str) -> torch.Tensor:
-    """Returns a whole column of an initialised storage, [capacity, ...], by dotted name. Indexing would stop at the current length."""
-    tensor: torch.Tensor = storage._storage.get(tuple(name.split(".")))
-    return tensor
+def make_storage(capacity: int) -> Storage:
+    """Returns a storage for ``capacity`` rows of columns that :func:`adopt` gives it."""
+    return LazyTensorStorage(capacity, device="auto")
+
+
+def adopt(storage: Storage, columns: Mapping[str, torch.Tensor]) -> None:
+    """Has a storage hold these columns, [capacity, ...] by dotted name, instead of allocating its own."""
+    device = next(iter(columns.values())).device
+    nested = {tuple(name.split(".")): column for name, column in columns.items()}
+    storage._storage = TensorDict(nested, [storage.max_size], device=device)
+    storage.device = device
+    storage.initialized = True
 
 
 def note_written(storage: Storage, rows: np.ndarray) -> None:
@@ -48,19 +36,14 @@ def note_written(storage: Storage, rows: np.ndarray) -> None:
 
 
 def release(storage: Storage) -> None:
-    """Puts a storage back to before its first write; the memory, or the files' blocks, are freed once no view of them is left."""
-    if isinstance(storage, LazyMemmapStorage) and storage._storage is not None:
-        # The next columns of these names would share a file that stays, and so overwrite the views that are left.
-        for column in storage._storage.values(include_nested=True, leaves_only=True):
-            Path(column.filename).unlink(missing_ok=True)
+    """Puts a storage back to before its first write; it lets go of the columns."""
     storage._storage = None
     storage.initialized = False
     storage._storage_keys = None
     storage._len = 0
     storage._set_last_cursor(-1)
     storage._bump_mutation_revision()
-    if not isinstance(storage, LazyMemmapStorage):
-        storage.device = "auto"
+    storage.device = "auto"
 
 
 def exclude_writes(buffer: ReplayBuffer, lock: AbstractContextManager[bool]) -> None:

@@ -47,8 +47,9 @@ class HostTransfer:
             self._rows = torch.empty(math.prod(rows_shape), dtype=torch.int64, device=device)
             self._block = torch.zeros(plan.layout.body_bytes, dtype=torch.uint8, device=device)
         self._gathers = []
+        tensors = columns.tensors
         for part, offset in zip(plan.parts, plan.layout.offsets, strict=False):
-            column = columns.tensors.get(part.name)
+            column = tensors.get(part.name)
             if column is None or not math.prod(part.out_shape):
                 continue  # the block's zeros are what the batch has
             target = self._block[offset : offset + math.prod(part.out_shape) * column.element_size()].view(column.dtype)
