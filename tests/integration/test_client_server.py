@@ -283,7 +283,7 @@ def test_stream_waits_until_something_can_be_sampled(client: ReplayClient) -> No
 
 
 def test_stream_with_a_time_limit_is_not_ready_in_time(client: ReplayClient) -> None:
-    with client.batches(timeout_s=0.3) as stream, pytest.raises(NotReadyError, match="0 episodes of 0 steps"):
+    with client.batches(timeout_s=0.3) as stream, pytest.raises(NotReadyError, match="0 steps in 0 episodes"):
         next(stream)
 
 
@@ -298,7 +298,7 @@ def test_clear_empties_and_lets_another_schema_in(client: ReplayClient) -> None:
 
 def test_wait_until_ready_returns_when_enough_is_stored(client: ReplayClient) -> None:
     client.add(_episode(0))
-    with pytest.raises(NotReadyError, match="10 steps in 1 episodes, expected 20 steps"):
+    with pytest.raises(NotReadyError, match=r"10 steps in 1 episodes, .*; expected 20 steps"):
         client.wait_until_ready(timeout_s=0.2)
     assert client.wait_until_ready(10, timeout_s=60).can_sample
     timer = threading.Timer(0.2, client.add, (_episode(1),))
@@ -309,6 +309,34 @@ def test_wait_until_ready_returns_when_enough_is_stored(client: ReplayClient) ->
     timer.join()
     assert state.min_steps_reached
     assert (state.min_history, state.counts.steps_stored) == (20, 20)
+
+
+@pytest.mark.parametrize(("rows", "min_steps"), [(101, 1_000), (101, 950), (400, 999), (1_000, 1_000), (2, 1_000)])
+def test_wait_until_ready_ends_although_whole_episodes_never_fill_the_buffer(rows: int, min_steps: int) -> None:
+    config = Config(config={"buffer_size": 1_000, "min_history": min_steps, "horizon": 1}, server={"port": 0})
+    episode = {name: np.zeros((rows, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(rows, np.float32)}
+    with ServerThread(config) as server, ReplayClient(server.address) as client:
+        before = [client.ready_state().min_steps_reached]
+        for _ in range(1_000 // rows):
+            client.add(episode)
+
+        state = client.wait_until_ready(timeout_s=60)
+
+        assert before == [False]
+        assert state.counts.steps_stored == 1_000 // rows * rows
+        assert client.wait_until_ready(1_000, timeout_s=60).min_steps_reached
+
+
+def test_wait_until_ready_waits_for_the_horizon_that_is_asked_for(client: ReplayClient) -> None:
+    client.add(_episode(0))
+    client.add(_episode(1))
+
+    assert client.wait_until_ready(1, timeout_s=60).can_sample
+    assert client.ready(horizon=9) and not client.ready(horizon=10)
+    with pytest.raises(
+        NotReadyError, match="0 of them with the 11 steps that horizon 10 needs, the longest has 10; expected 1 steps and an"
+    ):
+        client.wait_until_ready(1, timeout_s=0.2, horizon=10)
 
 
 def test_ring_without_a_thread_to_listen_gives_way_to_messages(client: ReplayClient, monkeypatch: pytest.MonkeyPatch) -> None:

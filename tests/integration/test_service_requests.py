@@ -281,6 +281,24 @@ def test_ready_min_steps_takes_the_place_of_min_history(served: Served) -> None:
     assert [ready(caller, min_steps=steps).min_steps_reached for steps in (1, 20, 21)] == [True, True, False]
 
 
+def test_ready_speaks_of_the_horizon_that_was_asked_for(served: Served) -> None:
+    _, caller = served
+    for seed, rows in enumerate((20, 31, 5)):
+        caller.add(make_episode(rows, seed=seed))
+
+    answers = {horizon: caller.stub.Ready(pb.ReadyRequest(horizon=horizon), timeout=DEADLINE_S) for horizon in (4, 19, 30, 31)}
+
+    assert {horizon: (answer.can_sample, answer.episodes_eligible) for horizon, answer in answers.items()} == {
+        4: (True, 3),
+        19: (True, 2),
+        30: (True, 1),
+        31: (False, 0),
+    }
+    assert {(answer.horizon == horizon, answer.longest_episode) for horizon, answer in answers.items()} == {(True, 31)}
+    assert (ready(caller).horizon, ready(caller).episodes_eligible) == (3, 3)
+    assert refused(ready, caller, horizon=0).reason == "invalid-argument"
+
+
 def test_ready_that_waits_is_answered_once_both_conditions_hold(served: Served) -> None:
     _, caller = served
     waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=60, wait_s=60), timeout=DEADLINE_S) for _ in range(20)]

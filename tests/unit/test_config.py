@@ -270,10 +270,6 @@ def test_read_cfg_mistake_in_the_file_names_key_and_file(text: str, expected: st
             {"config": {"buffer_size": 3, "min_history": 0}},
             "config.buffer_size: 3, expected at least config.horizon + 1 (4)",
         ),
-        (
-            {"config": {"buffer_size": 1_000}},
-            "config.min_history: 100000, expected at most config.buffer_size (1000)",
-        ),
         ({"storage": {"device": "disk"}}, "storage.scratch_dir: '', expected a folder"),
     ],
 )
@@ -282,6 +278,12 @@ def test_config_values_that_do_not_go_together_are_refused(tables: dict[str, Any
         Config(**tables)
 
     assert str(caught.value).startswith(expected)
+
+
+def test_small_buffer_is_taken_beside_the_default_min_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOUCHLINE_CONFIG__BUFFER_SIZE", "1000")
+
+    assert (Config(config={"buffer_size": 1_000}).min_history, read_cfg().buffer_size) == (100_000, 1_000)
 
 
 def test_config_values_at_their_limits_are_taken() -> None:

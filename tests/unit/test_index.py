@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -112,6 +112,33 @@ def test_index_more_horizons_than_are_kept_stays_right() -> None:
     assert len(index._eligible) == MAX_HORIZONS
 
 
+@given(data=st.data(), capacity=st.integers(2, 40))
+def test_fill_whole_episodes_of_any_lengths_have_any_min_steps_in_the_end(data: st.DataObject, capacity: int) -> None:
+    lengths = data.draw(st.lists(st.integers(2, capacity), min_size=1, max_size=12), "lengths, played again and again")
+    steps = data.draw(st.integers(1, capacity), "min_steps")
+    before = data.draw(st.integers(0, 60), "episodes before the wait begins")
+    index = EpisodeIndex(capacity)
+
+    enough_after = None
+    for number in range(before + capacity**2 + capacity):
+        length = lengths[number % len(lengths)]
+        index.evict_for(length)
+        index.append(episode_id=number, length=length, actor=0, policy_version=0)
+        if number >= before and index.fill(1).has(steps):
+            enough_after = number
+            break
+
+    assert enough_after is not None
+    fill = index.fill(1)
+    assert fill.steps >= steps or fill.steps + fill.longest > capacity
+
+
+def test_fill_one_short_episode_in_a_large_ring_is_not_enough_although_a_long_one_was_just_evicted() -> None:
+    index = filled(1_000, [1_000, 2])
+
+    assert not index.fill(1).has(950)
+
+
 @settings(max_examples=60, stateful_step_count=40, deadline=None)
 class IndexAgainstList(RuleBasedStateMachine):
     """The model keeps (id, length) oldest first, and which episode and step each row of the ring holds."""
@@ -170,6 +197,12 @@ class IndexAgainstList(RuleBasedStateMachine):
     def agrees(self) -> None:
         assert [tuple(entry) for entry in self.index.entries[:, [ID, LENGTH]]] == self.model
         assert self.index.steps == sum(length for _, length in self.model)
+        lengths = [length for _, length in self.model]
+        for horizon in {3, *self.horizons}:
+            fill = self.index.fill(horizon)
+            assert (fill.episodes, fill.steps, fill.longest) == (len(lengths), sum(lengths), max(lengths, default=0))
+            assert fill.eligible == sum(length > horizon for length in lengths)
+            assert fill.full == (bool(lengths) and sum(lengths) + max(lengths) > self.capacity)
         for number, first_row, length in self.index.entries[:, [ID, FIRST_ROW, LENGTH]].tolist():
             assert [self.rows[(first_row + step) % self.capacity] for step in range(length)] == [(number, step) for step in range(length)]
         for horizon in self.horizons:

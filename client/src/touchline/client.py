@@ -363,26 +363,28 @@ class ReplayClient:
 
     # Asking.
 
-    def ready(self) -> bool:
-        """Returns whether batches can be sampled now."""
-        return self.ready_state().can_sample
+    def ready(self, *, horizon: int | None = None) -> bool:
+        """Returns whether batches can be sampled now; with this horizon, or if None the server's."""
+        return self.ready_state(horizon=horizon).can_sample
 
-    def ready_state(self) -> ReadyState:
-        """Returns how far the table is from being sampled."""
-        return self._readiness.ask(0, 0.0, self.timeout_s)
+    def ready_state(self, *, horizon: int | None = None) -> ReadyState:
+        """Returns how far the table is from being sampled with this horizon; None takes the server's."""
+        return self._readiness.ask(0, 0.0, self.timeout_s, horizon)
 
-    def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None) -> ReadyState:
+    def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None, *, horizon: int | None = None) -> ReadyState:
         """Waits until batches can be sampled and enough is stored; a server that is not there yet, or restarts, is waited for.
 
         Args:
-            min_steps: rows to wait for; None takes the server's ``min_history``, 1 waits for the first batch only.
+            min_steps: rows to wait for; None takes the server's ``min_history``, 1 waits for the first batch only. A full buffer is
+                always enough: whole episodes may never fill it to the last row.
             timeout_s: the longest wait; None has no limit.
+            horizon: transitions of the slices to come; None takes the server's.
 
         Raises:
             NotReadyError: not ready in time; carries the counts.
             UnavailableError: no server in time.
         """
-        return self._readiness.wait(min_steps, timeout_s)
+        return self._readiness.wait(min_steps, timeout_s, horizon)
 
     def counts(self) -> Counts:
         """Returns the table's figures."""

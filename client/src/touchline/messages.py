@@ -162,7 +162,15 @@ def counts_of(counts: pb.Counts) -> Counts:
 def ready_state_of(message: bytes) -> ReadyState:
     """Returns what a ReadyResponse says."""
     response = pb.ReadyResponse.FromString(message)
-    return ReadyState(response.can_sample, response.min_steps_reached, response.min_history, counts_of(response.counts))
+    return ReadyState(
+        response.can_sample,
+        response.min_steps_reached,
+        response.min_history,
+        counts_of(response.counts),
+        horizon=response.horizon,
+        episodes_eligible=response.episodes_eligible,
+        longest_episode=response.longest_episode,
+    )
 
 
 def server_info_of(message: bytes) -> ServerInfo:

@@ -26,12 +26,21 @@ class Readiness:
         self._calls = calls
         self._table = table
 
-    def ask(self, min_steps: int, wait_s: float, timeout_s: float) -> ReadyState:
-        """Returns the state at once, or when it is reached within ``wait_s``; ``min_steps`` 0 stands for the server's ``min_history``."""
-        request = pb.ReadyRequest(table=self._table, min_steps=min_steps, wait_s=wait_s).SerializeToString()
-        return ready_state_of(self._calls.unary("Ready", request, timeout_s=timeout_s, wait_s=wait_s))
+    def ask(self, min_steps: int, wait_s: float, timeout_s: float, horizon: int | None = None) -> ReadyState:
+        """Returns the state at once, or when it is reached within ``wait_s``.
 
-    def wait(self, min_steps: int | None, timeout_s: float | None) -> ReadyState:
+        Args:
+            min_steps: rows; 0 stands for the server's ``min_history``.
+            wait_s: the longest wait at the server.
+            timeout_s: the call's deadline, on top.
+            horizon: of the batches; None takes the server's.
+        """
+        request = pb.ReadyRequest(table=self._table, min_steps=min_steps, wait_s=wait_s)
+        if horizon is not None:
+            request.horizon = whole_number("horizon", horizon, least=1)
+        return ready_state_of(self._calls.unary("Ready", request.SerializeToString(), timeout_s=timeout_s, wait_s=wait_s))
+
+    def wait(self, min_steps: int | None, timeout_s: float | None, horizon: int | None = None) -> ReadyState:
         """Waits as ``ReplayClient.wait_until_ready`` says, and raises what that does."""
         steps = 0 if min_steps is None else whole_number("min_steps", min_steps, least=1, most=(1 << 63) - 1)
         ends = float("inf") if timeout_s is None else time.monotonic() + timeout_s
@@ -39,7 +48,8 @@ class Readiness:
         while True:
             left_s = ends - time.monotonic()
             try:
-                state = self.ask(steps, min(POLL_S, max(left_s, 0.0)), self._calls.timeout_s if left_s > POLL_S else max(left_s, 1.0))
+                timeout = self._calls.timeout_s if left_s > POLL_S else max(left_s, 1.0)
+                state = self.ask(steps, min(POLL_S, max(left_s, 0.0)), timeout, horizon)
             except (UnavailableError, DeadlineError, OverLimitError):
                 if time.monotonic() < ends:
                     continue
@@ -48,9 +58,10 @@ class Readiness:
             if state is not None and state.can_sample and state.min_steps_reached:
                 return state
             if state is not None and time.monotonic() >= ends:
-                counts = state.counts
-                wanted = f"{steps or state.min_history} steps" + ("" if state.can_sample else " and an episode that is long enough")
-                raise NotReadyError(
-                    f"not ready within {timeout_s} s: {counts.steps_stored} steps in {counts.episodes_stored} episodes, expected {wanted}",
-                    counts,
-                )
+                raise NotReadyError(f"not ready within {timeout_s} s: {_describe(state, steps)}", state.counts)
+
+
+def _describe(state: ReadyState, steps: int) -> str:
+    """Returns what is stored and what is waited for; ``steps`` 0 stands for the server's ``min_history``."""
+    wanted = f"{steps or state.min_history} steps" + ("" if state.can_sample else " and an episode that is long enough")
+    return f"{state.describe()}; expected {wanted}"

@@ -245,8 +245,10 @@ class StreamSource:
             return
 
     def _probe(self, timeout_s: float) -> ReadyState:
-        request = pb.ReadyRequest(table=self._request.table).SerializeToString()
-        return ready_state_of(self._calls.unary("Ready", request, timeout_s=timeout_s, retry=False))
+        request = pb.ReadyRequest(table=self._request.table)
+        if self._request.HasField("horizon"):
+            request.horizon = self._request.horizon
+        return ready_state_of(self._calls.unary("Ready", request.SerializeToString(), timeout_s=timeout_s, retry=False))
 
     def _late(self) -> TouchlineError:
         waited = f"no batch within {self._timeout_s} s"
@@ -255,12 +257,7 @@ class StreamSource:
             state = self._probe(PROBE_TIMEOUT_S)
         except TouchlineError as error:
             return UnavailableError(f"{waited}: {error}")
-        if not state.can_sample:
-            counts = state.counts
-            return NotReadyError(
-                f"{waited}: no episode is long enough yet, {counts.episodes_stored} episodes of {counts.steps_stored} steps stored", counts
-            )
-        return DeadlineError(waited)
+        return DeadlineError(waited) if state.can_sample else NotReadyError(f"{waited}: {state.describe()}", state.counts)
 
     def after_fork_in_child(self) -> None:
         """Begins anew, whatever a thread of the parent was doing here: the session is the parent's, and batches would be used twice."""

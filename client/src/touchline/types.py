@@ -15,13 +15,30 @@ class ReadyState:
     """How far a table is from being sampled."""
 
     can_sample: bool
-    """At least one episode is long enough for the configured horizon."""
+    """At least one episode is long enough for the horizon."""
     min_steps_reached: bool
-    """At least as many rows are stored as were asked for (``min_history`` where none were)."""
+    """At least as many rows are stored as were asked for (``min_history`` if none were), or the buffer is full: another episode as long as
+    its longest would evict."""
     min_history: int
     """Rows before training should start, as the server is configured."""
     counts: Counts
     """The table's figures at that moment."""
+    horizon: int = 0
+    """Transitions of a slice that ``can_sample`` speaks of; 0 from a server of an older version, which does not say."""
+    episodes_eligible: int = 0
+    """Stored episodes with at least horizon + 1 rows."""
+    longest_episode: int = 0
+    """Rows of the longest stored episode."""
+
+    def describe(self) -> str:
+        """Returns the figures in words: what is stored, and how much of it is long enough."""
+        stored = f"{self.counts.steps_stored} steps in {self.counts.episodes_stored} episodes"
+        if not self.horizon:
+            return f"{stored}, {'some' if self.can_sample else 'none'} of them long enough"
+        return (
+            f"{stored}, {self.episodes_eligible} of them with the {self.horizon + 1} steps that horizon {self.horizon} needs, "
+            f"the longest has {self.longest_episode}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,9 +115,6 @@ class Config(Table):
         if buffer.buffer_size < buffer.horizon + 1:
             limit = f"config.horizon + 1 ({buffer.horizon + 1})"
             wrong.append(f"config.buffer_size: {buffer.buffer_size}, expected at least {limit}")
-        if buffer.min_history > buffer.buffer_size:
-            limit = f"config.buffer_size ({buffer.buffer_size})"
-            wrong.append(f"config.min_history: {buffer.min_history}, expected at most {limit}")
         least = 2 * max(server.max_message_bytes, server.max_episode_bytes)
         if server.max_receive_bytes < least:
             limit = f"2 x server.max_message_bytes and 2 x server.max_episode_bytes ({least})"

@@ -7,7 +7,7 @@ O(batch x log episodes) for the ``step`` law, whatever the number of rows.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -32,6 +32,42 @@ class Evicted:
 
     episodes: int
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How much can be sampled at one horizon, at one moment."""
+
+    horizon: int
+    episodes: int
+    """Stored."""
+    steps: int
+    """Rows in them."""
+    eligible: int
+    """Episodes with at least horizon + 1 rows."""
+    longest: int
+    """Rows of the longest episode; 0 if there is none."""
+    capacity: int
+    """Rows that fit."""
+
+    @property
+    def full(self) -> bool:
+        """Whether another episode as long as the longest one would evict.
+
+        Eviction is by whole episodes, so the rows that are stored may never come closer to the capacity than this.
+        """
+        return self.episodes > 0 and self.steps + self.longest > self.capacity
+
+    def has(self, steps: int) -> bool:
+        """Returns whether this many rows are stored, or as many as fit."""
+        return self.steps >= steps or self.full
+
+    def explain_not_ready(self) -> str:
+        """Returns why nothing can be sampled, for an error."""
+        return (
+            f"{self.steps} steps in {self.episodes} episodes are stored, none of the episodes has the {self.horizon + 1} steps that "
+            f"horizon {self.horizon} needs, the longest has {self.longest}; add longer episodes, wait for them, or take a smaller horizon"
+        )
 
 
 class EntryQueue:
@@ -158,6 +194,8 @@ class EpisodeIndex:
         """Rows in use."""
         self._episodes = EntryQueue()
         self._eligible: OrderedDict[int, EligibleEpisodes] = OrderedDict()
+        self._longest: deque[tuple[int, int]] = deque()
+        """Id and rows of each episode that is longer than all after it: the first is the longest of all (a monotonic queue)."""
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -196,6 +234,8 @@ class EpisodeIndex:
             oldest = self._episodes.oldest
             episode_id, rows = int(oldest[ID]), int(oldest[LENGTH])
             self._episodes.drop_oldest()
+            if self._longest[0][0] == episode_id:
+                self._longest.popleft()
             for eligible in self._eligible.values():
                 eligible.drop(episode_id)
             self.steps -= rows
@@ -207,10 +247,18 @@ class EpisodeIndex:
         """Makes an episode visible that was written at the cursor; :meth:`evict_for` made room for it before."""
         entry = (episode_id, self.cursor, length, actor, policy_version)
         self._episodes.append(entry)
+        while self._longest and self._longest[-1][1] <= length:
+            self._longest.pop()
+        self._longest.append((episode_id, length))
         for eligible in self._eligible.values():
             eligible.append(entry)
         self.steps += length
         self.cursor = (self.cursor + length) % self.capacity
+
+    def fill(self, horizon: int) -> Fill:
+        """Returns how much can be sampled at this horizon."""
+        longest = self._longest[0][1] if self._longest else 0
+        return Fill(horizon, len(self), self.steps, len(self.eligible(horizon)), longest, self.capacity)
 
     def _following(self, episode_id: int) -> int:
         """Returns how many stored episodes have a smaller id: ids grow with age."""

@@ -31,6 +31,7 @@ from touchline_server.errors import (
     UnknownTableError,
 )
 from touchline_server.feeding import RingHouse
+from touchline_server.index import Fill
 from touchline_server.intake import EpisodeIntake, Taken
 from touchline_server.limits import Budgets, Loan
 from touchline_server.reading import EpisodeQuery, EpisodeReader
@@ -299,19 +300,23 @@ class ReplayService:
         if request.min_steps > config.buffer_size:
             raise InvalidRequestError(f"min_steps: {request.min_steps}, expected at most the buffer's capacity of {config.buffer_size}")
         wanted = request.min_steps or config.min_history
+        horizon = self._buffer.spec(horizon=request.horizon if request.HasField("horizon") else None).horizon
 
         def reached() -> bool:
-            return self._drain.begun or (self._serving and self._buffer.ready() and self._buffer.size >= wanted)
+            return self._drain.begun or (self._serving and _is_ready(self._buffer.store.fill(horizon), wanted))
 
         await self._changes.until(reached, _checked_wait(request.wait_s))
         if not self._serving:
             self._refuse_restoring()
-        counts = self._buffer.counts()
+        fill = self._buffer.store.fill(horizon)
         return pb.ReadyResponse(
-            can_sample=self._buffer.ready(),
-            min_steps_reached=counts.steps_stored >= wanted,
+            can_sample=fill.eligible > 0,
+            min_steps_reached=fill.has(wanted),
             min_history=config.min_history,
-            counts=messages.counts(counts),
+            counts=messages.counts(self._buffer.counts()),
+            horizon=horizon,
+            episodes_eligible=fill.eligible,
+            longest_episode=fill.longest,
         )
 
     async def _info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
@@ -369,6 +374,10 @@ def _parsing(method: Callable[[Any, Context], Awaitable[T]], request: type[Messa
         return await method(messages.parse(request, data), context)
 
     return parsing
+
+
+def _is_ready(fill: Fill, steps: int) -> bool:
+    return fill.eligible > 0 and fill.has(steps)
 
 
 async def _is_left(context: Context) -> bool:

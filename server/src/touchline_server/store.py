@@ -26,6 +26,7 @@ from touchline_server.catalogue import Catalogue, Entry
 from touchline_server.columns import Columns, allocate_columns
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
+from touchline_server.index import Fill
 from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.pinning import Pins
 from touchline_server.sampling import Draw, Law
@@ -146,6 +147,11 @@ class EpisodeStore:
         with self._lock:
             return len(self._catalogue.index.eligible(horizon)) > 0
 
+    def fill(self, horizon: int) -> Fill:
+        """Returns how much can be sampled at this horizon."""
+        with self._lock:
+            return self._catalogue.index.fill(horizon)
+
     def add(self, episode: Episode) -> Stored:
         """Stores one episode, whole or not at all. The episode's arrays are copied.
 
@@ -228,10 +234,7 @@ class EpisodeStore:
             eligible = index.eligible(horizon)
             columns = self._columns
             if not len(eligible) or columns is None:
-                raise NotReadyError(
-                    f"{index.steps} steps in {len(index)} episodes are stored, none of the episodes has the "
-                    f"{horizon + 1} steps that horizon {horizon} needs; add longer episodes or wait for them"
-                )
+                raise NotReadyError(index.fill(horizon).explain_not_ready())
             draw = eligible.draw(batch_size, law, rng, batches=batches)
             pin = self._pins.pin()
         try:

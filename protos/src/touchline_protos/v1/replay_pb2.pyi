@@ -425,26 +425,34 @@ class EpisodeEvicted(_message.Message):
     def __init__(self, episode_id: _Optional[int] = ...) -> None: ...
 
 class ReadyRequest(_message.Message):
-    __slots__ = ("table", "min_steps", "wait_s")
+    __slots__ = ("table", "min_steps", "wait_s", "horizon")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
     table: str
     min_steps: int
     wait_s: float
-    def __init__(self, table: _Optional[str] = ..., min_steps: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    horizon: int
+    def __init__(self, table: _Optional[str] = ..., min_steps: _Optional[int] = ..., wait_s: _Optional[float] = ..., horizon: _Optional[int] = ...) -> None: ...
 
 class ReadyResponse(_message.Message):
-    __slots__ = ("can_sample", "min_steps_reached", "min_history", "counts")
+    __slots__ = ("can_sample", "min_steps_reached", "min_history", "counts", "horizon", "episodes_eligible", "longest_episode")
     CAN_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_REACHED_FIELD_NUMBER: _ClassVar[int]
     MIN_HISTORY_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_EPISODE_FIELD_NUMBER: _ClassVar[int]
     can_sample: bool
     min_steps_reached: bool
     min_history: int
     counts: Counts
-    def __init__(self, can_sample: bool = ..., min_steps_reached: bool = ..., min_history: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+    horizon: int
+    episodes_eligible: int
+    longest_episode: int
+    def __init__(self, can_sample: bool = ..., min_steps_reached: bool = ..., min_history: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., horizon: _Optional[int] = ..., episodes_eligible: _Optional[int] = ..., longest_episode: _Optional[int] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("table",)
