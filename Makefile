@@ -60,8 +60,9 @@ lint: $(INSTALLED) ## checks style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(INSTALLED) ## checks the sources' types
+types: $(INSTALLED) ## checks the sources' types, the client's for Python 3.10, too
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 -p touchline -p touchline_protos
 
 serve: $(INSTALLED) ## runs the server on cfg/default.toml
 	$(BIN)/touchline-server serve --config cfg/default.toml

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from codec_cases import DTYPES, bits
 from service_calls import make_config
+from serving import ServerThread, stored_episodes
 from touchline_protos.dtypes import BFLOAT16
-from touchline_server.app import ServerThread
 
 Columns = dict[str, np.ndarray]
 
@@ -31,8 +31,7 @@ def serve(buffer_size: int = 50_000, *, allow_non_finite: bool = True, max_episo
 
 def stored(server: ServerThread) -> list[Columns]:
     """Returns the columns of every stored episode, oldest first."""
-    store = server.buffer.store
-    return [store.read(entry) for entry in store.entries()]
+    return [columns for _, columns in stored_episodes(server)]
 
 
 def assert_same(found: Sequence[Mapping[str, np.ndarray]], expected: Sequence[Mapping[str, np.ndarray]]) -> None:

@@ -9,18 +9,11 @@ import gymnasium
 import numpy as np
 
 from service_calls import make_config
-from touchline_server.app import ServerThread
-from touchline_server.index import ACTOR
+from serving import ServerThread
 
 
 def serve(**config: Any) -> ServerThread:
     return ServerThread(make_config(config={"buffer_size": 20_000, "min_history": 1, "horizon": 2, **config}))
-
-
-def stored_episodes(server: ServerThread) -> list[tuple[str, dict[str, np.ndarray]]]:
-    """Returns the actor and the columns of every stored episode, oldest first."""
-    store = server.buffer.store
-    return [(store.actor_name(int(entry[ACTOR])), store.read(entry)) for entry in store.entries()]
 
 
 @dataclass

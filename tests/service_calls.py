@@ -12,16 +12,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 
+from serving import Config, ServerThread
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, Episode, EpisodeKey, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_protos.v1 import replay_pb2_grpc
-from touchline_server.config import Config
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 DEADLINE_S = 120.0
 """The longest wait for what takes a moment: machines may be many times slower than this one, and have other work."""
@@ -223,7 +227,7 @@ class ServerProcess:
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "touchline_server", "serve", *(options or ("--port", "0"))],
+                [os.environ.get("SERVER_PYTHON", sys.executable), "-m", "touchline_server", "serve", *(options or ("--port", "0"))],
                 cwd=folder,
                 env=inherited | defaults | environment,
                 stdout=subprocess.PIPE,
@@ -283,7 +287,5 @@ class ServerProcess:
 @contextlib.contextmanager
 def serving(**tables: dict[str, Any]) -> Iterator[tuple[Any, Caller]]:
     """A server in this process with :func:`make_config`, and a channel to it."""
-    from touchline_server.app import ServerThread
-
     with ServerThread(make_config(**tables)) as server, Caller(server.address) as caller:
         yield server, caller

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dataset_cases import assert_same, make_episode, serve, stored, write_npz
+from serving import ServerThread
 from touchline import ReplayClient
-from touchline_server.app import ServerThread
 
 KILLS = 3
 

@@ -21,8 +21,8 @@ import torch
 from tensordict import TensorDict
 
 from dataset_cases import Columns, assert_same, make_episode, serve, stored
+from serving import ServerThread
 from touchline import ReplayClient
-from touchline_server.app import ServerThread
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

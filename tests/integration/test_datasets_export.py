@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from codec_cases import DTYPES
 from dataset_cases import Columns, assert_same, make_episode, serve, stored
 from dataset_cases import datasets as any_datasets
+from serving import ServerThread
 from touchline import EpisodeKey, ReplayClient, datasets
 from touchline.datasets import DatasetError
 from touchline_protos.dtypes import BFLOAT16
-from touchline_server.app import ServerThread
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MINARI_DTYPES = [dtype for dtype in DTYPES if dtype != BFLOAT16]

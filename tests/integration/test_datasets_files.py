@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
+from serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import DatasetError
-from touchline_server.app import ServerThread
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from dataset_cases import serve, stored
+from serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import Changes, DatasetError
-from touchline_server.app import ServerThread
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -15,10 +15,10 @@ import torch
 from tensordict import TensorDict
 
 from dataset_cases import assert_same, serve, stored
+from serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import DatasetError
 from touchline_protos.dtypes import BFLOAT16
-from touchline_server.app import ServerThread
 
 
 @pytest.fixture

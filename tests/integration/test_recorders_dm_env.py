@@ -15,10 +15,10 @@ import dm_env
 from dm_control import suite
 from dm_control.locomotion import soccer
 
-from recorder_cases import Played, check_episode, check_episodes, serve, stored_episodes
+from recorder_cases import Played, check_episode, check_episodes, serve
+from serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, ReplayClient
 from touchline.recorders import DmEnvRecorder
-from touchline_server.app import ServerThread
 
 
 @pytest.fixture

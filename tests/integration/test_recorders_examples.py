@@ -15,9 +15,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from recorder_cases import serve, stored_episodes
+from recorder_cases import serve
+from serving import ServerThread, stored_episodes
 from touchline import ReplayClient
-from touchline_server.app import ServerThread
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -13,10 +13,10 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import Autoreset, TransformAction, TransformObservation
 
-from recorder_cases import Account, check_episodes, serve, stored_episodes
+from recorder_cases import Account, check_episodes, serve
+from serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient, UnacknowledgedError
 from touchline.recorders import GymnasiumRecorder
-from touchline_server.app import ServerThread
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 from mpe2 import simple_spread_v3
 from pettingzoo.test.example_envs import generated_agents_parallel_v0
 
-from recorder_cases import Played, check_episodes, serve, stored_episodes
+from recorder_cases import Played, check_episodes, serve
+from serving import ServerThread, stored_episodes
 from touchline import ReplayClient
 from touchline.recorders import PettingZooRecorder
-from touchline_server.app import ServerThread
 
 WIDEST = 50
 """Observations of the generated agents are shorter than this."""

@@ -13,10 +13,10 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TransformObservation
 
-from recorder_cases import Account, check_episodes, serve, stored_episodes
+from recorder_cases import Account, check_episodes, serve
+from serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, ReplayClient
 from touchline.recorders import GymnasiumVectorRecorder
-from touchline_server.app import ServerThread
 
 ENVS = 3
 MAX_STEPS = 18

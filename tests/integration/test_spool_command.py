@@ -16,13 +16,13 @@ import pytest
 
 from client_faults import ScriptedServer, failing
 from dataset_cases import assert_same, make_episode, serve, stored
+from serving import ServerThread
 from spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import ReplayClient, upkeep
 from touchline.spool import MAX_REFUSED, Spool
 from touchline.upkeep import SendReport
 from touchline_protos.codec import decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.app import ServerThread
 
 COMMAND = (sys.executable, "-m", "touchline", "spool")
 

@@ -19,12 +19,11 @@ from torchrl.data import LazyTensorStorage
 from torchrl.data import ReplayBuffer as TorchRLReplayBuffer
 from torchrl.data.replay_buffers.samplers import SliceSampler
 
+from serving import Config, ReplayBuffer, ServerThread
 from touchline import ClosedError, InvalidArgumentError, InvalidEpisodeError, LoadError, ReplayClient
 from touchline.tdmpc2 import Buffer
-from touchline_server import Config, ReplayBuffer
 from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
 from touchline_server import NotReadyError as ServerNotReadyError
-from touchline_server.app import ServerThread
 
 HORIZON = 3
 BATCH = 32

@@ -23,11 +23,10 @@ from torchrl.data import ReplayBuffer as TorchRLReplayBuffer
 from torchrl.data.replay_buffers.samplers import SliceSampler
 from torchrl.envs import DoubleToFloat, GymEnv, InitTracker, RewardScaling, SerialEnv, StepCounter, TransformedEnv
 
+from serving import Config, ServerThread
 from touchline import ClosedError, InvalidArgumentError, InvalidEpisodeError, NotReadyError, ReplayClient
 from touchline.recorders import GymnasiumRecorder
 from touchline.torchrl import RemoteReplayBuffer
-from touchline_server import Config
-from touchline_server.app import ServerThread
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

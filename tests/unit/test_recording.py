@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from client_faults import ScriptedServer, failing
+from serving import Config, ServerThread
 from touchline import ReplayClient, UnacknowledgedError
 from touchline.recorders.recording import Recording
-from touchline_server import Config
-from touchline_server.app import ServerThread
 
 
 def play(recording: Recording, lines: int = 3) -> None:

@@ -57,7 +57,7 @@ def _describe(
     """
 
 
-class FormatName(enum.StrEnum):
+class FormatName(str, enum.Enum):
     """The formats; :data:`touchline.datasets.FORMATS`."""
 
     TDMPC2 = "tdmpc2"

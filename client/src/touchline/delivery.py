@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -169,7 +170,11 @@ class Delivery:
                 if progress is not None:
                     progress(len(results))
         except TouchlineError as error:
-            error.add_note(f"load: {len(results)} episodes were answered before")
+            note = f"load: {len(results)} episodes were answered before"
+            if sys.version_info >= (3, 11):
+                error.add_note(note)
+            else:
+                error.args = (f"{error} ({note})", *error.args[1:])
             raise
         refused = [(position, result.error) for position, result in enumerate(results) if result.error is not None]
         if refused:

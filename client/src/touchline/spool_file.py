@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from touchline.errors import SpoolError
+from touchline.sqlite_codes import CORRUPT, FULL, NOTADB, code_of
 from touchline_protos.files import HAS_LOCKS, is_locked, lock, open_own, sync
 from touchline_protos.tables import FormatError, Tables, row_checksum
 
@@ -239,14 +240,14 @@ def set_state(connection: sqlite3.Connection, number: int, state: int, reason: s
 
 def translate(error: Exception, path: Path) -> SpoolError:
     """Returns what a failure of SQLite means."""
-    if isinstance(error, UnicodeDecodeError) or getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    if isinstance(error, UnicodeDecodeError) or code_of(error) in (CORRUPT, NOTADB):
         return SpoolError(f"{path}: damaged ({error}); {advice(path)}")
     return SpoolError(f"{path}: {error}")
 
 
 def is_full(error: BaseException | None) -> bool:
     """Returns whether the disk is."""
-    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return code_of(error) == FULL
 
 
 def advice(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from touchline.datasets.formats import check_format, format_of
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.values import DatasetError, UnholdableError
 from touchline_protos.codec import StoredEpisode
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 
 class Selection(TypedDict, total=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import dm_env
 import numpy as np
@@ -13,6 +13,9 @@ from touchline.client import ReplayClient
 from touchline.errors import InvalidArgumentError
 from touchline.recorders.recording import Recording, RecordingOptions
 from touchline.recorders.values import Convert, array_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 
 class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, SupportsFloat, Unpack
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import gymnasium
 
 from touchline.client import ReplayClient
 from touchline.recorders.recording import Recording, RecordingOptions
 from touchline.recorders.values import action_converter, converter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 
 class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):

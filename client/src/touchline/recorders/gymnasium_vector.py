@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
@@ -11,6 +11,9 @@ from touchline.client import ReplayClient
 from touchline.errors import InvalidArgumentError
 from touchline.recorders.recording import Recording, RecordingOptions
 from touchline.recorders.values import action_converter, converter, part_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 
 class GymnasiumVectorRecorder(VectorWrapper):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from types import TracebackType
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import BaseParallelWrapper
@@ -12,6 +12,9 @@ from pettingzoo.utils import BaseParallelWrapper
 from touchline.client import ReplayClient
 from touchline.recorders.recording import EpisodeLine, Recording, RecordingOptions
 from touchline.recorders.values import Convert, action_converter, converter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 
 class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[misc]

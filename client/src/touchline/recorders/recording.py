@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote
 
 import numpy as np
@@ -20,6 +20,9 @@ from touchline.pending import WhenFull
 from touchline.recorders.values import Convert
 from touchline.types import EpisodeResult, WriterCounters
 from touchline.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 Row = dict[str, Any]
 
