@@ -17,6 +17,9 @@ TouchlineError
 ├── SpoolError                                a writer's spool on the disk is in use, damaged, or cannot be written
 ├── UnacknowledgedError (.results)            an EpisodeWriter's episodes that were refused or not acknowledged in time
 └── ServerError                               something went wrong inside the server, or between it and us
+
+All of them can be pickled and copied, as ``multiprocessing`` does to hand one on: each can be made from its message alone, and what else
+it carries travels in its ``__dict__``.
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ class ForkError(TouchlineError):
 class LoadError(TouchlineError):
     """Some episodes of a load were refused; all others are stored."""
 
-    def __init__(self, message: str, results: Sequence[EpisodeResult]) -> None:
+    def __init__(self, message: str, results: Sequence[EpisodeResult] = ()) -> None:
         super().__init__(message)
         self.results = tuple(results)
         """What became of every episode, in the order in which they were given."""
@@ -109,7 +112,7 @@ class SpoolError(TouchlineError):
 class UnacknowledgedError(TouchlineError):
     """Episodes of a writer were refused by the server, or not acknowledged in time."""
 
-    def __init__(self, message: str, results: Sequence[EpisodeResult]) -> None:
+    def __init__(self, message: str, results: Sequence[EpisodeResult] = ()) -> None:
         super().__init__(message)
         self.results = tuple(results)
         """Every such episode: its key, and why."""

@@ -19,8 +19,11 @@ class FormatError(Exception):
     """
 
     def __init__(self, version: int | None) -> None:
-        super().__init__("another application's tables" if version is None else f"format {version}")
+        super().__init__(version)  # a copy is made from what is given here
         self.version = version
+
+    def __str__(self) -> str:
+        return "another application's tables" if self.version is None else f"format {self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
