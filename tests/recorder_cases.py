@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,24 @@ class Account(gymnasium.Wrapper[Any, Any, Any, Any]):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.played[-1].add(obs, action, float(reward), terminated)
         return obs, reward, terminated, truncated, info
+
+
+class TransformObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """As Gymnasium's of that name, whose arguments are not the same in all versions."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], change: Callable[[Any], Any], space: gymnasium.Space[Any]) -> None:
+        super().__init__(env)
+        self.observation_space = space
+        self.observation = change
+
+
+class TransformAction(gymnasium.ActionWrapper[Any, Any, Any]):
+    """As Gymnasium's of that name, which not all versions have."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], change: Callable[[Any], Any], space: gymnasium.Space[Any]) -> None:
+        super().__init__(env)
+        self.action_space = space
+        self.action = change
 
 
 def check_episode(stored: dict[str, np.ndarray], played: Played, *, obs: str = "obs") -> None:

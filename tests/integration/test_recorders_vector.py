@@ -10,17 +10,22 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import TransformObservation
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
-from recorder_cases import Account, check_episodes, serve
+from recorder_cases import Account, TransformObservation, check_episodes, serve
 from serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, ReplayClient
 from touchline.recorders import GymnasiumVectorRecorder
+from touchline.recorders.gymnasium_versions import BEFORE_1, AutoresetMode
 
 ENVS = 3
 MAX_STEPS = 18
 """Random play of CartPole ends by itself after about 20 steps: some episodes are terminated, some truncated."""
+
+HAS_MODES = hasattr(gymnasium.vector, "AutoresetMode")
+"""From Gymnasium 1.1 on. Before, each version resets in its one way."""
+MODES = [{"autoreset_mode": mode} for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)] if HAS_MODES else [{}]
+"""Keywords of a vector environment that resets itself."""
 
 
 @pytest.fixture
@@ -75,11 +80,11 @@ def _check_both_endings(episodes: list[dict[str, np.ndarray]]) -> None:
     assert ends == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
-def test_autoreset_borders_are_those_of_each_environment(server: ServerThread, client: ReplayClient, mode: AutoresetMode) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_autoreset_borders_are_those_of_each_environment(server: ServerThread, client: ReplayClient, mode: dict[str, Any]) -> None:
     accounts, makers = _accounts()
 
-    with GymnasiumVectorRecorder(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), client) as env:
+    with GymnasiumVectorRecorder(SyncVectorEnv(makers, **mode, copy=False), client) as env:
         env.action_space.seed(1)
         env.reset(seed=7)
         for _ in range(120):
@@ -91,6 +96,7 @@ def test_autoreset_borders_are_those_of_each_environment(server: ServerThread, c
         _check_both_endings(lines)
 
 
+@pytest.mark.skipif(not HAS_MODES, reason="before Gymnasium 1.1 vector environments reset themselves")
 def test_disabled_autoreset_with_reset_mask(server: ServerThread, client: ReplayClient) -> None:
     accounts, makers = _accounts()
 
@@ -140,9 +146,9 @@ def _check_physics(obs: np.ndarray, action: np.ndarray) -> None:
         np.testing.assert_allclose(arrived, after, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
-def test_processes_with_dict_observations(mode: AutoresetMode) -> None:
-    processes = AsyncVectorEnv([_make_dict_cartpole] * ENVS, autoreset_mode=mode)  # before the server and its threads: it forks
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_processes_with_dict_observations(mode: dict[str, Any]) -> None:
+    processes = AsyncVectorEnv([_make_dict_cartpole] * ENVS, **mode)  # before the server and its threads: it forks
 
     with serve() as server:
         with ReplayClient(server.address, actor="vec") as client, GymnasiumVectorRecorder(processes, client) as env:
@@ -158,6 +164,7 @@ def test_processes_with_dict_observations(mode: AutoresetMode) -> None:
         _check_physics(np.concatenate([columns["obs.cart"], columns["obs.pole"]], axis=1), columns["action"])
 
 
+@pytest.mark.skipif(BEFORE_1, reason="Gymnasium 0.29 has none")
 def test_native_vector_environment(server: ServerThread, client: ReplayClient) -> None:
     native = gymnasium.make_vec("CartPole-v1", num_envs=ENVS, vectorization_mode="vector_entry_point")
     assert not isinstance(native, SyncVectorEnv | AsyncVectorEnv)
@@ -175,6 +182,24 @@ def test_native_vector_environment(server: ServerThread, client: ReplayClient) -
             _check_physics(columns["obs"], columns["action"])
 
 
+@pytest.mark.skipif(not BEFORE_1, reason="later, wrappers of vector environments see every observation, or say that they do not")
+def test_wrapper_that_final_observations_do_not_pass_is_refused(server: ServerThread, client: ReplayClient) -> None:
+    accounts, makers = _accounts()
+    plain = gymnasium.wrappers.RecordEpisodeStatistics(SyncVectorEnv(makers))  # hands observations on as they are
+
+    with pytest.raises(InvalidArgumentError, match=r"NormalizeObservation around a vector environment: .* wrap the single environments"):
+        GymnasiumVectorRecorder(gymnasium.wrappers.NormalizeObservation(plain), client)
+    with GymnasiumVectorRecorder(plain, client) as env:
+        env.action_space.seed(1)
+        env.reset(seed=7)
+        for _ in range(60):
+            env.step(env.action_space.sample())
+
+    for lines, account in zip(_stored_by_line(server), accounts, strict=True):
+        check_episodes(lines, account.played)
+
+
+@pytest.mark.skipif(not HAS_MODES, reason="before Gymnasium 1.1 none tells its mode")
 def test_environment_that_does_not_tell_its_mode_needs_the_argument(client: ReplayClient) -> None:
     class Silent(SyncVectorEnv):
         def __init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import gymnasium
 
 from touchline.client import ReplayClient
+from touchline.recorders.gymnasium_versions import AutoresetMode, autoreset_mode, final_obs
 from touchline.recorders.recording import Recording, RecordingOptions
 from touchline.recorders.values import action_converter, converter
 
@@ -19,6 +20,7 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Records what a Gymnasium environment plays. Put it outside of the wrappers whose observations, actions and rewards are meant.
 
     A reset before the end of an episode truncates it. ``gymnasium.wrappers.Autoreset`` may be inside: its resetting step is no transition.
+    (Before Gymnasium 1.0: ``AutoResetWrapper``, directly inside; its last observation is the one in ``info``.)
     ``close`` returns once everything is acknowledged. For one thread.
 
     Args:
@@ -27,14 +29,14 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         options: see :class:`~touchline.recorders.RecordingOptions`.
 
     Raises:
-        InvalidArgumentError: a space whose values cannot be columns.
+        InvalidArgumentError: a space whose values cannot be columns, or a wrapper around AutoResetWrapper.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
         super().__init__(env)
         observe = converter("obs", env.observation_space)
         self._action = action_converter(env.action_space)
-        self._autoresets = _autoresets(env)
+        self._mode = autoreset_mode(env)
         self._was_reset = False
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
@@ -55,14 +57,20 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
         """
         under_way = self._line.recording
-        if not under_way and not (self._autoresets and self._was_reset):
+        if not under_way and not (self._mode is not AutoresetMode.DISABLED and self._was_reset):
             raise gymnasium.error.ResetNeeded("no episode is under way: call reset() before step()")
         taken = self._action(action) if under_way else None  # before the step, which may change the action in place
         obs, reward, terminated, truncated, info = self.env.step(action)
         if taken is None:
             self._line.begin(obs)
-        else:
-            self._line.add(obs, taken, reward=reward, terminated=terminated, truncated=truncated)
+            return obs, reward, terminated, truncated, info
+        resets = self._mode is AutoresetMode.SAME_STEP and (terminated or truncated)
+        try:
+            last = final_obs(info) if resets else obs
+            self._line.add(last, taken, reward=reward, terminated=terminated, truncated=truncated)
+        finally:
+            if resets:
+                self._line.begin(obs)
         return obs, reward, terminated, truncated, info
 
     def close(self) -> None:
@@ -81,11 +89,3 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             self.recording.leave(kind, error, trace)
         finally:
             super().close()
-
-
-def _autoresets(env: gymnasium.Env[Any, Any]) -> bool:
-    while isinstance(env, gymnasium.Wrapper):
-        if isinstance(env, gymnasium.wrappers.Autoreset):
-            return True
-        env = env.env
-    return False

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 
 from touchline.client import ReplayClient
-from touchline.errors import InvalidArgumentError
+from touchline.recorders.gymnasium_versions import AutoresetMode, VectorBase, final_obs, vector_autoreset_mode
 from touchline.recorders.recording import Recording, RecordingOptions
 from touchline.recorders.values import action_converter, converter, part_of
 
@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
 
 
-class GymnasiumVectorRecorder(VectorWrapper):
+class GymnasiumVectorRecorder(VectorBase):
     """Records what each environment of a Gymnasium vector environment plays, one line of episodes each (``<actor>/<number>``).
 
     The borders of episodes follow the environment's autoreset mode: ``NEXT_STEP``: the step after the last is a reset, its action and
-    reward belong to no episode. ``SAME_STEP``: the last observation is ``infos["final_obs"]``, what the step returned begins the next
-    episode. ``DISABLED``: the caller resets, perhaps some environments only (``options={"reset_mask": ...}``). For one thread.
+    reward belong to no episode. ``SAME_STEP``: the last observation is ``infos["final_obs"]`` (before Gymnasium 1.1:
+    ``"final_observation"``), what the step returned begins the next episode. ``DISABLED``: the caller resets, perhaps some environments
+    only (``options={"reset_mask": ...}``). For one thread.
 
     Args:
         env: of single observation and action spaces with fixed shapes; the action is one array.
         client: sends the episodes; close this environment before it.
-        autoreset_mode: for an environment whose metadata do not tell.
+        autoreset_mode: for an environment whose metadata do not tell; of Gymnasium's own before 1.1 it is known.
         options: see :class:`~touchline.recorders.RecordingOptions`.
 
     Raises:
@@ -37,7 +38,7 @@ class GymnasiumVectorRecorder(VectorWrapper):
         self, env: VectorEnv[Any, Any, Any], client: ReplayClient, *, autoreset_mode: Any = None, **options: Unpack[RecordingOptions]
     ) -> None:
         super().__init__(env)
-        self._mode = _mode(env, autoreset_mode)
+        self._mode = vector_autoreset_mode(env, autoreset_mode)
         observe = converter("obs", env.single_observation_space)
         self._action = action_converter(env.single_action_space)
         self._was_reset = False
@@ -90,7 +91,7 @@ class GymnasiumVectorRecorder(VectorWrapper):
         try:
             self.recording.close()
         finally:
-            super().close(**kwargs)
+            self.env.close(**kwargs)
 
     def __enter__(self) -> GymnasiumVectorRecorder:
         return self
@@ -99,7 +100,7 @@ class GymnasiumVectorRecorder(VectorWrapper):
         try:
             self.recording.leave(*exc)
         finally:
-            super().close()
+            self.env.close()
 
     def _add(self, number: int, action: Any, obs: Any, rewards: Any, ends: tuple[Any, Any], infos: dict[str, Any]) -> None:
         """Adds one environment's transition, and begins its next episode where the same step has reset it."""
@@ -107,19 +108,9 @@ class GymnasiumVectorRecorder(VectorWrapper):
         terminated, truncated = ends
         arrived = part_of(obs, number)
         resets = self._mode is AutoresetMode.SAME_STEP and (terminated or truncated)
-        last = infos["final_obs"][number] if resets else arrived
+        last = part_of(final_obs(infos), number) if resets else arrived
         try:
             line.add(last, action, reward=rewards[number], terminated=terminated, truncated=truncated)
         finally:
             if resets:
                 line.begin(arrived)
-
-
-def _mode(env: VectorEnv[Any, Any, Any], given: Any) -> AutoresetMode:
-    found = given if given is not None else env.metadata.get("autoreset_mode")
-    try:
-        return AutoresetMode(found)
-    except ValueError:
-        raise InvalidArgumentError(
-            f"autoreset_mode: {found!r} in the metadata of {env}, expected a gymnasium.vector.AutoresetMode; give it as an argument"
-        ) from None
