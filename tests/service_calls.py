@@ -262,6 +262,12 @@ class ServerProcess:
         return private_bytes(self.process.pid)
 
     @property
+    def peak_bytes(self) -> int:
+        """The most memory that it ever had, what it shares with others included."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+    @property
     def open_files(self) -> int:
         """Files and sockets that it has open now."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

@@ -16,10 +16,12 @@ import pytest
 from service_calls import DEADLINE_S, SERVICE, Caller, eventually, make_episode, refused, serving
 from tcp_proxy import TcpProxy
 from touchline import EpisodeKey, EpisodeWriter, OverLimitError, ReplayClient
+from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.admission import MAX_HEALTH_WATCHES
+from touchline_server.admission import MAX_HEALTH_WATCHES, STANDARD_SHARE
 from touchline_server.errors import OverloadedError
+from touchline_server.limits import HEALTH_QUESTIONS
 from touchline_server.streaming import BatchSource
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
@@ -114,17 +116,18 @@ def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
         waiting[1].cancel()
 
 
-def test_one_connection_that_watches_the_health_keeps_nobody_from_asking() -> None:
+def test_one_connection_that_watches_the_health_keeps_nobody_from_watching() -> None:
     health = "/grpc.health.v1.Health/"
     with serving() as (server, caller), Caller(server.address) as other:
-        watches = [caller.channel.unary_stream(health + "Watch")(b"") for _ in range(MAX_HEALTH_WATCHES)]
+        watches = [caller.channel.unary_stream(health + "Watch")(b"") for _ in range(MAX_HEALTH_WATCHES // STANDARD_SHARE)]
         for watch in watches:
             assert next(watch) == b"\x08\x01"
 
-        refusal = refused(other.channel.unary_stream(health + "Watch")(b"").__next__)
+        refusal = refused(caller.channel.unary_stream(health + "Watch")(b"").__next__)
 
         assert (refusal.code, refusal.reason, refusal.retry_after_ms) == OVER_LIMIT
-        assert other.channel.unary_unary(health + "Check")(b"", timeout=DEADLINE_S) == b"\x08\x01"
+        assert next(other.channel.unary_stream(health + "Watch")(b"")) == b"\x08\x01"
+        assert caller.channel.unary_unary(health + "Check")(b"", timeout=DEADLINE_S) == b"\x08\x01"
         for watch in watches:
             watch.cancel()
 
@@ -242,7 +245,7 @@ def test_room_for_adds_and_for_sampling_are_apart() -> None:
 def test_call_that_breaks_off_gives_its_room_back(method: str) -> None:
     with serving() as (server, caller):
         call = OpenCall(caller, method)
-        eventually(lambda: in_use(server) == server.buffer.config.server.max_message_bytes, "it holds room for its message")
+        eventually(lambda: in_use(server) == MAX_REQUEST_BYTES, "it holds room for its message")
 
         call.cancel()
 
@@ -261,21 +264,21 @@ def test_unary_call_without_a_message_is_an_invalid_argument() -> None:
 
 
 def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_server.admission.HEALTH_MESSAGE_S", 0.2)
+    monkeypatch.setattr("touchline_server.admission.STANDARD_MESSAGE_S", 0.2)
     check = "/grpc.health.v1.Health/Check"
     never: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving())
-        callers = [stack.enter_context(Caller(server.address)) for _ in range(4)]
+        callers = [stack.enter_context(Caller(server.address)) for _ in range(HEALTH_QUESTIONS)]
         asked = other.channel.unary_unary(check).future
         health = budgets(server).health
         # All of them have asked, in this order, before the first gets its room: so they have it together, however slow the machine.
         health._wait_s = DEADLINE_S
         assert health.try_reserve(health.total)
         calls = [caller.channel.stream_unary(check).future(iter(never.get, None), timeout=DEADLINE_S) for caller in callers]
-        eventually(lambda: len(health._waiters) == 4, "all four wait for room")
+        eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS, "all of them wait for room")
         answer = asked(b"", timeout=DEADLINE_S)
-        eventually(lambda: len(health._waiters) == 5, "who asks waits behind them")
+        eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS + 1, "who asks waits behind them")
 
         server._loop.call_soon_threadsafe(health.release, health.total)
 

@@ -146,6 +146,7 @@ EXPORTS = {
         "Batch",
         "Counts",
         "DEFAULT_MAX_MESSAGE_BYTES",
+        "MAX_REQUEST_BYTES",
         "PROTOCOL_METADATA_KEY",
         "PROTOCOL_VERSION",
         "__version__",
@@ -237,3 +238,13 @@ def test_export_list_is_the_one_agreed_on(package: str) -> None:
 
     assert sorted(module.__all__) == EXPORTS[package]
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize("package", ["grpcio", "grpcio-health-checking", "grpcio-reflection"])
+def test_server_asks_for_a_grpc_that_inflates_no_bombs(package: str) -> None:
+    (requirement,) = [requirement for requirement in _requirements("touchline-server") if requirement.name == package]
+
+    # test_flooding.py tries the installed one; tried with the same bomb, 1.83.0 took all of it and 1.84.0 refused.
+    assert not requirement.specifier.contains("1.83.0")
+    assert requirement.specifier.contains("1.84.0")
+    assert requirement.specifier.contains(metadata.version(package))

@@ -35,7 +35,7 @@ from touchline.stream import BatchSource, BatchStream, StreamSource
 from touchline.tensors import load_torch, to_tensors
 from touchline.transport import Transport, check_address
 from touchline.types import EpisodeResult, ReadyState, ServerInfo
-from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, Batch, Counts
+from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -59,7 +59,7 @@ class ReplayClient:
             every 4 MiB that are sent, come on top.
         client_id: names the sender in the keys of episodes, 1 to 128 characters; None makes ``<hostname>-<random>``.
         actor: name of the actor for episodes that are given none, up to 128 characters.
-        max_message_bytes: of one request or response; the server's own limit holds besides.
+        max_message_bytes: of one request or response, of a request 2 MiB at most; the server's own limit holds besides.
         as_numpy: batches as numpy arrays even where torch is installed.
         table: of the server; empty is the default one.
         tls: how to speak TLS, ``TlsConfig(ca="ca.pem")``; True trusts the roots that gRPC brings along, False is plain. None: by the
@@ -96,7 +96,7 @@ class ReplayClient:
         credentials = Credentials(check_address(address), tls=tls, token=token, allow_plaintext=allow_plaintext)
         self._transport = Transport(address, max_message_bytes=max_message_bytes, credentials=credentials)
         self._calls = Calls(self._transport, timeout_s=timeout_s)
-        self._delivery = Delivery(self._calls, table=table, max_message_bytes=max_message_bytes)
+        self._delivery = Delivery(self._calls, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         self._readiness = Readiness(self._calls, table=table)
         self._decoders = threading.local()
         forget_in_child(self)

@@ -15,4 +15,7 @@ PROTOCOL_METADATA_KEY = "touchline-protocol"
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """The one limit of a message, the same on both sides; what is larger travels in chunks."""
 
-__all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "PROTOCOL_METADATA_KEY", "PROTOCOL_VERSION", "Batch", "Counts", "__version__"]
+MAX_REQUEST_BYTES = 2 * 1024 * 1024
+"""Largest message to a server: every server takes it, unless its limit of a message is less, and none has room for much larger ones."""
+
+__all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "MAX_REQUEST_BYTES", "PROTOCOL_METADATA_KEY", "PROTOCOL_VERSION", "Batch", "Counts", "__version__"]

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import inspect
-import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 
 from touchline_server.access import Access
-from touchline_server.errors import AccessDeniedError, InvalidRequestError, OverloadedError, ReplayError, UnauthenticatedError
-from touchline_server.receiving import Reception, Receptions
+from touchline_server.errors import (
+    AccessDeniedError,
+    InvalidRequestError,
+    OverloadedError,
+    ReplayError,
+    TooLargeError,
+    UnauthenticatedError,
+)
+from touchline_server.receiving import FIRST_MESSAGE_S, Reception, Receptions
 from touchline_server.status import abort
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 
+REFLECTION_SERVICES = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
+
 EPISODE_METHODS = frozenset({"/touchline.v1.Replay/AddEpisode", "/touchline.v1.Replay/LoadEpisodes"})
 """Methods whose messages bring episodes."""
+
+LOADING_METHOD = "/touchline.v1.Replay/LoadEpisodes"
+"""It takes room for its messages itself, because it knows when others may want that room."""
 
 MAX_HEALTH_CALLS = 256
 """Calls to the health service at a time, apart from those that watch it."""
@@ -25,8 +38,17 @@ MAX_HEALTH_CALLS = 256
 MAX_HEALTH_WATCHES = 128
 """Calls that watch the health at a time: they last, and must keep nobody from asking."""
 
-HEALTH_MESSAGE_S = 5.0
-"""How long a question to the health service may take to come in: it is open to all, and none may keep the others from asking."""
+MAX_REFLECTION_CALLS = 64
+"""Calls that ask what methods there are, at a time."""
+
+STANDARD_SHARE = 16
+"""One connection gets one part in so many of the calls to a service that is not Touchline's own."""
+
+STANDARD_MESSAGE_S = 5.0
+"""How long a question to such a service may take to come in: health is open to all, and none may keep the others from asking."""
+
+MAX_STANDARD_BYTES = 4096
+"""Largest question to such a service: it is the name of a service, a method or a file."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # at run time it has no parameters
@@ -39,7 +61,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     Args:
         access: who may call what; None: everybody everything.
-        max_calls: at a time, apart from those to the health service.
+        max_calls: at a time, apart from those to the health and reflection services.
         receptions: of messages.
     """
 
@@ -47,9 +69,16 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._access = access
         self._receptions = receptions
         self._calls = _Count(max_calls, "server.max_calls")
-        self._health_calls = _Count(MAX_HEALTH_CALLS, "the limit of the health service")
-        self._health_watches = _Count(MAX_HEALTH_WATCHES, "the limit of the health service")
+        health, reflection = "the limit of the health service", "the limit of the reflection service"
+        self._health_calls = _Count(MAX_HEALTH_CALLS, health, share=MAX_HEALTH_CALLS // STANDARD_SHARE)
+        self._health_watches = _Count(MAX_HEALTH_WATCHES, health, share=MAX_HEALTH_WATCHES // STANDARD_SHARE)
+        self._reflection_calls = _Count(MAX_REFLECTION_CALLS, reflection, share=MAX_REFLECTION_CALLS // STANDARD_SHARE)
         self._admitted: dict[str, tuple[Handler, Handler]] = {}
+
+    @property
+    def calls_now(self) -> int:
+        """Calls in progress, of every service."""
+        return sum(count.now for count in (self._calls, self._health_calls, self._health_watches, self._reflection_calls))
 
     async def intercept_service(  # type: ignore[override]
         self, continuation: Callable[[Any], Awaitable[Handler | None]], details: Any
@@ -70,42 +99,84 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return known[1]
 
     def _admitting(self, method: str, handler: Handler) -> Handler:
-        within_s = math.inf
-        if method.startswith(f"/{HEALTH_SERVICE}/"):
-            count = self._health_watches if handler.response_streaming else self._health_calls
-            reception, within_s = self._receptions.health, HEALTH_MESSAGE_S
-        else:
-            count = self._calls
-            reception = self._receptions.messages if method in EPISODE_METHODS else self._receptions.questions
+        way = self._way_of(method, handler)
         inner = _inner(handler)
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
-        if handler.request_streaming:
-            return make(_counted(count, inner), handler.request_deserializer, handler.response_serializer)
-        return make(_counted(count, _reading(handler, inner, reception, within_s)), None, handler.response_serializer)
+        if method == LOADING_METHOD:
+            return make(_counted(way.count, inner), handler.request_deserializer, handler.response_serializer)
+        receive = _each_received if handler.request_streaming else _one_received
+        return make(_counted(way.count, receive(handler, inner, way)), None, handler.response_serializer)
+
+    def _way_of(self, method: str, handler: Handler) -> _Way:
+        service = method[1:].rpartition("/")[0]
+        if service == HEALTH_SERVICE:
+            count = self._health_watches if handler.response_streaming else self._health_calls
+            return _Way(count, self._receptions.health, STANDARD_MESSAGE_S, STANDARD_MESSAGE_S, MAX_STANDARD_BYTES)
+        if service in REFLECTION_SERVICES:
+            return _Way(self._reflection_calls, self._receptions.reflection, STANDARD_MESSAGE_S, STANDARD_MESSAGE_S, MAX_STANDARD_BYTES)
+        reception = self._receptions.messages if method in EPISODE_METHODS else self._receptions.questions
+        return _Way(self._calls, reception, FIRST_MESSAGE_S, None, reception.size)
 
 
-def _reading(
-    handler: Handler, inner: Any, reception: Reception, within_s: float
-) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
-    parse = handler.request_deserializer
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the calls of a method come in."""
 
-    async def read(requests: AsyncIterator[bytes], context: Context) -> Any:
-        try:
-            message, room = await reception.receive(requests, context.peer(), within_s=within_s)
-        except ReplayError as error:
-            await abort(context, error)
+    count: _Count
+    reception: Reception
+    first_within_s: float
+    """Time for the first message."""
+    next_within_s: float | None
+    """Time for each further one; None: they may come at any time, so no room is taken for them. gRPC's limit to a message holds."""
+    max_bytes: int
+    """Of a message."""
+
+
+def _one_received(handler: Handler, inner: Any, way: _Way) -> Callable[[AsyncIterator[bytes], Context], Awaitable[Any]]:
+    """Returns a method that receives its one message, and keeps the message's room until it has answered."""
+
+    async def received(requests: AsyncIterator[bytes], context: Context) -> Any:
+        message, room = await way.reception.receive(requests, context.peer(), within_s=way.first_within_s)
         try:
             if message is None:
-                await abort(context, InvalidRequestError("the call ended without a message, expected one"))
-            try:
-                request = message if parse is None else parse(message)
-            except Exception:
-                await abort(context, InvalidRequestError(f"{len(message)} bytes that are no message of the expected type"))
-            return await inner(request, context)
+                raise InvalidRequestError("the call ended without a message, expected one")
+            return await inner(_parsed(handler, message, way), context)
         finally:
             room.resize(0)
 
-    return read
+    return received
+
+
+def _each_received(handler: Handler, inner: Any, way: _Way) -> Callable[[AsyncIterator[bytes], Context], Any]:
+    """Returns a method that receives its messages one by one; they are small, and parsed at once."""
+
+    async def parsed(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        within_s: float | None = way.first_within_s
+        while True:
+            if within_s is None:
+                message = await anext(aiter(requests), None)
+            else:
+                message, room = await way.reception.receive(requests, context.peer(), within_s=within_s)
+                room.resize(0)
+            if message is None:
+                return
+            yield _parsed(handler, message, way)
+            within_s = way.next_within_s
+
+    def received(requests: AsyncIterator[bytes], context: Context) -> Any:
+        return inner(parsed(requests, context), context)
+
+    return received
+
+
+def _parsed(handler: Handler, message: bytes, way: _Way) -> Any:
+    if len(message) > way.max_bytes:
+        raise TooLargeError(f"a message of {len(message)} bytes, expected at most {way.max_bytes} for this method")
+    parse = handler.request_deserializer
+    try:
+        return message if parse is None else parse(message)
+    except Exception:
+        raise InvalidRequestError(f"{len(message)} bytes that are no message of the expected type") from None
 
 
 class _Messages:
@@ -128,21 +199,35 @@ class _Messages:
 
 
 class _Count:
-    """So many of something at a time."""
+    """So many of something at a time.
 
-    def __init__(self, limit: int, what: str) -> None:
+    Args:
+        limit: of all connections.
+        what: sets the limit, for the text of errors.
+        share: of one connection; None: no less than all. Connections over a Unix socket cannot be told apart, and have none.
+    """
+
+    def __init__(self, limit: int, what: str, *, share: int | None = None) -> None:
         self._limit = limit
         self._what = what
+        self._share = limit if share is None else share
+        self._of: Counter[str] = Counter()
         self.now = 0
         """In progress."""
 
-    def enter(self) -> None:
+    def enter(self, peer: str) -> None:
         if self.now == self._limit:
             raise OverloadedError(f"{self.now} calls are in progress, which is what {self._what} allows; try again later")
+        if self._of[peer] == self._share and not peer.startswith("unix:"):
+            raise OverloadedError(f"{self._share} calls of one connection are in progress, its share of {self._what}; try again later")
+        self._of[peer] += 1
         self.now += 1
 
-    def leave(self) -> None:
+    def leave(self, peer: str) -> None:
         self.now -= 1
+        self._of[peer] -= 1
+        if not self._of[peer]:
+            del self._of[peer]
 
 
 def _refusing(error: Exception) -> Handler:
@@ -162,8 +247,9 @@ def _inner(handler: Handler) -> Any:
 
 def _counted(count: _Count, method: Any) -> Callable[[Any, Context], Awaitable[Any]]:
     async def counted(_: Any, context: Context) -> Any:
+        peer = context.peer()
         try:
-            count.enter()
+            count.enter(peer)
         except OverloadedError as error:
             await abort(context, error)
         try:
@@ -172,7 +258,9 @@ def _counted(count: _Count, method: Any) -> Callable[[Any, Context], Awaitable[A
                 return await answers
             async for answer in answers:
                 await context.write(answer)
+        except ReplayError as error:
+            await abort(context, error)
         finally:
-            count.leave()
+            count.leave(peer)
 
     return counted

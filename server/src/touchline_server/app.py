@@ -39,6 +39,10 @@ CLOSING_S = 1.0
 """Time for the last answers to leave. A client that watches the server's health would stay for ever."""
 
 
+LOOKAHEAD_BYTES = 65_535
+"""What a peer may send of a call's messages before they are read."""
+
+
 HANDSHAKE_MS = 20_000
 """Time that a connection gets to be made."""
 
@@ -86,14 +90,18 @@ class ReplayServer:
             AddressInUseError: not possible there.
             ReplayError: the durable store cannot be used.
         """
-        limit = self._config.max_message_bytes
         self.budgets = budgets = Budgets(self._config)
         receptions = Receptions(budgets, self._config)
         self.admission = Admission(self._access, max_calls=self._config.max_calls, receptions=receptions)
         self._server = grpc.aio.server(
             options=(
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
+                # The core refuses a larger message by its head, and assembles none of it.
+                ("grpc.max_receive_message_length", budgets.request_bytes),
+                ("grpc.max_send_message_length", self._config.max_message_bytes),
+                # What a peer may send ahead of being read, a call. Measured, it grows to tens of MiB, for which no room was taken; what is
+                # being read gets a window of its own, up to 1 MiB.
+                ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+                ("grpc.http2.bdp_probe", 0),
                 # Otherwise a second server would silently share the port.
                 ("grpc.so_reuseport", 0),
                 # Who has not said what it wants by then, by TLS or in the clear, is hung up on.

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 ADMISSION_WAIT_S = 5.0
 """How long a request waits for room before its caller is told to come again later."""
 
-QUESTIONS = 8
+QUESTIONS = 32
 """Requests that bring no episodes and are being read at a time: their room is not the episodes', so neither waits for the other."""
 
 CONNECTION_SHARE = 4
 """One connection gets one part in so many of the room for what it sends, or that of one message or episode where that is more."""
 
-HEALTH_QUESTIONS = 4
+HEALTH_QUESTIONS = 16
 """Questions to the health service that are being read at a time; it is open to all, so its room is nobody else's."""
+
+REFLECTION_QUESTIONS = 4
+"""Questions about the server's methods that are being read at a time."""
 
 
 class ByteBudget:
@@ -175,18 +178,20 @@ class Budgets:
     holds that, for its peer. So nobody waits in a circle. A connection's part of a budget is taken before the budget itself."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.max_message_bytes = config.max_message_bytes
-        """What a message takes that is not read yet."""
+        self.request_bytes = min(config.max_message_bytes, config.max_request_bytes)
+        """What a request takes that is not read yet: gRPC itself refuses a larger one when it has read the message's head."""
         self.messages = ByteBudget(config.max_receive_bytes // 2, key="server.max_receive_bytes")
         """Messages with episodes: from before their first byte is read until they are stored."""
         self.assembling = ByteBudget(config.max_receive_bytes // 2, key="server.max_receive_bytes")
         """Episodes that come in chunks, from their header on."""
-        self.questions = ByteBudget(QUESTIONS * config.max_message_bytes, key="server.max_message_bytes")
+        self.questions = ByteBudget(QUESTIONS * self.request_bytes, key="server.max_request_bytes")
         """All other requests."""
-        self.health = ByteBudget(HEALTH_QUESTIONS * config.max_message_bytes, key="server.max_message_bytes")
+        self.health = ByteBudget(HEALTH_QUESTIONS * self.request_bytes, key="server.max_request_bytes")
         """Requests to the health service."""
+        self.reflection = ByteBudget(REFLECTION_QUESTIONS * self.request_bytes, key="server.max_request_bytes")
+        """Requests about the server's methods."""
         self.sending = ByteBudget(config.max_send_bytes, key="server.max_send_bytes")
         """Batches and episodes, from before they are made until the transport took them."""
 
     def __iter__(self) -> Iterator[ByteBudget]:
-        return iter((self.messages, self.assembling, self.questions, self.health, self.sending))
+        return iter((self.messages, self.assembling, self.questions, self.health, self.reflection, self.sending))

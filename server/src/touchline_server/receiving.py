@@ -28,6 +28,9 @@ PATIENCE_S = 5.0
 SLOWEST_BYTES_PER_S = 4 << 20
 """Rate that a peer's time allows for, of the largest message or the announced episode; the client's deadlines allow for the same."""
 
+FIRST_MESSAGE_S = 60.0
+"""How long a call may take to send its first message: until then it does nothing but take a place among the calls."""
+
 LOOK_S = 1.0
 """How often a message that is late looks whether its room is wanted."""
 
@@ -171,14 +174,16 @@ class Receptions:
     """
 
     def __init__(self, budgets: Budgets, config: ServerConfig) -> None:
-        self.messages = Reception(budgets.messages, budgets.max_message_bytes)
+        self.messages = Reception(budgets.messages, budgets.request_bytes)
         """Of messages with episodes."""
         self.assembling = Shares(budgets.assembling, largest=config.max_episode_bytes)
         """Of episodes that come in chunks."""
-        self.questions = Reception(budgets.questions, budgets.max_message_bytes)
+        self.questions = Reception(budgets.questions, budgets.request_bytes)
         """Of all other requests."""
-        self.health = Reception(budgets.health, budgets.max_message_bytes)
+        self.health = Reception(budgets.health, budgets.request_bytes)
         """Of requests to the health service."""
+        self.reflection = Reception(budgets.reflection, budgets.request_bytes)
+        """Of requests about the server's methods."""
 
 
 class Assembling:
@@ -198,17 +203,20 @@ class Assembling:
         self._peer = peer
         self._message: Loan | None = None
         self._episode: Announced | None = None
+        self._within_s = FIRST_MESSAGE_S
 
     async def receive(self, requests: AsyncIterator[bytes]) -> bytes | None:
         """Returns the next message once there is room for it; None at the end.
 
         Raises:
+            InvalidRequestError: the first one did not come within FIRST_MESSAGE_S.
             OverloadedError: there is none, or others want it, or the episode's, and what was to come is late.
         """
         self._drop_message()
         if self._episode is not None and self._episode.is_late(asyncio.get_running_loop().time()):
             raise OverloadedError("the room for an episode that did not come in time is wanted; try again later")
-        message, self._message = await self._reception.receive(requests, self._peer, episode=self._episode)
+        message, self._message = await self._reception.receive(requests, self._peer, episode=self._episode, within_s=self._within_s)
+        self._within_s = math.inf
         return message
 
     async def settle(self) -> None:

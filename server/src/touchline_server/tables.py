@@ -98,7 +98,10 @@ class ServerConfig(Table):
     unix_socket: str = ""
     """Path of a Unix socket to listen on instead of host and port; empty: none."""
     max_message_bytes: Annotated[_Int, Field(ge=1024, le=_INT32_MAX)] = 67_108_864
-    """Largest message, either way."""
+    """Largest message, either way; what is larger travels in chunks."""
+    max_request_bytes: Annotated[_Int, Field(ge=2_097_152, le=_INT32_MAX)] = 2_097_152
+    """Largest message to the server, if max_message_bytes is not less. Touchline's clients send larger episodes in chunks; raise it for a
+    client of another make that does not. Each call that is being read has room for it."""
     max_episode_bytes: _Count = 1_073_741_824
     """Largest episode, summed over its columns."""
     max_columns: _Count = 256
