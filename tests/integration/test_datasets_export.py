@@ -269,7 +269,11 @@ def test_single_rows_are_left_out_of_minari_and_told(empty: Pair, minari_folder:
         ("minari:a-v0", {"obs": np.zeros(3, BFLOAT16)}, "obs: bfloat16, which Minari does not have"),
         ("minari:a-v0", {"obs": np.zeros((3, 0))}, r"obs: shape \(0,\) a row, Minari does not hold what is empty"),
         ("minari:a", {"obs": np.zeros(3)}, "expected an id of Minari's: <name>-v<number>"),
-        ("a.pt", {"obs": np.zeros(3), "terminated": np.zeros(3)}, "terminated: a column of this name would be read back as done"),
+        (
+            "a.pt",
+            {"obs": np.zeros(3), "terminated": np.zeros(3), "done": np.zeros(3)},
+            "terminated: a column of this name would be read back as done",
+        ),
         ("no/a.h5", {"obs": np.zeros(3)}, "no folder .*no to write to"),
         ("a.csv", {"obs": np.zeros(3)}, "not told by its name"),
     ],

@@ -110,7 +110,9 @@ def test_wrapper_around_a_reset_in_the_same_step_is_refused(client: ReplayClient
     account = _account("CartPole-v1")
     halved = TransformObservation(AUTORESET(account), lambda obs: obs / 2, account.observation_space)
 
-    with pytest.raises(InvalidArgumentError, match=r"TransformObservation around AutoResetWrapper: .* put AutoResetWrapper directly inside"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"TransformObservation around AutoResetWrapper: .* put AutoResetWrapper directly inside"
+    ):
         GymnasiumRecorder(halved, client)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from touchline.calls import Calls
 from touchline.credentials import Credentials, TlsConfig
-from touchline.delivery import MAX_LOAD_BYTES, Delivery, make_episode, split_episodes
+from touchline.delivery import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
 from touchline.errors import (
     InvalidArgumentError,
     InvalidEpisodeError,
@@ -21,6 +21,7 @@ from touchline.forking import forget_in_child
 from touchline.identity import Identity
 from touchline.messages import (
     check_actor,
+    check_dtype,
     check_policy_version,
     counts_of,
     episodes_request,
@@ -61,6 +62,7 @@ class ReplayClient:
         actor: name of the actor for episodes that are given none, up to 128 characters.
         max_message_bytes: of one request or response, of a request 2 MiB at most; the server's own limit holds besides.
         as_numpy: batches as numpy arrays even where torch is installed.
+        dtype: ``"float32"`` stores float64 columns of what is added, loaded and written as float32; None stores them as they are.
         table: of the server; empty is the default one.
         tls: how to speak TLS, ``TlsConfig(ca="ca.pem")``; True trusts the roots that gRPC brings along, False is plain. None: by the
             environment, where ``TOUCHLINE_TLS_CA`` (and ``_CERT``, ``_KEY``, ``_SERVER_NAME``) turn it on.
@@ -80,6 +82,7 @@ class ReplayClient:
         actor: str = "",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         as_numpy: bool = False,
+        dtype: Any = None,
         table: str = "",
         tls: TlsConfig | bool | None = None,
         token: str | None = None,
@@ -89,6 +92,7 @@ class ReplayClient:
         whole_number("max_message_bytes", max_message_bytes, least=1 << 16)
         self.timeout_s = timeout_s
         self.actor = check_actor(actor)
+        self.dtype = check_dtype(dtype)
         self._as_numpy = as_numpy
         self._max_message_bytes = max_message_bytes
         self._table = table
@@ -127,7 +131,8 @@ class ReplayClient:
 
         Args:
             episode: mapping or TensorDict of arrays or tensors ``[rows, ...]``: ``obs`` (or nested, or ``obs.<name>``), ``action`` and
-                ``reward``, perhaps ``done``, ``task`` and others. Not changed; not needed afterwards.
+                ``reward``, perhaps ``done``, ``task`` and others. Not changed; not needed afterwards. Nested observations come back in the
+                order of the first episode's keys.
             actor: who played it; None takes the client's.
             policy_version: of the policy that acted; 0 where unknown.
             key: to send an episode again that was perhaps stored; None takes a fresh one.
@@ -147,6 +152,7 @@ class ReplayClient:
             key=self.next_key() if key is None else key,
             actor=self.actor if actor is None else check_actor(actor),
             policy_version=check_policy_version(policy_version),
+            dtype=self.dtype,
         )
         return self._delivery.add(made)[1].episodes_stored
 
@@ -182,10 +188,10 @@ class ReplayClient:
             seconds("timeout_s", timeout_s)
 
         def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-            for episode in split_episodes(episodes):
+            for episode in episodes_of(episodes):
                 key = self.next_key()
                 try:
-                    yield key, make_episode(episode, key=key, actor=name, policy_version=version)
+                    yield key, make_episode(episode, key=key, actor=name, policy_version=version, dtype=self.dtype)
                 except InvalidEpisodeError as error:
                     yield key, error
 

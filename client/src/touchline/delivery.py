@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from touchline.calls import Calls, reason_of
 from touchline.encoding import encode_episode, unencodable
@@ -13,6 +15,7 @@ from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, Touc
 from touchline.messages import counts_of, load_results_of
 from touchline.types import EpisodeResult
 from touchline_protos import Counts
+from touchline_protos.casting import narrow
 from touchline_protos.codec import (
     CodecError,
     CodecLimits,
@@ -21,7 +24,7 @@ from touchline_protos.codec import (
     encode_load,
     encode_loads,
 )
-from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_protos.columns import ColumnError, flatten_columns, split_episodes
 from touchline_protos.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -37,7 +40,7 @@ SLOWEST_BYTES_PER_S = 4 << 20
 """Rate that an upload's deadline allows for, on top of the call's own."""
 
 
-def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: int) -> Episode:
+def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: int, dtype: np.dtype[Any] | None = None) -> Episode:
     """Returns a caller's episode as one that can be sent.
 
     Args:
@@ -45,11 +48,17 @@ def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: i
         key: makes sending it again harmless.
         actor: who played it.
         policy_version: of the policy that acted.
+        dtype: that float64 columns are rounded to; None leaves them.
 
     Raises:
         InvalidEpisodeError: it is no mapping of arrays of one length and of supported dtypes.
     """
-    columns = _columns_of(episode)
+    try:
+        columns = {name: narrow(name, column, dtype) for name, column in flatten_columns(episode).items()}
+    except ColumnError as error:
+        raise InvalidEpisodeError(str(error)) from None
+    if not columns:
+        raise InvalidEpisodeError("episode: no columns, expected at least obs, action and reward")
     try:
         for name, column in columns.items():
             if not column.ndim:
@@ -66,41 +75,16 @@ def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: i
     return Episode(columns, key=key, actor=actor, policy_version=policy_version)
 
 
-def split_episodes(episodes: Any) -> Iterator[Mapping[str, Any]]:
-    """Yields the episodes of a load.
-
-    Args:
-        episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes.
+def episodes_of(episodes: Any) -> Iterator[Any]:
+    """Yields the episodes of a load; see :func:`~touchline_protos.columns.split_episodes`.
 
     Raises:
         InvalidEpisodeError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
     """
-    if not hasattr(episodes, "keys"):
-        if not isinstance(episodes, Iterable):
-            raise InvalidEpisodeError(f"episodes: {type(episodes).__name__}, expected a mapping of arrays or an iterable of episodes")
-        yield from episodes
-        return
-    columns = _columns_of(episodes)
-    first = next(iter(columns))
-    for name, column in columns.items():
-        if column.ndim < 2:
-            raise InvalidEpisodeError(f"{name}: shape {column.shape}, expected (num_episodes, episode_length, ...)")
-        if len(column) != len(columns[first]):
-            raise InvalidEpisodeError(f"{name}: {len(column)} episodes, expected {len(columns[first])} to match {first}")
-    for row in range(len(columns[first])):
-        yield {name: column[row] for name, column in columns.items()}
-
-
-def _columns_of(episode: Any) -> dict[str, Any]:
-    if not hasattr(episode, "keys"):
-        raise InvalidEpisodeError(f"episode: {type(episode).__name__}, expected a mapping of arrays")
     try:
-        columns = flatten_columns(episode)
+        yield from split_episodes(episodes)
     except ColumnError as error:
         raise InvalidEpisodeError(str(error)) from None
-    if not columns:
-        raise InvalidEpisodeError("episode: no columns, expected at least obs, action and reward")
-    return columns
 
 
 class Delivery:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
 
 from touchline.errors import (
     InvalidArgumentError,
@@ -73,6 +76,19 @@ def check_actor(actor: str) -> str:
     if len(actor) > MAX_ACTOR_CHARS:
         raise InvalidArgumentError(f"actor: {len(actor)} characters, expected up to {MAX_ACTOR_CHARS}")
     return actor
+
+
+def check_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """Returns the dtype that float64 is stored as; None for no cast.
+
+    Raises:
+        InvalidArgumentError: neither None nor float32, of whatever library.
+    """
+    if dtype is None:
+        return None
+    if str(getattr(dtype, "__name__", dtype)).removeprefix("torch.") != "float32":
+        raise InvalidArgumentError(f"dtype: {dtype!r}, expected 'float32', which float64 is then stored as, or None")
+    return np.dtype(np.float32)
 
 
 def check_policy_version(version: int) -> int:

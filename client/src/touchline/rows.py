@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 
 from touchline.errors import InvalidEpisodeError
-from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_protos.casting import ROUNDS, ColumnError, cast, narrow
+from touchline_protos.columns import flatten_columns
 from touchline_protos.dtypes import BFLOAT16, dtype_name, to_wire
 
 _FIRST_ROWS = 128
 _BFLOAT16_NAN_BITS = 0x7FC0
 
 
-def row_columns(step: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def row_columns(step: Mapping[str, Any], *, known: Container[str] = (), dtype: np.dtype[Any] | None = None) -> dict[str, np.ndarray]:
     """Returns one row's values by dotted name.
 
     A plain Python float becomes float32, a bool bool and an int int64; numpy values and tensors keep their dtype.
+
+    Args:
+        step: the row; not changed.
+        known: names of columns that have a dtype: a plain float is not rounded before that is applied to it.
+        dtype: that float64 values are rounded to; None leaves them.
 
     Raises:
         InvalidEpisodeError: a value is no array of numbers, or of a dtype that is not supported.
@@ -26,7 +32,7 @@ def row_columns(step: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not hasattr(step, "keys"):
         raise InvalidEpisodeError(f"step: {type(step).__name__}, expected a mapping of values by column name")
     try:
-        columns = flatten_columns(_typed(step))
+        columns = {name: narrow(name, value, dtype) for name, value in flatten_columns(_typed(step, "", known)).items()}
     except ColumnError as error:
         raise InvalidEpisodeError(str(error)) from None
     for name, value in columns.items():
@@ -49,14 +55,22 @@ class EpisodeRows:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def names(self) -> Container[str]:
+        """Of the columns."""
+        return self._columns.keys()
+
     def append(self, row: Mapping[str, np.ndarray]) -> None:
         """Adds a row; the second may bring columns that the first left out, whose value there is NaN, or zero where there is no NaN.
 
+        Arrays have the dtype of the rows before. A scalar may be of another one if that loses nothing but digits of a float.
+
         Raises:
-            InvalidEpisodeError: a column is missing or unknown, or of another dtype or shape than in the rows before. Nothing is added.
+            InvalidEpisodeError: a column is missing or unknown, or of another dtype or shape than in the rows before, or a scalar does not
+                fit its column. Nothing is added.
         """
         if self._length:
-            self._check(row)
+            row = self._fitted(row)
         else:
             self._columns = {}
         for name, value in row.items():
@@ -92,28 +106,43 @@ class EpisodeRows:
         self._length = 0
         self._settled = False
 
-    def _check(self, row: Mapping[str, np.ndarray]) -> None:
+    def _fitted(self, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns a row with the dtypes of the columns."""
         for name in self._columns:
             if name not in row:
                 raise InvalidEpisodeError(f"{name}: missing in row {self._length}, expected as in the rows before")
+        fitted = {}
         for name, value in row.items():
             column = self._columns.get(name)
             if column is None:
                 if self._settled:
                     raise InvalidEpisodeError(f"{name}: unknown column in row {self._length}, expected {', '.join(self._columns)}")
-            elif value.dtype != column.dtype:
-                found, expected = dtype_name(value.dtype), dtype_name(column.dtype)
-                raise InvalidEpisodeError(f"{name}: dtype {found} in row {self._length}, expected {expected} as in the rows before")
             elif value.shape != column.shape[1:]:
                 raise InvalidEpisodeError(
                     f"{name}: shape {value.shape} in row {self._length}, expected {column.shape[1:]} as in the rows before"
                 )
+            elif value.dtype != column.dtype:
+                value = self._scalar(name, value, column.dtype)
+            fitted[name] = value
+        return fitted
+
+    def _scalar(self, name: str, value: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+        if value.ndim:
+            found, expected = dtype_name(value.dtype), dtype_name(dtype)
+            hint = f"; {ROUNDS}" if (found, expected) == ("float64", "float32") else ""
+            raise InvalidEpisodeError(f"{name}: dtype {found} in row {self._length}, expected {expected} as in the rows before{hint}")
+        try:
+            return cast(name, value, dtype, rounding=True, why=f"in row {self._length}, as in the rows before")
+        except ColumnError as error:
+            raise InvalidEpisodeError(str(error)) from None
 
 
-def _typed(level: Any) -> Any:
-    if type(level) is float:
-        return np.float32(level)
-    return {name: _typed(value) for name, value in level.items()} if isinstance(level, dict) else level
+def _typed(level: Any, name: str, known: Container[str]) -> Any:
+    if type(level) is float and name not in known:
+        return cast(name, np.asarray(level), np.dtype(np.float32), rounding=True, why="which stands for a Python float")
+    if isinstance(level, Mapping):
+        return {key: _typed(value, f"{name}.{key}" if name else str(key), known) for key, value in level.items()}
+    return level
 
 
 def undefined(dtype: np.dtype) -> Any:

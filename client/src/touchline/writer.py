@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from touchline import leaving
-from touchline.errors import ClosedError, InvalidArgumentError, SpoolError, UnacknowledgedError
+from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError, SpoolError, UnacknowledgedError
 from touchline.forking import forget_in_child
-from touchline.messages import check_actor, check_policy_version, whole_number
+from touchline.messages import check_actor, check_dtype, check_policy_version, whole_number
 from touchline.outbox import Outbox
 from touchline.pending import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
 from touchline.rows import EpisodeRows, row_columns
@@ -38,6 +38,9 @@ class EpisodeWriter:
     The first row of an episode is the reset observation. It may leave out columns that the later rows have: they are NaN there (zero
     where the dtype has no NaN) and never reach a batch. An episode that does not end is cut after ``max_steps`` transitions; the row at
     which it was cut is the last of one piece and the first of the next, so that no transition is lost.
+
+    A row that cannot be stored is refused, and with it the rest of its episode: it ends before that row, as truncated, and further rows are
+    refused until ``end_episode``, so that no transition leads across a row that is missing.
 
     While the server is away, episodes wait and sending is tried again for ever, oldest first, with backoff and jitter. They wait in memory,
     up to ``max_pending`` of them; or, with ``spool_dir``, on the disk: then an episode survives the death of this process and the
@@ -75,6 +78,7 @@ class EpisodeWriter:
         spool_limit_bytes: what the folder may take, all of SQLite's files included; at least 1 MiB. An episode takes its size twice while
             it is written, and one that would not fit into an empty spool counts as refused.
         when_full: ``"block"``, ``"drop-oldest"`` or ``"drop-newest"``.
+        dtype: ``"float32"`` stores float64 values as float32; None does what the client does.
 
     Raises:
         InvalidArgumentError: an argument out of range.
@@ -93,6 +97,7 @@ class EpisodeWriter:
         spool_dir: str | os.PathLike[str] | None = None,
         spool_limit_bytes: int = SPOOL_LIMIT_BYTES,
         when_full: WhenFull = "block",
+        dtype: Any = None,
     ) -> None:
         if when_full not in get_args(WhenFull):
             raise InvalidArgumentError(f"when_full: {when_full!r}, expected {', '.join(map(repr, get_args(WhenFull)))}")
@@ -106,6 +111,7 @@ class EpisodeWriter:
         self._max_pending_bytes = whole_number("max_pending_bytes", max_pending_bytes, least=1, most=(1 << 63) - 1)
         self._spool_limit_bytes = whole_number("spool_limit_bytes", spool_limit_bytes, least=1 << 20, most=(1 << 63) - 1)
         self._when_full: WhenFull = when_full
+        self._dtype = client.dtype if dtype is None else check_dtype(dtype)
         self._parents_spool: Path | None = None
         self._closing = False
         self._start(self._open_spool(Path(spool_dir)) if spool_dir is not None else self._memory_queue())
@@ -116,6 +122,7 @@ class EpisodeWriter:
         self._rows = EpisodeRows()
         self._rows_version = self._policy_version
         self._cut = False
+        self._refused = ""
         self._due: Episode | None = None
         self._outbox = Outbox(self._client, queue, name=f"episode writer of actor {self._actor!r}", when_full=self._when_full)
 
@@ -148,20 +155,28 @@ class EpisodeWriter:
 
         Args:
             step: values of one row by column name, nested or with dots: numpy arrays, torch tensors, numbers (a float is float32).
-                Copied: the caller may use its arrays again.
+                Copied: the caller may use its arrays again. The first row decides what a column holds: a number that comes as another type
+                later is stored as that, if it loses nothing but digits of a float.
 
         Raises:
-            InvalidEpisodeError: a column is missing or unknown, or of another dtype or shape than in the rows before. The row is not added.
+            InvalidEpisodeError: a value cannot be stored, a column is missing or unknown, or of another dtype or shape than in the rows
+                before. The row is not added, the rows before it are an episode of their own, and this is raised for every further row
+                until ``end_episode``.
             UnacknowledgedError: earlier episodes were refused; the row is not added.
             SpoolError: an episode that ended before cannot be written to the spool; the row is not added, the same call may be made again.
             ClosedError: the writer was closed.
         """
         self._check()
         self._hand_on()
-        row = row_columns(step)
-        if not len(self._rows):
-            self._rows_version = self._policy_version
-        self._rows.append(row)
+        if self._refused:
+            raise InvalidEpisodeError(f"the episode was refused before: {self._refused}; call end_episode() and begin another")
+        try:
+            row = row_columns(step, known=self._rows.names, dtype=self._dtype)
+            if not len(self._rows):
+                self._rows_version = self._policy_version
+            self._rows.append(row)
+        except InvalidEpisodeError as error:
+            raise self._refuse(error) from None
         if len(self._rows) == self._max_rows:
             self._finish(overlap=True)
             try:
@@ -283,6 +298,7 @@ class EpisodeWriter:
         key = self._hand_on(ends=ends, force=force)
         cut = self._cut
         self._cut = False
+        self._refused = ""
         if len(self._rows) < 2:
             if len(self._rows) and not cut:
                 self._discard("one row holds no transition")
@@ -290,6 +306,21 @@ class EpisodeWriter:
             return key
         self._finish(overlap=False)
         return self._hand_on(ends=ends, force=force)
+
+    def _refuse(self, error: InvalidEpisodeError) -> InvalidEpisodeError:
+        """Ends the episode before a row that cannot be stored, and returns the error to raise."""
+        number = len(self._rows)
+        row = f"row {number} since the last cut" if self._cut else f"row {number}"
+        hint = "; row 0 needs only obs: leave out what a reset does not have" if not number else ""
+        self._refused = f"{error} ({row}{hint})"
+        if number > 1:
+            self._finish(overlap=False)
+        elif number and not self._cut:
+            self._discard("one row holds no transition")
+        self._rows.clear()
+        self._cut = False
+        kept = f"the {number} rows before it are kept as an episode, " if number > 1 else ""
+        return InvalidEpisodeError(f"{self._refused}; {kept}further rows are refused until end_episode()")
 
     def _finish(self, *, overlap: bool) -> None:
         """Makes an episode of the rows. The last one was handed on before."""

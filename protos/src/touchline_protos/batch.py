@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -23,14 +23,14 @@ PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B slices of H + 1 consecutive steps, time-major: unpacks as ``obs, action, reward, done``.
+    """B slices of H + 1 consecutive steps, time-major: unpacks as ``obs, action, reward, done``, and is indexed and sliced as that tuple.
 
     Memory: the arrays are the caller's; nothing overwrites them, however long they or any view of them are held. Those of one batch
     may share one allocation, which is released (or reused for a later batch) when the last of them dies.
     """
 
     obs: Array
-    """[H+1, B, *obs_shape], as stored; a (nested) dict where observations are nested."""
+    """[H+1, B, *obs_shape], as stored; a (nested) dict where observations are nested, its keys in the order of the first episode."""
     action: Array
     """[H, B, *action_shape], as stored."""
     reward: Array
@@ -56,6 +56,18 @@ class Batch:
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.obs, self.action, self.reward, self.done))
+
+    def __len__(self) -> int:
+        return 4
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Array: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Array, ...]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        return (self.obs, self.action, self.reward, self.done)[index]
 
 
 def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str]) -> Batch:

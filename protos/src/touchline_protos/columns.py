@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.arrays import to_array
+from touchline_protos.casting import ColumnError
 from touchline_protos.episode import CodecLimits
+
+__all__ = ["MAX_NESTING", "ColumnError", "flatten_columns", "split_episodes", "to_array"]
 
 MAX_NESTING = CodecLimits().max_nesting
 """Levels of nested mappings that an episode may have."""
 
 
-class ColumnError(ValueError):
-    """A value that cannot be a column; the message names the column."""
-
-
-def flatten_columns(episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns an episode's columns as C-contiguous, little-endian numpy arrays by dotted name.
+def flatten_columns(episode: Any) -> dict[str, np.ndarray]:
+    """Returns an episode's columns as C-contiguous, little-endian numpy arrays by dotted name, in the caller's order.
 
     Args:
-        episode: a mapping, or a TensorDict, of numpy arrays, torch tensors on any device, or what ``numpy.asarray`` takes;
+        episode: a mapping, a TensorDict or a tensorclass, of numpy arrays, torch tensors on any device, or what ``numpy.asarray`` takes;
             nested mappings flatten with dots (``obs.rgb``). It is not changed.
 
     Returns:
         Arrays that share the caller's memory wherever that is contiguous and in host memory; read them, do not write.
 
     Raises:
-        ColumnError: a name that is not a string, mappings nested too deep, the same name twice, or a value that is no array.
+        ColumnError: no mapping, a name that is not a string or would come back as another one, mappings nested too deep, the same name
+            twice, or a value that is no array of numbers.
     """
+    if not hasattr(episode, "keys"):
+        raise ColumnError(f"episode: {type(episode).__name__}, expected a mapping of arrays")
     columns: dict[str, np.ndarray] = {}
     for name, value in _leaves(episode, "", 0):
         if name in columns:
@@ -40,31 +41,34 @@ def flatten_columns(episode: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return columns
 
 
-def to_array(name: str, value: Any) -> np.ndarray:
-    """Returns one value as a C-contiguous, little-endian numpy array; bfloat16, torch's and JAX's, as
-    :data:`~touchline_protos.dtypes.BFLOAT16`.
+def split_episodes(episodes: Any) -> Iterator[Any]:
+    """Yields the episodes of a load.
+
+    Args:
+        episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes. The parts of a
+            lazy stack of TensorDicts are episodes, which may differ in length.
 
     Raises:
-        ColumnError: the value is no array of numbers, or a tensor that numpy cannot hold (sparse, quantised, float8).
+        ColumnError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
     """
-    torch = sys.modules.get("torch")
-    try:
-        if torch is not None and isinstance(value, torch.Tensor):
-            tensor = value.detach().cpu().contiguous()
-            if tensor.dtype == torch.bfloat16:
-                return np.asarray(tensor.view(torch.int16).numpy()).view(BFLOAT16)
-            value = tensor.numpy()
-        array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ColumnError(f"{name}: {type(value).__name__} is no array ({error})") from None
-    if array.dtype.name == "bfloat16":
-        array = array.view(BFLOAT16)  # the dtype that JAX's arrays have in numpy, of the package ml_dtypes
-    if array.dtype.hasobject:
-        raise ColumnError(f"{name}: an array of {array.dtype.name}, expected numbers")
-    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
-        array = array.astype(array.dtype.newbyteorder("<"))
-    # ascontiguousarray would turn a scalar into one dimension.
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    if getattr(episodes, "stack_dim", None) == 0 and hasattr(episodes, "tensordicts"):
+        episodes = episodes.tensordicts
+    if not hasattr(episodes, "keys"):
+        if not isinstance(episodes, Iterable) or isinstance(episodes, str | bytes):
+            raise ColumnError(f"episodes: {type(episodes).__name__}, expected a mapping of arrays or an iterable of episodes")
+        yield from episodes
+        return
+    columns = flatten_columns(episodes)
+    if not columns:
+        raise ColumnError("episodes: no columns, expected at least obs, action and reward")
+    first = next(iter(columns))
+    for name, column in columns.items():
+        if column.ndim < 2:
+            raise ColumnError(f"{name}: shape {column.shape}, expected (num_episodes, episode_length, ...)")
+        if len(column) != len(columns[first]):
+            raise ColumnError(f"{name}: {len(column)} episodes, expected {len(columns[first])} to match {first}")
+    for number in range(len(columns[first])):
+        yield {name: column[number] for name, column in columns.items()}
 
 
 def _leaves(level: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -73,8 +77,32 @@ def _leaves(level: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     for key in level.keys():  # noqa: SIM118  a TensorDict iterates over its rows, not its keys
         if not isinstance(key, str):
             raise ColumnError(f"{prefix}{key!r}: a name of type {type(key).__name__}, expected str")
-        value = level[key]
+        if "." in key and prefix.startswith("obs."):
+            raise ColumnError(
+                f"{prefix}{key}: a dot in the key {key!r}, which a batch would give back as nested mappings; "
+                f"expected a name without one, such as {key.replace('.', '_')!r}, or {_nested(key)}"
+            )
+        value = _value_of(level, prefix, key)
         if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "batch_size")):
             yield from _leaves(value, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", value
+
+
+def _value_of(level: Any, prefix: str, key: str) -> Any:
+    if getattr(type(level), "_is_tensorclass", False):
+        return getattr(level, key)
+    try:
+        return level[key]
+    except RuntimeError as error:
+        if hasattr(level, "tensordicts"):
+            raise ColumnError(
+                f"{prefix}{key}: a lazy stack whose parts differ in shape, expected one shape; add each part by itself, or all with load()"
+            ) from None
+        raise ColumnError(f"{prefix}{key}: cannot be read ({error})") from None
+
+
+def _nested(key: str) -> str:
+    """Returns how a key with dots is written as nested mappings."""
+    *groups, leaf = key.split(".")
+    return "".join(f"{{{group!r}: " for group in groups) + f"{{{leaf!r}: ...}}" + "}" * len(groups)

@@ -13,7 +13,7 @@ import numpy as np
 from touchline_protos import Batch, Counts
 from touchline_protos.batch import assemble_batch
 from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
-from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_protos.columns import ColumnError, flatten_columns, split_episodes
 from touchline_protos.pool import BufferPool
 from touchline_server import cuda_device
 from touchline_server.config import Config
@@ -176,11 +176,12 @@ class ReplayBuffer:
             raise
         return self.add_episode(episode).counts.episodes_stored
 
-    def load(self, td: Mapping[str, Any], *, actor: str = "", policy_version: int = 0) -> int:
+    def load(self, td: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, actor: str = "", policy_version: int = 0) -> int:
         """Stores many episodes at once.
 
         Args:
-            td: as in :meth:`add`, of shape (num_episodes, episode_length, ...). Not changed.
+            td: as in :meth:`add`, of shape (num_episodes, episode_length, ...); or an iterable of episodes as :meth:`add` takes
+                them, of any lengths. Not changed.
             actor: name of the actor that played them.
             policy_version: version of the policy that played them.
 
@@ -190,19 +191,14 @@ class ReplayBuffer:
         Raises:
             InvalidEpisodeError: an episode is malformed; those before it are stored, the message says which it was.
         """
-        columns = self._episode(td, actor, policy_version, None).columns
-        numbers = {name: array.shape[0] if array.ndim else 0 for name, array in columns.items()}
-        for name, array in columns.items():
-            if array.ndim < 2:
-                raise InvalidEpisodeError(f"{name}: shape {array.shape}, expected (num_episodes, episode_length, ...)")
-        if len(set(numbers.values())) > 1:
-            raise InvalidEpisodeError(f"numbers of episodes differ between columns: {numbers}, expected the same in all")
-        for number in range(next(iter(numbers.values()), 0)):
-            episode = {name: array[number] for name, array in columns.items()}
-            try:
-                self.add_episode(Episode(episode, actor=actor, policy_version=policy_version))
-            except InvalidEpisodeError as error:
-                raise InvalidEpisodeError(f"episode {number}: {error}") from None
+        try:
+            for number, episode in enumerate(split_episodes(td)):
+                try:
+                    self.add(episode, actor=actor, policy_version=policy_version)
+                except InvalidEpisodeError as error:
+                    raise InvalidEpisodeError(f"episode {number}: {error}") from None
+        except ColumnError as error:
+            raise InvalidEpisodeError(str(error)) from None
         return self.num_eps
 
     def sample(
@@ -372,8 +368,6 @@ class ReplayBuffer:
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:
-        if not hasattr(td, "keys"):
-            raise InvalidEpisodeError(f"an episode of type {type(td).__name__}, expected a mapping of columns")
         try:
             return Episode(flatten_columns(td), key=key, actor=actor, policy_version=policy_version)
         except ColumnError as error:

@@ -73,7 +73,8 @@ class GatherPlan:
         transition = slice(1, None) if incoming else slice(None, -1)
         parts, specs = [], []
         stored = {spec.name: spec for spec in schema.columns}
-        for name in sorted(stored.keys() | {"done"}, key=_batch_order):
+        # Within a group in the schema's order, which is that of episodes and of TorchRL's samples too.
+        for name in sorted(dict.fromkeys((*stored, "done")), key=_group_order):
             inner = stored[name].shape if name in stored else ()
             dtype = stored[name].dtype if name in stored else np.dtype("<f4")
             if name == "task":
@@ -214,10 +215,10 @@ def fill_provenance(draw: Draw, out: Mapping[str, np.ndarray]) -> None:
         out[f"provenance.{name}"][...] = getattr(draw, name)
 
 
-def _batch_order(name: str) -> tuple[int, str]:
+def _group_order(name: str) -> int:
     group = name.partition(".")[0]
     named = ("obs", "action", "reward", "done", "task")
-    return (named.index(group) if group in named else len(named)), name
+    return named.index(group) if group in named else len(named)
 
 
 def _shape(*sizes: int) -> tuple[int, ...]:
