@@ -1,6 +1,6 @@
 # Touchline's images, one target each:
 #
-#   client    the client library, without torch: what an actor or a robot of your own starts FROM
+#   client    the client library and the `touchline` command, without torch: what an actor or a robot of your own starts FROM
 #   actor     client, with the soccer players of examples/actor.py
 #   learner   torch and the client, with examples/learner.py
 #   server    torch and the server; the last stage, so the default target
@@ -34,8 +34,8 @@ COPY examples/requirements.txt examples/
 COPY constraints.txt ./
 # TORCH, not the constraints, decides which torch it is: left out of them, it satisfies all that follows.
 RUN mkdir /requirements \
- && python docker/requirements.py protos client > /requirements/client.txt \
- && python docker/requirements.py protos 'client[torch]' > /requirements/learner.txt \
+ && python docker/requirements.py protos 'client[cli]' > /requirements/client.txt \
+ && python docker/requirements.py protos 'client[cli]' 'client[torch]' > /requirements/learner.txt \
  && python docker/requirements.py protos server > /requirements/server.txt \
  && grep -E '^(dm_control|mujoco|pillow)\b' examples/requirements.txt > /requirements/actor.txt \
  && sed '/^torch==/d' constraints.txt > /requirements/constraints.txt
@@ -132,9 +132,9 @@ ENV TOUCHLINE_SERVER__HOST=0.0.0.0 \
 USER 10001:10001
 VOLUME /data
 EXPOSE 50051
-# The command asks where the configuration in force says that the server listens. Until the durable store is read the answer is
-# NOT_SERVING, and that takes some 3 s/GiB (more from a slow disk); what fails within the start period does not count, and the first
-# success ends it, so a long one delays nothing but the word "unhealthy".
-HEALTHCHECK --interval=5s --timeout=10s --start-period=600s --retries=3 CMD ["touchline-server", "healthcheck", "--timeout-s", "5"]
+# It asks the server that the configuration in force describes, waits 20 s for the answer, and prints why if it is not healthy; by itself it
+# takes 0.1 s of CPU. Until the durable store is read the answer is NOT_SERVING, and that takes some 3 s/GiB (more from a slow disk); what
+# fails within the start period does not count, and the first success ends it, so a long one delays nothing but the word "unhealthy".
+HEALTHCHECK --interval=5s --timeout=30s --start-period=600s --retries=3 CMD ["python", "-m", "touchline_server.healthcheck"]
 ENTRYPOINT ["touchline-server"]
 CMD ["serve"]

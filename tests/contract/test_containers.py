@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from touchline_server import Config
+from touchline_server.healthcheck import CONTAINER_TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -83,10 +86,30 @@ def test_every_file_that_is_copied_exists() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
+@pytest.mark.parametrize("image", ["client", "learner"])
+def test_images_with_the_touchline_command_have_what_it_requires(image: str) -> None:
+    (places,) = re.findall(rf"requirements.py (.+) > /requirements/{image}.txt", DOCKERFILE)
+    extras = tomllib.loads((ROOT / "client/pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    command = [sys.executable, "docker/requirements.py", *shlex.split(places)]
+
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert extras["cli"]
+    assert set(extras["cli"]) <= set(printed)
+
+
+def test_health_check_waits_for_the_container_check_and_names_a_module_that_runs() -> None:
+    timeout_s, command = re.findall(r"HEALTHCHECK .*--timeout=(\d+)s .*CMD (\[.+\])", DOCKERFILE)[0]
+
+    assert int(timeout_s) > CONTAINER_TIMEOUT_S
+    assert json.loads(command) == ["python", "-m", "touchline_server.healthcheck"]
+
+
 @pytest.mark.parametrize(
     ("places", "required", "left_out"),
     [
-        (["protos", "client"], {"numpy", "grpcio", "protobuf"}, {"torch", "tensordict"}),
+        (["protos", "client"], {"numpy", "grpcio", "protobuf"}, {"torch", "tensordict", "typer"}),
+        (["protos", "client[cli]"], {"numpy", "grpcio", "protobuf", "typer", "rich"}, {"torch", "tensordict"}),
         (["protos", "client[torch]"], {"numpy", "grpcio", "protobuf", "torch", "tensordict"}, {"torchrl"}),
         (["protos", "server"], {"torch", "torchrl", "grpcio-health-checking", "typer"}, set()),
     ],

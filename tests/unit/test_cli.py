@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_type_hints
 
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 
 from touchline_server import cli
 from touchline_server.config import Config
+from touchline_server.healthcheck import ADDING, DETAIL_KEY, own_address
 from touchline_server.tables import ServerConfig
 
 
@@ -38,12 +41,18 @@ def runner() -> CliRunner:
 def health_service() -> Iterator[tuple[health.HealthServicer, int]]:
     """A running gRPC server that knows the health service alone, and its port."""
     servicer = health.HealthServicer()
+    with serving(servicer) as port:
+        yield servicer, port
+
+
+@contextmanager
+def serving(servicer: health.HealthServicer) -> Iterator[int]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         server = grpc.server(pool)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        yield servicer, port
+        yield port
         server.stop(grace=None).wait()
 
 
@@ -136,6 +145,40 @@ def test_healthcheck_not_serving_exits_1(runner: CliRunner, health_service: tupl
     assert (result.exit_code, result.stderr) == (1, f"touchline-server: 127.0.0.1:{port}: NOT_SERVING\n")
 
 
+class FullDisk(health.HealthServicer):
+    """Samples, and cannot store: as a server whose disk is full answers."""
+
+    def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
+        context.set_trailing_metadata([(DETAIL_KEY, "storage.data_dir: no space left on device; 3 adds refused")])
+        return super().Check(request, context)
+
+
+def test_healthcheck_of_a_server_that_only_samples_exits_1_and_prints_the_detail(runner: CliRunner) -> None:
+    servicer = FullDisk()
+    servicer.set(ADDING, health_pb2.HealthCheckResponse.NOT_SERVING)
+    with serving(servicer) as port:
+        result = runner.invoke(cli.app, ["healthcheck", "--address", f"127.0.0.1:{port}"])
+
+    expected = f"touchline-server: 127.0.0.1:{port}: NOT_SERVING: storage.data_dir: no space left on device; 3 adds refused\n"
+    assert (result.exit_code, result.stderr) == (1, expected)
+
+
+def test_healthcheck_no_answer_in_time_exits_1_and_says_so(runner: CliRunner) -> None:
+    release = threading.Event()
+
+    class Hangs(health.HealthServicer):
+        def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
+            release.wait(60)
+            return super().Check(request, context)
+
+    with serving(Hangs()) as port:
+        result = runner.invoke(cli.app, ["healthcheck", "--address", f"127.0.0.1:{port}", "--timeout-s", "0.3"])
+        release.set()
+
+    expected = f"touchline-server: 127.0.0.1:{port}: no answer within 0.3 s; it is overloaded or hangs\n"
+    assert (result.exit_code, result.stderr) == (1, expected)
+
+
 def test_healthcheck_finds_the_server_by_its_configuration(
     runner: CliRunner, health_service: tuple[health.HealthServicer, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,4 +218,6 @@ def test_healthcheck_port_not_known_beforehand_exits_1(runner: CliRunner, monkey
     ],
 )
 def test_address_of_server_is_one_to_connect_to(server: dict[str, object], expected: str) -> None:
-    assert cli._address_of(ServerConfig.model_validate(server)) == expected
+    config = ServerConfig.model_validate(server)
+
+    assert own_address(config.host, str(config.port), config.unix_socket) == expected

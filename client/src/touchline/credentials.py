@@ -28,7 +28,7 @@ class TlsConfig:
     """How a client speaks TLS. Paths of PEM files, read when the client is made."""
 
     ca: FilePath | None = None
-    """Certificates of those who vouch for the server; None: the roots that gRPC brings along."""
+    """CA bundle to check the server's certificate with; None: the roots that gRPC brings along."""
     cert: FilePath | None = None
     """Certificate to show, where the server wants one (``tls.client_ca``)."""
     key: FilePath | None = None

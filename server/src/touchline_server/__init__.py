@@ -4,34 +4,34 @@
 >>> buffer = ReplayBuffer(read_cfg())
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from touchline_protos import Batch, Counts
-from touchline_protos.codec import StoredEpisode
-from touchline_server.config import Config, ConfigError, read_cfg
-from touchline_server.errors import (
-    DamagedStoreError,
-    DrainingError,
-    IncompatibleVersionError,
-    InvalidEpisodeError,
-    InvalidRequestError,
-    KeyConflictError,
-    NotReadyError,
-    OverloadedError,
-    ReplayError,
-    RestoringError,
-    SchemaChangedError,
-    StorageFailedError,
-    StorageFullError,
-    StoreInUseError,
-    StoreMismatchError,
-    TooLargeError,
-    UnknownEpisodeError,
-    UnknownTableError,
-)
-
 if TYPE_CHECKING:
+    from touchline_protos import Batch, Counts
+    from touchline_protos.codec import StoredEpisode
     from touchline_server.buffer import ReplayBuffer
+    from touchline_server.config import Config, ConfigError, read_cfg
+    from touchline_server.errors import (
+        DamagedStoreError,
+        DrainingError,
+        IncompatibleVersionError,
+        InvalidEpisodeError,
+        InvalidRequestError,
+        KeyConflictError,
+        NotReadyError,
+        OverloadedError,
+        ReplayError,
+        RestoringError,
+        SchemaChangedError,
+        StorageFailedError,
+        StorageFullError,
+        StoreInUseError,
+        StoreMismatchError,
+        TooLargeError,
+        UnknownEpisodeError,
+        UnknownTableError,
+    )
 
 __version__ = "0.1.0"
 
@@ -64,11 +64,26 @@ __all__ = [
     "read_cfg",
 ]
 
+_ELSEWHERE = {
+    "Batch": "touchline_protos",
+    "Counts": "touchline_protos",
+    "StoredEpisode": "touchline_protos.codec",
+    "ReplayBuffer": "touchline_server.buffer",
+    "Config": "touchline_server.config",
+    "ConfigError": "touchline_server.config",
+    "read_cfg": "touchline_server.config",
+}
+"""Where a name comes from; the others are errors."""
+
 
 def __getattr__(name: str) -> Any:
-    # The buffer brings torch and torchrl: seconds that `touchline-server healthcheck` and `--help` have no use for.
-    if name == "ReplayBuffer":
-        from touchline_server.buffer import ReplayBuffer
+    # Imported when asked for: a health check, `--help` and a server's first line need neither numpy nor pydantic.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_ELSEWHERE.get(name, "touchline_server.errors")), name)
+    globals()[name] = value
+    return value
 
-        return ReplayBuffer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from touchline_server.config import Config, ConfigError
+from touchline_server.config import Config
+from touchline_server.config_source import ConfigError, why_unreadable
 from touchline_server.errors import AccessDeniedError, UnauthenticatedError
 
 TOKENS_VARIABLE = "TOUCHLINE_SERVER_TOKENS"
@@ -198,7 +199,7 @@ def _read_file(path: Path) -> Iterator[Token]:
                 raise ConfigError(f"{where} has mode {mode:04o}, expected that nobody else may read it: chmod 600 {path}")
             tables = tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"{where}: {error.strerror or error}") from None
+        raise ConfigError(f"{where}: {why_unreadable(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         # Without the parser's own words, which may quote a token; the position is at their end.
         at = re.search(r"\(at [^)]*\)$", str(error))

@@ -194,7 +194,8 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None) -> i
         ReplayError: the durable store cannot be used.
     """
     keep_freed_memory()
-    logger.info("configuration in force:\n%s", config.to_toml())
+    logger.info("configuration: %s", config.changed() or "every key has its default")
+    logger.debug("configuration in force:\n%s", config.to_toml())
     asyncio.run(_serve(config, progress))
     # The interpreter's last collection would go through all that torch made, where it was imported: most of a second of CPU, which a busy
     # machine stretches beyond the time that a container gets to stop.

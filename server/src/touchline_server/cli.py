@@ -1,4 +1,7 @@
-"""The command ``touchline-server``: runs the server, and asks one whether it is well."""
+"""The command ``touchline-server``: runs the server, and asks one whether it is well.
+
+Each command imports what it needs itself: `--help` and the server's first line need neither pydantic nor gRPC, a health check only gRPC.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import grpc
 import typer
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from touchline_server.access import check_exposure, read_access
-from touchline_server.config import Config, ConfigError, read_cfg, sources_of
+from touchline_server import __version__
+from touchline_server.config_source import ConfigError, glance, sources_of
 from touchline_server.errors import ReplayError, StoreMismatchError
-from touchline_server.tables import ServerConfig
-from touchline_server.tls import open_channel, open_own_channel, server_credentials
+
+if TYPE_CHECKING:
+    from touchline_server.config import Config
+
+logger = logging.getLogger("touchline_server")
 
 EXIT_FAILED = 1
 """The server could not run, or is not well."""
@@ -50,15 +53,14 @@ ConfigPath = Annotated[
     typer.Option(
         "--config",
         metavar="PATH",
-        help="Configuration file (TOML). Without it: the one that $TOUCHLINE_CFG names, else ./cfg/default.toml,"
-        " else the packaged defaults.",
+        help="Configuration file (TOML). Default: the file that $TOUCHLINE_CFG names, else ./cfg/default.toml, else the packaged defaults.",
     ),
 ]
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"touchline-server {version('touchline-server')}")
+        typer.echo(f"touchline-server {__version__}")
         raise typer.Exit
 
 
@@ -68,7 +70,7 @@ def _describe(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Touchline's replay server: actors push whole episodes, learners pull batches of slices of them, over gRPC.
+    """Touchline's replay server: actors push whole episodes, learners pull batches of slices, over gRPC.
 
     \b
     Examples:
@@ -104,14 +106,16 @@ def serve(
             help="Start although config.buffer_size is smaller than what storage.data_dir holds: the oldest episodes are evicted for good.",
         ),
     ] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="How much is logged, on stderr.")] = LogLevel.INFO,
+    log_level: Annotated[
+        LogLevel | None, typer.Option("--log-level", help="How much to log, on stderr. Overrides server.log_level, by default info.")
+    ] = None,
 ) -> None:
-    """Runs the server until SIGTERM or SIGINT.
+    """Runs the server until SIGTERM or SIGINT, which let calls in progress finish.
 
-    Prints "listening on HOST:PORT" once it does. The signal lets calls in progress end.
+    Logs to stderr. Prints "listening on HOST:PORT" to stdout once clients are served.
 
     An environment variable TOUCHLINE_<TABLE>__<KEY> overrides a key of the configuration file, and an option here
-    overrides both. A host or a port given here takes the place of a Unix socket of the configuration.
+    overrides both. --host and --port also override a Unix socket in the configuration.
 
     \b
     Examples:
@@ -123,12 +127,17 @@ def serve(
     \b
     Exit status:
       0  stopped by a signal
-      1  the address is in use, or the storage.data_dir or scratch_dir cannot be used (or holds more episodes than the buffer would)
-      2  the configuration or the command line cannot be used
+      1  the address is in use, or storage.data_dir or scratch_dir cannot be used, or data_dir holds more than the buffer would
+      2  the configuration or the command line is wrong
     """
-    logging.basicConfig(stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     try:
-        effective = _override(read_cfg(config), host=host, port=port, unix_socket=unix_socket)
+        _begin_log(config, log_level)
+
+        from touchline_server.access import check_exposure, read_access
+        from touchline_server.config import read_cfg
+        from touchline_server.tls import server_credentials
+
+        effective = _override(read_cfg(config), host=host, port=port, unix_socket=unix_socket, log_level=log_level)
         if accept_eviction:
             effective = _accept_eviction(effective)
         sources = sources_of(config)
@@ -138,7 +147,6 @@ def serve(
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
 
-    # Torch takes seconds to import, and --help and a bad configuration need none of it.
     from touchline_server.app import AddressInUseError, run
 
     try:
@@ -160,10 +168,10 @@ def healthcheck(
         typer.Option(
             "--address",
             metavar="HOST:PORT|unix:/PATH",
-            help="Server to ask. Without it: the one that the configuration describes, by default 127.0.0.1:50051.",
+            help="Server to ask. Default: the one that the configuration describes, 127.0.0.1:50051 unless that says otherwise.",
         ),
     ] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout-s", metavar="SECONDS", help="Longest wait for an answer.", min=0.001)] = 5.0,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", metavar="SECONDS", help="How long to wait for an answer.", min=0.001)] = 5.0,
     config: ConfigPath = None,
     tls_ca: Annotated[
         Path | None,
@@ -171,28 +179,32 @@ def healthcheck(
             "--tls-ca",
             metavar="PATH",
             envvar="TOUCHLINE_TLS_CA",
-            help="With --address: ask by TLS and trust what these certificates vouch for.",
+            help="With --address: use TLS, and check the server's certificate with this CA bundle.",
         ),
     ] = None,
     tls_cert: Annotated[
         Path | None,
-        typer.Option("--tls-cert", metavar="PATH", envvar="TOUCHLINE_TLS_CERT", help="Certificate to show, where the server wants one."),
+        typer.Option(
+            "--tls-cert", metavar="PATH", envvar="TOUCHLINE_TLS_CERT", help="Client certificate, if the server asks for one (mutual TLS)."
+        ),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Its private key.")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Private key of --tls-cert.")
+    ] = None,
     tls_server_name: Annotated[
         str | None,
         typer.Option(
             "--tls-server-name",
             metavar="NAME",
             envvar="TOUCHLINE_TLS_SERVER_NAME",
-            help="Name in the server's certificate, where it is not the address's.",
+            help="Name in the server's certificate, if it is not the one in the address.",
         ),
     ] = None,
 ) -> None:
-    """Asks a server whether it is serving.
+    """Asks a server whether it is healthy: it samples, and it stores what actors send.
 
-    The question is the standard one of grpc.health.v1, about the server as a whole; it needs no token. Without --address a server whose
-    configuration has TLS is asked by TLS, and trusted if it has the configured certificate.
+    Uses the standard grpc.health.v1 and needs no token. Without --address it asks the server that the configuration describes, by TLS if
+    that has TLS, and accepts only the configured certificate. If that server does not answer, what keeps it from starting is named.
 
     \b
     Examples:
@@ -203,28 +215,21 @@ def healthcheck(
 
     \b
     Exit status (stderr says why):
-      0  it is serving
-      1  it is not, or does not answer
+      0  healthy
+      1  not healthy, no answer, or the configuration cannot be read
     """
+    from touchline_server.healthcheck import check_at, check_own
+
     try:
         if address is None:
-            effective = read_cfg(config)
-            target = _address_of(effective.server)
-            channel = open_own_channel(effective, target)
+            finding = check_own(config, timeout_s=timeout_s)
         else:
-            target, channel = address, open_channel(address, ca=tls_ca, cert=tls_cert, key=tls_key, server_name=tls_server_name)
+            finding = check_at(address, timeout_s=timeout_s, ca=tls_ca, cert=tls_cert, key=tls_key, server_name=tls_server_name)
     except ConfigError as error:
         _fail(str(error), EXIT_FAILED)
-    with channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            _fail(f"{target}: {error.code().name}: {error.details()}", EXIT_FAILED)
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        _fail(f"{target}: {status}", EXIT_FAILED)
-    typer.echo(f"{target}: {status}", err=True)
+    if not finding.serving:
+        _fail(finding.text, EXIT_FAILED)
+    typer.echo(finding.text, err=True)
 
 
 DataDir = Annotated[
@@ -323,6 +328,8 @@ def main() -> None:
 
 def _override(config: Config, **options: str | int | None) -> Config:
     """Returns the configuration with the options that were given in place of its ``[server]`` keys."""
+    from touchline_server.config import Config
+
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if given.keys() & {"host", "port"}:
         given.setdefault("unix_socket", "")
@@ -332,8 +339,23 @@ def _override(config: Config, **options: str | int | None) -> Config:
 
 def _accept_eviction(config: Config) -> Config:
     """Returns the configuration with ``storage.accept_eviction``."""
+    from touchline_server.config import Config
+
     storage = {**config.storage.model_dump(), "accept_eviction": True}
     return Config(**{name: getattr(config, name) for name in Config.model_fields} | {"storage": storage})
+
+
+def _begin_log(config: Path | None, level: LogLevel | None) -> None:
+    """Sets up logging and logs the first line, before imports that take seconds on a busy machine.
+
+    Raises:
+        ConfigError: the configuration file cannot be read or is not TOML.
+    """
+    wanted = level or glance(config, "server.log_level")["server.log_level"]
+    # An unknown level is refused later, with the rest of the configuration.
+    known = LogLevel(wanted) if wanted in set(LogLevel) else LogLevel.INFO
+    logging.basicConfig(stream=sys.stderr, level=known.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logger.info("touchline-server %s is starting; %s", __version__, sources_of(config))
 
 
 def _data_dir(given: Path | None, config: Path | None) -> Path:
@@ -341,6 +363,8 @@ def _data_dir(given: Path | None, config: Path | None) -> Path:
     if given is not None:
         return given
     try:
+        from touchline_server.config import read_cfg
+
         configured = read_cfg(config).storage.data_dir
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
@@ -372,20 +396,6 @@ def _tell(damage: list[str], summary: str) -> None:
     for line in damage:
         typer.echo(line)
     typer.echo(summary)
-
-
-def _address_of(server: ServerConfig) -> str:
-    """Returns where a server of this configuration can be reached from its own machine.
-
-    Raises:
-        ConfigError: its port is not known beforehand.
-    """
-    if server.unix_socket:
-        return f"unix:{server.unix_socket}"
-    if server.port == 0:
-        raise ConfigError("server.port: 0, expected a port that is known beforehand; give --address")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(server.host, server.host)
-    return f"[{host}]:{server.port}" if ":" in host and not host.startswith("[") else f"{host}:{server.port}"
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tomllib
 from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError, model_validator
@@ -21,23 +18,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from touchline_server.config_source import ENV_DELIMITER, ENV_PREFIX, ConfigError, parse_toml, read_text, sources_of, variables_in_force
 from touchline_server.tables import AuthConfig, BufferConfig, SamplingConfig, ServerConfig, StorageConfig, Table, TlsConfig
 
-CONFIG_PATH_VARIABLE = "TOUCHLINE_CFG"
-"""Environment variable that names the configuration file."""
+__all__ = ["Config", "ConfigError", "read_cfg", "sources_of"]
 
-ENV_PREFIX = "TOUCHLINE_"
-"""``TOUCHLINE_<TABLE>__<KEY>`` overrides one key."""
-
-_ENV_DELIMITER = "__"
 _CLIENTS_VARIABLES = ("TOUCHLINE_TLS_CERT", "TOUCHLINE_TLS_KEY")
 """Look like keys, and are what a client goes by."""
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the key, where it stands, what was found and expected."""
 
 
 class Config(Table):
@@ -102,6 +91,16 @@ class Config(Table):
             tables.append("\n".join([f"[{table}]", *lines]))
         return "\n\n".join(tables) + "\n"
 
+    def changed(self) -> str:
+        """Returns, for the log, the keys that differ from their defaults: ``config.horizon = 5, server.port = 0``."""
+        default = Config().model_dump()
+        return ", ".join(
+            f"{table}.{key} = {_toml_value(value)}"
+            for table, keys in self.model_dump().items()
+            for key, value in keys.items()
+            if value != default[table][key]
+        )
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         buffer, server = self.config, self.server
@@ -145,7 +144,7 @@ def read_cfg(path: str | os.PathLike[str] | None = None) -> Config:
         ConfigError: the file is missing or no TOML; or it, or a variable ``TOUCHLINE_<TABLE>__<KEY>``, has an unknown
             key or a bad value.
     """
-    name, text = _read_text(path)
+    name, text = read_text(path)
     tables = _parse_tables(name, text)
     variables = _overrides()
     sources = {(table, key): f"in {name}" for table, keys in tables.items() for key in keys}
@@ -155,17 +154,6 @@ def read_cfg(path: str | os.PathLike[str] | None = None) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain_all(error, sources)) from None
     return Config(**{name: getattr(merged, name) for name in Config.model_fields})
-
-
-def sources_of(path: str | os.PathLike[str] | None = None) -> str:
-    """Returns, for messages, where the configuration that :func:`read_cfg` returns comes from: the file, and the variables in force.
-
-    Raises:
-        ConfigError: as :func:`read_cfg`.
-    """
-    name, _ = _read_text(path)
-    variables = ", ".join(f"{variable}={os.environ[variable]}" for variable in sorted(_overrides().values()))
-    return f"configuration file: {name}; environment variables in force: {variables or 'none'}"
 
 
 class _KeyVariables(EnvSettingsSource):
@@ -178,7 +166,7 @@ class _KeyVariables(EnvSettingsSource):
 class _Sources(BaseSettings):
     """Merges the file (the arguments) with the environment, which wins."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter=_ENV_DELIMITER, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, extra="forbid")
 
     config: BufferConfig = BufferConfig()
     storage: StorageConfig = StorageConfig()
@@ -199,33 +187,9 @@ class _Sources(BaseSettings):
         return _KeyVariables(settings_cls), init_settings
 
 
-def _read_text(path: str | os.PathLike[str] | None) -> tuple[str, str]:
-    """Returns the name and the text of the configuration file to use."""
-    variable = os.environ.get(CONFIG_PATH_VARIABLE)
-    if path is not None:
-        file, named_by = Path(path), ""
-    elif variable:
-        file, named_by = Path(variable), f" (named by the environment variable {CONFIG_PATH_VARIABLE})"
-    elif (default := Path("cfg/default.toml")).is_file():
-        file, named_by = default, ""
-    else:
-        packaged = resources.files("touchline_server") / "default.toml"
-        return "the packaged default.toml", packaged.read_text(encoding="utf-8")
-    try:
-        return str(file), file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"configuration file {file}{named_by}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"configuration file {file}{named_by}: not UTF-8 text, byte {error.start}") from None
-
-
 def _parse_tables(name: str, text: str) -> dict[str, Any]:
     """Returns the tables of a TOML text; their keys and values are not checked yet."""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error).replace("at end of document", f"at line {text.count(chr(10)) + 1}, the end of the file")
-        raise ConfigError(f"configuration file {name}: not valid TOML: {message}") from None
+    tables = parse_toml(name, text)
     for table, keys in tables.items():
         if table not in Config.model_fields:
             raise ConfigError(f"{table} (in {name}): unknown table, expected one of {', '.join(Config.model_fields)}")
@@ -240,18 +204,14 @@ def _overrides() -> dict[tuple[str, str], str]:
     Raises:
         ConfigError: a variable of this form names no table.
     """
-    found = {}
     for variable in os.environ:
-        table, delimiter, key = variable.removeprefix(ENV_PREFIX).lower().partition(_ENV_DELIMITER)
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        if not delimiter:
+        if variable.startswith(ENV_PREFIX) and ENV_DELIMITER not in variable.removeprefix(ENV_PREFIX):
             _warn_of_one_underscore(variable)
-            continue
+    found = variables_in_force()
+    for (table, _), variable in found.items():
         if table not in Config.model_fields:
             known = ", ".join(Config.model_fields)
             raise ConfigError(f"environment variable {variable}: unknown table {table!r}, expected one of {known}")
-        found[table, key.partition(_ENV_DELIMITER)[0]] = variable
     return found
 
 
@@ -259,7 +219,7 @@ def _warn_of_one_underscore(variable: str) -> None:
     """A warning and no error: an orchestrator may set variables of such names by itself, for a service that is called like this one."""
     table, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("_")
     if table in Config.model_fields and key in _keys_of(table) and variable not in _CLIENTS_VARIABLES:
-        meant = f"{ENV_PREFIX}{table}{_ENV_DELIMITER}{key}".upper()
+        meant = f"{ENV_PREFIX}{table}{ENV_DELIMITER}{key}".upper()
         logger.warning("environment variable %s has no effect: %s, with two underscores, overrides %s.%s", variable, meant, table, key)
 
 

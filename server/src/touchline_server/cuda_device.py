@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from touchline_server.config import ConfigError
+from touchline_server.config_source import ConfigError
 
 
 def is_available() -> bool:

@@ -97,6 +97,8 @@ class ServerConfig(Table):
     """TCP port; 0 takes a free one."""
     unix_socket: str = ""
     """Path of a Unix socket to listen on instead of host and port; empty: none."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much the server's process logs, on stderr."""
     max_message_bytes: Annotated[_Int, Field(ge=1024, le=_INT32_MAX)] = 67_108_864
     """Largest message, either way; what is larger travels in chunks."""
     max_request_bytes: Annotated[_Int, Field(ge=2_097_152, le=_INT32_MAX)] = 2_097_152
@@ -137,14 +139,14 @@ class ServerConfig(Table):
 
 
 class TlsConfig(Table):
-    """Table ``[tls]``: what the server proves itself with. Paths of PEM files, read at the server's start."""
+    """Table ``[tls]``: the server's certificate. Paths of PEM files, read when the server starts."""
 
     cert: str = ""
-    """Its certificate, followed by those between it and the root; empty: no TLS."""
+    """Server certificate, followed by the intermediate ones; empty: no TLS."""
     key: str = ""
     """The certificate's private key."""
     client_ca: str = ""
-    """Certificates of those who vouch for clients; each client must show one of theirs. Empty: clients show none."""
+    """CA bundle for client certificates; if set, clients must authenticate with one (mutual TLS). Empty: clients need none."""
 
 
 class AuthConfig(Table):

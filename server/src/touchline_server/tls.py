@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from touchline_server.config import Config, ConfigError
-from touchline_server.tables import TlsConfig
+from touchline_server.config_source import ConfigError, why_unreadable
 
 if TYPE_CHECKING:
     from cryptography import x509
+
+    from touchline_server.tables import TlsConfig
 
 # A proxy of the environment is for the world outside, not for one's own server.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
@@ -37,20 +38,19 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([(key, chain)], root_certificates=clients, require_client_auth=clients is not None)
 
 
-def open_own_channel(config: Config, address: str) -> grpc.Channel:
-    """Returns a channel to the server of this configuration, from its own machine.
+def open_own_channel(address: str, *, cert: str, key: str, client_ca: str) -> grpc.Channel:
+    """Returns a channel to the server with these ``[tls]`` settings, from its own machine.
 
-    It trusts the server's certificate alone, whoever vouches for it. Where the server wants client certificates it is shown its own.
+    It trusts only the server's own certificate, whoever signed it. A server that asks for client certificates is shown its own.
 
     Raises:
         ConfigError: as :func:`server_credentials`.
     """
-    tls = config.tls
-    if not tls.cert:
+    if not cert:
         return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-    chain = _read("tls.cert", tls.cert)
-    certificate, *_ = _certificates("tls.cert", tls.cert, chain)
-    pair = (_read("tls.key", tls.key), chain) if tls.client_ca else (None, None)
+    chain = _read("tls.cert", cert)
+    certificate, *_ = _certificates("tls.cert", cert, chain)
+    pair = (_read("tls.key", key), chain) if client_ca else (None, None)
     options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", _name_of(certificate)))
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(chain, *pair), options=options)
 
@@ -74,7 +74,7 @@ def _read(option: str, path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"{option}: {path}: {error.strerror or error}") from None
+        raise ConfigError(f"{option}: {path}: {why_unreadable(error)}") from None
 
 
 def _certificates(option: str, path: str, data: bytes) -> Sequence[x509.Certificate]:

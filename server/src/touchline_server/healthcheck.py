@@ -1,0 +1,150 @@
+"""Asks a server whether it is healthy, at the cost of a gRPC client: without torch, numpy, pydantic, protobuf's runtime or typer.
+
+A container does so every few seconds, also while the machine is busy with something else: ``python -m touchline_server.healthcheck`` asks
+this machine's own server and takes no options. ``touchline-server healthcheck`` has them, and takes twice the CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+
+from touchline_server.config_source import ConfigError, glance
+from touchline_server.tls import open_channel, open_own_channel
+
+ADDING = "touchline.v1.Replay/AddEpisode"
+"""Name by which the health service answers for adding: not serving while the disk is full or has failed, though sampling goes on."""
+
+DETAIL_KEY = "touchline-health-detail"
+"""Trailing metadata of an answer: why the server is not serving."""
+
+TIMEOUT_S = 5.0
+"""Longest wait for an answer, unless told otherwise."""
+
+CONTAINER_TIMEOUT_S = 20.0
+"""The same for a container's check: on a machine that is overloaded, a server that answers late is still healthy."""
+
+# HealthCheckResponse is one enum in field 1 (grpc/health/v1/health.proto); zero is not written.
+_STATUS = {b"": "UNKNOWN", b"\x08\x01": "SERVING", b"\x08\x02": "NOT_SERVING", b"\x08\x03": "SERVICE_UNKNOWN"}
+
+
+class Finding(NamedTuple):
+    """What a health check found."""
+
+    serving: bool
+    text: str
+    """Who was asked, and what it says or why it does not answer."""
+
+
+def check_own(config: str | Path | None = None, *, timeout_s: float = TIMEOUT_S) -> Finding:
+    """Asks the server that the configuration describes, from its own machine. What keeps it from starting is named, if it can be told.
+
+    Args:
+        config: the configuration file; None: the one that the server takes.
+        timeout_s: longest wait for an answer.
+
+    Raises:
+        ConfigError: the configuration does not say where the server is, or its certificate cannot be read.
+    """
+    keys = ("server.host", "server.port", "server.unix_socket", "tls.cert", "tls.key", "tls.client_ca")
+    # Not checked yet: what is wrong with them is said once the server was found not to be there.
+    host, port, unix_socket, cert, key, client_ca = (str(value) for value in glance(config, *keys).values())
+    target = own_address(host, port, unix_socket)
+    try:
+        channel = open_own_channel(target, cert=cert, key=key, client_ca=client_ca)
+    except ConfigError as error:
+        return Finding(False, f"{target}: {error}")
+    finding = ask(channel, target, timeout_s=timeout_s)
+    return finding if finding.serving else finding._replace(text=finding.text + _why_it_cannot_start(config))
+
+
+def check_at(
+    address: str,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    ca: Path | None = None,
+    cert: Path | None = None,
+    key: Path | None = None,
+    server_name: str | None = None,
+) -> Finding:
+    """Asks any server. Arguments as :func:`~touchline_server.tls.open_channel`, and the longest wait for an answer.
+
+    Raises:
+        ConfigError: as :func:`~touchline_server.tls.open_channel`.
+    """
+    return ask(open_channel(address, ca=ca, cert=cert, key=key, server_name=server_name), address, timeout_s=timeout_s)
+
+
+def ask(channel: grpc.Channel, target: str, *, timeout_s: float) -> Finding:
+    """Asks by the standard ``grpc.health.v1``, and closes the channel. A server that knows nothing of adding is asked about itself."""
+    with channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", request_serializer=None, response_deserializer=None)
+        try:
+            try:
+                answer, call = check.with_call(_request(ADDING), timeout=timeout_s)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+                answer, call = check.with_call(_request(""), timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return Finding(False, f"{target}: no answer within {timeout_s:g} s; it is overloaded or hangs")
+            return Finding(False, f"{target}: {error.code().name}: {error.details()}")
+    status = _STATUS.get(answer[:2], "UNKNOWN")
+    detail = _detail(call)
+    return Finding(status == "SERVING", f"{target}: {status}" + (f": {detail}" if detail else ""))
+
+
+def main() -> int:
+    """Runs a container's check: prints what it found, and returns the exit status, 0 if the server is healthy."""
+    try:
+        finding = check_own(timeout_s=CONTAINER_TIMEOUT_S)
+    except ConfigError as error:
+        finding = Finding(False, str(error))
+    print(finding.text)
+    return 0 if finding.serving else 1
+
+
+def _request(service: str) -> bytes:
+    name = service.encode()
+    return b"\x0a%c%s" % (len(name), name) if name else b""  # HealthCheckRequest: one string in field 1
+
+
+def _detail(call: Any) -> str:
+    return next((str(value) for key, value in call.trailing_metadata() or () if key == DETAIL_KEY), "")
+
+
+def own_address(host: str, port: str, unix_socket: str) -> str:
+    """Returns where a server of this configuration can be reached from its own machine.
+
+    Raises:
+        ConfigError: its port is not known beforehand.
+    """
+    if unix_socket:
+        return f"unix:{unix_socket}"
+    if port.strip() == "0":
+        raise ConfigError("server.port: 0, expected a port that is known beforehand; give --address")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _why_it_cannot_start(config: str | Path | None) -> str:
+    """Returns what is wrong with the configuration or with the files that it names, for the end of a message; empty if nothing is."""
+    from touchline_server.access import check_exposure, read_access
+    from touchline_server.config import read_cfg
+    from touchline_server.tls import server_credentials
+
+    try:
+        effective = read_cfg(config)
+        server_credentials(effective.tls)
+        check_exposure(effective, read_access(effective))
+    except ConfigError as error:
+        return f"\na server cannot start with this configuration: {error}"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
