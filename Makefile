@@ -24,7 +24,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults test-quiet soak lint types serve demo bench bench-peers bench-gpu stubs clean
+.PHONY: help install test test-faults test-quiet test-compose soak lint types serve demo bench bench-peers bench-gpu stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-quiet: $(INSTALLED) ## leaves connections of every kind quiet for QUIET_MIN
 # Coverage-guided fuzzing; not everywhere to be had, so the tests that need it are skipped, with this reason, where it is not.
 $(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)
 	-$(BIN)/pip install -r tests/faults/requirements.txt && touch $@
+
+test-compose: $(INSTALLED) ## builds and runs docker compose on a real engine: restarts, kills, nothing lost; skips without one
+	COMPOSE_TEST=1 $(BIN)/python -m pytest tests/compose -s
 
 soak: $(INSTALLED) ## mixed load for SOAK_MINUTES, with a line a minute: fails if the server's memory grows
 	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES) $(SOAK)

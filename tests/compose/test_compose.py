@@ -1,0 +1,300 @@
+"""``docker compose up`` as it stands, on a real engine: healthy in time, restarted and killed under load, nothing lost.
+
+``make test-compose`` runs it.
+
+The images are built, so pip's variables (PIP_INDEX_URL, PIP_FIND_LINKS, TORCH, ...) are those of the shell, as docs/containers.md says. The
+project has a name, a port, a tag and volumes of its own, and removes them; the images stay, for the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from certificates import Authority
+from touchline import ReplayClient, UnavailableError
+
+ROOT = Path(__file__).parents[2]
+TAG = "compose-test"
+PROJECT = "touchline-compose-test"
+
+BUILD_S = 3600
+UP_S = 60
+"""Bound for a server without episodes to become healthy, on a loaded machine; 6 s is usual."""
+AGAIN_S = 120
+"""Bound for it to be healthy again after a restart or a crash under load."""
+
+ADDED_ROWS = 20
+"""Of each episode that the test adds beside the actors'."""
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("COMPOSE_TEST") != "1", reason="`make test-compose` runs it: it builds images"),
+    pytest.mark.timeout(BUILD_S),
+]
+
+
+def reason_for_no_engine() -> str:
+    """Returns why there is nothing to run this on; empty if there is."""
+    if shutil.which("docker") is None:
+        return "no docker command"
+    for command in (["docker", "version"], ["docker", "compose", "version"]):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if result.returncode:
+            return f"`{' '.join(command)}`: {result.stderr.strip().splitlines()[-1] if result.stderr.strip() else result.returncode}"
+    return ""
+
+
+def docker(*arguments: str, timeout_s: float = 300, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        ["docker", *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    if check and result.returncode:
+        pytest.fail(f"docker {' '.join(arguments)} exited with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
+    return result
+
+
+class Project:
+    """The services of docker-compose.yml, with two actors."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+
+    def compose(self, *arguments: str, timeout_s: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
+        # Room for everything that is played: what is evicted could not be told from what was lost.
+        return docker(
+            *("compose", "--project-name", PROJECT, *arguments),
+            timeout_s=timeout_s,
+            check=check,
+            TOUCHLINE_TAG=TAG,
+            TOUCHLINE_PORT=str(self.port),
+            TOUCHLINE_CONFIG__BUFFER_SIZE="2000000",
+        )
+
+    def containers(self, service: str) -> list[str]:
+        return self.compose("ps", "--all", "--quiet", service).stdout.split()
+
+    def state(self, container: str) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(docker("inspect", "--format", "{{json .State}}", container).stdout)
+        return state
+
+    def wait_healthy(self, bound_s: float, since: float) -> float:
+        """Returns the seconds from ``since``, of the monotonic clock, until the server was seen healthy."""
+        (replay,) = self.containers("replay")
+        while True:
+            state = self.state(replay)
+            if state["Status"] == "running" and state["Health"]["Status"] == "healthy":
+                return time.monotonic() - since
+            if time.monotonic() - since > bound_s:
+                logs = self.compose("logs", "--tail", "30", "replay").stdout
+                pytest.fail(f"not healthy within {bound_s} s: {json.dumps(state['Health'])}\n{logs}")
+            time.sleep(0.5)
+
+    def kill_server(self) -> None:
+        """Sends SIGKILL to the server's own process, as the kernel does when memory runs out; Docker's part is to start it again."""
+        program = (
+            "import os, signal\n"
+            "found = [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and int(pid) > 1"
+            " and b'touchline-server\\0serve' in open(f'/proc/{pid}/cmdline', 'rb').read()]\n"
+            "assert len(found) == 1, found\n"
+            "os.kill(found[0], signal.SIGKILL)"
+        )
+        self.compose("exec", "-T", "replay", "python", "-c", program)
+
+
+@pytest.fixture(scope="module")
+def project() -> Iterator[Project]:
+    reason = reason_for_no_engine()
+    if reason:
+        pytest.skip(f"no Docker engine to be had: {reason}")
+    project = Project()
+    project.compose("down", "--volumes", "--remove-orphans")
+    project.compose("build", timeout_s=BUILD_S)
+    try:
+        yield project
+    finally:
+        project.compose("down", "--volumes", "--remove-orphans", check=False)
+
+
+class Adder(threading.Thread):
+    """Adds copies of one episode, each marked by its number, for as long as it is not stopped; adds again what may not have been stored."""
+
+    def __init__(self, address: str, columns: dict[str, np.ndarray]) -> None:
+        super().__init__(name="adder")
+        self._address, self._columns = address, columns
+        self.acknowledged: list[int] = []
+        self.unknown: list[int] = []
+        """Given up after the client's own deadline: each may be stored or not."""
+        self.error: BaseException | None = None
+        self._stopped = threading.Event()
+
+    def episode(self, number: int) -> dict[str, np.ndarray]:
+        return self._columns | {"reward": np.full_like(self._columns["reward"], number)}
+
+    def run(self) -> None:
+        number = 0
+        try:
+            with ReplayClient(self._address, actor="adder") as client:
+                while not self._stopped.is_set():
+                    number += 1
+                    try:
+                        client.add(self.episode(number))
+                        self.acknowledged.append(number)
+                    except UnavailableError:
+                        self.unknown.append(number)
+                    self._stopped.wait(0.01)  # some 80 a second: load, and less than the buffer holds
+        except BaseException as error:
+            self.error = error
+
+    def wait_for(self, more: int, bound_s: float = AGAIN_S) -> None:
+        """Waits until so many more were acknowledged."""
+        wanted, ends = len(self.acknowledged) + more, time.monotonic() + bound_s
+        while len(self.acknowledged) < wanted:
+            assert self.error is None, self.error
+            assert time.monotonic() < ends, f"{len(self.acknowledged)} of {wanted} acknowledged within {bound_s} s"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+        assert self.error is None, self.error
+
+
+def test_compose_up_is_healthy_in_time_and_loses_nothing_by_restart_kill_and_stop(
+    project: Project, record_property: Callable[[str, object], None]
+) -> None:
+    def note(name: str, value: object) -> None:
+        record_property(name, value)
+        print(f"  {name}: {value}")
+
+    print()
+    began = time.monotonic()
+    project.compose("up", "--detach", "--scale", "actor=2", timeout_s=UP_S + 120)
+    note("healthy after `up`, s", round(project.wait_healthy(UP_S, began), 1))
+    with ReplayClient(project.address) as client:
+        client.wait_until_ready(timeout_s=120)
+        played = next(iter(client.episodes(newest=1))).columns
+    adder = Adder(project.address, {name: column[:ADDED_ROWS] for name, column in played.items()})
+    adder.start()
+    adder.wait_for(50)
+
+    for number in (1, 2):
+        began = time.monotonic()
+        project.compose("restart", "replay")
+        note(f"healthy after restart {number} under load, s", round(project.wait_healthy(AGAIN_S, began), 1))
+        adder.wait_for(50)
+    for number in (1, 2, 3):
+        (replay,) = project.containers("replay")
+        started = project.state(replay)["StartedAt"]
+        began = time.monotonic()
+        project.kill_server()
+        while project.state(replay)["StartedAt"] == started:
+            assert time.monotonic() - began < AGAIN_S, "Docker did not start it again"
+            time.sleep(0.2)
+        note(f"healthy after kill -9 {number} under load, s", round(project.wait_healthy(AGAIN_S, began), 1))
+        adder.wait_for(50)
+    adder.stop()
+
+    actors = project.containers("actor")
+    project.compose("stop", "actor", "learner")
+    totals = [json.loads(docker("logs", actor).stdout.splitlines()[-1]) for actor in actors]
+    with ReplayClient(project.address) as client:
+        before = client.counts()
+        check_stored(client, adder, totals)
+    note("acknowledged to actors", [one["episodes_acknowledged"] for one in totals])
+    note("acknowledged to the adder, of unknown outcome", (len(adder.acknowledged), len(adder.unknown)))
+    note("learner's batches", learner_steps(project))
+    assert [project.state(container)["ExitCode"] for container in [*actors, *project.containers("learner")]] == [0, 0, 0]
+
+    (replay,) = project.containers("replay")
+    began = time.monotonic()
+    project.compose("stop", "replay")
+    note("orderly stop, s", round(time.monotonic() - began, 1))
+    assert project.state(replay)["ExitCode"] == 0
+
+    project.compose("down")  # the volume stays
+    began = time.monotonic()
+    project.compose("up", "--detach", "replay")
+    note("healthy after `down` and `up`, s", round(project.wait_healthy(AGAIN_S, began), 1))
+    with ReplayClient(project.address) as client:
+        assert (client.counts().episodes_stored, client.counts().steps_stored) == (before.episodes_stored, before.steps_stored)
+        check_stored(client, adder, totals)
+    note("episodes, all of them stored once", before.episodes_stored)
+
+
+def check_stored(client: ReplayClient, adder: Adder, totals: list[dict[str, int]]) -> None:
+    """Asserts that what was acknowledged is stored, each once and as it was sent, and nothing else."""
+    counts = client.counts()
+    stored = [int(episode.columns["reward"].flat[0]) for episode in client.episodes(actor="adder", columns=["reward"])]
+    assert len(set(stored)) == len(stored)
+    assert set(adder.acknowledged) <= set(stored) <= {*adder.acknowledged, *adder.unknown}
+    played = sum(one["episodes_acknowledged"] for one in totals)
+    assert all(one["episodes_acknowledged"] == one["episodes_played"] for one in totals), totals
+    assert (counts.episodes_stored, counts.episodes_evicted, counts.episodes_refused) == (played + len(stored), 0, 0)
+    newest = next(iter(client.episodes(actor="adder", newest=1)))
+    expected = adder.episode(stored[-1])
+    assert {name: column.tobytes() for name, column in newest.columns.items()} == {n: c.tobytes() for n, c in expected.items()}
+
+
+def learner_steps(project: Project) -> int:
+    """Returns how many lines of progress the learner printed: it trained while all that happened."""
+    (learner,) = project.containers("learner")
+    lines = docker("logs", learner).stdout.splitlines()
+    assert len(lines) > 1, docker("logs", learner, check=False).stderr[-3000:]
+    return len(lines)
+
+
+def test_health_check_is_cheap_and_its_output_says_what_is_wrong(project: Project, tmp_path: Path) -> None:
+    """A key that user 10001 cannot read, the commonest of them."""
+    project.compose("up", "--detach", "replay")
+    project.wait_healthy(AGAIN_S, time.monotonic())
+    (replay,) = project.containers("replay")
+    log = project.state(replay)["Health"]["Log"]
+    assert [(check["ExitCode"], check["Output"].strip()) for check in log][-1] == (0, "127.0.0.1:50051: SERVING")
+
+    pair = Authority(tmp_path).issue("own", "replay", "localhost")
+    pair.key.chmod(0o600)
+    if pair.key.stat().st_uid == 10001:
+        pytest.skip("the files of this user are those of the container's")
+    tmp_path.chmod(0o755)
+    pair.cert.chmod(0o644)
+    mounts = [f"--volume={path}:/tls/{name}:ro" for path, name in ((pair.cert, "server.pem"), (pair.key, "server.key"))]
+    variables = ["--env=TOUCHLINE_TLS__CERT=/tls/server.pem", "--env=TOUCHLINE_TLS__KEY=/tls/server.key"]
+    expected = "tls.key: /tls/server.key: Permission denied; make it readable by user 10001, which this process runs as"
+
+    serve = docker("run", "--rm", *mounts, *variables, f"touchline-server:{TAG}", check=False)
+    check = docker(
+        *("run", "--rm", *mounts, *variables, "--entrypoint", "python", f"touchline-server:{TAG}", "-m", "touchline_server.healthcheck"),
+        check=False,
+    )
+
+    assert (serve.returncode, expected in serve.stderr) == (2, True), serve.stderr
+    assert (check.returncode, expected in check.stdout) == (1, True), check.stdout
+
+
+def test_client_image_has_the_touchline_command(project: Project) -> None:
+    arguments = re.findall(r"^ARG (PIP_\w+|PYTHON_IMAGE)", (ROOT / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    given = [f"--build-arg={name}" for name in dict.fromkeys(arguments) if name in os.environ]
+    image = f"touchline-client:{TAG}"
+    docker("build", "--target", "client", "--tag", image, *given, ".", timeout_s=BUILD_S)
+
+    shown = docker("run", "--rm", "--tmpfs", "/spool:uid=10001", image, "touchline", "spool", "show", "/spool", check=False)
+
+    assert "needs typer" not in shown.stderr
+    assert "spool" in docker("run", "--rm", image, "touchline", "spool", "--help").stdout
+    program = "import touchline, importlib.util; print(importlib.util.find_spec('torch'))"
+    assert docker("run", "--rm", image, "python", "-c", program).stdout == "None\n"
