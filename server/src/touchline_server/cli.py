@@ -267,30 +267,47 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
 
 
 @app.command()
-def recover(data_dir: DataDir = None, config: ConfigPath = None) -> None:
+def recover(
+    data_dir: DataDir = None,
+    config: ConfigPath = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Go on where something is lost. Without it, nothing is then changed.")
+    ] = False,
+) -> None:
     """Keeps what is whole of a damaged store.
 
-    It says what was not. What is whole goes into a fresh file, which takes the place of the old one; that stays beside it as
-    touchline.db.damaged. No server may be running on it.
+    Every episode whose own bytes are there is found, whatever else of the file is damaged, cut off or missing. What is whole goes into a
+    fresh file, which takes the place of the old one; that stays beside it, as it is, as touchline.db.damaged. No server may be running on
+    it, and the disk must have room for both.
 
     \b
     Examples:
       touchline-server recover --data-dir /data
+      touchline-server recover --data-dir /data --accept-loss
 
     \b
     Exit status:
-      0  a server can start on it again
-      1  nothing could be recovered; nothing was changed
+      0  a server can start on it again: with everything, or with what is left where --accept-loss was given
+      1  something is lost (stdout says what) and --accept-loss was not given, or nothing is left; nothing was changed
     """
-    from touchline_server import upkeep
+    from touchline_server import recovery
 
     folder = _data_dir(data_dir, config)
     try:
         with _progress("recovering", str(folder)) as progress:
-            findings = upkeep.recover(folder, progress)
+            found = recovery.recover(folder, progress, accept_loss=accept_loss)
     except ReplayError as error:
         _fail(str(error), EXIT_FAILED)
-    _tell(findings.damage, f"{findings.episodes} episodes, {findings.steps} steps were recovered; the old file is kept beside the new one")
+    what = f"{found.episodes} episodes, {found.steps} steps"
+    if found.replaced:
+        _tell(found.lost, f"{what} were recovered; the old file is kept beside the new one")
+        return
+    _tell(found.lost, f"{what} can be kept")
+    _fail(
+        f"what is named above is lost, and nothing was changed; put a copy of {folder} back, or accept the loss: "
+        f"`touchline-server recover --accept-loss --data-dir {folder}`",
+        EXIT_FAILED,
+    )
 
 
 @app.command()

@@ -20,6 +20,8 @@ from touchline_server.records import Change, EpisodeRow, Payload, schema_of, sch
 from touchline_server.schema import Schema
 
 FILE_NAME = "touchline.db"
+OLDEST_KEY = "oldest_id"
+"""In ``meta``: no episode with a lower id is stored."""
 CHECKPOINT_PAGES = 4096
 """Length of the write-ahead log, 32 MiB, from which on a commit moves it into the main file."""
 
@@ -62,18 +64,24 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 class Database:
     """The file of one data_dir, for whoever holds the store's write lock.
 
+    Args:
+        path: of the file.
+        read_only: leaves the file and its log as they are, also when it is closed.
+
     Raises:
         StoreMismatchError: it is no store of ours, or of a newer format.
         DamagedStoreError: SQLite cannot make sense of it.
         StorageFailedError: it cannot be opened or made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self._synchronous = ""
         try:
-            self._connection = connect(path)
-            self._prepare()
+            self._connection = connect(path, read_only=read_only)
+            self._check_format()
+            if not read_only:
+                self._prepare()
         except sqlite3.Error as error:
             raise translate(error, path) from error
         self.ledger = LedgerTables(self._connection, path, advice(path))
@@ -170,13 +178,14 @@ class Database:
         """
 
         def write() -> None:
+            (newest,) = self._connection.execute("SELECT max(id) FROM episodes").fetchone()
             self._connection.execute("DELETE FROM payloads")
             self._connection.execute("DELETE FROM episodes")
             self._connection.execute("DELETE FROM meta WHERE name = 'schema'")
             for change in unwritten:
                 if change.row.key is not None:
                     self.ledger.remember(change.row.key, change.row.digest, change.row.id)
-            self._note(figures, {})
+            self._note(figures, {} if newest is None else {OLDEST_KEY: newest + 1})
 
         self._transact(write, sync=True)
 
@@ -211,19 +220,22 @@ class Database:
         """Moves the log into the main file and closes."""
         self._connection.close()
 
-    def _prepare(self) -> None:
+    def _check_format(self) -> None:
         try:
-            TABLES.prepare(self._connection)
+            TABLES.check(self._connection)
         except FormatError as error:
             if error.version is None:
                 raise StoreMismatchError(
-                    f"{self.path}: not a store of touchline-server's, or its first page is damaged; put a copy back or choose another "
-                    "storage.data_dir"
+                    f"{self.path}: not a store of touchline-server's, or its first page is damaged; if it was one, `touchline-server "
+                    f"recover --data-dir {self.path.parent}` keeps what is whole; or choose another storage.data_dir"
                 ) from None
             raise StoreMismatchError(
                 f"{self.path}: written in format {error.version}, this touchline-server reads format {TABLES.version}; install one that "
                 "reads it or choose another storage.data_dir"
             ) from None
+
+    def _prepare(self) -> None:
+        TABLES.prepare(self._connection)
         for statement in ("journal_mode = WAL", f"wal_autocheckpoint = {CHECKPOINT_PAGES}", "journal_size_limit = 67108864"):
             self._connection.execute(f"PRAGMA {statement}")
 
@@ -251,6 +263,10 @@ class Database:
 
     def _note(self, figures: Mapping[str, int], meta: Mapping[str, object]) -> None:
         self.set_counts(figures)
+        (oldest,) = self._connection.execute("SELECT min(id) FROM episodes").fetchone()
+        if oldest is not None:
+            # What is deleted may be found in the file's free pages by whoever recovers.
+            meta = {OLDEST_KEY: oldest, **meta}
         self.set_meta({"commits": self.commits + 1, **meta})
 
     def _forget(self, episode_ids: Iterable[int]) -> None:

@@ -1,9 +1,9 @@
-"""What a person does with a durable store: check it, recover what is whole, take a consistent copy."""
+"""What a person does with a durable store: check it, take a consistent copy. :mod:`touchline_server.recovery` mends one."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,17 +11,16 @@ import numpy as np
 
 from touchline_protos.files import sync
 from touchline_protos.tables import row_checksum
-from touchline_server.data_dir import MARK_NAME, DataDir, Mark, read_mark
+from touchline_server.data_dir import MARK_NAME, DataDir, read_mark
 from touchline_server.database import FILE_NAME, Database, connect, translate
-from touchline_server.durable import ID_BLOCK
-from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError
-from touchline_server.ledger import KeyLedger, sender_name
-from touchline_server.records import EpisodeRow, payloads_of, schema_text
+from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
+from touchline_server.ledger import KeyLedger
+from touchline_server.records import EpisodeRow
+from touchline_server.recovery import Progress, existing, whole_episodes
 from touchline_server.restoring import as_row, read_columns
 from touchline_server.schema import Schema
 from touchline_server.store import new_lineage
 
-Progress = Callable[[int, int], None]
 MAX_FINDINGS = 20
 """Lines of SQLite's own check that are told."""
 
@@ -41,12 +40,18 @@ def check(data_dir: Path, progress: Progress | None = None) -> Findings:
     """Verifies SQLite's structures, every episode's checksum, the ledger and the counts. Changes nothing; a server may be running.
 
     Raises:
-        StorageFailedError: there is no store, or it cannot be opened at all.
+        StorageFailedError: there is no store, or it cannot be read at all.
         StoreMismatchError: it is of another format, or none of ours.
+        DamagedStoreError: nothing of a store is left in it.
     """
-    path = _existing(data_dir)
+    path = existing(data_dir)
     findings = Findings()
-    database = Database(path)
+    try:
+        database = Database(path, read_only=True)
+    except (DamagedStoreError, StoreMismatchError) as error:
+        findings.episodes, findings.steps = whole_episodes(path)
+        findings.damage.append(f"SQLite cannot open it: {str(error).partition(';')[0]}")
+        return findings
     try:
         database.connection.execute("BEGIN")  # one moment's state, whatever a server adds meanwhile
         commits = _number(database, "commits")
@@ -63,43 +68,6 @@ def check(data_dir: Path, progress: Progress | None = None) -> Findings:
     return findings
 
 
-def recover(data_dir: Path, progress: Progress | None = None) -> Findings:
-    """Puts what is whole into a fresh database and keeps the old one beside it, its name ending in ``.damaged``.
-
-    Returns:
-        What is in the fresh one, and what was not whole.
-
-    Raises:
-        StoreInUseError: a server uses it.
-        StorageFailedError: there is no store, there is no room, or a recovery's leftovers are in the way.
-        DamagedStoreError: nothing of it can be read.
-    """
-    path = _existing(data_dir)
-    fresh_path = path.with_suffix(".recovered")
-    with DataDir(data_dir) as held:
-        kept = _free_name(path)
-        fresh_path.unlink(missing_ok=True)
-        findings = Findings()
-        old: Database | None = None
-        try:
-            old = Database(path)
-            _copy_whole(old, fresh_path, findings, held.mark(), progress)
-        except sqlite3.Error as error:
-            raise translate(error, path) from error
-        finally:
-            # Closing would move the log into the file that is kept as it was found; there is no other way to let go of it.
-            if old is not None:
-                old.close()
-        for suffix in ("", "-wal", "-shm"):
-            source = Path(f"{path}{suffix}")
-            if source.exists():
-                source.rename(f"{kept}{suffix}")
-        fresh_path.rename(path)
-        (data_dir / MARK_NAME).unlink(missing_ok=True)
-        sync(data_dir)
-    return findings
-
-
 def snapshot(data_dir: Path, target: Path) -> Path:
     """Copies one moment's state of a store, also while a server uses it: adding and sampling go on. The copy has a lineage of its own.
 
@@ -109,7 +77,7 @@ def snapshot(data_dir: Path, target: Path) -> Path:
     Raises:
         StorageFailedError: there is no store, no room for the copy, or one is there already.
     """
-    path = _existing(data_dir)
+    path = existing(data_dir)
     file = target / FILE_NAME
     unfinished = target / f"{FILE_NAME}.unfinished"
     try:
@@ -136,25 +104,6 @@ def snapshot(data_dir: Path, target: Path) -> Path:
     except OSError as error:
         raise StorageFailedError(f"{target}: {error.strerror}") from None
     return file
-
-
-def _existing(data_dir: Path) -> Path:
-    path = data_dir / FILE_NAME
-    try:
-        found = path.is_file()
-    except OSError as error:
-        raise StorageFailedError(f"{path}: {error.strerror}") from None
-    if not found:
-        raise StorageFailedError(f"{data_dir}: there is no {FILE_NAME}, expected the storage.data_dir of a touchline-server")
-    return path
-
-
-def _free_name(path: Path) -> Path:
-    for number in range(1, 1000):
-        name = Path(f"{path}.damaged" if number == 1 else f"{path}.damaged-{number}")
-        if not name.exists():
-            return name
-    raise StorageFailedError(f"{path}.damaged: there are too many of them; remove those that nobody needs")
 
 
 def _guarded(connection: sqlite3.Connection, query: str, findings: Findings, *arguments: object) -> Iterator[tuple[object, ...]]:
@@ -223,140 +172,6 @@ def _read_whole(
         findings.damage.append(f"episode {number}: {str(error).partition(';')[0]}")
         return None
     return row, columns
-
-
-def _copy_whole(old: Database, target: Path, findings: Findings, mark: Mark | None, progress: Progress | None) -> None:
-    fresh = Database(target)
-    try:
-        fresh.connection.execute("BEGIN IMMEDIATE")
-        schema = _schema(old, findings)
-        ledger = _whole_ledger(old, findings)
-        numbers = _episode_ids(old, findings)
-        newest = -1
-        for position, number in enumerate(numbers):
-            newest = max(newest, number)
-            whole = _read_whole(old, number, schema, findings)
-            if whole is not None:
-                row, columns = whole
-                schema = schema if schema is not None else Schema.of(columns)
-                fresh.insert_episode(row, payloads_of(columns, copy=False))
-                findings.episodes += 1
-                findings.steps += row.length
-                _remember(ledger, row)
-            if progress is not None:
-                progress(position + 1, len(numbers))
-        _write_ledger(fresh, ledger)
-        commits = _number(old, "commits")
-        if mark is not None and mark.commits > commits:
-            findings.damage.append(f"the last {mark.commits - commits} acknowledged transactions are missing")
-        fresh.set_counts(_recovered_figures(old, findings))
-        # Far enough that no id is given out again, whatever the lost ones were.
-        reserved = max(_number(old, "next_id"), newest + 1) + ID_BLOCK
-        meta: dict[str, object] = {"commits": 1, "next_id": reserved}
-        for name in ("row_convention", "lineage"):
-            value = _meta(old, name)
-            if value is not None:
-                meta[name] = value
-        if schema is not None:
-            meta["schema"] = schema_text(schema)
-        fresh.set_meta(meta)
-        fresh.connection.execute("COMMIT")
-    finally:
-        fresh.close()
-
-
-def _episode_ids(old: Database, findings: Findings) -> list[int]:
-    """Returns every episode's id that can be found from either end of either table."""
-    numbers: set[int] = set()
-    for source in ("SELECT id FROM episodes", "SELECT episode_id FROM payloads"):
-        for order in ("ASC", "DESC"):
-            name = source.split()[1]
-            numbers.update(int(str(row[0])) for row in _guarded(old.connection, f"{source} ORDER BY {name} {order}", findings))
-    return sorted(numbers)
-
-
-@dataclass
-class _Ledger:
-    """What is left of a ledger, and what its senders are called."""
-
-    keys: KeyLedger = field(default_factory=KeyLedger)
-    senders: dict[bytes, tuple[str, int]] = field(default_factory=dict)
-    """Client id and incarnation by name."""
-    last_episodes: dict[bytes, int] = field(default_factory=dict)
-    """The id of its newest episode by name."""
-
-
-def _whole_ledger(old: Database, findings: Findings) -> _Ledger:
-    ledger = _Ledger()
-    names: dict[object, bytes] = {}
-    lost = 0
-    for number, client_id, incarnation, below, last_episode, checksum in _guarded(
-        old.connection, "SELECT * FROM senders ORDER BY last_episode", findings
-    ):
-        if row_checksum(number, client_id, incarnation, below) == checksum:
-            name = ledger.keys.restore(client_id, incarnation, forgotten_below=below)  # type: ignore[arg-type]
-            names[number] = name
-            ledger.senders[name] = (client_id, incarnation)  # type: ignore[assignment]
-            ledger.last_episodes[name] = last_episode  # type: ignore[assignment]
-        else:
-            lost += 1
-    for sender, first, after, checksum in _guarded(old.connection, "SELECT * FROM runs ORDER BY sender, first", findings):
-        try:
-            if row_checksum(sender, first, after) != checksum:
-                raise ValueError
-            ledger.keys.restore_run(names[sender], first, after)  # type: ignore[arg-type]
-        except (KeyError, ValueError):
-            lost += 1
-    newest = -1
-    for episode_id, sender, sequence, digest, checksum in _guarded(old.connection, "SELECT * FROM keys ORDER BY episode_id", findings):
-        if sender in names and row_checksum(episode_id, sender, sequence, digest) == checksum and newest < episode_id:  # type: ignore[operator]
-            ledger.keys.restore_recent(names[sender], sequence, digest, episode_id)  # type: ignore[arg-type]
-            newest = episode_id  # type: ignore[assignment]
-        else:
-            lost += 1
-    if lost:
-        findings.damage.append(f"{lost} rows of the ledger: an episode that was evicted may be taken for new if it is sent again")
-    return ledger
-
-
-def _remember(ledger: _Ledger, row: EpisodeRow) -> None:
-    """Has the ledger know an episode that is stored, where its rows of it were lost."""
-    if row.key is None:
-        return
-    try:
-        if ledger.keys.find(row.key, row.digest) is None:
-            ledger.keys.remember(row.key, row.digest, row.id)
-    except ReplayError:
-        return  # known under this key, by another payload or beyond its gaps: it stays so
-    name = sender_name(row.key.client_id, row.key.incarnation)
-    ledger.senders[name] = (row.key.client_id, row.key.incarnation)
-    ledger.last_episodes[name] = max(row.id, ledger.last_episodes.get(name, 0))
-
-
-def _write_ledger(fresh: Database, ledger: _Ledger) -> None:
-    numbers: dict[bytes, int] = {}
-    for name, below, runs in ledger.keys.senders():
-        number = numbers[name] = len(numbers) + 1
-        fresh.ledger.insert_sender(number, *ledger.senders[name], forgotten_below=below, last_episode=ledger.last_episodes[name])
-        fresh.ledger.insert_runs(number, runs)
-    for name, sequence, digest, episode_id in ledger.keys.recent():
-        if name in numbers:
-            fresh.ledger.insert_key(episode_id, numbers[name], sequence, digest)
-
-
-def _recovered_figures(old: Database, findings: Findings) -> Mapping[str, int]:
-    try:
-        damage = old.damaged_values()
-        if damage:
-            raise ValueError("; ".join(damage))
-        figures = {name: int(value) for name, value in old.counts().items()}
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        findings.damage.append(f"the counts ({error}): they begin again with what is stored")
-        figures = {}
-    for name, stored in (("episodes", findings.episodes), ("steps", findings.steps)):
-        added = max(figures.get(f"{name}_added", 0), stored)
-        figures |= {f"{name}_added": added, f"{name}_evicted": added - stored, f"{name}_stored": stored}
-    return figures
 
 
 def _meta(database: Database, name: str) -> object:
