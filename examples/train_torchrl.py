@@ -15,12 +15,16 @@ import os
 import torch
 from tensordict.nn import TensorDictSequential
 from torch import nn
-from torchrl.collectors import Collector
 from torchrl.envs import GymEnv, StepCounter, TransformedEnv
 from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate
 
 from touchline.torchrl import RemoteReplayBuffer
+
+try:
+    from torchrl.collectors import Collector
+except ImportError:  # TorchRL before 0.11
+    from torchrl.collectors import SyncDataCollector as Collector
 
 FRAMES_PER_BATCH = 100
 RANDOM_FRAMES = 500

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from touchline import ReplayClient
 
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from touchline_server import Config, ReplayBuffer
+    from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
+    from touchline_server import NotReadyError as ServerNotReadyError
     from touchline_server.app import ServerThread
 
     HAS_SERVER = True
 else:
     try:
         from touchline_server import Config, ReplayBuffer
+        from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
+        from touchline_server import NotReadyError as ServerNotReadyError
         from touchline_server.app import ServerThread
 
         HAS_SERVER = True
@@ -37,6 +42,10 @@ else:
             raise
         HAS_SERVER = False
         ReplayBuffer = None
+        ServerInvalidEpisodeError = ServerNotReadyError = type("OfTheServerError", (Exception,), {})
+
+needs_server = pytest.mark.skipif(not HAS_SERVER, reason="the server is not installed here")
+"""Marks what uses the buffer in process."""
 
 
 class Host:

@@ -19,16 +19,15 @@ from torchrl.data import LazyTensorStorage
 from torchrl.data import ReplayBuffer as TorchRLReplayBuffer
 from torchrl.data.replay_buffers.samplers import SliceSampler
 
-from serving import Config, ReplayBuffer, ServerThread
+from serving import Config, ReplayBuffer, ServerInvalidEpisodeError, ServerNotReadyError, ServerThread, needs_server
 from touchline import ClosedError, InvalidArgumentError, InvalidEpisodeError, LoadError, ReplayClient
 from touchline.tdmpc2 import Buffer
-from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
-from touchline_server import NotReadyError as ServerNotReadyError
 
 HORIZON = 3
 BATCH = 32
 LENGTHS = [5, 9, 30, 14, 60, 4]
 SERVED, IN_PROCESS = "served", "in process"
+BACKENDS = [SERVED, pytest.param(IN_PROCESS, marks=needs_server)]
 
 
 def make_cfg(**changes: Any) -> SimpleNamespace:
@@ -52,7 +51,7 @@ def server() -> Iterator[ServerThread]:
         yield server
 
 
-@pytest.fixture(params=[SERVED, IN_PROCESS])
+@pytest.fixture(params=BACKENDS)
 def buffer(request: pytest.FixtureRequest, server: ServerThread) -> Iterator[Buffer]:
     served = request.param == SERVED
     with Buffer(make_cfg(replay_address=server.address)) if served else Buffer(make_cfg(), backend=server.buffer) as buffer:
@@ -326,11 +325,12 @@ def test_client_that_is_already_there_stays_open(server: ServerThread) -> None:
         assert client.num_eps == 1
 
 
-def test_server_of_the_other_row_convention_is_refused() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_server_of_the_other_row_convention_is_refused(backend: str) -> None:
     with ServerThread(server_config(row_convention="outgoing")) as server:
-        for buffer in (Buffer(make_cfg(replay_address=server.address)), Buffer(make_cfg(), backend=server.buffer)):
-            with buffer, pytest.raises(InvalidArgumentError, match=r"row_convention of the server: 'outgoing'"):
-                buffer.add(make_episode(0, 9))
+        buffer = Buffer(make_cfg(replay_address=server.address)) if backend == SERVED else Buffer(make_cfg(), backend=server.buffer)
+        with buffer, pytest.raises(InvalidArgumentError, match=r"row_convention of the server: 'outgoing'"):
+            buffer.add(make_episode(0, 9))
 
 
 def test_learner_alone_waits_for_the_first_episode(server: ServerThread) -> None:
@@ -346,6 +346,7 @@ def test_learner_alone_waits_for_the_first_episode(server: ServerThread) -> None
         _check_values(*buffer.sample()[:4])
 
 
+@needs_server
 def test_buffer_in_process_says_that_nothing_is_there() -> None:
     with (
         Buffer(make_cfg(), backend=ReplayBuffer(server_config())) as buffer,
