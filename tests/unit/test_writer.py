@@ -407,7 +407,7 @@ def test_writer_in_a_forked_child_starts_empty_and_works(client: ReplayClient, s
     writer = EpisodeWriter(client)
     _play(writer, range(5))
 
-    writer.after_fork_in_child()
+    writer._unsent.after_fork_in_child()
     _play(writer, range(2))
     writer.close(60)
 
@@ -423,6 +423,7 @@ from touchline import EpisodeWriter, ReplayClient, leaving
 def play(address, away):
     if not away:
         leaving.GRACE_S = 60.0  # however slow the machine
+    global writer  # not dropped, only forgotten
     writer = EpisodeWriter(ReplayClient(address, timeout_s=0.1 if away else 30.0, client_id="forgetful"))
     for _ in range(3):
         writer.append({"obs": np.zeros(2, np.float32), "action": np.zeros(1, np.float32), "reward": 0.0})

@@ -394,7 +394,7 @@ def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_roo
 
     with pytest.raises(SpoolError, match="no room"):
         writer.close(0.1)
-    loss = writer.describe_loss()
+    loss = writer._unsent.describe_loss()
     shelf.away.clear()
     writer.close(60)
     writer.close(60)
@@ -409,7 +409,7 @@ def test_spool_that_cannot_be_written_is_told_and_nothing_is_lost_once_it_can(
 ) -> None:
     shelf.away.set()
     writer = EpisodeWriter(client, spool_dir=tmp_path, max_steps=1 if ended_by == "cut" else None)
-    connection = writer._outbox._queue._connection  # type: ignore[attr-defined]
+    connection = writer._unsent.outbox._queue._connection  # type: ignore[attr-defined]
     connection.execute("PRAGMA query_only = ON")
     rows = [{"obs": np.float32(number), "action": np.float32(0), "reward": 0.0} for number in range(3)]
     writer.append(rows[0])

@@ -120,13 +120,13 @@ def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, pl
     bug.setattr(Spool, "take", take)
     writer = EpisodeWriter(client, **place)
     key = play(writer, 0)
-    wait_for = writer._outbox._changed.wait_for
+    wait_for = writer._unsent.outbox._changed.wait_for
 
     def wait_for_and_say_so(*arguments: Any) -> bool:
         waiting.set()
         return wait_for(*arguments)
 
-    bug.setattr(writer._outbox._changed, "wait_for", wait_for_and_say_so)
+    bug.setattr(writer._unsent.outbox._changed, "wait_for", wait_for_and_say_so)
     with pytest.raises(UnacknowledgedError) as caught:
         writer.flush()
 
@@ -146,7 +146,7 @@ def test_actor_that_is_held_up_when_the_thread_dies_is_let_go(
     bug.setattr(Spool, "take", take)
     writer = EpisodeWriter(client, max_pending=1, **place)
     key = play(writer, 0)
-    bug.setattr(writer._outbox._log, "held_up", lambda waiting: held_up.set())
+    bug.setattr(writer._unsent.outbox._log, "held_up", lambda waiting: held_up.set())
 
     with pytest.raises(UnacknowledgedError) as caught:
         play(writer, 10)
@@ -214,7 +214,7 @@ def test_append_that_cuts_an_episode_after_the_thread_died_adds_its_row_once(
     with pytest.raises(UnacknowledgedError):
         writer.append(row(13))  # the cut piece has to go first
 
-    assert len(writer._rows) == 1 and writer._due is not None and writer._due.columns["obs"].tolist() == [10, 11, 12]
+    assert len(writer._unsent.rows) == 1 and writer._unsent.due is not None and writer._unsent.due.columns["obs"].tolist() == [10, 11, 12]
 
 
 def test_thread_that_cannot_be_started_is_told(client: ReplayClient, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from touchline.calls import Calls, delay_before_retry
+from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import event_like, forget_in_child, keep_orphan
 from touchline.watchdog import Watchdog
@@ -35,7 +35,7 @@ class EpisodeStream:
     def __init__(self, source: EpisodeSource) -> None:
         self._source = source
         self._closed = False
-        weakref.finalize(self, source.close)
+        when_dropped(self, source.close)
 
     def __iter__(self) -> Iterator[StoredEpisode]:
         return self

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from touchline.calls import Calls, delay_before_retry
+from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, DeadlineError, NotReadyError, OverLimitError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import event_like, forget_in_child, keep_orphan
 from touchline.messages import ready_state_of
@@ -52,7 +53,8 @@ class BatchSource(Protocol):
 class BatchStream:
     """An endless iterator of batches; also a context manager that closes it.
 
-    One thread iterates, any thread may close. The batches are the caller's: nothing overwrites them, however long they are held.
+    One thread iterates, any thread may close; one that is dropped ends its session once it is collected. The batches are the caller's:
+    nothing overwrites them, however long they are held.
 
     A forked child begins a session of its own. Limit: where one thread forks while another is taking a batch in messages (not through a
     ring), gRPC itself may be caught half-way, and hang in the child: let the thread that iterates be the one that forks, or hold the
@@ -63,6 +65,7 @@ class BatchStream:
         self._source = source
         self._deliver = deliver
         self._closed = False
+        when_dropped(self, source.close)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -36,6 +36,7 @@ except ImportError as error:
     raise ImportError(f"touchline.torchrl needs torch and tensordict ({error}): pip install 'touchline[torchrl]'") from error
 
 from touchline.client import ReplayClient
+from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError
 from touchline.stream import BatchStream
 from touchline.trajectories import Trajectories, check_transitions, path_of
@@ -111,6 +112,7 @@ class RemoteReplayBuffer:
         self._incoming: bool | None = None
         self._stream: tuple[int, BatchStream] | None = None
         self._closed = False
+        when_dropped(self, _say_what_is_lost, self._trajectories)
 
     # Adding.
 
@@ -333,6 +335,14 @@ class RemoteReplayBuffer:
         last.view(-1, self._slice_len, *last.shape[1:])[:, -1] = True
         data[truncated_key] = last
         data[done_key] = data[done_key] | last
+
+
+def _say_what_is_lost(trajectories: Trajectories) -> None:
+    lost = trajectories.end_all()
+    if lost:
+        logger.warning(
+            "a RemoteReplayBuffer was dropped without being closed: %d unfinished trajectories are lost; flush() sends them", len(lost)
+        )
 
 
 def _by_path(data: TensorDict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

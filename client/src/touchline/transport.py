@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from touchline import forking
 from touchline.credentials import Credentials
+from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, ForkError, InvalidArgumentError
 
 _SERVICE = "/touchline.v1.Replay/"
@@ -37,6 +39,8 @@ def check_address(address: str) -> str:
 
 class Transport:
     """One channel and its methods as callables from bytes to bytes. Safe to use from many threads.
+
+    The channel is closed once nothing that makes calls refers to the transport any more: no client, stream or writer.
 
     Args:
         address: ``host:port`` or ``unix:/path``.
@@ -71,6 +75,7 @@ class Transport:
         self._lock = threading.Lock()
         self._channel: Any = None
         self._methods: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._dropped: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self._unusable = False
         forking.forget_in_child(self)
@@ -104,6 +109,7 @@ class Transport:
                 )
             if self._channel is None:
                 self._channel = self._credentials.open(self.address, self._options)
+                self._dropped = when_dropped(self, self._channel.close)
             made: Callable[..., Any] = getattr(self._channel, kind)(_SERVICE + name)
             self._methods[kind, name] = made
             return made
@@ -115,6 +121,7 @@ class Transport:
             channel, self._channel = self._channel, None
             self._methods = {}
         if channel is not None:
+            self._forget_dropping()
             channel.close()
 
     def after_fork_in_child(self) -> None:
@@ -122,6 +129,12 @@ class Transport:
         if self._channel is not None:
             forking.keep_orphan((self._channel, self._methods))
             self._unusable = not forking.SUPPORTED
+            self._forget_dropping()
         self._channel = None
         self._methods = {}
         self._lock = threading.Lock()
+
+    def _forget_dropping(self) -> None:
+        if self._dropped is not None:
+            self._dropped.detach()
+            self._dropped = None

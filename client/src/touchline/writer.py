@@ -7,18 +7,19 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from touchline import leaving
+from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError, SpoolError, UnacknowledgedError
-from touchline.forking import forget_in_child
 from touchline.messages import check_actor, check_dtype, check_policy_version, whole_number
-from touchline.outbox import Outbox
 from touchline.pending import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
-from touchline.rows import EpisodeRows, row_columns
+from touchline.rows import row_columns
 from touchline.types import WriterCounters
+from touchline.unsent import Unsent
 from touchline_protos.codec import Episode, EpisodeKey
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ class EpisodeWriter:
     writer on the folder sends them.
 
     The thread does not keep the process alive. A writer that was not closed at exit has two seconds to finish, and what is then not
-    acknowledged is logged: as an error where it is lost, as a warning where it waits in a spool. In a forked child a writer starts empty:
+    acknowledged is logged: as an error where it is lost, as a warning where it waits in a spool. One that is dropped without being closed
+    logs that and gives its unfinished episode up; those that ended are sent, or wait in the spool as after ``close``. In a
+    forked child a writer starts empty:
     what its parent collected is the parent's to send. A spool is the parent's, too: a writer that has one cannot be used in a child, which
     makes one of its own with another folder.
 
@@ -112,27 +115,18 @@ class EpisodeWriter:
         self._spool_limit_bytes = whole_number("spool_limit_bytes", spool_limit_bytes, least=1 << 20, most=(1 << 63) - 1)
         self._when_full: WhenFull = when_full
         self._dtype = client.dtype if dtype is None else check_dtype(dtype)
-        self._parents_spool: Path | None = None
         self._closing = False
-        self._start(self._open_spool(Path(spool_dir)) if spool_dir is not None else self._memory_queue())
-        forget_in_child(self)
-        leaving.watch(self)
-
-    def _start(self, queue: PendingEpisodes) -> None:
-        self._rows = EpisodeRows()
         self._rows_version = self._policy_version
-        self._cut = False
-        self._refused = ""
-        self._due: Episode | None = None
-        self._outbox = Outbox(self._client, queue, name=f"episode writer of actor {self._actor!r}", when_full=self._when_full)
+        memory_queue = partial(MemoryQueue, max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
+        queue = self._open_spool(Path(spool_dir)) if spool_dir is not None else memory_queue()
+        self._unsent = Unsent(client, queue, memory_queue, actor=self._actor, when_full=when_full)
+        leaving.watch(self._unsent)
+        when_dropped(self, self._unsent.end)
 
     def _open_spool(self, folder: Path) -> PendingEpisodes:
         from touchline.spool import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool
 
         return Spool(folder, limit_bytes=self._spool_limit_bytes, max_pending=self._max_pending, table=self._client.table)
-
-    def _memory_queue(self) -> PendingEpisodes:
-        return MemoryQueue(max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
 
     # What the actor calls.
 
@@ -148,7 +142,7 @@ class EpisodeWriter:
     @property
     def counters(self) -> WriterCounters:
         """What was done so far; all figures are of one moment."""
-        return self._outbox.counters
+        return self._unsent.outbox.counters
 
     def append(self, step: Mapping[str, Any]) -> None:
         """Adds one row; may block, while too many episodes wait, where it cuts the episode.
@@ -168,16 +162,16 @@ class EpisodeWriter:
         """
         self._check()
         self._hand_on()
-        if self._refused:
-            raise InvalidEpisodeError(f"the episode was refused before: {self._refused}; call end_episode() and begin another")
+        if self._unsent.refused:
+            raise InvalidEpisodeError(f"the episode was refused before: {self._unsent.refused}; call end_episode() and begin another")
         try:
-            row = row_columns(step, known=self._rows.names, dtype=self._dtype)
-            if not len(self._rows):
+            row = row_columns(step, known=self._unsent.rows.names, dtype=self._dtype)
+            if not len(self._unsent.rows):
                 self._rows_version = self._policy_version
-            self._rows.append(row)
+            self._unsent.rows.append(row)
         except InvalidEpisodeError as error:
             raise self._refuse(error) from None
-        if len(self._rows) == self._max_rows:
+        if len(self._unsent.rows) == self._max_rows:
             self._finish(overlap=True)
             try:
                 self._hand_on()
@@ -209,7 +203,7 @@ class EpisodeWriter:
             UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent, unless it says otherwise.
             ClosedError: closed before, and episodes wait in the spool.
         """
-        self._outbox.flush(timeout_s)
+        self._unsent.outbox.flush(timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Ends the unfinished episode and waits until everything is acknowledged. Closing again waits for what is left.
@@ -229,17 +223,17 @@ class EpisodeWriter:
         """
         if not self._closing:
             wait_s = math.inf if timeout_s is None else timeout_s
-            if timeout_s is None and self._outbox.durable:
+            if timeout_s is None and self._unsent.outbox.durable:
                 wait_s = self._client.timeout_s
             ends = time.monotonic() + wait_s
             self._end(ends=ends, force=True)
             self._closing = True
             timeout_s = None if timeout_s is None else max(0.0, ends - time.monotonic())
         try:
-            self._outbox.close(timeout_s)
+            self._unsent.outbox.close(timeout_s)
         finally:
-            if self._outbox.idle:
-                leaving.forget(self)
+            if self._unsent.outbox.idle:
+                leaving.forget(self._unsent)
 
     def __enter__(self) -> EpisodeWriter:
         return self
@@ -250,98 +244,66 @@ class EpisodeWriter:
         if kind is None:
             self.close()
             return
-        if len(self._rows):
-            self._discard("the body of its `with` failed")
+        if len(self._unsent.rows):
+            self._unsent.discard("the body of its `with` failed")
         try:
             self.close(self._client.timeout_s)
         except (UnacknowledgedError, SpoolError) as trouble:
             logger.error("episode writer of actor %r, closed because of %s: %s", self._actor, kind.__name__, trouble)
-
-    # At the process's exit and after a fork.
-
-    def describe_loss(self) -> str | None:
-        """Returns what would be lost if the process ended now; None for nothing."""
-        pending = 0 if self._outbox.durable else self._outbox.counters.pending
-        rows = len(self._rows) + (self._due.length if self._due is not None else 0)
-        if not pending and not rows:
-            return None
-        waiting = "" if self._outbox.durable else f"{pending} episodes not acknowledged, "
-        return f"episode writer of actor {self._actor!r} was not closed: {waiting}{rows} rows of an unfinished one"
-
-    def describe_rest(self) -> str | None:
-        """Returns what waits in the spool for the next start; None for nothing."""
-        pending = self._outbox.counters.pending
-        if not pending or not self._outbox.durable:
-            return None
-        return f"episode writer of actor {self._actor!r} was not closed: {pending} episodes wait in {self._outbox.place} for its next start"
-
-    def after_fork_in_child(self) -> None:
-        """Starts empty; a closed writer stays closed, and a spool stays the parent's."""
-        outbox = self._outbox
-        outbox.abandon()
-        if outbox.durable:
-            self._parents_spool = Path(outbox.place)
-        self._start(self._memory_queue())
 
     # Inside.
 
     def _check(self) -> None:
         if self._closing:
             raise ClosedError("the episode writer was closed")
-        if self._parents_spool is not None:
+        if self._unsent.parents_spool is not None:
             raise SpoolError(
-                f"spool_dir: {self._parents_spool} is the parent process's; in a forked child make a writer with a folder of its own"
+                f"spool_dir: {self._unsent.parents_spool} is the parent process's; in a forked child make a writer with a folder of its own"
             )
-        self._outbox.report()
+        self._unsent.outbox.report()
 
     def _end(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:
         key = self._hand_on(ends=ends, force=force)
-        cut = self._cut
-        self._cut = False
-        self._refused = ""
-        if len(self._rows) < 2:
-            if len(self._rows) and not cut:
-                self._discard("one row holds no transition")
-            self._rows.clear()
+        cut = self._unsent.cut
+        self._unsent.cut = False
+        self._unsent.refused = ""
+        if len(self._unsent.rows) < 2:
+            if len(self._unsent.rows) and not cut:
+                self._unsent.discard("one row holds no transition")
+            self._unsent.rows.clear()
             return key
         self._finish(overlap=False)
         return self._hand_on(ends=ends, force=force)
 
     def _refuse(self, error: InvalidEpisodeError) -> InvalidEpisodeError:
         """Ends the episode before a row that cannot be stored, and returns the error to raise."""
-        number = len(self._rows)
-        row = f"row {number} since the last cut" if self._cut else f"row {number}"
+        number = len(self._unsent.rows)
+        row = f"row {number} since the last cut" if self._unsent.cut else f"row {number}"
         hint = "; row 0 needs only obs: leave out what a reset does not have" if not number else ""
-        self._refused = f"{error} ({row}{hint})"
+        self._unsent.refused = f"{error} ({row}{hint})"
         if number > 1:
             self._finish(overlap=False)
-        elif number and not self._cut:
-            self._discard("one row holds no transition")
-        self._rows.clear()
-        self._cut = False
+        elif number and not self._unsent.cut:
+            self._unsent.discard("one row holds no transition")
+        self._unsent.rows.clear()
+        self._unsent.cut = False
         kept = f"the {number} rows before it are kept as an episode, " if number > 1 else ""
-        return InvalidEpisodeError(f"{self._refused}; {kept}further rows are refused until end_episode()")
+        return InvalidEpisodeError(f"{self._unsent.refused}; {kept}further rows are refused until end_episode()")
 
     def _finish(self, *, overlap: bool) -> None:
         """Makes an episode of the rows. The last one was handed on before."""
-        assert self._due is None
+        assert self._unsent.due is None
         key = self._client.next_key()
-        self._due = Episode(self._rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
-        self._cut = overlap
+        self._unsent.due = Episode(self._unsent.rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
+        self._unsent.cut = overlap
         self._rows_version = self._policy_version
 
     def _hand_on(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:
         """Gives the episode that ended to the outbox, if there is one; returns its key unless it was dropped."""
-        episode = self._due
+        episode = self._unsent.due
         if episode is None:
             return None
-        leaving.watch(self)
-        kept = self._outbox.put(episode, ends=ends, force=force)
-        self._due = None
+        leaving.watch(self._unsent)
+        kept = self._unsent.outbox.put(episode, ends=ends, force=force)
+        self._unsent.due = None
         return episode.key if kept else None
-
-    def _discard(self, why: str) -> None:
-        logger.warning("episode writer of actor %r discarded %d rows of an unfinished episode: %s", self._actor, len(self._rows), why)
-        self._rows.clear()
-        self._cut = False
-        self._outbox.count_discarded()
