@@ -9,6 +9,7 @@ import pytest
 from client_faults import ScriptedServer, failing
 from serving import Config, ServerThread
 from touchline import ReplayClient, UnacknowledgedError
+from touchline.recorders.line import Step
 from touchline.recorders.recording import Recording
 
 
@@ -16,8 +17,8 @@ def play(recording: Recording, lines: int = 3) -> None:
     """Two rows on each of some lines, whose episodes are not ended."""
     for number in range(lines):
         line = recording.line(np.float32, number)
-        line.begin([1.0])
-        line.add([2.0], np.zeros(1, np.float32), reward=0.5, terminated=False, truncated=False)
+        line.begin(lambda: [1.0])
+        line.add(lambda: Step([2.0], np.zeros(1, np.float32), 0.5, False), ended=False)
 
 
 def test_close_with_a_time_limit_ends_the_episodes_and_waits_for_all_lines() -> None:

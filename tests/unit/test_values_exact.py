@@ -23,6 +23,7 @@ from touchline.delivery import make_episode
 from touchline_protos.casting import ColumnError, cast, narrow
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.columns import flatten_columns, split_episodes, to_array
+from touchline_protos.dtypes import BFLOAT16
 from touchline_protos.rules import ENDS, check_ends
 
 KEY = EpisodeKey("me", 1, 0)
@@ -168,6 +169,14 @@ def test_cast_gives_the_same_numbers_or_is_refused(array: np.ndarray, dtype: np.
 def test_cast_that_loses_something_is_refused_with_the_value(value: Any, dtype: str) -> None:
     with pytest.raises(ColumnError, match=r"^reward: .*expected a value of \w+ of the space"):
         cast("reward", np.asarray(value), np.dtype(dtype), rounding=False, why="of the space")
+
+
+@given(hnp.arrays(np.uint16, 8), st.sampled_from(["f4", "f8"]))
+def test_cast_of_bfloat16_gives_its_values(bits: np.ndarray, dtype: str) -> None:
+    made = cast("c", bits.view(BFLOAT16), np.dtype(dtype), rounding=False, why="here")
+
+    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(torch.float64).numpy()
+    np.testing.assert_array_equal(made.astype(np.float64), expected)
 
 
 @given(hnp.arrays(np.float64, 5))

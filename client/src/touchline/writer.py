@@ -131,6 +131,11 @@ class EpisodeWriter:
     # What the actor calls.
 
     @property
+    def actor(self) -> str:
+        """Name of the actor."""
+        return self._actor
+
+    @property
     def policy_version(self) -> int:
         """Version of the policy that acts. A new value counts from the next episode, or the next piece of a cut one, on."""
         return self._policy_version

@@ -31,7 +31,11 @@ def cast(name: str, array: np.ndarray, dtype: np.dtype[Any], *, rounding: bool, 
     """
     if array.dtype == dtype:
         return array
-    if BFLOAT16 in (array.dtype, dtype) or array.dtype.kind not in "biuf" or dtype.kind not in "biuf":
+    if array.dtype == BFLOAT16:
+        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # which has all of its values
+        if array.dtype == dtype:
+            return array
+    if dtype == BFLOAT16 or array.dtype.kind not in "biuf" or dtype.kind not in "biuf":
         raise ColumnError(f"{name}: dtype {dtype_name(array.dtype)}, expected {dtype_name(dtype)} {why}")
     with np.errstate(all="ignore"):
         made = array.astype(dtype)

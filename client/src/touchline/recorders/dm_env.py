@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import numpy as np
 
 from touchline.client import ReplayClient
 from touchline.errors import InvalidArgumentError
-from touchline.recorders.recording import Recording, RecordingOptions
-from touchline.recorders.values import Convert, array_of
+from touchline.recorders.line import Step
+from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
+from touchline.recorders.values import Convert, array_of, mapping_of, tuple_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -23,6 +25,7 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
 
     An environment of several players (specs, observations, actions and rewards are lists, as in dm_control's soccer) gives one episode a
     player, each on a line of its own (``<actor>/<number>``). An episode is terminated where its last discount is 0, else truncated.
+    Observations are stored in the dtypes of the spec; float64, which dm_control has, as float32 if ``dtype="float32"`` asks for it.
 
     Everything else that the environment has is there too (``physics``, ``task``, ...). ``close`` returns once everything is acknowledged.
     For one thread.
@@ -42,8 +45,9 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         self._several = isinstance(observation_spec, list | tuple) and isinstance(action_spec, list | tuple)
         observation_specs = observation_spec if self._several else [observation_spec]
         action_specs = action_spec if self._several else [action_spec]
-        converters = [_converter("obs", spec) for spec in observation_specs]
-        self._actions = [_action_converter(spec) for spec in action_specs]
+        asked = asked_dtype(client, options)
+        converters = [_converter("obs", spec, asked) for spec in observation_specs]
+        self._actions = [_action_converter(spec, asked) for spec in action_specs]
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
         self._lines = [self.recording.line(observe, number if self._several else None) for number, observe in enumerate(converters)]
@@ -64,23 +68,30 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
 
         Raises:
             UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
+            InvalidEpisodeError: the action, or what the environment gave, cannot be stored as it is. An action is refused before the step;
+                otherwise the episode ends before this transition, and what is left of it is not recorded.
         """
         # Before the step, which may change an action in place. The action of a step that resets is ignored and may be anything.
         taken = [
             convert(self._part(action, number)) if line.recording else None
             for number, (convert, line) in enumerate(zip(self._actions, self._lines, strict=True))
         ]
+        under_way = [line.under_way for line in self._lines]
         step = self._environment.step(action)
         if step.first():
             self._begin(step)
             return step
+        failure: Exception | None = None
         for number, line in enumerate(self._lines):
-            obs, action = self._part(step.observation, number), taken[number]
-            if action is None:
-                line.begin(obs)
-                continue
-            terminated = step.last() and float(self._discount(step.discount, number)) == 0.0
-            line.add(obs, action, reward=self._part(step.reward, number), terminated=terminated, truncated=step.last())
+            try:
+                if under_way[number]:
+                    line.add(partial(self._step, number, taken[number], step), ended=step.last())
+                else:
+                    self._begin_one(number, step)
+            except Exception as error:  # the other players have made their step too
+                failure = error
+        if failure is not None:
+            raise failure
         return step
 
     def observation_spec(self) -> Any:
@@ -117,8 +128,20 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
             self._environment.close()
 
     def _begin(self, step: dm_env.TimeStep) -> None:
-        for number, line in enumerate(self._lines):
-            line.begin(self._part(step.observation, number))
+        for number in range(len(self._lines)):
+            self._begin_one(number, step)
+
+    def _begin_one(self, number: int, step: dm_env.TimeStep) -> None:
+        self._lines[number].begin(lambda: self._part(step.observation, number), lambda: self._info(number, step))
+
+    def _step(self, number: int, action: Any, step: dm_env.TimeStep) -> Step:
+        terminated = step.last() and float(self._discount(step.discount, number)) == 0.0
+        reward = self._part(step.reward, number)
+        return Step(self._part(step.observation, number), action, reward, terminated, step.last(), self._info(number, step))
+
+    def _info(self, number: int, step: dm_env.TimeStep) -> dict[str, Any]:
+        discount = None if step.discount is None else self._discount(step.discount, number)
+        return {"discount": discount, "step_type": step.step_type}
 
     def _part(self, value: Any, number: int) -> Any:
         return value[number] if self._several else value
@@ -128,17 +151,15 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         return np.ravel(discount)[number] if np.size(discount) > 1 else np.ravel(discount)[0]
 
 
-def _converter(name: str, spec: Any) -> Convert:
+def _converter(name: str, spec: Any, asked: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping):
-        parts = {str(key): (key, _converter(f"{name}.{key}", part)) for key, part in spec.items()}
-        return lambda value: {label: convert(value[key]) for label, (key, convert) in parts.items()}
+        return mapping_of(name, {key: _converter(f"{name}.{key}", part, asked) for key, part in spec.items()})
     if isinstance(spec, list | tuple):
-        converts = [_converter(f"{name}.{number}", part) for number, part in enumerate(spec)]
-        return lambda value: {str(number): convert(part) for number, (convert, part) in enumerate(zip(converts, value, strict=True))}
-    return array_of(name, spec.dtype)
+        return tuple_of(name, [_converter(f"{name}.{number}", part, asked) for number, part in enumerate(spec)])
+    return array_of(name, spec.dtype, asked=asked)
 
 
-def _action_converter(spec: Any) -> Convert:
+def _action_converter(spec: Any, asked: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping | list | tuple):
         raise InvalidArgumentError(f"action: a spec of type {type(spec).__name__}, expected one array; wrap the environment to flatten it")
-    return array_of("action", spec.dtype)
+    return array_of("action", spec.dtype, asked=asked, rounding=True)

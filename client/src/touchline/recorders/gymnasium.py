@@ -9,7 +9,8 @@ import gymnasium
 
 from touchline.client import ReplayClient
 from touchline.recorders.gymnasium_versions import AutoresetMode, autoreset_mode, final_obs
-from touchline.recorders.recording import Recording, RecordingOptions
+from touchline.recorders.line import Step, is_set
+from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
 from touchline.recorders.values import action_converter, converter
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Records what a Gymnasium environment plays. Put it outside of the wrappers whose observations, actions and rewards are meant.
 
+    Observations are stored in the dtypes that the space declares; a value that would be another one in them (a fraction in uint8, a float64
+    that is no float32) is refused, unless ``dtype="float32"`` asks for rounding. Actions and rewards are rounded to their float dtype.
     A reset before the end of an episode truncates it. ``gymnasium.wrappers.Autoreset`` may be inside: its resetting step is no transition.
     (Before Gymnasium 1.0: ``AutoResetWrapper``, directly inside; its last observation is the one in ``info``.)
     ``close`` returns once everything is acknowledged. For one thread.
@@ -34,8 +37,9 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gymnasium.Env[Any, Any], client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
         super().__init__(env)
-        observe = converter("obs", env.observation_space)
-        self._action = action_converter(env.action_space)
+        asked = asked_dtype(client, options)
+        observe = converter("obs", env.observation_space, asked=asked)
+        self._action = action_converter(env.action_space, asked=asked)
         self._mode = autoreset_mode(env)
         self._was_reset = False
         self.recording = Recording(client, **options)
@@ -46,7 +50,7 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         """Resets the environment and begins an episode."""
         obs, info = self.env.reset(seed=seed, options=options)
         self._was_reset = True
-        self._line.begin(obs)
+        self._line.begin(lambda: obs, lambda: info)
         return obs, info
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
@@ -55,22 +59,25 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         Raises:
             gymnasium.error.ResetNeeded: no episode is under way.
             UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
+            InvalidEpisodeError: the action, or what the environment gave, cannot be stored as it is. An action is refused before the step;
+                otherwise the episode ends before this transition, and what is left of it is not recorded.
         """
-        under_way = self._line.recording
-        if not under_way and not (self._mode is not AutoresetMode.DISABLED and self._was_reset):
+        line = self._line
+        if not line.under_way and not (self._mode is not AutoresetMode.DISABLED and self._was_reset):
             raise gymnasium.error.ResetNeeded("no episode is under way: call reset() before step()")
-        taken = self._action(action) if under_way else None  # before the step, which may change the action in place
+        under_way = line.under_way
+        taken = self._action(action) if line.recording else None  # before the step, which may change the action in place
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if taken is None:
-            self._line.begin(obs)
+        if not under_way:
+            line.begin(lambda: obs, lambda: info)
             return obs, reward, terminated, truncated, info
-        resets = self._mode is AutoresetMode.SAME_STEP and (terminated or truncated)
+        ended = is_set(terminated, truncated)
+        resets = self._mode is AutoresetMode.SAME_STEP and ended
         try:
-            last = final_obs(info) if resets else obs
-            self._line.add(last, taken, reward=reward, terminated=terminated, truncated=truncated)
+            line.add(lambda: Step(final_obs(info) if resets else obs, taken, reward, terminated, truncated, info), ended=ended)
         finally:
             if resets:
-                self._line.begin(obs)
+                line.begin(lambda: obs, lambda: info)
         return obs, reward, terminated, truncated, info
 
     def close(self) -> None:

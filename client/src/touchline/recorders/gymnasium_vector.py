@@ -9,8 +9,9 @@ from gymnasium.vector import VectorEnv
 
 from touchline.client import ReplayClient
 from touchline.recorders.gymnasium_versions import AutoresetMode, VectorBase, final_obs, vector_autoreset_mode
-from touchline.recorders.recording import Recording, RecordingOptions
-from touchline.recorders.values import action_converter, converter, part_of
+from touchline.recorders.line import EpisodeLine, Step, is_set
+from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
+from touchline.recorders.values import action_converter, converter, info_of, part_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -22,7 +23,7 @@ class GymnasiumVectorRecorder(VectorBase):
     The borders of episodes follow the environment's autoreset mode: ``NEXT_STEP``: the step after the last is a reset, its action and
     reward belong to no episode. ``SAME_STEP``: the last observation is ``infos["final_obs"]`` (before Gymnasium 1.1:
     ``"final_observation"``), what the step returned begins the next episode. ``DISABLED``: the caller resets, perhaps some environments
-    only (``options={"reset_mask": ...}``). For one thread.
+    only (``options={"reset_mask": ...}``). Values and dtypes as with :class:`GymnasiumRecorder`. For one thread.
 
     Args:
         env: of single observation and action spaces with fixed shapes; the action is one array.
@@ -39,8 +40,9 @@ class GymnasiumVectorRecorder(VectorBase):
     ) -> None:
         super().__init__(env)
         self._mode = vector_autoreset_mode(env, autoreset_mode)
-        observe = converter("obs", env.single_observation_space)
-        self._action = action_converter(env.single_action_space)
+        asked = asked_dtype(client, options)
+        observe = converter("obs", env.single_observation_space, asked=asked)
+        self._action = action_converter(env.single_action_space, asked=asked)
         self._was_reset = False
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
@@ -53,7 +55,7 @@ class GymnasiumVectorRecorder(VectorBase):
         self._was_reset = True
         for number, line in enumerate(self._lines):
             if mask is None or mask[number]:
-                line.begin(part_of(obs, number))
+                self._begin(line, number, obs, infos)
         return obs, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -62,25 +64,27 @@ class GymnasiumVectorRecorder(VectorBase):
         Raises:
             gymnasium.error.ResetNeeded: an episode is over, or none has begun, and the environment does not reset itself.
             UnacknowledgedError: earlier episodes were refused by the server; the transitions are recorded.
+            InvalidEpisodeError: what the actions or an environment gave cannot be stored as it is. Actions are refused before the step;
+                otherwise the environment's episode ends before this transition, and what is left of it is not recorded.
         """
-        under_way = [line.recording for line in self._lines]
+        under_way = [line.under_way for line in self._lines]
         if not self._was_reset or (self._mode is AutoresetMode.DISABLED and not all(under_way)):
             raise gymnasium.error.ResetNeeded("an episode is over or has not begun: call reset() before step()")
         # Before the step, which may change the actions in place.
-        taken = [self._action(part_of(actions, number)) for number in range(len(self._lines))]
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        taken = [self._action(part_of(actions, number)) if line.recording else None for number, line in enumerate(self._lines)]
+        answer = self.env.step(actions)
         refused: Exception | None = None
         for number, line in enumerate(self._lines):
             try:
                 if under_way[number]:
-                    self._add(number, taken[number], obs, rewards, (terminated[number], truncated[number]), infos)
+                    self._add(line, number, taken[number], answer)
                 else:
-                    line.begin(part_of(obs, number))
+                    self._begin(line, number, answer[0], answer[4])
             except Exception as error:  # the other environments have made their step too
                 refused = error
         if refused is not None:
             raise refused
-        return obs, rewards, terminated, truncated, infos
+        return answer
 
     def close(self, **kwargs: Any) -> None:
         """Truncates the unfinished episodes, returns once everything is acknowledged, and closes the environments.
@@ -102,15 +106,23 @@ class GymnasiumVectorRecorder(VectorBase):
         finally:
             self.env.close()
 
-    def _add(self, number: int, action: Any, obs: Any, rewards: Any, ends: tuple[Any, Any], infos: dict[str, Any]) -> None:
+    def _begin(self, line: EpisodeLine, number: int, obs: Any, infos: dict[str, Any]) -> None:
+        line.begin(lambda: part_of(obs, number), lambda: info_of(infos, number, len(self._lines)))
+
+    def _add(self, line: EpisodeLine, number: int, action: Any, answer: tuple[Any, Any, Any, Any, dict[str, Any]]) -> None:
         """Adds one environment's transition, and begins its next episode where the same step has reset it."""
-        line = self._lines[number]
-        terminated, truncated = ends
-        arrived = part_of(obs, number)
-        resets = self._mode is AutoresetMode.SAME_STEP and (terminated or truncated)
-        last = part_of(final_obs(infos), number) if resets else arrived
+        obs, rewards, terminated, truncated, infos = answer
+        ended = is_set(terminated[number], truncated[number])
+        resets = self._mode is AutoresetMode.SAME_STEP and ended
+
+        def step() -> Step:
+            last = part_of(final_obs(infos), number) if resets else part_of(obs, number)
+            info = info_of(infos, number, len(self._lines)) if line.takes_info else {}
+            info = info.get("final_info", {}) if resets else info
+            return Step(last, action, rewards[number], terminated[number], truncated[number], info)
+
         try:
-            line.add(last, action, reward=rewards[number], terminated=terminated, truncated=truncated)
+            line.add(step, ended=ended)
         finally:
             if resets:
-                line.begin(arrived)
+                self._begin(line, number, obs, infos)

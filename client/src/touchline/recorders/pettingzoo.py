@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ from pettingzoo import ParallelEnv
 from pettingzoo.utils import BaseParallelWrapper
 
 from touchline.client import ReplayClient
-from touchline.recorders.recording import EpisodeLine, Recording, RecordingOptions
+from touchline.errors import InvalidEpisodeError
+from touchline.recorders.line import EpisodeLine, Step, is_set
+from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
 from touchline.recorders.values import Convert, action_converter, converter
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         **options: Unpack[RecordingOptions],
     ) -> None:
         super().__init__(env)
+        self._asked = asked_dtype(client, options)
         self._recorded = None if agents is None else frozenset(agents)
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
@@ -57,7 +61,7 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
             line.end()
         for agent, observation in obs.items():
             if self._is_recorded(agent):
-                self._begin(agent, observation)
+                self._begin(agent, observation, infos)
         return obs, infos
 
     def step(
@@ -68,6 +72,9 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         Raises:
             UnacknowledgedError: earlier episodes were refused by the server; the transitions are recorded.
             InvalidArgumentError: a space of a new agent whose values cannot be columns.
+            InvalidEpisodeError: what the actions or the environment gave for an agent cannot be stored as it is, or is not there. Actions
+                are refused before the step; otherwise the agent's episode ends before this transition, and what is left of it is not
+                recorded.
         """
         # Before the step, which may change an action in place.
         taken = {
@@ -76,22 +83,30 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
             if line.recording and actions.get(agent) is not None
         }
         answer = self.env.step(actions)
-        observations, rewards, terminations, truncations, _ = answer
+        observations, rewards, terminations, truncations, infos = answer
         failure: Exception | None = None
         for agent, observation in observations.items():
             if not self._is_recorded(agent):
                 continue
-            terminated, truncated = terminations.get(agent, False), truncations.get(agent, False)
+            line = self._lines.get(agent)
+            ended = is_set(terminations.get(agent, False), truncations.get(agent, False))
             try:
-                if agent in taken:
-                    self._lines[agent].add(observation, taken[agent], reward=rewards[agent], terminated=terminated, truncated=truncated)
-                elif not (terminated or truncated):
-                    self._begin(agent, observation)
+                if line is not None and line.under_way:
+                    line.add(partial(_step, agent, taken.get(agent), answer), ended=ended)
+                elif not ended:
+                    self._begin(agent, observation, infos)
             except Exception as error:  # the other agents have made their step too
                 failure = error
         for agent, line in self._lines.items():
-            if agent not in observations:
-                line.end()
+            if agent in observations:
+                continue
+            try:
+                if agent in taken and agent in {**rewards, **terminations, **truncations}:
+                    line.add(partial(_step, agent, taken[agent], answer), ended=True)
+                else:
+                    line.end()
+            except Exception as error:
+                failure = error
         if failure is not None:
             raise failure
         return answer
@@ -119,12 +134,25 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
     def _is_recorded(self, agent: Any) -> bool:
         return self._recorded is None or agent in self._recorded
 
-    def _begin(self, agent: Any, observation: Any) -> None:
+    def _begin(self, agent: Any, observation: Any, infos: dict[Any, dict[str, Any]]) -> None:
         # Anew for each episode: an environment may change an agent's spaces at a reset.
-        observe = converter("obs", self.observation_space(agent))
-        self._actions[agent] = action_converter(self.action_space(agent))
+        observe = converter("obs", self.observation_space(agent), asked=self._asked)
+        self._actions[agent] = action_converter(self.action_space(agent), asked=self._asked)
         if agent in self._lines:
             self._lines[agent].observe = observe
         else:
             self._lines[agent] = self.recording.line(observe, agent)
-        self._lines[agent].begin(observation)
+        self._lines[agent].begin(lambda: observation, lambda: infos.get(agent, {}))
+
+
+def _step(agent: Any, action: Any, answer: tuple[dict[Any, Any], ...]) -> Step:
+    observations, rewards, terminations, truncations, infos = answer
+    if action is None:
+        raise InvalidEpisodeError(f"action: none for agent {agent!r}, which has an observation; expected one for each agent that plays")
+    given = {"obs": observations, "reward": rewards, "terminated": terminations, "truncated": truncations}
+    missing = [name for name, values in given.items() if agent not in values]
+    if missing:
+        raise InvalidEpisodeError(
+            f"{missing[0]}: none for agent {agent!r} in a step that it had a part in; expected one of the environment"
+        )
+    return Step(observations[agent], action, rewards[agent], terminations[agent], truncations[agent], infos.get(agent, {}))

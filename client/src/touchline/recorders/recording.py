@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -16,15 +15,15 @@ import numpy as np
 
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
+from touchline.messages import check_dtype
 from touchline.pending import WhenFull
+from touchline.recorders.line import EpisodeLine, Transform
 from touchline.recorders.values import Convert
-from touchline.types import EpisodeResult, WriterCounters
+from touchline.types import WriterCounters
 from touchline.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
-
-Row = dict[str, Any]
 
 
 class RecordingOptions(TypedDict, total=False):
@@ -46,94 +45,22 @@ class RecordingOptions(TypedDict, total=False):
     """What the spool of a line may take on the disk; 1 GiB where left out."""
     when_full: WhenFull
     """``"block"``, where left out: the environment is held up while too many episodes wait; ``"drop-oldest"`` or ``"drop-newest"``."""
-    transform: Callable[[Row], Mapping[str, Any]]
+    dtype: Any
+    """``"float32"`` stores float64 values as float32; where left out, what the client does."""
+    transform: Transform
     """Makes of each row what is stored: to flatten observations, to add a ``task`` column, ... Row 0 has ``obs`` alone, the others have
-    ``obs``, ``action``, ``reward`` and ``done``."""
+    ``obs``, ``action``, ``reward`` and ``done``. Where it has a parameter ``info``, ``transform(row, info=...)`` also gets what the
+    environment gave as info with that row: interventions, success. dm_env has no info: there it is ``discount`` and ``step_type``."""
 
 
-class EpisodeLine:
-    """One episode after the other, row by row. For one thread.
+def asked_dtype(client: ReplayClient, options: RecordingOptions) -> np.dtype[Any] | None:
+    """Returns the dtype that float64 is stored as; None for no cast.
 
-    The environment has made its step when a row comes here, so a row is never left out in the middle of an episode: where one cannot be
-    added, the episode ends before it.
+    Raises:
+        InvalidArgumentError: not float32.
     """
-
-    def __init__(self, writer: EpisodeWriter, observe: Convert, transform: Callable[[Row], Mapping[str, Any]] | None) -> None:
-        self.observe = observe
-        """Makes (nested) arrays of an observation."""
-        self._writer = writer
-        self._transform = transform
-        self._recording = False
-
-    @property
-    def recording(self) -> bool:
-        """An episode is under way."""
-        return self._recording
-
-    def begin(self, obs: Any) -> None:
-        """Starts an episode with the observation of a reset. One that is still under way ends here, as truncated.
-
-        Raises:
-            UnacknowledgedError: earlier episodes were refused. The episode has begun all the same.
-        """
-        try:
-            self.end()
-        finally:
-            self._recording = True
-            self._append(obs)
-
-    def add(self, obs: Any, action: np.ndarray, *, reward: Any, terminated: Any, truncated: Any) -> None:
-        """Adds the row of a transition, and ends the episode if that was its last.
-
-        Args:
-            obs: that the action led to.
-            action: the one that was taken.
-            reward: stored as float32 [].
-            terminated: stored as ``done``, float32 [].
-            truncated: ends the episode too, but is not ``done``.
-
-        Raises:
-            UnacknowledgedError: earlier episodes were refused. The row is added all the same.
-            InvalidEpisodeError: the row does not fit those before. It is not added, the episode ends before it.
-        """
-        try:
-            self._append(obs, action=action, reward=np.float32(reward), done=np.float32(bool(terminated)))
-        finally:
-            if terminated or truncated:
-                self.end()
-
-    def end(self) -> None:
-        """Ends the episode that is under way, if one is."""
-        if self._recording:
-            self._recording = False
-            self._insist(self._writer.end_episode)
-
-    def _append(self, obs: Any, **columns: Any) -> None:
-        try:
-            row: Mapping[str, Any] = {"obs": self.observe(obs), **columns}
-            if self._transform is not None:
-                row = self._transform(dict(row))
-            self._insist(lambda: self._writer.append(row))
-        except UnacknowledgedError:
-            raise
-        except Exception:
-            self.end()
-            raise
-
-    @staticmethod
-    def _insist(call: Callable[[], object]) -> None:
-        """Makes a writer's call, again if all that it did was to report earlier episodes, and passes the report on afterwards."""
-        results: list[EpisodeResult] = []
-        report: UnacknowledgedError | None = None
-        while True:
-            try:
-                call()
-                break
-            except UnacknowledgedError as error:
-                report = error
-                results += error.results
-        if report is not None:
-            raise UnacknowledgedError(str(report), results)
+    given = options.get("dtype")
+    return client.dtype if given is None else check_dtype(given)
 
 
 class Recording:
@@ -150,6 +77,7 @@ class Recording:
         self._client = client
         self._actor = options.get("actor", client.actor)
         self._transform = options.get("transform")
+        self._dtype = asked_dtype(client, options)
         self._policy_version = options.get("policy_version", 0)
         self._max_steps = options.get("max_steps")
         self._max_pending = options.get("max_pending")
@@ -174,6 +102,7 @@ class Recording:
             spool_dir=spool_dir,
             spool_limit_bytes=self._spool_limit_bytes,
             when_full=self._when_full,
+            dtype=self._dtype,
         )
         self._writers.append(self._closing.enter_context(writer))
         return EpisodeLine(writer, observe, self._transform)

@@ -7,48 +7,105 @@ from typing import Any
 
 import numpy as np
 
-from touchline.errors import InvalidArgumentError
+from touchline.errors import InvalidArgumentError, InvalidEpisodeError
+from touchline_protos.casting import ColumnError, cast
 from touchline_protos.columns import to_array
 
 Convert = Callable[[Any], Any]
+"""Makes (nested) arrays of a value. Raises InvalidEpisodeError for one that cannot be stored as it is."""
 
 
-def array_of(name: str, dtype: np.dtype[Any] | type | None) -> Convert:
-    """Returns what makes an array, [*shape] and never shared, of one value; None keeps the value's own dtype."""
+def array_of(name: str, dtype: np.dtype[Any] | type | None, *, asked: np.dtype[Any] | None = None, rounding: bool = False) -> Convert:
+    """Returns what makes an array, [*shape] and never shared, of one value.
+
+    Args:
+        name: for messages.
+        dtype: that the environment declares; None keeps the value's own. A value that would be another one in it is refused.
+        asked: that float64 is stored as instead; None leaves it.
+        rounding: a float may lose digits to the declared dtype. Without it only one that has no dtype of its own, a Python float.
+    """
+    wanted = None if dtype is None else np.dtype(dtype)
+    if asked is not None and wanted == np.float64:
+        wanted = asked
 
     def convert(value: Any) -> np.ndarray:
-        return np.array(to_array(name, value), dtype=dtype)
+        try:
+            array = to_array(name, value)
+            if wanted is not None:
+                rounds = rounding or asked is not None or not hasattr(value, "dtype")
+                array = cast(name, array, wanted, rounding=rounds, why="that the environment declares")
+        except ColumnError as error:
+            raise InvalidEpisodeError(str(error)) from None
+        return np.array(array)
 
     return convert
 
 
-def converter(name: str, space: Any) -> Convert:
+def mapping_of(name: str, converters: Mapping[Any, Convert]) -> Convert:
+    """Returns what makes a dict of arrays of a dict of values, in the order of the value, under the keys' names.
+
+    Args:
+        name: for messages.
+        converters: by key; a value with other keys is refused.
+
+    Raises:
+        InvalidArgumentError: keys that are no names of columns, or the same one.
+    """
+    labels = {key: str(key) for key in converters}
+    for key, label in labels.items():
+        if "." in label or not label:
+            raise InvalidArgumentError(f"{name}: the key {key!r}, expected a name without a dot; rename it by a wrapper")
+    if len(set(labels.values())) < len(labels):
+        raise InvalidArgumentError(f"{name}: the keys {list(labels)}, of which two have the same name; rename them by a wrapper")
+
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or value.keys() != labels.keys():
+            found = f"the keys {list(value)}" if isinstance(value, Mapping) else f"of type {type(value).__name__}"
+            raise InvalidEpisodeError(f"{name}: {found}, expected the keys {list(labels)} that the environment declares")
+        return {labels[key]: converters[key](part) for key, part in value.items()}
+
+    return convert
+
+
+def tuple_of(name: str, converters: list[Convert]) -> Convert:
+    """Returns what makes a dict ``0``, ``1``, ... of arrays of a tuple of values; one of another length is refused."""
+
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, list | tuple) or len(value) != len(converters):
+            found = f"{len(value)} parts" if isinstance(value, list | tuple) else f"of type {type(value).__name__}"
+            raise InvalidEpisodeError(f"{name}: {found}, expected the {len(converters)} parts that the environment declares")
+        return {str(number): part(value[number]) for number, part in enumerate(converters)}
+
+    return convert
+
+
+def converter(name: str, space: Any, *, asked: np.dtype[Any] | None = None, rounding: bool = False) -> Convert:
     """Returns what makes (nested) arrays of the values of a Gymnasium space: a dict of a Dict, a dict ``0``, ``1``, ... of a Tuple.
 
     Args:
         name: for messages: ``obs`` or ``action``.
         space: of Box, Discrete, MultiBinary, MultiDiscrete, or Dict and Tuple of these. Its dtype is the one that is stored.
+        asked: that float64 is stored as instead; None leaves it.
+        rounding: floats may lose digits to the space's dtype.
 
     Raises:
-        InvalidArgumentError: a space whose values have no fixed shape.
+        InvalidArgumentError: a space whose values have no fixed shape, or keys that are no names of columns.
     """
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):
-        parts = {str(key): (key, converter(f"{name}.{key}", part)) for key, part in space.spaces.items()}
-        return lambda value: {label: convert(value[key]) for label, (key, convert) in parts.items()}
+        return mapping_of(name, {key: converter(f"{name}.{key}", part, asked=asked) for key, part in space.spaces.items()})
     if isinstance(space, spaces.Tuple):
-        converts = [converter(f"{name}.{number}", part) for number, part in enumerate(space.spaces)]
-        return lambda value: {str(number): convert(part) for number, (convert, part) in enumerate(zip(converts, value, strict=True))}
+        return tuple_of(name, [converter(f"{name}.{number}", part, asked=asked) for number, part in enumerate(space.spaces)])
     if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete):
-        return array_of(name, space.dtype)
+        return array_of(name, space.dtype, asked=asked, rounding=rounding)
     raise InvalidArgumentError(
         f"{name}: a space of type {type(space).__name__}, expected Box, Discrete, MultiBinary or MultiDiscrete, or Dict and Tuple of these"
     )
 
 
-def action_converter(space: Any) -> Convert:
-    """Returns what makes an array of an action of a Gymnasium space.
+def action_converter(space: Any, *, asked: np.dtype[Any] | None = None) -> Convert:
+    """Returns what makes an array of an action of a Gymnasium space, in the space's dtype: floats are rounded to it.
 
     Raises:
         InvalidArgumentError: a space whose actions are not one array.
@@ -57,7 +114,7 @@ def action_converter(space: Any) -> Convert:
 
     if isinstance(space, spaces.Dict | spaces.Tuple):
         raise InvalidArgumentError(f"action: a space of type {type(space).__name__}, expected one array; flatten it by a wrapper")
-    return converter("action", space)
+    return converter("action", space, asked=asked, rounding=True)
 
 
 def part_of(value: Any, number: int) -> Any:
@@ -67,3 +124,25 @@ def part_of(value: Any, number: int) -> Any:
     if isinstance(value, tuple):
         return tuple(part_of(part, number) for part in value)
     return value[number]
+
+
+def info_of(infos: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
+    """Returns one environment's info of a vector environment's, where ``_key`` says which environments have ``key``.
+
+    Args:
+        infos: of all environments; what is not there for each of them is handed on as it is.
+        number: of the environment.
+        count: of all environments.
+    """
+    info: dict[str, Any] = {}
+    for key, value in infos.items():
+        if isinstance(key, str) and key.startswith("_") and key[1:] in infos:
+            continue
+        mask = infos.get(f"_{key}")
+        if mask is not None and not mask[number]:
+            continue
+        if isinstance(value, Mapping):
+            info[key] = info_of(value, number, count)
+        else:
+            info[key] = value[number] if hasattr(value, "__getitem__") and hasattr(value, "__len__") and len(value) == count else value
+    return info
