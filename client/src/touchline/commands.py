@@ -1,8 +1,9 @@
-"""``touchline load`` and ``touchline export``, with ``touchline spool`` beside them. :mod:`touchline.console` sees to typer and rich."""
+"""``touchline load``, ``export`` and ``clear``, with ``spool`` beside them. :mod:`touchline.console` sees to typer and rich."""
 
 from __future__ import annotations
 
 import enum
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,8 +17,8 @@ from touchline import datasets, spool_commands
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError, ExportReport, LoadReport
 from touchline.progress import Meter
-from touchline.terminal import EXIT_FAILED, amount, complain, failing_well, probe, say, say_reasons, speed
-from touchline.types import ColumnInfo
+from touchline.terminal import EXIT_FAILED, EXIT_USAGE, amount, complain, fail, failing_well, probe, say, say_reasons, speed
+from touchline.types import ColumnInfo, ServerInfo
 
 LOAD_INTERRUPTED = "interrupted; the same command again goes on, and stores nothing twice"
 
@@ -53,6 +54,7 @@ def _describe(
       touchline load mt30/*.pt --address replay-host:50051
       touchline load minari:D4RL/door/human-v2
       touchline export everything.h5 --address replay-host:50051
+      touchline clear --address replay-host:50051
       touchline spool show /var/lib/robot/spool
     """
 
@@ -224,6 +226,56 @@ def export(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command()
+def clear(
+    address: Address = "127.0.0.1:50051",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    timeout_s: Timeout = 60.0,
+) -> None:
+    """Empties a server: every episode and the columns, which the next episode fixes anew.
+
+    It says what would go and asks first. With a data_dir the episodes are gone from the disk as well; a snapshot taken before keeps
+    them. Keys stay known: an episode that was stored before is not stored again. If the server has tokens, an admin's is needed.
+
+    \b
+    Examples:
+      touchline clear --address replay-host:50051
+      touchline clear --yes
+
+    \b
+    Exit status:
+      0    it is empty, or was
+      1    it was not cleared: the answer was no, there is no server, or the token does not allow it
+      2    the command line cannot be used, or nobody can be asked and --yes is missing
+      130  interrupted
+    """
+    with failing_well("interrupted; if it was confirmed already, the server may have been cleared"):
+        probe(address)
+        with ReplayClient(address, timeout_s=timeout_s) as client:
+            found = client.info()
+            _tell_stored(address, found)
+            if not found.counts.episodes_stored and not found.columns:
+                return
+            if not yes:
+                _ask("Forget all of it, for good?")
+            counts = client.clear()
+    gone = counts.episodes_evicted - found.counts.episodes_evicted
+    say(f"{address}: cleared, {amount(gone, 'episode')} gone; the next episode fixes the columns anew")
+
+
+def _tell_stored(address: str, found: ServerInfo) -> None:
+    say(f"{address}: {amount(found.counts.episodes_stored, 'episode')}, {amount(found.counts.steps_stored, 'step')}")
+    _tell_columns(found.columns)
+
+
+def _ask(question: str) -> None:
+    """Ends the command unless the answer is yes."""
+    if not sys.stdin.isatty():
+        fail("nothing was cleared: there is no terminal to ask on; --yes clears without asking", EXIT_USAGE)
+    if not typer.confirm(question, err=True):
+        fail("nothing was cleared", EXIT_FAILED)
+
+
 def _watch(meter: Meter, source: str, check: Callable[[], None]) -> Callable[[str, int, int, LoadReport], None]:
     def watch(stage: str, done: int, total: int, report: LoadReport) -> None:
         check()
@@ -245,10 +297,14 @@ def _tell_load(source: str, report: LoadReport, seconds: float) -> None:
 
 def _tell_survey(source: str, report: LoadReport, columns: dict[str, ColumnInfo]) -> None:
     say(f"{source}: {amount(report.read, 'episode')}, {amount(report.steps, 'step')}, {report.size_bytes / 1e6:,.1f} MB; nothing was sent")
+    _tell_columns(columns)
+    _tell_refused(report)
+
+
+def _tell_columns(columns: dict[str, ColumnInfo]) -> None:
     width = max((len(name) for name in columns), default=0)
     for name, column in columns.items():
         say(f"  {name:<{width}}  {column.dtype} {list(column.shape)}")
-    _tell_refused(report)
 
 
 def _tell_refused(report: LoadReport) -> None:

@@ -18,6 +18,8 @@ from touchline.refusals import Refusals
 
 EXIT_FAILED = 1
 """Something was refused, or could not be done."""
+EXIT_USAGE = 2
+"""The command line cannot be used."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C."""
 PROBE_S = 3.0
