@@ -105,6 +105,15 @@ def test_log_level_of_the_file_holds_from_the_first_line_on(tmp_path: Path) -> N
     assert server.log == ""
 
 
+def test_serve_on_a_device_that_is_not_there_exits_2_and_says_so(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, "--port", "0", TOUCHLINE_STORAGE__DEVICE="cuda:99") as server:
+        status = server.process.wait(DEADLINE_S)
+
+    assert status == 2
+    assert "touchline-server: storage.device: 'cuda:99', expected a device that torch finds: there are" in server.log
+    assert "Traceback" not in server.log
+
+
 def healthcheck(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOUCHLINE_")}
     return subprocess.run(
