@@ -70,14 +70,14 @@ def committer(buffer: ReplayBuffer) -> durable.GroupCommitter:
 def limit_pages(buffer: ReplayBuffer, more: int) -> None:
     """Leaves the database room for so many pages more than it has."""
     with buffer.store.write_lock:
-        connection = committer(buffer)._database.connection
+        connection = committer(buffer)._journal._database.connection
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
         connection.execute(f"PRAGMA max_page_count = {pages + more}")
 
 
 def give_room(buffer: ReplayBuffer) -> None:
     with buffer.store.write_lock:
-        committer(buffer)._database.connection.execute("PRAGMA max_page_count = 1000000")
+        committer(buffer)._journal._database.connection.execute("PRAGMA max_page_count = 1000000")
 
 
 # Restart
@@ -469,13 +469,13 @@ def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, m
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "fsync", fail)
+        patch.setattr(os, "fsync", fail)
         buffer.add_episode(keyed_episode(0, 0))
         assert failed.wait(60)
         committer(buffer)._thread.join(60)
 
     for add in (buffer.add_episode, buffer.submit_episode):
-        with pytest.raises(StorageFailedError, match="cannot be written until the server is started again"):
+        with pytest.raises(StorageFailedError, match="takes nothing more until the server is started again"):
             add(keyed_episode(0, 1))
     assert buffer.sample().episode_id.shape == (8,)
 

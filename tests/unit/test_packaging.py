@@ -220,6 +220,7 @@ EXPORTS = {
         "SchemaChangedError",
         "StorageFailedError",
         "StorageFullError",
+        "StorageUncertainError",
         "StoreInUseError",
         "StoreMismatchError",
         "StoredEpisode",

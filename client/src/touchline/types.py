@@ -78,6 +78,11 @@ class ServerInfo:
     """Of one request or response; what is larger travels in chunks."""
     counts: Counts
     """The table's figures at that moment."""
+    storage_state: str = ""
+    """Of the durable store: ``ok``; ``full``, it takes no episodes until there is room on the disk; ``failed``, it takes none until the
+    server is started again. Empty without one."""
+    storage_reason: str = ""
+    """Why it takes no episodes; empty if it does."""
 
     @property
     def row_convention(self) -> str:

@@ -15,7 +15,6 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
 
 from touchline_protos.ring import sweep_dead_rings
@@ -23,6 +22,7 @@ from touchline_server.access import check_exposure, read_access
 from touchline_server.admission import Admission
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config import Config
+from touchline_server.health import HealthService
 from touchline_server.limits import Budgets
 from touchline_server.memory import keep_freed_memory
 from touchline_server.receiving import Receptions
@@ -30,10 +30,6 @@ from touchline_server.service import SERVICE_NAME, ReplayService
 from touchline_server.tls import server_credentials
 
 logger = logging.getLogger(__name__)
-
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
 
 CLOSING_S = 1.0
 """Time for the last answers to leave. A client that watches the server's health would stay for ever."""
@@ -121,7 +117,7 @@ class ReplayServer:
             interceptors=(self.admission,),
         )
         self._service = ReplayService(self.buffer, budgets, receptions)
-        self._health = health.HealthServicer()
+        self._health = HealthService()
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -132,8 +128,6 @@ class ReplayServer:
             logger.info("removed %d rings that killed servers left in shared memory", swept)
         try:
             self.address = self._listen()
-            await self._health.set("", _NOT_SERVING)
-            await self._health.set(SERVICE_NAME, _NOT_SERVING)
             await self._server.start()
             await asyncio.get_running_loop().run_in_executor(None, self.buffer.restore, progress)
         except BaseException:
@@ -141,8 +135,7 @@ class ReplayServer:
             self._service.close()
             raise
         self._service.serve()
-        await self._health.set("", _SERVING)
-        await self._health.set(SERVICE_NAME, _SERVING)
+        await self._health.serve(self.buffer)
 
     async def stop(self) -> None:
         """Drains: refuses new work, lets work in progress end within ``server.drain_timeout_s``, and stops."""

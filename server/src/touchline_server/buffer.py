@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torchrl.data
 
     from touchline_server.durable import GroupCommitter, Receipt
+    from touchline_server.storage_state import StorageMonitor
 
 MAX_IDLE_BYTES = 1 << 28
 """Memory of batches that have died, kept for the next ones."""
@@ -139,6 +140,11 @@ class ReplayBuffer:
         """Rows that should be stored before training starts."""
         return self.config.min_history
 
+    @property
+    def storage_monitor(self) -> StorageMonitor | None:
+        """What is known of the disk under the durable store; None without one, or before it is read."""
+        return self._committer.monitor if self._committer is not None else None
+
     def counts(self) -> Counts:
         """Returns the figures of this moment."""
         self.check_restored()
@@ -167,7 +173,9 @@ class ReplayBuffer:
             KeyConflictError: the key was used for another episode.
             TooLargeError: there is no memory for the columns.
             StorageFullError: the durable store has no room for it.
-            StorageFailedError: the durable store cannot be written.
+            StorageUncertainError: writing failed, and whether it is stored is not known: add it again, with the same ``key``, to the
+                buffer that is opened next.
+            StorageFailedError: the durable store cannot be written, or is the parent process's. Nothing was stored.
         """
         try:
             episode = self._episode(td, actor, policy_version, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = "lock"
 MARK_NAME = "acknowledged"
+REWRITE_BYTES = 1 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -59,6 +61,7 @@ class DataDir:
             os.close(self._lock)
             raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None
         self._boot_id = boot_id()
+        self._watched: dict[Path, tuple[int, int]] = {}
 
     @property
     def database(self) -> Path:
@@ -70,12 +73,65 @@ class DataDir:
         return read_mark(self.path)
 
     def acknowledge(self, commits: int, *, synced: bool) -> None:
-        """Notes that so many transactions are committed. Not synced: it is to be there after the server's death, not the machine's."""
+        """Notes that so many transactions are committed. Not synced: it is to be there after the server's death, not the machine's.
+
+        Raises:
+            OSError: the disk does not take it, and not for want of room.
+        """
         try:
             os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
         except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             # The episodes are committed all the same; what is lost is a check.
             logger.warning("%s: %s", self.path / MARK_NAME, error.strerror)
+
+    def rewrite_log(self) -> None:
+        """Writes the log that a server left behind over itself, and has it on the disk. To be called before SQLite opens it.
+
+        If an fsync failed for it, the kernel may have only in memory what reading finds, and a later fsync would not write it.
+
+        Raises:
+            StorageFailedError: it cannot be read or written.
+        """
+        path = self.path / f"{FILE_NAME}-wal"
+        try:
+            log = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageFailedError(f"{path}: {error.strerror}") from None
+        try:
+            for begin in range(0, os.fstat(log).st_size, REWRITE_BYTES):
+                os.pwrite(log, os.pread(log, REWRITE_BYTES, begin), begin)
+            os.fsync(log)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # of a file system that writes nothing in its place
+                raise StorageFailedError(f"{path}: {error.strerror}; see to the disk, nothing was changed") from None
+        finally:
+            os.close(log)
+
+    def watch(self) -> None:
+        """Remembers which files are the store's, for :meth:`displaced`. To be called once the database is open.
+
+        Raises:
+            StorageFailedError: one of them is gone already.
+        """
+        for name in (LOCK_NAME, MARK_NAME, FILE_NAME, f"{FILE_NAME}-wal"):
+            try:
+                self._watched[self.path / name] = _identity(self.path / name)
+            except OSError as error:
+                raise StorageFailedError(f"storage.data_dir: {self.path / name}: {error.strerror}") from None
+
+    def displaced(self) -> str:
+        """Returns what has become of the store's files, if they are not where the next start would look; otherwise nothing."""
+        for path, identity in self._watched.items():
+            try:
+                if _identity(path) != identity:
+                    return f"{path.name} in storage.data_dir is not the file any more that this server opened"
+            except OSError as error:
+                return f"{path.name} in storage.data_dir is gone ({error.strerror})"
+        return ""
 
     def close(self) -> None:
         """Lets go of it."""
@@ -87,6 +143,11 @@ class DataDir:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def read_mark(data_dir: Path) -> Mark | None:

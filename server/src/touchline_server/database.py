@@ -7,23 +7,39 @@ payload too: any flipped bit, and any damage within 32 bits in a row, is noticed
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from touchline_protos.codec import EpisodeKey
-from touchline_protos.tables import FormatError, Tables, parts, row_checksum
-from touchline_server.errors import DamagedStoreError, StorageFailedError, StorageFullError, StoreMismatchError
+from touchline_protos.tables import FormatError, Tables, parts, pragma, row_checksum
+from touchline_server.errors import DamagedStoreError, StorageFullError, StoreMismatchError
 from touchline_server.ledger_tables import LedgerTables
 from touchline_server.records import Change, EpisodeRow, Payload, schema_of, schema_text
 from touchline_server.schema import Schema
+from touchline_server.sqlite_errors import advice, has_no_room, keep_open, translate, translate_write
+from touchline_server.storage_state import StorageMonitor, StorageState
 
 FILE_NAME = "touchline.db"
 OLDEST_KEY = "oldest_id"
 """In ``meta``: no episode with a lower id is stored."""
-CHECKPOINT_PAGES = 4096
-"""Length of the write-ahead log, 32 MiB, from which on a commit moves it into the main file."""
+CHECKPOINT_BYTES = 32 << 20
+"""Length of the write-ahead log from which on it is moved into the main file before the next commit."""
+CHECKPOINT_RETRY_BYTES = 8 << 20
+"""How much is committed between two attempts to move it, if something is in the way."""
+LOG_BYTES = 64 << 20
+"""Length of the log's file above which it is cut; below, it is written over."""
+COMMIT_BYTES = 64 << 10
+"""What a commit adds to the log beside its payload: the pages of tables and indexes that it changes."""
+
+BUSY_MS = 10_000
+"""How long another process that writes to the file is waited for."""
+
+logger = logging.getLogger(__name__)
 
 TABLES = Tables(
     application_id=0x746C6E65,
@@ -56,7 +72,7 @@ CREATE TABLE keys (
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Opens a file. Transactions are begun and ended by whoever writes."""
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000)
     connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
     return connection
 
@@ -76,12 +92,12 @@ class Database:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
+        self.monitor = StorageMonitor()
+        """Whether what is written can be relied upon."""
         self._synchronous = ""
+        self._logged_bytes = 0
         try:
-            self._connection = connect(path, read_only=read_only)
-            self._check_format()
-            if not read_only:
-                self._prepare()
+            self._open(read_only=read_only)
         except sqlite3.Error as error:
             raise translate(error, path) from error
         self.ledger = LedgerTables(self._connection, path, advice(path))
@@ -140,8 +156,9 @@ class Database:
             sync: whether they are on the disk, and not only with the operating system, when this returns.
 
         Raises:
-            StorageFullError: there is no room. Nothing has changed.
-            StorageFailedError: anything else. Nothing has changed.
+            StorageFullError: there is no room. Nothing has changed, unless the text says otherwise.
+            StorageUncertainError: writing failed once the commit had begun. Whether anything has changed is not known.
+            StorageFailedError: writing failed before, now or earlier. Nothing has changed.
         """
 
         def write() -> None:
@@ -150,7 +167,7 @@ class Database:
                 self._insert(change)
             self._note(figures, meta)
 
-        self._transact(write, sync=sync)
+        self._transact(write, sync=sync, size_bytes=sum(len(payload.data) for change in changes for payload in change.payloads))
 
     def forget(self, episode_ids: Iterable[int], *, figures: Mapping[str, int], keys: Iterable[tuple[EpisodeKey, int]] = ()) -> None:
         """Forgets episodes, in a transaction of its own. Raises as :meth:`commit` does.
@@ -187,14 +204,52 @@ class Database:
                     self.ledger.remember(change.row.key, change.row.digest, change.row.id)
             self._note(figures, {} if newest is None else {OLDEST_KEY: newest + 1})
 
-        self._transact(write, sync=True)
+        self._transact(write, sync=True, size_bytes=CHECKPOINT_BYTES)
 
     def shrink(self, pages: int) -> bool:
-        """Gives free pages at the file's end back to the file system, as many at most; returns whether there are more."""
-        free = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
+        """Gives up to ``pages`` free pages at the file's end back to the file system; returns whether there are more. Raises as
+        :meth:`commit` does."""
+        free = pragma(self._connection, "freelist_count")
         if free:
-            self._connection.execute(f"PRAGMA incremental_vacuum({min(pages, free)})").fetchall()
-        return bool(free > pages)
+            count = min(pages, free)
+            vacuum = f"PRAGMA incremental_vacuum({count})"
+            self._transact(lambda: self._connection.execute(vacuum).fetchall(), sync=False, size_bytes=count * TABLES.page_bytes)
+        return free > pages
+
+    def checkpoint_if_due(self) -> None:
+        """Moves the log into the main file once it is long enough. A full disk is no error: what is committed stays in the log.
+
+        Raises:
+            StorageFailedError: reading, writing or an fsync failed. Nothing was begun for the caller.
+        """
+        if self._logged_bytes < CHECKPOINT_BYTES:
+            return
+        self._logged_bytes = CHECKPOINT_BYTES - CHECKPOINT_RETRY_BYTES
+        try:
+            if self.checkpoint():
+                self._logged_bytes = 0
+        except StorageFullError as error:
+            logger.warning("%s: the log stays as it is: %s", self.path, error)
+
+    def checkpoint(self) -> bool:
+        """Moves the log into the main file, as far as nobody reads it; returns whether that was all of it.
+
+        SQLite's own checkpoints, after a commit and when a file is closed, would fail without a word.
+
+        Raises:
+            StorageFullError: there is no room; nothing is lost.
+            StorageFailedError: reading, writing or an fsync failed.
+        """
+        self.monitor.check()
+        try:
+            _, pages, moved = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if moved == pages and self._log_size() > LOG_BYTES:
+                self._connection.execute("PRAGMA busy_timeout = 0")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        except sqlite3.Error as error:
+            raise translate_write(error, self.path, self.monitor, begun=False) from error
+        return bool(moved == pages)
 
     def insert_episode(self, row: EpisodeRow, payloads: Sequence[Payload]) -> None:
         """Writes an episode's rows, inside a transaction of the caller's."""
@@ -217,8 +272,37 @@ class Database:
         self._set("counts", figures)
 
     def close(self) -> None:
-        """Moves the log into the main file and closes."""
-        self._connection.close()
+        """Closes the file, which moves what is left of the log into it; not after a failure, which would make of it what nobody knows."""
+        if self.monitor.state is StorageState.FAILED:
+            self.abandon()
+        else:
+            self._connection.close()
+
+    def abandon(self) -> None:
+        """Leaves the files as they are, for as long as the process lives: to close a connection is to write."""
+        keep_open(self._connection)
+
+    def _open(self, *, read_only: bool) -> None:
+        self._connection = connect(self.path, read_only=read_only)
+        try:
+            self._check_format()
+            if not read_only:
+                self._prepare()
+        except sqlite3.Error as error:
+            if read_only or not has_no_room(error, self.path):
+                raise
+            # The index of the log, shared with commands that look on, has no room. One in memory needs none.
+            self._connection.close()
+            self._connection = connect(self.path)
+            self._connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+            self._check_format()
+            self._prepare()
+            logger.warning("%s is full: `check` and `snapshot` cannot look into the store before the server's next start", self.path.parent)
+
+    def _log_size(self) -> int:
+        with contextlib.suppress(OSError):
+            return os.stat(f"{self.path}-wal").st_size
+        return 0
 
     def _check_format(self) -> None:
         try:
@@ -236,11 +320,12 @@ class Database:
 
     def _prepare(self) -> None:
         TABLES.prepare(self._connection)
-        for statement in ("journal_mode = WAL", f"wal_autocheckpoint = {CHECKPOINT_PAGES}", "journal_size_limit = 67108864"):
-            self._connection.execute(f"PRAGMA {statement}")
+        for statement in ("journal_mode = WAL", "wal_autocheckpoint = 0"):
+            self._connection.execute(f"PRAGMA {statement}").fetchall()
 
-    def _transact(self, write: Callable[[], None], *, sync: bool) -> None:
-        connection = self._connection
+    def _transact(self, write: Callable[[], object], *, sync: bool, size_bytes: int = 0) -> None:
+        self.monitor.check()
+        connection, begun = self._connection, False
         try:
             synchronous = "FULL" if sync else "NORMAL"
             if synchronous != self._synchronous:
@@ -248,14 +333,22 @@ class Database:
                 self._synchronous = synchronous
             connection.execute("BEGIN IMMEDIATE")
             write()
+            begun = True
             connection.execute("COMMIT")
         except BaseException as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
             self.ledger.rolled_back()
-            if isinstance(error, sqlite3.Error):
-                raise translate(error, self.path) from error
+            self._roll_back()
+            if isinstance(error, sqlite3.Error) or begun:
+                raise translate_write(error, self.path, self.monitor, begun=begun) from error
             raise
+        self._logged_bytes += size_bytes + COMMIT_BYTES
+
+    def _roll_back(self) -> None:
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            self.monitor.fail(f"a transaction could not be rolled back: {error}")
 
     def _set(self, table: str, values: Mapping[str, object]) -> None:
         rows = [(name, value, row_checksum(name, value)) for name, value in values.items()]
@@ -280,21 +373,3 @@ class Database:
         self.insert_episode(change.row, change.payloads)
         if change.row.key is not None:
             self.ledger.remember(change.row.key, change.row.digest, change.row.id)
-
-
-def advice(path: Path) -> str:
-    """Returns what to do about a damaged store."""
-    return (
-        f"run `touchline-server check --data-dir {path.parent}` to see what is damaged and `touchline-server recover --data-dir "
-        f"{path.parent}` to keep what is whole"
-    )
-
-
-def translate(error: sqlite3.Error, path: Path) -> Exception:
-    """Returns the domain's error of an error of SQLite's."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return StorageFullError(f"{path.parent} is full: nothing was stored; free space there, adding goes on as soon as there is room")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (isinstance(error, sqlite3.DatabaseError) and not code):
-        return DamagedStoreError(f"{path} is damaged ({error}); {advice(path)}")
-    return StorageFailedError(f"{path}: {error}; nothing was stored, see to the disk and its permissions")

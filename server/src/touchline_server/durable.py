@@ -3,12 +3,14 @@
 Everything happens under the store's write lock, so the database has one user at a time. A thread of this module's commits what was
 submitted; a thread that adds and waits commits what is queued by itself, its own episode among it. With ``durability = "memory"`` an
 episode is published first, and the thread commits behind.
+
+After a write, an fsync or a checkpoint has failed for another reason than want of room, nothing is acknowledged any more: see
+:mod:`touchline_server.storage_state`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -20,10 +22,12 @@ from touchline_protos.codec import Episode
 from touchline_server.changes import change_of, check_storable
 from touchline_server.data_dir import DataDir
 from touchline_server.database import Database
-from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError
+from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.journal import Journal
 from touchline_server.ledger import payload_digest
 from touchline_server.planning import GroupPlan, Planned
 from touchline_server.records import Change
+from touchline_server.storage_state import UNCERTAIN, StorageMonitor, StorageState
 from touchline_server.store import EpisodeStore, Stored
 
 logger = logging.getLogger(__name__)
@@ -33,13 +37,10 @@ MAX_GROUP_BYTES = 64 << 20
 MAX_QUEUED_BYTES = 256 << 20
 """Payload that waits to be committed; submitting waits for room."""
 MAX_QUEUED_EPISODES = 4096
-ID_BLOCK = 1 << 16
-"""Ids reserved ahead on the disk, many times those that can be queued: none is given out again after a death of the machine."""
 RETRY_S = 1.0
-"""Between attempts to write what is in memory already, while the disk is full."""
+"""Between attempts to write what is in memory already, and between two looks for room, while the disk is full."""
 IDLE_S = 0.2
 """Rest after which free pages go back to the file system."""
-SHRINK_PAGES = 256
 
 
 class Receipt(Future[Stored]):
@@ -80,37 +81,29 @@ class GroupCommitter:
 
     def __init__(self, store: EpisodeStore, database: Database, data_dir: DataDir, *, durability: str, sync_interval_s: float) -> None:
         self._store = store
-        self._database = database
-        self._data_dir = data_dir
-        self._durability = durability
-        self._sync_interval_s = sync_interval_s
-        self._reserved = store.next_id
-        self._unsynced_since: float | None = None
-        self._log_file = os.open(f"{database.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        self._in_memory = durability == "memory"
+        self._journal = Journal(database, data_dir, durability=durability, sync_interval_s=sync_interval_s, next_id=store.next_id)
         self._queue: deque[_Pending] = deque()
         self._behind: deque[_Unwritten] = deque()
         self._queued_bytes = 0
         self._behind_group_bytes = MAX_GROUP_BYTES
         self._fault = ""
         """Why what is in memory cannot be written at present."""
-        self._broken = ""
-        """Why nothing can be written any more."""
         self._state = threading.Condition()
         self._closed = False
-        self._may_shrink = True
         try:
-            self._write([], self._figures())
-        except StorageFullError as error:
-            if durability == "memory":
-                raise  # ids are given out before they can be reserved
-            logger.warning("%s", error)
+            self._journal.write([], self._figures(), next_id=store.next_id)
+            self._journal.checkpoint()
+        except StorageFullError:
+            self._journal.note_full(0)
         self._thread = threading.Thread(target=self._run, name="touchline-commit", daemon=True)
         self._thread.start()
 
     def submit(self, episode: Episode) -> Receipt:
         """Queues an episode and returns at once, unless the queue is full. Its arrays must stay as they are until it is answered."""
+        self.check_writable()
         pending = self._pend(episode)
-        if self._durability == "memory":
+        if self._in_memory:
             self._store_in_memory(pending)
         else:
             self._enqueue(pending)
@@ -118,19 +111,35 @@ class GroupCommitter:
 
     def add(self, episode: Episode) -> Stored:
         """Stores an episode and returns once it is as durable as configured. Raises as :meth:`EpisodeStore.add` does."""
+        self.check_writable()
         pending = self._pend(episode)
-        if self._durability == "memory":
+        if self._in_memory:
             self._store_in_memory(pending)
             return pending.receipt.result()
+        if threading.current_thread() is threading.main_thread() and not self._store.write_lock._is_owned():  # type: ignore[attr-defined]
+            # Ctrl-C reaches this thread only, and between the commit and the ring would have the two disagree.
+            self._enqueue(pending)
+            return pending.receipt.result()
         with self._state:
-            self._refuse_if_closed()
+            self.check_writable()
             self._queue.append(pending)
             self._queued_bytes += pending.size_bytes
         # Who waits here while another commits finds itself committed with the others that waited, in one transaction.
         with self._store.write_lock:
-            while not pending.receipt.done() and not self._broken:
+            while not pending.receipt.done():
                 self._commit_group()
         return pending.receipt.result()
+
+    @property
+    def monitor(self) -> StorageMonitor:
+        """The state of the disk."""
+        return self._journal.monitor
+
+    def check_writable(self) -> None:
+        """Raises StorageFailedError if nothing can be added any more, or not by this process."""
+        self._journal.check_writable()
+        if self._closed:
+            raise StorageFailedError("the durable store is closed; nothing was stored")
 
     def clear(self, forget: Callable[[], None], figures: dict[str, int]) -> None:
         """Empties the database, then calls ``forget``. The caller holds the write lock.
@@ -139,20 +148,21 @@ class GroupCommitter:
             forget: empties the ring.
             figures: the counts after it.
         """
-        self._refuse_if_closed()
-        # What is in memory alone is forgotten without having been written, but for its keys.
-        self._database.clear([unwritten.change for unwritten in self._behind], figures=figures)
-        self._data_dir.acknowledge(self._database.commits, synced=True)
+        self.check_writable()
+        # What is in memory alone is forgotten without having been written, except for its keys.
+        self._journal.clear([unwritten.change for unwritten in self._behind], figures)
         with self._state:
             self._queued_bytes -= sum(unwritten.size_bytes for unwritten in self._behind)
             self._behind.clear()
             self._fault = ""
-            self._may_shrink = True
             self._state.notify_all()
         forget()
 
     def close(self) -> None:
-        """Commits what waits, and closes the database as whole: the next start goes on with the next id."""
+        """Commits what waits, and closes the database as whole: the next start goes on with the next id. Does nothing in a forked
+        child."""
+        if self._journal.is_parents:
+            return
         with self._state:
             if self._closed:
                 return
@@ -160,17 +170,7 @@ class GroupCommitter:
             self._state.notify_all()
         self._thread.join()
         with self._store.write_lock:
-            try:
-                # What could not be written is in the counts of memory and not in these.
-                figures = self._figures() if not self._behind else self._database.counts()
-                self._database.commit([], figures=figures, meta={"next_id": self._store.next_id}, sync=True)
-                self._data_dir.acknowledge(self._database.commits, synced=True)
-            except ReplayError as error:
-                logger.error("the durable store was not closed in order: %s", error)
-            finally:
-                os.close(self._log_file)
-                self._database.close()
-                self._data_dir.close()
+            self._journal.close(self._durable_figures(), next_id=self._store.next_id)
 
     # Queueing
 
@@ -182,32 +182,35 @@ class GroupCommitter:
 
     def _enqueue(self, pending: _Pending) -> None:
         with self._state:
-            while self._is_full() and not self._closed and not self._broken:
-                self._state.wait()
-            self._refuse_if_closed()
+            while self._is_full() and not self._closed and self.monitor.state is not StorageState.FAILED:
+                self._state.wait(RETRY_S)
+            self.check_writable()
             self._queue.append(pending)
             self._queued_bytes += pending.size_bytes
             self._state.notify_all()
-
-    def _refuse_if_closed(self) -> None:
-        if self._broken:
-            raise StorageFailedError(f"the durable store cannot be written until the server is started again ({self._broken})")
-        if self._closed:
-            raise StorageFailedError("the durable store is closed; nothing was stored")
 
     def _is_full(self) -> bool:
         return self._queued_bytes > MAX_QUEUED_BYTES or len(self._queue) + len(self._behind) >= MAX_QUEUED_EPISODES
 
     def _store_in_memory(self, pending: _Pending) -> None:
         """Publishes an episode and leaves it to the thread to commit it."""
-        self._refuse_if_closed()
         while self._is_full() and self._commit_behind():
             pass  # the disk does not keep up: who adds writes what others left
+        self.check_writable()
         if self._is_full():
+            self._journal.note_full(pending.size_bytes)
             self._refuse(pending, StorageFullError(self._fault))
             return
         begin = time.thread_time()
         with self._store.write_lock:
+            try:
+                self.check_writable()  # again: the one that had the lock before may have failed
+                if not self._journal.has_reserved(self._store.next_id):  # ids are given out before the commit that would reserve them
+                    self._journal.write([], self._figures(), next_id=self._store.next_id)
+            except StorageFullError as error:
+                self._journal.note_full(pending.size_bytes)
+                self._refuse(pending, error)
+                return
             plan = GroupPlan(self._store)
             try:
                 change = self._plan(plan, pending, copy=True)
@@ -232,41 +235,46 @@ class GroupCommitter:
         try:
             self._work()
         except BaseException as error:
-            logger.exception("the durable store takes nothing more until the server is started again")
-            with self._state:
-                self._broken = str(error) or type(error).__name__
-                left, self._queue = list(self._queue), deque()
-                self._state.notify_all()
-            for pending in left:
-                if not pending.receipt.done():
-                    pending.receipt.set_exception(StorageFailedError(f"the durable store cannot be written: {self._broken}"))
+            logger.exception("the thread that commits has ended")
+            self.monitor.fail(f"the thread that commits has ended: {error!r}")
+            with self._store.write_lock:
+                while self._queue:
+                    self._commit_group()  # which refuses them
 
     def _work(self) -> None:
         while True:
             with self._state:
-                if not self._queue and not self._behind:
+                if not self._queue and not self._has_unwritten():
                     if self._closed:
+                        self._log_lost()
                         return
-                    self._state.wait(self._rest_s())
-                work, last = bool(self._queue or self._behind), self._closed
+                    self._state.wait(self._journal.next_task_s(IDLE_S, RETRY_S))
+                work, last = bool(self._queue or self._has_unwritten()), self._closed
             if work:
                 with self._store.write_lock:
                     if self._queue:
                         self._commit_group()
-                if self._behind and not self._commit_behind():
+                if self._behind and not self._commit_behind() and self._has_unwritten():
                     if last:
-                        logger.error("%d episodes were in memory alone and are lost: %s", len(self._behind), self._fault)
+                        self._log_lost()
                         return
                     with self._state:
                         self._state.wait_for(lambda: self._closed, RETRY_S)
-            self._sync_if_due()
+            self._journal.sync_if_due()
             if not work:
-                self._shrink()
+                with self._store.write_lock:
+                    self._journal.shrink()
+                    self._journal.look_for_room(self._durable_figures(), next_id=self._store.next_id)
 
-    def _rest_s(self) -> float | None:
-        if self._unsynced_since is not None:
-            return max(0.0, self._unsynced_since + self._sync_interval_s - time.monotonic())
-        return IDLE_S if self._may_shrink else None
+    def _has_unwritten(self) -> bool:
+        """Returns whether there is something in memory alone that may still be written."""
+        return bool(self._behind) and self.monitor.state is not StorageState.FAILED
+
+    def _log_lost(self) -> None:
+        if self._behind:
+            logger.error(
+                "%d episodes were acknowledged in memory and could not be written, they may be lost: %s", len(self._behind), self._fault
+            )
 
     def _take_group(self) -> list[_Pending]:
         group: list[_Pending] = []
@@ -287,10 +295,13 @@ class GroupCommitter:
         try:
             self._store_group(group)
         except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            if interrupted:
+                self.monitor.fail(f"interrupted while episodes were being stored ({type(error).__name__})")
             for pending in group:
                 if not pending.receipt.done():
-                    pending.receipt.set_exception(error)
-            if not isinstance(error, Exception):
+                    pending.receipt.set_exception(StorageUncertainError(f"interrupted; {UNCERTAIN}") if interrupted else error)
+            if interrupted:
                 raise
             logger.exception("a group of %d episodes was not stored", len(group))
         self._store.notify()
@@ -317,6 +328,8 @@ class GroupCommitter:
             plan.give_up()
             if not isinstance(error, ReplayError):
                 raise
+            if isinstance(error, StorageFullError):
+                self._journal.note_full(sum(pending.size_bytes for pending, _ in accepted))
             for pending, _ in (*accepted, *answers):
                 self._refuse(pending, error)
             return
@@ -368,13 +381,8 @@ class GroupCommitter:
         # They have evicted others from the database already, which the ring now follows.
         self._store.evict(sum(planned.length for _, planned in accepted))
         keys = [(pending.episode.key, planned.episode_id) for pending, planned in accepted if pending.episode.key is not None]
-        try:
-            # Their keys too: they were never acknowledged, and must not be taken for stored when they are sent again.
-            self._database.forget(ids, figures=self._figures(), keys=keys)
-        except ReplayError as error:
-            self._broken = str(error)
-            raise
-        self._data_dir.acknowledge(self._database.commits, synced=True)
+        # Their keys too: they were never acknowledged, and must not be taken for stored when they are sent again.
+        self._journal.forget(ids, self._figures(), keys)
 
     def _commit_behind(self) -> bool:
         """Writes what is in memory already; returns whether it could."""
@@ -392,7 +400,7 @@ class GroupCommitter:
                 self._write([unwritten.change for unwritten in group], group[-1].figures)
             except (StorageFullError, StorageFailedError) as error:
                 if not self._fault:
-                    logger.error("%d episodes are in memory alone: %s", len(self._behind), error)
+                    logger.error("%d episodes that were acknowledged are in memory alone: %s", len(self._behind), error)
                 # Where there is some room, fewer may fit.
                 self._behind_group_bytes = max(1, self._behind_group_bytes // 8)
                 with self._state:
@@ -409,32 +417,13 @@ class GroupCommitter:
         return True
 
     def _write(self, changes: Sequence[Change], figures: dict[str, int]) -> None:
-        """Commits, with an fsync where the mode or a reservation of ids asks for one."""
-        newest = changes[-1].row.id + 1 if changes else self._store.next_id
-        reserve = newest + ID_BLOCK // 2 > self._reserved
-        reserved = newest + ID_BLOCK if reserve else self._reserved
-        sync = self._durability == "sync"
-        self._database.commit(changes, figures=figures, meta={"next_id": reserved}, sync=sync or reserve)
-        self._reserved = reserved
-        self._data_dir.acknowledge(self._database.commits, synced=sync)
-        if not sync and self._unsynced_since is None:
-            with self._state:
-                self._unsynced_since = time.monotonic()
-                self._state.notify_all()
-
-    def _sync_if_due(self) -> None:
-        if self._unsynced_since is not None and time.monotonic() >= self._unsynced_since + self._sync_interval_s:
-            self._unsynced_since = None  # before: what is committed meanwhile may miss this one
-            os.fsync(self._log_file)
-
-    def _shrink(self) -> None:
-        if self._may_shrink and self._unsynced_since is None:
-            with self._store.write_lock:
-                try:
-                    self._may_shrink = self._database.shrink(SHRINK_PAGES)
-                except Exception:
-                    self._may_shrink = False
-                    logger.exception("free pages stay in the durable store's file")
+        self._journal.write(changes, figures, next_id=changes[-1].row.id + 1)
+        with self._state:
+            self._state.notify_all()  # an fsync will be due
 
     def _figures(self) -> dict[str, int]:
         return self._store.figures()
+
+    def _durable_figures(self) -> dict[str, int]:
+        """Returns the counts without what is in memory alone."""
+        return self._journal.counts if self._behind else self._figures()

@@ -16,7 +16,8 @@ ReplayError
 ├── RestoringError          the durable store is being read, or cannot be
 ├── StorageFullError        the durable store's disk is full
 ├── StorageFailedError      the durable store cannot be read or written
-│   └── DamagedStoreError   something in it is not as it was written
+│   ├── DamagedStoreError   something in it is not as it was written
+│   └── StorageUncertainError  writing failed once the commit had begun: it may be stored
 ├── StoreMismatchError      the durable store is of another format or configuration
 ├── StoreInUseError         another server has the data_dir or the scratch_dir
 └── DrainingError           the server is about to stop
@@ -102,6 +103,11 @@ class StorageFailedError(ReplayError):
 
 class DamagedStoreError(StorageFailedError):
     """Something in the durable store is not as it was written; the text says what to do."""
+
+
+class StorageUncertainError(StorageFailedError):
+    """Writing failed after the commit had begun. Whether the episode is stored is not known before the server is started again; sent again
+    under the same key it is stored once."""
 
 
 class StoreMismatchError(ReplayError):

@@ -17,6 +17,7 @@ from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, Ke
 from touchline_server.reading import EpisodeQuery
 from touchline_server.sampling import Law
 from touchline_server.status import shorten
+from touchline_server.storage_state import StorageState
 from touchline_server.store import Stored
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
@@ -29,6 +30,12 @@ _OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
     TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
 }
 """Of what is an episode's own fault; the first that fits."""
+
+_STORAGE_STATE_OF: dict[StorageState, pb.StorageState] = {
+    StorageState.OK: pb.STORAGE_STATE_OK,
+    StorageState.FULL: pb.STORAGE_STATE_FULL,
+    StorageState.FAILED: pb.STORAGE_STATE_FAILED,
+}
 
 _COUNTS = [field.name for field in fields(Counts)]
 
@@ -136,6 +143,7 @@ def info(buffer: ReplayBuffer) -> pb.InfoResponse:
 
     columns = buffer.store.columns
     specs = columns.schema.columns if columns is not None else ()
+    monitor = buffer.storage_monitor
     return pb.InfoResponse(
         version=__version__,
         protocol_version=PROTOCOL_VERSION,
@@ -146,4 +154,6 @@ def info(buffer: ReplayBuffer) -> pb.InfoResponse:
         capacity=buffer.capacity,
         max_message_bytes=buffer.config.server.max_message_bytes,
         counts=counts(buffer.counts()),
+        storage_state=_STORAGE_STATE_OF[monitor.state] if monitor is not None else pb.STORAGE_STATE_UNSPECIFIED,
+        storage_reason=monitor.reason if monitor is not None else "",
     )

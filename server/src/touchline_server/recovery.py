@@ -20,14 +20,15 @@ from touchline_protos import Counts
 from touchline_protos.files import sync
 from touchline_protos.tables import row_checksum
 from touchline_server.data_dir import MARK_NAME, DataDir, Mark, boot_id
-from touchline_server.database import FILE_NAME, OLDEST_KEY, TABLES, Database, translate
-from touchline_server.durable import ID_BLOCK
+from touchline_server.database import FILE_NAME, OLDEST_KEY, TABLES, Database
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, ReplayError, StorageFailedError, StoreMismatchError
+from touchline_server.journal import ID_BLOCK
 from touchline_server.ledger import KeyLedger, payload_digest, sender_name
 from touchline_server.pages import MAGIC, Cell, PageFile, Value
 from touchline_server.records import EpisodeRow, numpy_dtype, payloads_of, schema_of, schema_text
 from touchline_server.restoring import as_row
 from touchline_server.schema import Schema
+from touchline_server.sqlite_errors import translate
 
 MAX_COMBINATIONS = 64
 """Ways to put an episode together that are tried, where an older copy of one of its rows is found too."""
@@ -284,6 +285,7 @@ def _write(found: _Found, target: Path, mark: Mark | None, progress: Progress | 
             meta["schema"] = schema_text(schema)
         fresh.set_meta(meta)
         fresh.connection.execute("COMMIT")
+        fresh.checkpoint()  # the file is moved without its log
     return recovery
 
 

@@ -16,12 +16,13 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.tables import row_checksum
 from touchline_server.config import Config
 from touchline_server.data_dir import DataDir, boot_id
-from touchline_server.database import Database, advice, translate
+from touchline_server.database import Database
 from touchline_server.durable import GroupCommitter
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
 from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.records import EpisodeRow, numpy_dtype
 from touchline_server.schema import Schema
+from touchline_server.sqlite_errors import advice, translate
 from touchline_server.store import EpisodeStore
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def open_durable(store: EpisodeStore, config: Config, progress: Progress | None 
     database: Database | None = None
     try:
         _refuse_if_missing(data_dir)
+        data_dir.rewrite_log()
         database = Database(data_dir.database)
         try:
             for damage in database.damaged_values():

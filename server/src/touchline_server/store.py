@@ -202,6 +202,11 @@ class EpisodeStore:
         """Has everything that is added from now on go through a durable store."""
         self._committer = committer
 
+    def check_writable(self) -> None:
+        """Raises StorageFailedError if a durable store takes nothing any more, or is another process's. Takes no lock."""
+        if self._committer is not None:
+            self._committer.check_writable()
+
     def count_refused(self, reason: str, episode: Episode | None = None) -> None:
         """Counts and logs an episode that was refused, here or before it became one."""
         with self._lock:
@@ -211,6 +216,7 @@ class EpisodeStore:
 
     def clear(self) -> Counts:
         """Forgets every episode and the schema, and releases the columns. Ids, keys and counts of what was added go on."""
+        self.check_writable()
         with self.write_lock:
             if self._committer is None:
                 self._forget_all()

@@ -12,13 +12,14 @@ import numpy as np
 from touchline_protos.files import sync
 from touchline_protos.tables import row_checksum
 from touchline_server.data_dir import MARK_NAME, DataDir, read_mark
-from touchline_server.database import FILE_NAME, Database, connect, translate
+from touchline_server.database import FILE_NAME, Database, connect
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
 from touchline_server.ledger import KeyLedger
 from touchline_server.records import EpisodeRow
 from touchline_server.recovery import Progress, existing, whole_episodes
 from touchline_server.restoring import as_row, read_columns
 from touchline_server.schema import Schema
+from touchline_server.sqlite_errors import translate
 from touchline_server.store import new_lineage
 
 MAX_FINDINGS = 20

@@ -25,6 +25,13 @@ class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAW_UNSPECIFIED: _ClassVar[Law]
     LAW_EPISODE: _ClassVar[Law]
     LAW_STEP: _ClassVar[Law]
+
+class StorageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STORAGE_STATE_UNSPECIFIED: _ClassVar[StorageState]
+    STORAGE_STATE_OK: _ClassVar[StorageState]
+    STORAGE_STATE_FULL: _ClassVar[StorageState]
+    STORAGE_STATE_FAILED: _ClassVar[StorageState]
 DTYPE_UNSPECIFIED: DType
 DTYPE_BOOL: DType
 DTYPE_UINT8: DType
@@ -39,6 +46,10 @@ DTYPE_FLOAT64: DType
 LAW_UNSPECIFIED: Law
 LAW_EPISODE: Law
 LAW_STEP: Law
+STORAGE_STATE_UNSPECIFIED: StorageState
+STORAGE_STATE_OK: StorageState
+STORAGE_STATE_FULL: StorageState
+STORAGE_STATE_FAILED: StorageState
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "padding", "data")
@@ -461,7 +472,7 @@ class InfoRequest(_message.Message):
     def __init__(self, table: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts")
+    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts", "storage_state", "storage_reason")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
@@ -471,6 +482,8 @@ class InfoResponse(_message.Message):
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_STATE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_REASON_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_version: str
     config_toml: str
@@ -480,7 +493,9 @@ class InfoResponse(_message.Message):
     capacity: int
     max_message_bytes: int
     counts: Counts
-    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ...) -> None: ...
+    storage_state: StorageState
+    storage_reason: str
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
     __slots__ = ("table",)

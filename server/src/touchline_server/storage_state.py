@@ -1,0 +1,95 @@
+"""What is known of the disk under a durable store: whether it takes what is written, is full, or is not to be trusted any more.
+
+After a failed fsync the kernel may have dropped the pages that it could not write, and the next fsync succeeds all the same (Rebello
+et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020). So there is no way back from FAILED but a restart, which reads
+and verifies the file.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+from collections.abc import Callable
+
+from touchline_server.errors import StorageFailedError, StorageUncertainError
+
+logger = logging.getLogger(__name__)
+
+UNCERTAIN = "the episode may have been stored: send it again under the same key"
+"""What is said of an episode once its commit had begun."""
+
+
+class StorageState(enum.Enum):
+    """What a durable store does with what is added."""
+
+    OK = "ok"
+    """Takes it."""
+    FULL = "full"
+    """Refuses it until there is room on the disk."""
+    FAILED = "failed"
+    """Refuses it until the server is started again."""
+
+
+class StorageMonitor:
+    """Keeps the state of one durable store. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state = StorageState.OK
+        self._reason = ""
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def state(self) -> StorageState:
+        """What the store does with what is added."""
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it is not OK; empty if it is."""
+        return self._reason
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` after every change, from the thread that noticed it; it must not block."""
+        self._listeners.append(listener)
+
+    def fill(self, reason: str) -> None:
+        """Notes that the disk is full."""
+        if self._change(StorageState.FULL, reason):
+            logger.error("adding is refused until there is room on the disk: %s", reason)
+
+    def fail(self, reason: str) -> None:
+        """Notes that nothing written from now on can be relied upon."""
+        if self._change(StorageState.FAILED, reason):
+            logger.error("adding has ended until the server is started again, sampling goes on: %s", reason)
+
+    def recover(self) -> None:
+        """Notes that something was written."""
+        if self._state is StorageState.FULL and self._change(StorageState.OK, ""):
+            logger.warning("adding goes on: there is room on the disk again")
+
+    def check(self) -> None:
+        """Raises StorageFailedError if the store takes nothing more; nothing was begun."""
+        if self._state is StorageState.FAILED:
+            raise StorageFailedError(f"{self._refusal()}; nothing was stored")
+
+    def check_written(self) -> None:
+        """Raises StorageUncertainError if the store takes nothing more, though a commit has just succeeded."""
+        if self._state is StorageState.FAILED:
+            raise StorageUncertainError(f"{self._refusal()}; {UNCERTAIN}")
+
+    def _refusal(self) -> str:
+        return f"the durable store takes nothing more until the server is started again ({self._reason})"
+
+    def _change(self, state: StorageState, reason: str) -> bool:
+        """Returns whether the state is another one now."""
+        with self._lock:
+            if self._state is StorageState.FAILED:
+                return False
+            changed = self._state is not state
+            self._state, self._reason = state, reason
+        if changed:
+            for listener in tuple(self._listeners):
+                listener()
+        return changed
