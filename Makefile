@@ -14,6 +14,9 @@ QUIET_MINUTES ?= 15
 # For example SOAK="--every-s 10 --out soak.png".
 SOAK ?=
 FAULT_ACTOR_KILLS ?= 20
+FAULT_SCHEDULE ?= 240
+# Of the schedule of all faults together; empty: another one each time, which is printed.
+FAULT_SEED ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -44,7 +47,8 @@ test: lint types ## checks everything: lint, types, tests
 
 test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
-	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) $(BIN)/python -m pytest tests/faults -s
+	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) \
+	FAULT_SCHEDULE=$(FAULT_SCHEDULE) FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults -s
 
 test-quiet: $(INSTALLED) ## leaves connections of every kind quiet for QUIET_MINUTES, under the default configuration
 	QUIET_MINUTES=$(QUIET_MINUTES) $(BIN)/python -m pytest tests/faults/test_quiet.py -s

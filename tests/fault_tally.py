@@ -19,6 +19,10 @@ CONNECTS = int(os.environ.get("FAULT_CONNECTS", "40"))
 """Connects and disconnects in one test."""
 EPISODES = int(os.environ.get("FAULT_EPISODES", "6"))
 """Episodes that each actor plays under one fault of the network."""
+SCHEDULED = int(os.environ.get("FAULT_SCHEDULE", "12"))
+"""Faults of a schedule in which all kinds come together."""
+SEED = int(os.environ["FAULT_SEED"]) if os.environ.get("FAULT_SEED") else None
+"""Of that schedule; None: another one in each run, which is printed."""
 LONG = bool(os.environ.get("FAULT_LONG"))
 """Whether the tests run that wait for a long time."""
 

@@ -444,22 +444,6 @@ def test_episode_that_the_ring_could_not_take_is_stored_when_it_is_sent_again_af
     assert buffer.add_episode(keyed_episode(0, 2)).duplicate
 
 
-def test_file_stays_within_the_stated_factor_of_the_ring(opened: Opener, tmp_path: Path) -> None:
-    capacity = 20_000
-    buffer = opened(durability="batch", capacity=capacity)
-    row_bytes = 0
-    for sequence in range(2_500):
-        episode = keyed_episode(sequence % 4, sequence)
-        buffer.add_episode(episode)
-        row_bytes = episode.size_bytes // episode.length
-    assert buffer.counts().steps_evicted > 2 * capacity
-    files = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())
-
-    assert files <= 2 * capacity * row_bytes + (80 << 20)
-    buffer.close()
-    assert (tmp_path / "data" / "touchline.db").stat().st_size <= 2 * capacity * row_bytes
-
-
 def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = opened(durability="batch")
     failed = threading.Event()
