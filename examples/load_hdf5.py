@@ -3,7 +3,7 @@
     python examples/load_hdf5.py demos.h5 --actor teleoperation --task 3 --drop camera --address replay-host:50051
 
 Needs touchline[hdf5]. The layout of the file is in docs/datasets.md: a group an episode, a dataset a column. What is
-float64 is stored as float32, as TD-MPC2 and the recorders have it. Prints lines of JSON.
+float64 is stored as float32, as TD-MPC2 has it. Prints lines of JSON; the status is 1 if episodes were refused.
 """
 
 from __future__ import annotations
@@ -30,3 +30,4 @@ if __name__ == "__main__":
         for reason, refusals in report.reasons.items():
             print(json.dumps({"refused": refusals.count, "reason": reason, "first_at": refusals.examples[0][0]}))
         print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "columns": list(client.info().columns)}))
+    raise SystemExit(1 if report.refused else 0)

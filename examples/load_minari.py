@@ -3,6 +3,7 @@
     python examples/load_minari.py D4RL/door/human-v2 --address replay-host:50051
 
 Needs touchline[minari], and the data set in Minari's folder (``minari download D4RL/door/human-v2``).
+The status is 1 if episodes were refused.
 """
 
 from __future__ import annotations
@@ -26,3 +27,4 @@ if __name__ == "__main__":
         for reason, refusals in report.reasons.items():
             print(json.dumps({"refused": refusals.count, "reason": reason}))
         print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "episodes_on_the_server": client.num_eps}))
+    raise SystemExit(1 if report.refused else 0)

@@ -30,4 +30,7 @@ if __name__ == "__main__":
         raise SystemExit(1)
     with ReplayClient(options.address, actor="demos") as client:
         report = datasets.load(client, options.path)
+    for reason, refusals in report.reasons.items():
+        print(json.dumps({"refused": refusals.count, "reason": reason}))
     print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "steps": report.steps}))
+    raise SystemExit(1 if report.refused else 0)

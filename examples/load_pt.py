@@ -23,7 +23,10 @@ if __name__ == "__main__":
     arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
+    refused = 0
     with ReplayClient(options.address, actor=options.actor) as client:
         for file in options.files:
             report = datasets.load(client, file, trust_pickle=options.trust_pickle)
             print(json.dumps({"file": file, "stored": report.stored, "duplicates": report.duplicates, "refused": report.refused}))
+            refused += report.refused
+    raise SystemExit(1 if refused else 0)

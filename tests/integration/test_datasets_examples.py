@@ -86,7 +86,7 @@ def test_hdf5_file_is_stored_as_one_task_and_its_bad_episodes_are_told(server: S
         del file["episodes/1/reward"]
 
     arguments = ("--actor", "teleoperation", "--task", "3", "--drop", "camera", "--address", server.address)
-    refused, summary = _run("load_hdf5.py", str(tmp_path / "demos.h5"), *arguments)
+    refused, summary = _run("load_hdf5.py", str(tmp_path / "demos.h5"), *arguments, status=1)
 
     assert (refused["refused"], refused["first_at"]) == (1, 1)
     assert "reward" in refused["reason"]

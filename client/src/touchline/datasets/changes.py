@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from touchline.errors import InvalidEpisodeError
-from touchline_protos.columns import ColumnError, flatten_columns
+from touchline_protos.casting import ColumnError, narrow
+from touchline_protos.columns import flatten_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,14 @@ class Changes:
         """Returns an episode's flat columns as they are to be stored.
 
         Raises:
-            InvalidEpisodeError: it has no columns that could be stored.
+            InvalidEpisodeError: it has no columns that could be stored, or a value that float32 lacks.
         """
+        dtype = np.dtype(np.float32) if self.float32 else None
         try:
             flat = flatten_columns(columns)
+            changed = {name: narrow(name, column, dtype) for name, column in flat.items() if not self.drops(name)}
         except ColumnError as error:
             raise InvalidEpisodeError(str(error)) from None
-        changed = {name: self._cast(column) for name, column in flat.items() if not self.drops(name)}
         if self.task is not None and changed:
             # Where there are no rows, it is refused for that.
             rows = next((len(column) for column in changed.values() if column.ndim), 1)
@@ -50,6 +52,3 @@ class Changes:
     def dtype_of(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Returns the dtype that a column of this one is stored with."""
         return np.dtype(np.float32) if self.float32 and dtype == np.float64 else dtype
-
-    def _cast(self, column: np.ndarray) -> np.ndarray:
-        return column.astype(self.dtype_of(column.dtype), copy=False)

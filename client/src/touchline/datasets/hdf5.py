@@ -75,6 +75,8 @@ def _columns(file: Any, group: Any, prefix: str, tally: Tally, depth: int = 0) -
         raise DatasetError(f"{prefix}: nested more than {MAX_NESTING} levels deep")
     for name in group:
         label = prefix + unescape(name)
+        if "." in name and prefix.startswith("obs."):
+            raise DatasetError(f"{label}: a dot in the name, which batches would give back as nested; expected a group for each level")
         # Other files are not the source: their content is not in its fingerprint, nor for whoever made it to choose.
         if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
             raise DatasetError(f"{label}: a link to another file, which is not followed")
@@ -145,12 +147,16 @@ class Hdf5Target:
         self._episodes = self._file.create_group(EPISODES)
 
     def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
-        group = self._episodes.create_group(str(provenance.id))
+        # Groups that remember the order of what is put into them: it is the columns'.
+        group = self._episodes.create_group(str(provenance.id), track_order=True)
         group.attrs.update(provenance.attributes())
         for name, column in columns.items():
-            path = "/".join(escape(part) for part in name.split("."))
+            *groups, leaf = (escape(part) for part in name.split("."))
+            parent = group
+            for part in groups:
+                parent = parent[part] if part in parent else parent.create_group(part, track_order=True)
             smaller = {"compression": "gzip", "shuffle": True} if self._compress and column.size else {}
-            group.create_dataset(path, data=column, **smaller)
+            parent.create_dataset(leaf, data=column, **smaller)
 
     def finish(self) -> None:
         self._file.close()

@@ -19,6 +19,8 @@ from touchline.errors import InvalidEpisodeError, TouchlineError
 from touchline.messages import check_actor, whole_number
 from touchline.refusals import Refusals, add_refusal
 from touchline.types import ColumnInfo, EpisodeResult
+from touchline_protos import rules
+from touchline_protos.casting import ColumnError
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.dtypes import dtype_name
 
@@ -155,7 +157,8 @@ def survey(
         source: and all others: as for :func:`load`; without a server that says its limit, ``max_episode_bytes`` is 1 GiB.
 
     Returns:
-        The report, and dtype and shape of each column of a row, as in the first episode; others are refused.
+        The report, and dtype and shape of each column of a row, as in the first episode that could be stored. Refused are those that are
+        unlike it, and what every server refuses: required columns that are missing, say, or values that are not finite.
 
     Raises:
         DatasetError: the source cannot be read.
@@ -165,13 +168,15 @@ def survey(
         total = _total(opened, first, limit)
         changes = changes or Changes()
         size_limit = SizeLimit(DEFAULT_MAX_EPISODE_BYTES if max_episode_bytes is None else max_episode_bytes, changes)
-        for read in islice(opened.episodes(first, incoming=opened.row_convention != "outgoing", limit=size_limit), total):
+        incoming = opened.row_convention != "outgoing"
+        for read in islice(opened.episodes(first, incoming=incoming, limit=size_limit), total):
             made = _make(_changed(read, changes), EpisodeKey("survey", 0, read.position), "", True)
             if isinstance(made, Episode):
                 report.size_bytes += made.size_bytes
                 found = {name: ColumnInfo(dtype_name(column.dtype), column.shape[1:]) for name, column in made.columns.items()}
-                schema = schema or found
-                made = _difference(schema, found) or made
+                fault = (_difference(schema, found) if schema else None) or _broken_rule(made, first=not schema, incoming=incoming)
+                schema = schema or ({} if fault is not None else found)
+                made = fault or made
             if isinstance(made, Episode):
                 report.read += 1
                 report.stored += 1
@@ -256,6 +261,19 @@ def _difference(schema: Mapping[str, ColumnInfo], found: Mapping[str, ColumnInfo
     for name in [*schema, *found]:
         if schema.get(name) != found.get(name):
             return InvalidEpisodeError(f"{name}: {_told(found.get(name))}, expected {_told(schema.get(name))} as in the first episode")
+    return None
+
+
+def _broken_rule(episode: Episode, *, first: bool, incoming: bool) -> InvalidEpisodeError | None:
+    """Returns why a server that is configured as usual would refuse an episode; None where it would not."""
+    try:
+        rules.check_episode(episode.columns)
+        if first:
+            rules.check_columns(episode.columns)
+            rules.check_ends(episode.columns)
+        rules.check_finite(episode.columns, incoming=incoming)
+    except ColumnError as error:
+        return InvalidEpisodeError(str(error))
     return None
 
 

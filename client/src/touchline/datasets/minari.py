@@ -20,6 +20,8 @@ from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.transitions import rows_of
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
 from touchline.errors import TouchlineError
+from touchline_protos.casting import ColumnError, cast
+from touchline_protos.columns import to_array
 
 try:
     from minari import MinariDataset
@@ -127,7 +129,7 @@ class MinariSource:
         actions = _nested("action", episode.actions)
         if isinstance(actions, Mapping):
             raise DatasetError("action: several (a Dict or Tuple space), expected one array")
-        terminations, truncations = np.asarray(episode.terminations, np.bool_), np.asarray(episode.truncations, np.bool_)
+        terminations, truncations = _flags("terminations", episode.terminations), _flags("truncations", episode.truncations)
         columns["action"] = rows_of(actions, incoming=incoming)
         columns["reward"] = rows_of(_array("reward", episode.rewards), incoming=incoming)
         columns["done"] = rows_of(terminations.astype(np.float32), incoming=incoming)
@@ -234,6 +236,13 @@ def _array(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise DatasetError(f"{name}: {array.dtype.name} values, expected numbers")
     return array
+
+
+def _flags(name: str, value: Any) -> np.ndarray:
+    try:
+        return cast(name, to_array(name, value), np.dtype(np.bool_), rounding=False, why="as Minari has them")
+    except ColumnError as error:
+        raise DatasetError(str(error)) from None
 
 
 def _infos(infos: Mapping[str, Any], rows: int) -> Iterator[tuple[str, Any]]:

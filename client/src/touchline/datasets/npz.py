@@ -83,6 +83,8 @@ class NpzSource(SingleFileSource[zipfile.ZipFile]):
             shape, dtype, offset = _announced(head)
             if not tally.take(column, shape, dtype):
                 return
+            if column in columns:
+                raise DatasetError("given twice, expected every column once")
             announced, found = offset + math.prod(shape) * dtype.itemsize, self._file.getinfo(member).file_size
             if announced > found:
                 raise DatasetError(
