@@ -37,7 +37,8 @@ CAPACITY = 12_000
 LONGEST = 50
 DISK_BYTES = 160 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
-TRY_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+TRY_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+"""As the client does: what reaches a server in the last moment of its stop is cancelled."""
 
 
 @pytest.fixture
