@@ -16,6 +16,7 @@ from service_calls import DEADLINE_S, ServerProcess
 from store_cases import plain_columns
 from touchline import ReplayClient
 from touchline_server import ConfigError, cuda_device
+from touchline_server.healthcheck import check_own
 from touchline_server.tables import TlsConfig
 from touchline_server.tls import server_credentials
 
@@ -177,6 +178,28 @@ def test_file_that_this_user_may_not_read_is_an_error_that_names_the_user(tmp_pa
 
     user = f"make it readable by user {os.geteuid()}, which this process runs as"
     assert str(refused.value) == f"tls.key: {pair.key}: Permission denied; {user}"
+
+
+@pytest.mark.parametrize("key", ["data_dir", "scratch_dir"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_health_check_names_a_folder_that_keeps_the_server_from_starting(
+    key: str, exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root every folder can be written, so the refusal is injected: of the folder, or of the one that it would be made in."""
+    folder = tmp_path / "inner" / "store"
+    refused = folder if exists else tmp_path
+    refused.mkdir(parents=True, exist_ok=True)
+    for variable, value in {"SERVER__PORT": "1", "STORAGE__DEVICE": "disk", "STORAGE__SCRATCH_DIR": str(tmp_path / "other")}.items():
+        monkeypatch.setenv(f"TOUCHLINE_{variable}", value)
+    monkeypatch.setenv(f"TOUCHLINE_STORAGE__{key.upper()}", str(folder))
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != refused)
+
+    finding = check_own()
+
+    assert not finding.serving
+    assert f"a server cannot start with this configuration: storage.{key}: {folder}: Permission denied; make it" in finding.text
+    assert f"writable by user {os.geteuid()}, which this process runs as" in finding.text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

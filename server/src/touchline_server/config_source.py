@@ -103,9 +103,18 @@ def sources_of(path: str | os.PathLike[str] | None = None) -> str:
 
 def why_unreadable(error: OSError) -> str:
     """Returns why a file could not be read, and as whom: in a container the user is rarely the one who made the file."""
+    return _as_whom(error, "make it readable by")
+
+
+def why_unwritable(error: OSError) -> str:
+    """Returns why a folder could not be made or written to, and as whom."""
+    return _as_whom(error, "make it (or, if it does not exist, the folder it is in) writable by")
+
+
+def _as_whom(error: OSError, advice: str) -> str:
     reason = error.strerror or str(error)
     if isinstance(error, PermissionError) and hasattr(os, "geteuid"):
-        reason += f"; make it readable by user {os.geteuid()}, which this process runs as"
+        reason += f"; {advice} user {os.geteuid()}, which this process runs as"
     return reason
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from touchline_protos.files import lock, open_own
+from touchline_server.config_source import why_unwritable
 from touchline_server.database import FILE_NAME
 from touchline_server.errors import StorageFailedError, StoreInUseError
 
@@ -47,7 +48,7 @@ class DataDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open_own(self.path / LOCK_NAME)
         except OSError as error:
-            raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None
+            raise StorageFailedError(f"storage.data_dir: {self.path}: {why_unwritable(error)}") from None
         try:
             lock(self._lock)
         except OSError:
@@ -59,7 +60,7 @@ class DataDir:
             self._mark = open_own(self.path / MARK_NAME)
         except OSError as error:
             os.close(self._lock)
-            raise StorageFailedError(f"storage.data_dir: {self.path}: {error.strerror}") from None
+            raise StorageFailedError(f"storage.data_dir: {self.path}: {why_unwritable(error)}") from None
         self._boot_id = boot_id()
         self._watched: dict[Path, tuple[int, int]] = {}
 

@@ -6,14 +6,19 @@ this machine's own server and takes no options. ``touchline-server healthcheck``
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from touchline_server.config_source import ConfigError, glance
+from touchline_server.config_source import ConfigError, glance, why_unwritable
 from touchline_server.tls import open_channel, open_own_channel
+
+if TYPE_CHECKING:
+    from touchline_server.config import Config
 
 ADDING = "touchline.v1.Replay/AddEpisode"
 """Name by which the health service answers for adding: not serving while the disk is full or has failed, though sampling goes on."""
@@ -141,9 +146,21 @@ def _why_it_cannot_start(config: str | Path | None) -> str:
         effective = read_cfg(config)
         server_credentials(effective.tls)
         check_exposure(effective, read_access(effective))
+        _check_folders(effective)
     except ConfigError as error:
         return f"\na server cannot start with this configuration: {error}"
     return ""
+
+
+def _check_folders(config: Config) -> None:
+    """Raises ConfigError if a configured folder, or the one that it would be made in, cannot be written."""
+    folders = {"storage.data_dir": config.storage.data_dir}
+    if config.storage.device == "disk":
+        folders["storage.scratch_dir"] = config.storage.scratch_dir
+    for key, folder in folders.items():
+        there = next((path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists()), None)
+        if folder and there is not None and not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"{key}: {folder}: {why_unwritable(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))}")
 
 
 if __name__ == "__main__":

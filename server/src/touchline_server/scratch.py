@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 
 from touchline_protos.files import HAS_LOCKS, lock, open_own
+from touchline_server.config_source import why_unwritable
 from touchline_server.errors import StorageFailedError, StoreInUseError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,9 @@ class ScratchDir:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = open_own(folder / LOCK_NAME)
         except OSError as error:
-            raise StorageFailedError(f"storage.scratch_dir: {folder}: {error.strerror}; choose a folder that can be written") from None
+            raise StorageFailedError(
+                f"storage.scratch_dir: {folder}: {why_unwritable(error)}; choose a folder that can be written"
+            ) from None
         self._close = weakref.finalize(self, os.close, descriptor)
         try:
             if HAS_LOCKS:
