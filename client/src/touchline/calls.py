@@ -28,6 +28,7 @@ from touchline.errors import (
 from touchline.forking import gate
 from touchline.transport import Transport
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
+from touchline_protos.log_lines import escape
 
 REASON_METADATA_KEY = "touchline-reason"
 """Trailing metadata in which the server says, for programs, what was wrong."""
@@ -89,7 +90,7 @@ def translate(error: grpc.RpcError, address: str, *, tls: bool) -> TouchlineErro
     trailing = dict(failed.trailing_metadata() or ())
     reason = trailing.get(REASON_METADATA_KEY, "")
     kind = ERROR_OF_REASON.get(reason) or ERROR_OF_STATUS.get(code, ServerError)
-    details = failed.details() or "no details"
+    details = escape(failed.details() or "no details")
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         # No server said so: nobody answered, or not in the language of the question.
         expected = f"a touchline-server that is up there and speaks {'TLS' if tls else 'no TLS'}, as this client does"

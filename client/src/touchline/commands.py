@@ -19,6 +19,7 @@ from touchline.datasets import DatasetError, ExportReport, LoadReport
 from touchline.progress import Meter
 from touchline.terminal import EXIT_FAILED, EXIT_USAGE, amount, complain, fail, failing_well, probe, say, say_reasons, speed
 from touchline.types import ColumnInfo, ServerInfo
+from touchline_protos.log_lines import escape
 
 LOAD_INTERRUPTED = "interrupted; the same command again goes on, and stores nothing twice"
 
@@ -151,7 +152,7 @@ def load(
             except DatasetError as error:
                 failed = True
                 meter.rest()
-                complain(str(error))
+                complain(escape(str(error)))
             else:
                 failed |= bool(report.refused) and not allow_refused
         if client is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,9 +25,10 @@ from touchline_protos.codec import (
 )
 from touchline_protos.columns import ColumnError, flatten_columns, split_episodes
 from touchline_protos.dtypes import to_wire
+from touchline_protos.log_lines import get_logger
 from touchline_protos.v1 import replay_pb2 as pb
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_LOAD_EPISODES = 1000
 """Episodes of one call of a load."""

@@ -7,18 +7,19 @@ at that moment; a child forked otherwise hangs in its first call. So this module
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
 import weakref
 from typing import Protocol
 
+from touchline_protos.log_lines import get_logger
+
 _VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 GATE_WAIT_S = 5.0
 """How long a fork waits for calls of other threads to leave gRPC."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def _enable() -> bool:

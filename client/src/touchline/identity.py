@@ -11,8 +11,8 @@ import uuid
 from touchline.errors import InvalidArgumentError
 from touchline.forking import forget_in_child
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.names import name_fault
 
-MAX_CLIENT_ID_CHARS = 128
 _RANDOM_BITS = 20
 
 
@@ -23,14 +23,15 @@ class Identity:
         client_id: names the sender, 1 to 128 characters; None makes ``<hostname>-<random>``.
 
     Raises:
-        InvalidArgumentError: the name is no text, empty or too long.
+        InvalidArgumentError: the name is no text, empty, too long, or has control characters.
     """
 
     def __init__(self, client_id: str | None = None) -> None:
         if client_id is not None and not isinstance(client_id, str):
             raise InvalidArgumentError(f"client_id: {client_id!r}, expected a str or None")
-        if client_id is not None and not 1 <= len(client_id) <= MAX_CLIENT_ID_CHARS:
-            raise InvalidArgumentError(f"client_id: {len(client_id)} characters, expected 1 to {MAX_CLIENT_ID_CHARS}")
+        fault = None if client_id is None else name_fault(client_id, least_chars=1)
+        if fault is not None:
+            raise InvalidArgumentError(f"client_id: {fault}")
         self._given_id = client_id
         self._renew()
         forget_in_child(self)

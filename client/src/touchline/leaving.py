@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import sys
 import time
 from typing import Protocol
 
 from touchline.errors import SpoolError, UnacknowledgedError
+from touchline_protos.log_lines import get_logger
 
 GRACE_S = 2.0
 """Time that all writers of a process together have to finish."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _open: set[Leaver] = set()
 _registered_in: set[int] = set()

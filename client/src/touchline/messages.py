@@ -20,9 +20,10 @@ from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.dtypes import dtype_name, to_numpy
+from touchline_protos.log_lines import escape
+from touchline_protos.names import name_fault
 from touchline_protos.v1 import replay_pb2 as pb
 
-MAX_ACTOR_CHARS = 128
 MAX_SECONDS = 366 * 24 * 3600
 """Longest time that may be given: gRPC takes what is much longer, infinity too, for a deadline that has passed."""
 
@@ -70,12 +71,13 @@ def check_actor(actor: str) -> str:
     """Returns the name of an actor.
 
     Raises:
-        InvalidArgumentError: it is no text, or too long.
+        InvalidArgumentError: it is no text, too long, or has control characters.
     """
     if not isinstance(actor, str):
         raise InvalidArgumentError(f"actor: {actor!r}, expected a str")
-    if len(actor) > MAX_ACTOR_CHARS:
-        raise InvalidArgumentError(f"actor: {len(actor)} characters, expected up to {MAX_ACTOR_CHARS}")
+    fault = name_fault(actor)
+    if fault is not None:
+        raise InvalidArgumentError(f"actor: {fault}")
     return actor
 
 
@@ -224,5 +226,5 @@ def load_results_of(message: bytes, keys: list[EpisodeKey]) -> tuple[list[Episod
             results.append(EpisodeResult(key, result.episode_id, duplicate))
         else:
             kind = _ERROR_OF_OUTCOME.get(result.outcome, ServerError)
-            results.append(EpisodeResult(key, error=kind(result.reason or f"refused with outcome {result.outcome}")))
+            results.append(EpisodeResult(key, error=kind(escape(result.reason) or f"refused with outcome {result.outcome}")))
     return results, counts_of(response.counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import threading
@@ -29,6 +28,7 @@ from touchline.outbox_log import OutboxLog
 from touchline.pending import PendingEpisodes, Waiting, WhenFull
 from touchline.types import EpisodeResult, WriterCounters
 from touchline_protos.codec import Episode
+from touchline_protos.log_lines import get_logger
 
 if TYPE_CHECKING:
     from touchline.client import ReplayClient
@@ -41,7 +41,7 @@ TOGETHER_EPISODES = 64
 """Most episodes of one call."""
 TOGETHER_BYTES = 1 << 20
 """Most payload of one call that several share; little enough for a slow link to carry within the deadline."""
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class _StoppedError(Exception):

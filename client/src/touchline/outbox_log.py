@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 
 from touchline.errors import TouchlineError
 from touchline.types import WriterCounters
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.log_lines import get_logger
 
 LOG_S = 10.0
 """Between two log lines about dropped episodes, or about an actor that is held up; the first is logged at once."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class OutboxLog:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from touchline_protos.log_lines import escape
+
 PLAIN_EVERY_S = 5.0
 """Between two lines where there is no terminal."""
 
@@ -53,7 +55,7 @@ class Meter:
             unit: ``"episodes"`` or ``"bytes"``.
             size_bytes: that went by so far.
         """
-        now_s = self._clock()
+        now_s, label = self._clock(), escape(label)
         if label != self._label:
             self.rest()
             self._label, self._begun_s, self._told_s = label, now_s, now_s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -16,12 +15,13 @@ from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerE
 from touchline.forking import event_like, forget_in_child, keep_orphan
 from touchline.watchdog import Watchdog
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
+from touchline_protos.log_lines import get_logger
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_FRUITLESS = 5
 """Calls that each broke off within an episode and brought none, after which reading ends; but not before ``timeout_s`` has passed."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class EpisodeStream:

@@ -7,7 +7,6 @@ an fsync, because sending it again does no harm.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sqlite3
 import threading
 import time
@@ -38,6 +37,7 @@ from touchline.spool_file import (
     translate,
 )
 from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, decode_add_episode
+from touchline_protos.log_lines import get_logger
 from touchline_protos.tables import parts, pragma, row_checksum
 
 LIMITS = CodecLimits(max_episode_bytes=1 << 31)
@@ -52,7 +52,7 @@ FRAME_BYTES = PAGE_BYTES + 24
 SPARE_PAGES = 16
 """Beside its payload an episode may dirty so many: its row, the trees above, the free list, the map of pages."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _IS_WAITING = f"state NOT IN ({REFUSED}, {DAMAGED})"
 """A state that is none is damage, which the row's checksum tells when its turn comes."""

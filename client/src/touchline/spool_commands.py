@@ -14,6 +14,7 @@ from rich.console import Console
 from touchline.progress import Meter
 from touchline.refusals import Refusals, add_refusal
 from touchline.terminal import EXIT_FAILED, amount, complain, fail, failing_well, probe, say, say_reasons, speed
+from touchline_protos.log_lines import escape
 
 if TYPE_CHECKING:
     from touchline.upkeep import SendReport, SpooledEpisode, SpoolReport
@@ -126,7 +127,7 @@ def send(
             if (report.trouble is not None) != told:
                 told = not told
                 meter.rest()
-                complain(f"tried again: {report.trouble}" if told else "it goes on")
+                complain(f"tried again: {escape(str(report.trouble))}" if told else "it goes on")
             done = report.sent + report.refused
             meter.show(f"send {folder}", done, report.total, unit="episodes", size_bytes=report.size_bytes)
 
@@ -134,7 +135,7 @@ def send(
         meter.rest()
         _tell_sent(folder, address, report, time.monotonic() - begun_s)
     if report.trouble is not None:
-        fail(f"given up: {report.trouble}\nThe same command may be run again.", EXIT_FAILED)
+        fail(f"given up: {escape(str(report.trouble))}\nThe same command may be run again.", EXIT_FAILED)
     if report.refused or report.left:
         raise typer.Exit(EXIT_FAILED)
 

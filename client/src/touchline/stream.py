@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -20,6 +19,7 @@ from touchline.types import ReadyState
 from touchline.watchdog import Watchdog
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, CodecError
+from touchline_protos.log_lines import get_logger
 from touchline_protos.ring import RingError, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -29,7 +29,7 @@ PROBE_TIMEOUT_S = 5.0
 LASTING_S = 5.0
 """A session of this length was no failed attempt to open one."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class BatchSource(Protocol):

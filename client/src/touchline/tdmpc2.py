@@ -6,11 +6,12 @@ al. 2024), whose trainers and agents work with it unchanged.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
+
+from touchline_protos.log_lines import get_logger
 
 try:
     import torch
@@ -30,7 +31,7 @@ LAW = "episode"
 Sampled = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """obs, action, reward, terminated, task; see :meth:`Buffer.sample`."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Backend(Protocol):

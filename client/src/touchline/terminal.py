@@ -15,6 +15,7 @@ from touchline.client import ReplayClient
 from touchline.datasets import DatasetError
 from touchline.errors import DeadlineError, SpoolError, TouchlineError, UnavailableError
 from touchline.refusals import Refusals
+from touchline_protos.log_lines import escape
 
 EXIT_FAILED = 1
 """Something was refused, or could not be done."""
@@ -39,8 +40,8 @@ def amount(count: int, unit: str) -> str:
 
 
 def say(text: str, style: str = "") -> None:
-    """Prints a line as it is: rich's markup, highlighting and wrapping are not for data."""
-    Console(soft_wrap=True).print(Text(text, style=style), soft_wrap=True)
+    """Prints one line as it is: rich's markup, highlighting and wrapping are not for data, and what is not printable is escaped."""
+    Console(soft_wrap=True).print(Text(escape(text), style=style), soft_wrap=True)
 
 
 def say_reasons(reasons: Mapping[str, Refusals]) -> None:
@@ -60,7 +61,7 @@ def probe(address: str) -> None:
             client.info()
         except (UnavailableError, DeadlineError) as error:
             hint = "Is it up (touchline-server serve), and is --address or TOUCHLINE_ADDRESS right?"
-            fail(f"no server: {error}\n{hint}", EXIT_FAILED)
+            fail(f"no server: {escape(str(error))}\n{hint}", EXIT_FAILED)
 
 
 @contextmanager
@@ -84,13 +85,13 @@ def failing_well(interrupted: str) -> Iterator[Callable[[], None]]:
     except KeyboardInterrupt:
         fail(interrupted, EXIT_INTERRUPTED)
     except (UnavailableError, DeadlineError) as error:
-        fail(f"no answer: {error}\nThe same command may be run again.", EXIT_FAILED)
+        fail(f"no answer: {escape(str(error))}\nThe same command may be run again.", EXIT_FAILED)
     except (DatasetError, SpoolError) as error:
-        fail(str(error), EXIT_FAILED)
+        fail(escape(str(error)), EXIT_FAILED)
     except TouchlineError as error:
-        fail(f"{type(error).__name__}: {error}", EXIT_FAILED)
+        fail(f"{type(error).__name__}: {escape(str(error))}", EXIT_FAILED)
     except OSError as error:
-        fail(str(error), EXIT_FAILED)
+        fail(escape(str(error)), EXIT_FAILED)
 
 
 def complain(message: str) -> None:

@@ -24,10 +24,11 @@ to the bit, the trajectory is cut: every transition is kept as it is, and no sli
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
+
+from touchline_protos.log_lines import get_logger
 
 try:
     import torch
@@ -44,7 +45,7 @@ from touchline_protos import Batch
 
 Key = str | tuple[str, ...]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class RemoteReplayBuffer:

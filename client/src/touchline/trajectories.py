@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ import torch
 from tensordict import TensorDict, is_non_tensor, is_tensor_collection
 
 from touchline.errors import InvalidArgumentError, InvalidEpisodeError
+from touchline_protos.log_lines import get_logger
 
 TRAJECTORY_KEY = ("collector", "traj_ids")
 MASK_KEY = ("collector", "mask")
 DONE_KEY = ("next", "done")
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def path_of(key: Any) -> str:

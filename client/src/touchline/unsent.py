@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +13,12 @@ from touchline.outbox import Outbox
 from touchline.pending import PendingEpisodes, WhenFull
 from touchline.rows import EpisodeRows
 from touchline_protos.codec import Episode
+from touchline_protos.log_lines import get_logger
 
 if TYPE_CHECKING:
     from touchline.client import ReplayClient
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Unsent:

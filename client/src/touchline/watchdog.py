@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
-logger = logging.getLogger(__name__)
+from touchline_protos.log_lines import get_logger
+
+logger = get_logger(__name__)
 
 
 class Endable(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from touchline.rows import row_columns
 from touchline.types import WriterCounters
 from touchline.unsent import Unsent
 from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.log_lines import get_logger
 
 if TYPE_CHECKING:
     from touchline.client import ReplayClient
@@ -30,7 +30,7 @@ MAX_PENDING_BYTES = 1 << 30
 SPOOL_LIMIT_BYTES = 1 << 30
 """What a spool may take on the disk where nothing else was said."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class EpisodeWriter:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from typing import Any
 
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from touchline_protos.log_lines import get_logger
+
+logger = get_logger(__name__)
 
 
 class PinnedRegion:

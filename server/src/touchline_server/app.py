@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import signal
 import socket
 import sys
@@ -17,6 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from touchline_protos.log_lines import get_logger
 from touchline_protos.ring import sweep_dead_rings
 from touchline_server.access import check_exposure, read_access
 from touchline_server.admission import Admission
@@ -29,7 +29,7 @@ from touchline_server.receiving import Receptions
 from touchline_server.service import SERVICE_NAME, ReplayService
 from touchline_server.tls import server_credentials
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CLOSING_S = 1.0
 """Time for the last answers to leave. A client that watches the server's health would stay for ever."""
@@ -188,7 +188,7 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None) -> i
     """
     keep_freed_memory()
     logger.info("configuration: %s", config.changed() or "every key has its default")
-    logger.debug("configuration in force:\n%s", config.to_toml())
+    logger.debug("configuration in force:\n%s", config.to_toml(), extra={"own_lines": True})
     asyncio.run(_serve(config, progress))
     # The interpreter's last collection would go through all that torch made, where it was imported: most of a second of CPU, which a busy
     # machine stretches beyond the time that a container gets to stop.

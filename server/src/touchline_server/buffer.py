@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from touchline_server import cuda_device
 from touchline_server.config import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
 from touchline_server.gathering import GatherPlan
+from touchline_server.memory import give_back_freed_memory
 from touchline_server.reading import EpisodeQuery, EpisodeReader
 from touchline_server.sampling import Law, SeedSource
 from touchline_server.schema import Schema
@@ -289,7 +291,9 @@ class ReplayBuffer:
     def clear(self) -> Counts:
         """Forgets all episodes and the schema. Episode ids and the counts of what was ever added go on."""
         self.check_restored()
-        return self.store.clear()
+        counts = self.store.clear()
+        give_back_freed_memory()
+        return counts
 
     def as_torchrl(self) -> torchrl.data.ReplayBuffer:
         """Returns this same store as a regular TorchRL buffer: what one adds, the other samples.
@@ -372,7 +376,7 @@ class ReplayBuffer:
             arrays = plan.layout.body_views(lease)
             plan.fill(selection, arrays)
             tensors = {name: as_tensor(array) for name, array in arrays.items()}
-        return assemble_batch(tensors, self.store.actors.names)
+        return assemble_batch(tensors, MappingProxyType(self.actor_names(selection.draw.actor)))
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_server.actors import ActorNames
-from touchline_server.index import EpisodeIndex, Evicted
+from touchline_protos.names import name_fault
+from touchline_server.actors import NameTable
+from touchline_server.errors import InvalidEpisodeError
+from touchline_server.index import ACTOR, EpisodeIndex, Evicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +31,54 @@ class Catalogue:
 
     def __init__(self, capacity: int) -> None:
         self.index = EpisodeIndex(capacity)
-        self.actors = ActorNames()
+        self.actors = NameTable("actor names")
+        self._clients = NameTable("client ids")
         self._keys: deque[EpisodeKey | None] = deque()
-        """Of the episodes in the index, in its order."""
+        """Of the episodes in the index, in its order; those of one client share its id."""
+        self._leaving: list[int] = []
+        """Actors of evicted episodes, whose names readers from before may still ask for."""
+
+    def check_names(self, episode: Episode) -> None:
+        """Returns if an episode's names are good and there is room for them.
+
+        Raises:
+            InvalidEpisodeError: they cannot be names.
+            OverloadedError: those of the stored episodes take all the room.
+        """
+        fault = name_fault(episode.actor)
+        if fault is not None:
+            raise InvalidEpisodeError(f"actor: {fault}")
+        self.actors.check_room(episode.actor)
+        if episode.key is not None:
+            self._clients.check_room(episode.key.client_id)
 
     def append(self, episode: Episode, *, episode_id: int) -> None:
         """Makes an episode visible whose rows were written at the index's cursor."""
-        number = self.actors.number(episode.actor)
+        number = self.actors.hold(episode.actor)
         self.index.append(episode_id=episode_id, length=episode.length, actor=number, policy_version=episode.policy_version)
-        self._keys.append(episode.key)
+        self._keys.append(episode.key and self._shared(episode.key))
 
     def evict_for(self, length: int) -> Evicted:
-        """Forgets the oldest episodes, whole, until so many rows are free."""
+        """Forgets the oldest episodes, whole, until so many rows are free; their actors' names only with :meth:`forget_names`."""
+        entries = self.index.entries
         evicted = self.index.evict_for(length)
+        if evicted.episodes:
+            self._leaving += entries[: evicted.episodes, ACTOR].tolist()
         for _ in range(evicted.episodes):
-            self._keys.popleft()
+            key = self._keys.popleft()
+            if key is not None:
+                self._clients.release(self._clients.number(key.client_id))
         return evicted
 
+    def forget_names(self) -> None:
+        """Forgets the actors' names that were of evicted episodes alone, once nobody reads any more what was drawn before."""
+        for number in self._leaving:
+            self.actors.release(number)
+        self._leaving.clear()
+
     def start_over(self) -> None:
-        """Begins again at the ring's first row, once every episode is evicted. Actors keep their numbers."""
+        """Begins again at the ring's first row, once every episode is evicted and nobody reads. Actors' numbers are not given out again."""
+        self.forget_names()
         self.index = EpisodeIndex(self.index.capacity)
 
     def find(self, episode_ids: Iterable[int]) -> list[Entry]:
@@ -71,4 +102,8 @@ class Catalogue:
 
     def _entry(self, position: int) -> Entry:
         episode_id, first_row, length, actor, policy_version = self.index.entries[position].tolist()
-        return Entry(episode_id, first_row, length, Episode({}, self._keys[position], self.actors.names[actor], policy_version))
+        return Entry(episode_id, first_row, length, Episode({}, self._keys[position], self.actors.name(actor), policy_version))
+
+    def _shared(self, key: EpisodeKey) -> EpisodeKey:
+        client_id = self._clients.name(self._clients.hold(key.client_id))
+        return key if key.client_id is client_id else replace(key, client_id=client_id)

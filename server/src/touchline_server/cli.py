@@ -147,7 +147,11 @@ def serve(
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
 
+    from touchline_protos.log_lines import OneLine
     from touchline_server.app import AddressInUseError, run
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(OneLine())  # also what gRPC and asyncio log
 
     try:
         with _progress("restoring", effective.storage.data_dir) as progress:
@@ -410,8 +414,10 @@ def _progress(what: str, folder: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _tell(damage: list[str], summary: str) -> None:
+    from touchline_protos.log_lines import escape
+
     for line in damage:
-        typer.echo(line)
+        typer.echo(escape(line))
     typer.echo(summary)
 
 

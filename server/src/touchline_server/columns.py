@@ -8,7 +8,6 @@ Torch is imported only for CUDA: a server without it listens 3 s sooner and take
 
 from __future__ import annotations
 
-import logging
 import math
 import mmap
 import os
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from touchline_protos.log_lines import get_logger
 from touchline_server import cuda_device
 from touchline_server.errors import TooLargeError
 from touchline_server.memory import available_host_bytes
@@ -27,7 +27,7 @@ from touchline_server.schema import ColumnSpec, Schema
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CUDA_HEADROOM = 2.5
 """CUDA is chosen where this many times the columns' bytes are free: the learner needs room beside them (TD-MPC2's rule)."""

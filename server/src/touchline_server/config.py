@@ -8,7 +8,6 @@ from its arguments alone. The tables and their defaults are those of ``cfg/defau
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Self
@@ -18,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from touchline_protos.log_lines import get_logger
 from touchline_server.config_source import ENV_DELIMITER, ENV_PREFIX, ConfigError, parse_toml, read_text, sources_of, variables_in_force
 from touchline_server.tables import AuthConfig, BufferConfig, SamplingConfig, ServerConfig, StorageConfig, Table, TlsConfig
 
@@ -26,7 +26,7 @@ __all__ = ["Config", "ConfigError", "read_cfg", "sources_of"]
 _CLIENTS_VARIABLES = ("TOUCHLINE_TLS_CERT", "TOUCHLINE_TLS_KEY")
 """Look like keys, and are what a client goes by."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Config(Table):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from touchline_protos.files import lock, open_own
+from touchline_protos.log_lines import get_logger
 from touchline_server.config_source import why_unwritable
 from touchline_server.database import FILE_NAME
 from touchline_server.errors import StorageFailedError, StoreInUseError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LOCK_NAME = "lock"
 MARK_NAME = "acknowledged"

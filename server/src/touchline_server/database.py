@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.log_lines import get_logger
 from touchline_protos.tables import FormatError, Tables, parts, pragma, row_checksum
 from touchline_server.errors import DamagedStoreError, StorageFullError, StoreMismatchError
 from touchline_server.ledger_tables import LedgerTables
@@ -39,7 +39,7 @@ COMMIT_BYTES = 64 << 10
 BUSY_MS = 10_000
 """How long another process that writes to the file is waited for."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TABLES = Tables(
     application_id=0x746C6E65,

@@ -10,7 +10,6 @@ After a write, an fsync or a checkpoint has failed for another reason than want 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from touchline_protos.codec import Episode
+from touchline_protos.log_lines import get_logger
 from touchline_server.changes import change_of, check_storable
 from touchline_server.data_dir import DataDir
 from touchline_server.database import Database
@@ -30,7 +30,7 @@ from touchline_server.records import Change
 from touchline_server.storage_state import UNCERTAIN, StorageMonitor, StorageState
 from touchline_server.store import EpisodeStore, Stored
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_GROUP_BYTES = 64 << 20
 """Payload of one transaction, unless one episode alone has more."""

@@ -6,11 +6,11 @@ that get frames.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from touchline_protos.log_lines import get_logger
 from touchline_protos.pinning import PinnedRegion
 from touchline_protos.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
@@ -21,7 +21,7 @@ from touchline_server.sharing import AddGate
 from touchline_server.store import Selection
 from touchline_server.streaming import BatchSource
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SPARE_SLOTS = 2
 """Slots beyond the batches that are to be under way: one that the learner holds and one that is being filled."""

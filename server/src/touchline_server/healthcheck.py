@@ -97,10 +97,15 @@ def ask(channel: grpc.Channel, target: str, *, timeout_s: float) -> Finding:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return Finding(False, f"{target}: no answer within {timeout_s:g} s; it is overloaded or hangs")
-            return Finding(False, f"{target}: {error.code().name}: {error.details()}")
+            return Finding(False, f"{target}: {error.code().name}: {_one_line(error.details() or '')}")
     status = _STATUS.get(answer[:2], "UNKNOWN")
-    detail = _detail(call)
+    detail = _one_line(_detail(call))
     return Finding(status == "SERVING", f"{target}: {status}" + (f": {detail}" if detail else ""))
+
+
+def _one_line(text: str) -> str:
+    """Returns a server's text as :func:`touchline_protos.log_lines.escape` would, whose package takes long to import."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ For whoever holds the store's write lock, unless a method says otherwise. A jour
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import sqlite3
@@ -15,13 +14,14 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.log_lines import get_logger
 from touchline_server.data_dir import DataDir
 from touchline_server.database import FILE_NAME, Database
 from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
 from touchline_server.records import Change
 from touchline_server.storage_state import UNCERTAIN, StorageState
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ID_BLOCK = 1 << 16
 """Ids reserved ahead on the disk, many times those that can be queued: none is given out again after a death of the machine."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 from array import array
 from bisect import bisect_right
@@ -14,9 +13,11 @@ from hashlib import blake2b
 import numpy as np
 
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.log_lines import get_logger
+from touchline_protos.names import name_fault
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_SENDERS = 65_536
 """Senders (client and incarnation) that are remembered; the one that stored longest ago is forgotten first."""
@@ -32,8 +33,6 @@ forgotten: what is at or below it is refused unless it is among the recent ones.
 MAX_ALL_RUNS = 262_144
 """Runs of all senders together. Beyond that those senders who have the most forget their oldest ones, until a 64th is free; three are left
 to each, whatever the others have."""
-
-MAX_CLIENT_ID_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +187,9 @@ class KeyLedger:
             InvalidEpisodeError: the key is malformed.
             KeyConflictError: the key was used for another payload.
         """
-        if not 1 <= len(key.client_id) <= MAX_CLIENT_ID_CHARS:
-            raise InvalidEpisodeError(f"key.client_id: {len(key.client_id)} characters, expected 1 to {MAX_CLIENT_ID_CHARS}")
+        fault = name_fault(key.client_id, least_chars=1)
+        if fault is not None:
+            raise InvalidEpisodeError(f"key.client_id: {fault}")
         if not -(2**63) <= key.incarnation < 2**63:
             raise InvalidEpisodeError(f"key.incarnation: {key.incarnation}, expected a 64-bit integer")
         if not 0 <= key.sequence < 2**63:

@@ -51,6 +51,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
+def give_back_freed_memory() -> None:
+    """Gives what is free in the C library's heap back to the kernel, where it is glibc: what was kept for the next messages as well."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def _machine_bytes() -> int:
     return _figure(Path("/proc/meminfo"), "MemAvailable:") * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.log_lines import get_logger
 from touchline_protos.tables import row_checksum
 from touchline_server.config import Config
 from touchline_server.data_dir import DataDir, boot_id
@@ -25,7 +25,7 @@ from touchline_server.schema import Schema
 from touchline_server.sqlite_errors import advice, translate
 from touchline_server.store import EpisodeStore
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CAPACITY_KEY = "capacity"
 """In ``meta``: rows of the ring that the store was last used with."""

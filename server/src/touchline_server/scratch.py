@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from pathlib import Path
 
 from touchline_protos.files import HAS_LOCKS, lock, open_own
+from touchline_protos.log_lines import get_logger
 from touchline_server.config_source import why_unwritable
 from touchline_server.errors import StorageFailedError, StoreInUseError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LOCK_NAME = "touchline-scratch.lock"
 

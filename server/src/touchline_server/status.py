@@ -6,13 +6,13 @@ Where waiting helps, ``grpc-retry-pushback-ms`` says how long.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
 from touchline_protos.codec import CodecError, OversizeError
+from touchline_protos.log_lines import escape, get_logger
 from touchline_server.errors import (
     AccessDeniedError,
     DrainingError,
@@ -33,7 +33,7 @@ from touchline_server.errors import (
     UnknownTableError,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 REASON_METADATA_KEY = "touchline-reason"
 
@@ -85,10 +85,11 @@ def status_of(error: Exception) -> Status:
 
 
 def shorten(text: str) -> str:
-    """Returns a text that fits into :data:`MAX_TEXT_BYTES` as gRPC encodes it, cut at its end where it does not.
+    """Returns a text on one line that fits into :data:`MAX_TEXT_BYTES` as gRPC encodes it, cut at its end where it does not.
 
     Names that clients chose stand in it, so its length is theirs to choose too.
     """
+    text = escape(text)
     room = MAX_TEXT_BYTES
     for position, character in enumerate(text):
         # Whatever is not printable ASCII takes three characters a byte.

@@ -8,13 +8,13 @@ and verifies the file.
 from __future__ import annotations
 
 import enum
-import logging
 import threading
 from collections.abc import Callable
 
+from touchline_protos.log_lines import get_logger
 from touchline_server.errors import StorageFailedError, StorageUncertainError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 UNCERTAIN = "the episode may have been stored: send it again under the same key"
 """What is said of an episode once its commit had begun."""

@@ -10,7 +10,6 @@ adding waits only for gathers that are already under way.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 
 from touchline_protos import Counts
 from touchline_protos.codec import Episode
+from touchline_protos.log_lines import get_logger
 from touchline_server.catalogue import Catalogue, Entry
 from touchline_server.columns import Columns, allocate_columns
 from touchline_server.config import Config
@@ -36,7 +36,7 @@ from touchline_server.scratch import ScratchDir
 if TYPE_CHECKING:
     from touchline_server.durable import GroupCommitter, Receipt
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class EpisodeStore:
 
     def actor_name(self, number: int) -> str:
         """Returns the name behind an actor's number."""
-        return self.actors.names[number]
+        return self.actors.name(number)
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Has ``listener`` called, from the adding thread, after every change of what is stored; it must not block.
@@ -340,11 +340,12 @@ class EpisodeStore:
 
         Raises:
             InvalidEpisodeError: it is malformed or does not fit.
+            OverloadedError: there is no room for another name.
         """
         schema = self._validator.check(episode.columns, schema)
         if not -(2**63) <= episode.policy_version < 2**63:
             raise InvalidEpisodeError(f"policy_version: {episode.policy_version}, expected a 64-bit integer")
-        self.actors.number(episode.actor)
+        self._catalogue.check_names(episode)
         return schema
 
     def allocate(self, schema: Schema) -> Columns:
@@ -358,6 +359,7 @@ class EpisodeStore:
             evicted = self._catalogue.evict_for(min(length, self.capacity))
             self._count_evicted(evicted.episodes, evicted.steps)
             self._pins.wait_for_older()
+            self._catalogue.forget_names()
 
     def publish(self, episode: Episode, columns: Columns | None, *, digest: int, episode_id: int) -> Stored:
         """Stores a checked episode in the ring and makes it visible; what it needs the room of is evicted."""
@@ -446,6 +448,7 @@ class EpisodeStore:
                 return False
             evicted = self._catalogue.evict_for(min(length, self.capacity))
             self._count_evicted(evicted.episodes, evicted.steps)
+            self._catalogue.forget_names()
             return True
 
     def _count_evicted(self, episodes: int, steps: int) -> None:

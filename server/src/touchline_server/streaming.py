@@ -34,6 +34,10 @@ CHUNK_HEADER_BYTES = 1 << 9
 """Room for what a chunk carries besides its data and the first one's header."""
 
 
+MAX_FORGOTTEN_ACTORS = 1024
+"""Actors that a stream was told of and that may be forgotten before it forgets them too."""
+
+
 class BatchSource:
     """Draws the batches of one stream, and makes frames of them. One thread at a time."""
 
@@ -49,7 +53,7 @@ class BatchSource:
         self.spec = spec
         self._rng = rng
         self._max_batches = max_batches or MAX_GROUP
-        self._known_actors = np.zeros(0, dtype=np.bool_)
+        self._known_actors: set[int] = set()
         self._limit = buffer.config.server.max_message_bytes
         self._group_bytes = min(GROUP_BYTES, self._limit // 2)
         self._chunked_above = min(CHUNKED_ABOVE_BYTES, self._group_bytes // 2)
@@ -139,13 +143,10 @@ class BatchSource:
 
     def new_actors(self, selections: list[Selection]) -> dict[int, str]:
         """Returns the names that this learner has not been told before, and takes them for told."""
-        numbers = np.concatenate([selection.draw.actor for selection in selections])
-        highest = int(numbers.max())
-        if highest >= len(self._known_actors):
-            self._known_actors = np.concatenate([self._known_actors, np.zeros(highest + 1, dtype=np.bool_)])
-        known = self._known_actors[numbers]
-        if known.all():
-            return {}
-        new = np.unique(numbers[~known])
-        self._known_actors[new] = True
-        return {int(number): self._buffer.store.actor_name(int(number)) for number in new}
+        numbers = set(np.unique(np.concatenate([selection.draw.actor for selection in selections])).tolist())
+        new = numbers - self._known_actors
+        if new and len(self._known_actors) > 2 * len(self._buffer.store.actors) + MAX_FORGOTTEN_ACTORS:
+            # Numbers are not given out again, so those whose names are forgotten never come back.
+            self._known_actors = {number for number in self._known_actors if number in self._buffer.store.actors}
+        self._known_actors |= new
+        return {number: self._buffer.store.actor_name(number) for number in sorted(new)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,11 +13,12 @@ from touchline.errors import InvalidEpisodeError, TouchlineError, Unacknowledged
 from touchline.recorders.values import Convert, array_of
 from touchline.types import EpisodeResult
 from touchline.writer import EpisodeWriter
+from touchline_protos.log_lines import get_logger
 
 Row = dict[str, Any]
 Transform = Callable[..., Mapping[str, Any]]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _reward = array_of("reward", np.float32, rounding=True)
 
