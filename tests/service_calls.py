@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -216,7 +216,7 @@ class Caller:
 class ServerProcess:
     """``touchline-server serve`` in a process of its own. A context manager: what is left of it is killed at the end."""
 
-    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *options: str, program: Sequence[str] = ("-m", "touchline_server"), **environment: str) -> None:
         self._log = folder / "server.err"
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("TOUCHLINE_")}
         defaults = {
@@ -227,7 +227,7 @@ class ServerProcess:
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [os.environ.get("SERVER_PYTHON", sys.executable), "-m", "touchline_server", "serve", *(options or ("--port", "0"))],
+                [os.environ.get("SERVER_PYTHON", sys.executable), *program, "serve", *(options or ("--port", "0"))],
                 cwd=folder,
                 env=inherited | defaults | environment,
                 stdout=subprocess.PIPE,

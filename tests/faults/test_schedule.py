@@ -1,5 +1,6 @@
-"""All faults together, in an order that a seed decides: servers killed, stopped and started, networks that cut, stall and lose, full disks,
-second servers, snapshots, clears, actors killed with their spools, one within the other. Nothing acknowledged is lost, nothing is doubled.
+"""All faults together, in an order that a seed decides: servers killed, stopped and started, networks that cut, stall and lose, disks that
+are full or fail, second servers, snapshots, clears, actors killed with their spools, one within the other. Nothing acknowledged is lost,
+nothing is doubled.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Self
 import grpc
 import pytest
 
+import failing_disk
 import scheduled_actor
 from durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
 from fault_tally import SCHEDULED, SEED, note
@@ -29,6 +31,7 @@ from tcp_proxy import Line, TcpProxy
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer, recovery, upkeep
+from touchline_server.database import FILE_NAME, OLDEST_KEY, Database
 
 CALLERS = 3
 SPOOLED = 7
@@ -60,6 +63,8 @@ class Callers:
         self._address = address
         self.acknowledged: dict[tuple[int, int], int] = {}
         """Client and sequence number to episode id, of what was not cleared."""
+        self.cleared_below = 0
+        """No episode with a lower id is there; one whose answer was lost may be acknowledged, as a duplicate, after it was cleared."""
         self.total = 0
         self.refusals = 0
         self.sent_again = 0
@@ -78,11 +83,11 @@ class Callers:
         if fault is not None:
             raise fault
 
-    def wait_for_refusal(self) -> None:
+    def wait_for_refusal(self, timeout_s: float = 5.0) -> None:
         """Waits until an add is refused, or is not answered."""
         with self._news:
             before = self.refusals
-            self._news.wait_for(lambda: self.refusals > before, 5.0)
+            self._news.wait_for(lambda: self.refusals > before, timeout_s)
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -114,7 +119,8 @@ class Callers:
                         answer = self._try(caller, episode)
                         if answer is not None:
                             with self._news:
-                                self.acknowledged[client, sequence] = answer.episode_id
+                                if answer.episode_id >= self.cleared_below:
+                                    self.acknowledged[client, sequence] = answer.episode_id
                                 self.total += 1
                                 self.sent_again += attempts > 0
                                 self._news.notify_all()
@@ -188,6 +194,8 @@ class Schedule:
         self.counts: dict[str, int] = {}
         """Of each kind of fault."""
         self._full = False
+        self._rules = folder / "rules.json"
+        self._can_fail = failing_disk._library() is not None
         self.server = self._serve()
         self.proxy = TcpProxy(self.server.address, seed=rng.randrange(1 << 30))
         self.proxy.__enter__()
@@ -205,6 +213,8 @@ class Schedule:
             "clear": self._clear,
             "actor_kill": self.actor.kill,
         }
+        if self._can_fail:
+            self._sudden["disk_failure"] = self._fail_disk
         self._lasting: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
             "stop": self._stopped,
             "cut": self._cut,
@@ -273,6 +283,19 @@ class Schedule:
         assert self.server.wait() == 0, self.server.log
         self._start()
 
+    def _fail_disk(self) -> None:
+        """A call of the system fails, once or for good, and whoever operates it kills the server, mends the disk and starts it again."""
+        rng = self._rng
+        fault = failing_disk.Fault(
+            rng.choice(["write", "sync"]), rng.choice(["-wal", "db"]), done=rng.random() < 0.3, times=rng.choice([1, 1, 1 << 30])
+        )
+        failing_disk.write_rules(self._rules, fault)
+        self.callers.wait_for_refusal(2.0)  # a failure that no add meets is one, too
+        self.server.signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        self.server.wait()
+        failing_disk.write_rules(self._rules)
+        self._start()
+
     def _snapshot(self) -> None:
         with self.callers.resting():
             before = dict(self.callers.acknowledged)
@@ -301,6 +324,8 @@ class Schedule:
                 return  # refused, as adds are
             caller.stub.Clear(pb.ClearRequest(), timeout=DEADLINE_S)
             self.callers.acknowledged.clear()
+            with contextlib.closing(Database(self.data_dir / FILE_NAME, read_only=True)) as database:
+                self.callers.cleared_below = int(str(database.meta(OLDEST_KEY, 0)))
 
     # Lasting ones
 
@@ -367,6 +392,8 @@ class Schedule:
     def _serve(self, folder: Path | None = None) -> ServerProcess:
         return ServerProcess(
             folder or self._folder,
+            program=(failing_disk.__file__,) if self._can_fail else ("-m", "touchline_server"),
+            FAILING_DISK_RULES=str(self._rules),
             TOUCHLINE_CONFIG__BUFFER_SIZE=str(CAPACITY),
             TOUCHLINE_STORAGE__DATA_DIR=str(self.data_dir),
             TOUCHLINE_STORAGE__DURABILITY=self.durability,
