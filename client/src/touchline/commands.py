@@ -46,7 +46,7 @@ def _describe(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Touchline's client: data sets into a replay server, and out of it; and what waits on a robot's disk.
+    """Touchline's client: loads and exports data sets, empties a server, and manages robots' spools.
 
     TLS and tokens come from the environment: TOUCHLINE_TLS_CA, TOUCHLINE_TOKEN.
 
@@ -72,7 +72,7 @@ class FormatName(str, enum.Enum):
 Address = Annotated[
     str, typer.Option(metavar="HOST:PORT|unix:/PATH", envvar="TOUCHLINE_ADDRESS", help="Server.", show_default=True, show_envvar=True)
 ]
-Format = Annotated[FormatName | None, typer.Option(help="What it is. Without it: as the name tells.", show_choices=True)]
+Format = Annotated[FormatName | None, typer.Option(help="Format of the data set. Default: by its name.", show_choices=True)]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Longest time that the server may be away in one call.", min=0.1)]
 
 
@@ -84,32 +84,30 @@ def load(
     ],
     address: Address = "127.0.0.1:50051",
     format: Format = None,
-    actor: Annotated[str | None, typer.Option(metavar="NAME", help="Who played the episodes. Without it: as the source says.")] = None,
-    task: Annotated[int | None, typer.Option(metavar="NUMBER", help="Store a column task (int64) with this number.")] = None,
+    actor: Annotated[str | None, typer.Option(metavar="NAME", help="Actor to store them under. Default: as in the source.")] = None,
+    task: Annotated[int | None, typer.Option(metavar="NUMBER", help="Add a column `task` (int64) that holds this number.")] = None,
     drop: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Leave a column out, and all below it (obs.rgb, info). May be given again.")
+        list[str] | None, typer.Option(metavar="COLUMN", help="Leave out a column and everything below it (obs.rgb, info). Repeatable.")
     ] = None,
     float32: Annotated[bool, typer.Option("--float32", help="Store float64 columns as float32.")] = False,
-    infos: Annotated[bool, typer.Option("--infos", help="Minari: store the infos that are arrays, as columns info.<name>.")] = False,
-    first: Annotated[int, typer.Option(metavar="N", help="Begin with the episode at this position, from 0.", min=0)] = 0,
+    infos: Annotated[bool, typer.Option("--infos", help="Minari: also store infos that are arrays, as columns info.<name>.")] = False,
+    first: Annotated[int, typer.Option(metavar="N", help="Skip this many episodes of each source.", min=0)] = 0,
     limit: Annotated[int | None, typer.Option(metavar="N", help="At most this many episodes of each source.", min=0)] = None,
-    again: Annotated[
-        str, typer.Option(metavar="LABEL", help="Store episodes that were stored before once more: once for each label.")
-    ] = "",
+    again: Annotated[str, typer.Option(metavar="LABEL", help="Store episodes again that were stored before, once for each label.")] = "",
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Unpickle anything that a .pt file holds. RUNS WHATEVER CODE IS IN IT.")
+        bool, typer.Option("--trust-pickle", help="Unpickle whatever a .pt file contains. RUNS ANY CODE IN IT.")
     ] = False,
     max_episode_bytes: Annotated[
-        int | None, typer.Option(metavar="BYTES", help="Refuse larger episodes unread. Without it: what the server takes.", min=1)
+        int | None, typer.Option(metavar="BYTES", help="Refuse larger episodes without reading them. Default: the server's limit.", min=1)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything and say what it is; no server is needed.")] = False,
-    allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit status 0 although episodes were refused.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything and report what would be stored; needs no server.")] = False,
+    allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit with 0 even if episodes were refused.")] = False,
     timeout_s: Timeout = 60.0,
 ) -> None:
     """Stores data sets on a server, each episode exactly once.
 
-    A load that was interrupted is started again with the same command: what is stored is answered as a duplicate. That goes by the
-    content of the source, not by its name. An episode that was stored and evicted since counts as stored; --again stores it once more.
+    To go on with an interrupted load, run the same command again: episodes that are stored already are recognised as duplicates, by the
+    source's content and not by its name. An episode that was stored and has been evicted counts as stored; --again stores it once more.
 
     \b
     Examples:
@@ -122,7 +120,7 @@ def load(
     Exit status:
       0    every episode is stored
       1    some were refused (stdout says which and why), or it failed
-      2    the command line cannot be used
+      2    the command line is wrong
       130  interrupted
     """
     changes = datasets.Changes(task=task, drop=tuple(drop or ()), float32=float32)
@@ -167,23 +165,21 @@ def export(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="File (.h5, .hdf5, .npz, .pt), or Minari data set (minari:ID).")],
     address: Address = "127.0.0.1:50051",
     format: Format = None,
-    first: Annotated[int | None, typer.Option(metavar="ID", help="From the episode of this id on.", min=0)] = None,
-    last: Annotated[int | None, typer.Option(metavar="ID", help="Up to the episode of this id, itself included.", min=0)] = None,
-    newest: Annotated[int | None, typer.Option(metavar="N", help="The newest so many alone.", min=1)] = None,
-    actor: Annotated[str | None, typer.Option(metavar="NAME", help="Episodes of this actor alone.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="This column alone (obs stands for obs.* too). May be given again.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a data set that is there.")] = False,
-    compress: Annotated[bool, typer.Option("--compress", help="HDF5 and NPZ: smaller and slower.")] = False,
-    allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit status 0 although episodes were left out.")] = False,
+    first: Annotated[int | None, typer.Option(metavar="ID", help="Only episodes with this id or a higher one.", min=0)] = None,
+    last: Annotated[int | None, typer.Option(metavar="ID", help="Only episodes with this id or a lower one.", min=0)] = None,
+    newest: Annotated[int | None, typer.Option(metavar="N", help="Only the newest N of the episodes that match.", min=1)] = None,
+    actor: Annotated[str | None, typer.Option(metavar="NAME", help="Only episodes of this actor.")] = None,
+    column: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Only this column (obs includes obs.*). Repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing data set.")] = False,
+    compress: Annotated[bool, typer.Option("--compress", help="HDF5 and NPZ: compress; smaller and slower.")] = False,
+    allow_refused: Annotated[bool, typer.Option("--allow-refused", help="Exit with 0 even if episodes were left out.")] = False,
     timeout_s: Timeout = 60.0,
 ) -> None:
     """Writes a server's episodes to a data set.
 
-    `touchline load` brings them back to the bit. It is written under a hidden name and put into its place once it is whole. Episodes that
-    are evicted while it runs, before their turn, are not in it. A .pt file holds episodes of one number of rows; a folder with --format
-    tdmpc2 has a file for each number.
+    `touchline load` brings them back to the bit. The data set is written under a hidden name and renamed once it is complete. Episodes that
+    are evicted before their turn are not in it. A .pt file holds episodes of equal length; --format tdmpc2 writes a folder with a file for
+    each length.
 
     \b
     Examples:
@@ -194,9 +190,9 @@ def export(
 
     \b
     Exit status:
-      0    it is written
+      0    the data set is written
       1    the format cannot hold some of the episodes (stdout says why), or it failed
-      2    the command line cannot be used
+      2    the command line is wrong
       130  interrupted; nothing was written
     """
     begun_s = time.monotonic()
@@ -247,7 +243,7 @@ def clear(
     Exit status:
       0    it is empty, or was
       1    it was not cleared: the answer was no, there is no server, or the token does not allow it
-      2    the command line cannot be used, or nobody can be asked and --yes is missing
+      2    the command line cannot be used, or there is no terminal to ask on and --yes is missing
       130  interrupted
     """
     with failing_well("interrupted; if it was confirmed already, the server may have been cleared"):

@@ -28,7 +28,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The spool_dir of an
 
 @app.callback()
 def _describe() -> None:
-    """A robot's spool: what waits, what was refused, and sending it.
+    """Shows a robot's spool, sends what waits in it, retries what was refused.
 
     \b
     Examples:
@@ -40,7 +40,7 @@ def _describe() -> None:
 
 @app.command()
 def show(folder: Folder) -> None:
-    """Says what waits, and what was refused and why.
+    """Shows what waits, and what was refused and why.
 
     Changes nothing, and may be run while a writer uses the spool.
 
@@ -50,8 +50,8 @@ def show(folder: Folder) -> None:
 
     \b
     Exit status:
-      0  this is what is there
-      1  it is no spool, or cannot be read
+      0  the spool is shown
+      1  it is not a spool, or cannot be read
     """
     from touchline import upkeep
 
@@ -63,8 +63,8 @@ def show(folder: Folder) -> None:
 def retry(folder: Folder) -> None:
     """Puts refused episodes back into the queue.
 
-    Each at its old place: when the server's schema or its limits were mended, say. The next writer on the spool sends them, or
-    `touchline spool send`. No writer may be using it. Damaged episodes stay.
+    Each goes back to its old place, for example after the server's schema or limits were corrected. The next writer on the spool sends
+    them, or `touchline spool send`. No writer may be using the spool. Damaged episodes stay.
 
     \b
     Examples:
@@ -72,8 +72,8 @@ def retry(folder: Folder) -> None:
 
     \b
     Exit status:
-      0  they wait again; or none was refused
-      1  it is no spool, somebody uses it, or it cannot be written
+      0  they wait again, or none was refused
+      1  it is not a spool, is in use, or cannot be written
     """
     from touchline import upkeep
 
@@ -96,9 +96,9 @@ def send(
 ) -> None:
     """Sends what waits, each episode exactly once.
 
-    For a robot whose program is gone; oldest first. The episodes keep the keys that they had: what the server has stored already is not
-    stored again, so the command may be interrupted and run again. No writer may be using the spool; one that runs sends what waits by
-    itself. Refused episodes stay, with the reason.
+    Oldest first; meant for a robot whose program is gone. The episodes keep their keys, so what the server has stored already is not stored
+    again, and an interrupted command can be run again. No writer may be using the spool (it would send what waits by itself). Refused
+    episodes stay, with the reason.
 
     \b
     Examples:
@@ -106,9 +106,9 @@ def send(
 
     \b
     Exit status:
-      0    nothing waits any more
+      0    nothing is left to send
       1    some were refused (stdout says why), some are left, or it failed
-      2    the command line cannot be used
+      2    the command line is wrong
       130  interrupted; what is not acknowledged waits as before
     """
     from touchline import upkeep

@@ -110,9 +110,9 @@ def serve(
         LogLevel | None, typer.Option("--log-level", help="How much to log, on stderr. Overrides server.log_level, by default info.")
     ] = None,
 ) -> None:
-    """Runs the server until SIGTERM or SIGINT, which let calls in progress finish.
+    """Runs the server until SIGTERM or SIGINT.
 
-    Logs to stderr. Prints "listening on HOST:PORT" to stdout once clients are served.
+    The signal lets calls in progress finish. Logs to stderr. Prints "listening on HOST:PORT" to stdout once clients are served.
 
     An environment variable TOUCHLINE_<TABLE>__<KEY> overrides a key of the configuration file, and an option here
     overrides both. --host and --port also override a Unix socket in the configuration.
@@ -205,10 +205,11 @@ def healthcheck(
         ),
     ] = None,
 ) -> None:
-    """Asks a server whether it is healthy: it samples, and it stores what actors send.
+    """Asks a server whether it is healthy.
 
-    Uses the standard grpc.health.v1 and needs no token. Without --address it asks the server that the configuration describes, by TLS if
-    that has TLS, and accepts only the configured certificate. If that server does not answer, what keeps it from starting is named.
+    A healthy server samples and stores what actors send. Uses the standard grpc.health.v1 and needs no token. Without --address it asks the
+    server that the configuration describes, by TLS if that has TLS, and accepts only the configured certificate. If that server does not
+    answer, what keeps it from starting is named.
 
     \b
     Examples:
@@ -238,15 +239,16 @@ def healthcheck(
 
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="Folder of the durable store. Without it: the configured storage.data_dir."),
+    typer.Option("--data-dir", metavar="DIR", help="Folder of the durable store. Default: the configured storage.data_dir."),
 ]
 
 
 @app.command()
 def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
-    """Verifies all of a durable store.
+    """Verifies a durable store.
 
-    That is SQLite's structures, every episode's checksum, the ledger and the counts. Changes nothing. A server may be running on it.
+    Checks SQLite's structures, every episode's checksum, the ledger of keys and the counts. Changes nothing; a server may be running on the
+    store.
 
     \b
     Examples:
@@ -254,8 +256,8 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
 
     \b
     Exit status:
-      0  everything is as it was written
-      1  something is not (stdout says what), or it cannot be read
+      0  the store is undamaged
+      1  something is damaged (stdout says what), or the store cannot be read
     """
     from touchline_server import upkeep
 
@@ -275,14 +277,14 @@ def recover(
     data_dir: DataDir = None,
     config: ConfigPath = None,
     accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Go on where something is lost. Without it, nothing is then changed.")
+        bool, typer.Option("--accept-loss", help="Recover although something is lost. Otherwise a loss changes nothing.")
     ] = False,
 ) -> None:
-    """Keeps what is whole of a damaged store.
+    """Recovers the undamaged episodes of a damaged store.
 
-    Every episode whose own bytes are there is found, whatever else of the file is damaged, cut off or missing. What is whole goes into a
-    fresh file, which takes the place of the old one; that stays beside it, as it is, as touchline.db.damaged. No server may be running on
-    it, and the disk must have room for both.
+    Finds every episode whose own bytes are intact, whatever else of the file is damaged, cut off or missing. They go into a new file, which
+    replaces the old one; the old one stays beside it, unchanged, as touchline.db.damaged. No server may be running on the store, and the
+    disk needs room for both files.
 
     \b
     Examples:
@@ -291,8 +293,8 @@ def recover(
 
     \b
     Exit status:
-      0  a server can start on it again: with everything, or with what is left where --accept-loss was given
-      1  something is lost (stdout says what) and --accept-loss was not given, or nothing is left; nothing was changed
+      0  a server can start on the store again: with everything, or with --accept-loss with what is left
+      1  nothing was changed: something is lost (stdout says what) without --accept-loss, or nothing is left
     """
     from touchline_server import recovery
 
@@ -320,9 +322,9 @@ def snapshot(
     data_dir: DataDir = None,
     config: ConfigPath = None,
 ) -> None:
-    """Takes a consistent copy of a durable store.
+    """Copies a durable store, consistently.
 
-    It is of one moment, also while a server runs on the store. The copy's folder is a data_dir that a server can start on.
+    The copy shows the store at one moment, even if a server is running on it. A server can start on the copy's folder as its data_dir.
 
     \b
     Examples:
@@ -330,8 +332,8 @@ def snapshot(
 
     \b
     Exit status:
-      0  the copy is whole and on the disk
-      1  it could not be made
+      0  the copy is complete and on the disk
+      1  the copy could not be made
     """
     from touchline_server import upkeep
 
