@@ -17,6 +17,7 @@ from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer, restoring
 from touchline_server.app import ReplayServer, ServerThread
+from touchline_server.health import DETAIL_METADATA_KEY
 
 
 @pytest.mark.parametrize("durability", MODES)
@@ -108,7 +109,8 @@ def test_server_that_restores_says_not_serving_and_refuses_every_call_with_the_p
         assert reading.wait(DEADLINE_S)
         with Caller(addresses[0]) as caller:
             health = health_pb2_grpc.HealthStub(caller.channel)
-            status = health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S).status
+            answer, call = health.Check.with_call(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+            status, detail = answer.status, dict(call.trailing_metadata())[DETAIL_METADATA_KEY]
             refusals = [
                 refused(caller.stub.Ready, pb.ReadyRequest(), timeout=DEADLINE_S),
                 refused(caller.stub.Ready, pb.ReadyRequest(min_steps=1, wait_s=0.05), timeout=DEADLINE_S),
@@ -131,7 +133,7 @@ def test_server_that_restores_says_not_serving_and_refuses_every_call_with_the_p
 
     assert status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert {(refusal.code, refusal.reason) for refusal in refusals} == {(grpc.StatusCode.UNAVAILABLE, "restoring")}
-    assert all("is being read (120 of 480 rows, 25 %)" in refusal.details for refusal in refusals)
+    assert all("is being read (120 of 480 rows, 25 %)" in text for text in (detail, *(refusal.details for refusal in refusals)))
     assert served == health_pb2.HealthCheckResponse.SERVING
     assert (ready_after.can_sample, ready_after.min_steps_reached) == (True, True)
     assert server.buffer.counts().episodes_stored == 20

@@ -117,7 +117,7 @@ class ReplayServer:
             interceptors=(self.admission,),
         )
         self._service = ReplayService(self.buffer, budgets, receptions)
-        self._health = HealthService()
+        self._health = HealthService(self.buffer)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -135,7 +135,7 @@ class ReplayServer:
             self._service.close()
             raise
         self._service.serve()
-        await self._health.serve(self.buffer)
+        await self._health.serve()
 
     async def stop(self) -> None:
         """Drains: refuses new work, lets work in progress end within ``server.drain_timeout_s``, and stops."""
