@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,8 @@ from typer.testing import CliRunner
 from certificates import Authority, Pair
 from client_faults import trying_once
 from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
-from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, UnavailableError
+from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, TlsError, UnacknowledgedError, UnavailableError
+from touchline.calls import Backoff
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import cli
@@ -101,20 +105,96 @@ def test_name_of_the_certificate_may_be_another_than_the_address(authority: Auth
     pair = authority.issue("elsewhere", "replay.example.org")
     with tls_server(pair) as server:
         assert ask(server, TlsConfig(authority.cert, server_name="replay.example.org")) is False
-        with pytest.raises(UnavailableError):
-            ask(server, TlsConfig(authority.cert))
+        for name, wanted in (
+            ("", r"'127\.0\.0\.1' \(the address's host\)"),
+            ("other.example.org", r"'other\.example\.org' \(server_name\)"),
+        ):
+            with pytest.raises(TlsError, match=rf"^{server.address}: the server's certificate is not for {wanted}; .*server_name="):
+                ask(server, TlsConfig(authority.cert, server_name=name or None))
 
 
 def test_client_that_trusts_others_or_speaks_plainly_does_not_get_in(other_authority: Authority, pair: Pair) -> None:
     with tls_server(pair) as server:
-        for tls, spoken in ((TlsConfig(other_authority.cert), "TLS"), (True, "TLS"), (False, "no TLS")):
-            with pytest.raises(UnavailableError, match=f"^{server.address}: .* and speaks {spoken}, as this client does"):
+        for tls in (TlsConfig(other_authority.cert), True):
+            with pytest.raises(TlsError, match=f"^{server.address}: the client does not trust the server's certificate"):
                 ask(server, tls)
+        with pytest.raises(UnavailableError, match=f"^{server.address}: .* and speaks no TLS, as this client does"):
+            ask(server, False)
 
 
 def test_tls_to_a_plain_server_fails(authority: Authority) -> None:
-    with ServerThread(make_config()) as server, pytest.raises(UnavailableError, match=f"^{server.address}: .* and speaks TLS, as"):
+    with ServerThread(make_config()) as server, pytest.raises(TlsError, match=f"^{server.address}: what answers there speaks no TLS"):
         ask(server, TlsConfig(authority.cert))
+
+
+VERBS: dict[str, Callable[[ReplayClient], Any]] = {
+    "add": lambda client: client.add(EPISODE),
+    "load": lambda client: client.load([EPISODE]),
+    "sample": lambda client: client.sample(),
+    "stream": lambda client: next(client.batches(ring=False)),
+    "ring": lambda client: next(client.batches()),
+    "episodes": lambda client: next(client.episodes()),
+    "wait_until_ready": lambda client: client.wait_until_ready(),
+    "info": lambda client: client.info(),
+    "clear": lambda client: client.clear(),
+    "writer": play,
+}
+
+
+@pytest.mark.parametrize("wrong", ["authority", "name", "key", "expired", "plain"])
+def test_wrong_certificate_name_or_key_is_told_at_once_by_every_verb(
+    wrong: str, authority: Authority, other_authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is tried again waits for half an hour here: one attempt has to do."""
+    monkeypatch.setattr("touchline.client.RECONNECT_S", 3600.0)
+    tls = TlsConfig(authority.cert)
+    with ExitStack() as stack:
+        if wrong == "expired":
+            old = authority.issue("old", "127.0.0.1", starts=timedelta(days=-2), ends=timedelta(days=-1))
+            plain = stack.enter_context(plain_grpc_server(grpc.ssl_server_credentials([(old.key.read_bytes(), old.cert.read_bytes())])))
+        else:
+            server = stack.enter_context(ServerThread(make_config()) if wrong == "plain" else tls_server(pair))
+            plain = server.address
+        if wrong == "authority":
+            tls = TlsConfig(other_authority.cert)
+        elif wrong == "name":
+            tls = TlsConfig(authority.cert, server_name="other.example.org")
+        elif wrong == "key":
+            tls = TlsConfig(authority.cert, authority.issue("one").cert, authority.issue("two").key)
+        for verb, call in VERBS.items():
+            client = stack.enter_context(ReplayClient(plain, tls=tls, timeout_s=3600.0))
+            client._calls.backoff = Backoff(first_s=1800.0)
+            with pytest.raises((TlsError, UnacknowledgedError)) as caught:
+                call(client)
+            found = caught.value.results[0].error if isinstance(caught.value, UnacknowledgedError) else caught.value
+            assert isinstance(found, TlsError), verb
+
+
+@contextmanager
+def plain_grpc_server(credentials: grpc.ServerCredentials) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+def test_server_that_comes_back_with_its_certificate_is_waited_for(authority: Authority, pair: Pair) -> None:
+    """To be away is no failure of TLS, also on a port where TLS is spoken."""
+    with tls_server(pair) as server:
+        port = int(server.address.rpartition(":")[2])
+    with ReplayClient(f"127.0.0.1:{port}", tls=TlsConfig(authority.cert)) as client:
+        client._calls.backoff = Backoff(first_s=0.05, max_s=0.05)
+        counting: list[int] = []
+        asker = threading.Thread(target=lambda: counting.append(client.num_eps))
+        asker.start()
+        config = make_config(tls={"cert": str(pair.cert), "key": str(pair.key)}, server={"port": port})
+        with ServerThread(config):
+            asker.join()
+
+    assert counting == [0]
 
 
 def test_server_with_client_ca_lets_in_who_shows_a_certificate_of_it(authority: Authority, other_authority: Authority, pair: Pair) -> None:

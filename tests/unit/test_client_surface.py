@@ -49,6 +49,7 @@ def test_export_list_is_frozen() -> None:
         "SpoolError",
         "StoredEpisode",
         "TlsConfig",
+        "TlsError",
         "TooLargeError",
         "TouchlineError",
         "UnacknowledgedError",

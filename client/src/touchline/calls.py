@@ -21,12 +21,15 @@ from touchline.errors import (
     NotReadyError,
     OverLimitError,
     ServerError,
+    TlsError,
     TooLargeError,
     TouchlineError,
     UnavailableError,
 )
 from touchline.forking import gate
+from touchline.tls_failures import explain
 from touchline.transport import Transport
+from touchline.waits import Wait, waiting
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.log_lines import escape
 
@@ -73,17 +76,28 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
 }
 """What a status code means where no reason was given: by a proxy, by gRPC itself, by a server of another kind."""
 
+VERBS = {
+    "AddEpisode": "add()",
+    "LoadEpisodes": "load()",
+    "Sample": "sample()",
+    "Ready": "ready() or counts()",
+    "Info": "info()",
+    "Clear": "clear()",
+}
+"""Who calls each method, for the log."""
+
 METADATA = ((PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),)
 """Goes with every call, before what the transport's credentials add."""
 
 
-def translate(error: grpc.RpcError, address: str, *, tls: bool) -> TouchlineError:
-    """Returns what a failed call means. Status code and reason decide, never the words of the message.
+def translate(error: grpc.RpcError, address: str, *, tls: bool, server_name: str = "") -> TouchlineError:
+    """Returns what a failed call means. Status code and reason decide; the words of the message only for TLS, where gRPC has nothing else.
 
     Args:
         error: what gRPC raised.
         address: of the server.
         tls: whether it was asked by TLS.
+        server_name: that its certificate has to have, where that is not the address's.
     """
     failed: Any = error  # the public class has none of what gRPC raises with
     code = failed.code()
@@ -93,6 +107,9 @@ def translate(error: grpc.RpcError, address: str, *, tls: bool) -> TouchlineErro
     details = escape(failed.details() or "no details")
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         # No server said so: nobody answered, or not in the language of the question.
+        wrong = explain(details, address, server_name=server_name) if tls else None
+        if wrong is not None:
+            return TlsError(f"{wrong}: {details}")
         expected = f"a touchline-server that is up there and speaks {'TLS' if tls else 'no TLS'}, as this client does"
         return kind(f"{address}: {details} (UNAVAILABLE); expected {expected}")
     if issubclass(kind, UnavailableError | DeadlineError | ServerError | IncompatibleVersionError | AccessDeniedError):
@@ -108,6 +125,11 @@ def reason_of(error: TouchlineError) -> str:
         return ""
     failed: Any = error.__cause__
     return str(dict(failed.trailing_metadata() or ()).get(REASON_METADATA_KEY, ""))
+
+
+def is_passing(error: TouchlineError) -> bool:
+    """Returns whether the same call may succeed later, with nothing changed on this side."""
+    return isinstance(error, UnavailableError | OverLimitError) and not isinstance(error, TlsError)
 
 
 def delay_before_retry(error: TouchlineError, backoff_s: float) -> float:
@@ -195,7 +217,7 @@ class Calls:
                 call = method.future(request, timeout=left_s, metadata=self._metadata)
             return _await(call)
 
-        return self._run(attempt, (self.timeout_s if timeout_s is None else timeout_s) + wait_s, retry)
+        return self._run(name, attempt, (self.timeout_s if timeout_s is None else timeout_s) + wait_s, retry)
 
     def upload(self, name: str, requests: Callable[[], Iterator[bytes]], *, timeout_s: float) -> bytes:
         """Returns the response to a stream of requests.
@@ -230,7 +252,7 @@ class Calls:
                     raise failures[0] from None
                 raise
 
-        return self._run(attempt, timeout_s, True)
+        return self._run(name, attempt, timeout_s, True)
 
     def stream(self, name: str, requests: Iterator[bytes]) -> Any:
         """Returns an open bidirectional call: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
@@ -253,11 +275,14 @@ class Calls:
         if self.transport.closed:
             return ClosedError(f"the client of {self.transport.address} was closed")
         if isinstance(error, grpc.RpcError):
-            return translate(error, self.transport.address, tls=self.transport.tls)
+            return translate(error, self.transport.address, tls=self.transport.tls, server_name=self.transport.server_name)
         raise error
 
-    def _run(self, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:
-        ends = time.monotonic() + timeout_s
+    def _run(self, name: str, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:
+        with waiting(VERBS.get(name, name), self.transport.address, lambda: f"no answer yet, the call ends after {timeout_s:g} s") as wait:
+            return self._attempts(attempt, time.monotonic() + timeout_s, retry, wait)
+
+    def _attempts(self, attempt: Callable[[float], bytes], ends: float, retry: bool, wait: Wait) -> bytes:
         delays = self.delays()
         last: TouchlineError | None = None
         while True:
@@ -269,12 +294,13 @@ class Calls:
                 cause = error
             if isinstance(failure, DeadlineError) and last is not None:
                 raise last from cause
-            if not retry or not isinstance(failure, UnavailableError | OverLimitError):
+            if not retry or not is_passing(failure):
                 raise failure from cause
             last = failure
             delay_s = delay_before_retry(failure, next(delays))
             if time.monotonic() + delay_s >= ends:
                 raise failure from cause
+            wait.note(str(failure))
             self._sleep(delay_s)
 
 

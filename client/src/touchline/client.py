@@ -36,6 +36,7 @@ from touchline.stream import BatchSource, BatchStream, StreamSource
 from touchline.tensors import load_torch, to_tensors
 from touchline.transport import Transport, check_address
 from touchline.types import EpisodeResult, ReadyState, ServerInfo
+from touchline.waits import waiting
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
@@ -257,7 +258,8 @@ class ReplayClient:
         deliver = self._delivery_of_batches(as_numpy)
         request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, wait_s=wait_s)
         try:
-            message = self._calls.unary("Sample", request.SerializeToString(), wait_s=wait_s)
+            with waiting("sample()", self.address, lambda: self._readiness.explain(horizon)):
+                message = self._calls.unary("Sample", request.SerializeToString(), wait_s=wait_s)
         except TooLargeError:
             timeout_s = self.timeout_s + wait_s
             source = StreamSource(self._calls, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=False)
@@ -411,9 +413,14 @@ class ReplayClient:
         """Rows that fit."""
         return self.info().capacity
 
-    def info(self) -> ServerInfo:
-        """Returns what the server says about itself: version, configuration in force, schema, sizes and counts."""
-        return server_info_of(self._calls.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
+    def info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """Returns what the server says about itself: version, configuration in force, schema, sizes and counts.
+
+        Args:
+            timeout_s: the call's deadline, retries included; None takes the client's.
+        """
+        request = pb.InfoRequest(table=self._table).SerializeToString()
+        return server_info_of(self._calls.unary("Info", request, timeout_s=timeout_s))
 
     def clear(self) -> Counts:
         """Empties the table, its schema included, and returns the counts. Not retried: a second attempt could clear newer episodes.

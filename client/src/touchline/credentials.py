@@ -85,6 +85,11 @@ class Credentials:
         """Whether channels speak TLS."""
         return self._tls is not None
 
+    @property
+    def server_name(self) -> str:
+        """The name that the server's certificate has to have, where that is not the address's; empty where it is."""
+        return (self._tls.server_name or "") if self._tls is not None else ""
+
     def __repr__(self) -> str:
         return f"Credentials(tls={self._tls!r}, token={'given' if self.metadata else 'none'})"
 

@@ -10,6 +10,7 @@ TouchlineError
 ├── IncompatibleVersionError                  client and server speak different major versions
 ├── AccessDeniedError                         the server wants credentials that were not given, or others
 ├── UnavailableError                          the server cannot be reached, is starting, or is draining
+│   └── TlsError                              no TLS session: a certificate, name or key is wrong, so trying again does not help
 ├── DeadlineError                             no answer in time; whether the call had an effect is not known
 ├── ClosedError                               used after it was closed
 ├── ForkError                                 used in a forked child that cannot use gRPC
@@ -82,6 +83,11 @@ class AccessDeniedError(TouchlineError):
 
 class UnavailableError(TouchlineError):
     """The server cannot be reached, is starting, or is draining. What is idempotent was retried before this was raised."""
+
+
+class TlsError(UnavailableError):
+    """Client and server cannot agree on a TLS session: the client does not trust the server's certificate, the name in it is another, or
+    one of the two speaks no TLS. Not retried: somebody has to change a certificate or a setting."""
 
 
 class DeadlineError(TouchlineError):

@@ -59,6 +59,15 @@ def forget(leaver: Leaver) -> None:
     _open.discard(leaver)
 
 
+def grace_after(error: BaseException) -> float:
+    """Returns how long a writer may still take, in seconds, once an interruption (Ctrl-C) has ended the body of its ``with``.
+
+    All writers that the same interruption passes have :data:`GRACE_S` together.
+    """
+    ends: float = vars(error).setdefault("_touchline_grace_ends", time.monotonic() + GRACE_S)
+    return max(0.0, ends - time.monotonic())
+
+
 def _leave() -> None:
     ends = time.monotonic() + GRACE_S
     while _open:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from touchline import waits
 from touchline.calls import Backoff, delay_before_retry
 from touchline.errors import (
     ClosedError,
@@ -19,6 +20,7 @@ from touchline.errors import (
     OverLimitError,
     ServerError,
     SpoolError,
+    TlsError,
     TooLargeError,
     TouchlineError,
     UnacknowledgedError,
@@ -187,7 +189,7 @@ class Outbox:
         with self._changed:
             if self._stopped and self._counters.pending:
                 raise ClosedError(f"the episode writer was closed; {self._counters.pending} episodes wait in {self._queue.place}")
-            answered = self._changed.wait_for(lambda: self._done, timeout_s) and not self._counters.pending
+            answered = self._wait_for_all("flush()", timeout_s) and not self._counters.pending
             results, self._unreported = self._unreported, []
             reason = self._trouble or DeadlineError(f"no acknowledgement within {timeout_s} s")
         if not answered:
@@ -216,7 +218,7 @@ class Outbox:
                     self._changed.notify_all()
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._done, self._client.timeout_s if timeout_s is None else timeout_s)
+            self._wait_for_all("close()", self._client.timeout_s if timeout_s is None else timeout_s)
             results, self._unreported = self._unreported, []
             told, self._stopped = self._stopped, True
             failure = self._failure if not told else None
@@ -246,6 +248,11 @@ class Outbox:
             if left_s <= 0:
                 raise SpoolError("the queue has no room for another episode, and got none in time")
             self._changed.wait_for(lambda: self._settled != settled or self._halted, min(left_s, LOOK_S))
+
+    def _wait_for_all(self, verb: str, timeout_s: float | None) -> bool:
+        """Waits until nothing is to be sent any more, or will not be before somebody changes a setting; under the lock."""
+        with waits.waiting(f"{verb} of the {self._name}", self._client.address, self._why):
+            return self._changed.wait_for(lambda: self._done or isinstance(self._trouble, TlsError), timeout_s)
 
     @property
     def _done(self) -> bool:
@@ -277,17 +284,8 @@ class Outbox:
                     self._changed.wait_for(lambda: self._counters.pending > 0 or self._stopped)
                     if self._stopped:
                         return
-                taken = self._take_some()
-                if not taken:
-                    continue
-                if len(taken) > 1 and (answers := self._send_together([episode for _, episode in taken])) is not None:
-                    for (waiting, episode), answer in zip(taken, answers, strict=True):
-                        # What says nothing of the episode itself is tried again.
-                        self._settle(waiting, answer if isinstance(answer, InvalidArgumentError | None) else self._send_one(episode))
-                else:
-                    self._apart = max(self._apart - 1, 0)
-                    waiting, found = taken[0]
-                    self._settle(waiting, self._send_one(found))
+                with waits.waiting(self._name, self._client.address, self._why):
+                    self._send_some()
         except _StoppedError:
             with self._changed:
                 self._halted = True
@@ -296,6 +294,24 @@ class Outbox:
             # Whoever waits for this thread would wait for ever.
             with self._changed:
                 self._fail(error)
+
+    def _send_some(self) -> None:
+        """Sends the oldest episodes and deals with what becomes of them."""
+        taken = self._take_some()
+        if not taken:
+            return
+        if len(taken) > 1 and (answers := self._send_together([episode for _, episode in taken])) is not None:
+            for (waiting, episode), answer in zip(taken, answers, strict=True):
+                # What says nothing of the episode itself is tried again.
+                self._settle(waiting, answer if isinstance(answer, InvalidArgumentError | None) else self._send_one(episode))
+        else:
+            self._apart = max(self._apart - 1, 0)
+            waiting, found = taken[0]
+            self._settle(waiting, self._send_one(found))
+
+    def _why(self) -> str:
+        """Returns why episodes wait. Takes no lock: whoever waits for them may hold it."""
+        return f"{self._counters.pending} episodes wait to be stored: {self.trouble or 'the server has not answered yet'}"
 
     def _fail(self, error: BaseException) -> None:
         """Notes that nothing is sent any more, and says so; under the lock."""
@@ -430,7 +446,9 @@ class Outbox:
         if self._stopped:
             raise _StoppedError
         self._log.tried_again(trouble, self._counters.pending)
-        self._trouble = trouble
+        with self._changed:
+            self._trouble = trouble
+            self._changed.notify_all()
         self._sleep(delay_s)
 
     def _sleep(self, delay_s: float) -> None:

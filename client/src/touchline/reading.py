@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from touchline.calls import Calls, delay_before_retry
+from touchline.calls import Calls, delay_before_retry, is_passing
 from touchline.dropping import when_dropped
-from touchline.errors import ClosedError, DeadlineError, OverLimitError, ServerError, TouchlineError, UnavailableError
+from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import event_like, forget_in_child, keep_orphan
+from touchline.waits import Wait, waiting
 from touchline.watchdog import Watchdog
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
 from touchline_protos.log_lines import get_logger
@@ -150,6 +151,10 @@ class EpisodeSource:
 
     def _advance(self) -> None:
         """Takes what brings the reading forward, or notes its end; calls anew where the server was away."""
+        with waiting("episodes()", self._calls.transport.address, lambda: "nothing has come yet") as wait:
+            self._advance_within(wait)
+
+    def _advance_within(self, wait: Wait) -> None:
         ends = time.monotonic() + self._timeout_s
         if not self._fruitless:
             self._delays = self._calls.delays()
@@ -166,6 +171,7 @@ class EpisodeSource:
                 episodes = session.receive()
             except TouchlineError as error:
                 self._drop()
+                wait.note(str(error))
                 self._wait_after(error, session, ends, last)
                 last = error
                 continue
@@ -185,7 +191,7 @@ class EpisodeSource:
             if last is not None:
                 raise last from error
             raise DeadlineError(f"{self._calls.transport.address}: nothing came within {self._timeout_s} s") from error
-        if not isinstance(error, UnavailableError | OverLimitError):
+        if not is_passing(error):
             raise error
         delay_s = delay_before_retry(error, next(self._delays))
         if session.frames > 1 and not session.fruitful:

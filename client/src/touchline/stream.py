@@ -7,24 +7,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
-from touchline.calls import Calls, delay_before_retry
+from touchline.calls import Calls, delay_before_retry, is_passing
 from touchline.dropping import when_dropped
-from touchline.errors import ClosedError, DeadlineError, NotReadyError, OverLimitError, ServerError, TouchlineError, UnavailableError
+from touchline.errors import (
+    ClosedError,
+    DeadlineError,
+    NotReadyError,
+    OverLimitError,
+    ServerError,
+    TlsError,
+    TouchlineError,
+    UnavailableError,
+)
 from touchline.forking import event_like, forget_in_child, keep_orphan
-from touchline.messages import ready_state_of
+from touchline.readiness import PROBE_TIMEOUT_S, Readiness
 from touchline.ring import RingBatches, RingEndedError, attach
-from touchline.types import ReadyState
+from touchline.waits import waiting
 from touchline.watchdog import Watchdog
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, CodecError
 from touchline_protos.log_lines import get_logger
 from touchline_protos.ring import RingError, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
-
-PROBE_TIMEOUT_S = 5.0
-"""Deadline of the question whether a server is back."""
 
 LASTING_S = 5.0
 """A session of this length was no failed attempt to open one."""
@@ -130,6 +137,10 @@ class StreamSource:
         self._grant = max(1, prefetch // 2)
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
+        self._readiness = Readiness(calls, table=request.table)
+        self._horizon = request.horizon if request.HasField("horizon") else None
+        # Of this object it must hold nothing: that would keep a dropped stream alive.
+        self._wait = waiting("batches()", calls.transport.address, partial(self._readiness.explain, self._horizon))
         self._session: _Session | None = None
         self._closed = threading.Event()
         self._begin()
@@ -178,6 +189,10 @@ class StreamSource:
 
     def _receive(self) -> None:
         """Reads frames until a batch is complete."""
+        with self._wait:
+            self._read_frames()
+
+    def _read_frames(self) -> None:
         ends = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         while not self._ready:
             if self._closed.is_set():
@@ -193,8 +208,9 @@ class StreamSource:
                 self._drop()
                 if self._closed.is_set() or (ends is not None and time.monotonic() >= ends):
                     continue
-                if not isinstance(error, UnavailableError | OverLimitError):
+                if not isinstance(error, UnavailableError | OverLimitError) or not is_passing(error):
                     raise
+                self._wait.note(str(error))
                 self._wait_for_return(error, ends)
             except BaseException:
                 self._drop()  # who knows how far a message was read
@@ -241,23 +257,19 @@ class StreamSource:
                     OverLimitError(told, error.retry_after_s) if isinstance(error, OverLimitError) else UnavailableError(told)
                 ) from error
             try:
-                self._probe(min(PROBE_TIMEOUT_S, max(limit - time.monotonic(), 0.1)))
+                self._readiness.probe(self._horizon, min(PROBE_TIMEOUT_S, max(limit - time.monotonic(), 0.1)))
+            except TlsError:
+                raise
             except (UnavailableError, DeadlineError, OverLimitError):
                 continue
             self._returned_at = time.monotonic()
             return
 
-    def _probe(self, timeout_s: float) -> ReadyState:
-        request = pb.ReadyRequest(table=self._request.table)
-        if self._request.HasField("horizon"):
-            request.horizon = self._request.horizon
-        return ready_state_of(self._calls.unary("Ready", request.SerializeToString(), timeout_s=timeout_s, retry=False))
-
     def _late(self) -> TouchlineError:
         waited = f"no batch within {self._timeout_s} s"
         self._drop()
         try:
-            state = self._probe(PROBE_TIMEOUT_S)
+            state = self._readiness.probe(self._horizon, PROBE_TIMEOUT_S)
         except TouchlineError as error:
             return UnavailableError(f"{waited}: {error}")
         return DeadlineError(waited) if state.can_sample else NotReadyError(f"{waited}: {state.describe()}", state.counts)

@@ -55,6 +55,8 @@ class Transport:
         """Goes with every call."""
         self.tls = self._credentials.tls
         """Whether it speaks TLS."""
+        self.server_name = self._credentials.server_name
+        """The name that the server's certificate has to have, where that is not the address's; empty where it is."""
         self._options = [
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_receive_message_length", max_message_bytes),

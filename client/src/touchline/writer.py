@@ -244,17 +244,29 @@ class EpisodeWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes. If the body failed, the unfinished episode is discarded, the ended ones have the client's timeout to go out, and what is
-        not acknowledged then is logged, so that the body's own error is the one that is seen."""
-        if kind is None:
+        """Closes. If the body failed, the unfinished episode is discarded, the ended ones have the client's timeout to go out (two seconds
+        after Ctrl-C), and what is not acknowledged then is logged, so that the body's own error is the one that is seen."""
+        if kind is None or error is None:
             self.close()
             return
         if len(self._unsent.rows):
             self._unsent.discard("the body of its `with` failed")
+        grace_s = self._client.timeout_s if isinstance(error, Exception) else leaving.grace_after(error)
+        pending = self._unsent.outbox.counters.pending
+        if pending:
+            logger.warning(
+                "episode writer of actor %r: %s ended the body of its `with`; %d episodes have %.0f s to go out",
+                self._actor,
+                kind.__name__,
+                pending,
+                grace_s,
+            )
         try:
-            self.close(self._client.timeout_s)
+            self.close(grace_s)
         except (UnacknowledgedError, SpoolError) as trouble:
             logger.error("episode writer of actor %r, closed because of %s: %s", self._actor, kind.__name__, trouble)
+            if not isinstance(error, Exception):
+                leaving.forget(self._unsent)  # it has had its grace, and the log says what is lost
 
     # Inside.
 

@@ -1,0 +1,257 @@
+"""No verb waits without a word: servers that are away, that never answer and that are something else, and tables with nothing to sample."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+import touchline.waits
+from service_calls import eventually, make_config
+from touchline import EpisodeWriter, ReplayClient, TouchlineError
+from touchline.calls import Backoff
+from touchline.tdmpc2 import Buffer
+from touchline.torchrl import RemoteReplayBuffer
+from touchline.waits import WaitLog
+from touchline_server.app import ServerThread
+
+EPISODE = {"obs": np.zeros((10, 2), np.float32), "action": np.zeros((10, 1), np.float32), "reward": np.zeros(10, np.float32)}
+
+
+class Waits:
+    """The process's log of waits, by a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log = WaitLog(clock=lambda: self.now, watched=False)
+
+    def look_at(self, second: float) -> None:
+        self.now = second
+        self.log.look()
+
+    def reasons(self) -> list[str]:
+        return [wait.reason() for wait in list(self.log._waits)]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    waits = Waits()
+    monkeypatch.setattr(touchline.waits, "process_waits", waits.log)
+    return waits
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def write(client: ReplayClient, folder: Path | None) -> EpisodeWriter:
+    writer = EpisodeWriter(client, actor="left-foot", spool_dir=folder)
+    for row in range(3):
+        writer.append({name: column[row] for name, column in EPISODE.items()})
+    writer.end_episode()
+    return writer
+
+
+def transitions() -> TensorDict:
+    flags = {"done": torch.tensor([[False], [True]]), "terminated": torch.tensor([[False], [True]])}
+    following = {"observation": torch.ones(2, 3), "reward": torch.zeros(2, 1), **flags}
+    return TensorDict({"observation": torch.ones(2, 3), "action": torch.zeros(2, 1), "next": following}, [2])
+
+
+class Cfg:
+    buffer_size = steps = 2_000
+    batch_size = 8
+    horizon = 3
+
+
+def make_drop_in(client: ReplayClient) -> Buffer:
+    return Buffer(Cfg(), client)
+
+
+VERBS: dict[str, Callable[[ReplayClient], Any]] = {
+    "add()": lambda client: client.add(EPISODE),
+    "load()": lambda client: client.load([EPISODE] * 3),
+    "sample()": lambda client: client.sample(),
+    "batches()": lambda client: next(client.batches(ring=False)),
+    "episodes()": lambda client: next(client.episodes()),
+    "ready() or counts()": lambda client: client.counts(),
+    "wait_until_ready()": lambda client: client.wait_until_ready(),
+    "info()": lambda client: client.info(),
+    "clear()": lambda client: client.clear(),
+    "the drop-in buffer": make_drop_in,
+}
+
+
+def begin(verb: Callable[[ReplayClient], Any], client: ReplayClient, stack: ExitStack) -> None:
+    """Calls a verb in a thread, which ends once the client is closed."""
+    client._calls.backoff = Backoff(first_s=0.01, max_s=0.05)
+
+    def run() -> None:
+        with suppress(TouchlineError):
+            verb(client)
+
+    thread = threading.Thread(target=run)
+    stack.callback(thread.join)
+    stack.callback(client.close)
+    thread.start()
+
+
+def listening(stack: ExitStack) -> tuple[socket.socket, str]:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    return listener, f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def away(stack: ExitStack) -> str:
+    """Returns an address at which connections are refused: bound, and nobody listens."""
+    taken = stack.enter_context(socket.socket())
+    taken.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def something_else(stack: ExitStack) -> str:
+    """Returns the address of a web server."""
+    server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler))
+    threading.Thread(target=server.serve_forever).start()
+    stack.callback(server.shutdown)
+    return f"127.0.0.1:{server.server_port}"
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "touchline.waits" and record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "clear()"])  # which is not tried again
+@pytest.mark.parametrize("place", [away, something_else], ids=["away", "another server"])
+def test_verb_that_nobody_answers_says_so_after_ten_seconds_and_each_minute(
+    verb: str, place: Callable[[ExitStack], str], waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = place(stack)
+    begin(VERBS[verb], ReplayClient(address), stack)
+    at_once = verb == "the drop-in buffer"
+    eventually(lambda: bool(lines_of(caplog)) if at_once else any(address in reason for reason in waits.reasons()), "the failure is known")
+
+    counts = []
+    for second in (9.9, 10.0, 69.9, 70.0):
+        waits.look_at(second)
+        counts.append(len(lines_of(caplog)))
+
+    assert counts == ([1, 1, 2, 2] if at_once else [0, 1, 1, 2])
+    for line, second in zip(lines_of(caplog), (0, 69.9) if at_once else (10, 70), strict=True):
+        assert line.startswith(f"{verb} waits for {address}, {second:.0f} s so far: {address}: failed to connect")
+        assert "expected a touchline-server that is up there and speaks no TLS" in line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_that_a_silent_server_leaves_waiting_says_so(
+    verb: str, waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("touchline.readiness.PROBE_TIMEOUT_S", 0.1)
+    _, address = listening(stack)
+    begin(VERBS[verb], ReplayClient(address), stack)
+    eventually(lambda: bool(waits.log._waits), "it waits")
+
+    waits.look_at(10.0)
+
+    (line,) = lines_of(caplog)
+    assert line.startswith(f"{verb} waits for {address}, 10 s so far: ")
+    assert any(words in line for words in ("no answer yet", "nothing has come yet", "Deadline Exceeded", "DEADLINE_EXCEEDED"))
+
+
+@pytest.mark.parametrize("spool", [False, True], ids=["memory", "spool"])
+def test_writer_says_why_its_episodes_wait_and_so_does_flush(
+    spool: bool, waits: Waits, stack: ExitStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = away(stack)
+    client = ReplayClient(address)
+    begin(lambda client: write(client, tmp_path if spool else None).flush(), client, stack)
+    eventually(lambda: sum(address in reason for reason in waits.reasons()) >= 1 and len(waits.log._waits) == 2, "both wait")
+
+    waits.look_at(10.0)
+    waits.look_at(69.0)
+    waits.look_at(70.0)
+
+    name = f"episode writer of actor 'left-foot' waits for {address}"
+    assert [line.startswith((name, f"flush() of the {name}")) for line in lines_of(caplog)] == [True] * 4
+    assert sum(line.startswith(name) and "failed to connect" in line for line in lines_of(caplog)) == 2
+    assert sum(line.startswith("flush()") and "1 episodes wait to be stored" in line for line in lines_of(caplog)) == 2
+
+
+def too_short(client: ReplayClient) -> None:
+    client.add(EPISODE)
+    client.add(EPISODE)
+
+
+SAMPLERS: dict[str, tuple[str, Callable[[ReplayClient], Any]]] = {
+    "unary": ("sample()", lambda client: client.sample(horizon=200, wait_s=60)),
+    "stream": ("batches()", lambda client: next(client.batches(horizon=200, ring=False))),
+    "ring": ("batches()", lambda client: next(client.batches(horizon=200))),
+    "drop-in": ("batches()", lambda client: _drop_in_at(client, 200).sample()),
+    "TorchRL": ("batches()", lambda client: RemoteReplayBuffer(client, batch_size=200, slice_len=200).sample()),
+}
+
+
+def _drop_in_at(client: ReplayClient, horizon: int) -> Buffer:
+    cfg = Cfg()
+    cfg.horizon = horizon
+    return Buffer(cfg, client)
+
+
+@pytest.mark.parametrize("path", SAMPLERS)
+def test_sampling_at_a_horizon_longer_than_every_episode_says_so_with_the_figures(
+    path: str, waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = stack.enter_context(ServerThread(make_config()))
+    client = ReplayClient(server.address)
+    too_short(client)
+    who, sample = SAMPLERS[path]
+    begin(sample, client, stack)
+    eventually(lambda: any(wait.who == who for wait in list(waits.log._waits)), "it waits")
+
+    for second in (9.0, 10.0, 69.0, 70.0):
+        waits.look_at(second)
+
+    assert lines_of(caplog) == [
+        f"{who} waits for {server.address}, {second} s so far: 20 steps in 2 episodes, 0 of them with the 201 steps that horizon 200 "
+        "needs, the longest has 10"
+        for second in (10, 70)
+    ]
+
+
+def test_wait_until_ready_says_how_far_min_history_is(
+    waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("touchline.readiness.POLL_S", 0.1)
+    server = stack.enter_context(ServerThread(make_config()))
+    client = ReplayClient(server.address)
+    too_short(client)
+    begin(lambda client: client.wait_until_ready(), client, stack)
+    eventually(lambda: any("expected 100 steps" in reason for reason in waits.reasons()), "the state is known")
+
+    waits.look_at(10.0)
+
+    assert lines_of(caplog) == [
+        f"wait_until_ready() waits for {server.address}, 10 s so far: 20 steps in 2 episodes, 2 of them with the 4 steps that horizon 3 "
+        "needs, the longest has 10; expected 100 steps"
+    ]
+
+
+def test_extend_of_the_torchrl_drop_in_says_that_nobody_answers(waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    address = away(stack)
+    begin(lambda client: RemoteReplayBuffer(client, batch_size=8).extend(transitions()), ReplayClient(address), stack)
+    eventually(lambda: any(address in reason for reason in waits.reasons()), "the failure is known")
+
+    waits.look_at(10.0)
+
+    assert lines_of(caplog)[0].startswith(f"info() waits for {address}, 10 s so far: {address}: failed to connect")
