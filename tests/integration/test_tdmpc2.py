@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -293,13 +293,14 @@ def test_bad_episodes_are_refused(buffer: Buffer) -> None:
 
 
 def test_capacity_other_than_the_servers_is_logged_once(server: ServerThread, caplog: pytest.LogCaptureFixture) -> None:
-    with Buffer(make_cfg(steps=500, replay_address=server.address)) as buffer, caplog.at_level(logging.WARNING, "touchline.tdmpc2"):
+    with Buffer(make_cfg(steps=500, replay_address=server.address)) as buffer:
         buffer.add(make_episode(0, 9))
         buffer.add(make_episode(1, 9))
 
     assert buffer.capacity == 500
-    assert [record.getMessage() for record in caplog.records if record.name == "touchline.tdmpc2"] == [
-        "the server keeps 2000 rows (config.buffer_size), cfg asks for 500: min(cfg.buffer_size, cfg.steps)"
+    assert [record.getMessage() for record in caplog.records if record.name == "touchline.single_run"] == [
+        f"the server at {server.address} keeps 2,000 steps (config.buffer_size), 1,500 more than the 500 that cfg asks for, "
+        "min(cfg.buffer_size, cfg.steps); to change it, start the server with TOUCHLINE_CONFIG__BUFFER_SIZE=500"
     ]
 
 
@@ -328,22 +329,20 @@ def test_client_that_is_already_there_stays_open(server: ServerThread) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_server_of_the_other_row_convention_is_refused(backend: str) -> None:
     with ServerThread(server_config(row_convention="outgoing")) as server:
-        buffer = Buffer(make_cfg(replay_address=server.address)) if backend == SERVED else Buffer(make_cfg(), backend=server.buffer)
-        with buffer, pytest.raises(InvalidArgumentError, match=r"row_convention of the server: 'outgoing'"):
-            buffer.add(make_episode(0, 9))
+        given = None if backend == SERVED else server.buffer
+        with pytest.raises(InvalidArgumentError, match=r"row_convention of the server: 'outgoing'"):
+            Buffer(make_cfg(replay_address=server.address), given)
 
 
 def test_learner_alone_waits_for_the_first_episode(server: ServerThread) -> None:
-    class Watching(ReplayClient):
-        """Adds the first episode once the learner has begun to wait."""
+    sampled: list[Any] = []
+    with Buffer(make_cfg(replay_address=server.address)) as buffer, ReplayClient(server.address) as actor:
+        learner = threading.Thread(target=lambda: sampled.append(buffer.sample()))
+        learner.start()
+        actor.add({"done" if name == "terminated" else name: value for name, value in make_episode(2, 30).items()})
+        learner.join()
 
-        def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None) -> Any:
-            assert not self.ready()
-            server.buffer.add({"done" if name == "terminated" else name: value for name, value in make_episode(2, 30).items()})
-            return super().wait_until_ready(min_steps, timeout_s)
-
-    with Watching(server.address) as client, Buffer(make_cfg(), backend=client) as buffer:
-        _check_values(*buffer.sample()[:4])
+    _check_values(*sampled[0][:4])
 
 
 @needs_server

@@ -7,11 +7,8 @@ al. 2024), whose trainers and agents work with it unchanged.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol
-
-from touchline_protos.log_lines import get_logger
+from typing import Any
 
 try:
     import torch
@@ -22,8 +19,9 @@ except ImportError as error:
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline.naming import columns_of
+from touchline.single_run import Backend, SingleRun
 from touchline.stream import BatchStream
-from touchline_protos import Batch, Counts
+from touchline_protos import Batch
 
 LAW = "episode"
 """How TD-MPC2 draws: an episode uniformly, then a start within it uniformly. Sent with the request."""
@@ -31,31 +29,12 @@ LAW = "episode"
 Sampled = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """obs, action, reward, terminated, task; see :meth:`Buffer.sample`."""
 
-logger = get_logger(__name__)
-
-
-class Backend(Protocol):
-    """The in-process buffer's verbs: what ``touchline_server.ReplayBuffer`` and :class:`~touchline.ReplayClient` have in common."""
-
-    @property
-    def capacity(self) -> int:
-        """Rows that fit."""
-
-    def add(self, episode: Mapping[str, Any], /) -> int:
-        """Stores one episode."""
-
-    def load(self, episodes: Mapping[str, Any], /) -> int:
-        """Stores many episodes."""
-
-    def sample(self, *, batch_size: int, horizon: int, law: str) -> Batch:
-        """Draws one batch."""
-
-    def counts(self) -> Counts:
-        """Returns the figures of this moment."""
-
 
 class Buffer:
     """TD-MPC2's replay buffer on a Touchline server, or on a buffer in this process. Also a context manager that closes it.
+
+    It is the buffer of one run: when it is made it asks the server for its figures, waits up to 60 s for one that is not there (and says so
+    at once in the log), and warns of episodes of an earlier run and of a capacity that is not ``cfg``'s.
 
     Over the network the next batches are under way while the learner uses this one, so an episode that was added just now is first drawn
     from a few batches later. Other processes may add to and sample from the same server; ``num_eps`` counts their episodes too.
@@ -67,21 +46,43 @@ class Buffer:
             ``replay_address`` (``"host:50051"``, else the environment's ``TOUCHLINE_ADDRESS``) and ``device`` (else CUDA where torch finds
             it, else the CPU).
         backend: instead of a server: ``touchline_server.ReplayBuffer(...)``, or a client that is already there. It stays the caller's.
+        fresh: empties the server, for all who use it, before anything else; with tokens, the role is admin. None: only if
+            ``TOUCHLINE_FRESH`` is 1.
+        accept_eviction: lets ``load`` evict what it loaded before, when all of it does not fit; None: only if
+            ``TOUCHLINE_ACCEPT_EVICTION`` is 1.
+        timeout_s: the longest wait of ``sample`` over the network. None: as long as it takes while the server is there and nothing can be
+            sampled, and 60 s while it is away.
 
     Raises:
-        InvalidArgumentError: neither a server nor a backend was named.
+        InvalidArgumentError: neither a server nor a backend was named, or the server's row convention is not TD-MPC2's.
+        UnavailableError: no server answers there.
+        AccessDeniedError: the token is not good for it; to empty the server it has to be an admin's.
     """
 
-    def __init__(self, cfg: Any, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Any,
+        backend: Backend | None = None,
+        *,
+        fresh: bool | None = None,
+        accept_eviction: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         self.cfg = cfg
         self._capacity = min(int(cfg.buffer_size), int(cfg.steps))
         self._batch_size = int(cfg.batch_size)
         self._horizon = int(cfg.horizon)
         self._device = _device(getattr(cfg, "device", None))
-        self._owned = None if backend is not None else ReplayClient(_address(cfg))
-        self._backend: Backend = backend if backend is not None else self._client_of_its_own()
+        self._timeout_s = timeout_s
+        self._owned = ReplayClient(_address(cfg)) if backend is None else None
+        self._backend: Backend = self._owned if self._owned is not None else backend  # type: ignore[assignment]
         self._stream: BatchStream | None = None
-        self._checked = self._closed = False
+        self._closed = False
+        try:
+            self._run = SingleRun(self._backend, capacity=self._capacity, fresh=fresh, accept_eviction=accept_eviction)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def capacity(self) -> int:
@@ -90,11 +91,11 @@ class Buffer:
 
     @property
     def num_eps(self) -> int:
-        """Episodes that were ever added."""
-        return self._backend.counts().episodes_added
+        """Episodes of this run: those that were stored when it began, and all that were added since, evicted ones included."""
+        return self._run.episodes()
 
     def add(self, td: TensorDict) -> int:
-        """Stores one episode and returns the number of episodes ever added.
+        """Stores one episode and returns ``num_eps``.
 
         Args:
             td: [rows]: ``obs`` (or a TensorDict of several), ``action``, ``reward``, perhaps ``terminated`` and ``task``. Row 0 is the
@@ -104,27 +105,27 @@ class Buffer:
             InvalidEpisodeError: malformed, or not of the schema (the error of the backend's own tree where one was given).
             touchline.TouchlineError: not stored, or not known to be.
         """
-        columns = columns_of(td)
-        self._check_backend()
-        self._backend.add(columns)
+        self._backend.add(columns_of(td))
         return self.num_eps
 
     def load(self, td: TensorDict) -> int:
-        """Stores many episodes and returns the number of episodes ever added.
+        """Stores many episodes and returns ``num_eps``.
 
         Args:
             td: [episodes, rows], as TD-MPC2's multi-task data sets have it; columns as in :meth:`add`. Not changed.
 
         Raises:
+            TooLargeError: with what was loaded before it does not fit into the server's buffer; nothing of it is stored. See
+                ``accept_eviction``.
             LoadError: some were refused; all others are stored. Further as :meth:`add`.
         """
         columns = columns_of(td)
-        self._check_backend()
+        self._run.check_load(columns)
         self._backend.load(columns)
         return self.num_eps
 
     def sample(self) -> Sampled:
-        """Returns a batch on the configured device; over the network, waits until there is something to sample.
+        """Returns a batch on the configured device; over the network, waits until there is something to sample (see ``timeout_s``).
 
         Returns:
             obs: [H+1, B, *obs_shape], as stored; a TensorDict [H+1, B] where observations are several.
@@ -135,7 +136,9 @@ class Buffer:
 
         Raises:
             ClosedError: the buffer was closed.
-            touchline.TouchlineError: the server refused, or was away for too long.
+            UnavailableError: the server was away for 60 s, or ``timeout_s``.
+            NotReadyError: nothing could be sampled within ``timeout_s``, or in process now: the text says how long the longest episode is.
+            touchline.TouchlineError: the server refused.
         """
         batch = self._next_batch()
         obs = batch.obs
@@ -163,23 +166,21 @@ class Buffer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _client_of_its_own(self) -> ReplayClient:
-        assert self._owned is not None
-        return self._owned
-
     def _next_batch(self) -> Batch:
         if self._closed:
             raise ClosedError("the buffer was closed")
         backend = self._backend
         if not isinstance(backend, ReplayClient):
-            self._check_backend()
             return backend.sample(batch_size=self._batch_size, horizon=self._horizon, law=LAW)
         if self._stream is None:
-            if not self._checked:
-                backend.wait_until_ready(min_steps=1)
-                self._check_backend()
-            device = self._device if self._device.type == "cuda" else None
-            self._stream = backend.batches(batch_size=self._batch_size, horizon=self._horizon, law=LAW, device=device, as_numpy=False)
+            self._stream = backend.batches(
+                batch_size=self._batch_size,
+                horizon=self._horizon,
+                law=LAW,
+                device=self._device if self._device.type == "cuda" else None,
+                as_numpy=False,
+                timeout_s=self._timeout_s,
+            )
         try:
             return next(self._stream)
         except StopIteration:
@@ -187,20 +188,6 @@ class Buffer:
 
     def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=True).contiguous()
-
-    def _check_backend(self) -> None:
-        """Once, at the first use: nothing is opened before."""
-        if self._checked:
-            return
-        convention = _row_convention(self._backend)
-        if convention != "incoming":
-            raise InvalidArgumentError(f"sampling.row_convention of the server: {convention!r}, expected 'incoming', which is TD-MPC2's")
-        capacity = self._backend.capacity
-        if capacity != self._capacity:
-            logger.warning(
-                "the server keeps %d rows (config.buffer_size), cfg asks for %d: min(cfg.buffer_size, cfg.steps)", capacity, self._capacity
-            )
-        self._checked = True
 
 
 def _address(cfg: Any) -> str:
@@ -215,9 +202,3 @@ def _device(wanted: Any) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _row_convention(backend: Any) -> str:
-    if isinstance(backend, ReplayClient):
-        return backend.info().row_convention
-    return str(backend.config.sampling.row_convention)

@@ -6,12 +6,12 @@ for a while.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 
 from touchline.forking import forget_in_child
+from touchline_protos.log_lines import get_logger
 
 FIRST_S = 10.0
 """How long a wait lasts before it is logged."""
@@ -24,7 +24,7 @@ LOOK_S = 1.0
 IDLE_LOOKS = 30
 """Looks without a wait after which the thread ends."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Reason = Callable[[], str]
 
