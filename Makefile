@@ -22,12 +22,26 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 FUZZER_INSTALLED := .venv/.fuzzer-installed
 PEERS_INSTALLED := .venv-peers/.installed
+# A Python 3.10 for the oldest versions, where there is one on the PATH or of pyenv; else PYTHON.
+PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do $$p -c 'import ensurepip' 2>/dev/null && { echo $$p; exit; }; done; echo $(PYTHON))
+PINS := tests/environments
+# What tests the client, in environments that have the client alone; the server is that of .venv.
+OF_CLIENT := SERVER_PYTHON=$(CURDIR)/.venv/bin/python
+QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc_options.py tests/unit/test_codec_*.py \
+	tests/unit/test_client_values.py tests/unit/test_recording.py tests/unit/test_writer_rows.py tests/integration/test_recorders_gymnasium.py \
+	tests/integration/test_recorders_vector.py tests/integration/test_tdmpc2.py tests/integration/test_torchrl_client.py)
+CLIENT_TESTS := $(sort $(QUICK_TESTS) $(wildcard tests/unit/test_client_*.py tests/unit/test_writer*.py tests/unit/test_spool*.py \
+	tests/unit/test_ring.py tests/unit/test_wire.py tests/unit/test_tables.py tests/unit/test_upkeep.py tests/unit/test_watchdog.py \
+	tests/unit/test_progress.py tests/unit/test_read_ahead.py tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py \
+	tests/integration/test_spool_command.py))
+# Minari needs Python 3.11.
+OF_MINARI := $(addprefix tests/integration/test_datasets_,minari.py export.py sizes.py examples.py)
 # For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
 BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults test-quiet test-compose soak lint types serve demo bench bench-peers bench-gpu stubs clean
+.PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,8 +56,35 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch]" -e ./server $(REQUIREMENTS:%=-r %)
 	touch $@
 
-test: lint types ## checks everything: lint, types, tests
+test: lint types .venv-quick/.installed ## checks everything: lint, types, tests, and the client beside TD-MPC2's pins
 	$(BIN)/python -m pytest
+	$(OF_CLIENT) .venv-quick/bin/python -m pytest -q $(QUICK_TESTS) --deselect tests/integration/test_torchrl_client.py::test_example_learns
+
+test-oldest: $(INSTALLED) .venv-oldest/.installed .venv-tdmpc2/.installed ## tests the client at its oldest versions and beside TD-MPC2's pins, some 10 minutes
+	$(OF_CLIENT) .venv-oldest/bin/python -m pytest $(filter-out $(OF_MINARI),$(CLIENT_TESTS))
+	$(OF_CLIENT) .venv-tdmpc2/bin/python -m pytest $(CLIENT_TESTS)
+
+test-newt: $(INSTALLED) .venv-newt/.installed ## tests the client beside Newt's pins
+	$(OF_CLIENT) .venv-newt/bin/python -m pytest $(filter-out $(OF_MINARI),$(CLIENT_TESTS))
+
+# Each of these has a torch of its own, some 5 GB where pip takes a CUDA build.
+.venv-oldest/.installed .venv-newt/.installed: PYTHON_OF = $(PYTHON310)
+.venv-tdmpc2/.installed: PYTHON_OF = $(PYTHON)
+.venv-oldest/.installed .venv-newt/.installed .venv-tdmpc2/.installed: .venv-%/.installed: $(PINS)/%.txt $(PINS)/requirements.txt client/pyproject.toml protos/pyproject.toml
+	rm -rf .venv-$*
+	$(PYTHON_OF) -m venv .venv-$*
+	.venv-$*/bin/pip install -c $< -e ./protos -e "./client[torch,torchrl,recorders,cli,hdf5]" -r $(PINS)/requirements.txt
+	touch $@
+
+# The pins of TD-MPC2 with the torch of .venv, in a minute: what is linked comes after the last call of pip, which would follow the links.
+.venv-quick/.installed: $(INSTALLED) $(PINS)/tdmpc2.txt $(PINS)/quick.txt client/pyproject.toml protos/pyproject.toml
+	rm -rf .venv-quick
+	$(PYTHON) -m venv .venv-quick
+	sed '/^torch==/d' $(PINS)/tdmpc2.txt > .venv-quick/constraints.txt
+	.venv-quick/bin/pip install -c .venv-quick/constraints.txt -e ./protos -e ./client -r $(PINS)/quick.txt
+	.venv-quick/bin/pip install -c .venv-quick/constraints.txt --no-deps tensordict torchrl
+	$(BIN)/python $(PINS)/share_torch.py .venv-quick/lib/python3.*/site-packages
+	touch $@
 
 test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
@@ -96,5 +137,5 @@ stubs: ## generates the stubs of the .proto again
 	$(PYTHON) protos/generate_stubs.py
 
 clean: ## removes .venv and what tools left behind
-	rm -rf .venv .venv-peers .venv-stubs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ from typing import Any
 try:
     import torch
 except ImportError as error:
-    raise SystemExit(f"The learner needs torch ({error}). Install it with: pip install 'touchline[torch]'") from error
+    raise SystemExit(f"The learner needs torch ({error}). In the clone: pip install ./protos './client[torch]'") from error
 from torch import Tensor
 
 from touchline import Batch, ReplayClient, UnavailableError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataset_cases import assert_same, make_episode, serve, stored, write_npz
-from serving import ServerThread
+from serving import ServerThread, needs_server
 from touchline import ReplayClient
 
 KILLS = 3
@@ -126,6 +126,7 @@ def test_server_that_is_not_there_is_said_before_anything_is_read(run: Run, tmp_
     assert "no server: 127.0.0.1:1" in errors and "touchline-server serve" in errors and "Traceback" not in errors
 
 
+@needs_server
 def test_token_of_an_actor_loads_and_that_of_a_learner_exports(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_npz(tmp_path / "demos.npz", [make_episode(0)])
     actor, learner = "actor-token-0123456789", "learner-token-0123456789"
@@ -153,20 +154,24 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert found.returncode == 1
-    assert "pip install 'touchline[cli]'" in found.stderr and "Traceback" not in found.stderr
+    assert "pip install 'rich>=13' 'typer>=0.16'" in found.stderr and "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize(
-    ("package", "file", "extra"),
-    [("h5py", "a.h5", "hdf5"), ("minari", "minari:a-v0", "minari"), ("torch", "a.pt", "torch")],
+    ("package", "file", "command"),
+    [
+        ("h5py", "a.h5", "pip install 'h5py>="),
+        ("minari", "minari:a-v0", "pip install 'minari[hdf5]>="),
+        ("torch", "a.pt", "'torch>=2.7'"),
+    ],
 )
-def test_format_without_its_package_says_what_to_install(tmp_path: Path, package: str, file: str, extra: str) -> None:
+def test_format_without_its_package_says_what_to_install(tmp_path: Path, package: str, file: str, command: str) -> None:
     (tmp_path / file).touch()
     code = f"import sys; sys.modules[{package!r}] = None; from touchline import datasets; datasets.open_source({file!r})"
 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    assert f"pip install 'touchline[{extra}]'" in found.stderr.splitlines()[-1]
+    assert command in found.stderr.splitlines()[-1]
 
 
 def _wait_until(server: ServerThread, episodes: int, process: subprocess.Popen[str]) -> None:

@@ -197,7 +197,7 @@ def test_learner_takes_its_checkpoint_up(start: Start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "package", "install"), [("actor.py", "dm_control", "requirements.txt"), ("learner.py", "torch", "touchline[torch]")]
+    ("example", "package", "install"), [("actor.py", "dm_control", "requirements.txt"), ("learner.py", "torch", "./client[torch]")]
 )
 def test_example_without_its_package_says_what_to_install(example: str, package: str, install: str) -> None:
     program = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = [{example!r}]; sys.path.insert(0, {str(EXAMPLES)!r}); " + (

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mpe2 import simple_spread_v3
 from pettingzoo.test.example_envs import generated_agents_parallel_v0
 
 from recorder_cases import Played, check_episodes, serve
 from serving import ServerThread, stored_episodes
 from touchline import ReplayClient
 from touchline.recorders import PettingZooRecorder
+
+try:
+    from mpe2 import simple_spread_v3
+except ImportError:  # PettingZoo before 1.25, which has it itself
+    from pettingzoo.mpe import simple_spread_v3
 
 WIDEST = 50
 """Observations of the generated agents are shorter than this."""

@@ -16,7 +16,7 @@ import pytest
 
 from client_faults import ScriptedServer, failing
 from dataset_cases import assert_same, make_episode, serve, stored
-from serving import ServerThread
+from serving import ServerThread, needs_server
 from spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import ReplayClient, upkeep
 from touchline.spool import MAX_REFUSED, Spool
@@ -155,6 +155,7 @@ def test_server_that_stays_away_ends_the_sending_and_everything_waits_as_before(
     assert keys_in(tmp_path) == [0, 1]
 
 
+@needs_server
 def test_client_that_is_not_let_in_ends_the_sending_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, spooled(0))
     monkeypatch.setenv("TOUCHLINE_SERVER_TOKENS", "actor:robots:actor-token-0123456789")

@@ -434,7 +434,8 @@ def test_load_that_stays_unavailable_tells_what_was_answered_before(monkeypatch:
     ):
         trying_once(client).load([EPISODE] * 4)
 
-    assert caught.value.__notes__ == ["load: 2 episodes were answered before"]
+    notes = getattr(caught.value, "__notes__", [str(caught.value)])  # Python 3.10 has none
+    assert len(notes) == 1 and "load: 2 episodes were answered before" in notes[0]
 
 
 def test_answer_for_another_number_of_episodes_is_a_server_error() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from touchline.installing import install_command
+
 PACKAGES = ("typer", "rich")
 """Packages of the extra ``cli``."""
 
@@ -15,5 +17,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in PACKAGES:
             raise
-        sys.exit(f"touchline: needs {' and '.join(PACKAGES)} ({error}): pip install 'touchline[cli]'")
+        sys.exit(f"touchline: needs {' and '.join(PACKAGES)} ({error}): {install_command('cli')}")
     app()

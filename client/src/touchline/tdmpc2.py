@@ -10,11 +10,13 @@ import os
 from types import TracebackType
 from typing import Any
 
+from touchline.installing import install_command
+
 try:
     import torch
     from tensordict import TensorDict
 except ImportError as error:
-    raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): pip install 'touchline[torch]'") from error
+    raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): {install_command('torch')}") from error
 
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError

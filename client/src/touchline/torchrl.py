@@ -28,13 +28,14 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from touchline.installing import install_command
 from touchline_protos.log_lines import get_logger
 
 try:
     import torch
     from tensordict import TensorDict
 except ImportError as error:
-    raise ImportError(f"touchline.torchrl needs torch and tensordict ({error}): pip install 'touchline[torchrl]'") from error
+    raise ImportError(f"touchline.torchrl needs torch and tensordict ({error}): {install_command('torchrl')}") from error
 
 from touchline.client import ReplayClient
 from touchline.dropping import when_dropped

@@ -15,12 +15,13 @@ from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
 from touchline.datasets.sizes import Tally
 from touchline.datasets.values import DatasetEpisode, DatasetError, escape, unescape
+from touchline.installing import install_command
 from touchline_protos.columns import MAX_NESTING
 
 try:
     import h5py
 except ImportError as error:
-    raise DatasetError(f"HDF5 files need h5py ({error}): pip install 'touchline[hdf5]'") from error
+    raise DatasetError(f"HDF5 files need h5py ({error}): {install_command('hdf5')}") from error
 
 FORMAT = "hdf5"
 EPISODES = "episodes"

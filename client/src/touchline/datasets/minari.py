@@ -20,6 +20,7 @@ from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.transitions import rows_of
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
 from touchline.errors import TouchlineError
+from touchline.installing import install_command
 from touchline_protos.casting import ColumnError, cast
 from touchline_protos.columns import to_array
 
@@ -28,7 +29,7 @@ try:
     from minari.dataset.minari_storage import METADATA_FILE_NAME, MinariStorage
     from minari.storage.datasets_root_dir import get_dataset_path
 except ImportError as error:
-    raise DatasetError(f"Minari data sets need minari ({error}): pip install 'touchline[minari]'") from error
+    raise DatasetError(f"Minari data sets need minari ({error}): {install_command('minari')}") from error
 
 FORMAT = "minari"
 PREFIX = "minari:"

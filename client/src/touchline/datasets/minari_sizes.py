@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from touchline.datasets.hdf5 import announced
 from touchline.datasets.sizes import SizeLimit, Tally
 from touchline.datasets.values import DatasetError
+from touchline.installing import install_command
 
 try:
     import h5py
@@ -20,7 +20,9 @@ try:
     from minari.dataset.minari_storage import is_image_space
     from PIL import Image
 except ImportError as error:
-    raise DatasetError(f"Minari data sets need minari ({error}): pip install 'touchline[minari]'") from error
+    raise DatasetError(f"Minari data sets need minari ({error}): {install_command('minari')}") from error
+
+from touchline.datasets.hdf5 import announced  # needs h5py, which Minari's extra brings along: the message above comes first
 
 FILE = "main_data.hdf5"
 """Of a data set that Minari stored as ``hdf5``."""

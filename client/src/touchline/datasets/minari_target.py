@@ -17,6 +17,7 @@ from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.transitions import defined, undefined_row
 from touchline.datasets.values import DatasetError, UnholdableError, escape
+from touchline.installing import install_command
 from touchline_protos.dtypes import BFLOAT16, dtype_name
 
 try:
@@ -28,7 +29,7 @@ try:
     from minari.namespace import create_namespace, list_local_namespaces
     from minari.storage.datasets_root_dir import get_dataset_path
 except ImportError as error:
-    raise DatasetError(f"Minari data sets need minari ({error}): pip install 'touchline[minari]'") from error
+    raise DatasetError(f"Minari data sets need minari ({error}): {install_command('minari')}") from error
 
 FLUSH_BYTES = 64 << 20
 """Payload that is gathered before Minari is given it: it reads and writes its metadata each time."""

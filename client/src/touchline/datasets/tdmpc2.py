@@ -16,13 +16,14 @@ from touchline.datasets.pt_file import check_file
 from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
 from touchline.errors import InvalidEpisodeError
+from touchline.installing import install_command
 from touchline.naming import columns_of
 from touchline_protos.columns import MAX_NESTING, ColumnError, to_array
 
 try:
     import torch
 except ImportError as error:
-    raise DatasetError(f".pt files need torch ({error}): pip install 'touchline[torch]'") from error
+    raise DatasetError(f".pt files need torch ({error}): {install_command('torch')}") from error
 
 FORMAT = "tdmpc2"
 

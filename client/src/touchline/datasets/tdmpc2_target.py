@@ -15,13 +15,14 @@ import numpy as np
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.values import DatasetError
+from touchline.installing import install_command
 from touchline_protos.dtypes import BFLOAT16
 
 try:
     import torch
     from tensordict import TensorDict
 except ImportError as error:
-    raise DatasetError(f"writing .pt files needs torch and tensordict ({error}): pip install 'touchline[torch]'") from error
+    raise DatasetError(f"writing .pt files needs torch and tensordict ({error}): {install_command('torch')}") from error
 
 
 class TDMPC2Target:

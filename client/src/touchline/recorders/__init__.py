@@ -18,6 +18,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from touchline.installing import install_command
 from touchline.recorders.recording import Recording, RecordingOptions
 
 if TYPE_CHECKING:
@@ -42,8 +43,18 @@ _MODULES = {
     "PettingZooRecorder": "pettingzoo",
 }
 
+_PACKAGES = {"dm_env": "dm-env", "gymnasium": "gymnasium", "gymnasium_vector": "gymnasium", "pettingzoo": "pettingzoo"}
+"""What a module needs of the extra ``recorders``."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        module = import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        package = _PACKAGES[_MODULES[name]]
+        if error.name != package.replace("-", "_"):
+            raise
+        raise ImportError(f"{name} needs {package} ({error}): {install_command('recorders', package)}") from error
+    return getattr(module, name)

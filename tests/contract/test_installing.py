@@ -1,0 +1,167 @@
+"""Commands that messages and pages name for installing: each works from a clone, and those of messages from a wheel, too."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from service_calls import make_config, make_episode
+from serving import ServerThread
+from touchline import ReplayClient
+from touchline.installing import install_command
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(path for part in ("protos/src", "client/src", "server/src", "examples") for path in (ROOT / part).rglob("*.py"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+
+
+def project(folder: str) -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+EXTRAS = project("client")["optional-dependencies"]
+
+
+# Messages
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_command_for_an_extra_names_its_packages(extra: str) -> None:
+    words = install_command(extra).split()
+
+    assert words[:2] == ["pip", "install"]
+    assert {Requirement(word.strip("'")).name for word in words[2:]} == {Requirement(line).name for line in EXTRAS[extra]}
+
+
+def test_command_for_one_package_of_an_extra_names_that_alone() -> None:
+    assert re.fullmatch(r"pip install 'dm-env>=[\d.]+'", install_command("recorders", "dm-env"))
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yields the texts of a module; of an f-string, its fixed parts together."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_of_a_program_installs_what_no_index_has(path: Path) -> None:
+    assert [text for text in texts(path) if re.search(r"pip install '?\"?touchline", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("recorder", "module", "package"),
+    [
+        ("GymnasiumRecorder", "gymnasium", "gymnasium"),
+        ("GymnasiumVectorRecorder", "gymnasium", "gymnasium"),
+        ("DmEnvRecorder", "dm_env", "dm-env"),
+        ("PettingZooRecorder", "pettingzoo", "pettingzoo"),
+    ],
+)
+def test_recorder_without_its_library_says_what_to_install(recorder: str, module: str, package: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; from touchline import recorders; recorders.{recorder}"
+
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert f"{recorder} needs {package} (" in found.stderr
+    assert f"pip install '{package}>=" in found.stderr.splitlines()[-1]
+
+
+# Pages
+
+
+def commands(page: Path) -> list[str]:
+    """Returns what a page has pip install."""
+    return re.findall(r"pip install ((?:[\w./\[\],=<>-]+|\"[^\"]*\"|'[^']*'|[ ](?=[^ #]))+)", page.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_install_what_is_there(page: Path) -> None:
+    for command in commands(page):
+        places = [word.strip("\"'") for word in command.split() if word.strip("\"'").startswith("./")]
+        folders = [place.partition("[")[0] for place in places]
+        extras = [extra for place in places for extra in place.partition("[")[2].rstrip("]").split(",") if extra]
+        assert "touchline[" not in command, command
+        assert all((ROOT / folder / "pyproject.toml").is_file() for folder in folders), command
+        assert set(extras) <= set(EXTRAS), command
+        assert not folders or folders[0] == "./protos", f"{command}: client and server need protos, which no index has"
+
+
+# Environments
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "tests" / "environments" / f"{name}.txt").read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def test_oldest_environment_has_the_floor_of_every_range() -> None:
+    floors: dict[str, set[Version]] = {}
+    for folder in ("protos", "client"):
+        found = project(folder)
+        for line in [*found["dependencies"], *(line for extra in found.get("optional-dependencies", {}).values() for line in extra)]:
+            requirement = Requirement(line)
+            if not requirement.name.startswith("touchline"):
+                floors.setdefault(requirement.name, set()).update(
+                    Version(part.version) for part in requirement.specifier if part.operator == ">="
+                )
+
+    assert {name: {Version(version)} for name, version in pins("oldest").items()} == floors
+
+
+@pytest.mark.parametrize("name", ["tdmpc2", "newt"])
+def test_pins_of_users_are_inside_of_the_ranges(name: str) -> None:
+    oldest, newest = (
+        pins("oldest"),
+        dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").split() if "==" in line),
+    )
+
+    for package, version in pins(name).items():
+        assert Version(oldest[package]) <= Version(version) <= Version(newest[package]), package
+
+
+@pytest.mark.slow
+def test_client_alone_says_what_is_missing(tmp_path: Path) -> None:
+    place = tmp_path / "environment"
+    venv.create(place, with_pip=True)
+
+    def run(*words: str) -> tuple[int, str]:
+        found = subprocess.run([place / "bin" / words[0], *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert "Traceback" not in found.stderr, found.stderr
+        return found.returncode, found.stdout + found.stderr
+
+    for client in ("client", "client[cli]"):
+        status, output = run("pip", "install", "--quiet", str(ROOT / "protos"), f"{ROOT}/{client}")
+        assert status == 0, output
+        if client == "client":
+            status, output = run("touchline", "--help")
+            assert status == 1 and "pip install 'rich>=13' 'typer>=0.16'" in output
+    for name in ("a.pt", "a.h5"):
+        (tmp_path / name).touch()
+    (tmp_path / "spool").mkdir()
+
+    assert "spool" in run("touchline", "--help")[1]
+    with ServerThread(make_config()) as server, ReplayClient(server.address) as client:
+        client.add(make_episode().columns)
+        for words, missing in (
+            (("load", "a.pt"), "torch"),
+            (("load", "a.h5"), "h5py"),
+            (("export", "b.h5"), "h5py"),
+            (("load", "minari:a-v0"), "minari[hdf5]"),
+        ):
+            status, output = run("touchline", *words, "--address", server.address)
+            assert status == 1 and "pip install '" in output and f"'{missing}>=" in output, (words, output)
+    status, output = run("touchline", "spool", "show", "spool")
+    assert "needs" not in output, output
