@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import signal
 import socket
 import sys
 import threading
@@ -27,6 +26,7 @@ from touchline_server.limits import Budgets
 from touchline_server.memory import keep_freed_memory
 from touchline_server.receiving import Receptions
 from touchline_server.service import SERVICE_NAME, ReplayService
+from touchline_server.stopping import StoppedError, StopSignals
 from touchline_server.tls import server_credentials
 
 logger = get_logger(__name__)
@@ -170,14 +170,15 @@ class ReplayServer:
         return wanted if self._config.unix_socket else _join(self._config.host, port)
 
 
-def run(config: Config, progress: Callable[[int, int], None] | None = None) -> int:
-    """Serves until SIGTERM or SIGINT, then drains.
+def run(config: Config, progress: Callable[[int, int], None] | None = None, stop: StopSignals | None = None) -> int:
+    """Serves until SIGTERM or SIGINT, then drains. If one comes before it listens, it does not begin to; a second one changes nothing.
 
     Prints ``listening on HOST:PORT`` once it serves: after the durable store, where there is one, is read.
 
     Args:
         config: the configuration.
         progress: told from another thread how many of how many rows are read.
+        stop: the signals, where they are noted already.
 
     Returns:
         The process's exit code.
@@ -189,26 +190,41 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None) -> i
     keep_freed_memory()
     logger.info("configuration: %s", config.changed() or "every key has its default")
     logger.debug("configuration in force:\n%s", config.to_toml(), extra={"own_lines": True})
-    asyncio.run(_serve(config, progress))
+    stop = stop or StopSignals().install()
+    try:
+        asyncio.run(_serve(config, progress, stop))
+    finally:
+        stop.finish()
     # The interpreter's last collection would go through all that torch made, where it was imported: most of a second of CPU, which a busy
     # machine stretches beyond the time that a container gets to stop.
     gc.freeze()
     return 0
 
 
-async def _serve(config: Config, progress: Callable[[int, int], None] | None) -> None:
-    server = ReplayServer(config)
-    await server.start(progress)
+async def _serve(config: Config, progress: Callable[[int, int], None] | None, stop: StopSignals) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def note_progress(done: int, total: int) -> None:
+        stop.check()
+        if progress is not None:
+            progress(done, total)
+
+    stop.on_stop(lambda: loop.call_soon_threadsafe(stopping.set))
+    try:
+        stop.check()
+        server = ReplayServer(config)
+        await server.start(note_progress)
+    except StoppedError:
+        logger.info("stopped before it was ready")
+        return
     if "torch" in sys.modules:  # only where the columns may be on CUDA
         import torch
 
         # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
         torch.set_num_threads(1)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    print(f"listening on {server.address}", flush=True)
+    if not stop.came:
+        print(f"listening on {server.address}", flush=True)
     await stopping.wait()
     logger.info("draining")
     await server.stop()

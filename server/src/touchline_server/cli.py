@@ -18,6 +18,7 @@ import typer
 from touchline_server import __version__
 from touchline_server.config_source import ConfigError, glance, sources_of
 from touchline_server.errors import ReplayError, StoreMismatchError
+from touchline_server.stopping import StopSignals
 
 if TYPE_CHECKING:
     from touchline_server.config import Config
@@ -126,10 +127,12 @@ def serve(
 
     \b
     Exit status:
-      0  stopped by a signal
+      0  stopped by a signal, also by one before it listened
       1  the address is in use, or storage.data_dir or scratch_dir cannot be used, or data_dir holds more than the buffer would
       2  the configuration or the command line is wrong
     """
+    # Before the imports that take long: a signal during them would end the process with a code of its own.
+    stop = StopSignals().install()
     try:
         _begin_log(config, log_level)
 
@@ -155,7 +158,7 @@ def serve(
 
     try:
         with _progress("restoring", effective.storage.data_dir) as progress:
-            status = run(effective, progress)
+            status = run(effective, progress, stop)
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
     except StoreMismatchError as error:
