@@ -12,14 +12,11 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import RestoringError
+from touchline_server.healthcheck import ADDING, DETAIL_KEY
 from touchline_server.storage_state import StorageState
 
 REPLAY = "touchline.v1.Replay"
 """Service whose health says that the server takes calls, as the empty name does."""
-ADDING = f"{REPLAY}/AddEpisode"
-"""Name whose health says that the server takes episodes, too."""
-DETAIL_METADATA_KEY = "touchline-health-detail"
-"""Trailing metadata of Check: how far a restore is, or why adding is refused, in ASCII."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -53,7 +50,7 @@ class HealthService(health.HealthServicer):  # type: ignore[misc]
         """Answers as the standard says; beside it, how far a restore is, or the reason for which adding is refused."""
         detail = self._detail or _restoring(self._buffer)
         if detail:
-            context.set_trailing_metadata(((DETAIL_METADATA_KEY, detail),))
+            context.set_trailing_metadata(((DETAIL_KEY, detail),))
         return await super().Check(request, context)
 
     async def _follow(self, buffer: ReplayBuffer) -> None:

@@ -24,7 +24,7 @@ ADDING = "touchline.v1.Replay/AddEpisode"
 """Name by which the health service answers for adding: not serving while the disk is full or has failed, though sampling goes on."""
 
 DETAIL_KEY = "touchline-health-detail"
-"""Trailing metadata of an answer: why the server is not serving."""
+"""Trailing metadata of an answer, in ASCII: how far a restore is, or why adding is refused."""
 
 TIMEOUT_S = 5.0
 """Longest wait for an answer, unless told otherwise."""
