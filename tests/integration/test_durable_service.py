@@ -17,7 +17,7 @@ from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer, restoring
 from touchline_server.app import ReplayServer, ServerThread
-from touchline_server.health import DETAIL_METADATA_KEY
+from touchline_server.healthcheck import DETAIL_KEY
 
 
 @pytest.mark.parametrize("durability", MODES)
@@ -110,7 +110,7 @@ def test_server_that_restores_says_not_serving_and_refuses_every_call_with_the_p
         with Caller(addresses[0]) as caller:
             health = health_pb2_grpc.HealthStub(caller.channel)
             answer, call = health.Check.with_call(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
-            status, detail = answer.status, dict(call.trailing_metadata())[DETAIL_METADATA_KEY]
+            status, detail = answer.status, dict(call.trailing_metadata())[DETAIL_KEY]
             refusals = [
                 refused(caller.stub.Ready, pb.ReadyRequest(), timeout=DEADLINE_S),
                 refused(caller.stub.Ready, pb.ReadyRequest(min_steps=1, wait_s=0.05), timeout=DEADLINE_S),
