@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import re
@@ -22,8 +23,8 @@ from typer.testing import CliRunner
 from durable_cases import bits, contents, durable_config, keyed_episode
 from fault_tally import FLIPS, note
 from touchline_protos.codec import Episode
-from touchline_server import DamagedStoreError, ReplayBuffer, StoreMismatchError, cli, recovery, upkeep
-from touchline_server.database import FILE_NAME
+from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, StoreMismatchError, cli, recovery, upkeep
+from touchline_server.database import FILE_NAME, Database
 
 EPISODES = 60
 CAPACITY = 1_000
@@ -341,6 +342,45 @@ def test_ledger_that_is_damaged_is_a_loss_where_episodes_were_evicted(closed: St
         refused.lost == accepted.lost == ["the ledger may lack rows: an episode that was evicted may be taken for new if it is sent again"]
     )
     assert accepted.episodes == len(closed.episodes)
+
+
+def test_recover_on_a_full_disk_changes_nothing_and_leaves_nothing(closed: Store, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(file.stat().st_size for file in closed.folder.iterdir())
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", bytes(disk), b"tmpfs", 0, f"size={size + size // 2}".encode()) != 0:
+        pytest.skip("nothing may be mounted here")
+    try:
+        folder = disk / "data"
+        shutil.copytree(closed.folder, folder)
+        overwrite(folder / FILE_NAME, 0, bytes(100))
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+        with pytest.raises(StorageFullError, match="is full"):
+            recovery.recover(folder, accept_loss=True)
+
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    finally:
+        assert libc.umount2(bytes(disk), 2) == 0
+
+
+def test_recover_of_a_large_store_takes_it_in_several_transactions(closed: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(closed.folder, folder)
+    overwrite(folder / FILE_NAME, 0, bytes(100))
+    logs, begin_next = [], recovery._begin_next
+
+    def note_log(fresh: Database) -> None:
+        logs.append(Path(f"{fresh.path}-wal").stat().st_size)
+        begin_next(fresh)
+
+    monkeypatch.setattr(recovery, "MAX_GROUP_BYTES", 100_000)
+    monkeypatch.setattr(recovery, "_begin_next", note_log)
+
+    assert recover(folder, closed, set(closed.episodes), "in pieces") == closed.episodes
+    assert len(logs) >= 5
+    assert max(logs) < 500_000
 
 
 FOREIGN: dict[str, Callable[[Path], object]] = {

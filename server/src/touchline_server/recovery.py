@@ -21,6 +21,7 @@ from touchline_protos.files import sync
 from touchline_protos.tables import row_checksum
 from touchline_server.data_dir import MARK_NAME, DataDir, Mark, boot_id
 from touchline_server.database import FILE_NAME, OLDEST_KEY, TABLES, Database
+from touchline_server.durable import MAX_GROUP_BYTES
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, ReplayError, StorageFailedError, StoreMismatchError
 from touchline_server.journal import ID_BLOCK
 from touchline_server.ledger import KeyLedger, payload_digest, sender_name
@@ -80,6 +81,9 @@ def recover(data_dir: Path, progress: Progress | None = None, *, accept_loss: bo
             with PageFile(path) as pages:
                 found = _Found(pages, path)
                 recovery = _write(found, fresh_path, held.mark(), progress)
+        except ReplayError:
+            _remove(fresh_path)
+            raise
         except sqlite3.Error as error:
             _remove(fresh_path)
             raise translate(error, fresh_path) from error
@@ -253,7 +257,7 @@ def _write(found: _Found, target: Path, mark: Mark | None, progress: Progress | 
     with closing(Database(target)) as fresh:
         fresh.connection.execute("BEGIN IMMEDIATE")
         ledger = _Ledger(found)
-        schema, rows = found.schema(), found.episodes()
+        schema, rows, written = found.schema(), found.episodes(), 0
         for position, row in enumerate(rows):
             columns = found.columns(row)
             if columns is None:
@@ -266,6 +270,10 @@ def _write(found: _Found, target: Path, mark: Mark | None, progress: Progress | 
                     recovery.lost.append(f"episode {row.id}: {str(error).partition(';')[0]}")
                     continue
                 fresh.insert_episode(row, payloads_of(columns, copy=False))
+                written += sum(array.nbytes for array in columns.values())
+                if written > MAX_GROUP_BYTES:
+                    written = 0
+                    _begin_next(fresh)
                 recovery.episodes += 1
                 recovery.steps += row.length
                 ledger.remember(row)
@@ -287,6 +295,13 @@ def _write(found: _Found, target: Path, mark: Mark | None, progress: Progress | 
         fresh.connection.execute("COMMIT")
         fresh.checkpoint()  # the file is moved without its log
     return recovery
+
+
+def _begin_next(fresh: Database) -> None:
+    """Ends a transaction and begins another: in one alone, the log would take as much room as the file."""
+    fresh.connection.execute("COMMIT")
+    fresh.checkpoint()
+    fresh.connection.execute("BEGIN IMMEDIATE")
 
 
 def _figures(found: _Found, recovery: Recovery, *, rows_lost: int) -> Mapping[str, int]:
