@@ -231,6 +231,7 @@ class Schedule:
         # What asks the server something cannot be answered while it is stopped.
         quick = ["kill", "reset", "actor_kill"]
         sudden = rng.choice(quick if lasting == "stop" else list(self._sudden)) if not lasting or rng.random() < 0.4 else ""
+        print(f"{self.faults + 1}: {' with '.join(filter(None, (lasting, sudden)))}, {self.callers.total} acknowledged", flush=True)
         with contextlib.ExitStack() as stack:
             if lasting:
                 self._count(lasting)
@@ -264,8 +265,10 @@ class Schedule:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and self.server.process.poll() is None:
-            self.server.signal(signal.SIGCONT)
+        if kind is not None:
+            print(f"the server's log ends with\n{self.server.log[-5000:]}")
+            if self.server.process.poll() is None:
+                self.server.signal(signal.SIGCONT)
         self.callers.__exit__(kind, error, trace)
         self.actor.end()
         self.proxy.__exit__(kind, error, trace)
