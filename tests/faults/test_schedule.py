@@ -26,7 +26,7 @@ import failing_disk
 import scheduled_actor
 from durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
 from fault_tally import SCHEDULED, SEED, note
-from service_calls import DEADLINE_S, Caller, ServerProcess
+from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess
 from tcp_proxy import Line, TcpProxy
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
@@ -40,7 +40,14 @@ CAPACITY = 12_000
 LONGEST = 50
 DISK_BYTES = 160 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
-TRY_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+ANSWER_S = 5.0
+"""The longest wait for an answer: a network that is silent would otherwise hold up whoever waits for a caller to rest."""
+TRY_AGAIN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
 """As the client does: what reaches a server in the last moment of its stop is cancelled."""
 
 
@@ -133,7 +140,8 @@ class Callers:
 
     def _try(self, caller: Caller, episode: bytes) -> pb.AddEpisodeResponse | None:
         try:
-            return pb.AddEpisodeResponse.FromString(caller.raw("AddEpisode", episode))
+            answer = caller.channel.unary_unary(f"{SERVICE}AddEpisode")(episode, timeout=ANSWER_S)
+            return pb.AddEpisodeResponse.FromString(answer)
         except grpc.RpcError as error:
             if error.code() not in TRY_AGAIN:
                 raise
