@@ -338,6 +338,23 @@ def test_full_disk_fails_the_group_alone_and_adding_resumes(mode: str, opened: O
     assert contents(opened(capacity=100_000)) == found
 
 
+def test_episode_that_is_tried_again_on_a_full_disk_counts_as_refused_once(opened: Opener) -> None:
+    buffer = opened(durability="batch", capacity=100_000)
+    buffer.add_episode(keyed_episode(0, 0))
+    limit_pages(buffer, 4)
+    sequence = 1
+    with pytest.raises(StorageFullError):
+        while True:
+            buffer.add_episode(keyed_episode(0, sequence))
+            sequence += 1
+
+    for _ in range(3):
+        with pytest.raises(StorageFullError):
+            buffer.add_episode(keyed_episode(0, sequence))
+
+    assert buffer.counts().episodes_refused == 1
+
+
 def test_full_disk_before_the_first_episode_fixes_no_schema(opened: Opener) -> None:
     buffer = opened(durability="sync")
     limit_pages(buffer, 0)

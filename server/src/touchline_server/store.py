@@ -29,6 +29,7 @@ from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotRe
 from touchline_server.index import Fill
 from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.pinning import Pins
+from touchline_server.refusals import RefusedEpisodes, identify
 from touchline_server.sampling import Draw, Law
 from touchline_server.schema import EpisodeValidator, Schema
 from touchline_server.scratch import ScratchDir
@@ -98,6 +99,7 @@ class EpisodeStore:
         """The same for as long as an id names the same episode: a durable store's is that of its file."""
         self._columns: Columns | None = None
         self._ledger = KeyLedger()
+        self._refused = RefusedEpisodes()
         self._next_id = 0
         self._figures = {field.name: 0 for field in fields(Counts)}
         self._listeners: list[Callable[[], None]] = []
@@ -208,8 +210,11 @@ class EpisodeStore:
             self._committer.check_writable()
 
     def count_refused(self, reason: str, episode: Episode | None = None) -> None:
-        """Counts and logs an episode that was refused, here or before it became one."""
+        """Counts and logs an episode that was refused, here or before it became one; once, however often its sender tries again."""
+        identity = identify(episode)
         with self._lock:
+            if not self._refused.is_new(identity):
+                return
             self._figures["episodes_refused"] += 1
         sender = (episode.actor or (episode.key and episode.key.client_id)) if episode is not None else None
         logger.warning("refused an episode of %s: %s", repr(sender) if sender else "an unnamed actor", reason)
