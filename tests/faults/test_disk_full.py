@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +11,18 @@ import pytest
 
 from durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
 from service_calls import Caller, ServerProcess, eventually, refused
-from touchline_server import ReplayBuffer
+from small_disk import fill, mounted
+from touchline_server import ReplayBuffer, StorageFullError
 
 DISK_BYTES = 128 << 20
 ROOM_BYTES = 2 << 20
 """What is left of it before the first episode."""
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={DISK_BYTES}".encode()) != 0:
-        pytest.skip(f"nothing may be mounted here: {os.strerror(ctypes.get_errno())}; test_durable.py has it by SQLite's max_page_count")
-    yield folder
-    assert LIBC.umount2(bytes(folder), 2) == 0
+    with mounted(tmp_path / "disk", DISK_BYTES) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("durability", MODES)
@@ -79,3 +72,33 @@ def test_full_disk_refuses_adds_goes_on_sampling_and_resumes(durability: str, sm
     buffer.close()
     assert_whole(found)
     assert {sequence: episode_id for episode_id, (_, sequence, _) in found.items()} == acknowledged
+
+
+@pytest.mark.parametrize("durability", MODES)
+def test_start_on_a_disk_without_a_byte_left_samples_and_adding_goes_on_once_there_is_room(durability: str, small_disk: Path) -> None:
+    data_dir, ballast = small_disk / "data", small_disk / "ballast"
+    config = durable_config(data_dir, durability=durability)
+    buffer = ReplayBuffer(config)
+    for sequence in range(5):
+        buffer.add_episode(keyed_episode(0, sequence))
+    before = contents(buffer)
+    buffer.close()
+    fill(ballast)
+
+    buffer = ReplayBuffer(config)
+    assert contents(buffer) == before
+    for _ in range(3):
+        with pytest.raises(StorageFullError, match="is full: nothing was stored; free space there, adding goes on"):
+            buffer.add_episode(keyed_episode(0, 5))
+    assert buffer.sample().episode_id.shape == (8,)
+    assert buffer.storage_monitor is not None and buffer.storage_monitor.state.value == "full"
+
+    ballast.unlink()
+    eventually(lambda: buffer.storage_monitor is not None and buffer.storage_monitor.state.value == "ok", "room is noticed")
+    buffer.add_episode(keyed_episode(0, 5))
+    found = contents(buffer)
+    buffer.close()
+    buffer = ReplayBuffer(config)
+    assert contents(buffer) == found
+    assert len(found) == 6
+    buffer.close()

@@ -484,7 +484,7 @@ def test_log_that_was_cut_is_told_once_and_numbers_go_on_behind_it(folder: Path,
     shutil.copytree(folder, killed)
     spool.close()
     log = killed / f"{FILE_NAME}-wal"
-    os.truncate(log, log.stat().st_size // 2)
+    os.truncate(log, log.stat().st_size // 4)
 
     first = Spool(killed, limit_bytes=LIMIT)
     left = numbers(first)

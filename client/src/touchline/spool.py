@@ -1,7 +1,8 @@
 """Ended episodes on the actor's own disk: they outlive the process and go out under the keys that they were given first.
 
 SQLite in WAL mode keeps them. An episode that :meth:`Spool.put` kept is committed and fsynced; one that is acknowledged is deleted without
-an fsync, because sending it again does no harm.
+an fsync, because sending it again does no harm. For the same reason a disk that takes no deletion does not hold up sending: what is
+settled is known in memory until it can be written.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from touchline.spool_file import (
     WAITING,
     FolderLock,
     inherit,
-    is_full,
     open_file,
     set_state,
     table_of,
     translate,
 )
+from touchline.spool_journal import FRAME_BYTES, SpoolJournal
+from touchline.sqlite_codes import has_no_room
 from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, decode_add_episode
 from touchline_protos.log_lines import get_logger
 from touchline_protos.tables import parts, pragma, row_checksum
@@ -48,7 +50,6 @@ LOG_BYTES = 4 << 20
 """Length of the write-ahead log at which it is moved into the main file; less where the limit is small."""
 SHARED_BYTES = 64 << 10
 """What SQLite's index of the log and the lock file take at most."""
-FRAME_BYTES = PAGE_BYTES + 24
 SPARE_PAGES = 16
 """Beside its payload an episode may dirty so many: its row, the trees above, the free list, the map of pages."""
 
@@ -87,7 +88,6 @@ class Spool:
     ) -> None:
         self._folder = folder.resolve()
         self._path = self._folder / FILE_NAME
-        self._log = self._folder / f"{FILE_NAME}-wal"
         self._limit_bytes = limit_bytes
         self._log_bytes = min(LOG_BYTES, limit_bytes // 8)
         self._max_pending = max_pending
@@ -95,14 +95,14 @@ class Spool:
         self._lock = threading.Lock()
         self._sending = -1
         self._skipped: set[int] = set()
-        self._synchronous = ""
+        self._settled: dict[int, tuple[int, str] | None] = {}
+        """What is answered and not yet noted in the file, by number: the state and the reason to write, None to delete it."""
+        self._settled_told = False
         with gate:
             self._holder = FolderLock(self._folder)
             try:
                 self._connection: sqlite3.Connection | None = open_file(self._folder, table=table)
-                # A log that was moved into the main file is written over, which an fsync has less to do for than one that grows anew.
-                self._connection.execute(f"PRAGMA wal_autocheckpoint = {self._log_bytes // 2 // PAGE_BYTES}").fetchall()
-                self._connection.execute(f"PRAGMA journal_size_limit = {self._log_bytes}").fetchall()
+                self._journal = SpoolJournal(self._connection, self._path, log_bytes=self._log_bytes)
                 self._next, self._count, rows = self._survey(self._connection)
                 self.table = table_of(self._connection) or "" if table is None else table
                 """Of the server, that the episodes are for."""
@@ -151,12 +151,14 @@ class Spool:
         dropped: list[Waiting] = []
         try:
             with self._open() as connection:
+                self._journal.check()
+                self._write_settled(connection)
                 if not self._make_room(connection, parcel, dropped if drop_oldest else None):
                     return Admission(False, dropped)
                 self._insert(connection, parcel, parcel.content)
-                self._tidy(connection)
+                self._journal.tidy(shrink=not self._count)
         except SpoolError as error:
-            if is_full(error.__cause__):
+            if has_no_room(error.__cause__, self._path):
                 logger.error("%s: the disk is full", self._path)
                 return Admission(False, dropped)
             return Admission(False, dropped, error)
@@ -194,41 +196,29 @@ class Spool:
 
     def remove(self, waiting: Waiting) -> None:
         """Forgets an episode that was taken."""
-        with self._open() as connection:
-            self._delete(connection, waiting.number)
-            self._count -= 1
-            self._tidy(connection)
+        self._settle(waiting, None)
 
     def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
         """Keeps an episode that was taken out of the queue, with the reason; the newest ``max_refused`` of those that were refused."""
-        with self._open() as connection:
-            damaged = isinstance(error, SpoolError)
-            try:
-                self._mark(connection, waiting.number, DAMAGED if damaged else REFUSED, str(error)[:1000])
-                if not damaged and self._max_refused is not None:
-                    refused = connection.execute("SELECT id FROM episodes WHERE state = ? ORDER BY id DESC", (REFUSED,)).fetchall()
-                    for (number,) in refused[self._max_refused :]:
-                        self._delete(connection, number)
-            except (sqlite3.DatabaseError, UnicodeDecodeError):
-                if not damaged:
-                    raise
-                logger.exception("%s: the damaged episode %d cannot be marked; this writer passes over it", self._path, waiting.number)
-                self._skipped.add(waiting.number)
-            self._count -= 1
-            self._tidy(connection)
+        self._settle(waiting, (DAMAGED if isinstance(error, SpoolError) else REFUSED, str(error)[:1000]))
 
     def waiting_keys(self) -> list[EpisodeKey]:
         """Returns the keys of all that wait, oldest first."""
         with self._open() as connection:
             rows = connection.execute(f"SELECT id, client_id, incarnation, sequence FROM episodes WHERE {_IS_WAITING} ORDER BY id")
-            return [EpisodeKey(*key) for number, *key in rows if number not in self._skipped]
+            return [EpisodeKey(*key) for number, *key in rows if not self._is_out(number)]
 
     def close(self) -> None:
         """Moves the log into the main file and lets another writer have the folder. Closing again does nothing."""
         with gate, self._lock:
             if self._connection is not None:
-                with contextlib.suppress(sqlite3.Error):  # what is committed is in the log
-                    self._connection.close()
+                with contextlib.suppress(*SQLITE_ERRORS, SpoolError):
+                    self._write_settled(self._connection)
+                if self._settled:
+                    logger.warning(
+                        "%s: %d episodes that were answered are sent once more, which does no harm", self._path, len(self._settled)
+                    )
+                self._journal.close()
                 self._connection = None
                 self._holder.release()
 
@@ -255,6 +245,55 @@ class Spool:
             except MemoryError as error:
                 raise SpoolError(f"{self._path}: this process has no memory left to read or write an episode with") from error
 
+    def _is_out(self, number: int) -> bool:
+        """Returns whether an episode that lies in the file does not wait any more."""
+        return number in self._skipped or number in self._settled
+
+    def _settle(self, waiting: Waiting, outcome: tuple[int, str] | None) -> None:
+        with self._open() as connection:
+            self._settled[waiting.number] = outcome
+            self._count -= 1
+            try:
+                self._write_settled(connection)
+            except (*SQLITE_ERRORS, SpoolError) as error:
+                if not self._settled_told:
+                    logger.warning("%s: episodes that are answered cannot be taken out for now, sending goes on: %s", self._path, error)
+                self._settled_told = True
+            else:
+                self._settled_told = False
+                self._journal.tidy(shrink=not self._count)
+
+    def _write_settled(self, connection: sqlite3.Connection) -> None:
+        """Notes in the file what is answered. What cannot be written stays in memory; raises why."""
+        if self._settled and not self._journal.failure:
+            try:
+                self._write_first_settled(connection)
+            except SQLITE_ERRORS as error:
+                if not has_no_room(error, self._path):
+                    raise
+                self._journal.make_room()
+        while self._settled and not self._journal.failure:
+            self._write_first_settled(connection)
+
+    def _write_first_settled(self, connection: sqlite3.Connection) -> None:
+        number, outcome = next(iter(self._settled.items()))
+        if outcome is None:
+            self._delete(connection, number)
+        else:
+            state, reason = outcome
+            try:
+                self._mark(connection, number, state, reason)
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                if state != DAMAGED or has_no_room(error, self._path) or self._journal.failure:
+                    raise
+                logger.exception("%s: the damaged episode %d cannot be marked; this writer passes over it", self._path, number)
+                self._skipped.add(number)
+            if state == REFUSED and self._max_refused is not None:
+                refused = connection.execute("SELECT id FROM episodes WHERE state = ? ORDER BY id DESC", (REFUSED,)).fetchall()
+                for (old,) in refused[self._max_refused :]:
+                    self._delete(connection, old)
+        del self._settled[number]
+
     def _survey(self, connection: sqlite3.Connection) -> tuple[int, int, int]:
         """Returns the next id, and how many episodes and rows wait; says what else lies there."""
         count = rows = aside = 0
@@ -273,12 +312,12 @@ class Spool:
     def _oldest(self, connection: sqlite3.Connection, state: int, *, after: int = -1) -> _Row | None:
         which = _IS_WAITING if state == WAITING else f"state = {REFUSED}"
         rows = connection.execute(f"SELECT {COLUMNS}, row_checksum FROM episodes WHERE ({which}) AND id > ? ORDER BY id", (after,))
-        return next((row for row in rows if row[0] not in self._skipped), None)
+        return next((row for row in rows if not self._is_out(row[0])), None)
 
     def _insert(self, connection: sqlite3.Connection, parcel: Parcel, message: bytes) -> None:
         key = (parcel.key.client_id, parcel.key.incarnation, parcel.key.sequence)
         row = (self._next, *key, parcel.length, len(message), time.time(), WAITING, "", zlib.crc32(message))
-        with self._transaction(connection, sync=True):
+        with self._journal.transaction(sync=True, size_bytes=len(message)):
             connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(row) + 1))})", (*row, row_checksum(*row)))
             for part, data in enumerate(parts(message)):
                 connection.execute("INSERT INTO payloads VALUES (?, ?)", (self._next * PARTS + part, data))
@@ -287,12 +326,12 @@ class Spool:
         self._count += 1
 
     def _delete(self, connection: sqlite3.Connection, number: int) -> None:
-        with self._transaction(connection, sync=False):
+        with self._journal.transaction(sync=False):
             connection.execute("DELETE FROM payloads WHERE number BETWEEN ? AND ?", _parts(number))
             connection.execute("DELETE FROM episodes WHERE id = ?", (number,))
 
     def _mark(self, connection: sqlite3.Connection, number: int, state: int, reason: str) -> None:
-        with self._transaction(connection, sync=True):
+        with self._journal.transaction(sync=True):
             set_state(connection, number, state, reason)
 
     def _damage(self, waiting: Waiting, where: str) -> SpoolError:
@@ -300,21 +339,6 @@ class Spool:
             f"{self._path}: episode {waiting.number} is damaged, {where} is not what was written; it is set aside and not sent. The disk "
             "may be failing"
         )
-
-    @contextlib.contextmanager
-    def _transaction(self, connection: sqlite3.Connection, *, sync: bool) -> Iterator[None]:
-        synchronous = "FULL" if sync else "NORMAL"
-        if synchronous != self._synchronous:
-            connection.execute(f"PRAGMA synchronous = {synchronous}")
-            self._synchronous = synchronous
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
 
     # Room.
 
@@ -335,7 +359,7 @@ class Spool:
             if not crowded and self._fits(connection, pages):
                 return True
             if not crowded and self._fits(connection, pages, shrunk=True):
-                self._shrink(connection)
+                self._journal.shrink()
                 if self._fits(connection, pages):
                     return True
             refused = None if crowded else self._oldest(connection, REFUSED)
@@ -352,7 +376,7 @@ class Spool:
 
     def _droppable(self, connection: sqlite3.Connection) -> Iterator[_Row]:
         rows = connection.execute(f"SELECT {COLUMNS} FROM episodes WHERE state = ? ORDER BY id", (WAITING,))
-        return (row for row in rows if row[0] > self._sending and row[0] not in self._skipped)
+        return (row for row in rows if row[0] > self._sending and not self._is_out(row[0]))
 
     def _fits(self, connection: sqlite3.Connection, pages: int, freed: int = 0, *, shrunk: bool = False) -> bool:
         """Returns whether so many more pages keep within the limit: now, or after free pages and the log were given back."""
@@ -361,33 +385,8 @@ class Spool:
         log = self._log_bytes
         if not shrunk:
             main = max(main, count * PAGE_BYTES, _size(self._path))
-            log = max(log, _size(self._log))
+            log = max(log, self._journal.log_size)
         return main + log + pages * FRAME_BYTES + SHARED_BYTES <= self._limit_bytes
-
-    def _tidy(self, connection: sqlite3.Connection) -> None:
-        """Keeps log and file short. What is committed stays so, whatever becomes of this."""
-        try:
-            if _size(self._log) > self._log_bytes:
-                _checkpoint(connection)
-            if not self._count and pragma(connection, "freelist_count") * PAGE_BYTES > self._log_bytes:
-                self._shrink(connection)
-        except SQLITE_ERRORS as error:
-            logger.warning("%s: not tidied: %s", self._path, error)
-
-    def _shrink(self, connection: sqlite3.Connection) -> None:
-        """Gives free pages and the log back to the file system."""
-        _checkpoint(connection)
-        step = max(1, self._log_bytes // 4 // FRAME_BYTES)
-        while pragma(connection, "freelist_count"):
-            with self._transaction(connection, sync=False):
-                connection.execute(f"PRAGMA incremental_vacuum({step})").fetchall()
-            if _size(self._log) > self._log_bytes // 2:
-                _checkpoint(connection)
-        _checkpoint(connection)
-
-
-def _checkpoint(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _size(path: Path) -> int:

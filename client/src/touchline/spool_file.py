@@ -15,8 +15,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from touchline.errors import SpoolError
-from touchline.sqlite_codes import CORRUPT, FULL, NOTADB, code_of
-from touchline_protos.files import HAS_LOCKS, is_locked, lock, open_own, sync
+from touchline.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_room
+from touchline_protos.files import HAS_LOCKS, NO_ROOM, is_locked, lock, open_own, rewrite, sync
+from touchline_protos.log_lines import get_logger
 from touchline_protos.tables import FormatError, Tables, row_checksum
 
 FILE_NAME = "spool.db"
@@ -53,6 +54,8 @@ LOOK_S = 0.02
 
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What the module raises; the second where SQLite's own message quotes what is damaged."""
+
+logger = get_logger(__name__)
 
 _inherited: set[Path] = set()
 """Folders whose spool the parent process had open at a fork: SQLite must not open the same file again in the child."""
@@ -93,8 +96,13 @@ class FolderLock:
         except OSError as error:
             os.close(self._handle)
             raise SpoolError(f"spool_dir: {folder} cannot be locked ({error.strerror}); name one on a local disk") from None
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            if error.errno not in NO_ROOM:  # then the number is not known, and the lock is held all the same
+                os.close(self._handle)
+                raise SpoolError(f"spool_dir: {folder / LOCK_NAME}: {error.strerror}") from None
         try:
             self._mark = open_own(folder / MARK_NAME)
         except OSError as error:
@@ -192,9 +200,23 @@ def open_file(folder: Path, *, table: str | None) -> sqlite3.Connection:
         SpoolError: it is damaged, of a newer format, of another table, or no spool.
     """
     path = folder / FILE_NAME
+    try:
+        rewrite(path.with_name(f"{FILE_NAME}-wal"))
+    except OSError as error:
+        raise SpoolError(f"{path}-wal: {error.strerror}; see to the disk, nothing was changed") from None
     connection = _connect(str(path), path)
     try:
-        _prepare(connection, path, table)
+        try:
+            _prepare(connection, path, table)
+        except sqlite3.Error as error:
+            if not has_no_room(error, path):
+                raise
+            # The index of the log, shared with `touchline spool show`, has no room. One in memory needs none.
+            connection.close()
+            connection = _connect(str(path), path)
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+            _prepare(connection, path, table)
+            logger.warning("%s is full: `touchline spool show` cannot look into the spool before this writer is closed", folder)
     except SQLITE_ERRORS as error:
         connection.close()
         raise translate(error, path) from error
@@ -243,11 +265,6 @@ def translate(error: Exception, path: Path) -> SpoolError:
     if isinstance(error, UnicodeDecodeError) or code_of(error) in (CORRUPT, NOTADB):
         return SpoolError(f"{path}: damaged ({error}); {advice(path)}")
     return SpoolError(f"{path}: {error}")
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Returns whether the disk is."""
-    return code_of(error) == FULL
 
 
 def advice(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,11 @@ except ImportError:
 else:
     HAS_LOCKS = True
 """Whether this system has the file locks of POSIX, without which :func:`lock` is not there."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or a quota, that is full."""
+REWRITE_BYTES = 1 << 20
 
 
 def open_own(path: Path) -> int:
@@ -50,6 +56,29 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def rewrite(path: Path) -> None:
+    """Writes a file over itself and has it on the disk; nothing happens if there is none.
+
+    If an fsync failed for it, the kernel may have only in memory what reading finds, and a later fsync would not write it.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        for begin in range(0, os.fstat(descriptor).st_size, REWRITE_BYTES):
+            os.pwrite(descriptor, os.pread(descriptor, REWRITE_BYTES, begin), begin)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_ROOM:  # of a file system that writes nothing in its place
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

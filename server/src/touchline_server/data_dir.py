@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from touchline_protos.files import lock, open_own
+from touchline_protos.files import NO_ROOM, lock, open_own, rewrite
 from touchline_protos.log_lines import get_logger
 from touchline_server.config_source import why_unwritable
 from touchline_server.database import FILE_NAME
@@ -18,7 +17,6 @@ logger = get_logger(__name__)
 
 LOCK_NAME = "lock"
 MARK_NAME = "acknowledged"
-REWRITE_BYTES = 1 << 20
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -82,35 +80,23 @@ class DataDir:
         try:
             os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in NO_ROOM:
                 raise
             # The episodes are committed all the same; what is lost is a check.
             logger.warning("%s: %s", self.path / MARK_NAME, error.strerror)
 
     def rewrite_log(self) -> None:
-        """Writes the log that a server left behind over itself, and has it on the disk. To be called before SQLite opens it.
-
-        If an fsync failed for it, the kernel may have only in memory what reading finds, and a later fsync would not write it.
+        """Writes the log that a server left behind over itself, and has it on the disk: see :func:`rewrite`. To be called before SQLite
+        opens it.
 
         Raises:
             StorageFailedError: it cannot be read or written.
         """
         path = self.path / f"{FILE_NAME}-wal"
         try:
-            log = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
+            rewrite(path)
         except OSError as error:
-            raise StorageFailedError(f"{path}: {error.strerror}") from None
-        try:
-            for begin in range(0, os.fstat(log).st_size, REWRITE_BYTES):
-                os.pwrite(log, os.pread(log, REWRITE_BYTES, begin), begin)
-            os.fsync(log)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # of a file system that writes nothing in its place
-                raise StorageFailedError(f"{path}: {error.strerror}; see to the disk, nothing was changed") from None
-        finally:
-            os.close(log)
+            raise StorageFailedError(f"{path}: {error.strerror}; see to the disk, nothing was changed") from None
 
     def watch(self) -> None:
         """Remembers which files are the store's, for :meth:`displaced`. To be called once the database is open.
