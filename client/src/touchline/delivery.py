@@ -11,6 +11,7 @@ import numpy as np
 from touchline.calls import Calls, reason_of
 from touchline.encoding import encode_episode, unencodable
 from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
+from touchline.first_row import FirstRowCheck
 from touchline.messages import counts_of, load_results_of
 from touchline.types import EpisodeResult
 from touchline_protos import Counts
@@ -101,6 +102,7 @@ class Delivery:
         self._table = table
         self._max_message_bytes = max_message_bytes
         self._chunk_bytes = min(CHUNK_BYTES, max_message_bytes // 2)
+        self._first_row = FirstRowCheck(calls, table=table)
 
     def add(self, episode: Episode, *, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
         """Sends one episode, in one message if that is not over the limit of either side, else in chunks.
@@ -118,6 +120,7 @@ class Delivery:
                 self._learn_limit()
             else:
                 assert episode.key is not None
+                self._first_row.check([episode])
                 return EpisodeResult(episode.key, answer.episode_id, answer.duplicate), counts_of(answer.counts)
         results, counts = self._upload([episode], timeout_s=timeout_s)
         if results[0].error is not None:
@@ -224,6 +227,7 @@ class Delivery:
                 message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
         except CodecError as error:
             raise unencodable(error) from None
+        self._first_row.check(episodes)
         return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
 
     def _learn_limit(self) -> bool:

@@ -47,8 +47,9 @@ def watch(leaver: Leaver) -> None:
     if not _registered_in:
         atexit.register(_leave)  # a forked child inherits it
     _registered_in.add(os.getpid())
-    process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.parent_process() is not None:
+    # Another thread may be importing it at this moment: then this process is no child of its own.
+    parent_process = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
+    if parent_process is not None and parent_process() is not None:
         from multiprocessing.util import Finalize
 
         Finalize(None, _leave, exitpriority=10)

@@ -25,6 +25,13 @@ ENDS = ("terminated", "terminateds", "terminal", "terminals", "termination", "te
 """Names under which others keep what is ``done`` here. Beside it they are columns like others; without it, batches would say that nothing
 ever ended. A truncation is not the end of what an episode is worth: ``truncated`` may stand by itself."""
 
+ACTION_IN_ROW_0 = (
+    "its row 0 has an action, which is never drawn: under the row convention 'incoming' row t holds the observation that the action in "
+    "row t led to, so row 0 has none (NaN). If row t holds the action that was taken from its observation, set sampling.row_convention = "
+    "'outgoing' on the server and load the episodes again (said once)"
+)
+"""What is wrong with episodes for which :func:`has_action_in_row_0` is true, if the row convention is ``incoming``."""
+
 
 def check_episode(episode: Mapping[str, np.ndarray]) -> int:
     """Checks names and lengths, and returns the number of rows."""

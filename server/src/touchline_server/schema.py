@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,8 +10,11 @@ import numpy as np
 
 from touchline_protos import rules
 from touchline_protos.casting import ROUNDS, ColumnError
+from touchline_protos.codec import Episode
 from touchline_protos.dtypes import dtype_name
 from touchline_server.errors import InvalidEpisodeError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +119,25 @@ class EpisodeValidator:
         except ColumnError as error:
             raise InvalidEpisodeError(str(error)) from None
         return schema
+
+
+class FirstRowCheck:
+    """Warns once of an action in row 0 under the row convention ``incoming``, where it is never drawn. Used under the store's write lock.
+
+    Args:
+        incoming: the row convention.
+    """
+
+    def __init__(self, *, incoming: bool) -> None:
+        self._incoming = incoming
+        self.reset()
+
+    def reset(self) -> None:
+        """Warns again: the table was emptied."""
+        self._done = not self._incoming
+
+    def check(self, episode: Episode) -> None:
+        """Looks at an episode that is about to be stored."""
+        if not self._done and rules.has_action_in_row_0(episode.columns):
+            self._done = True
+            logger.warning("an episode of actor %r: %s", episode.actor, rules.ACTION_IN_ROW_0)

@@ -31,7 +31,7 @@ from touchline_server.ledger import KeyLedger, payload_digest
 from touchline_server.pinning import Pins
 from touchline_server.refusals import RefusedEpisodes, identify
 from touchline_server.sampling import Draw, Law
-from touchline_server.schema import EpisodeValidator, Schema
+from touchline_server.schema import EpisodeValidator, FirstRowCheck, Schema
 from touchline_server.scratch import ScratchDir
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class EpisodeStore:
             incoming=config.sampling.row_convention == "incoming",
             allow_non_finite=config.storage.allow_non_finite,
         )
+        self._first_row = FirstRowCheck(incoming=self._validator.incoming)
         self.write_lock = threading.RLock()
         """Held by whoever changes what is stored; reentrant. Sampling does not need it."""
         self._lock = threading.Lock()
@@ -351,6 +352,7 @@ class EpisodeStore:
         if not -(2**63) <= episode.policy_version < 2**63:
             raise InvalidEpisodeError(f"policy_version: {episode.policy_version}, expected a 64-bit integer")
         self._catalogue.check_names(episode)
+        self._first_row.check(episode)
         return schema
 
     def allocate(self, schema: Schema) -> Columns:
@@ -414,6 +416,7 @@ class EpisodeStore:
             if columns is not None:
                 columns.settle()
             self._catalogue.start_over()
+            self._first_row.reset()
         if columns is not None:
             columns.release()
         if self.on_cleared is not None:
