@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 from touchline.calls import Calls
@@ -10,12 +9,13 @@ from touchline.errors import TouchlineError
 from touchline.messages import server_info_of
 from touchline_protos import rules
 from touchline_protos.codec import Episode
+from touchline_protos.log_lines import get_logger
 from touchline_protos.v1 import replay_pb2 as pb
 
 ASK_S = 10.0
 """Deadline of the one question to the server."""
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class FirstRowCheck:

@@ -11,6 +11,8 @@ import torch
 from tensordict import TensorDict, is_non_tensor, is_tensor_collection
 
 from touchline.errors import InvalidArgumentError, InvalidEpisodeError
+from touchline_protos.columns import to_array
+from touchline_protos.dtypes import to_wire
 from touchline_protos.log_lines import get_logger
 
 TRAJECTORY_KEY = ("collector", "traj_ids")
@@ -63,15 +65,21 @@ class Trajectories:
 
         Args:
             data: that :func:`check_transitions` passed.
+
+        Raises:
+            InvalidEpisodeError: it goes on with a trajectory under other keys, or with values of other dtypes or shapes. Nothing is taken
+                in.
         """
-        if not data.numel():
+        if not data.batch_size.numel():
             return []
         lanes = data.reshape(-1, data.batch_size[-1]).cpu().contiguous()
         follows = _follows(lanes)
         ids = lanes.get(TRAJECTORY_KEY, None)
         complete: list[TensorDict] = []
-        for lane in range(lanes.batch_size[0]):
-            names = [("lane", lane)] * lanes.batch_size[1] if ids is None else ids[lane].reshape(lanes.batch_size[1], -1)[:, 0].tolist()
+        steps = lanes.batch_size[1]
+        names_of = [[("lane", lane)] * steps if ids is None else ids[lane].reshape(steps, -1)[:, 0].tolist() for lane in range(len(lanes))]
+        self._check_alike(lanes, {name for names in names_of for name in names})
+        for lane, names in enumerate(names_of):
             for first, last, broken in self._runs(lanes[lane], names, follows[lane].tolist()):
                 if broken and names[first] in self._open:
                     self._tell_once(names[first])
@@ -81,6 +89,18 @@ class Trajectories:
         while len(self._open) > self._max_open:
             complete.append(self._end(next(iter(self._open))))
         return complete
+
+    def _check_alike(self, lanes: TensorDict, names: set[Any]) -> None:
+        """torch.cat would widen dtypes, and fail for other keys once pieces are gone."""
+        found = _specs(lanes, dims=2)
+        for name in names & self._open.keys():
+            expected = _specs(self._open[name].pieces[-1], dims=1)
+            for path in [*expected, *found]:
+                if found.get(path) != expected.get(path):
+                    raise InvalidEpisodeError(
+                        f"{path}: {found.get(path, 'missing')}, expected {expected.get(path, 'no such key')} as in the earlier steps of "
+                        f"trajectory {name}; flush() ends it"
+                    )
 
     def end_all(self) -> list[TensorDict]:
         """Returns all that is under way, as it is, and forgets it."""
@@ -133,9 +153,36 @@ def check_transitions(data: Any) -> None:
     keys = set(data.keys()) if hasattr(data, "batch_size") else set()
     if "next" not in keys or not data.batch_size:
         raise InvalidEpisodeError(f"data: {type(data).__name__}, expected a TensorDict [..., time] of transitions with ('next', ...) keys")
-    _check_values(data, "")
+    try:
+        _check_values(data, "")
+    except RuntimeError:
+        if not hasattr(data, "tensordicts"):
+            raise
+        raise InvalidEpisodeError(
+            "data: a lazy stack whose parts differ in shape, expected one shape; extend() each part by itself"
+        ) from None
     if "done" not in set(data["next"].keys()):
         raise InvalidEpisodeError(f"{DONE_KEY}: missing, expected it to tell where a trajectory ends")
+    if data.batch_size.numel():
+        _check_flag(DONE_KEY, data[DONE_KEY])
+        _check_marks(data)
+
+
+def _check_flag(key: tuple[str, ...], values: torch.Tensor) -> None:
+    if not bool(((values == 0) | (values == 1)).all()):
+        raise InvalidEpisodeError(f"{'.'.join(key)}: a value that is neither 0 nor 1, expected bool")
+
+
+def _check_marks(data: TensorDict) -> None:
+    """Checks what says to which trajectory a transition belongs, and whether it is one."""
+    mask, ids = data.get(MASK_KEY, None), data.get(TRAJECTORY_KEY, None)
+    if mask is not None:
+        _check_flag(MASK_KEY, mask)
+    for key, values in ((MASK_KEY, mask), (TRAJECTORY_KEY, ids)):
+        if values is not None:
+            each = values.reshape(data.batch_size.numel(), -1)
+            if not bool((each == each[:, :1]).all()):  # which NaN is not either
+                raise InvalidEpisodeError(f"{'.'.join(key)}: several values a transition, or NaN, expected one")
 
 
 def _check_values(level: Any, prefix: str) -> None:
@@ -145,6 +192,21 @@ def _check_values(level: Any, prefix: str) -> None:
             _check_values(value, f"{path}.")
         elif not isinstance(value, torch.Tensor):
             raise InvalidEpisodeError(f"{path}: {type(value).__name__}, expected a tensor; exclude it before")
+        else:
+            _check_dtype(path, value)
+
+
+def _check_dtype(path: str, value: torch.Tensor) -> None:
+    try:
+        to_wire(to_array(path, value.reshape(-1)[:0] if value.layout == torch.strided else value).dtype)
+    except ValueError as error:
+        message = str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}"
+        raise InvalidEpisodeError(f"{message}; exclude it before, or cast it") from None
+
+
+def _specs(data: TensorDict, *, dims: int) -> dict[str, str]:
+    """Returns dtype and shape of a step of each value, whose first ``dims`` dimensions are not a step's, by dotted path."""
+    return {path_of(key): f"{value.dtype} {tuple(value.shape[dims:])}" for key, value in data.items(True, True)}
 
 
 def _shared_keys(data: TensorDict) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,9 +11,10 @@ from touchline_protos import rules
 from touchline_protos.casting import ROUNDS, ColumnError
 from touchline_protos.codec import Episode
 from touchline_protos.dtypes import dtype_name
+from touchline_protos.log_lines import get_logger
 from touchline_server.errors import InvalidEpisodeError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,9 +181,14 @@ def make_torchrl_buffer(store: EpisodeStore, config: Config, seeds: SeedSource) 
 
 
 def _split_episodes(data: TensorDictBase) -> Iterator[dict[str, np.ndarray]]:
+    shape = tuple(getattr(data, "batch_size", (0,)))
+    if len(shape) != 1:
+        raise InvalidEpisodeError(
+            f"extend() takes a TensorDict of shape [rows], found {list(shape)}; flatten it, with a column episode that numbers the rows"
+        )
     try:
         columns = flatten_columns(data)
-    except (ColumnError, AttributeError) as error:
+    except ColumnError as error:
         raise InvalidEpisodeError(f"extend() takes a TensorDict of shape [rows] ({error})") from None
     numbers = columns.pop("episode", None)
     if numbers is None:
@@ -191,6 +196,8 @@ def _split_episodes(data: TensorDictBase) -> Iterator[dict[str, np.ndarray]]:
         return
     if any(array.shape[:1] != (numbers.size,) for array in columns.values()):
         raise InvalidEpisodeError(f"episode: shape {numbers.shape}, expected one number a row of the other columns")
+    if np.isnan(numbers).any():
+        raise InvalidEpisodeError("episode: NaN, expected the number of an episode")
     borders = np.flatnonzero(np.diff(numbers.reshape(-1))) + 1
     for begin, end in zip([0, *borders], [*borders, numbers.size], strict=True):
         yield {name: array[begin:end] for name, array in columns.items()}
