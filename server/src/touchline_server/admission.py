@@ -20,6 +20,7 @@ from touchline_server.errors import (
     UnauthenticatedError,
 )
 from touchline_server.receiving import FIRST_MESSAGE_S, Reception, Receptions
+from touchline_server.refused import RefusalLog, check_metadata
 from touchline_server.status import abort
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -73,6 +74,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._health_calls = _Count(MAX_HEALTH_CALLS, health, share=MAX_HEALTH_CALLS // STANDARD_SHARE)
         self._health_watches = _Count(MAX_HEALTH_WATCHES, health, share=MAX_HEALTH_WATCHES // STANDARD_SHARE)
         self._reflection_calls = _Count(MAX_REFLECTION_CALLS, reflection, share=MAX_REFLECTION_CALLS // STANDARD_SHARE)
+        self._refused = RefusalLog()
         self._admitted: dict[str, tuple[Handler, Handler]] = {}
 
     @property
@@ -84,12 +86,13 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, continuation: Callable[[Any], Awaitable[Handler | None]], details: Any
     ) -> Handler | None:
         """Returns a method's handler with what it has to pass; gRPC calls this for each call."""
-        method = details.method
-        if self._access is not None:
-            try:
-                self._access.check(method, details.invocation_metadata or ())
-            except (UnauthenticatedError, AccessDeniedError) as error:
-                return _refusing(error)
+        method, metadata = details.method, details.invocation_metadata or ()
+        try:
+            check_metadata(metadata)
+            if self._access is not None:
+                self._access.check(method, metadata)
+        except (InvalidRequestError, UnauthenticatedError, AccessDeniedError) as error:
+            return self._refusing(method, error)
         handler = await continuation(details)
         if handler is None:
             return None
@@ -97,6 +100,15 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if known is None or known[0] is not handler:
             known = self._admitted[method] = (handler, self._admitting(method, handler))
         return known[1]
+
+    def _refusing(self, method: str, error: Exception) -> Handler:
+        """Returns a handler that refuses whatever is called; none of its messages is read."""
+
+        async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
+            self._refused.note(context.peer(), method, error)
+            await abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _admitting(self, method: str, handler: Handler) -> Handler:
         way = self._way_of(method, handler)
@@ -228,15 +240,6 @@ class _Count:
         self._of[peer] -= 1
         if not self._of[peer]:
             del self._of[peer]
-
-
-def _refusing(error: Exception) -> Handler:
-    """Returns a handler that refuses whatever is called; none of its messages is read."""
-
-    async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
-        await abort(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _inner(handler: Handler) -> Any:

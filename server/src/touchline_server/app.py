@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ from touchline_server.health import HealthService
 from touchline_server.limits import Budgets
 from touchline_server.memory import keep_freed_memory
 from touchline_server.receiving import Receptions
+from touchline_server.refused import DropUndecodable
 from touchline_server.service import SERVICE_NAME, ReplayService
 from touchline_server.stopping import StoppedError, StopSignals
 from touchline_server.tls import server_credentials
@@ -33,6 +35,9 @@ logger = get_logger(__name__)
 
 CLOSING_S = 1.0
 """Time for the last answers to leave. A client that watches the server's health would stay for ever."""
+
+
+_DROP_UNDECODABLE = DropUndecodable()
 
 
 LOOKAHEAD_BYTES = 65_535
@@ -88,6 +93,7 @@ class ReplayServer:
         """
         self.budgets = budgets = Budgets(self._config)
         receptions = Receptions(budgets, self._config)
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_DROP_UNDECODABLE)
         self.admission = Admission(self._access, max_calls=self._config.max_calls, receptions=receptions)
         self._server = grpc.aio.server(
             options=(
