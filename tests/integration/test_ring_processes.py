@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service_calls import eventually
+from service_calls import Caller, eventually
 from touchline import ReplayClient
 from touchline_protos.ring import SHARED_MEMORY_DIR, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
@@ -150,44 +154,191 @@ def test_server_killed_with_a_learner_attached_leaves_nothing(tmp_path: Path, fo
     assert rings(folder) == []
 
 
-def test_learner_elsewhere_gets_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+def reason_of(client: ReplayClient, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[str, list[str], list[str]]:
+    """Takes batches from three streams in messages; returns why, and what client and server logged about it."""
+    caplog.clear()
+    reasons = set()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with client.batches(as_numpy=True, **options) as batches:
+                assert (batches.transport, batches.transport_reason) == ("", "")
+                for _ in range(30):
+                    assert next(batches).obs.shape == (4, 8, 3)
+                assert batches.transport == "stream"
+                reasons.add(re.sub(r"touchline-[0-9a-f]{32}", "touchline-NAME", batches.transport_reason))
+    assert len(reasons) == 1
+    told = [
+        (record.name, f"{record.levelname} {record.getMessage()}")
+        for record in caplog.records
+        if "instead of a ring" in record.getMessage()
+    ]
+    return (
+        reasons.pop(),
+        [text for name, text in told if name == "touchline.stream"],
+        [text for name, text in told if name != "touchline.stream"],
+    )
+
+
+def test_learner_elsewhere_gets_frames_and_is_told_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("touchline.stream.shared_memory_id", lambda: "another host:1")
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
-        with client.batches() as batches:
-            assert next(batches).obs.shape == (4, 8, 3)
-            assert batches.transport == "stream"
+
+        reason, learner, log = reason_of(client, caplog)
+
+    assert "another host" in reason
+    assert len(learner) == 3 and log == []  # once a stream; nothing that the server's operator could put right
 
 
-def test_learner_that_cannot_map_the_ring_gets_frames(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("touchline_protos.ring.os.getuid", lambda: 4_000_000)  # as in a container with another user
+def test_learner_without_the_rights_gets_frames_and_both_sides_say_why(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("touchline_protos.sealed_memory.os.getuid", lambda: 4_000_000)  # as in a container with another user
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
-        with client.batches() as batches:
-            for _ in range(50):
-                assert next(batches).obs.shape == (4, 8, 3)
-            assert batches.transport == "stream"
+
+        reason, learner, log = reason_of(client, caplog)
+
+    assert reason.startswith("the server's ring cannot be used here: ") and "not a socket of this user (4000000)" in reason
+    assert [text.split()[0] for text in learner] == ["WARNING"] * 3
+    assert len(log) == 1 and log[0].startswith("WARNING") and "not a socket of this user (4000000)" in log[0]
     assert rings(folder) == []
 
 
-@pytest.mark.parametrize("limits", [{"max_rings": 0}, {"max_ring_bytes": 1_000}])
-def test_server_without_rings_sends_frames(limits: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"max_rings": 0}, "server.max_rings is 0"),
+        ({"max_ring_bytes": 1_000}, "do not fit into server.max_ring_bytes, 1000"),
+    ],
+)
+def test_server_that_makes_no_ring_says_why_on_both_sides(limits: dict[str, int], why: str, caplog: pytest.LogCaptureFixture) -> None:
     with ServerThread(config(**limits)) as server, ReplayClient(server.address) as client:
         add_episodes(client)
-        with client.batches() as batches:
-            assert next(batches).obs.shape == (4, 8, 3)
-            assert batches.transport == "stream"
+
+        reason, learner, log = reason_of(client, caplog)
+
+    assert why in reason
+    assert len(learner) == 3 and all(why in text and text.startswith("WARNING") for text in learner)
+    assert len(log) == 1 and why in log[0] and log[0].startswith("WARNING")
 
 
-def test_shared_memory_without_room_means_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    status = os.statvfs(SHARED_MEMORY_DIR)
-    huge = status.f_blocks * status.f_frsize
-    monkeypatch.setattr(RingGeometry, "of", classmethod(lambda cls, slots, body_bytes: cls(2, huge)))
+def test_server_without_a_free_slot_says_so_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    with ServerThread(config(max_rings=2)) as server, ReplayClient(server.address) as client:
+        add_episodes(client)
+        with client.batches() as one, client.batches() as other:
+            for batches in (one, other):
+                next(batches)
+                assert (batches.transport, batches.transport_reason) == ("ring", "")
+
+            reason, learner, log = reason_of(client, caplog)
+
+    assert reason == "all 2 rings are in use (server.max_rings)"
+    assert len(learner) == 3 and len(log) == 1
+
+
+def test_server_without_memory_for_a_ring_says_so_on_both_sides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("touchline_server.feeding.available_host_bytes", lambda: 100_000)
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
-        with client.batches() as batches:
-            assert next(batches).obs.shape == (4, 8, 3)
-            assert batches.transport == "stream"
+
+        reason, learner, log = reason_of(client, caplog)
+
+    assert "only 100000 bytes of memory are available" in reason
+    assert len(learner) == 3 and len(log) == 1
+
+
+def test_kernel_that_gives_no_memory_means_frames(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("touchline_protos.sealed_memory.os.posix_fallocate", full)
+    with ServerThread(config()) as server, ReplayClient(server.address) as client:
+        add_episodes(client)
+
+        reason, _, log = reason_of(client, caplog)
+
+    assert "No space left on device" in reason
+    assert len(log) == 1
+
+
+def test_learner_that_wants_no_ring_is_told_so_and_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with ServerThread(config()) as server, ReplayClient(server.address) as client:
+        add_episodes(client)
+
+        assert reason_of(client, caplog, ring=False) == ("turned off by ring=False", [], [])
+
+
+def test_older_learner_that_cannot_map_a_socket_gets_frames(caplog: pytest.LogCaptureFixture) -> None:
+    """As clients did that expected a file: they find no file, and say no more than that they are not attached."""
+    with ServerThread(config()) as server, ReplayClient(server.address) as client, Caller(server.address) as caller:
+        add_episodes(client)
+        stream = caller.stream()
+        opening = pb.SampleStreamOpen(sample=pb.SampleRequest(), credits=5, shared_memory_id=shared_memory_id())
+        stream.send(pb.SampleStreamRequest(open=opening).SerializeToString())
+        offer = pb.SampleStreamResponse.FromString(next(stream.call)).ring
+        with pytest.raises(OSError):
+            os.open(offer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        stream.send(pb.SampleStreamRequest(ring=pb.RingAttachment(attached=False)).SerializeToString())
+
+        assert len(stream.read(5)) == 5
+
+
+HARMING = """
+    import os, sys
+    from touchline_protos import sealed_memory
+    receive = sealed_memory.receive
+
+    def kept(path, size_bytes):
+        global file
+        file = receive(path, size_bytes)
+        return os.dup(file)
+
+    sealed_memory.receive = kept
+    from touchline import ReplayClient
+    batches = ReplayClient(sys.argv[1]).batches(as_numpy=True)
+    for _ in range(100):
+        next(batches)
+    print(batches.transport, flush=True)
+    size = os.fstat(file).st_size
+    refused = 0
+    for length in (0, 4096, size - 1, size + 4096):
+        for shorten in (lambda: os.ftruncate(file, length), lambda: os.truncate(f"/proc/self/fd/{file}", length)):
+            try:
+                shorten()
+            except OSError:
+                refused += 1
+    print(refused, flush=True)
+    rest = os.pread(file, size, 0)
+    import ctypes, random
+    libc = ctypes.CDLL(None)
+    for _ in range(200):
+        libc.fallocate(file, 3, ctypes.c_long(0), ctypes.c_long(size))  # holes everywhere
+        os.pwrite(file, random.randbytes(size), 0)
+        os.pwrite(file, bytes(4096), 0)  # all slots are free
+    print("done", flush=True)
+    input()
+"""
+
+
+def test_learner_that_truncates_punches_and_overwrites_its_ring_leaves_the_server_to_others(folder: Path) -> None:
+    environment = os.environ | {"TOUCHLINE_CONFIG__BATCH_SIZE": "8", "TOUCHLINE_CONFIG__MIN_HISTORY": "0"}
+    with running(SERVER, env=environment, cwd=folder) as process:
+        assert process.stdout is not None
+        with ReplayClient(process.stdout.readline().split()[-1]) as client:
+            add_episodes(client)
+            with client.batches(as_numpy=True) as other:
+                next(other)
+                with running(HARMING, client.address, stdin=subprocess.PIPE) as learner:
+                    assert learner.stdout is not None
+                    assert [learner.stdout.readline() for _ in range(3)] == ["ring\n", "8\n", "done\n"]
+                    for _ in range(500):
+                        assert next(other).obs.shape == (4, 8, 3)
+                assert (other.transport, process.poll()) == ("ring", None)
+                for _ in range(500):
+                    batch = next(other)
+                    assert (batch.obs[0, :, 0] == batch.episode_id).all()
+            assert client.num_eps == 5
 
 
 def test_names_of_actors_that_come_later_reach_a_ring() -> None:
@@ -226,6 +377,7 @@ def test_offer_of_a_stranger_is_refused() -> None:
         offer = pb.RingSetup(path="/dev/shm/passwd", slots=4, slot_size_bytes=4096, size_bytes=5 * 4096, layout=batch_header())
         with pytest.raises(RingError, match="no ring's name"):
             attach(pb.SampleStreamResponse(ring=offer).SerializeToString(), iter(()))
+        threading.Thread(target=lambda: (select.select([writer.handover], [], []), writer.handover.serve())).start()
         offer.path, offer.token = str(writer.path), bytes(16)
         with pytest.raises(RingError, match="not the ring"):
             attach(pb.SampleStreamResponse(ring=offer).SerializeToString(), iter(()))
@@ -245,11 +397,11 @@ def batch_header() -> pb.Batch:
     return pb.Batch.FromString(BatchLayout(specs, 2).header())
 
 
-def mapped_rings(folder: Path) -> int:
-    return Path("/proc/self/maps").read_text().count(f"{folder}/touchline-")
+def mapped_rings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:touchline-ring")
 
 
-def test_closed_stream_unmaps_its_ring_without_a_collection(folder: Path) -> None:
+def test_closed_stream_unmaps_its_ring_without_a_collection() -> None:
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
         gc.collect()
@@ -259,8 +411,8 @@ def test_closed_stream_unmaps_its_ring_without_a_collection(folder: Path) -> Non
                 with client.batches() as batches:
                     next(batches)
                     assert batches.transport == "ring"
-                    assert mapped_rings(folder) > 0
+                    assert mapped_rings() > 0
                 del batches
-            eventually(lambda: mapped_rings(folder) == 0, "both sides let go")
+            eventually(lambda: mapped_rings() == 0, "both sides let go")
         finally:
             gc.enable()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import gc
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from touchline_protos import ring as ring_module
+from touchline_protos import sealed_memory
 from touchline_protos.ring import PAGE, RingError, RingGeometry, RingReader, RingWriter, shared_memory_id, sweep_dead_rings
 
 pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64")
@@ -38,8 +42,22 @@ def writer(folder: Path) -> Iterator[RingWriter]:
 
 
 def attach(writer: RingWriter, **changes: object) -> RingReader:
+    """Attaches while a thread hands the memory over, as the server's event loop does."""
     offer = {"path": str(writer.path), "token": writer.token, "geometry": GEOMETRY, "size_bytes": GEOMETRY.size_bytes} | changes
-    return RingReader(**offer)  # type: ignore[arg-type]
+    done = threading.Event()
+
+    def hand_over() -> None:
+        while not done.is_set():
+            if select.select([writer.handover], [], [], 0.01)[0]:
+                writer.handover.serve()
+
+    thread = threading.Thread(target=hand_over)
+    thread.start()
+    try:
+        return RingReader(**offer)  # type: ignore[arg-type]
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_ring_batches_arrive_whole_and_in_order(writer: RingWriter) -> None:
@@ -125,13 +143,12 @@ def test_ring_publish_tells_how_many_names_a_batch_needs(writer: RingWriter) -> 
     assert reader.take() == (slot, 7)
 
 
-def test_ring_file_is_private_reserved_and_gone_after_unlink(writer: RingWriter) -> None:
-    status = writer.path.stat()
-    assert status.st_mode & 0o777 == 0o600
-    assert status.st_blocks * 512 >= GEOMETRY.size_bytes
+def test_ring_socket_is_private_and_gone_after_the_handover_while_the_memory_stays(writer: RingWriter) -> None:
+    assert writer.path.stat().st_mode & 0o777 == 0o600
+    assert os.fstat(writer._file).st_blocks * 512 >= GEOMETRY.size_bytes
 
     reader = attach(writer)
-    writer.unlink()
+    writer.handover.close()
 
     assert not writer.path.exists()
     slot = writer.free_slots()[0]
@@ -146,7 +163,7 @@ def test_ring_file_is_private_reserved_and_gone_after_unlink(writer: RingWriter)
         ({"path": "{folder}/../etc/passwd"}, "no ring's name"),
         ({"path": "{folder}/touchline-" + "0" * 32}, "No such file"),
         ({"size_bytes": GEOMETRY.size_bytes + PAGE}, "bytes offered"),
-        ({"geometry": RingGeometry(3, PAGE), "size_bytes": RingGeometry(3, PAGE).size_bytes}, "not a file of this user of"),
+        ({"geometry": RingGeometry(3, PAGE), "size_bytes": RingGeometry(3, PAGE).size_bytes}, "is not 16384 bytes that cannot shrink"),
         ({"geometry": RingGeometry(1, PAGE)}, "1 slots"),
         ({"geometry": RingGeometry(4, 100)}, "slots of 100 bytes"),
         ({"geometry": RingGeometry(1 << 40, PAGE)}, "slots"),
@@ -178,14 +195,99 @@ def test_reader_refuses_a_slot_that_is_out_of_range(writer: RingWriter) -> None:
         reader.take()
 
 
-def test_writer_without_room_raises_and_leaves_no_file(folder: Path) -> None:
-    status = os.statvfs(folder)
-    too_much = status.f_blocks * status.f_frsize * 2
+def test_writer_without_memory_raises_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(RingError, match="no ring of"):
-        RingWriter(RingGeometry(2, -(-too_much // PAGE) * PAGE))
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("touchline_protos.sealed_memory.os.posix_fallocate", full)
+
+    with pytest.raises(RingError, match=r"no memory for a ring of 20480 bytes: No space left on device"):
+        RingWriter(GEOMETRY)
 
     assert list(folder.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_writer_without_the_folder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(ring_module, "SHARED_MEMORY_DIR", Path("/dev/shm/none-here"))
+
+    with pytest.raises(RingError, match=r"no ring in /dev/shm/none-here: No such file"):
+        RingWriter(GEOMETRY)
+
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+# What a learner that means harm can do to the memory
+
+
+def received(writer: RingWriter) -> int:
+    """The file descriptor as a learner gets it, which it may write."""
+    done = threading.Thread(target=lambda: (select.select([writer.handover], [], []), writer.handover.serve()))
+    done.start()
+    file = sealed_memory.receive(str(writer.path), GEOMETRY.size_bytes)
+    done.join()
+    return file
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: os.ftruncate(file, 0),
+        lambda file: os.ftruncate(file, PAGE),
+        lambda file: os.ftruncate(file, GEOMETRY.size_bytes + PAGE),
+        lambda file: os.truncate(f"/proc/self/fd/{file}", 0),
+        lambda file: os.close(os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_TRUNC)),
+        lambda file: os.posix_fallocate(file, GEOMETRY.size_bytes, PAGE),
+        lambda file: os.pwrite(file, b"beyond", GEOMETRY.size_bytes),
+        lambda file: fcntl.fcntl(file, 1033, 8),  # F_SEAL_WRITE: would leave the server unable to write
+    ],
+    ids=["empty", "one page", "grown", "by path", "opened anew", "allocated", "written beyond", "sealed"],
+)
+def test_memory_handed_over_cannot_be_resized(writer: RingWriter, harm: Callable[[int], object]) -> None:
+    file = received(writer)
+
+    with pytest.raises(OSError):
+        harm(file)
+
+    assert os.fstat(file).st_size == GEOMETRY.size_bytes
+    np.frombuffer(writer.whole_array(), np.uint8)[:] = 7  # a missing page would end this process
+    os.close(file)
+
+
+def test_memory_with_holes_and_overwritten_stays_usable(writer: RingWriter) -> None:
+    file = received(writer)
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_size, punch_hole = 1, 2
+
+    assert libc.fallocate(file, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(GEOMETRY.size_bytes)) == 0
+    np.frombuffer(writer.whole_array(), np.uint8)[:] = 7
+    os.pwrite(file, b"\xff" * GEOMETRY.size_bytes, 0)
+
+    assert writer.free_slots() == []  # no slot is free, for ever: the learner's own loss
+    os.close(file)
+
+
+def test_reader_refuses_memory_that_can_shrink(folder: Path) -> None:
+    """The learner is as safe from its server."""
+    path = folder / f"touchline-{'a' * 32}"
+    with tempfile.TemporaryFile() as file:
+        file.truncate(GEOMETRY.size_bytes)
+        handover = sealed_memory.Handover(path, file.fileno())
+        thread = threading.Thread(target=lambda: (select.select([handover], [], []), handover.serve()))
+        thread.start()
+        with pytest.raises(RingError, match=r"cannot shrink|Invalid argument"):
+            RingReader(str(path), bytes(16), GEOMETRY, GEOMETRY.size_bytes)
+        thread.join()
+        handover.close()
+
+
+def test_reader_without_an_answer_gives_up(writer: RingWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealed_memory, "ANSWER_S", 0.05)
+
+    with pytest.raises(RingError, match="no memory came within"):
+        RingReader(str(writer.path), writer.token, GEOMETRY, GEOMETRY.size_bytes)
 
 
 def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter) -> None:

@@ -304,7 +304,8 @@ class ReplayClient:
             timeout_s: the longest wait for a batch, be it that the server is away or that nothing can be sampled; None: as long as it takes
                 while the server is there, and 60 s while it is away.
             ring: on the server's own host (Linux on x86-64; containers need the same /dev/shm and user), batches come through a ring
-                in shared memory, without a message for each; False takes messages there too.
+                in shared memory, without a message for each; False takes messages there too. Where there is none, the stream's
+                ``transport_reason`` says why.
 
         Raises:
             InvalidArgumentError: an argument out of range, or a device that is not there.

@@ -267,6 +267,11 @@ class CudaSource:
         """How batches come to this host; see :class:`~touchline.stream.BatchSource`."""
         return self._source.transport
 
+    @property
+    def transport_reason(self) -> str:
+        """Why they do not come by a ring; see :class:`~touchline.stream.BatchSource`."""
+        return self._source.transport_reason
+
     def close(self) -> None:
         """Ends it; a ``take`` under way raises ClosedError."""
         with self._changed:

@@ -117,15 +117,16 @@ class RingBatches:
         self._ring.interrupt()
 
 
-def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | None:
-    """Returns the ring that a stream's first message offers; None where it offers none.
+def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | None:
+    """Returns the ring that a stream's first message offers, or in words why there is none; None if it is not about rings.
 
     Raises:
         RingError, CodecError: there is an offer, but the ring cannot be used here.
     """
     if not message.startswith(_OFFER_TAG):
         return None
-    return RingBatches(pb.SampleStreamResponse.FromString(message).ring, messages)
+    setup = pb.SampleStreamResponse.FromString(message).ring
+    return setup.refused or RingBatches(setup, messages)
 
 
 _OFFER_TAG = pb.SampleStreamResponse(ring=pb.RingSetup()).SerializeToString()[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from touchline.calls import Calls, delay_before_retry, is_passing
+from touchline.credentials import is_local
 from touchline.dropping import when_dropped
 from touchline.errors import (
     ClosedError,
@@ -36,6 +38,9 @@ from touchline_protos.v1 import replay_pb2 as pb
 LASTING_S = 5.0
 """A session of this length was no failed attempt to open one."""
 
+NO_REASON = "the server offered none and did not say why, as older ones do"
+"""Why there is no ring, where only the server knows."""
+
 logger = get_logger(__name__)
 
 
@@ -51,6 +56,10 @@ class BatchSource(Protocol):
     @property
     def transport(self) -> str:
         """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
+
+    @property
+    def transport_reason(self) -> str:
+        """Why they do not come by a ring; ``""`` while they do or there is no session."""
 
     @property
     def ring(self) -> RingBatches | None:
@@ -102,6 +111,11 @@ class BatchStream:
         """How batches come: ``ring`` (shared memory, on the server's own host), ``stream`` (messages), or ``""`` before the first."""
         return self._source.transport
 
+    @property
+    def transport_reason(self) -> str:
+        """Why batches come in messages and not by a ring, in words; ``""`` if they come by a ring, or before the first."""
+        return self._source.transport_reason
+
     def close(self) -> None:
         """Ends the session with the server. Closing again does nothing."""
         self._closed = True
@@ -142,6 +156,7 @@ class StreamSource:
         # Of this object it must hold nothing: that would keep a dropped stream alive.
         self._wait = waiting("batches()", calls.transport.address, partial(self._readiness.explain, self._horizon))
         self._session: _Session | None = None
+        self._no_ring_told = False
         self._closed = threading.Event()
         self._begin()
         forget_in_child(self)
@@ -171,6 +186,12 @@ class StreamSource:
         """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
         session = self._session
         return session.transport if session is not None else ""
+
+    @property
+    def transport_reason(self) -> str:
+        """Why they do not come by a ring; ``""`` while they do or there is no session."""
+        session = self._session
+        return session.transport_reason if session is not None else ""
 
     @property
     def ring(self) -> RingBatches | None:
@@ -217,11 +238,21 @@ class StreamSource:
                 raise
             else:
                 self._ready.extend(batches)
+                self._say_why_there_is_no_ring(session)
         if self._watchdog is not None:
             self._watchdog.rest()
         if self._away_since is not None:
             logger.info("%s is back: sampling goes on", self._calls.transport.address)
             self._away_since = self._returned_at = None
+
+    def _say_why_there_is_no_ring(self, session: _Session) -> None:
+        """Says once why batches come in messages, where a ring was wanted."""
+        if self._use_ring and not self._no_ring_told and session.transport_reason not in ("", NO_REASON):
+            self._no_ring_told = True
+            address = self._calls.transport.address
+            # Elsewhere there is nothing to put right.
+            level = logging.WARNING if is_local(address) and shared_memory_id() else logging.INFO
+            logger.log(level, "%s: batches come in messages instead of a ring: %s", address, session.transport_reason)
 
     def _open(self) -> _Session:
         self._taken = 0
@@ -288,7 +319,12 @@ class _Session:
     def __init__(self, calls: Calls, request: pb.SampleRequest, prefetch: int, *, ring: bool) -> None:
         self._calls = calls
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        opening = pb.SampleStreamOpen(sample=request, credits=prefetch, shared_memory_id=shared_memory_id() if ring else "")
+        identity = shared_memory_id() if ring else ""
+        self.transport_reason = ""
+        """Why batches do not come by a ring; ``""`` while they do, or that is not known yet."""
+        if not identity:
+            self.transport_reason = "this machine is not Linux on x86-64, or has no /dev/shm" if ring else "turned off by ring=False"
+        opening = pb.SampleStreamOpen(sample=request, credits=prefetch, shared_memory_id=identity)
         self._requests.put(pb.SampleStreamRequest(open=opening).SerializeToString())
         self._offers = bool(opening.shared_memory_id)
         self.ring: RingBatches | None = None
@@ -330,13 +366,17 @@ class _Session:
         try:
             ring = attach(message, self._call)
             if ring is None:
+                self.transport_reason = NO_REASON
                 return False
+            if isinstance(ring, str):
+                self.transport_reason = ring
+                return True
             ring.start()
         except (CodecError, RingError, RuntimeError) as error:  # the last where the system has no other thread
-            logger.info("frames instead of a ring: %s", error)
+            self.transport_reason = f"the server's ring cannot be used here: {error}"
         else:
             self.ring = ring
-        answer = pb.RingAttachment(attached=self.ring is not None)
+        answer = pb.RingAttachment(attached=self.ring is not None, reason=self.transport_reason)
         self._requests.put(pb.SampleStreamRequest(ring=answer).SerializeToString())
         return True
 

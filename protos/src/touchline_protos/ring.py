@@ -1,30 +1,30 @@
 """A ring of batches in shared memory: one server writes, one learner reads, and no message carries a batch.
 
-One file holds a header, a word for each slot and the slots. The server fills any free slot, notes it in the order of publication and
-raises ``head``; the learner takes slots in that order and frees each when it is done, in any order, so a batch that is held does not
-hold up the others. Whoever waits spins briefly and then sleeps on a futex, so an idle side costs no core.
+A header, a word for each slot and the slots lie in one stretch of memory. The server fills any free slot, notes it in the order of
+publication and raises ``head``; the learner takes slots in that order and frees each when it is done, in any order, so a batch that is
+held does not hold up the others. Whoever waits spins briefly and then sleeps on a futex, so an idle side costs no core.
 
 Works where stores are seen by other cores in the order in which they were made (x86-64) and where the kernel has futexes (Linux);
 :func:`shared_memory_id` is empty elsewhere. Plain ``mmap`` and not ``multiprocessing.shared_memory``, whose tracker unlinks files that
-it does not own.
+it does not own. How the memory comes from one side to the other, and why neither can take it from the other, is in
+:mod:`.sealed_memory`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import itertools
 import mmap
 import os
 import platform
 import re
 import secrets
-import stat
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from touchline_protos import sealed_memory
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
 _NAME = re.compile(r"touchline-[0-9a-f]{32}")
@@ -88,11 +88,11 @@ class RingGeometry:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole file."""
+        """Of the whole memory."""
         return PAGE + self.slots * self.slot_size_bytes
 
     def offset(self, slot: int) -> int:
-        """Returns where a slot begins in the file."""
+        """Returns where a slot begins in it."""
         return PAGE + slot * self.slot_size_bytes
 
     def check(self) -> None:
@@ -101,21 +101,15 @@ class RingGeometry:
             raise RingError(f"a ring of {self.slots} slots of {self.slot_size_bytes} bytes, expected 2 to {MAX_SLOTS} slots of whole pages")
 
 
-@cache
-def _syscall() -> Any:
-    """Returns the C library's ``syscall``. Once: each ``CDLL`` makes classes, which only the garbage collector frees."""
-    return ctypes.CDLL(None, use_errno=True).syscall
-
-
 class _Ring:
-    """What both sides see of the file. The words are aligned, so each load and store of one is a single instruction."""
+    """What both sides see of the memory. The words are aligned, so each load and store of one is a single instruction."""
 
     def __init__(self, memory: mmap.mmap, geometry: RingGeometry) -> None:
         self.geometry = geometry
         self.memory = memory
         self._words = (ctypes.c_int64 * (PAGE // 8)).from_buffer(memory)
         self._address = ctypes.addressof(self._words)
-        self._syscall = _syscall()
+        self._syscall = sealed_memory.system_call()
 
     def slot_array(self, slot: int) -> Any:
         """Returns a slot's memory as a fresh ctypes array: writable, shared, weak-referenceable, keeps the mapping alive."""
@@ -153,32 +147,28 @@ class _Ring:
 
 
 class RingWriter(_Ring):
-    """The server's side. One thread writes; any thread may :meth:`interrupt` it."""
+    """The server's side. One thread writes; any thread may :meth:`interrupt` it. The learner gets the memory by its ``handover``."""
 
     def __init__(self, geometry: RingGeometry) -> None:
-        """Makes the file, readable for this user alone, with its space reserved.
+        """Makes the memory, and the socket by which a process of this user gets it.
 
         Raises:
-            RingError: there is no room in shared memory, or no shared memory.
+            RingError: there is no memory for it, or no shared folder.
         """
         geometry.check()
         self.path = SHARED_MEMORY_DIR / f"{_PREFIX}{secrets.token_hex(16)}"
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self._head = 0
-        self._linked = True
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._file = sealed_memory.make("touchline-ring", geometry.size_bytes)
         except OSError as error:
-            raise RingError(f"no ring in {SHARED_MEMORY_DIR}: {error.strerror}") from None
+            raise RingError(f"no memory for a ring of {geometry.size_bytes} bytes: {error.strerror or error}") from None
         try:
-            # Held while this process lives: a file without its lock is a dead server's.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Without this a full file system would be a SIGBUS at some later write.
-            os.posix_fallocate(self._file, 0, geometry.size_bytes)
             memory = mmap.mmap(self._file, geometry.size_bytes)
+            self.handover = sealed_memory.Handover(self.path, self._file)
         except OSError as error:
-            self.close()
-            raise RingError(f"no ring of {geometry.size_bytes} bytes in {SHARED_MEMORY_DIR}: {error.strerror}") from None
+            os.close(self._file)
+            raise RingError(f"no ring in {SHARED_MEMORY_DIR}: {error.strerror or error}") from None
         super().__init__(memory, geometry)
         memory[8 * _TOKEN : 8 * _TOKEN + _TOKEN_BYTES] = self.token
         self._words[_SLOTS] = geometry.slots
@@ -213,15 +203,9 @@ class RingWriter(_Ring):
         """Ends a sleep in :meth:`free_slots`; from any thread."""
         self._syscall(_FUTEX_CALL, self._futex(_FREED), _FUTEX_WAKE, 1, None, None, 0)
 
-    def unlink(self) -> None:
-        """Takes the file's name away; both sides keep their mapping."""
-        if self._linked:
-            self._linked = False
-            self.path.unlink(missing_ok=True)
-
     def close(self) -> None:
-        """Unlinks and unlocks the file; its memory goes with the last mapping of it."""
-        self.unlink()
+        """Gives the memory to nobody any more; it goes with the last mapping of it. Closing again does nothing."""
+        self.handover.close()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -235,10 +219,10 @@ class RingReader(_Ring):
     """The learner's side. One thread takes; any thread may free a slot or :meth:`interrupt`."""
 
     def __init__(self, path: str, token: bytes, geometry: RingGeometry, size_bytes: int) -> None:
-        """Maps a ring that a server offered. Nothing that the offer says is trusted.
+        """Gets and maps a ring that a server offered. Nothing that the offer says is trusted.
 
         Raises:
-            RingError: the offer is not that of a ring, or the file is not there, not this user's or not what the offer says.
+            RingError: the offer is not that of a ring, or the memory is not to be had, not this user's or not what the offer says.
         """
         geometry.check()
         name = Path(path).name
@@ -247,21 +231,20 @@ class RingReader(_Ring):
         if size_bytes != geometry.size_bytes:
             raise RingError(f"{path}: {size_bytes} bytes offered, expected {geometry.size_bytes} for its slots")
         try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            file = sealed_memory.receive(path, size_bytes)
         except OSError as error:
-            raise RingError(f"{path}: {error.strerror}") from None
+            raise RingError(f"{path}: {error.strerror or error}") from None
         try:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != size_bytes:
-                raise RingError(f"{path}: not a file of this user of {size_bytes} bytes")
             memory = mmap.mmap(file, size_bytes)
+        except OSError as error:
+            raise RingError(f"{path}: {size_bytes} bytes cannot be mapped: {error.strerror or error}") from None
         finally:
             os.close(file)
         super().__init__(memory, geometry)
         header = (self._words[_MAGIC], self._words[_SLOTS], self._words[_SLOT_BYTES])
         found = memory[8 * _TOKEN : 8 * _TOKEN + _TOKEN_BYTES]
         if header != (MAGIC, geometry.slots, geometry.slot_size_bytes) or not secrets.compare_digest(found, token):
-            raise RingError(f"{path}: the file is not the ring that was offered")
+            raise RingError(f"{path}: the memory is not the ring that was offered")
         self._process = os.getpid()
         self._taken = 0
         self._frees = itertools.count(1)
@@ -309,27 +292,14 @@ class RingReader(_Ring):
 
 
 def sweep_dead_rings() -> int:
-    """Removes the files of servers of this user that were killed; returns how many."""
-    removed = 0
+    """Removes the sockets of servers of this user that were killed; returns how many. Their memory went with them."""
     try:
-        candidates = [path for path in SHARED_MEMORY_DIR.iterdir() if _NAME.fullmatch(path.name)]
+        dead = [path for path in SHARED_MEMORY_DIR.iterdir() if _NAME.fullmatch(path.name) and sealed_memory.is_abandoned(path)]
     except OSError:
         return 0
-    for path in candidates:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            if os.fstat(file).st_uid == os.getuid():
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-                removed += 1
-        except OSError:
-            pass  # locked: its server lives
-        finally:
-            os.close(file)
-    return removed
+    for path in dead:
+        path.unlink(missing_ok=True)
+    return len(dead)
 
 
 class _Timespec(ctypes.Structure):

@@ -6,6 +6,8 @@ that get frames.
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +19,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.gathering import GatherPlan
+from touchline_server.memory import available_host_bytes
 from touchline_server.sharing import AddGate
 from touchline_server.store import Selection
 from touchline_server.streaming import BatchSource
@@ -31,6 +34,14 @@ SMALL_AHEAD = 14
 SMALL_AHEAD_BYTES = 1 << 23
 """Small batches are kept under way up to this many and this size, also where fewer are asked for: each sleep costs as much as a batch."""
 
+MEMORY_SHARE = 0.5
+"""Of the memory that is available, a new ring takes no more."""
+
+MAX_TOLD = 64
+"""Reasons that are told, each once."""
+_NUMBER = re.compile(r"[0-9a-f]*[0-9][0-9a-f]*")
+"""Also a name of hexadecimal digits: what differs in the same reason from one time to the next."""
+
 AT_ONCE_BYTES = 1 << 22
 """Batches are drawn together up to this size."""
 
@@ -42,27 +53,56 @@ class RingHouse:
         self._limits = buffer.config.server
         self._identity = shared_memory_id()
         self._rings = 0
+        self._told: set[str] = set()
 
-    def open(self, learner_id: str, plan: GatherPlan, batches: int) -> RingWriter | None:
-        """Returns a ring for a learner, or None where frames have to do.
+    def open(self, learner_id: str, plan: GatherPlan, batches: int) -> RingWriter:
+        """Returns a ring for a learner.
 
         Args:
             learner_id: the ``shared_memory_id`` that it sent.
             plan: of its batches.
             batches: how many it wants under way.
+
+        Raises:
+            RingError: frames have to do; the text says why.
         """
-        if not self._identity or learner_id != self._identity or self._rings >= self._limits.max_rings:
-            return None
-        fitting = self._limits.max_ring_bytes // max(plan.layout.body_bytes, 1)
-        ahead = max(batches, min(SMALL_AHEAD, SMALL_AHEAD_BYTES // max(plan.layout.body_bytes, 1)))
+        if not self._identity:
+            raise RingError("the server is not on Linux on x86-64, or has no /dev/shm")
+        if learner_id != self._identity:
+            # Nothing to put right: most learners are on hosts of their own.
+            raise RingError("the server is on another host, or in a container with another /dev/shm")
+        try:
+            return self._make(plan, batches)
+        except RingError as error:
+            self.tell_once(str(error))
+            raise
+
+    def tell_once(self, reason: str) -> None:
+        """Says in the log why a learner on this host has no ring; each reason the first time only."""
+        kind = _NUMBER.sub("#", reason)
+        new = kind not in self._told and len(self._told) < MAX_TOLD
+        logger.log(logging.WARNING if new else logging.DEBUG, "messages instead of a ring: %s", reason)
+        if new:
+            self._told.add(kind)
+
+    def _make(self, plan: GatherPlan, batches: int) -> RingWriter:
+        limits = self._limits
+        if not limits.max_rings:
+            raise RingError("server.max_rings is 0: rings are turned off")
+        if self._rings >= limits.max_rings:
+            raise RingError(f"all {limits.max_rings} rings are in use (server.max_rings)")
+        body_bytes = max(plan.layout.body_bytes, 1)
+        fitting = limits.max_ring_bytes // body_bytes
+        ahead = max(batches, min(SMALL_AHEAD, SMALL_AHEAD_BYTES // body_bytes))
         slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
         if slots < MIN_SLOTS:
-            return None
-        try:
-            ring = RingWriter(RingGeometry.of(slots, plan.layout.body_bytes))
-        except RingError as error:
-            logger.info("frames instead of a ring: %s", error)
-            return None
+            raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into server.max_ring_bytes, {limits.max_ring_bytes}")
+        geometry = RingGeometry.of(slots, plan.layout.body_bytes)
+        available = available_host_bytes()
+        # The kernel would rather end a process than refuse it the memory.
+        if geometry.size_bytes > available * MEMORY_SHARE:
+            raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
+        ring = RingWriter(geometry)
         self._rings += 1
         return ring
 

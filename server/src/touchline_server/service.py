@@ -251,9 +251,9 @@ class ReplayService:
 
     async def _sample_stream(self, stream: AsyncIterator[bytes], context: Context) -> None:
         async with self._broken_off(context):
-            await self._run_session(messages.parse_all(pb.SampleStreamRequest, stream), context.write)
+            await self._run_session(messages.parse_all(pb.SampleStreamRequest, stream), context)
 
-    async def _run_session(self, requests: AsyncIterator[pb.SampleStreamRequest], write: Write) -> None:
+    async def _run_session(self, requests: AsyncIterator[pb.SampleStreamRequest], context: Context) -> None:
         first = await anext(requests, None)
         if first is None:
             return
@@ -266,7 +266,7 @@ class ReplayService:
             max_batches=first.open.max_batches_per_frame,
         )
         session = SampleSession(source, self._changes, self._sampling, self._rings, self._gate, self._budgets.sending)
-        await session.run(first.open, requests, write)
+        await session.run(first.open, requests, context.write)
 
     async def _get_episodes(self, request: pb.GetEpisodesRequest, context: Context) -> None:
         _check_table(request.table)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
-from touchline_protos.ring import RingWriter
+from touchline_protos.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidRequestError, NotReadyError
 from touchline_server.feeding import RingFeeder, RingHouse, ring_offer
@@ -63,7 +63,7 @@ class SampleSession:
         self._sending = sending
         self._credits = 0
         self._closed = False
-        self._attached: bool | None = None
+        self._attached: pb.RingAttachment | None = None
         self._fault: Exception | None = None
 
     async def run(self, opening: pb.SampleStreamOpen, requests: AsyncIterator[pb.SampleStreamRequest], write: Write) -> None:
@@ -77,10 +77,12 @@ class SampleSession:
         with self._changes.waiter() as wake:
             reader = asyncio.create_task(self._read(requests, wake))
             try:
-                if opening.shared_memory_id and await self._may_push(wake):
-                    plan = self._source.plan()
-                    ring = self._rings.open(opening.shared_memory_id, plan, self._credits) if plan is not None else None
-                    if plan is not None and ring is not None:
+                if opening.shared_memory_id and await self._may_push(wake) and (plan := self._source.plan()) is not None:
+                    try:
+                        ring = self._rings.open(opening.shared_memory_id, plan, self._credits)
+                    except RingError as error:
+                        await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())
+                    else:
                         try:
                             if await self._offer(ring, plan, write, wake):
                                 await self._feed(ring, plan, write, wake)
@@ -158,13 +160,20 @@ class SampleSession:
 
     async def _offer(self, ring: RingWriter, plan: GatherPlan, write: Write, wake: asyncio.Event) -> bool:
         """Offers a ring; returns whether the learner has mapped it."""
-        await write(ring_offer(ring, plan))
-        while self._attached is None and not self._closed:
-            wake.clear()
-            self._check()
-            await wake.wait()
-        ring.unlink()
-        return bool(self._attached)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ring.handover, ring.handover.serve)
+        try:
+            await write(ring_offer(ring, plan))
+            while self._attached is None and not self._closed:
+                wake.clear()
+                self._check()
+                await wake.wait()
+        finally:
+            loop.remove_reader(ring.handover)
+            ring.handover.close()
+        if self._attached is not None and not self._attached.attached:
+            self._rings.tell_once(f"the learner could not use the ring, and says {self._attached.reason[:200]!r}")
+        return self._attached is not None and self._attached.attached
 
     async def _feed(self, ring: RingWriter, plan: GatherPlan, write: Write, wake: asyncio.Event) -> None:
         """Keeps a ring full until the learner leaves; the stream itself only tells actors' names."""
@@ -209,7 +218,7 @@ class SampleSession:
                 if kind == "credit":
                     self._grant(request.credit.batches)
                 elif kind == "ring":
-                    self._attached = request.ring.attached
+                    self._attached = request.ring
                 else:
                     raise InvalidRequestError("a sampling stream was opened twice, expected only credits after its first message")
                 wake.set()

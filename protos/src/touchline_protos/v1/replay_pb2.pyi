@@ -298,10 +298,12 @@ class SampleStreamCredit(_message.Message):
     def __init__(self, batches: _Optional[int] = ...) -> None: ...
 
 class RingAttachment(_message.Message):
-    __slots__ = ("attached",)
+    __slots__ = ("attached", "reason")
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     attached: bool
-    def __init__(self, attached: bool = ...) -> None: ...
+    reason: str
+    def __init__(self, attached: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SampleStreamResponse(_message.Message):
     __slots__ = ("group", "chunk", "ring", "actors")
@@ -342,20 +344,22 @@ class BatchChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Batch, _Mapping]] = ..., size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RingSetup(_message.Message):
-    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token")
+    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token", "refused")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     path: str
     size_bytes: int
     slots: int
     slot_size_bytes: int
     layout: Batch
     token: bytes
-    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ...) -> None: ...
+    refused: str
+    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class GetEpisodesRequest(_message.Message):
     __slots__ = ("table", "episode_ids", "skip_missing", "first_episode_id", "last_episode_id", "actor", "newest", "columns", "max_frame_bytes")
