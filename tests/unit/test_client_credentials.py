@@ -72,7 +72,7 @@ def test_token_goes_with_every_call_and_shows_nowhere() -> None:
         client.ready()
         client.ready()
 
-        shown = repr(client) + repr(client._transport) + repr(client._calls) + repr(client._transport._credentials)
+        shown = repr(client) + repr(client._transport) + repr(client._calls) + repr(client._transport.credentials)
 
     assert [metadata["authorization"] for _, metadata in server.calls] == [f"Bearer {SECRET}"] * 2
     assert SECRET not in shown

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from touchline.calls import Calls
 from touchline.credentials import Credentials, TlsConfig
 from touchline.delivery import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
 from touchline.errors import (
+    ClosedError,
     InvalidArgumentError,
     InvalidEpisodeError,
     NotReadyError,
@@ -53,7 +55,8 @@ class ReplayClient:
     deadline, while the server is unavailable or over a limit (then after the delay that it asks for). Episodes that are larger than a
     message travel in chunks by themselves.
 
-    Safe to use from many threads.
+    Safe to use from many threads. May be pickled and copied, as an argument of a spawned process is: address, settings and credentials (the
+    token, and the paths of TLS files) travel, the copy opens a channel of its own and is another sender of episodes.
 
     Args:
         address: ``"host:50051"`` or ``"unix:/path"``.
@@ -443,6 +446,20 @@ class ReplayClient:
         self.close()
 
     # Inside.
+
+    def __reduce__(self) -> tuple[Callable[[], ReplayClient], tuple[()]]:
+        if self._transport.closed:
+            raise ClosedError(f"the client of {self.address} was closed, expected an open one to pickle or copy")
+        options: dict[str, Any] = {
+            "timeout_s": self.timeout_s,
+            "client_id": self._identity.given_id,
+            "actor": self.actor,
+            "max_message_bytes": self._max_message_bytes,
+            "as_numpy": self._as_numpy,
+            "dtype": self.dtype,
+            "table": self._table,
+        }
+        return partial(type(self), self.address, **options, **self._transport.credentials.arguments), ()
 
     def after_fork_in_child(self) -> None:
         """Decodes into buffers of its own."""

@@ -77,6 +77,8 @@ class Credentials:
                 f"token: would go to {address} in the clear, expected TLS: give tls=TlsConfig(...) or {CA_VARIABLE}; "
                 f"allow_plaintext=True or {ALLOW_PLAINTEXT_VARIABLE}=1 where the network itself is private"
             )
+        self.arguments: dict[str, Any] = {"tls": self._tls or False, "token": token, "allow_plaintext": allow_plaintext}
+        """What makes the same credentials in another process, whatever its environment. With the token: a secret."""
         self.metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {token}"),) if token else ()
         """Goes with every call."""
 

@@ -32,7 +32,8 @@ class Identity:
         fault = None if client_id is None else name_fault(client_id, least_chars=1)
         if fault is not None:
             raise InvalidArgumentError(f"client_id: {fault}")
-        self._given_id = client_id
+        self.given_id = client_id
+        """As it was given."""
         self._renew()
         forget_in_child(self)
 
@@ -50,7 +51,7 @@ class Identity:
         self._renew()
 
     def _renew(self) -> None:
-        self._client_id = self._given_id or f"{socket.gethostname()[:90]}-{uuid.uuid4().hex}"
+        self._client_id = self.given_id or f"{socket.gethostname()[:90]}-{uuid.uuid4().hex}"
         # Two senders of one name that start in the same clock tick differ in the low bits.
         self._incarnation = time.time_ns() >> _RANDOM_BITS << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
         self._sequence = itertools.count()  # next() on it is one step under the interpreter's lock

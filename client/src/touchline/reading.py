@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from touchline.calls import Calls, delay_before_retry, is_passing
+from touchline.copying import NotCopied
 from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
 from touchline.forking import event_like, forget_in_child, keep_orphan
@@ -25,13 +26,15 @@ MAX_FRUITLESS = 5
 logger = get_logger(__name__)
 
 
-class EpisodeStream:
+class EpisodeStream(NotCopied):
     """An iterator of whole episodes, their ids ascending; also a context manager that closes it. Made by ``ReplayClient.episodes``.
 
     One thread iterates, any thread may close; forks as with a :class:`~touchline.BatchStream`, but a child goes on where its parent was.
     The episodes' arrays are the caller's. Who stops before the end closes it; what is dropped without that ends its call once it is
     collected.
     """
+
+    _instead = "hand its client over, which can be, and call episodes() there"
 
     def __init__(self, source: EpisodeSource) -> None:
         self._source = source

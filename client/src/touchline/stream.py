@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from touchline.calls import Calls, delay_before_retry, is_passing
+from touchline.copying import NotCopied
 from touchline.credentials import is_local
 from touchline.dropping import when_dropped
 from touchline.errors import (
@@ -66,7 +67,7 @@ class BatchSource(Protocol):
         """The ring that the last batch came through; None where it came in messages."""
 
 
-class BatchStream:
+class BatchStream(NotCopied):
     """An endless iterator of batches; also a context manager that closes it.
 
     One thread iterates, any thread may close; one that is dropped ends its session once it is collected. The batches are the caller's:
@@ -76,6 +77,8 @@ class BatchStream:
     ring), gRPC itself may be caught half-way, and hang in the child: let the thread that iterates be the one that forks, or hold the
     iteration meanwhile.
     """
+
+    _instead = "hand its client over, which can be, and call batches() there"
 
     def __init__(self, source: BatchSource, deliver: Callable[[Batch], Batch]) -> None:
         self._source = source

@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): {install_command('torch')}") from error
 
 from touchline.client import ReplayClient
+from touchline.copying import NotCopied
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline.naming import columns_of
 from touchline.single_run import Backend, SingleRun
@@ -32,7 +33,7 @@ Sampled = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | No
 """obs, action, reward, terminated, task; see :meth:`Buffer.sample`."""
 
 
-class Buffer:
+class Buffer(NotCopied):
     """TD-MPC2's replay buffer on a Touchline server, or on a buffer in this process. Also a context manager that closes it.
 
     It is the buffer of one run: when it is made it asks the server for its figures, waits up to 60 s for one that is not there (and says so
@@ -60,6 +61,8 @@ class Buffer:
         UnavailableError: no server answers there.
         AccessDeniedError: the token is not good for it; to empty the server it has to be an admin's.
     """
+
+    _instead = "make one there, from the same cfg"
 
     def __init__(
         self,

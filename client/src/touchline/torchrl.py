@@ -25,6 +25,7 @@ to the bit, the trajectory is cut: every transition is kept as it is, and no sli
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -54,6 +55,10 @@ class RemoteReplayBuffer:
 
     A trajectory is sent, whole, when ("next", "done") ends it; until then it is collected here, across calls of ``extend``, by its
     ("collector", "traj_ids"). ``max_steps`` sends long ones in pieces, ``flush`` and ``close`` send what there is.
+
+    It may be handed to the processes of a collector (``MultiSyncCollector(..., replay_buffer=buffer)``), pickled or copied: the copy has a
+    connection of its own, and begins without the trajectories that are under way here. What a worker has collected of a trajectory when the
+    collector is shut down is lost; ``max_steps`` bounds it.
 
     Samples are drawn as TorchRL's ``SliceSampler`` draws them: a trajectory uniformly, then a start uniformly (``law="step"``: every start
     equally likely). The next batches are under way while the learner uses this one. One thread samples, one extends.
@@ -110,7 +115,8 @@ class RemoteReplayBuffer:
         self._transforms: list[Callable[[TensorDict], TensorDict]] = [] if transform is None else [transform]
         self._truncated_key = truncated_key
         self._law, self._device, self._timeout_s = law, device, timeout_s
-        self._trajectories = Trajectories(max_steps=max_steps, max_open=max_trajectories)
+        self._new_trajectories = partial(Trajectories, max_steps=max_steps, max_open=max_trajectories)
+        self._trajectories = self._new_trajectories()
         self._incoming: bool | None = None
         self._stream: tuple[int, BatchStream] | None = None
         self._closed = False
@@ -220,6 +226,34 @@ class RemoteReplayBuffer:
         if discarded:
             logger.warning("discarded %d unfinished trajectories because of %s", len(discarded), kind.__name__)
         self._end()
+
+    # In the processes of a collector.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": None, "_trajectories": None, "_owns_client": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._trajectories = self._new_trajectories()
+        when_dropped(self, _say_what_is_lost, self._trajectories)
+
+    @property
+    def shared(self) -> bool:
+        """True: what one process adds, all others sample."""
+        return True
+
+    @property
+    def write_count(self) -> int:
+        """Transitions that were ever stored on the server."""
+        counts = self._client.counts()
+        return counts.steps_added - counts.episodes_added
+
+    @property
+    def _storage(self) -> RemoteReplayBuffer:
+        """Asked by collectors of several processes whether it is ``initialized``, so that its workers can write to it."""
+        return self
+
+    initialized = True
 
     # Inside.
 

@@ -50,12 +50,13 @@ class Transport:
 
     def __init__(self, address: str, *, max_message_bytes: int, credentials: Credentials | None = None) -> None:
         self.address = check_address(address)
-        self._credentials = Credentials(address) if credentials is None else credentials
-        self.metadata = self._credentials.metadata
+        self.credentials = Credentials(address) if credentials is None else credentials
+        """What it shows to the server."""
+        self.metadata = self.credentials.metadata
         """Goes with every call."""
-        self.tls = self._credentials.tls
+        self.tls = self.credentials.tls
         """Whether it speaks TLS."""
-        self.server_name = self._credentials.server_name
+        self.server_name = self.credentials.server_name
         """The name that the server's certificate has to have, where that is not the address's; empty where it is."""
         self._options = [
             ("grpc.max_send_message_length", max_message_bytes),
@@ -110,7 +111,7 @@ class Transport:
                     "import touchline first, or set GRPC_ENABLE_FORK_SUPPORT=1"
                 )
             if self._channel is None:
-                self._channel = self._credentials.open(self.address, self._options)
+                self._channel = self.credentials.open(self.address, self._options)
                 self._dropped = when_dropped(self, self._channel.close)
             made: Callable[..., Any] = getattr(self._channel, kind)(_SERVICE + name)
             self._methods[kind, name] = made

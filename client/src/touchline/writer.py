@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from touchline import leaving
+from touchline.copying import NotCopied
 from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError, SpoolError, UnacknowledgedError
 from touchline.messages import check_actor, check_dtype, check_policy_version, whole_number
@@ -33,7 +34,7 @@ SPOOL_LIMIT_BYTES = 1 << 30
 logger = get_logger(__name__)
 
 
-class EpisodeWriter:
+class EpisodeWriter(NotCopied):
     """Collects an actor's steps into episodes and sends each, whole, from a background thread.
 
     The first row of an episode is the reset observation. It may leave out columns that the later rows have: they are NaN there (zero
@@ -87,6 +88,8 @@ class EpisodeWriter:
         InvalidArgumentError: an argument out of range.
         SpoolError: the spool is another writer's, damaged, of a newer format, or cannot be made.
     """
+
+    _instead = "hand its client over, which can be, and make a writer there"
 
     def __init__(
         self,
