@@ -111,6 +111,7 @@ def test_writer_at_the_limit_of_names_waits_and_is_stored_after_a_clear(
         client.add(dict(make_episode().columns))
         refusal = refused(caller.add, make_episode(actor="winger"))
         assert (refusal.reason, refusal.retry_after_ms) == ("over-limit", "1000")
+        assert caller.counts().episodes_refused == 0
 
         writer = EpisodeWriter(client, actor="winger")
         zeros = {"obs": np.zeros(4, np.float32), "action": np.zeros(2, np.float32), "reward": np.float32(0)}

@@ -22,7 +22,7 @@ from touchline_protos.log_lines import get_logger
 from touchline_server.changes import change_of, check_storable
 from touchline_server.data_dir import DataDir
 from touchline_server.database import Database
-from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.errors import OverloadedError, ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
 from touchline_server.journal import Journal
 from touchline_server.ledger import payload_digest
 from touchline_server.planning import GroupPlan, Planned
@@ -370,7 +370,8 @@ class GroupCommitter:
         return change_of(episode, pending.digest, planned, incoming=self._store.incoming, copy=copy)
 
     def _refuse(self, pending: _Pending, error: Exception) -> None:
-        self._store.count_refused(str(error), pending.episode)
+        if not isinstance(error, OverloadedError):  # which only says to come again
+            self._store.count_refused(str(error), pending.episode)
         pending.receipt.set_exception(error)
 
     def _take_back(self, accepted: Sequence[tuple[_Pending, Planned]]) -> None:
