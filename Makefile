@@ -86,7 +86,7 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## tests the client beside Newt's 
 	$(BIN)/python $(PINS)/share_torch.py .venv-quick/lib/python3.*/site-packages
 	touch $@
 
-test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 15 minutes: kills, networks, disks, damage, fuzzing
+test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 30 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
 	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) \
 	FAULT_SCHEDULE=$(FAULT_SCHEDULE) FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults -s

@@ -27,6 +27,7 @@ from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, 
 from touchline_server.database import FILE_NAME, Database
 
 EPISODES = 60
+DAMAGES = max(12, FLIPS // 2)
 CAPACITY = 1_000
 PAGE = 8192
 FRAME = PAGE + 24
@@ -288,7 +289,7 @@ def damage_log(rng: random.Random, store: Store, folder: Path) -> tuple[str, set
 def test_random_damage_costs_the_episodes_that_it_hits_and_no_other(state: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     store: Store = request.getfixturevalue(state)
     lost = whole = 0
-    for seed in range(max(12, FLIPS)):
+    for seed in range(DAMAGES):
         rng = random.Random(f"{state} {seed}")
         folder = tmp_path / f"{seed}"
         shutil.copytree(store.folder, folder)
@@ -303,7 +304,7 @@ def test_random_damage_costs_the_episodes_that_it_hits_and_no_other(state: str, 
         lost += len(store.episodes) - len(found)
         whole += len(found)
         shutil.rmtree(folder)
-    note(damaged_stores=max(12, FLIPS), damaged_episodes=lost, whole_episodes_kept=whole)
+    note(damaged_stores=DAMAGES, damaged_episodes=lost, whole_episodes_kept=whole)
     assert lost and whole > lost / 4
 
 
