@@ -5,17 +5,28 @@ What a killed server leaves is the folder as it is; what a power cut leaves is t
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import fault_tally
 from durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
-from failing_disk import FailingDisk, Fault, failing_disk, kill_image
+from failing_disk import RULES_VARIABLE, FailingDisk, Fault, failing_disk, kill_image, write_rules
+from service_calls import Caller, ServerProcess, make_config, refused
+from touchline import ReplayClient, UnavailableError
 from touchline_server import ReplayBuffer, StorageFailedError, StorageFullError, StorageUncertainError, database
+from touchline_server.app import ServerThread
 from touchline_server.storage_state import StorageState
 
 FAULTS = [
@@ -148,3 +159,181 @@ def test_failed_call_ends_acknowledging_and_what_was_said_is_true(
     account.check(tmp_path / "unpowered", keeps="all" if durability == "sync" else "oldest")
     account.check(folder, keeps="oldest" if in_memory else "all")
     fault_tally.note(disk_failures=1, disk_refused=len(account.refused), disk_not_known=len(account.uncertain))
+
+
+# The files themselves
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def move(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def replace(name: str) -> Callable[[Path], None]:
+    def replace_file(folder: Path) -> None:
+        copy = folder / "copy"
+        shutil.copy(folder / name, copy)
+        copy.rename(folder / name)
+
+    return replace_file
+
+
+@pytest.mark.parametrize(
+    "harm", [remove, move, replace("touchline.db"), replace("touchline.db-wal"), replace("lock"), replace("acknowledged")], ids=repr
+)
+@pytest.mark.parametrize("durability", MODES)
+def test_files_that_are_taken_away_end_adding_and_sampling_goes_on(durability: str, harm: Callable[[Path], None], tmp_path: Path) -> None:
+    buffer = opened(tmp_path / "data", durability)
+    for sequence in range(5):
+        buffer.add_episode(keyed_episode(0, sequence))
+
+    harm(tmp_path / "data")
+    if durability == "memory":  # which acknowledges what is in memory, until it is written behind
+        with contextlib.suppress(StorageFailedError):
+            buffer.add_episode(keyed_episode(0, 5))
+        until(lambda: state_of(buffer) is StorageState.FAILED, "files that are gone were not noticed")
+    for sequence in range(6, 10):
+        with pytest.raises(StorageFailedError, match=r"in storage\.data_dir is (gone|not the file any more).*nothing was stored"):
+            buffer.add_episode(keyed_episode(0, sequence))
+
+    assert buffer.sample().episode_id.shape == (8,)
+    buffer.close()
+
+
+FORKING = """
+import os, sys
+from durable_cases import durable_config, keyed_episode
+from touchline_server import ReplayBuffer, StorageFailedError
+buffer = ReplayBuffer(durable_config(sys.argv[1], durability=sys.argv[2]))
+buffer.add_episode(keyed_episode(0, 0))
+child = os.fork()
+if not child:
+    for call in (lambda: buffer.add_episode(keyed_episode(0, 1)), lambda: buffer.submit_episode(keyed_episode(0, 2)), buffer.clear):
+        try:
+            call()
+        except StorageFailedError as error:
+            print(error, flush=True)
+    buffer.sample()
+    buffer.close()
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+buffer.add_episode(keyed_episode(0, 3))
+buffer.close()
+"""
+
+
+@pytest.mark.parametrize("durability", MODES)
+def test_forked_child_refuses_to_write_and_harms_nothing(durability: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, str(tmp_path / "data"), durability],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert re.match(rf"storage\.data_dir: {tmp_path}/data is the parent process's \(process \d+\); nothing was stored", line), line
+    buffer = opened(tmp_path / "data")
+    assert sequences(buffer) == [0, 3]
+    buffer.close()
+
+
+def test_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path: Path) -> None:
+    buffer = opened(tmp_path / "data")
+    buffer.add_episode(keyed_episode(0, 0))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+
+    buffer.close()
+    again = opened(tmp_path / "data")
+
+    assert sequences(again) == [0]
+    again.close()
+    os.close(writing)
+    os.waitpid(child, 0)
+    os.close(reading)
+
+
+# Over the wire
+
+
+def health(caller: Caller, service: str) -> tuple[int, str]:
+    call = health_pb2_grpc.HealthStub(caller.channel).Check.with_call(health_pb2.HealthCheckRequest(service=service), timeout=DEADLINE_S)
+    return call[0].status, str(dict(call[1].trailing_metadata()).get("touchline-health-detail", ""))
+
+
+def test_health_and_info_say_that_adding_is_refused_and_goes_on_by_itself(disk: FailingDisk, tmp_path: Path) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    config = durable_config(tmp_path / "data", durability="sync")
+    with ServerThread(config) as server, Caller(server.address) as caller, ReplayClient(server.address) as client:
+        caller.add(keyed_episode(0, 0))
+        assert health(caller, "touchline.v1.Replay/AddEpisode") == (serving, "")
+        assert (client.info().storage_state, client.info().storage_reason) == ("ok", "")
+
+        disk.fail(Fault("write", "-wal", full=True))
+        assert refused(caller.add, keyed_episode(0, 1)).reason == "over-limit"
+        until(lambda: health(caller, "touchline.v1.Replay/AddEpisode")[0] == not_serving, "health of a full disk")
+        for service in ("", "touchline.v1.Replay"):
+            status, detail = health(caller, service)
+            assert status == serving and "disk that is full" in detail
+        assert client.info().storage_state == "full" and "disk that is full" in client.info().storage_reason
+
+        disk.mend()
+        until(lambda: health(caller, "touchline.v1.Replay/AddEpisode") == (serving, ""), "health once there is room, though nobody adds")
+        assert client.info().storage_state == "ok"
+
+        disk.fail(Fault("sync", "-wal", times=1))
+        refusal = refused(caller.add, keyed_episode(0, 2))
+        assert (refusal.code.name, refusal.reason) == ("UNAVAILABLE", "storage-failed") and "may have been stored" in refusal.details
+        until(lambda: health(caller, "touchline.v1.Replay/AddEpisode")[0] == not_serving, "health of a broken disk")
+        assert "SQLITE_IOERR_FSYNC" in health(caller, "touchline.v1.Replay/AddEpisode")[1]
+        assert client.info().storage_state == "failed"
+        assert health(caller, "")[0] == serving
+        assert caller.sample(batch_size=4).episode_id.shape == (4,)
+
+
+def test_server_without_a_durable_store_serves_adding(tmp_path: Path) -> None:
+    config = make_config()
+    with ServerThread(config) as server, Caller(server.address) as caller, ReplayClient(server.address) as client:
+        assert health(caller, "touchline.v1.Replay/AddEpisode") == (health_pb2.HealthCheckResponse.SERVING, "")
+        assert client.info().storage_state == ""
+
+
+def test_episode_of_a_failed_fsync_that_is_added_again_after_a_kill_is_stored_once(tmp_path: Path) -> None:
+    rules = tmp_path / "rules"
+    options: dict[str, Any] = {
+        "program": (str(Path(__file__).parents[1] / "failing_disk.py"),),
+        "TOUCHLINE_STORAGE__DATA_DIR": str(tmp_path / "data"),
+        "TOUCHLINE_STORAGE__DURABILITY": "sync",
+        RULES_VARIABLE: str(rules),
+    }
+    episodes = [keyed_episode(0, sequence).columns for sequence in range(3)]
+    with ServerProcess(tmp_path, **options) as process, ReplayClient(process.address, timeout_s=3) as client:
+        client.add(episodes[0])
+        write_rules(rules, Fault("sync", "-wal", times=1))
+        with pytest.raises(UnavailableError, match="may have been stored: add it again with key=") as first:
+            client.add(episodes[1])
+        with pytest.raises(UnavailableError, match="takes nothing more until the server is started again") as second:
+            client.add(episodes[2])
+        assert client.sample(batch_size=4).action.shape[1] == 4
+        process.signal(signal.SIGKILL)
+        process.wait()
+    write_rules(rules)
+
+    with ServerProcess(tmp_path, **options) as process, ReplayClient(process.address, timeout_s=30) as client:
+        assert client.num_eps == 2  # the one of the failed fsync is there, so "nothing was stored" would have been wrong
+        for error, episode in ((first, episodes[1]), (second, episodes[2])):
+            assert error.value.key is not None
+            client.add(episode, key=error.value.key)
+        assert client.num_eps == 3

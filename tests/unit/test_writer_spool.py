@@ -24,12 +24,14 @@ from touchline import (
     EpisodeWriter,
     InvalidArgumentError,
     InvalidEpisodeError,
+    OverLimitError,
     ReplayClient,
     SpoolError,
     TooLargeError,
     UnacknowledgedError,
     WriterCounters,
 )
+from touchline.outbox_log import OutboxLog
 from touchline.spool import Spool
 from touchline_protos.codec import Episode, EpisodeKey, decode_add_episode
 
@@ -554,3 +556,19 @@ def test_writer_forgotten_at_exit_leaves_its_episodes_in_the_spool_and_says_what
     assert "was not closed: 1 rows of an unfinished one" in ended.stderr
     assert f"was not closed: 1 episodes wait in {tmp_path} for its next start" in ended.stderr
     assert len(shelf.episodes) == 1
+
+
+def test_line_about_sending_in_vain_is_repeated_after_ten_seconds_and_then_each_minute(caplog: pytest.LogCaptureFixture) -> None:
+    now = [100.0]
+    log = OutboxLog("writer", "", clock=lambda: now[0])
+    full = OverLimitError("the disk is full")
+
+    told = []
+    for second in range(200):
+        now[0] = 100.0 + second
+        before = len(caplog.messages)
+        log.tried_again(full, second)
+        told += [second] * (len(caplog.messages) - before)
+
+    assert told == [0, 10, 70, 130, 190]
+    assert caplog.messages[-1] == "writer: 190 episodes wait, sending is tried again: the disk is full"

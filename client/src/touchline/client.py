@@ -32,6 +32,7 @@ from touchline.messages import (
     server_info_of,
     whole_number,
 )
+from touchline.outcomes import outcome_told
 from touchline.readiness import Readiness
 from touchline.reading import EpisodeSource, EpisodeStream
 from touchline.stream import BatchSource, BatchStream, StreamSource
@@ -146,7 +147,7 @@ class ReplayClient:
             InvalidArgumentError: ``actor``, ``policy_version`` or ``key`` is none.
             KeyConflictError: the key was used before for another payload.
             TooLargeError: over the server's limit of an episode.
-            UnavailableError, DeadlineError: not known to be stored; may be sent again with the same key.
+            UnavailableError, DeadlineError, ServerError: not known to be stored; add it again with the error's ``key``, and it is once.
             TouchlineError: another of the tree.
         """
         if key is not None and not isinstance(key, EpisodeKey):
@@ -158,7 +159,9 @@ class ReplayClient:
             policy_version=check_policy_version(policy_version),
             dtype=self.dtype,
         )
-        return self._delivery.add(made)[1].episodes_stored
+        assert made.key is not None
+        with outcome_told(made.key):
+            return self._delivery.add(made)[1].episodes_stored
 
     def load(
         self,

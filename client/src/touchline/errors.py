@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from touchline_protos import Counts
+from touchline_protos.codec import EpisodeKey
 
 if TYPE_CHECKING:
     from touchline.types import EpisodeResult
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 class TouchlineError(Exception):
     """The root of all errors that this package raises on its own."""
+
+    key: EpisodeKey | None = None
+    """Of the episode that ``add`` sent, if it is not known whether it is stored: added again with this key it is stored once."""
 
 
 class InvalidArgumentError(TouchlineError, ValueError):

@@ -416,7 +416,9 @@ class Outbox:
                     self._trouble = None
                 return None
             if failures == SERVER_ERROR_ATTEMPTS:
-                return trouble
+                return ServerError(
+                    f"{trouble}; given up after {failures} attempts, it may have been stored: sent again under its key it is once"
+                )
             self._pause(trouble, delay_before_retry(trouble, next(delays)))
 
     def _settle(self, waiting: Waiting, error: TouchlineError | None) -> None:

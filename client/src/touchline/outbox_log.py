@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
-from touchline.errors import TouchlineError
+from touchline.errors import ServerError, TouchlineError
 from touchline.types import WriterCounters
+from touchline.waits import EVERY_S, FIRST_S
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.log_lines import get_logger
 
@@ -22,12 +24,14 @@ class OutboxLog:
     Args:
         name: of the sender.
         place: the spool's folder; empty without one.
+        clock: seconds that never go back; for tests.
     """
 
-    def __init__(self, name: str, place: str) -> None:
+    def __init__(self, name: str, place: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._name = name
         self._place = place
-        self._troubles: set[type[TouchlineError]] = set()
+        self._troubles: dict[type[TouchlineError], float] = {}
         self._held_up_at = -math.inf
         self._drops, self._drops_at = 0, -math.inf
 
@@ -43,7 +47,7 @@ class OutboxLog:
 
     def held_up(self, waiting: int) -> None:
         """Tells that the actor waits for room, and behind how many."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._held_up_at >= LOG_S:
             logger.warning("%s is held up: there is no room for another episode, %d wait", self._name, waiting)
             self._held_up_at = now
@@ -57,7 +61,7 @@ class OutboxLog:
             trouble: why sending is being tried again.
             last: nothing will be told later.
         """
-        now = time.monotonic()
+        now = self._clock()
         if counters.dropped == self._drops or (now - self._drops_at < LOG_S and not last):
             return
         logger.error(
@@ -73,14 +77,16 @@ class OutboxLog:
         self._drops, self._drops_at = counters.dropped, now
 
     def refused(self, key: EpisodeKey, length: int, error: TouchlineError) -> None:
-        """Tells of an episode that will never be stored."""
+        """Tells of an episode that is given up."""
         aside = f"; it is kept aside in {self._place}" if self._place else ""
-        logger.error("%s: episode %s of %d rows is not stored%s: %s", self._name, key, length, aside, error)
+        what = "is given up, and may have been stored" if isinstance(error, ServerError) else "is not stored"
+        logger.error("%s: episode %s of %d rows %s%s: %s", self._name, key, length, what, aside, error)
 
     def tried_again(self, trouble: TouchlineError, waiting: int) -> None:
-        """Tells why sending did not succeed, once for each kind of reason."""
-        if type(trouble) not in self._troubles:
-            self._troubles.add(type(trouble))
+        """Tells why sending did not succeed: at once for each kind of reason, again after 10 s, then once a minute."""
+        now, due = self._clock(), self._troubles.get(type(trouble))
+        if due is None or now >= due:
+            self._troubles[type(trouble)] = now + (FIRST_S if due is None else EVERY_S)
             logger.warning("%s: %d episodes wait, sending is tried again: %s", self._name, waiting, trouble)
 
     def answered(self) -> None:

@@ -72,7 +72,7 @@ class StorageMonitor:
     def check(self) -> None:
         """Raises StorageFailedError if the store takes nothing more; nothing was begun."""
         if self._state is StorageState.FAILED:
-            raise StorageFailedError(f"{self._refusal()}; nothing was stored")
+            raise StorageFailedError(f"{self._refusal()}; nothing was stored by this call")
 
     def check_written(self) -> None:
         """Raises StorageUncertainError if the store takes nothing more, though a commit has just succeeded."""
