@@ -252,7 +252,14 @@ class Outbox:
     def _wait_for_all(self, verb: str, timeout_s: float | None) -> bool:
         """Waits until nothing is to be sent any more, or will not be before somebody changes a setting; under the lock."""
         with waits.waiting(f"{verb} of the {self._name}", self._client.address, self._why):
-            return self._changed.wait_for(lambda: self._done or isinstance(self._trouble, TlsError), timeout_s)
+            ends = math.inf if timeout_s is None else time.monotonic() + timeout_s
+            while not self._done and not isinstance(self._trouble, TlsError):
+                left_s = ends - time.monotonic()
+                if left_s <= 0:
+                    return False
+                # In pieces: a Ctrl-C that comes just before a wait does not end it.
+                self._changed.wait(min(left_s, LOOK_S))
+            return True
 
     @property
     def _done(self) -> bool:

@@ -68,10 +68,14 @@ class WaitLog:
         wait.since = self._clock()
         wait.due = wait.since + (wait.first_s or SILENT_S)
         self._local.wait = wait
-        with self._lock:
-            self._waits[wait] = None
-            if self._thread is None and self._watched:
-                self._start()
+        try:
+            with self._lock:
+                self._waits[wait] = None
+                if self._thread is None and self._watched:
+                    self._start()
+        except BaseException:  # Ctrl-C, at this very moment
+            self.end(wait)
+            raise
 
     def end(self, wait: Wait) -> None:
         """Forgets a wait."""
