@@ -178,6 +178,7 @@ EXPORTS = {
         "SpoolError",
         "StoredEpisode",
         "TlsConfig",
+        "TlsError",
         "TooLargeError",
         "TouchlineError",
         "UnacknowledgedError",
