@@ -112,7 +112,9 @@ def test_hdf5_dotted_name_below_obs_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [2, np.nan, 0.5])
 def test_minari_flag_that_is_neither_true_nor_false_is_refused(value: Any) -> None:
-    minari = pytest.importorskip("touchline.datasets.minari")
+    for name in ("minari", "PIL"):
+        pytest.importorskip(name)
+    from touchline.datasets import minari
 
     with pytest.raises(datasets.DatasetError, match=r"^terminations: "):
         minari._flags("terminations", np.array([0, value]))

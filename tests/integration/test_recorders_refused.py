@@ -20,7 +20,7 @@ from recorder_cases import serve
 from serving import ServerThread
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient
 from touchline.recorders import DmEnvRecorder, GymnasiumRecorder, GymnasiumVectorRecorder, PettingZooRecorder
-from touchline.recorders.gymnasium_versions import AutoresetMode
+from touchline.recorders.gymnasium_versions import BEFORE_1, AutoresetMode
 
 LENGTH = 6
 """Transitions of an episode of the environments here."""
@@ -224,6 +224,8 @@ class Vector(VectorEnv):
 
     def __init__(self, mode: AutoresetMode, final: Callable[[dict[str, Any]], None] = lambda infos: None, **bad: Any) -> None:
         self.scripts = [Script(bad.get("bad")), Script()]
+        if BEFORE_1:
+            super().__init__(2, self.scripts[0].observation_space, self.scripts[0].action_space)
         self.single_observation_space = self.scripts[0].observation_space
         self.single_action_space = self.scripts[0].action_space
         self.metadata = {"autoreset_mode": mode}
