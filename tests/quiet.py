@@ -105,5 +105,10 @@ class QuietConnections:
 
 
 def episode(number: int) -> dict[str, np.ndarray]:
-    obs = np.full((ROWS, 3), number, np.float32)
-    return {"obs": obs, "action": np.zeros((ROWS, 2), np.float32), "reward": np.zeros(ROWS, np.float32)}
+    columns = {
+        "obs": np.full((ROWS, 3), number, np.float32),
+        "action": np.zeros((ROWS, 2), np.float32),
+        "reward": np.zeros(ROWS, np.float32),
+    }
+    columns["action"][0] = np.nan  # of the reset
+    return columns

@@ -103,7 +103,7 @@ def test_errors_of_all_three_distributions_are_looked_at() -> None:
     names = {f"{error.__module__}.{error.__qualname__}" for error in ERRORS}
 
     assert {"touchline.errors.LoadError", "touchline.datasets.values.DatasetError", "touchline_protos.ring.RingError"} <= names
-    assert {"touchline_server.errors.StoreInUseError", "touchline_server.config.ConfigError"} <= names
+    assert {"touchline_server.errors.StoreInUseError", "touchline_server.config_source.ConfigError"} <= names
     assert len(names) > 40
 
 
