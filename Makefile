@@ -73,7 +73,9 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## tests the client beside Newt's 
 .venv-oldest/.installed .venv-newt/.installed .venv-tdmpc2/.installed: .venv-%/.installed: $(PINS)/%.txt $(PINS)/requirements.txt client/pyproject.toml protos/pyproject.toml
 	rm -rf .venv-$*
 	$(PYTHON_OF) -m venv .venv-$*
-	.venv-$*/bin/pip install -c $< -e ./protos -e "./client[torch,torchrl,recorders,cli,hdf5]" -r $(PINS)/requirements.txt
+	.venv-$*/bin/pip install --upgrade pip
+	.venv-$*/bin/pip install -c $< -e ./protos -e "./client[torch,torchrl,recorders,cli,hdf5]"
+	.venv-$*/bin/pip install -c $< -r $(PINS)/requirements.txt
 	touch $@
 
 # The pins of TD-MPC2 with the torch of .venv, in a minute: what is linked comes after the last call of pip, which would follow the links.
