@@ -243,7 +243,7 @@ def test_add_origin_out_of_range_is_refused() -> None:
     for origin, message in [
         ({"policy_version": 2**63}, "policy_version: 9223372036854775808, expected a 64-bit integer"),
         ({"policy_version": -(2**63) - 1}, "policy_version: -9223372036854775809"),
-        ({"actor": "n" * 129}, "actor: a name of 129 characters, expected at most 128"),
+        ({"actor": "n" * 129}, "actor: 129 characters, expected up to 128"),
     ]:
         with pytest.raises(InvalidEpisodeError, match=re.escape(message)):
             buffer.add(columns, **origin)

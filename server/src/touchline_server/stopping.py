@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from collections.abc import Callable
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_SIG_IGN = 1
 
 
 class StoppedError(Exception):
@@ -44,8 +46,12 @@ class StopSignals:
     def finish(self) -> None:
         """Ignores what comes from now on: nothing is left to stop, and the interpreter gives its handlers up before it ends."""
         self._wake = None
+        # By the C library first: Python complains of a signal that came in the moment in which its handler was taken away.
+        ignore = ctypes.CDLL(None).signal
+        ignore.argtypes, ignore.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
         for number in _NUMBERS:
-            signal.signal(number, signal.SIG_IGN)
+            ignore(number, _SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)  # runs the handler of one that came before
 
     def _note(self, number: int, frame: object) -> None:
         first, self.came = not self.came, True
