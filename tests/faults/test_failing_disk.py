@@ -40,6 +40,7 @@ FAULTS = [
     Fault("sync", "db"),
     Fault("sync", "db", done=True),
     Fault("write", "acknowledged"),
+    Fault("truncate", "-wal"),
 ]
 BEFORE = 20
 """Episodes that are stored before the disk fails."""
@@ -124,8 +125,10 @@ class Account:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.call}{fault.file}{'-done' * fault.done}{fault.skip or ''}")
 @pytest.mark.parametrize("durability", MODES)
 def test_failed_call_ends_acknowledging_and_what_was_said_is_true(
-    durability: str, fault: Fault, times: int, disk: FailingDisk, tmp_path: Path
+    durability: str, fault: Fault, times: int, disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if fault.call == "truncate":
+        monkeypatch.setattr(database, "LOG_BYTES", 0)  # each checkpoint cuts the log
     folder, account = tmp_path / "data", Account()
     buffer = opened(folder, durability)
     for sequence in range(BEFORE):
@@ -159,6 +162,55 @@ def test_failed_call_ends_acknowledging_and_what_was_said_is_true(
     account.check(tmp_path / "unpowered", keeps="all" if durability == "sync" else "oldest")
     account.check(folder, keeps="oldest" if in_memory else "all")
     fault_tally.note(disk_failures=1, disk_refused=len(account.refused), disk_not_known=len(account.uncertain))
+
+
+@pytest.mark.parametrize("durability", MODES)
+def test_file_that_cannot_be_cut_ends_acknowledging(durability: str, disk: FailingDisk, tmp_path: Path) -> None:
+    account = Account()
+    buffer = opened(tmp_path / "data", durability)
+    for sequence in range(BEFORE):
+        account.add(buffer, sequence)
+    buffer.clear()
+    account.acknowledged.clear()
+    disk.fail(Fault("truncate", "db"))
+    sequence = BEFORE
+
+    def add_until_failed() -> bool:
+        nonlocal sequence
+        account.add(buffer, sequence)
+        sequence += 1
+        return state_of(buffer) is StorageState.FAILED
+
+    until(add_until_failed, "a file that cannot be cut was not noticed")
+    known = len(account.acknowledged)
+    for _ in range(10):
+        add_until_failed()
+
+    assert disk.failed.is_set() and len(account.acknowledged) == known
+    assert sequences(buffer) == account.acknowledged
+    kill_image(tmp_path / "data", tmp_path / "killed")
+    buffer.close()
+    disk.mend()
+    account.check(tmp_path / "killed", keeps="oldest" if durability == "memory" else "all")
+
+
+@pytest.mark.parametrize("fault", [Fault("sync", "db"), Fault("write", "db"), Fault("sync", "-wal"), Fault("write", "-wal")], ids=repr)
+def test_failed_call_at_the_close_is_logged_and_loses_nothing(
+    fault: Fault, disk: FailingDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    account = Account()
+    buffer = opened(tmp_path / "data", "sync")
+    for sequence in range(BEFORE):
+        account.add(buffer, sequence)
+    disk.fail(fault)
+
+    buffer.close()
+
+    assert disk.failed.is_set() and "the durable store was not closed in order" in caplog.text
+    disk.mend()
+    disk.cut_power(tmp_path / "data", tmp_path / "unpowered")
+    for folder in (tmp_path / "unpowered", tmp_path / "data"):
+        account.check(folder, keeps="all")
 
 
 # The files themselves
