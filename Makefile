@@ -25,8 +25,9 @@ PEERS_INSTALLED := .venv-peers/.installed
 # A Python 3.10 for the oldest versions, where there is one on the PATH or of pyenv; else PYTHON.
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do $$p -c 'import ensurepip' 2>/dev/null && { echo $$p; exit; }; done; echo $(PYTHON))
 PINS := tests/environments
-# What tests the client, in environments that have the client alone; the server is that of .venv.
-OF_CLIENT := SERVER_PYTHON=$(CURDIR)/.venv/bin/python
+# What tests the client, in environments that have the client alone; the server is that of .venv. One thread of torch in each process:
+# threads of OpenMP that wait for each other on a busy machine made 3 seconds of training a minute and more.
+OF_CLIENT := OMP_NUM_THREADS=1 SERVER_PYTHON=$(CURDIR)/.venv/bin/python
 QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc_options.py tests/unit/test_codec_*.py \
 	tests/unit/test_client_values.py tests/unit/test_recording.py tests/unit/test_writer_rows.py tests/integration/test_recorders_gymnasium.py \
 	tests/integration/test_recorders_vector.py tests/integration/test_tdmpc2.py tests/integration/test_torchrl_client.py)
