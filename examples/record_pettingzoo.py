@@ -12,10 +12,13 @@ import argparse
 import json
 import os
 
-from mpe2 import simple_spread_v3
-
 from touchline import ReplayClient
 from touchline.recorders import PettingZooRecorder
+
+try:
+    from mpe2 import simple_spread_v3
+except ImportError:  # PettingZoo before 1.25 has it itself
+    from pettingzoo.mpe import simple_spread_v3
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

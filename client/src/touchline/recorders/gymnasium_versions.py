@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -62,7 +63,7 @@ def vector_autoreset_mode(env: Any, given: Any) -> AutoresetMode:
     if BEFORE_1:
         _check_wrappers(env)
     found = given if given is not None else env.metadata.get("autoreset_mode")
-    if found is None and not hasattr(vector, "AutoresetMode") and isinstance(env.unwrapped, vector.SyncVectorEnv | vector.AsyncVectorEnv):
+    if found is None and not hasattr(vector, "AutoresetMode") and isinstance(env.unwrapped, _of_gymnasium()):
         return AutoresetMode.SAME_STEP if BEFORE_1 else AutoresetMode.NEXT_STEP
     try:
         return AutoresetMode(found)
@@ -108,6 +109,14 @@ def final_obs(info: Mapping[str, Any]) -> Any:
     raise InvalidEpisodeError(
         "obs: the environment gave no info['final_obs'] (before Gymnasium 1.1: 'final_observation') at an episode's end"
     )
+
+
+def _of_gymnasium() -> tuple[type, ...]:
+    """Returns Gymnasium's own vector environments; those of ``make_vec`` are others than ``vector``'s before 1.0."""
+    places = [vector]
+    if BEFORE_1:
+        places.append(import_module("gymnasium.experimental.vector"))
+    return tuple(kind for place in places for kind in (place.SyncVectorEnv, place.AsyncVectorEnv))
 
 
 def _check_wrappers(env: Any) -> None:
