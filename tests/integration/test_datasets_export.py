@@ -72,7 +72,7 @@ def _round_trip(pair: Pair, target: Path, episodes: list[Columns], format: str |
     (one, from_one), (other, to_other) = pair
     from_one.clear()
     to_other.clear()
-    _add(from_one, episodes, actor="le\0ft/ü%", policy_version=-3)
+    _add(from_one, episodes, actor="le ft/ü%", policy_version=-3)
 
     exported = datasets.export(from_one, str(target), format=format, force=True, **options)
     # These files hold no keys, and cleared servers remember what they had.
