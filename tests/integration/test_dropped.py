@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,27 @@ def rings_of(server: ServerThread) -> int:
     return int(server._server._service._rings._rings)
 
 
-def nothing_is_left(server: ServerThread, folder: Path, before: list[str], open_before: int) -> None:
+def maps() -> int:
+    """Rings that are mapped: other tests of this process may have left some."""
+    return Path("/proc/self/maps").read_text().count("touchline-ring")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds of the client's and the server's."""
+
+    threads: list[str] = field(default_factory=our_threads)
+    sockets: int = field(default_factory=sockets)
+    maps: int = field(default_factory=maps)
+
+
+def nothing_is_left(server: ServerThread, folder: Path, before: Held) -> None:
     gc.collect()
     eventually(lambda: streams_of(server) == 0, "the server's streams end")
     eventually(lambda: rings_of(server) == 0, "the server's rings are free")
-    eventually(lambda: len(our_threads()) <= len(before), f"no thread is left; before {before}")
-    eventually(lambda: sockets() <= open_before, "no socket is left")
-    maps = Path("/proc/self/maps")
-    eventually(lambda: f"{folder}/touchline-" not in maps.read_text() and "touchline-ring" not in maps.read_text(), "no ring is mapped")
+    eventually(lambda: len(our_threads()) <= len(before.threads), f"no thread is left; before {before.threads}")
+    eventually(lambda: sockets() <= before.sockets, "no socket is left")
+    eventually(lambda: maps() <= before.maps, "no ring is mapped")
     assert list(folder.iterdir()) == []
 
 
@@ -109,13 +123,13 @@ DROPS: dict[str, Callable[[ReplayClient], Callable[[], None]]] = {
 def test_streams_dropped_thirty_times_leave_nothing(server: ServerThread, folder: Path, what: str) -> None:
     with ReplayClient(server.address) as client:
         client.info()
-        before, open_before = our_threads(), sockets()
+        before = Held()
 
         drop = DROPS[what](client)
         for _ in range(TIMES):
             drop()
 
-        nothing_is_left(server, folder, before, open_before)
+        nothing_is_left(server, folder, before)
         if what != "stream" and shared_memory_id():
             with client.batches() as batches:
                 next(batches)
@@ -124,19 +138,19 @@ def test_streams_dropped_thirty_times_leave_nothing(server: ServerThread, folder
 
 def test_clients_dropped_fifty_times_leave_no_socket(server: ServerThread, folder: Path) -> None:
     gc.collect()
-    before, open_before = our_threads(), sockets()
+    before = Held()
 
     for _ in range(50):
         client = ReplayClient(server.address)
         assert client.num_eps == 5
         del client
 
-    nothing_is_left(server, folder, before, open_before)
+    nothing_is_left(server, folder, before)
 
 
 def test_clients_dropped_with_their_streams_leave_nothing(server: ServerThread, folder: Path) -> None:
     gc.collect()
-    before, open_before = our_threads(), sockets()
+    before = Held()
 
     for _ in range(20):
         client = ReplayClient(server.address)
@@ -146,7 +160,7 @@ def test_clients_dropped_with_their_streams_leave_nothing(server: ServerThread, 
         assert held.obs.shape == (4, 8, 4)
     del held
 
-    nothing_is_left(server, folder, before, open_before)
+    nothing_is_left(server, folder, before)
 
 
 def test_stream_lives_on_where_only_its_client_is_dropped(server: ServerThread) -> None:
@@ -189,7 +203,7 @@ def test_writer_dropped_warns_of_its_rows_and_sends_what_ended(
     server: ServerThread, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gc.collect()
-    before, open_before = our_threads(), sockets()
+    before = Held()
 
     def play() -> None:
         writer = EpisodeWriter(ReplayClient(server.address), actor="ada")
@@ -205,12 +219,12 @@ def test_writer_dropped_warns_of_its_rows_and_sends_what_ended(
     eventually(lambda: server.buffer.counts().episodes_stored == 6, "the ended one is stored")
     eventually(lambda: any("discarded 2 rows" in text for text in warnings_of(caplog)), "the warning")
     assert any("'ada' was not closed: " in text and "nothing refers to it any more" in text for text in warnings_of(caplog))
-    nothing_is_left(server, folder, before, open_before)
+    nothing_is_left(server, folder, before)
 
 
 def test_writer_dropped_with_nothing_to_lose_says_nothing(server: ServerThread, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     gc.collect()
-    before, open_before = our_threads(), sockets()
+    before = Held()
     with ReplayClient(server.address) as client:
         for closed in (False, True):
             for _ in range(5):
@@ -223,7 +237,7 @@ def test_writer_dropped_with_nothing_to_lose_says_nothing(server: ServerThread, 
                     writer.close()
                 del writer
 
-    nothing_is_left(server, folder, before, open_before)
+    nothing_is_left(server, folder, before)
     assert server.buffer.counts().episodes_stored == 15
     assert warnings_of(caplog) == []
 
@@ -302,7 +316,7 @@ def test_remote_buffer_dropped_warns_of_its_trajectories(server: ServerThread, f
     from touchline.torchrl import RemoteReplayBuffer
 
     gc.collect()
-    before, open_before = our_threads(), sockets()
+    before = Held()
     data = TensorDict(
         {
             "observation": torch.arange(12.0).reshape(3, 4),
@@ -322,4 +336,4 @@ def test_remote_buffer_dropped_warns_of_its_trajectories(server: ServerThread, f
     del buffer
 
     eventually(lambda: any("1 unfinished trajectories are lost" in record.getMessage() for record in caplog.records), "the warning")
-    nothing_is_left(server, folder, before, open_before)
+    nothing_is_left(server, folder, before)
