@@ -117,7 +117,8 @@ def test_full_disk_is_left_waiting_episodes_that_the_next_writer_sends(server: S
         again.flush(60)
         again.close(60)
 
-        assert server.received == list(range(30))
+        # What the first writer was sending when it was closed may arrive as well, under the same key.
+        assert list(dict.fromkeys(server.received)) == list(range(30))
 
 
 def test_full_disk_is_logged_once_and_what_is_settled_is_written_once_there_is_room(
