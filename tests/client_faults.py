@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from touchline import ReplayClient
-from touchline.calls import Backoff
+from touchline._rpc.calls import Backoff
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from touchline_protos.codec import BatchLayout, Episode, EpisodeKey, TensorSpec
-from touchline_protos.dtypes import DType, to_numpy
+from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
 DTYPES = [to_numpy(wire) for wire in DType]

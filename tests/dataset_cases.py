@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from codec_cases import DTYPES, bits
 from service_calls import make_config
 from serving import ServerThread, stored_episodes
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 
 Columns = dict[str, np.ndarray]
 

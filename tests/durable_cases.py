@@ -10,8 +10,8 @@ import numpy as np
 from store_cases import as_bits
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import Config, ReplayBuffer
-from touchline_server.database import Database
-from touchline_server.restoring import episode_rows
+from touchline_server.durability.database import Database
+from touchline_server.durability.restoring import episode_rows
 
 MODES = ("sync", "batch", "memory")
 

@@ -274,7 +274,7 @@ def kill_image(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":  # touchline-server, on a disk that fails as the file of rules says
-    from touchline_server.cli import app
+    from touchline_server.cli.main import app
 
     with failing_disk():
         app()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from touchline_server import Config
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 
 def answer(servers: dict[str, ExitStack], question: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from touchline_server import Config, ReplayBuffer
     from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
     from touchline_server import NotReadyError as ServerNotReadyError
-    from touchline_server.app import ServerThread
+    from touchline_server.service.app import ServerThread
 
     HAS_SERVER = True
 else:
@@ -34,7 +34,7 @@ else:
         from touchline_server import Config, ReplayBuffer
         from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
         from touchline_server import NotReadyError as ServerNotReadyError
-        from touchline_server.app import ServerThread
+        from touchline_server.service.app import ServerThread
 
         HAS_SERVER = True
     except ModuleNotFoundError as error:

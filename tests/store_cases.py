@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from touchline_protos.batch import Batch
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.batch import Batch
+from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import Config
-from touchline_server.tensors import as_array
+from touchline_server.store.tensors import as_array
 
 STRIDE = 1_000_000
 """A traced row's stamp is its episode's number times this, and its step."""

@@ -16,9 +16,9 @@ from touchline import InvalidEpisodeError as ClientInvalidEpisodeError
 from touchline import NotReadyError as ClientNotReadyError
 from touchline import ReplayClient
 from touchline_protos import Batch
-from touchline_protos.ring import shared_memory_id
+from touchline_protos.shm.ring import shared_memory_id
 from touchline_server import Config, InvalidEpisodeError, NotReadyError, ReplayBuffer
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 HORIZON = 3
 BATCH = 16

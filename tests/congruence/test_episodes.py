@@ -15,9 +15,9 @@ from codec_cases import bits
 from store_cases import make_config, traced
 from touchline import InvalidArgumentError, ReplayClient, StoredEpisode
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.dtypes import DType, to_numpy
+from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Config, InvalidRequestError, ReplayBuffer
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 EPISODES = 24
 CAPACITY = 260_000

@@ -14,7 +14,7 @@ import pytest
 
 from service_calls import flatten, make_config, make_episode
 from touchline_protos import Batch
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 HERE = Path(__file__).parent / "node"
 PROTOS = Path(__file__).parents[2] / "protos"

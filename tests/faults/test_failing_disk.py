@@ -25,9 +25,10 @@ from durable_cases import MODES, assert_whole, contents, durable_config, keyed_e
 from failing_disk import RULES_VARIABLE, FailingDisk, Fault, failing_disk, kill_image, write_rules
 from service_calls import Caller, ServerProcess, make_config, refused
 from touchline import ReplayClient, UnavailableError
-from touchline_server import ReplayBuffer, StorageFailedError, StorageFullError, StorageUncertainError, database
-from touchline_server.app import ServerThread
-from touchline_server.storage_state import StorageState
+from touchline_server import ReplayBuffer, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.durability import database
+from touchline_server.durability.storage_state import StorageState
+from touchline_server.service.app import ServerThread
 
 FAULTS = [
     Fault("write", "-wal"),

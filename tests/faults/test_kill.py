@@ -15,7 +15,8 @@ from durable_cases import assert_whole, client_of, contents, durable_config, key
 from fault_tally import KILLS, note
 from service_calls import DEADLINE_S, Caller, ServerProcess, eventually
 from touchline_protos.codec import encode_add_episode
-from touchline_server import ReplayBuffer, upkeep
+from touchline_server import ReplayBuffer
+from touchline_server.durability import upkeep
 
 ACTORS = 4
 CAPACITY = 4_000

@@ -19,7 +19,7 @@ from fault_tally import CONNECTS, KILLS, long, note
 from playing import Learner, Players
 from service_calls import Caller, ServerProcess, eventually, make_episode
 from tcp_proxy import TcpProxy
-from touchline_protos.ring import shared_memory_id
+from touchline_protos.shm.ring import shared_memory_id
 
 KEEPALIVE_S = 30.0 + 10.0
 """After so long the server takes a peer that does not answer for gone."""

@@ -11,8 +11,8 @@ import pytest
 
 from quiet import QuietConnections
 from service_calls import ServerProcess
-from touchline_protos.ring import shared_memory_id
-from touchline_server.config import Config
+from touchline_protos.shm.ring import shared_memory_id
+from touchline_server.config.settings import Config
 
 DEFAULTS = {
     "TOUCHLINE_CONFIG__BUFFER_SIZE": str(Config().config.buffer_size),

@@ -23,8 +23,10 @@ from typer.testing import CliRunner
 from durable_cases import bits, contents, durable_config, keyed_episode
 from fault_tally import FLIPS, note
 from touchline_protos.codec import Episode
-from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, StoreMismatchError, cli, recovery, upkeep
-from touchline_server.database import FILE_NAME, Database
+from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, StoreMismatchError
+from touchline_server.cli import main as cli
+from touchline_server.durability import recovery, upkeep
+from touchline_server.durability.database import FILE_NAME, Database
 
 EPISODES = 60
 DAMAGES = max(12, FLIPS // 2)

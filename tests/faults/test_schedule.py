@@ -30,8 +30,9 @@ from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess
 from tcp_proxy import Line, TcpProxy
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server import ReplayBuffer, recovery, upkeep
-from touchline_server.database import FILE_NAME, OLDEST_KEY, Database
+from touchline_server import ReplayBuffer
+from touchline_server.durability import recovery, upkeep
+from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, Database
 
 CALLERS = 3
 SPOOLED = 7

@@ -16,7 +16,7 @@ import pytest
 from certificates import Authority
 from service_calls import make_config, make_episode
 from touchline import ClosedError, EpisodeWriter, ReplayClient, TlsConfig
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 TOKEN = "actor-token-0123456789"
 COPIES: dict[str, Callable[[Any], Any]] = {

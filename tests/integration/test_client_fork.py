@@ -100,7 +100,8 @@ with client.batches() as stream:
         next(stream)
 """,
     "thread-that-waits-for-the-server": """
-from touchline import UnavailableError, stream as module
+from touchline import UnavailableError
+from touchline._learner import stream as module
 
 real, failures, inside = module._Session, [1, 1], threading.Event()
 
@@ -133,7 +134,7 @@ wait(pid)
 os._exit(0)
 """,
     "thread-that-takes-episodes-over": """
-from touchline import reading as module
+from touchline._learner import reading as module
 
 class Halting(list):
     def __iter__(self):

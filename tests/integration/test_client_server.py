@@ -28,9 +28,9 @@ from touchline import (
     UnacknowledgedError,
 )
 from touchline_protos.codec import Episode
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import Config
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 
 def _config(**server: Any) -> Config:

@@ -24,7 +24,7 @@ from dataset_cases import datasets as any_datasets
 from serving import ServerThread
 from touchline import EpisodeKey, ReplayClient, datasets
 from touchline.datasets import DatasetError
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MINARI_DTYPES = [dtype for dtype in DTYPES if dtype != BFLOAT16]

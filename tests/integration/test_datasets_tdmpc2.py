@@ -18,7 +18,7 @@ from dataset_cases import assert_same, serve, stored
 from serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import DatasetError
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 
 
 @pytest.fixture

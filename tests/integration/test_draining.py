@@ -17,10 +17,11 @@ from durable_cases import durable_config, keyed_episode
 from service_calls import DEADLINE_S, SERVICE, Caller, Refusal, eventually, key, make_config, make_episode, refused
 from touchline import EpisodeWriter, ReplayClient
 from touchline_protos.codec import encode_load
-from touchline_protos.ring import shared_memory_id
+from touchline_protos.shm.ring import shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server import Config, service
-from touchline_server.app import ServerThread
+from touchline_server import Config
+from touchline_server.service import service
+from touchline_server.service.app import ServerThread
 
 FOR_EVER_S = 3600.0
 """A drain timeout that outlasts the test's limit."""

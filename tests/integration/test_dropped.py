@@ -20,8 +20,8 @@ import pytest
 
 from service_calls import eventually, make_config, make_episode
 from touchline import EpisodeWriter, ReplayClient
-from touchline_protos.ring import SHARED_MEMORY_DIR, shared_memory_id
-from touchline_server.app import ServerThread
+from touchline_protos.shm.ring import SHARED_MEMORY_DIR, shared_memory_id
+from touchline_server.service.app import ServerThread
 
 TIMES = 30
 rings_only = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64")
@@ -31,7 +31,7 @@ rings_only = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of shared memory for the rings of a test alone."""
     with tempfile.TemporaryDirectory(prefix="rings-", dir=SHARED_MEMORY_DIR) as name:
-        monkeypatch.setattr("touchline_protos.ring.SHARED_MEMORY_DIR", Path(name))
+        monkeypatch.setattr("touchline_protos.shm.ring.SHARED_MEMORY_DIR", Path(name))
         yield Path(name)
 
 

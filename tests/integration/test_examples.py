@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from processes import Child, ChildError
 from touchline import ReplayClient
 from touchline_server import Config
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -19,10 +19,10 @@ from serving import ServerThread
 from touchline import EpisodeWriter, ReplayClient, datasets
 from touchline.recorders import GymnasiumRecorder
 from touchline.torchrl import RemoteReplayBuffer
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import ReplayBuffer
 
-CLIENT, SERVER = "touchline.first_row", "touchline_server.schema"
+CLIENT, SERVER = "touchline._actor.first_row", "touchline_server.store.schema"
 
 
 def rows(action: Any) -> dict[str, np.ndarray]:

@@ -16,8 +16,8 @@ from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, eventually
 from touchline import ReplayClient
 from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.access import ROLES_OF
-from touchline_server.admission import MAX_HEALTH_CALLS, MAX_STANDARD_BYTES, STANDARD_SHARE
+from touchline_server.service.access import ROLES_OF
+from touchline_server.service.admission import MAX_HEALTH_CALLS, MAX_STANDARD_BYTES, STANDARD_SHARE
 
 MIB = 1 << 20
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"

@@ -11,7 +11,7 @@ import pytest
 from service_calls import DEADLINE_S, SERVICE, Caller, Stream, eventually, key, make_config, make_episode
 from touchline_protos.codec import Episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 CALLS = 24
 MESSAGE_BYTES = 1 << 20

@@ -17,8 +17,8 @@ from certificates import Authority
 from quiet import QuietConnections, episode
 from service_calls import make_config
 from touchline import ReplayClient, TlsConfig
-from touchline_protos.ring import shared_memory_id
-from touchline_server.app import ServerThread
+from touchline_protos.shm.ring import shared_memory_id
+from touchline_server.service.app import ServerThread
 
 PING_S = 0.15
 """A client's keepalive here, a two hundredth of the real one; what the server allows is shortened as much. The time to answer is not."""
@@ -29,8 +29,8 @@ POLLS_WITHOUT_PYTHON = (1, 73)
 
 @pytest.fixture
 def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.transport.KEEPALIVE_S", PING_S)
-    monkeypatch.setattr("touchline_server.app.MIN_PING_INTERVAL_S", PING_S / 6)
+    monkeypatch.setattr("touchline._rpc.transport.KEEPALIVE_S", PING_S)
+    monkeypatch.setattr("touchline_server.service.app.MIN_PING_INTERVAL_S", PING_S / 6)
 
 
 @pytest.mark.parametrize("way", ["tcp", "tls", "unix"])

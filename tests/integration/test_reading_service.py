@@ -18,8 +18,8 @@ from store_cases import as_bits
 from touchline import ReplayClient, UnavailableError
 from touchline_protos.codec import EpisodeDecoder, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.app import ServerThread
-from touchline_server.sending import EpisodeFrames
+from touchline_server.service.app import ServerThread
+from touchline_server.service.sending import EpisodeFrames
 
 
 def get(caller: Caller, **fields: Any) -> Any:

@@ -23,10 +23,10 @@ import pytest
 
 from service_calls import Caller, eventually
 from touchline import ReplayClient
-from touchline_protos.ring import SHARED_MEMORY_DIR, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.shm.ring import SHARED_MEMORY_DIR, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64")
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of shared memory for the rings of a test alone: servers that others run on this machine neither see nor sweep it."""
     with tempfile.TemporaryDirectory(prefix="rings-", dir=SHARED_MEMORY_DIR) as name:
-        monkeypatch.setattr("touchline_protos.ring.SHARED_MEMORY_DIR", Path(name))
+        monkeypatch.setattr("touchline_protos.shm.ring.SHARED_MEMORY_DIR", Path(name))
         monkeypatch.setenv("RINGS", name)
         yield Path(name)
 
@@ -56,8 +56,8 @@ def add_episodes(client: ReplayClient, count: int = 5) -> None:
 
 IN_THE_FOLDER = """
 import os, pathlib
-import touchline_protos.ring
-touchline_protos.ring.SHARED_MEMORY_DIR = pathlib.Path(os.environ["RINGS"])
+import touchline_protos.shm.ring
+touchline_protos.shm.ring.SHARED_MEMORY_DIR = pathlib.Path(os.environ["RINGS"])
 """
 """Comes first in what other processes do."""
 
@@ -108,7 +108,7 @@ def test_learner_killed_leaves_no_file_and_frees_its_ring(folder: Path) -> None:
 
 def test_killed_server_leaves_nothing_after_its_next_start(folder: Path) -> None:
     code = """
-        from touchline_protos.ring import RingGeometry, RingWriter
+        from touchline_protos.shm.ring import RingGeometry, RingWriter
         ring = RingWriter(RingGeometry.of(4, 1000))
         print(ring.path.name, flush=True)
         input()
@@ -126,7 +126,7 @@ def test_killed_server_leaves_nothing_after_its_next_start(folder: Path) -> None
 
 
 SERVER = """
-    from touchline_server.cli import app
+    from touchline_server.cli.main import app
     app(["serve", "--port", "0"])
 """
 
@@ -174,13 +174,13 @@ def reason_of(client: ReplayClient, caplog: pytest.LogCaptureFixture, **options:
     ]
     return (
         reasons.pop(),
-        [text for name, text in told if name == "touchline.stream"],
-        [text for name, text in told if name != "touchline.stream"],
+        [text for name, text in told if name == "touchline._learner.stream"],
+        [text for name, text in told if name != "touchline._learner.stream"],
     )
 
 
 def test_learner_elsewhere_gets_frames_and_is_told_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("touchline.stream.shared_memory_id", lambda: "another host:1")
+    monkeypatch.setattr("touchline._learner.stream.shared_memory_id", lambda: "another host:1")
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
@@ -193,7 +193,7 @@ def test_learner_elsewhere_gets_frames_and_is_told_why(monkeypatch: pytest.Monke
 def test_learner_without_the_rights_gets_frames_and_both_sides_say_why(
     monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("touchline_protos.sealed_memory.os.getuid", lambda: 4_000_000)  # as in a container with another user
+    monkeypatch.setattr("touchline_protos.shm.sealed_memory.os.getuid", lambda: 4_000_000)  # as in a container with another user
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
@@ -238,7 +238,7 @@ def test_server_without_a_free_slot_says_so_on_both_sides(caplog: pytest.LogCapt
 
 
 def test_server_without_memory_for_a_ring_says_so_on_both_sides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("touchline_server.feeding.available_host_bytes", lambda: 100_000)
+    monkeypatch.setattr("touchline_server.service.feeding.available_host_bytes", lambda: 100_000)
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
@@ -252,7 +252,7 @@ def test_kernel_that_gives_no_memory_means_frames(monkeypatch: pytest.MonkeyPatc
     def full(file: int, offset: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("touchline_protos.sealed_memory.os.posix_fallocate", full)
+    monkeypatch.setattr("touchline_protos.shm.sealed_memory.os.posix_fallocate", full)
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
@@ -286,7 +286,7 @@ def test_older_learner_that_cannot_map_a_socket_gets_frames(caplog: pytest.LogCa
 
 HARMING = """
     import os, sys
-    from touchline_protos import sealed_memory
+    from touchline_protos.shm import sealed_memory
     receive = sealed_memory.receive
 
     def kept(path, size_bytes):
@@ -369,8 +369,8 @@ def test_caller_that_holds_every_batch_does_not_stall_the_ring() -> None:
 
 
 def test_offer_of_a_stranger_is_refused() -> None:
-    from touchline.ring import attach
-    from touchline_protos.ring import RingError
+    from touchline._learner.ring import attach
+    from touchline_protos.shm.ring import RingError
 
     writer = RingWriter(RingGeometry.of(4, 1000))
     try:

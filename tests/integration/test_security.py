@@ -24,12 +24,12 @@ from certificates import Authority, Pair
 from client_faults import trying_once
 from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
 from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, TlsError, UnacknowledgedError, UnavailableError
-from touchline.calls import Backoff
+from touchline._rpc.calls import Backoff
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server import cli
-from touchline_server.access import ROLES_OF
-from touchline_server.app import ServerThread
+from touchline_server.cli import main as cli
+from touchline_server.service.access import ROLES_OF
+from touchline_server.service.app import ServerThread
 
 TOKENS = {role: f"{role}-token-0123456789" for role in ("actor", "learner", "admin")}
 VARIABLE = " ".join(f"{role}:{role}-name:{token}" for role, token in TOKENS.items())

@@ -34,7 +34,7 @@ from service_calls import (
 )
 from touchline_protos.codec import BatchDecoder, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.app import AddressInUseError, ServerThread
+from touchline_server.service.app import AddressInUseError, ServerThread
 
 IDLE = 300
 ACTIVE = 64

@@ -12,9 +12,9 @@ import pytest
 
 from service_calls import Caller, eventually, key, make_episode, refused, serving
 from touchline_protos.codec import Episode, encode_load, encode_loads
-from touchline_protos.dtypes import to_wire
+from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 ACCEPTED = pb.EpisodeResult.OUTCOME_ACCEPTED
 DUPLICATE = pb.EpisodeResult.OUTCOME_DUPLICATE

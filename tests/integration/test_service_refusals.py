@@ -17,7 +17,7 @@ import pytest
 from service_calls import Caller, key, make_episode, refused, serving
 from touchline_protos.codec import Episode, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode")
 TOO_LARGE = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large")

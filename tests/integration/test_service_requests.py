@@ -18,8 +18,8 @@ from service_calls import DEADLINE_S, SERVICE, Caller, Stream, assert_same_batch
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import __version__
-from touchline_server.app import ServerThread
-from touchline_server.config import Config
+from touchline_server.config.settings import Config
+from touchline_server.service.app import ServerThread
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
 NOT_READY = (grpc.StatusCode.FAILED_PRECONDITION, "not-ready")

@@ -15,10 +15,11 @@ from certificates import Authority
 from service_calls import DEADLINE_S, ServerProcess
 from store_cases import plain_columns
 from touchline import ReplayClient
-from touchline_server import ConfigError, cuda_device
+from touchline_server import ConfigError
+from touchline_server.config.sections import TlsConfig
 from touchline_server.healthcheck import check_own
-from touchline_server.tables import TlsConfig
-from touchline_server.tls import server_credentials
+from touchline_server.service.tls import server_credentials
+from touchline_server.store import cuda_device
 
 HEAVY = {"torch", "torchrl", "tensordict", "torch._dynamo"}
 
@@ -56,7 +57,7 @@ def test_server_that_adds_samples_restores_and_reads_back_has_imported_no_torch(
         client.add(plain_columns(10))
     modules = imported(server.log)
 
-    assert {"numpy", "grpc", "touchline_server.columns", "touchline_server.restoring"} <= modules
+    assert {"numpy", "grpc", "touchline_server.store.columns", "touchline_server.durability.restoring"} <= modules
     assert modules & HEAVY == set()
 
 

@@ -33,7 +33,7 @@ def test_signal_before_it_listens_ends_in_order(tmp_path: Path, number: signal.S
 
 RESTORE = """
 import os, signal, sys
-from touchline_server.app import run
+from touchline_server.service.app import run
 from service_calls import make_config
 
 sys.exit(run(make_config(storage={"device": "cpu", "data_dir": sys.argv[1]}), lambda done, total: os.kill(os.getpid(), int(sys.argv[2]))))

@@ -15,12 +15,12 @@ from grpc._cython import cygrpc
 
 from service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
 from touchline_protos.codec import encode_load
+from touchline_protos.codec.wire import len_field
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_protos.wire import len_field
 from touchline_server import ReplayBuffer
-from touchline_server import service as service_module
-from touchline_server.app import ServerThread
-from touchline_server.session import SampleSession
+from touchline_server.service import service as service_module
+from touchline_server.service.app import ServerThread
+from touchline_server.service.session import SampleSession
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit")

@@ -298,7 +298,7 @@ def test_capacity_other_than_the_servers_is_logged_once(server: ServerThread, ca
         buffer.add(make_episode(1, 9))
 
     assert buffer.capacity == 500
-    assert [record.getMessage() for record in caplog.records if record.name == "touchline.single_run"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "touchline._tdmpc2.single_run"] == [
         f"the server at {server.address} keeps 2,000 steps (config.buffer_size), 1,500 more than the 500 that cfg asks for, "
         "min(cfg.buffer_size, cfg.steps); to change it, start the server with TOUCHLINE_CONFIG__BUFFER_SIZE=500"
     ]

@@ -21,7 +21,7 @@ from service_calls import eventually
 from touchline import AccessDeniedError, InvalidArgumentError, NotReadyError, ReplayClient, TooLargeError, UnavailableError
 from touchline.tdmpc2 import Buffer
 from touchline_server import Config, ReplayBuffer
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 SERVED, IN_PROCESS = "served", "in process"
 
@@ -50,7 +50,7 @@ def make_episode(number: int, length: int) -> TensorDict:
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Returns what was warned of the run, or of waiting for the server."""
-    about = ("touchline.single_run", "touchline.waits")
+    about = ("touchline._tdmpc2.single_run", "touchline._rpc.waits")
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in about]
 
 
@@ -177,7 +177,7 @@ def test_load_that_cannot_fit_is_refused_unless_eviction_is_accepted(
 
 
 def test_dead_address_is_told_of_when_the_buffer_is_made(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("touchline.single_run.AWAY_S", 0.5)
+    monkeypatch.setattr("touchline._tdmpc2.single_run.AWAY_S", 0.5)
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"

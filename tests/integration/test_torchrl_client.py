@@ -233,7 +233,7 @@ def test_broken_chain_is_cut_and_nothing_is_lost(server: ServerThread, caplog: p
     batch["observation"][0, 4, 0] = 0.0
     expected = _rows(batch)
 
-    with caplog.at_level(logging.WARNING, "touchline.trajectories"), RemoteReplayBuffer(server.address, batch_size=128) as buffer:
+    with caplog.at_level(logging.WARNING, "touchline._learner.trajectories"), RemoteReplayBuffer(server.address, batch_size=128) as buffer:
         buffer.extend(batch)
         buffer.flush()
         assert len(buffer) == 30
@@ -245,7 +245,7 @@ def test_broken_chain_is_cut_and_nothing_is_lost(server: ServerThread, caplog: p
         _check_same(row, expected[name])
     assert torch.signbit(found[b"0/3"]["next", "observation"][0])
     assert not torch.signbit(found[b"0/4"]["observation"][0])
-    assert [record.name for record in caplog.records].count("touchline.trajectories") == 1
+    assert [record.name for record in caplog.records].count("touchline._learner.trajectories") == 1
 
 
 def test_max_steps_and_max_trajectories_send_early(server: ServerThread) -> None:

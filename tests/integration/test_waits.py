@@ -16,14 +16,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-import touchline.waits
+import touchline._rpc.waits
 from service_calls import eventually, make_config
 from touchline import EpisodeWriter, ReplayClient, TouchlineError
-from touchline.calls import Backoff
+from touchline._rpc.calls import Backoff
+from touchline._rpc.waits import WaitLog
 from touchline.tdmpc2 import Buffer
 from touchline.torchrl import RemoteReplayBuffer
-from touchline.waits import WaitLog
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 EPISODE = {"obs": np.zeros((10, 2), np.float32), "action": np.zeros((10, 1), np.float32), "reward": np.zeros(10, np.float32)}
 
@@ -46,7 +46,7 @@ class Waits:
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     waits = Waits()
-    monkeypatch.setattr(touchline.waits, "process_waits", waits.log)
+    monkeypatch.setattr(touchline._rpc.waits, "process_waits", waits.log)
     return waits
 
 
@@ -129,7 +129,7 @@ def something_else(stack: ExitStack) -> str:
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "touchline.waits" and record.levelno == logging.WARNING]
+    return [record.getMessage() for record in caplog.records if record.name == "touchline._rpc.waits" and record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "clear()"])  # which is not tried again
@@ -157,7 +157,7 @@ def test_verb_that_nobody_answers_says_so_after_ten_seconds_and_each_minute(
 def test_verb_that_a_silent_server_leaves_waiting_says_so(
     verb: str, waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline.readiness.PROBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("touchline._learner.readiness.PROBE_TIMEOUT_S", 0.1)
     _, address = listening(stack)
     begin(VERBS[verb], ReplayClient(address), stack)
     eventually(lambda: bool(waits.log._waits), "it waits")
@@ -232,7 +232,7 @@ def test_sampling_at_a_horizon_longer_than_every_episode_says_so_with_the_figure
 def test_wait_until_ready_says_how_far_min_history_is(
     waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline.readiness.POLL_S", 0.1)
+    monkeypatch.setattr("touchline._learner.readiness.POLL_S", 0.1)
     server = stack.enter_context(ServerThread(make_config()))
     client = ReplayClient(server.address)
     too_short(client)

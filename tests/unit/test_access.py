@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.access import ROLES_OF, Access, check_exposure, is_loopback, read_access
-from touchline_server.config import Config, ConfigError
+from touchline_server.config.settings import Config, ConfigError
 from touchline_server.errors import AccessDeniedError, UnauthenticatedError
+from touchline_server.service.access import ROLES_OF, Access, check_exposure, is_loopback, read_access
 
 ACTOR, LEARNER, ADMIN, PLAYER = "actor-token-0123456", "learner-token-01234", "admin-token-0123456", "player-token-012345"
 FILE = f"""
@@ -126,7 +126,7 @@ def test_every_token_is_compared_each_time(access: Access, monkeypatch: pytest.M
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr("touchline_server.access.hmac.compare_digest", compare)
+    monkeypatch.setattr("touchline_server.service.access.hmac.compare_digest", compare)
 
     for token in (ACTOR, PLAYER):
         access.check(SERVICE + "Ready", bearer(token))

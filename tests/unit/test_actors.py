@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from service_calls import Caller, eventually, key, make_config, make_episode, refused, serving
 from touchline import EpisodeWriter, ReplayClient
-from touchline_server import actors
-from touchline_server.actors import NameTable
 from touchline_server.errors import InvalidEpisodeError, OverloadedError
-from touchline_server.store import EpisodeStore
+from touchline_server.store import actors
+from touchline_server.store.actors import NameTable
+from touchline_server.store.episode_store import EpisodeStore
 
 
 @pytest.fixture

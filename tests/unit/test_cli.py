@@ -18,10 +18,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
-from touchline_server import cli
-from touchline_server.config import Config
+from touchline_server.cli import main as cli
+from touchline_server.config.sections import ServerConfig
+from touchline_server.config.settings import Config
 from touchline_server.healthcheck import ADDING, DETAIL_KEY, own_address
-from touchline_server.tables import ServerConfig
 
 
 @pytest.fixture(autouse=True)

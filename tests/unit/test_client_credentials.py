@@ -10,7 +10,7 @@ import pytest
 from certificates import Authority
 from client_faults import ScriptedServer, answering
 from touchline import InvalidArgumentError, ReplayClient, TlsConfig
-from touchline.credentials import Credentials, is_local
+from touchline._rpc.credentials import Credentials, is_local
 from touchline_protos.v1 import replay_pb2 as pb
 
 SECRET = "s3cr3t-0123456789"

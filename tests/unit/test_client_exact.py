@@ -19,12 +19,12 @@ from hypothesis.extra import numpy as hnp
 from tensordict import TensorDict, lazy_stack, tensorclass
 
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient
-from touchline.delivery import make_episode
-from touchline_protos.casting import ColumnError, cast, narrow
+from touchline._actor.delivery import make_episode
 from touchline_protos.codec import EpisodeKey
-from touchline_protos.columns import flatten_columns, split_episodes, to_array
-from touchline_protos.dtypes import BFLOAT16
-from touchline_protos.rules import ENDS, check_ends
+from touchline_protos.types.casting import ColumnError, cast, narrow
+from touchline_protos.types.columns import flatten_columns, split_episodes, to_array
+from touchline_protos.types.dtypes import BFLOAT16
+from touchline_protos.types.rules import ENDS, check_ends
 
 KEY = EpisodeKey("me", 1, 0)
 NUMBERS = [np.dtype(name) for name in ("bool", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")]
@@ -284,8 +284,8 @@ HALF_IMPORTED = """
     importing.start()
     assert begun.wait(30) and "torch" in sys.modules and not hasattr(sys.modules["torch"], "Tensor")
 
-    from touchline.rows import EpisodeRows, row_columns
-    from touchline_protos.columns import flatten_columns
+    from touchline._actor.rows import EpisodeRows, row_columns
+    from touchline_protos.types.columns import flatten_columns
 
     rows = EpisodeRows()
     rows.append(row_columns({"obs": np.ones(3), "reward": 0.5}))

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 
-from touchline import ForkError, forking
-from touchline.forking import ForkGate
-from touchline.identity import Identity
-from touchline.transport import Transport
+from touchline import ForkError
+from touchline._actor.identity import Identity
+from touchline._rpc import forking
+from touchline._rpc.forking import ForkGate
+from touchline._rpc.transport import Transport
 
 
 def test_gate_lets_a_fork_wait_until_calls_are_out() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from client_faults import ScriptedServer, answering, fail, failing, in_turn, over_limit
 from touchline import Batch, DeadlineError, InvalidArgumentError, NotReadyError, OverLimitError, ReplayClient, ServerError, UnavailableError
-from touchline.stream import StreamSource
+from touchline._learner.stream import StreamSource
 from touchline_protos.codec import BatchDecoder, BatchLayout, TensorSpec
 from touchline_protos.v1 import replay_pb2 as pb
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from touchline import Batch, InvalidEpisodeError
-from touchline.delivery import episodes_of, make_episode
-from touchline.tensors import as_tensor, to_tensors
+from touchline._actor.delivery import episodes_of, make_episode
+from touchline._learner.tensors import as_tensor, to_tensors
 from touchline_protos.codec import EpisodeKey
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 
 KEY = EpisodeKey("me", 1, 0)
 

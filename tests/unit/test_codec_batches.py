@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codec_cases import batch_arrays, bits, fill, layout, same_arrays
-from touchline_protos import wire
-from touchline_protos.batch import Batch
-from touchline_protos.codec import BatchDecoder, BatchLayout, CodecError, OversizeError, TensorSpec
-from touchline_protos.dtypes import to_numpy
+from touchline_protos.codec import BatchDecoder, BatchLayout, CodecError, OversizeError, TensorSpec, wire
+from touchline_protos.types.batch import Batch
+from touchline_protos.types.dtypes import to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
 FIELDS = ("episode_id", "start", "actor", "policy_version", "probability")
@@ -226,7 +225,7 @@ def test_known_layout_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> No
     for batch in views:
         fill(batch, 0)
     decoder.feed(message)
-    monkeypatch.setattr("touchline_protos.receive.read_fields", None)
+    monkeypatch.setattr("touchline_protos.codec.receive.read_fields", None)
     other, views = made.group(2)
     written = [fill(batch, 5) for batch in views]
 

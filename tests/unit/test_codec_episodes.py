@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codec_cases import arrays, episodes, from_proto, same_episode, small_episode, to_proto
-from touchline_protos import wire
 from touchline_protos.codec import (
     CodecError,
     CodecLimits,
@@ -19,8 +18,9 @@ from touchline_protos.codec import (
     OversizeError,
     decode_add_episode,
     encode_add_episode,
+    wire,
 )
-from touchline_protos.tensors import ALIGNMENT, TensorSpec, tensor_field
+from touchline_protos.codec.tensors import ALIGNMENT, TensorSpec, tensor_field
 from touchline_protos.v1 import replay_pb2 as pb
 
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codec_cases import episodes, from_proto, same_episode, small_episode
-from touchline_protos import loading, wire
 from touchline_protos.codec import (
     CodecError,
     CodecLimits,
@@ -21,6 +20,8 @@ from touchline_protos.codec import (
     OversizeError,
     encode_load,
     encode_loads,
+    loading,
+    wire,
 )
 from touchline_protos.v1 import replay_pb2 as pb
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from codec_cases import batch_arrays, fill, layout
-from touchline_protos.batch import Batch
 from touchline_protos.codec import BatchDecoder
-from touchline_protos.pool import BufferPool
+from touchline_protos.codec.pool import BufferPool
+from touchline_protos.types.batch import Batch
 
 MADE = layout(3, 8, obs=(40,))
 

@@ -15,11 +15,12 @@ import torch
 
 from store_cases import make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode
-from touchline_protos.dtypes import BFLOAT16
-from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError, columns
-from touchline_server.columns import allocate_columns, choose_device
-from touchline_server.schema import Schema
-from touchline_server.tensors import as_array, as_tensor
+from touchline_protos.types.dtypes import BFLOAT16
+from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError
+from touchline_server.store import columns
+from touchline_server.store.columns import allocate_columns, choose_device
+from touchline_server.store.schema import Schema
+from touchline_server.store.tensors import as_array, as_tensor
 
 GIB = 2**30
 
@@ -152,7 +153,7 @@ def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
     def full(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("touchline_server.cuda_columns.CudaColumns", full)
+    monkeypatch.setattr("touchline_server.store.cuda_columns.CudaColumns", full)
     episode = traced_columns(0, 5)
 
     with caplog.at_level(logging.WARNING, "touchline_server"):

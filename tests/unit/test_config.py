@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from touchline_server.config import Config, ConfigError, read_cfg
-from touchline_server.tables import SamplingConfig
+from touchline_server.config.sections import SamplingConfig
+from touchline_server.config.settings import Config, ConfigError, read_cfg
 
 DEFAULT_TOML = Path(__file__).parents[2] / "cfg" / "default.toml"
 

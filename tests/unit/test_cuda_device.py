@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from touchline_server import ConfigError, cuda_device
+from touchline_server import ConfigError
+from touchline_server.store import cuda_device
 
 
 def driver(there: bool) -> object:

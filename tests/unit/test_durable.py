@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from durable_cases import MODES, assert_whole, bits, contents, durable_config, keyed_episode, stored_keys
 from store_cases import as_bits
-from touchline_protos import tables
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.files import tables
+from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import (
     DamagedStoreError,
     InvalidEpisodeError,
@@ -29,15 +29,13 @@ from touchline_server import (
     StorageFullError,
     StoreInUseError,
     StoreMismatchError,
-    cli,
-    durable,
-    ledger,
-    recovery,
-    upkeep,
 )
-from touchline_server.columns import Columns
-from touchline_server.data_dir import DataDir
-from touchline_server.database import FILE_NAME
+from touchline_server.cli import main as cli
+from touchline_server.durability import durable, recovery, upkeep
+from touchline_server.durability.data_dir import DataDir
+from touchline_server.durability.database import FILE_NAME
+from touchline_server.store import ledger
+from touchline_server.store.columns import Columns
 
 
 @pytest.fixture(params=MODES)

@@ -24,7 +24,7 @@ from touchline import LoadError, NotReadyError, OverLimitError, ReplayClient, Un
 from touchline.types import EpisodeResult
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 
 COUNTS = Counts(**{name: number for number, name in enumerate(inspect.signature(Counts).parameters)})
 RESULTS = (
@@ -102,8 +102,8 @@ def shape(value: object) -> object:
 def test_errors_of_all_three_distributions_are_looked_at() -> None:
     names = {f"{error.__module__}.{error.__qualname__}" for error in ERRORS}
 
-    assert {"touchline.errors.LoadError", "touchline.datasets.values.DatasetError", "touchline_protos.ring.RingError"} <= names
-    assert {"touchline_server.errors.StoreInUseError", "touchline_server.config_source.ConfigError"} <= names
+    assert {"touchline.errors.LoadError", "touchline.datasets.values.DatasetError", "touchline_protos.shm.ring.RingError"} <= names
+    assert {"touchline_server.errors.StoreInUseError", "touchline_server.config.source.ConfigError"} <= names
     assert len(names) > 40
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from durable_cases import durable_config
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import ReplayBuffer
-from touchline_server.database import FILE_NAME
+from touchline_server.durability.database import FILE_NAME
 
 # What docs/guarantees.md says, section The promises.
 RING_FACTOR = 2

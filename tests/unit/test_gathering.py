@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store_cases import as_bits, make_config
-from touchline_protos.batch import PROVENANCE
 from touchline_protos.codec import Episode
-from touchline_protos.dtypes import DType, to_numpy
+from touchline_protos.types.batch import PROVENANCE
+from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, ReplayBuffer
-from touchline_server.gathering import GatherPlan
+from touchline_server.store.gathering import GatherPlan
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
 INNER = st.lists(st.integers(0, 3), max_size=3).map(tuple)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from touchline_server.index import ENTRY_WIDTH, FIRST_ROW, ID, LENGTH, MAX_HORIZONS, EligibleEpisodes, EntryQueue, EpisodeIndex
-from touchline_server.sampling import Law
+from touchline_server.selectors.sampling import Law
+from touchline_server.store.index import ENTRY_WIDTH, FIRST_ROW, ID, LENGTH, MAX_HORIZONS, EligibleEpisodes, EntryQueue, EpisodeIndex
 
 
 def filled(capacity: int, lengths: list[int]) -> EpisodeIndex:

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from touchline.calls import translate
+from touchline._actor.identity import Identity
+from touchline._cli.terminal import complain, say
+from touchline._rpc.calls import translate
+from touchline._rpc.messages import check_actor
 from touchline.errors import InvalidArgumentError
-from touchline.identity import Identity
-from touchline.messages import check_actor
-from touchline.terminal import complain, say
 from touchline_protos.log_lines import OneLine, escape, get_logger
-from touchline_protos.names import MAX_NAME_CHARS, name_fault
-from touchline_server.status import shorten
+from touchline_protos.types.names import MAX_NAME_CHARS, name_fault
+from touchline_server.service.status import shorten
 
 HOSTILE = "".join(map(chr, (*range(32), *range(127, 160), 0x2028, 0x2029, 0x200E, 0x202E, 0x2066, 0x61C, 0xD800))) + "a%s{}\\é字"
 TEXTS = st.text(st.one_of(st.sampled_from(HOSTILE), st.characters()), max_size=40)
-FORGED = "x\n2026-01-01 00:00:00,000 INFO    touchline_server.app: draining"
+FORGED = "x\n2026-01-01 00:00:00,000 INFO    touchline_server.service.app: draining"
 
 
 def written(log: logging.Logger, *, at_the_handler: bool = False) -> tuple[io.StringIO, logging.Handler]:

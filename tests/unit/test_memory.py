@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from touchline_server import memory
+from touchline_server.store import memory
 
 GIB = 2**30
 
@@ -79,7 +79,7 @@ def test_available_host_bytes_of_this_machine_is_plausible() -> None:
 
 
 def test_keep_freed_memory_is_taken_by_glibc_in_a_process_of_its_own() -> None:
-    code = "from touchline_server.memory import keep_freed_memory; import platform; print(keep_freed_memory(), platform.libc_ver()[0])"
+    code = "import platform; from touchline_server.store import memory; print(memory.keep_freed_memory(), platform.libc_ver()[0])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert printed[0] == str(printed[1:] == ["glibc"])

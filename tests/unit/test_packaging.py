@@ -55,7 +55,7 @@ def test_versions_of_the_three_distributions_agree() -> None:
 
 
 def test_packaged_default_toml_is_identical() -> None:
-    packaged = ROOT / "server" / "src" / "touchline_server" / "default.toml"
+    packaged = ROOT / "server" / "src" / "touchline_server" / "config" / "default.toml"
 
     assert packaged.read_bytes() == (ROOT / "cfg" / "default.toml").read_bytes()
 

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from touchline.progress import Meter, progress_text
+from touchline._cli.progress import Meter, progress_text
 
 
 class Clock:

@@ -18,9 +18,9 @@ from store_cases import make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeKey, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import InvalidRequestError, ReplayBuffer, UnknownEpisodeError
-from touchline_server import reading as reading_module
-from touchline_server.reading import MAX_EPISODE_IDS, EpisodeQuery, EpisodeReader
-from touchline_server.sending import EpisodeFrames
+from touchline_server.service.sending import EpisodeFrames
+from touchline_server.store import reading as reading_module
+from touchline_server.store.reading import MAX_EPISODE_IDS, EpisodeQuery, EpisodeReader
 
 
 def filled(capacity: int = 200, *, episodes: int = 10, **options: Any) -> ReplayBuffer:
@@ -150,7 +150,7 @@ def test_selectors_choose_what_a_plain_list_would(data: st.DataObject) -> None:
 
 
 def test_many_episodes_of_a_rare_actor_are_found_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_server.index.SCAN", 4)
+    monkeypatch.setattr("touchline_server.store.index.SCAN", 4)
     monkeypatch.setattr(reading_module, "AHEAD", 3)
     buffer = filled(600, episodes=60)
 

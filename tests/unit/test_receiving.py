@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from touchline_server import receiving
 from touchline_server.errors import InvalidRequestError, OverloadedError
-from touchline_server.limits import ByteBudget, Shares
-from touchline_server.receiving import Reception, patience_s
+from touchline_server.service import receiving
+from touchline_server.service.limits import ByteBudget, Shares
+from touchline_server.service.receiving import Reception, patience_s
 
 SIZE = 100
 

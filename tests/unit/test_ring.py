@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from touchline_protos import ring as ring_module
-from touchline_protos import sealed_memory
-from touchline_protos.ring import PAGE, RingError, RingGeometry, RingReader, RingWriter, shared_memory_id, sweep_dead_rings
+from touchline_protos.shm import ring as ring_module
+from touchline_protos.shm import sealed_memory
+from touchline_protos.shm.ring import PAGE, RingError, RingGeometry, RingReader, RingWriter, shared_memory_id, sweep_dead_rings
 
 pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64")
 
@@ -200,7 +200,7 @@ def test_writer_without_memory_raises_and_leaves_nothing(folder: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     files = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr("touchline_protos.sealed_memory.os.posix_fallocate", full)
+    monkeypatch.setattr("touchline_protos.shm.sealed_memory.os.posix_fallocate", full)
 
     with pytest.raises(RingError, match=r"no memory for a ring of 20480 bytes: No space left on device"):
         RingWriter(GEOMETRY)
@@ -326,7 +326,7 @@ def test_ring_that_is_gone_leaves_no_class(writer: RingWriter) -> None:
 
 def test_sweep_removes_the_rings_of_killed_servers_only(writer: RingWriter, folder: Path) -> None:
     code = (
-        "import os, pathlib, signal, sys; from touchline_protos import ring; ring.SHARED_MEMORY_DIR = pathlib.Path(sys.argv[1]); "
+        "import os, pathlib, signal, sys; from touchline_protos.shm import ring; ring.SHARED_MEMORY_DIR = pathlib.Path(sys.argv[1]); "
         "w = ring.RingWriter(ring.RingGeometry.of(2, 10)); print(w.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)

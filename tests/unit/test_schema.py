@@ -12,9 +12,9 @@ from tensordict import TensorDict
 
 from store_cases import make_config, plain_columns
 from touchline_protos.codec import Episode
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import InvalidEpisodeError, ReplayBuffer
-from touchline_server.schema import ColumnSpec, EpisodeValidator, Schema
+from touchline_server.store.schema import ColumnSpec, EpisodeValidator, Schema
 
 CAPACITY = 64
 ROWS = 10

@@ -18,7 +18,7 @@ from soccer import ACTIONS, GOAL_REWARD, PLAYERS, MatchRows, NoisyChaser, flat_o
 from touchline import ReplayClient
 from touchline.recorders import DmEnvRecorder
 from touchline_server import Config
-from touchline_server.app import ServerThread
+from touchline_server.service.app import ServerThread
 from world_model import Normalizer, WorldModel
 
 OBS_SIZE = 113

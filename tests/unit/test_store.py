@@ -17,9 +17,9 @@ import pytest
 from store_cases import check_traced, make_config, traced, traced_columns
 from touchline_protos.codec import EpisodeKey
 from touchline_server import InvalidEpisodeError, NotReadyError, ReplayBuffer
-from touchline_server.columns import Columns
-from touchline_server.sampling import Law
-from touchline_server.store import EpisodeStore
+from touchline_server.selectors.sampling import Law
+from touchline_server.store.columns import Columns
+from touchline_server.store.episode_store import EpisodeStore
 
 
 @pytest.fixture

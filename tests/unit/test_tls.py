@@ -9,9 +9,9 @@ import grpc
 import pytest
 
 from certificates import Authority
-from touchline_server.config import ConfigError
-from touchline_server.tables import TlsConfig
-from touchline_server.tls import open_channel, server_credentials
+from touchline_server.config.sections import TlsConfig
+from touchline_server.config.settings import ConfigError
+from touchline_server.service.tls import open_channel, server_credentials
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from spool_cases import LIMIT, damage, fill, keys_in, spooled
-from touchline import SpoolError, spool_file, upkeep
-from touchline.spool import Spool
-from touchline.spool_file import FILE_NAME, LOCK_NAME, FolderLock
+from touchline import SpoolError
+from touchline._spool import spool_file, upkeep
+from touchline._spool.spool import Spool
+from touchline._spool.spool_file import FILE_NAME, LOCK_NAME, FolderLock
 from touchline_protos.codec import Episode
-from touchline_protos.files import is_locked, open_own
+from touchline_protos.files.locks import is_locked, open_own
 
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda folder: None, "no spool: there is no such folder"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from touchline.waits import EVERY_S, FIRST_S, SILENT_S, WaitLog
+from touchline._rpc.waits import EVERY_S, FIRST_S, SILENT_S, WaitLog
 
 
 class Clock:
@@ -34,13 +34,13 @@ class Lines(logging.Handler):
         self.found.append((self._clock.now - 1000.0, record.levelno, record.getMessage()))
 
     def __enter__(self) -> Lines:
-        logging.getLogger("touchline.waits").addHandler(self)
-        logging.getLogger("touchline.waits").setLevel(logging.INFO)
+        logging.getLogger("touchline._rpc.waits").addHandler(self)
+        logging.getLogger("touchline._rpc.waits").setLevel(logging.INFO)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        logging.getLogger("touchline.waits").removeHandler(self)
-        logging.getLogger("touchline.waits").setLevel(logging.NOTSET)
+        logging.getLogger("touchline._rpc.waits").removeHandler(self)
+        logging.getLogger("touchline._rpc.waits").setLevel(logging.NOTSET)
 
     @property
     def warnings(self) -> list[float]:
@@ -183,7 +183,7 @@ def test_wait_that_ended_while_its_reason_was_asked_for_is_not_logged() -> None:
 
 
 def test_thread_looks_by_itself_and_ends_once_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.waits.LOOK_S", 0.001)
+    monkeypatch.setattr("touchline._rpc.waits.LOOK_S", 0.001)
     clock, told = Clock(), threading.Event()
     log = WaitLog(clock=clock)
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from touchline_protos import wire
-from touchline_protos.codec import CodecError, OversizeError
+from touchline_protos.codec import CodecError, OversizeError, wire
 from touchline_protos.v1 import replay_pb2 as pb
 
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)

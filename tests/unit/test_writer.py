@@ -31,8 +31,8 @@ from touchline import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline.outbox import Outbox
-from touchline.pending import Admission, MemoryQueue, Parcel
+from touchline._actor.outbox import Outbox
+from touchline._actor.pending import Admission, MemoryQueue, Parcel
 from touchline_protos.codec import Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -293,7 +293,7 @@ def test_server_at_its_limits_is_not_asked_again_before_the_delay_that_it_gave()
 def test_server_that_keeps_failing_on_an_episode_has_refused_it(
     client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline.outbox.SERVER_ERROR_ATTEMPTS", 2)
+    monkeypatch.setattr("touchline._actor.outbox.SERVER_ERROR_ATTEMPTS", 2)
     shelf.failures = [(grpc.StatusCode.INTERNAL, "internal")] * 2
     writer = EpisodeWriter(client)
     _play(writer, range(2))
@@ -418,7 +418,8 @@ def test_writer_in_a_forked_child_starts_empty_and_works(client: ReplayClient, s
 FORGETFUL = """
 import sys
 import numpy as np
-from touchline import EpisodeWriter, ReplayClient, leaving
+from touchline import EpisodeWriter, ReplayClient
+from touchline._actor import leaving
 
 def play(address, away):
     if not away:

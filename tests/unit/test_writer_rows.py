@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from touchline import InvalidEpisodeError
-from touchline.rows import EpisodeRows, row_columns
-from touchline_protos.dtypes import BFLOAT16
+from touchline._actor.rows import EpisodeRows, row_columns
+from touchline_protos.types.dtypes import BFLOAT16
 
 
 def _append(rows: EpisodeRows, **step: Any) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from client_faults import ScriptedServer, refuse_threads
 from service_calls import eventually
-from touchline import EpisodeWriter, ReplayClient, ServerError, UnacknowledgedError, leaving
-from touchline.pending import MemoryQueue
-from touchline.spool import Spool
+from touchline import EpisodeWriter, ReplayClient, ServerError, UnacknowledgedError
+from touchline._actor import leaving
+from touchline._actor.pending import MemoryQueue
+from touchline._spool.spool import Spool
 from touchline_protos.codec import EpisodeKey, decode_add_episode
 
 BUG = ZeroDivisionError("a bug")

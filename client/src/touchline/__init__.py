@@ -18,9 +18,12 @@ An actor::
 Importing this loads neither torch nor tensordict.
 """
 
-from touchline import forking  # noqa: F401  before all that imports grpc
+import touchline._rpc.forking  # noqa: F401  before all that imports grpc
+from touchline._actor.writer import EpisodeWriter
+from touchline._learner.reading import EpisodeStream
+from touchline._learner.stream import BatchStream
+from touchline._rpc.credentials import TlsConfig
 from touchline.client import ReplayClient
-from touchline.credentials import TlsConfig
 from touchline.errors import (
     AccessDeniedError,
     ClosedError,
@@ -41,10 +44,7 @@ from touchline.errors import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline.reading import EpisodeStream
-from touchline.stream import BatchStream
 from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo, WriterCounters
-from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import EpisodeKey, StoredEpisode
 

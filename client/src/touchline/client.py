@@ -7,21 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from touchline.calls import Calls
-from touchline.credentials import Credentials, TlsConfig
-from touchline.delivery import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
-from touchline.errors import (
-    ClosedError,
-    InvalidArgumentError,
-    InvalidEpisodeError,
-    NotReadyError,
-    ServerError,
-    TooLargeError,
-    TouchlineError,
-)
-from touchline.forking import forget_in_child
-from touchline.identity import Identity
-from touchline.messages import (
+from touchline._actor.delivery import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
+from touchline._actor.identity import Identity
+from touchline._learner.readiness import Readiness
+from touchline._learner.reading import EpisodeSource, EpisodeStream
+from touchline._learner.stream import BatchSource, BatchStream, StreamSource
+from touchline._learner.tensors import load_torch, to_tensors
+from touchline._rpc.calls import Calls
+from touchline._rpc.credentials import Credentials, TlsConfig
+from touchline._rpc.forking import forget_in_child
+from touchline._rpc.messages import (
     check_actor,
     check_dtype,
     check_policy_version,
@@ -32,14 +27,19 @@ from touchline.messages import (
     server_info_of,
     whole_number,
 )
-from touchline.outcomes import outcome_told
-from touchline.readiness import Readiness
-from touchline.reading import EpisodeSource, EpisodeStream
-from touchline.stream import BatchSource, BatchStream, StreamSource
-from touchline.tensors import load_torch, to_tensors
-from touchline.transport import Transport, check_address
+from touchline._rpc.outcomes import outcome_told
+from touchline._rpc.transport import Transport, check_address
+from touchline._rpc.waits import waiting
+from touchline.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    NotReadyError,
+    ServerError,
+    TooLargeError,
+    TouchlineError,
+)
 from touchline.types import EpisodeResult, ReadyState, ServerInfo
-from touchline.waits import waiting
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
@@ -323,7 +323,7 @@ class ReplayClient:
         source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
             return BatchStream(source, self._delivery_of_batches(as_numpy))
-        from touchline.device import on_device
+        from touchline._learner.device import on_device
 
         return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), lambda batch: batch)
 

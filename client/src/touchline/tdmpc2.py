@@ -18,12 +18,12 @@ try:
 except ImportError as error:
     raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): {install_command('torch')}") from error
 
+from touchline._learner.stream import BatchStream
+from touchline._rpc.copying import NotCopied
+from touchline._tdmpc2.column_names import columns_of
+from touchline._tdmpc2.single_run import Backend, SingleRun
 from touchline.client import ReplayClient
-from touchline.copying import NotCopied
 from touchline.errors import ClosedError, InvalidArgumentError
-from touchline.naming import columns_of
-from touchline.single_run import Backend, SingleRun
-from touchline.stream import BatchStream
 from touchline_protos import Batch
 
 LAW = "episode"

@@ -38,11 +38,11 @@ try:
 except ImportError as error:
     raise ImportError(f"touchline.torchrl needs torch and tensordict ({error}): {install_command('torchrl')}") from error
 
+from touchline._learner.stream import BatchStream
+from touchline._learner.trajectories import Trajectories, check_transitions, path_of
+from touchline._rpc.dropping import when_dropped
 from touchline.client import ReplayClient
-from touchline.dropping import when_dropped
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError
-from touchline.stream import BatchStream
-from touchline.trajectories import Trajectories, check_transitions, path_of
 from touchline_protos import Batch
 
 Key = str | tuple[str, ...]

@@ -1,8 +1,8 @@
 """Touchline's wire contract: the generated stubs, the codec and the values that both sides speak of. Besides, what both sides' files
 have in common."""
 
-from touchline_protos.batch import Batch
-from touchline_protos.counts import Counts
+from touchline_protos.types.batch import Batch
+from touchline_protos.types.counts import Counts
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from touchline_protos import Batch, Counts
     from touchline_protos.codec import StoredEpisode
     from touchline_server.buffer import ReplayBuffer
-    from touchline_server.config import Config, ConfigError, read_cfg
+    from touchline_server.config.settings import Config, ConfigError, read_cfg
     from touchline_server.errors import (
         DamagedStoreError,
         DrainingError,
@@ -71,9 +71,9 @@ _ELSEWHERE = {
     "Counts": "touchline_protos",
     "StoredEpisode": "touchline_protos.codec",
     "ReplayBuffer": "touchline_server.buffer",
-    "Config": "touchline_server.config",
-    "ConfigError": "touchline_server.config",
-    "read_cfg": "touchline_server.config",
+    "Config": "touchline_server.config.settings",
+    "ConfigError": "touchline_server.config.settings",
+    "read_cfg": "touchline_server.config.settings",
 }
 """Where a name comes from; the others are errors."""
 

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from touchline_protos import Batch, Counts
-from touchline_protos.batch import assemble_batch
 from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
-from touchline_protos.columns import ColumnError, flatten_columns, split_episodes
-from touchline_protos.pool import BufferPool
-from touchline_server import cuda_device
-from touchline_server.config import Config
+from touchline_protos.codec.pool import BufferPool
+from touchline_protos.types.batch import assemble_batch
+from touchline_protos.types.columns import ColumnError, flatten_columns, split_episodes
+from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
-from touchline_server.gathering import GatherPlan
-from touchline_server.memory import give_back_freed_memory
-from touchline_server.reading import EpisodeQuery, EpisodeReader
-from touchline_server.sampling import Law, SeedSource
-from touchline_server.schema import Schema
-from touchline_server.store import EpisodeStore, Selection, Stored
+from touchline_server.selectors.sampling import Law, SeedSource
+from touchline_server.store import cuda_device
+from touchline_server.store.episode_store import EpisodeStore, Selection, Stored
+from touchline_server.store.gathering import GatherPlan
+from touchline_server.store.memory import give_back_freed_memory
+from touchline_server.store.reading import EpisodeQuery, EpisodeReader
+from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
     import torchrl.data
 
-    from touchline_server.durable import GroupCommitter, Receipt
-    from touchline_server.storage_state import StorageMonitor
+    from touchline_server.durability.durable import GroupCommitter, Receipt
+    from touchline_server.durability.storage_state import StorageMonitor
 
 MAX_IDLE_BYTES = 1 << 28
 """Memory of batches that have died, kept for the next ones."""
@@ -99,7 +99,7 @@ class ReplayBuffer:
         """
         cuda_device.prepare(self.config.storage.device)
         if not self.restored:
-            from touchline_server.restoring import open_durable
+            from touchline_server.durability.restoring import open_durable
 
             def note_progress(read: int, total: int) -> None:
                 self._restore_progress = read, total
@@ -302,7 +302,7 @@ class ReplayBuffer:
         returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl_face`).
         """
         self.check_restored()
-        from touchline_server.torchrl_face import make_torchrl_buffer
+        from touchline_server.torchrl.torchrl_face import make_torchrl_buffer
 
         with self.store.write_lock:
             if self._torchrl is None:
@@ -371,7 +371,7 @@ class ReplayBuffer:
         else:
             # A fresh allocation of a big batch costs more in page faults than the gather itself.
             lease = self._pool.lease(plan.layout.body_bytes)
-            from touchline_server.tensors import as_tensor
+            from touchline_server.store.tensors import as_tensor
 
             arrays = plan.layout.body_views(lease)
             plan.fill(selection, arrays)

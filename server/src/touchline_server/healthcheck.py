@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from touchline_server.config_source import ConfigError, glance, why_unwritable
-from touchline_server.tls import open_channel, open_own_channel
+from touchline_server.config.source import ConfigError, glance, why_unwritable
+from touchline_server.service.tls import open_channel, open_own_channel
 
 if TYPE_CHECKING:
-    from touchline_server.config import Config
+    from touchline_server.config.settings import Config
 
 ADDING = "touchline.v1.Replay/AddEpisode"
 """Name by which the health service answers for adding: not serving while the disk is full or has failed, though sampling goes on."""
@@ -75,10 +75,10 @@ def check_at(
     key: Path | None = None,
     server_name: str | None = None,
 ) -> Finding:
-    """Asks any server. Arguments as :func:`~touchline_server.tls.open_channel`, and the longest wait for an answer.
+    """Asks any server. Arguments as :func:`~touchline_server.service.tls.open_channel`, and the longest wait for an answer.
 
     Raises:
-        ConfigError: as :func:`~touchline_server.tls.open_channel`.
+        ConfigError: as :func:`~touchline_server.service.tls.open_channel`.
     """
     return ask(open_channel(address, ca=ca, cert=cert, key=key, server_name=server_name), address, timeout_s=timeout_s)
 
@@ -143,9 +143,9 @@ def own_address(host: str, port: str, unix_socket: str) -> str:
 
 def _why_it_cannot_start(config: str | Path | None) -> str:
     """Returns what is wrong with the configuration or with the files that it names, for the end of a message; empty if nothing is."""
-    from touchline_server.access import check_exposure, read_access
-    from touchline_server.config import read_cfg
-    from touchline_server.tls import server_credentials
+    from touchline_server.config.settings import read_cfg
+    from touchline_server.service.access import check_exposure, read_access
+    from touchline_server.service.tls import server_credentials
 
     try:
         effective = read_cfg(config)

@@ -11,12 +11,12 @@ once. Importing this loads none of the formats' packages; a format needs its own
 ``touchline[hdf5]``; NPZ needs none). Layouts, and what survives in which: docs/datasets.md.
 """
 
+from touchline._actor.refusals import Refusals
 from touchline.datasets.changes import Changes
 from touchline.datasets.exporting import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
 from touchline.datasets.loading import LoadReport, load, survey
 from touchline.datasets.values import DatasetEpisode, DatasetError, Source, UnholdableError
-from touchline.refusals import Refusals
 
 __all__ = [
     "FORMATS",

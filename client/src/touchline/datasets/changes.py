@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from touchline.errors import InvalidEpisodeError
-from touchline_protos.casting import ColumnError, narrow
-from touchline_protos.columns import flatten_columns
+from touchline_protos.types.casting import ColumnError, narrow
+from touchline_protos.types.columns import flatten_columns
 
 
 @dataclass(frozen=True, slots=True)

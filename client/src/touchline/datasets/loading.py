@@ -8,21 +8,21 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 
+from touchline._actor.delivery import make_episode
+from touchline._actor.refusals import Refusals, add_refusal
+from touchline._rpc.messages import check_actor, whole_number
 from touchline.client import ReplayClient
 from touchline.datasets.changes import Changes
 from touchline.datasets.formats import open_source
 from touchline.datasets.read_ahead import ReadAhead
 from touchline.datasets.sizes import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, Source
-from touchline.delivery import make_episode
 from touchline.errors import InvalidEpisodeError, TouchlineError
-from touchline.messages import check_actor, whole_number
-from touchline.refusals import Refusals, add_refusal
 from touchline.types import ColumnInfo, EpisodeResult
-from touchline_protos import rules
-from touchline_protos.casting import ColumnError
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.dtypes import dtype_name
+from touchline_protos.types import rules
+from touchline_protos.types.casting import ColumnError
+from touchline_protos.types.dtypes import dtype_name
 
 CALL_BYTES = 32 << 20
 """Payload of one call, and of what is read while it is under way: twice that is in memory. How often progress is told."""

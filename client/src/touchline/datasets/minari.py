@@ -21,8 +21,8 @@ from touchline.datasets.transitions import rows_of
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, escape, unescape
 from touchline.errors import TouchlineError
 from touchline.installing import install_command
-from touchline_protos.casting import ColumnError, cast
-from touchline_protos.columns import to_array
+from touchline_protos.types.casting import ColumnError, cast
+from touchline_protos.types.columns import to_array
 
 try:
     from minari import MinariDataset

@@ -18,7 +18,7 @@ from touchline.datasets.provenance import Provenance
 from touchline.datasets.transitions import defined, undefined_row
 from touchline.datasets.values import DatasetError, UnholdableError, escape
 from touchline.installing import install_command
-from touchline_protos.dtypes import BFLOAT16, dtype_name
+from touchline_protos.types.dtypes import BFLOAT16, dtype_name
 
 try:
     from gymnasium import spaces

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from touchline.datasets.values import DatasetError
-from touchline_protos.files import sync
+from touchline_protos.files.locks import sync
 
 
 class Placement:

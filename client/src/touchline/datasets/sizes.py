@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from touchline._rpc.messages import whole_number
 from touchline.datasets.changes import Changes
 from touchline.datasets.values import DatasetError
-from touchline.messages import whole_number
-from touchline_protos.episode import CodecLimits
+from touchline_protos.types.episode import CodecLimits
 
 DEFAULT_MAX_EPISODE_BYTES = CodecLimits().max_episode_bytes
 """Where no server says what its own limit is: that of a server which is not told otherwise, 1 GiB."""

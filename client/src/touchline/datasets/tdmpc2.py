@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from touchline._tdmpc2.column_names import columns_of
 from touchline.datasets.pt_file import check_file
 from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
 from touchline.errors import InvalidEpisodeError
 from touchline.installing import install_command
-from touchline.naming import columns_of
-from touchline_protos.columns import MAX_NESTING, ColumnError, to_array
+from touchline_protos.types.columns import MAX_NESTING, ColumnError, to_array
 
 try:
     import torch

@@ -16,7 +16,7 @@ from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.values import DatasetError
 from touchline.installing import install_command
-from touchline_protos.dtypes import BFLOAT16
+from touchline_protos.types.dtypes import BFLOAT16
 
 try:
     import torch

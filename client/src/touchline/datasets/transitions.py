@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from touchline.rows import undefined
+from touchline._actor.rows import undefined
 
 
 def rows_of(values: np.ndarray, *, incoming: bool) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""An actor's side: rows become episodes, episodes wait in a queue, and a thread sends them."""

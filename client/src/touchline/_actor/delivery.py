@@ -1,0 +1,272 @@
+"""The way of episodes to the server: one at a time in a message, many or big ones as a stream of chunks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from touchline._actor.first_row import FirstRowCheck
+from touchline._rpc.calls import Calls, reason_of
+from touchline._rpc.encoding import encode_episode, unencodable
+from touchline._rpc.messages import counts_of, load_results_of
+from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
+from touchline.types import EpisodeResult
+from touchline_protos import Counts
+from touchline_protos.codec import (
+    CodecError,
+    CodecLimits,
+    Episode,
+    EpisodeKey,
+    encode_load,
+    encode_loads,
+)
+from touchline_protos.log_lines import get_logger
+from touchline_protos.types.casting import narrow
+from touchline_protos.types.columns import ColumnError, flatten_columns, split_episodes
+from touchline_protos.types.dtypes import to_wire
+from touchline_protos.v1 import replay_pb2 as pb
+
+logger = get_logger(__name__)
+
+MAX_LOAD_EPISODES = 1000
+"""Episodes of one call of a load."""
+MAX_LOAD_BYTES = 256 << 20
+"""Payload of one call of a load, unless one episode alone has more."""
+CHUNK_BYTES = 1 << 20
+"""Payload of a message of a load; measured to be better than 256 KiB and 4 MiB."""
+SLOWEST_BYTES_PER_S = 4 << 20
+"""Rate that an upload's deadline allows for, on top of the call's own."""
+
+
+def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: int, dtype: np.dtype[Any] | None = None) -> Episode:
+    """Returns a caller's episode as one that can be sent.
+
+    Args:
+        episode: mapping or TensorDict of arrays or tensors ``[rows, ...]``; not changed, and its memory is shared.
+        key: makes sending it again harmless.
+        actor: who played it.
+        policy_version: of the policy that acted.
+        dtype: that float64 columns are rounded to; None leaves them.
+
+    Raises:
+        InvalidEpisodeError: it is no mapping of arrays of one length and of supported dtypes.
+    """
+    try:
+        columns = {name: narrow(name, column, dtype) for name, column in flatten_columns(episode).items()}
+    except ColumnError as error:
+        raise InvalidEpisodeError(str(error)) from None
+    if not columns:
+        raise InvalidEpisodeError("episode: no columns, expected at least obs, action and reward")
+    try:
+        for name, column in columns.items():
+            if not column.ndim:
+                raise InvalidEpisodeError(f"{name}: a scalar, expected one value a row")
+            to_wire(column.dtype)
+    except InvalidEpisodeError:
+        raise
+    except ValueError as error:
+        raise InvalidEpisodeError(f"{name}: {error}") from None
+    first = next(iter(columns))
+    for name, column in columns.items():
+        if len(column) != len(columns[first]):
+            raise InvalidEpisodeError(f"{name}: {len(column)} rows, expected {len(columns[first])} to match {first}")
+    return Episode(columns, key=key, actor=actor, policy_version=policy_version)
+
+
+def episodes_of(episodes: Any) -> Iterator[Any]:
+    """Yields the episodes of a load; see :func:`~touchline_protos.types.columns.split_episodes`.
+
+    Raises:
+        InvalidEpisodeError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
+    """
+    try:
+        yield from split_episodes(episodes)
+    except ColumnError as error:
+        raise InvalidEpisodeError(str(error)) from None
+
+
+class Delivery:
+    """Sends episodes. Safe to use from many threads.
+
+    Args:
+        calls: to the server.
+        table: that gets the episodes.
+        max_message_bytes: an episode above it goes in chunks.
+    """
+
+    def __init__(self, calls: Calls, *, table: str, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._table = table
+        self._max_message_bytes = max_message_bytes
+        self._chunk_bytes = min(CHUNK_BYTES, max_message_bytes // 2)
+        self._first_row = FirstRowCheck(calls, table=table)
+
+    def add(self, episode: Episode, *, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
+        """Sends one episode, in one message if that is not over the limit of either side, else in chunks.
+
+        Raises:
+            TouchlineError: it was refused or is not acknowledged.
+        """
+        message = self._encode(episode)
+        if message is not None:
+            try:
+                answer = pb.AddEpisodeResponse.FromString(self._calls.unary("AddEpisode", message, timeout_s=timeout_s))
+            except TooLargeError as error:
+                if reason_of(error):
+                    raise  # the message came through: it is the episode that is too large, in chunks as well
+                self._learn_limit()
+            else:
+                assert episode.key is not None
+                self._first_row.check([episode])
+                return EpisodeResult(episode.key, answer.episode_id, answer.duplicate), counts_of(answer.counts)
+        results, counts = self._upload([episode], timeout_s=timeout_s)
+        if results[0].error is not None:
+            raise results[0].error
+        return results[0], counts
+
+    def load(
+        self,
+        episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
+        *,
+        timeout_s: float | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Counts | None:
+        """Sends episodes in calls of a bounded size.
+
+        Args:
+            episodes: each with its key; an error stands for an episode that could not be made.
+            timeout_s: the deadline of each call, without what the bytes take.
+            progress: called after each call with the number of episodes answered so far.
+
+        Returns:
+            The counts after the last call; None if there was no call to make.
+
+        Raises:
+            LoadError: some were refused; the others are stored.
+            TouchlineError: a call failed; a note tells how many episodes were answered before.
+        """
+        results: list[EpisodeResult] = []
+        counts: Counts | None = None
+        try:
+            for part, latest in self.send(episodes, timeout_s=timeout_s, max_bytes=MAX_LOAD_BYTES):
+                results += part
+                counts = latest or counts
+                if progress is not None:
+                    progress(len(results))
+        except TouchlineError as error:
+            note = f"load: {len(results)} episodes were answered before"
+            if sys.version_info >= (3, 11):
+                error.add_note(note)
+            else:
+                error.args = (f"{error} ({note})", *error.args[1:])
+            raise
+        refused = [(position, result.error) for position, result in enumerate(results) if result.error is not None]
+        if refused:
+            shown = "; ".join(f"episode {position}: {error}" for position, error in refused[:5])
+            more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+            raise LoadError(f"{len(refused)} of {len(results)} episodes were refused, the others are stored: {shown}{more}", results)
+        return counts
+
+    def send(
+        self,
+        episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
+        *,
+        timeout_s: float | None = None,
+        max_bytes: int = MAX_LOAD_BYTES,
+    ) -> Iterator[tuple[list[EpisodeResult], Counts | None]]:
+        """Sends episodes in calls of a bounded size, and yields what became of those of a call before it takes the next ones.
+
+        Args:
+            episodes: each with its key; an error stands for an episode that could not be made.
+            timeout_s: the deadline of each call, without what the bytes take.
+            max_bytes: payload of a call, unless one episode alone has more.
+
+        Yields:
+            The results in the order of the episodes, and the counts after the call; None where there was no call to make.
+
+        Raises:
+            TouchlineError: a call failed.
+        """
+        for part in _parts(episodes, max_bytes):
+            try:
+                answered = self._send_part(part, timeout_s)
+            except (InvalidEpisodeError, TooLargeError):
+                checked = [_checked(item) for item in part]
+                if all(before[1] is after[1] for before, after in zip(part, checked, strict=True)):
+                    raise
+                answered = self._send_part(checked, timeout_s)
+            yield answered
+
+    def _send_part(self, part: list[_Item], timeout_s: float | None) -> tuple[list[EpisodeResult], Counts | None]:
+        sendable = [episode for _, episode in part if isinstance(episode, Episode)]
+        answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], None)
+        answer = iter(answers)
+        return [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in part], counts
+
+    def _encode(self, episode: Episode) -> bytes | None:
+        if episode.size_bytes > self._max_message_bytes:
+            return None
+        message = encode_episode(episode, table=self._table)
+        return message if len(message) <= self._max_message_bytes else None
+
+    def _upload(self, episodes: Sequence[Episode], *, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts]:
+        def requests() -> Iterator[bytes]:
+            return encode_loads(episodes, table=self._table, chunk_bytes=self._chunk_bytes)
+
+        base_s = self._calls.timeout_s if timeout_s is None else timeout_s
+        bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_BYTES_PER_S
+        try:
+            try:
+                message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+            except TooLargeError:
+                if not self._learn_limit():
+                    raise
+                message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+        except CodecError as error:
+            raise unencodable(error) from None
+        self._first_row.check(episodes)
+        return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
+
+    def _learn_limit(self) -> bool:
+        """Takes the server's limit on messages over, where it is the lower one; returns whether that changed anything."""
+        answer = pb.InfoResponse.FromString(self._calls.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
+        if not 0 < answer.max_message_bytes < self._max_message_bytes:
+            return False
+        logger.info("messages to %s: at most %d bytes, its limit", self._calls.transport.address, answer.max_message_bytes)
+        self._max_message_bytes = answer.max_message_bytes
+        self._chunk_bytes = min(CHUNK_BYTES, answer.max_message_bytes // 2)
+        return True
+
+
+_Item = tuple[EpisodeKey, Episode | TouchlineError]
+
+
+def _checked(item: _Item) -> _Item:
+    """Returns an episode that no message can hold as its error: one of them is no reason to refuse the others of its call."""
+    key, episode = item
+    if isinstance(episode, Episode):
+        most = CodecLimits().max_columns
+        if len(episode.columns) > most:
+            return key, TooLargeError(f"{len(episode.columns)} columns, expected at most {most}")
+        try:
+            next(encode_load(episode, chunk_bytes=1))  # its header alone
+        except CodecError as error:
+            return key, unencodable(error)
+    return item
+
+
+def _parts(episodes: Iterable[_Item], max_bytes: int) -> Iterator[list[_Item]]:
+    part: list[_Item] = []
+    size_bytes = 0
+    for item in episodes:
+        episode_bytes = item[1].size_bytes if isinstance(item[1], Episode) else 0
+        if part and (len(part) == MAX_LOAD_EPISODES or size_bytes + episode_bytes > max_bytes):
+            yield part
+            part, size_bytes = [], 0
+        part.append(item)
+        size_bytes += episode_bytes
+    if part:
+        yield part

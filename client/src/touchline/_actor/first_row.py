@@ -1,0 +1,49 @@
+"""What an actor is told if its episodes look as if they were in the other row convention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from touchline._rpc.calls import Calls
+from touchline._rpc.messages import server_info_of
+from touchline.errors import TouchlineError
+from touchline_protos.codec import Episode
+from touchline_protos.log_lines import get_logger
+from touchline_protos.types import rules
+from touchline_protos.v1 import replay_pb2 as pb
+
+ASK_S = 10.0
+"""Deadline of the one question to the server."""
+
+logger = get_logger(__name__)
+
+
+class FirstRowCheck:
+    """Warns once of an action in row 0 under the row convention ``incoming``, where it is never drawn. May be used from any thread.
+
+    Args:
+        calls: to the server.
+        table: that the episodes go to.
+    """
+
+    def __init__(self, calls: Calls, *, table: str) -> None:
+        self._calls = calls
+        self._table = table
+        self._done = False
+
+    def check(self, episodes: Iterable[Episode]) -> None:
+        """Looks at episodes that the server has answered; asks it for its row convention at the first that has an action in row 0."""
+        if self._done:
+            return
+        found = next((episode for episode in episodes if rules.has_action_in_row_0(episode.columns)), None)
+        if found is None:
+            return
+        self._done = True
+        request = pb.InfoRequest(table=self._table).SerializeToString()
+        try:
+            convention = server_info_of(self._calls.unary("Info", request, timeout_s=ASK_S)).row_convention
+        except (TouchlineError, KeyError, ValueError) as error:
+            logger.debug("the row convention of %s is not known: %s", self._calls.transport.address, error)
+            return
+        if convention == "incoming":
+            logger.warning("an episode of actor %r: %s", found.actor, rules.ACTION_IN_ROW_0)

@@ -1,0 +1,21 @@
+"""The command ``touchline``: says what to install where its packages are missing, else hands over to the commands."""
+
+from __future__ import annotations
+
+import sys
+
+from touchline.installing import install_command
+
+PACKAGES = ("typer", "rich")
+"""Packages of the extra ``cli``."""
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit status."""
+    try:
+        from touchline._cli.commands import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in PACKAGES:
+            raise
+        sys.exit(f"touchline: needs {' and '.join(PACKAGES)} ({error}): {install_command('cli')}")
+    app()

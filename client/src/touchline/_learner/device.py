@@ -1,0 +1,329 @@
+"""Batches on a CUDA device: pinned staging, a copy on a side stream, one batch ahead of the learner."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from touchline._learner.ring import RingBatches
+from touchline._learner.stream import BatchSource
+from touchline._learner.tensors import load_torch, map_batch
+from touchline._rpc.forking import forget_in_child, keep_orphan
+from touchline.errors import ClosedError, InvalidArgumentError
+from touchline_protos import Batch
+from touchline_protos.shm.pinning import PinnedRegion
+from touchline_protos.types.dtypes import BFLOAT16
+
+STAGING_SLOTS = 3
+"""Pinned buffers: one that is filled, and two whose copies may be under way."""
+AHEAD = 2
+"""Batches on the device that the learner has not taken yet."""
+HELD = 2
+"""Slots of a ring that copies may be reading."""
+_ALIGNMENT = 16
+_MAX_GAP = 64
+"""Between arrays that are moved as one stretch of memory; more, and they are not of one allocation."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A pinned buffer and the event that tells when its last copy was complete."""
+
+    copied: Any
+    buffer: Any = None
+    bytes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBatch:
+    """A batch on its way to the device."""
+
+    batch: Batch
+    """Views of ``block``."""
+    block: Any
+    """uint8 [n] on the device: the whole batch, moved by one copy."""
+    copied: Any
+    """Event that tells when it is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """The memory of a batch: one stretch, with all arrays in it."""
+
+    address: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, arrays: list[np.ndarray]) -> _Stretch | None:
+        """Returns the stretch of arrays that lie close behind each other, as those of a received batch do; None for others."""
+        spans = sorted((_address(array), array.nbytes, array.itemsize) for array in arrays if array.nbytes)
+        if not spans or any(not array.flags.c_contiguous for array in arrays):
+            return None
+        begin = end = spans[0][0]
+        for address, size_bytes, itemsize in spans:
+            if not 0 <= address - end <= _MAX_GAP or (address - begin) % itemsize:
+                return None
+            end = address + size_bytes
+        return cls(begin, end - begin)
+
+
+class CudaStaging:
+    """Moves batches from host arrays to a CUDA device. For one thread.
+
+    The device reads a batch in a ring where it lies: the ring's memory is pinned, and its slot held until the copy is complete. Others
+    are copied into a slot of pinned memory, which is written again only after the event of its last copy has completed. The block on the
+    device is allocated on the side stream, so that the copy waits for nothing of the learner's; :func:`hand_over` ties it to the learner's
+    stream.
+
+    Args:
+        torch: the module.
+        device: a ``torch.device`` of type ``cuda``.
+    """
+
+    def __init__(self, torch: Any, device: Any) -> None:
+        self._torch = torch
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._slots = [_Slot(torch.cuda.Event()) for _ in range(STAGING_SLOTS)]
+        self._next = 0
+        self._ring: Any = None
+        self._region: PinnedRegion | None = None
+        self._held: deque[tuple[Any, Batch]] = deque()
+
+    def stage(self, batch: Batch, ring: RingBatches | None = None) -> StagedBatch:
+        """Starts the copy of a batch to the device.
+
+        Args:
+            batch: of arrays. Held until it is copied where it lies in ``ring``; elsewhere the arrays are free at once.
+            ring: that it came through, if it did.
+        """
+        if ring is not self._ring:
+            self._enter(ring)
+        arrays: list[np.ndarray] = []
+        map_batch(batch, arrays.append)
+        stretch = _Stretch.of(arrays)
+        direct = self._in_ring(stretch) if stretch is not None else None
+        offsets = _offsets(arrays, stretch)
+        size_bytes = stretch.size_bytes if stretch is not None else offsets[-1]
+        source, slot = (direct, None) if direct is not None else self._copy(arrays, offsets, stretch, size_bytes)
+        torch = self._torch
+        with torch.cuda.stream(self._stream):
+            block = torch.empty(_padded(size_bytes), dtype=torch.uint8, device=self._device)
+            block[:size_bytes].copy_(source, non_blocking=True)
+            if slot is not None:
+                slot.copied.record(self._stream)
+            # The slot's own event may be recorded again before the learner has looked at this batch's.
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        if direct is not None:
+            self._held.append((copied, batch))
+        return StagedBatch(self._views(batch, block, offsets), block, copied)
+
+    def close(self) -> None:
+        """Waits for the copies that read a ring, and unpins its memory."""
+        self._enter(None)
+
+    def _enter(self, ring: RingBatches | None) -> None:
+        self._release(0)
+        if self._region is not None:
+            self._region.close()
+        self._ring = ring
+        self._region = PinnedRegion(self._torch, ring.whole_array()) if ring is not None else None
+
+    def _release(self, left: int) -> None:
+        """Lets go of batches in a ring whose copies are complete, and waits until no more than ``left`` are held."""
+        while self._held and (len(self._held) > left or self._held[0][0].query()):
+            copied, _ = self._held.popleft()
+            copied.synchronize()
+
+    def _in_ring(self, stretch: _Stretch) -> Any:
+        """Returns a stretch of the ring's pinned memory as a tensor; None for one that lies elsewhere."""
+        region = self._region
+        if region is None or not region.pinned:
+            return None
+        first = stretch.address - region.address
+        if not 0 <= first <= region.size_bytes - stretch.size_bytes:
+            return None  # a copy: the learner holds all slots but one
+        self._release(HELD - 1)
+        return region.tensor[first : first + stretch.size_bytes]
+
+    def _copy(self, arrays: list[np.ndarray], offsets: list[int], stretch: _Stretch | None, size_bytes: int) -> tuple[Any, _Slot]:
+        """Copies arrays into the next slot; returns what of its buffer they take, and the slot."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        slot.copied.synchronize()  # returns at once for an event that was never recorded
+        if slot.bytes.nbytes < size_bytes:
+            slot.buffer = self._torch.empty(size_bytes, dtype=self._torch.uint8, pin_memory=True)
+            slot.bytes = slot.buffer.numpy()
+        if stretch is not None:
+            ctypes.memmove(_address(slot.bytes), stretch.address, size_bytes)
+        else:
+            for array, offset in zip(arrays, offsets, strict=False):
+                slot.bytes[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return slot.buffer[:size_bytes], slot
+
+    def _views(self, batch: Batch, block: Any, offsets: list[int]) -> Batch:
+        torch = self._torch
+        typed: dict[Any, Any] = {}
+        at = iter(offsets)
+
+        def view(array: np.ndarray) -> Any:
+            offset = next(at)
+            dtype = torch.bfloat16 if array.dtype == BFLOAT16 else getattr(torch, array.dtype.name)
+            if not array.size:
+                return block[:0].view(dtype).view(array.shape)
+            elements = typed.get(dtype)
+            if elements is None:
+                elements = typed[dtype] = block.view(dtype)
+            strides = [1] * array.ndim
+            for place in range(array.ndim - 1, 0, -1):
+                strides[place - 1] = strides[place] * array.shape[place]
+            return torch.as_strided(elements, array.shape, strides, offset // array.itemsize)
+
+        return map_batch(batch, view)
+
+
+def hand_over(torch: Any, staged: StagedBatch) -> Batch:
+    """Returns a staged batch to the thread and stream that will use it; work queued there from now on sees the whole batch."""
+    stream = torch.cuda.current_stream(staged.block.device)
+    stream.wait_event(staged.copied)
+    # Without this the allocator could give the block's memory away while the learner's stream still reads it.
+    staged.block.record_stream(stream)
+    return staged.batch
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _offsets(arrays: list[np.ndarray], stretch: _Stretch | None) -> list[int]:
+    """Returns where each array begins in the block, and where the last one ends."""
+    if stretch is not None:
+        return [_address(array) - stretch.address if array.nbytes else 0 for array in arrays]
+    offsets = [0]
+    for array in arrays:
+        offsets.append(offsets[-1] + _padded(array.nbytes))
+    return offsets
+
+
+class CudaSource:
+    """Batches on a CUDA device, from a source of host batches that a thread of its own reads ahead. One thread takes, any closes.
+
+    Args:
+        source: of host batches as numpy arrays.
+        torch: the module.
+        device: a ``torch.device`` of type ``cuda``.
+    """
+
+    def __init__(self, source: BatchSource, torch: Any, device: Any) -> None:
+        self._source = source
+        self._torch = torch
+        self._device = device
+        self._closed = False
+        self._begin()
+        forget_in_child(self)
+
+    def _begin(self) -> None:
+        """Has everything that changes as it is before the first batch."""
+        self._changed = threading.Condition()
+        self._ahead: deque[StagedBatch] = deque()
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def after_fork_in_child(self) -> None:
+        """Begins anew; what is on the device is the parent's. CUDA itself refuses a child of a process that has used it, by an error."""
+        keep_orphan((self._ahead, self._thread))
+        self._begin()
+
+    def take(self) -> Batch:
+        """Returns the next batch; see :class:`~touchline._learner.stream.BatchStream` for what it raises."""
+        with self._changed:
+            if self._thread is None and not self._closed:
+                thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
+                thread.start()  # raises where the system has no other thread: then the next take tries again
+                self._thread = thread
+            self._changed.wait_for(lambda: self._ahead or self._failure is not None or self._closed)
+            if self._closed:
+                raise ClosedError("the stream was closed")
+            if not self._ahead:
+                failure, self._failure, self._thread = self._failure, None, None  # the next take starts another thread
+                assert failure is not None
+                raise failure
+            staged = self._ahead.popleft()
+            self._changed.notify_all()
+        return hand_over(self._torch, staged)
+
+    @property
+    def transport(self) -> str:
+        """How batches come to this host; see :class:`~touchline._learner.stream.BatchSource`."""
+        return self._source.transport
+
+    @property
+    def transport_reason(self) -> str:
+        """Why they do not come by a ring; see :class:`~touchline._learner.stream.BatchSource`."""
+        return self._source.transport_reason
+
+    def close(self) -> None:
+        """Ends it; a ``take`` under way raises ClosedError."""
+        with self._changed:
+            self._closed = True
+            self._ahead.clear()
+            self._changed.notify_all()
+        self._source.close()
+
+    @property
+    def ring(self) -> RingBatches | None:
+        """None: what comes from here lies on the device."""
+        return None
+
+    def _stage_ahead(self, staging: CudaStaging) -> None:
+        while True:
+            staged = staging.stage(self._source.take(), self._source.ring)
+            with self._changed:
+                self._ahead.append(staged)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: len(self._ahead) < AHEAD or self._closed)
+                if self._closed:
+                    return
+
+    def _work(self) -> None:
+        try:
+            with self._torch.cuda.device(self._device):
+                staging = CudaStaging(self._torch, self._device)
+                try:
+                    self._stage_ahead(staging)
+                finally:
+                    staging.close()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+
+def on_device(source: BatchSource, device: Any, *, as_numpy: bool) -> BatchSource:
+    """Returns a source of the same batches on a CUDA device.
+
+    Raises:
+        InvalidArgumentError: torch or the device is not there, or arrays are asked for.
+    """
+    torch = load_torch()
+    if torch is None:
+        raise InvalidArgumentError(f"device: {str(device)!r} needs torch, which is not installed")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(f"device: {device!r} ({error})") from None
+    if place.type != "cuda" or as_numpy:
+        raise InvalidArgumentError(f"device: {str(device)!r}, expected None, 'cpu' or 'cuda' with tensors")
+    if not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device: {str(device)!r}, but torch finds no CUDA device")
+    return CudaSource(source, torch, place)

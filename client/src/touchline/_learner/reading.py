@@ -1,0 +1,324 @@
+"""Stored episodes, read back from the server one after the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from touchline._rpc.calls import Calls, delay_before_retry, is_passing
+from touchline._rpc.copying import NotCopied
+from touchline._rpc.dropping import when_dropped
+from touchline._rpc.forking import event_like, forget_in_child, keep_orphan
+from touchline._rpc.waits import Wait, waiting
+from touchline._rpc.watchdog import Watchdog
+from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
+from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
+from touchline_protos.log_lines import get_logger
+from touchline_protos.v1 import replay_pb2 as pb
+
+MAX_FRUITLESS = 5
+"""Calls that each broke off within an episode and brought none, after which reading ends; but not before ``timeout_s`` has passed."""
+
+logger = get_logger(__name__)
+
+
+class EpisodeStream(NotCopied):
+    """An iterator of whole episodes, their ids ascending; also a context manager that closes it. Made by ``ReplayClient.episodes``.
+
+    One thread iterates, any thread may close; forks as with a :class:`~touchline.BatchStream`, but a child goes on where its parent was.
+    The episodes' arrays are the caller's. Who stops before the end closes it; what is dropped without that ends its call once it is
+    collected.
+    """
+
+    _instead = "hand its client over, which can be, and call episodes() there"
+
+    def __init__(self, source: EpisodeSource) -> None:
+        self._source = source
+        self._closed = False
+        when_dropped(self, source.close)
+
+    def __iter__(self) -> Iterator[StoredEpisode]:
+        return self
+
+    def __next__(self) -> StoredEpisode:
+        """Returns the next episode, waiting for it.
+
+        Raises:
+            StopIteration: there is no other, or the stream was closed here.
+            InvalidArgumentError: an id or a column that is not there, or arguments that the server does not take.
+            UnavailableError: the server was away for longer than ``timeout_s``, or came back without the episodes; or the connection broke
+                off within one episode for as long as that, and five times at least. The next ``next`` tries again.
+            OverLimitError: it had too much to do for as long as that.
+            DeadlineError: nothing came within ``timeout_s``, though the server was there.
+            TouchlineError: another of the tree.
+        """
+        if self._closed:
+            raise StopIteration
+        try:
+            episode = self._source.take()
+        except ClosedError:
+            if self._closed:
+                raise StopIteration from None
+            raise
+        if episode is None:
+            self.close()
+            raise StopIteration
+        return episode
+
+    @property
+    def total(self) -> int:
+        """How many episodes there were to read when it began; asks the server where it has not begun.
+
+        Fewer come where some are evicted before their turn. Raises as ``next`` does.
+        """
+        return self._source.selection.episodes
+
+    @property
+    def total_steps(self) -> int:
+        """How many rows these episodes have. Raises as ``next`` does."""
+        return self._source.selection.steps
+
+    def close(self) -> None:
+        """Ends the call. Closing again does nothing."""
+        self._closed = True
+        self._source.close()
+
+    def __enter__(self) -> EpisodeStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """How far reading is."""
+
+    seen_id: int = -1
+    """The highest id that was dealt with."""
+    ready: deque[StoredEpisode] = field(default_factory=deque)
+    """Episodes up to it that nobody has taken yet."""
+
+
+class EpisodeSource:
+    """Episodes from GetEpisodes; a call that breaks off is followed by one for what is left. One thread takes, any closes.
+
+    Args:
+        calls: to the server.
+        request: which episodes; never changed.
+        timeout_s: the longest wait for the next message, retries included.
+        empty: no episode is asked for, and so the server is not.
+    """
+
+    def __init__(self, calls: Calls, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
+        self._calls = calls
+        self._request = request
+        self._timeout_s = timeout_s
+        self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
+        self._progress = _Progress()
+        self._fruitless = 0
+        self._fruitless_since = 0.0
+        self._delays = calls.delays()
+        self._session: _Session | None = None
+        self._finished = False
+        self._watchdog = Watchdog(timeout_s)
+        self._closed = threading.Event()
+        forget_in_child(self)
+
+    @property
+    def selection(self) -> EpisodeSelection:
+        """What there was to read when the first call began."""
+        if self._selection is None:
+            self._advance()
+        assert self._selection is not None
+        return self._selection
+
+    def take(self) -> StoredEpisode | None:
+        """Returns the next episode, None at the end; see :class:`EpisodeStream` for what it raises."""
+        while not self._progress.ready and not self._finished:
+            self._advance()
+        ready = self._progress.ready
+        return ready.popleft() if ready else None
+
+    def close(self) -> None:
+        """Ends the call; a ``take`` under way raises ClosedError."""
+        self._closed.set()
+        session = self._session
+        if session is not None:
+            session.end()
+        self._watchdog.stop()
+
+    def _advance(self) -> None:
+        """Takes what brings the reading forward, or notes its end; calls anew where the server was away."""
+        with waiting("episodes()", self._calls.transport.address, lambda: "nothing has come yet") as wait:
+            self._advance_within(wait)
+
+    def _advance_within(self, wait: Wait) -> None:
+        ends = time.monotonic() + self._timeout_s
+        if not self._fruitless:
+            self._delays = self._calls.delays()
+        last: TouchlineError | None = None
+        while not self._finished:
+            if self._closed.is_set():
+                raise ClosedError("the stream was closed")
+            if self._selection is not None and self._progress.seen_id >= self._selection.last_episode_id:
+                self._finish()
+                return
+            session = self._session or self._open()
+            try:
+                self._watchdog.watch(session, ends)
+                episodes = session.receive()
+            except TouchlineError as error:
+                self._drop()
+                wait.note(str(error))
+                self._wait_after(error, session, ends, last)
+                last = error
+                continue
+            except BaseException:
+                self._drop()  # who knows how far a message was read: another call begins behind the last whole episode
+                raise
+            finally:
+                self._watchdog.rest()
+            if self._take_over(session, episodes):
+                return
+
+    def _wait_after(self, error: TouchlineError, session: _Session, ends: float, last: TouchlineError | None) -> None:
+        """Waits before the next attempt, or raises what there is to raise; ``last`` is the error before this one."""
+        if self._closed.is_set():
+            return
+        if time.monotonic() >= ends and session.ended:
+            if last is not None:
+                raise last from error
+            raise DeadlineError(f"{self._calls.transport.address}: nothing came within {self._timeout_s} s") from error
+        if not is_passing(error):
+            raise error
+        delay_s = delay_before_retry(error, next(self._delays))
+        if session.frames > 1 and not session.fruitful:
+            self._count_fruitless(error, session)
+            delay_s = min(delay_s, max(ends - time.monotonic(), 0.0) / 2)  # when it is to end, that count says
+        if time.monotonic() + delay_s >= ends:
+            raise error
+        logger.info("reading was interrupted, trying again: %s", error)
+        self._closed.wait(delay_s)
+
+    def _count_fruitless(self, error: TouchlineError, session: _Session) -> None:
+        """Notes a call that was given up within its first episode, which the next one begins again; raises where that goes on."""
+        now = time.monotonic()
+        if not self._fruitless:
+            self._fruitless_since = now
+        self._fruitless += 1
+        lost_s = now - self._fruitless_since
+        if self._fruitless < MAX_FRUITLESS or lost_s < self._timeout_s:
+            return
+        count, self._fruitless = self._fruitless, 0  # whoever goes on after this error gets as many again
+        raise UnavailableError(
+            f"{self._calls.transport.address}: the connection broke off within an episode {count} times in {lost_s:.1f} s (after "
+            f"{session.size_bytes / 1e6:,.1f} MB the last time), and none arrived whole; one that breaks off is read from its start. A "
+            f"steadier network helps, or fewer columns (columns=), or shorter episodes (max_steps of the writer): {error}"
+        ) from error
+
+    def _take_over(self, session: _Session, episodes: list[StoredEpisode] | None) -> bool:
+        """Takes what a message brought; returns whether that is more than there was before the server was away."""
+        selection = session.decoder.selection
+        if episodes is None or selection is None:
+            self._finish()
+            return True
+        if self._selection is None:
+            self._selection = selection
+            return True
+        if selection.lineage != self._selection.lineage:
+            self._drop()
+            raise UnavailableError(
+                f"{self._calls.transport.address}: the server came back without the episodes that were being read; read them from the start"
+            )
+        if session.decoder.seen_id > self._progress.seen_id:
+            self._fruitless, session.fruitful = 0, True
+            # In one step: whoever forks sees the episodes and their ids, or neither.
+            self._progress = _Progress(session.decoder.seen_id, deque([*self._progress.ready, *episodes]))
+        return session.frames > 1
+
+    def _finish(self) -> None:
+        self._drop()
+        self._finished = True
+        self._watchdog.stop()
+
+    def _open(self) -> _Session:
+        session = self._session = _Session(self._calls, self._what_is_left())
+        if self._closed.is_set():  # closed by another thread before it could see the session
+            session.end()
+        return session
+
+    def _what_is_left(self) -> pb.GetEpisodesRequest:
+        """Returns the request for what is behind the last whole episode, of what there was when the first call began."""
+        if self._selection is None:
+            return self._request
+        left = pb.GetEpisodesRequest()
+        left.CopyFrom(self._request)
+        if left.episode_ids:
+            left.episode_ids[:] = [number for number in left.episode_ids if number > self._progress.seen_id]
+            left.skip_missing = True  # all were there when the first call began: what is not now was evicted
+        else:
+            left.first_episode_id = max(self._progress.seen_id + 1, self._selection.first_episode_id)
+            left.last_episode_id = self._selection.last_episode_id
+            left.ClearField("newest")
+        return left
+
+    def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.end()
+
+    def after_fork_in_child(self) -> None:
+        """The call is the parent's; the child goes on from where that was, with one of its own."""
+        keep_orphan((self._session, self._watchdog))
+        self._session = None
+        self._delays = self._calls.delays()
+        self._watchdog = Watchdog(self._timeout_s)
+        self._closed = event_like(self._closed)
+
+
+class _Session:
+    """One call of GetEpisodes."""
+
+    def __init__(self, calls: Calls, request: pb.GetEpisodesRequest) -> None:
+        self._calls = calls
+        self.decoder = EpisodeDecoder()
+        self.frames = 0
+        """Messages so far."""
+        self.size_bytes = 0
+        """Bytes in them."""
+        self.fruitful = False
+        """Whether they brought the reading forward by an episode at least."""
+        self.ended = False
+        """Whether this side ended it."""
+        self._call: Any = calls.download("GetEpisodes", request.SerializeToString())
+
+    def receive(self) -> list[StoredEpisode] | None:
+        """Returns the episodes that the next message completes, None at the end.
+
+        Raises:
+            TouchlineError: the call broke off, or brought what is no answer.
+        """
+        address = self._calls.transport.address
+        try:
+            message = next(self._call)
+            self.frames += 1
+            self.size_bytes += len(message)
+            return self.decoder.feed(message)
+        except StopIteration:
+            if self.decoder.selection is None or self.decoder.in_progress:
+                raise ServerError(f"{address}: the server ended the stream within an episode, or before it began") from None
+            return None
+        except CodecError as error:
+            raise ServerError(f"{address}: a frame that is none: {error}") from error
+        except Exception as error:
+            raise self._calls.translate(error) from error
+
+    def end(self) -> None:
+        """Ends the call, from any thread."""
+        self.ended = True
+        self._call.cancel()

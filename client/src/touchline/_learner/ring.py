@@ -1,0 +1,136 @@
+"""Batches from a ring in shared memory that a server on this host keeps full."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from touchline_protos import Batch
+from touchline_protos.codec import BodyLayout
+from touchline_protos.codec.pool import BufferPool
+from touchline_protos.shm.ring import RingError, RingGeometry, RingReader
+from touchline_protos.v1 import replay_pb2 as pb
+
+MAX_IDLE_BYTES = 256 << 20
+"""Memory of copied batches that is kept for later ones."""
+
+
+class RingEndedError(Exception):
+    """The stream over which the ring was offered has ended."""
+
+    def __init__(self, reason: BaseException) -> None:
+        self.reason = reason
+        """What ended it: StopIteration where the server did so in good order."""
+
+
+class RingBatches:
+    """Takes batches out of a ring. One thread takes.
+
+    A batch is a view of its slot, which goes back to the server when the last view of it has died. Once the caller holds all slots but
+    one, batches are copies, so that the server can always go on.
+
+    The stream over which the ring was offered stays open: a thread reads from it the names of actors, and the end.
+
+    Args:
+        setup: the server's offer.
+        messages: what follows on the stream.
+
+    Raises:
+        RingError: the ring cannot be mapped here.
+        CodecError: the offer makes no sense.
+    """
+
+    def __init__(self, setup: pb.RingSetup, messages: Iterator[bytes]) -> None:
+        self._layout = BodyLayout(setup.layout.SerializeToString())
+        geometry = RingGeometry(setup.slots, setup.slot_size_bytes)
+        if self._layout.size_bytes > geometry.slot_size_bytes:
+            raise RingError(f"slots of {geometry.slot_size_bytes} bytes, expected at least {self._layout.size_bytes} for a batch")
+        self._ring = RingReader(setup.path, setup.token, geometry, setup.size_bytes)
+        self._pool = BufferPool(MAX_IDLE_BYTES)
+        self._leases: dict[int, weakref.ref[Any]] = {}
+        self._messages = messages
+        self._changed = threading.Condition()
+        self._actor_names: dict[int, str] = {}
+        self._end: BaseException | None = None
+        self._reader = threading.Thread(target=self._read, name="touchline-ring", daemon=True)
+
+    def start(self) -> None:
+        """Begins to listen to the stream."""
+        self._reader.start()
+
+    def take(self) -> Batch | None:
+        """Returns the next batch, or None after a nap at most.
+
+        Raises:
+            RingEndedError: the stream ended.
+            RingError: the server wrote what makes no sense.
+        """
+        if self._end is not None:
+            raise RingEndedError(self._end)
+        taken = self._ring.take()
+        if taken is None:
+            return None
+        slot, actors_needed = taken
+        if actors_needed > len(self._actor_names):
+            self._wait_for_names(actors_needed)
+        memory = self._ring.slot_array(slot)
+        if self._ring.held > self._ring.geometry.slots - 2:
+            copy = self._pool.lease(self._layout.size_bytes)
+            size = self._layout.size_bytes
+            memoryview(copy).cast("B")[:size] = memoryview(memory).cast("B")[:size]
+            self._ring.free(slot)
+            return self._layout.batch(copy, self._actor_names)
+        self._leases[slot] = weakref.ref(memory, partial(_free, self._ring, slot))
+        return self._layout.batch(memory, self._actor_names)
+
+    def whole_array(self) -> Any:
+        """Returns the memory that all batches but copies are views of, as a ctypes array that keeps it mapped."""
+        return self._ring.whole_array()
+
+    def interrupt(self) -> None:
+        """Has a :meth:`take` under way return."""
+        self._ring.interrupt()
+
+    def _wait_for_names(self, needed: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._end is not None or len(self._actor_names) >= needed)
+        if self._end is not None:
+            raise RingEndedError(self._end)
+
+    def _read(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for message in self._messages:
+                frame = pb.SampleStreamResponse.FromString(message)
+                with self._changed:
+                    self._actor_names = {**self._actor_names, **{actor.index: actor.name for actor in frame.actors.actors}}
+                    self._changed.notify_all()
+        except BaseException as error:
+            # Its traceback would hold this object, and with it the ring's memory, until the next collection of cycles.
+            end = error.with_traceback(None)
+        with self._changed:
+            self._end = end
+            self._changed.notify_all()
+        self._ring.interrupt()
+
+
+def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | None:
+    """Returns the ring that a stream's first message offers, or in words why there is none; None if it is not about rings.
+
+    Raises:
+        RingError, CodecError: there is an offer, but the ring cannot be used here.
+    """
+    if not message.startswith(_OFFER_TAG):
+        return None
+    setup = pb.SampleStreamResponse.FromString(message).ring
+    return setup.refused or RingBatches(setup, messages)
+
+
+_OFFER_TAG = pb.SampleStreamResponse(ring=pb.RingSetup()).SerializeToString()[:1]
+
+
+def _free(ring: RingReader, slot: int, _: weakref.ref[Any]) -> None:
+    ring.free(slot)

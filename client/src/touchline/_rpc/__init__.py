@@ -1,0 +1,1 @@
+"""Calls to the server: channel, credentials, deadlines, retries, forks."""

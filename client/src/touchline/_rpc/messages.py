@@ -1,0 +1,230 @@
+"""The small messages, to and from the values of this package. The big ones, episodes and batches, are the codec's."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from touchline.errors import (
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    KeyConflictError,
+    ServerError,
+    TooLargeError,
+    TouchlineError,
+)
+from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo
+from touchline_protos import Counts
+from touchline_protos.codec import EpisodeKey
+from touchline_protos.log_lines import escape
+from touchline_protos.types.dtypes import dtype_name, to_numpy
+from touchline_protos.types.names import name_fault
+from touchline_protos.v1 import replay_pb2 as pb
+
+MAX_SECONDS = 366 * 24 * 3600
+"""Longest time that may be given: gRPC takes what is much longer, infinity too, for a deadline that has passed."""
+
+_LAWS = {None: pb.LAW_UNSPECIFIED, "episode": pb.LAW_EPISODE, "step": pb.LAW_STEP}
+_ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
+    pb.EpisodeResult.OUTCOME_INVALID: InvalidEpisodeError,
+    pb.EpisodeResult.OUTCOME_KEY_CONFLICT: KeyConflictError,
+    pb.EpisodeResult.OUTCOME_TOO_LARGE: TooLargeError,
+}
+_STORAGE_STATES = {pb.STORAGE_STATE_OK: "ok", pb.STORAGE_STATE_FULL: "full", pb.STORAGE_STATE_FAILED: "failed"}
+_STORED = (pb.EpisodeResult.OUTCOME_ACCEPTED, pb.EpisodeResult.OUTCOME_DUPLICATE)
+
+
+def whole_number(name: str, value: int, *, least: int, most: int = (1 << 31) - 1) -> int:
+    """Returns the value as an int.
+
+    Raises:
+        InvalidArgumentError: it is no whole number from ``least`` to ``most``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InvalidArgumentError(f"{name}: {value!r}, expected a whole number") from None
+    if not least <= number <= most:
+        raise InvalidArgumentError(f"{name}: {number}, expected {least} to {most}")
+    return number
+
+
+def seconds(name: str, value: float, *, or_zero: bool = False) -> float:
+    """Returns the value.
+
+    Raises:
+        InvalidArgumentError: it is no number of seconds above 0, or 0 where that will do, and up to a year.
+    """
+    try:
+        good = 0 < value <= MAX_SECONDS or (or_zero and value == 0)
+    except TypeError:
+        good = False
+    if not good:
+        raise InvalidArgumentError(f"{name}: {value!r}, expected {'0' if or_zero else 'more than 0'} to {MAX_SECONDS:,} seconds")
+    return value
+
+
+def check_actor(actor: str) -> str:
+    """Returns the name of an actor.
+
+    Raises:
+        InvalidArgumentError: it is no text, too long, or has control characters.
+    """
+    if not isinstance(actor, str):
+        raise InvalidArgumentError(f"actor: {actor!r}, expected a str")
+    fault = name_fault(actor)
+    if fault is not None:
+        raise InvalidArgumentError(f"actor: {fault}")
+    return actor
+
+
+def check_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """Returns the dtype that float64 is stored as; None for no cast.
+
+    Raises:
+        InvalidArgumentError: neither None nor float32, of whatever library.
+    """
+    if dtype is None:
+        return None
+    if str(getattr(dtype, "__name__", dtype)).removeprefix("torch.") != "float32":
+        raise InvalidArgumentError(f"dtype: {dtype!r}, expected 'float32', which float64 is then stored as, or None")
+    return np.dtype(np.float32)
+
+
+def check_policy_version(version: int) -> int:
+    """Returns the version as an int.
+
+    Raises:
+        InvalidArgumentError: it is no whole number of 64 bits.
+    """
+    return whole_number("policy_version", version, least=-(1 << 63), most=(1 << 63) - 1)
+
+
+def sample_request(
+    *,
+    table: str,
+    batch_size: int | None,
+    horizon: int | None,
+    law: str | None,
+    seed: int | None,
+    wait_s: float = 0.0,
+) -> pb.SampleRequest:
+    """Returns what to draw; what is None is left to the server's configuration.
+
+    Raises:
+        InvalidArgumentError: a value that no server takes.
+    """
+    if law not in _LAWS:
+        raise InvalidArgumentError(f"law: {law!r}, expected 'episode' or 'step'")
+    seconds("wait_s", wait_s, or_zero=True)
+    request = pb.SampleRequest(table=table, law=_LAWS[law], wait_s=wait_s)
+    if batch_size is not None:
+        request.batch_size = whole_number("batch_size", batch_size, least=1)
+    if horizon is not None:
+        request.horizon = whole_number("horizon", horizon, least=1)
+    if seed is not None:
+        request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
+    return request
+
+
+def episodes_request(
+    *,
+    table: str,
+    ids: Sequence[int] | None,
+    first: int | None,
+    last: int | None,
+    actor: str | None,
+    newest: int | None,
+    columns: Iterable[str] | None,
+    skip_missing: bool,
+    max_frame_bytes: int,
+) -> pb.GetEpisodesRequest:
+    """Returns a GetEpisodesRequest.
+
+    Raises:
+        InvalidArgumentError: an argument out of range, or some that do not go together.
+    """
+    others = {"first": first, "last": last, "actor": actor, "newest": newest}
+    given = [name for name, value in others.items() if value is not None]
+    if ids is not None and given:
+        raise InvalidArgumentError(f"ids and {given[0]}: expected either ids, or any of {', '.join(others)}")
+    if skip_missing and ids is None:
+        raise InvalidArgumentError("skip_missing: True without ids, expected it with ids alone")
+    request = pb.GetEpisodesRequest(table=table, skip_missing=skip_missing, max_frame_bytes=max_frame_bytes)
+    request.episode_ids.extend(_int64(f"ids[{position}]", number) for position, number in enumerate(ids or ()))
+    if isinstance(columns, str):
+        raise InvalidArgumentError(f"columns: {columns!r}, expected a sequence of names")
+    request.columns.extend(columns or ())
+    if first is not None:
+        request.first_episode_id = _int64("first", first)
+    if last is not None:
+        request.last_episode_id = _int64("last", last)
+    if actor is not None:
+        request.actor = check_actor(actor)
+    if newest is not None:
+        request.newest = whole_number("newest", newest, least=1, most=(1 << 63) - 1)
+    return request
+
+
+def _int64(name: str, number: int) -> int:
+    return whole_number(name, number, least=-(1 << 63), most=(1 << 63) - 2)
+
+
+def counts_of(counts: pb.Counts) -> Counts:
+    """Returns a message's counts."""
+    return Counts(**{field.name: getattr(counts, field.name) for field in pb.Counts.DESCRIPTOR.fields})
+
+
+def ready_state_of(message: bytes) -> ReadyState:
+    """Returns what a ReadyResponse says."""
+    response = pb.ReadyResponse.FromString(message)
+    return ReadyState(
+        response.can_sample,
+        response.min_steps_reached,
+        response.min_history,
+        counts_of(response.counts),
+        horizon=response.horizon,
+        episodes_eligible=response.episodes_eligible,
+        longest_episode=response.longest_episode,
+    )
+
+
+def server_info_of(message: bytes) -> ServerInfo:
+    """Returns what an InfoResponse says."""
+    response = pb.InfoResponse.FromString(message)
+    return ServerInfo(
+        version=response.version,
+        protocol_version=response.protocol_version,
+        config_toml=response.config_toml,
+        columns={column.name: ColumnInfo(dtype_name(to_numpy(column.dtype)), tuple(column.shape)) for column in response.columns},
+        device=response.device,
+        size_bytes=response.size_bytes,
+        capacity=response.capacity,
+        max_message_bytes=response.max_message_bytes,
+        counts=counts_of(response.counts),
+        storage_state=_STORAGE_STATES.get(response.storage_state, ""),
+        storage_reason=response.storage_reason,
+    )
+
+
+def load_results_of(message: bytes, keys: list[EpisodeKey]) -> tuple[list[EpisodeResult], Counts]:
+    """Returns what a LoadEpisodesResponse says about the episodes of these keys, in the order in which they were sent.
+
+    Raises:
+        ServerError: it speaks of more or fewer episodes.
+    """
+    response = pb.LoadEpisodesResponse.FromString(message)
+    if len(response.results) != len(keys):
+        raise ServerError(f"load: {len(response.results)} results, expected {len(keys)}, one an episode")
+    results = []
+    for key, result in zip(keys, response.results, strict=True):
+        if result.outcome in _STORED:
+            duplicate = result.outcome == pb.EpisodeResult.OUTCOME_DUPLICATE
+            results.append(EpisodeResult(key, result.episode_id, duplicate))
+        else:
+            kind = _ERROR_OF_OUTCOME.get(result.outcome, ServerError)
+            results.append(EpisodeResult(key, error=kind(escape(result.reason) or f"refused with outcome {result.outcome}")))
+    return results, counts_of(response.counts)

@@ -1,0 +1,143 @@
+"""The channel to one server: opened on first use, opened anew in a forked child."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from touchline._rpc import forking
+from touchline._rpc.credentials import Credentials
+from touchline._rpc.dropping import when_dropped
+from touchline.errors import ClosedError, ForkError, InvalidArgumentError
+
+_SERVICE = "/touchline.v1.Replay/"
+
+KEEPALIVE_S = 30.0
+"""Silence on a connection with a call under way after which the server is asked whether it is there. Servers allow a ping every 5 s."""
+KEEPALIVE_TIMEOUT_S = 10.0
+"""How long the server may take to answer that."""
+
+
+def check_address(address: str) -> str:
+    """Returns the address if it is ``host:port``, ``[ipv6]:port`` or ``unix:/path``.
+
+    Raises:
+        InvalidArgumentError: it is something else.
+    """
+    if isinstance(address, str) and address.startswith("unix:"):
+        if len(address) > len("unix:"):
+            return address
+    elif isinstance(address, str) and "//" not in address:
+        host, _, port = address.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if host and (bracketed or ":" not in host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16:
+            return address
+    raise InvalidArgumentError(f"address: {address!r}, expected 'host:port', '[ipv6]:port' or 'unix:/path'")
+
+
+class Transport:
+    """One channel and its methods as callables from bytes to bytes. Safe to use from many threads.
+
+    The channel is closed once nothing that makes calls refers to the transport any more: no client, stream or writer.
+
+    Args:
+        address: ``host:port`` or ``unix:/path``.
+        max_message_bytes: of one request or response.
+        credentials: of the channel and its calls; None: those of the environment.
+    """
+
+    def __init__(self, address: str, *, max_message_bytes: int, credentials: Credentials | None = None) -> None:
+        self.address = check_address(address)
+        self.credentials = Credentials(address) if credentials is None else credentials
+        """What it shows to the server."""
+        self.metadata = self.credentials.metadata
+        """Goes with every call."""
+        self.tls = self.credentials.tls
+        """Whether it speaks TLS."""
+        self.server_name = self.credentials.server_name
+        """The name that the server's certificate has to have, where that is not the address's; empty where it is."""
+        self._options = [
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            # A proxy of the environment is for the web: gRPC would take it even to 127.0.0.1.
+            ("grpc.enable_http_proxy", 0),
+            # Finds a peer that vanished without a word; the server allows pings this often.
+            ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+            ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+            # Where nothing else is on its way gRPC goes by this one, a minute by default.
+            ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
+            # A server that restarts is back within seconds: do not wait for minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            # No connection shared with another client, so that closing one never disturbs the other.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._methods: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._dropped: weakref.finalize[Any, Any] | None = None
+        self._closed = False
+        self._unusable = False
+        forking.forget_in_child(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def method(self, kind: str, name: str) -> Callable[..., Any]:
+        """Returns a callable for a method of the service, requests and responses being bytes.
+
+        Args:
+            kind: ``unary_unary``, ``unary_stream``, ``stream_unary`` or ``stream_stream``.
+            name: ``AddEpisode``, ...
+
+        Raises:
+            ClosedError: the transport was closed.
+            ForkError: gRPC cannot work in this forked child.
+        """
+        found = self._methods.get((kind, name))
+        if found is not None:
+            return found
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the client of {self.address} was closed")
+            if self._unusable:
+                raise ForkError(
+                    "gRPC was loaded before touchline and without fork support, so that it cannot be used in this forked child: "
+                    "import touchline first, or set GRPC_ENABLE_FORK_SUPPORT=1"
+                )
+            if self._channel is None:
+                self._channel = self.credentials.open(self.address, self._options)
+                self._dropped = when_dropped(self, self._channel.close)
+            made: Callable[..., Any] = getattr(self._channel, kind)(_SERVICE + name)
+            self._methods[kind, name] = made
+            return made
+
+    def close(self) -> None:
+        """Closes the channel; calls under way end with an error. Closing again does nothing."""
+        with self._lock:
+            self._closed = True
+            channel, self._channel = self._channel, None
+            self._methods = {}
+        if channel is not None:
+            self._forget_dropping()
+            channel.close()
+
+    def after_fork_in_child(self) -> None:
+        """Leaves the parent's channel alone; the next call opens one of the child's own."""
+        if self._channel is not None:
+            forking.keep_orphan((self._channel, self._methods))
+            self._unusable = not forking.SUPPORTED
+            self._forget_dropping()
+        self._channel = None
+        self._methods = {}
+        self._lock = threading.Lock()
+
+    def _forget_dropping(self) -> None:
+        if self._dropped is not None:
+            self._dropped.detach()
+            self._dropped = None

@@ -1,0 +1,1 @@
+"""An actor's queue on its own disk."""

@@ -1,0 +1,1 @@
+"""What is behind the drop-in for TD-MPC2's buffer."""

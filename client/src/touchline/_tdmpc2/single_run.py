@@ -1,0 +1,155 @@
+"""What a drop-in for a buffer in the trainer's own process has to mind on a server, which outlives the run and serves others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from touchline._rpc.calls import reason_of
+from touchline._rpc.waits import waiting
+from touchline.client import ReplayClient
+from touchline.errors import AccessDeniedError, InvalidArgumentError, TooLargeError, UnavailableError
+from touchline.types import ServerInfo
+from touchline_protos import Batch, Counts
+from touchline_protos.log_lines import get_logger
+
+FRESH_VARIABLE = "TOUCHLINE_FRESH"
+ACCEPT_EVICTION_VARIABLE = "TOUCHLINE_ACCEPT_EVICTION"
+AWAY_S = 60.0
+"""How long a server that is not there is waited for when the run begins."""
+
+logger = get_logger(__name__)
+
+
+class Backend(Protocol):
+    """The in-process buffer's verbs: what ``touchline_server.ReplayBuffer`` and :class:`~touchline.ReplayClient` have in common."""
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit."""
+
+    def add(self, episode: Mapping[str, Any], /) -> int:
+        """Stores one episode."""
+
+    def load(self, episodes: Mapping[str, Any], /) -> int:
+        """Stores many episodes."""
+
+    def sample(self, *, batch_size: int, horizon: int, law: str) -> Batch:
+        """Draws one batch."""
+
+    def counts(self) -> Counts:
+        """Returns the figures of this moment."""
+
+    def clear(self) -> Counts:
+        """Empties it."""
+
+
+class SingleRun:
+    """One run on a buffer that may have had others. Says in the log what the run finds there.
+
+    Args:
+        backend: the buffer.
+        capacity: rows that the run asks for.
+        fresh: empties the buffer first; None: only if ``TOUCHLINE_FRESH`` is 1.
+        accept_eviction: whether a load may evict what was loaded before; None: only if ``TOUCHLINE_ACCEPT_EVICTION`` is 1.
+
+    Raises:
+        InvalidArgumentError: the buffer's row convention is not ``incoming``, or a variable has another value than 0 and 1.
+        UnavailableError: no server answers.
+        AccessDeniedError: the token is not good for it.
+    """
+
+    def __init__(self, backend: Backend, *, capacity: int, fresh: bool | None = None, accept_eviction: bool | None = None) -> None:
+        fresh = _is_set(FRESH_VARIABLE) if fresh is None else fresh
+        self._accept_eviction = _is_set(ACCEPT_EVICTION_VARIABLE) if accept_eviction is None else accept_eviction
+        self._backend = backend
+        self._loaded = 0
+        self._place, self._capacity, convention = _describe(backend)
+        if convention != "incoming":
+            raise InvalidArgumentError(f"sampling.row_convention of the server: {convention!r}, expected 'incoming', which is TD-MPC2's")
+        counts = self._clear() if fresh else backend.counts()
+        self._before = counts.episodes_evicted
+        if counts.episodes_stored:
+            logger.warning(
+                "%s already holds %d episodes (%d steps), which this run samples too; fresh=True or %s=1 empties it first",
+                self._place,
+                counts.episodes_stored,
+                counts.steps_stored,
+                FRESH_VARIABLE,
+            )
+        self._tell_capacity(capacity)
+
+    def episodes(self) -> int:
+        """Returns the episodes of this run: those that were stored when it began, and all that were added since."""
+        counts = self._backend.counts()
+        self._before = min(self._before, counts.episodes_evicted)  # less than before: the server came back without its episodes
+        return counts.episodes_added - self._before
+
+    def check_load(self, columns: Mapping[str, Any]) -> None:
+        """Notes a load, [episodes, rows, ...] a column.
+
+        Raises:
+            TooLargeError: what is loaded in this run would not fit into the buffer any more.
+        """
+        shape = tuple(next(iter(columns.values())).shape) if columns else ()
+        rows = shape[0] * shape[1] if len(shape) > 1 else 0  # of another form: the backend says what is wrong
+        if self._loaded + rows > self._capacity and not self._accept_eviction:
+            before = f" after {self._loaded:,} that were loaded before" if self._loaded else ""
+            raise TooLargeError(
+                f"load: {rows:,} steps{before}, expected at most {self._capacity:,} in all, the capacity of {self._place} "
+                f"(config.buffer_size): {self._loaded + rows - self._capacity:,} would be evicted. Start the server with a larger "
+                f"config.buffer_size, or keep only the newest: accept_eviction=True or {ACCEPT_EVICTION_VARIABLE}=1"
+            )
+        self._loaded += rows
+
+    def _clear(self) -> Counts:
+        try:
+            counts = self._backend.clear()
+        except AccessDeniedError as error:
+            raise AccessDeniedError(
+                f"fresh: to empty the server takes a token of the role admin (TOUCHLINE_TOKEN): {error}. Or have its operator run "
+                f"`touchline clear`, and leave fresh=True and {FRESH_VARIABLE} out"
+            ) from error
+        logger.info("%s was emptied for this run", self._place)
+        return counts
+
+    def _tell_capacity(self, wanted: int) -> None:
+        if self._capacity == wanted:
+            return
+        difference = f"{abs(wanted - self._capacity):,} {'fewer' if self._capacity < wanted else 'more'} than"
+        logger.warning(
+            "%s keeps %s steps (config.buffer_size), %s the %s that cfg asks for, min(cfg.buffer_size, cfg.steps); to change it, start the "
+            "server with TOUCHLINE_CONFIG__BUFFER_SIZE=%d",
+            self._place,
+            f"{self._capacity:,}",
+            difference,
+            f"{wanted:,}",
+            wanted,
+        )
+
+
+def _describe(backend: Any) -> tuple[str, int, str]:
+    """Returns what to call a buffer, how many rows fit into it, and its row convention."""
+    if not isinstance(backend, ReplayClient):
+        return "the buffer", backend.capacity, str(backend.config.sampling.row_convention)
+    info = _first_answer(backend)
+    return f"the server at {backend.address}", info.capacity, info.row_convention
+
+
+def _first_answer(client: ReplayClient) -> ServerInfo:
+    """Returns what a server says about itself. Logs at once that it is away, and waits; as long as it takes for one that restores."""
+    with waiting("the drop-in buffer", client.address, lambda: "no answer yet", first_s=0.0):
+        while True:
+            try:
+                return client.info(timeout_s=AWAY_S)
+            except UnavailableError as error:
+                if reason_of(error) != "restoring":
+                    raise
+
+
+def _is_set(variable: str) -> bool:
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise InvalidArgumentError(f"environment variable {variable}: {value!r}, expected 1 or 0")
+    return value == "1"

@@ -1,0 +1,152 @@
+"""What an episode has to be like to be stored, whatever the table's schema: the server asks it of each, a client of a file before it sends.
+
+Every function raises ColumnError with the column, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from touchline_protos.types.casting import ColumnError
+from touchline_protos.types.columns import MAX_NESTING
+from touchline_protos.types.dtypes import BFLOAT16, is_floating, to_wire
+from touchline_protos.types.episode import CodecLimits
+
+REQUIRED = ("obs", "action", "reward")
+SCALAR = ("reward", "done", "task")
+"""Columns that hold one value a step: [T+1] or [T+1, 1]."""
+RESERVED = ("episode", "index")
+"""Names that TorchRL gives to its own columns."""
+RESERVED_PREFIX = "provenance."
+MAX_NAME_CHARS = CodecLimits().max_name_chars
+ENDS = ("terminated", "terminateds", "terminal", "terminals", "termination", "terminations", "dones", "is_terminal", "is_done")
+"""Names under which others keep what is ``done`` here. Beside it they are columns like others; without it, batches would say that nothing
+ever ended. A truncation is not the end of what an episode is worth: ``truncated`` may stand by itself."""
+
+ACTION_IN_ROW_0 = (
+    "its row 0 has an action, which is never drawn: under the row convention 'incoming' row t holds the observation that the action in "
+    "row t led to, so row 0 has none (NaN). If row t holds the action that was taken from its observation, set sampling.row_convention = "
+    "'outgoing' on the server and load the episodes again (said once)"
+)
+"""What is wrong with episodes for which :func:`has_action_in_row_0` is true, if the row convention is ``incoming``."""
+
+
+def check_episode(episode: Mapping[str, np.ndarray]) -> int:
+    """Checks names and lengths, and returns the number of rows."""
+    if not episode:
+        raise ColumnError("no columns, expected obs, action and reward")
+    _check_names(episode)
+    return _common_length(episode)
+
+
+def check_columns(episode: Mapping[str, np.ndarray]) -> None:
+    """Checks that an episode can fix a schema: the required columns are there, dtypes and shapes are supported."""
+    _check_groups(episode)
+    for name, array in episode.items():
+        try:
+            to_wire(array.dtype)
+        except ValueError as error:
+            raise ColumnError(f"{name}: {error}") from None
+        if name in SCALAR and array.shape[1:] not in ((), (1,)):
+            raise ColumnError(f"{name}: shape {array.shape}, expected one value a step: ({array.shape[0]},)")
+
+
+def check_finite(episode: Mapping[str, np.ndarray], *, incoming: bool) -> None:
+    """Checks that observations are finite, and actions, rewards and ``done`` in the rows that have a transition."""
+    defined = slice(1, None) if incoming else slice(None, -1)
+    for name, array in episode.items():
+        if _is_observation(name):
+            rows, first = array, 0
+        elif name in ("action", "reward", "done"):
+            rows, first = array[defined], defined.start or 0
+        else:
+            continue
+        bad = _first_non_finite(rows)
+        if bad is not None:
+            raise ColumnError(
+                f"{name}: a value that is not finite in row {bad + first}, expected finite values "
+                "(storage.allow_non_finite = true accepts them)"
+            )
+
+
+def has_action_in_row_0(episode: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether row 0 has an action that looks like one that was taken: finite, and where the dtype has no NaN not zero."""
+    action = episode.get("action")
+    if action is None or len(action) < 2 or not action[0].size:
+        return False
+    if is_floating(action.dtype):
+        return _first_non_finite(action[:1]) is None
+    return bool(action[0].any())
+
+
+def _first_non_finite(rows: np.ndarray) -> int | None:
+    """Returns the first row with a NaN or an infinity, or None."""
+    if not is_floating(rows.dtype):
+        return None
+    # numpy knows nothing of bfloat16: all bits of its exponent are set in NaN and in infinities.
+    finite = (rows.view(np.uint16) & 0x7F80) != 0x7F80 if rows.dtype == BFLOAT16 else np.isfinite(rows)
+    if finite.all():
+        return None
+    return int(np.argmin(finite.reshape(len(rows), -1).all(axis=1)))
+
+
+def _is_observation(name: str) -> bool:
+    return name == "obs" or name.startswith("obs.")
+
+
+def _common_length(episode: Mapping[str, np.ndarray]) -> int:
+    for name, array in episode.items():
+        if array.ndim == 0:
+            raise ColumnError(f"{name}: a scalar, expected one value a step: shape (rows, ...)")
+    leader = next((name for name in episode if _is_observation(name)), next(iter(episode)))
+    length = len(episode[leader])
+    for name, array in episode.items():
+        if len(array) != length:
+            raise ColumnError(
+                f"{name}: shape {array.shape}, expected ({', '.join(map(str, (length, *array.shape[1:])))}{',' * (array.ndim == 1)}) "
+                f"to match {leader}"
+            )
+    if length == 0:
+        raise ColumnError(f"{leader}: zero rows, expected at least 1")
+    return length
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Comes first: other messages print names as they are."""
+    for name in names:
+        if not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and all(name.split("."))):
+            raise ColumnError(
+                f"{name[:MAX_NAME_CHARS]!r}: not a column name, expected 1 to {MAX_NAME_CHARS} printable characters and no empty part "
+                "between dots"
+            )
+        if name.count(".") > MAX_NESTING:
+            raise ColumnError(f"{name}: nested {name.count('.')} levels deep, expected at most {MAX_NESTING}")
+
+
+def _check_groups(names: Iterable[str]) -> None:
+    """Checks that the required columns are there, and no reserved one, nor one that is a group too."""
+    known = set(names)
+    for required in REQUIRED:
+        if required not in known and not (required == "obs" and any(map(_is_observation, known))):
+            raise ColumnError(f"{required}: missing, expected the columns {', '.join(REQUIRED)}; found {', '.join(sorted(known))}")
+    for name in sorted(known):
+        if name in RESERVED or name.startswith(RESERVED_PREFIX):
+            raise ColumnError(f"{name}: a reserved column name ({', '.join(RESERVED)}, {RESERVED_PREFIX}*); give the column another name")
+        parent = name
+        while "." in parent:
+            parent = parent.rpartition(".")[0]
+            if parent in known:
+                raise ColumnError(f"{name}: {parent} is a column too, expected either a column or a group of columns")
+
+
+def check_ends(names: Iterable[str]) -> None:
+    """Checks that a column which tells where episodes end has the name that batches know."""
+    known = set(names)
+    for name in ENDS:
+        if name in known and "done" not in known:
+            raise ColumnError(
+                f"{name}: given without done, so batches would say that nothing ever ended; call it done (1 where the episode terminated), "
+                "or give done beside it"
+            )

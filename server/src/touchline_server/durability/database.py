@@ -1,0 +1,375 @@
+"""The durable store's file: its tables, and the statements on them. SQLite in WAL mode keeps it; nothing here knows of threads.
+
+``episodes`` has one row an episode, ``payloads`` its columns, ``senders``, ``runs`` and ``keys`` the ledger of
+:mod:`touchline_server.store.ledger`, ``counts`` the figures, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over
+its payload too: any flipped bit, and any damage within 32 bits in a row, is noticed; other damage escapes once in 4 billion times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from touchline_protos.codec import EpisodeKey
+from touchline_protos.files.tables import FormatError, Tables, parts, pragma, row_checksum
+from touchline_protos.log_lines import get_logger
+from touchline_server.durability.ledger_tables import LedgerTables
+from touchline_server.durability.records import Change, EpisodeRow, Payload, schema_of, schema_text
+from touchline_server.durability.sqlite_errors import advice, has_no_room, keep_open, translate, translate_write
+from touchline_server.durability.storage_state import StorageMonitor, StorageState
+from touchline_server.errors import DamagedStoreError, StorageFullError, StoreMismatchError
+from touchline_server.store.schema import Schema
+
+FILE_NAME = "touchline.db"
+OLDEST_KEY = "oldest_id"
+"""In ``meta``: no episode with a lower id is stored."""
+CHECKPOINT_BYTES = 32 << 20
+"""Length of the write-ahead log from which on it is moved into the main file before the next commit."""
+CHECKPOINT_RETRY_BYTES = 8 << 20
+"""How much is committed between two attempts to move it, if something is in the way."""
+LOG_BYTES = 64 << 20
+"""Length of the log's file above which it is cut; below, it is written over."""
+COMMIT_BYTES = 64 << 10
+"""What a commit adds to the log beside its payload: the pages of tables and indexes that it changes."""
+
+BUSY_MS = 10_000
+"""How long another process that writes to the file is waited for."""
+
+logger = get_logger(__name__)
+
+TABLES = Tables(
+    application_id=0x746C6E65,
+    version=2,
+    page_bytes=8192,
+    statements="""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE episodes (
+    id INTEGER PRIMARY KEY, client_id TEXT, incarnation INTEGER, sequence INTEGER, actor TEXT NOT NULL, policy_version INTEGER NOT NULL,
+    length INTEGER NOT NULL, return REAL, time REAL NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL);
+CREATE TABLE payloads (
+    row INTEGER PRIMARY KEY, episode_id INTEGER NOT NULL, column TEXT NOT NULL, part INTEGER NOT NULL, dtype TEXT NOT NULL,
+    shape TEXT NOT NULL, data BLOB NOT NULL);
+CREATE INDEX payloads_of_episode ON payloads (episode_id);
+CREATE TABLE senders (
+    id INTEGER PRIMARY KEY, client_id TEXT NOT NULL, incarnation INTEGER NOT NULL, forgotten_below INTEGER NOT NULL,
+    last_episode INTEGER NOT NULL, checksum INTEGER NOT NULL, UNIQUE (client_id, incarnation));
+CREATE INDEX senders_by_age ON senders (last_episode);
+CREATE TABLE runs (
+    sender INTEGER NOT NULL, first INTEGER NOT NULL, after INTEGER NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (sender, first)
+    ) WITHOUT ROWID;
+CREATE INDEX runs_by_end ON runs (sender, after);
+CREATE TABLE keys (
+    episode_id INTEGER PRIMARY KEY, sender INTEGER NOT NULL, sequence INTEGER NOT NULL, digest INTEGER NOT NULL, checksum INTEGER NOT NULL);
+""",
+)
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """Opens a file. Transactions are begun and ended by whoever writes."""
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000)
+    connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
+    return connection
+
+
+class Database:
+    """The file of one data_dir, for whoever holds the store's write lock.
+
+    Args:
+        path: of the file.
+        read_only: leaves the file and its log as they are, also when it is closed.
+
+    Raises:
+        StoreMismatchError: it is no store of ours, or of a newer format.
+        DamagedStoreError: SQLite cannot make sense of it.
+        StorageFailedError: it cannot be opened or made.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.monitor = StorageMonitor()
+        """Whether what is written can be relied upon."""
+        self._synchronous = ""
+        self._logged_bytes = 0
+        try:
+            self._open(read_only=read_only)
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        self.ledger = LedgerTables(self._connection, path, advice(path))
+        """Who has sent what."""
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """For reading, and for PRAGMAs."""
+        return self._connection
+
+    @property
+    def commits(self) -> int:
+        """How many transactions there were."""
+        value = self.meta("commits", 0)
+        return value if isinstance(value, int) else 0
+
+    def meta(self, name: str, default: object = None) -> object:
+        """Returns a value of the table ``meta``. Whether each is as it was written, its name too, :meth:`damaged_values` says."""
+        row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return default if row is None else row[0]
+
+    def damaged_values(self) -> list[str]:
+        """Returns what in ``meta`` and ``counts`` is not as it was written, a line each."""
+        return [
+            f"{table}: {name!r} is damaged"
+            for table in ("meta", "counts")
+            for name, value, checksum in self._connection.execute(f"SELECT name, value, checksum FROM {table}")
+            if row_checksum(name, value) != checksum
+        ]
+
+    def schema(self) -> Schema | None:
+        """Returns the columns' schema, None where no episode has fixed it.
+
+        Raises:
+            DamagedStoreError: it is not readable.
+        """
+        text = self.meta("schema")
+        if text is None:
+            return None
+        try:
+            return schema_of(str(text))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedStoreError(f"{self.path}: the schema is not readable ({error}); {advice(self.path)}") from None
+
+    def counts(self) -> dict[str, int]:
+        """Returns the figures by name, also where :meth:`damaged_values` names one."""
+        return dict(self._connection.execute("SELECT name, value FROM counts"))
+
+    def commit(self, changes: Sequence[Change], *, figures: Mapping[str, int], meta: Mapping[str, object], sync: bool) -> None:
+        """Stores episodes and forgets those that they evict, all or none.
+
+        Args:
+            changes: in order.
+            figures: the counts after them.
+            meta: values of ``meta`` that change with them.
+            sync: whether they are on the disk, and not only with the operating system, when this returns.
+
+        Raises:
+            StorageFullError: there is no room. Nothing has changed, unless the text says otherwise.
+            StorageUncertainError: writing failed once the commit had begun. Whether anything has changed is not known.
+            StorageFailedError: writing failed before, now or earlier. Nothing has changed.
+        """
+
+        def write() -> None:
+            for change in changes:
+                self._forget(change.evicted)
+                self._insert(change)
+            self._note(figures, meta)
+
+        self._transact(write, sync=sync, size_bytes=sum(len(payload.data) for change in changes for payload in change.payloads))
+
+    def forget(self, episode_ids: Iterable[int], *, figures: Mapping[str, int], keys: Iterable[tuple[EpisodeKey, int]] = ()) -> None:
+        """Forgets episodes, in a transaction of its own. Raises as :meth:`commit` does.
+
+        Args:
+            episode_ids: of the episodes.
+            figures: the counts after it.
+            keys: with their episodes' ids, those to forget too: of episodes that nobody was told are stored. Other keys stay known.
+        """
+
+        def write() -> None:
+            self._forget(episode_ids)
+            for key, episode_id in keys:
+                self.ledger.forget(key, episode_id)
+            self._note(figures, {})
+
+        self._transact(write, sync=True)
+
+    def clear(self, unwritten: Iterable[Change], *, figures: Mapping[str, int]) -> None:
+        """Forgets every episode and the schema, keys and counts not. Raises as :meth:`commit` does.
+
+        Args:
+            unwritten: episodes that were acknowledged and are not in the database: their keys are remembered.
+            figures: the counts after it.
+        """
+
+        def write() -> None:
+            (newest,) = self._connection.execute("SELECT max(id) FROM episodes").fetchone()
+            self._connection.execute("DELETE FROM payloads")
+            self._connection.execute("DELETE FROM episodes")
+            self._connection.execute("DELETE FROM meta WHERE name = 'schema'")
+            for change in unwritten:
+                if change.row.key is not None:
+                    self.ledger.remember(change.row.key, change.row.digest, change.row.id)
+            self._note(figures, {} if newest is None else {OLDEST_KEY: newest + 1})
+
+        self._transact(write, sync=True, size_bytes=CHECKPOINT_BYTES)
+
+    def shrink(self, pages: int) -> bool:
+        """Gives up to ``pages`` free pages at the file's end back to the file system; returns whether there are more. Raises as
+        :meth:`commit` does."""
+        free = pragma(self._connection, "freelist_count")
+        if free:
+            count = min(pages, free)
+            vacuum = f"PRAGMA incremental_vacuum({count})"
+            self._transact(lambda: self._connection.execute(vacuum).fetchall(), sync=False, size_bytes=count * TABLES.page_bytes)
+        return free > pages
+
+    def checkpoint_if_due(self) -> None:
+        """Moves the log into the main file once it is long enough. A full disk is no error: what is committed stays in the log.
+
+        Raises:
+            StorageFailedError: reading, writing or an fsync failed. Nothing was begun for the caller.
+        """
+        if self._logged_bytes < CHECKPOINT_BYTES:
+            return
+        self._logged_bytes = CHECKPOINT_BYTES - CHECKPOINT_RETRY_BYTES
+        try:
+            if self.checkpoint():
+                self._logged_bytes = 0
+        except StorageFullError as error:
+            logger.warning("%s: the log stays as it is: %s", self.path, error)
+
+    def checkpoint(self) -> bool:
+        """Moves the log into the main file, as far as nobody reads it; returns whether that was all of it.
+
+        SQLite's own checkpoints, after a commit and when a file is closed, would fail without a word.
+
+        Raises:
+            StorageFullError: there is no room; nothing is lost.
+            StorageFailedError: reading, writing or an fsync failed.
+        """
+        self.monitor.check()
+        try:
+            _, pages, moved = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if moved == pages and self._log_size() > LOG_BYTES:
+                self._connection.execute("PRAGMA busy_timeout = 0")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        except sqlite3.Error as error:
+            raise translate_write(error, self.path, self.monitor, begun=False) from error
+        return bool(moved == pages)
+
+    def insert_episode(self, row: EpisodeRow, payloads: Sequence[Payload]) -> None:
+        """Writes an episode's rows, inside a transaction of the caller's."""
+        values = row.values
+        self._connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(values) + 1))})", (*values, row_checksum(*values)))
+        for payload in payloads:
+            shape = json.dumps(payload.shape)
+            for part, data in enumerate(parts(payload.data)):
+                self._connection.execute(
+                    "INSERT INTO payloads (episode_id, column, part, dtype, shape, data) VALUES (?, ?, ?, ?, ?, ?)",
+                    (row.id, payload.column, part, payload.dtype, shape, data),
+                )
+
+    def set_meta(self, meta: Mapping[str, object]) -> None:
+        """Writes values of ``meta``, inside a transaction of the caller's or as one of its own."""
+        self._set("meta", meta)
+
+    def set_counts(self, figures: Mapping[str, int]) -> None:
+        """Writes the figures, inside a transaction of the caller's."""
+        self._set("counts", figures)
+
+    def close(self) -> None:
+        """Closes the file, which moves what is left of the log into it; not after a failure, which would make of it what nobody knows."""
+        if self.monitor.state is StorageState.FAILED:
+            self.abandon()
+        else:
+            self._connection.close()
+
+    def abandon(self) -> None:
+        """Leaves the files as they are, for as long as the process lives: to close a connection is to write."""
+        keep_open(self._connection)
+
+    def _open(self, *, read_only: bool) -> None:
+        self._connection = connect(self.path, read_only=read_only)
+        try:
+            self._check_format()
+            if not read_only:
+                self._prepare()
+        except sqlite3.Error as error:
+            if read_only or not has_no_room(error, self.path):
+                raise
+            # The index of the log, shared with commands that look on, has no room. One in memory needs none.
+            self._connection.close()
+            self._connection = connect(self.path)
+            self._connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+            self._check_format()
+            self._prepare()
+            logger.warning("%s is full: `check` and `snapshot` cannot look into the store before the server's next start", self.path.parent)
+
+    def _log_size(self) -> int:
+        with contextlib.suppress(OSError):
+            return os.stat(f"{self.path}-wal").st_size
+        return 0
+
+    def _check_format(self) -> None:
+        try:
+            TABLES.check(self._connection)
+        except FormatError as error:
+            if error.version is None:
+                raise StoreMismatchError(
+                    f"{self.path}: not a store of touchline-server's, or its first page is damaged; if it was one, `touchline-server "
+                    f"recover --data-dir {self.path.parent}` keeps what is whole; or choose another storage.data_dir"
+                ) from None
+            raise StoreMismatchError(
+                f"{self.path}: written in format {error.version}, this touchline-server reads format {TABLES.version}; install one that "
+                "reads it or choose another storage.data_dir"
+            ) from None
+
+    def _prepare(self) -> None:
+        TABLES.prepare(self._connection)
+        for statement in ("journal_mode = WAL", "wal_autocheckpoint = 0"):
+            self._connection.execute(f"PRAGMA {statement}").fetchall()
+
+    def _transact(self, write: Callable[[], object], *, sync: bool, size_bytes: int = 0) -> None:
+        self.monitor.check()
+        connection, begun = self._connection, False
+        try:
+            synchronous = "FULL" if sync else "NORMAL"
+            if synchronous != self._synchronous:
+                connection.execute(f"PRAGMA synchronous = {synchronous}")
+                self._synchronous = synchronous
+            connection.execute("BEGIN IMMEDIATE")
+            write()
+            begun = True
+            connection.execute("COMMIT")
+        except BaseException as error:
+            self.ledger.rolled_back()
+            self._roll_back()
+            if isinstance(error, sqlite3.Error) or begun:
+                raise translate_write(error, self.path, self.monitor, begun=begun) from error
+            raise
+        self._logged_bytes += size_bytes + COMMIT_BYTES
+
+    def _roll_back(self) -> None:
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            self.monitor.fail(f"a transaction could not be rolled back: {error}")
+
+    def _set(self, table: str, values: Mapping[str, object]) -> None:
+        rows = [(name, value, row_checksum(name, value)) for name, value in values.items()]
+        self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", rows)
+
+    def _note(self, figures: Mapping[str, int], meta: Mapping[str, object]) -> None:
+        self.set_counts(figures)
+        (oldest,) = self._connection.execute("SELECT min(id) FROM episodes").fetchone()
+        if oldest is not None:
+            # What is deleted may be found in the file's free pages by whoever recovers.
+            meta = {OLDEST_KEY: oldest, **meta}
+        self.set_meta({"commits": self.commits + 1, **meta})
+
+    def _forget(self, episode_ids: Iterable[int]) -> None:
+        for episode_id in episode_ids:
+            self._connection.execute("DELETE FROM payloads WHERE episode_id = ?", (episode_id,))
+            self._connection.execute("DELETE FROM episodes WHERE id = ?", (episode_id,))
+
+    def _insert(self, change: Change) -> None:
+        if change.schema is not None:
+            self.set_meta({"schema": schema_text(change.schema)})
+        self.insert_episode(change.row, change.payloads)
+        if change.row.key is not None:
+            self.ledger.remember(change.row.key, change.row.digest, change.row.id)

@@ -1,0 +1,283 @@
+"""What is in a durable store: read, verified, and put back into the ring."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.files.tables import row_checksum
+from touchline_protos.log_lines import get_logger
+from touchline_server.config.settings import Config
+from touchline_server.durability.data_dir import DataDir, boot_id
+from touchline_server.durability.database import Database
+from touchline_server.durability.durable import GroupCommitter
+from touchline_server.durability.records import EpisodeRow, numpy_dtype
+from touchline_server.durability.sqlite_errors import advice, translate
+from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
+from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.ledger import KeyLedger, payload_digest
+from touchline_server.store.schema import Schema
+
+logger = get_logger(__name__)
+
+CAPACITY_KEY = "capacity"
+"""In ``meta``: rows of the ring that the store was last used with."""
+
+Progress = Callable[[int, int], None]
+"""Is told how many of how many rows are read."""
+
+
+def open_durable(store: EpisodeStore, config: Config, progress: Progress | None = None, *, accept_eviction: bool = False) -> GroupCommitter:
+    """Takes ``storage.data_dir`` for this process, puts what is in it into the ring, and has the store go on in it.
+
+    Args:
+        store: the empty ring.
+        config: the configuration.
+        progress: told how many of how many rows are read.
+        accept_eviction: whether stored episodes that the ring has no room for may be evicted.
+
+    Returns:
+        What commits; its ``close`` ends it.
+
+    Raises:
+        StoreInUseError: another process has the folder.
+        StoreMismatchError: it was written in another format or under another row convention, or holds more than the ring does and
+            eviction is not accepted. Nothing was changed.
+        DamagedStoreError: something in it is not as it was written. Nothing was changed.
+        StorageFailedError: it cannot be read or written.
+        TooLargeError: there is no memory for its columns.
+    """
+    data_dir = DataDir(config.storage.data_dir)
+    database: Database | None = None
+    try:
+        _refuse_if_missing(data_dir)
+        data_dir.rewrite_log()
+        database = Database(data_dir.database)
+        try:
+            for damage in database.damaged_values():
+                raise DamagedStoreError(f"{database.path}: {damage}; {advice(database.path)}")
+            _check_acknowledged(data_dir, database)
+            _check_convention(database, config.sampling.row_convention, store)
+            restore(store, database, progress, accept_eviction=accept_eviction)
+            _note_capacity(database, store.capacity)
+        except sqlite3.Error as error:
+            raise translate(error, database.path) from error
+        committer = GroupCommitter(
+            store,
+            database,
+            data_dir,
+            durability=config.storage.durability,
+            sync_interval_s=config.storage.sync_interval_ms / 1000,
+        )
+    except BaseException:
+        if database is not None:
+            database.close()
+        data_dir.close()
+        raise
+    store.attach(committer)
+    return committer
+
+
+def restore(store: EpisodeStore, database: Database, progress: Progress | None = None, *, accept_eviction: bool = False) -> None:
+    """Puts the stored episodes, the counts, the keys and the next id into an empty store. Raises as :func:`open_durable` does."""
+    begun_s = time.monotonic()
+    schema, figures, ledger = database.schema(), database.counts(), restored_ledger(database)
+    rows = list(episode_rows(database.connection, database.path))
+    _check_counts(database.path, figures, rows)
+    reserved = database.meta("next_id", 0)
+    if not isinstance(reserved, int):
+        raise DamagedStoreError(f"{database.path}: the next id is not readable; {advice(database.path)}")
+    if rows and schema is None:
+        raise DamagedStoreError(f"{database.path}: the schema is missing; {advice(database.path)}")
+    kept = _newest(rows, store.capacity)
+    dropped = rows[: len(rows) - len(kept)]
+    if dropped and not accept_eviction:
+        raise StoreMismatchError(_eviction_text(database, rows, dropped, store.capacity))
+    total, read = sum(row.length for row in kept), 0
+    if kept and schema is not None:
+        schema = replace(schema, restored_from=str(database.path.parent))
+        columns = store.allocate(schema)
+    else:
+        columns = None
+    for row in kept:
+        arrays = read_columns(database.connection, row, database.path)
+        _check_fits(arrays, row, schema, database.path)
+        store.publish(Episode(arrays, row.key, row.actor, row.policy_version), columns, digest=row.digest, episode_id=row.id)
+        read += row.length
+        if progress is not None:
+            progress(read, total)
+    if dropped:
+        _drop_oldest(database, dropped, figures, store.capacity)
+    store.resume(figures, ledger, next_id=max(reserved, rows[-1].id + 1 if rows else 0))
+    _tell_restored(database.path, schema, episodes=len(kept), steps=total, seconds=time.monotonic() - begun_s)
+
+
+def restored_ledger(database: Database) -> KeyLedger:
+    """Returns the ledger as it was. Raises as :meth:`LedgerTables.load` does."""
+    ledger = KeyLedger()
+    database.ledger.load(ledger)
+    return ledger
+
+
+def episode_rows(connection: sqlite3.Connection, path: Path) -> Iterator[EpisodeRow]:
+    """Yields the rows of ``episodes``, oldest first.
+
+    Raises:
+        DamagedStoreError: a row's checksum is wrong.
+    """
+    for values in connection.execute("SELECT * FROM episodes ORDER BY id"):
+        yield as_row(values, path)
+
+
+def as_row(values: tuple[object, ...], path: Path) -> EpisodeRow:
+    """Returns a row of ``episodes``. Raises as :func:`episode_rows` does."""
+    *content, checksum = values
+    if row_checksum(*content) != checksum:
+        raise DamagedStoreError(f"{path}: the row of episode {values[0]} is damaged; {advice(path)}")
+    number, client_id, incarnation, sequence, *rest = content
+    key = EpisodeKey(client_id, incarnation, sequence) if client_id is not None else None  # type: ignore[arg-type]
+    return EpisodeRow(number, key, *rest)  # type: ignore[arg-type]
+
+
+def read_columns(connection: sqlite3.Connection, row: EpisodeRow, path: Path) -> dict[str, np.ndarray]:
+    """Returns an episode's columns, which may share SQLite's bytes and are not writable.
+
+    Raises:
+        DamagedStoreError: they are not those that were stored.
+    """
+    found: dict[str, tuple[str, str, list[bytes]]] = {}
+    query = "SELECT column, dtype, shape, data FROM payloads WHERE episode_id = ? ORDER BY row"
+    for column, dtype, shape, data in connection.execute(query, (row.id,)):
+        found.setdefault(column, (dtype, shape, []))[2].append(data)
+    columns = {}
+    try:
+        for column, (dtype, shape, parts) in found.items():
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            columns[column] = np.frombuffer(data, numpy_dtype(dtype)).reshape(json.loads(shape))
+    except (ValueError, TypeError) as error:
+        raise DamagedStoreError(f"{path}: column {column!r} of episode {row.id} is damaged ({error}); {advice(path)}") from None
+    if not columns or payload_digest(columns) != row.digest:
+        raise DamagedStoreError(f"{path}: the payload of episode {row.id} is damaged; {advice(path)}")
+    return columns
+
+
+def _check_fits(columns: dict[str, np.ndarray], row: EpisodeRow, schema: Schema | None, path: Path) -> None:
+    try:
+        if schema is not None:
+            schema.check(columns)
+    except InvalidEpisodeError as error:
+        raise DamagedStoreError(f"{path}: episode {row.id} does not fit the schema ({error}); {advice(path)}") from None
+    if any(len(array) != row.length for array in columns.values()):
+        raise DamagedStoreError(f"{path}: episode {row.id} has not {row.length} rows in every column; {advice(path)}")
+
+
+def _newest(rows: list[EpisodeRow], capacity: int) -> list[EpisodeRow]:
+    room = capacity
+    for position in range(len(rows) - 1, -1, -1):
+        room -= rows[position].length
+        if room < 0:
+            return rows[position + 1 :]
+    return rows
+
+
+def _eviction_text(database: Database, rows: list[EpisodeRow], dropped: list[EpisodeRow], capacity: int) -> str:
+    stored, lost = sum(row.length for row in rows), sum(row.length for row in dropped)
+    before = database.meta(CAPACITY_KEY)
+    earlier = f"it was {before} when this store was last used, " if isinstance(before, int) and before != capacity else ""
+    return (
+        f"config.buffer_size: {capacity} rows, expected at least {stored}: {earlier}and {database.path.parent} holds {len(rows)} episodes "
+        f"of {stored} rows, so this start would evict the oldest {len(dropped)} of them ({lost} rows) for good; nothing was changed. Set "
+        "config.buffer_size back, or accept it: --accept-eviction, storage.accept_eviction = true, or "
+        "ReplayBuffer(config, accept_eviction=True)"
+    )
+
+
+def _drop_oldest(database: Database, dropped: list[EpisodeRow], figures: dict[str, int], capacity: int) -> None:
+    steps = sum(row.length for row in dropped)
+    logger.warning(
+        "config.buffer_size is %d rows, less than what is stored: the newest episodes are kept, the %d oldest (%d rows) are evicted, as "
+        "accepted",
+        capacity,
+        len(dropped),
+        steps,
+    )
+    figures["steps_evicted"] += steps
+    figures["episodes_evicted"] += len(dropped)
+    figures["steps_stored"] -= steps
+    figures["episodes_stored"] -= len(dropped)
+    database.forget([row.id for row in dropped], figures=figures)
+
+
+def _tell_restored(path: Path, schema: Schema | None, *, episodes: int, steps: int, seconds: float) -> None:
+    if not episodes or schema is None:
+        logger.info("%s holds no episodes: starting empty", path)
+        return
+    columns = ", ".join(f"{spec.name} {spec}" for spec in schema.columns)
+    logger.info("restored %d episodes, %d steps from %s in %.1f s; columns: %s", episodes, steps, path, seconds, columns)
+
+
+def _note_capacity(database: Database, capacity: int) -> None:
+    """Notes the ring's size, which a later start that would evict names beside its own."""
+    if database.meta(CAPACITY_KEY) == capacity:
+        return
+    try:
+        database.set_meta({CAPACITY_KEY: capacity})
+    except sqlite3.Error as error:
+        logger.warning("%s: the buffer size was not noted: %s", database.path, error)  # a full disk: adding is what says so
+
+
+def _check_counts(path: Path, figures: dict[str, int], rows: list[EpisodeRow]) -> None:
+    for name, found in (("episodes", len(rows)), ("steps", sum(row.length for row in rows))):
+        added, evicted, stored = (figures.get(f"{name}_{what}", 0) for what in ("added", "evicted", "stored"))
+        if not found == stored == added - evicted:
+            raise DamagedStoreError(
+                f"{path}: {found} {name} are there, {stored} were stored ({added} added, {evicted} evicted); {advice(path)}"
+            )
+
+
+def _refuse_if_missing(data_dir: DataDir) -> None:
+    mark = data_dir.mark()
+    if mark is not None and mark.commits and not data_dir.database.exists():
+        raise DamagedStoreError(
+            f"{data_dir.database} is missing, and it was there; put it back, or remove the whole folder to start with nothing"
+        )
+
+
+def _check_acknowledged(data_dir: DataDir, database: Database) -> None:
+    """Refuses a database that lacks what was acknowledged, which a log that was cut, damaged or deleted leaves without a trace."""
+    mark, commits = data_dir.mark(), database.commits
+    if mark is None or commits >= mark.commits:
+        return
+    lost = mark.commits - commits
+    if not mark.synced and mark.boot_id != boot_id():
+        logger.warning(
+            "%s: the machine went down before its last %d transactions were on the disk: they are lost, as storage.durability allowed",
+            database.path,
+            lost,
+        )
+        return
+    raise DamagedStoreError(
+        f"{database.path}: its last {lost} transactions are missing: {database.path.name}-wal was damaged or deleted; put it back, or "
+        f"{advice(database.path)}"
+    )
+
+
+def _check_convention(database: Database, wanted: str, store: EpisodeStore) -> None:
+    """Refuses a database of another row convention, and has its ids be the store's; a new one takes both."""
+    found = database.meta("row_convention")
+    if found is None:
+        database.set_meta({"row_convention": wanted, "lineage": store.lineage})
+    elif found != wanted:
+        raise StoreMismatchError(
+            f'{database.path}: written with sampling.row_convention = "{found}", configured is "{wanted}"; set it so, or choose another '
+            "storage.data_dir"
+        )
+    lineage = database.meta("lineage")
+    store.lineage = lineage if isinstance(lineage, int) else 0

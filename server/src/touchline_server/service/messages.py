@@ -1,0 +1,159 @@
+"""The small messages: generated protobuf classes from and to the domain's values."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from touchline_protos import PROTOCOL_VERSION, Counts
+from touchline_protos.codec import CodecError, EpisodeKey, OversizeError
+from touchline_protos.types.dtypes import to_wire
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.buffer import ReplayBuffer
+from touchline_server.durability.storage_state import StorageState
+from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, KeyConflictError, ReplayError, TooLargeError
+from touchline_server.selectors.sampling import Law
+from touchline_server.service.status import shorten
+from touchline_server.store.episode_store import Stored
+from touchline_server.store.reading import EpisodeQuery
+
+_LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
+
+_OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
+    OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
+    CodecError: pb.EpisodeResult.OUTCOME_INVALID,
+    InvalidEpisodeError: pb.EpisodeResult.OUTCOME_INVALID,
+    KeyConflictError: pb.EpisodeResult.OUTCOME_KEY_CONFLICT,
+    TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
+}
+"""Of what is an episode's own fault; the first that fits."""
+
+_STORAGE_STATE_OF: dict[StorageState, pb.StorageState] = {
+    StorageState.OK: pb.STORAGE_STATE_OK,
+    StorageState.FULL: pb.STORAGE_STATE_FULL,
+    StorageState.FAILED: pb.STORAGE_STATE_FAILED,
+}
+
+_COUNTS = [field.name for field in fields(Counts)]
+
+M = TypeVar("M", bound=Message)
+
+MAX_STREAM_REQUEST_BYTES = 1 << 16
+"""Largest message from a learner on a stream; its stream may hold it for as long as it lasts."""
+
+
+def serialize(message: Message) -> bytes:
+    """Returns a message's bytes."""
+    return message.SerializeToString()
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Reads a message.
+
+    Raises:
+        InvalidRequestError: the bytes are no message of this kind.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InvalidRequestError(f"{len(data)} bytes that are no message, expected one of type {kind.DESCRIPTOR.name}") from None
+
+
+async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterator[M]:
+    """Reads the messages of a stream as they come.
+
+    Raises:
+        InvalidRequestError: as :func:`parse`; also for one that is over :data:`MAX_STREAM_REQUEST_BYTES`.
+    """
+    async for data in stream:
+        if len(data) > MAX_STREAM_REQUEST_BYTES:
+            raise InvalidRequestError(f"a message of {len(data)} bytes on the stream, expected at most {MAX_STREAM_REQUEST_BYTES}")
+        yield parse(kind, data)
+
+
+def counts(figures: Counts) -> pb.Counts:
+    """Returns the figures of a table as a message."""
+    return pb.Counts(**{name: getattr(figures, name) for name in _COUNTS})
+
+
+def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:
+    """Returns an episode's key as a message."""
+    if episode_key is None:
+        return None
+    return pb.EpisodeKey(client_id=episode_key.client_id, incarnation=episode_key.incarnation, sequence=episode_key.sequence)
+
+
+def acceptance(episode_key: EpisodeKey | None, stored: Stored) -> pb.EpisodeResult:
+    """Returns the result of an episode of a load that is stored."""
+    outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
+    return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=stored.episode_id)
+
+
+def refusal(episode_key: EpisodeKey | None, error: CodecError | ReplayError) -> pb.EpisodeResult:
+    """Returns the result of an episode of a load that was refused.
+
+    Raises:
+        CodecError, ReplayError: the given one, where it is not the episode's own fault: it ends the call.
+    """
+    for kind, outcome in _OUTCOME_OF.items():
+        if isinstance(error, kind):
+            return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=-1, reason=shorten(str(error)))
+    raise error
+
+
+def law(number: int) -> str | None:
+    """Returns the name of a law, None where the request left it to the configuration.
+
+    Raises:
+        InvalidRequestError: the number is unknown.
+    """
+    try:
+        return _LAW_OF[number]
+    except KeyError:
+        raise InvalidRequestError(f"law: number {number}, expected one of {sorted(_LAW_OF)}") from None
+
+
+def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
+    """Returns which episodes a request means.
+
+    Raises:
+        InvalidRequestError: its selectors do not go together, or are out of range.
+    """
+
+    def given(name: str) -> Any:
+        return getattr(request, name) if request.HasField(name) else None
+
+    return EpisodeQuery(
+        ids=tuple(request.episode_ids) or None,
+        first=given("first_episode_id"),
+        last=given("last_episode_id"),
+        actor=given("actor"),
+        newest=given("newest"),
+        columns=tuple(request.columns),
+        skip_missing=request.skip_missing,
+    )
+
+
+def info(buffer: ReplayBuffer) -> pb.InfoResponse:
+    """Returns what there is to say about a server's buffer."""
+    from touchline_server import __version__
+
+    columns = buffer.store.columns
+    specs = columns.schema.columns if columns is not None else ()
+    monitor = buffer.storage_monitor
+    return pb.InfoResponse(
+        version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        config_toml=buffer.config.to_toml(),
+        columns=[pb.ColumnSpec(name=spec.name, dtype=int(to_wire(spec.dtype)), shape=spec.shape) for spec in specs],  # type: ignore[arg-type]
+        device=columns.where if columns is not None else "",
+        size_bytes=columns.size_bytes if columns is not None else 0,
+        capacity=buffer.capacity,
+        max_message_bytes=buffer.config.server.max_message_bytes,
+        counts=counts(buffer.counts()),
+        storage_state=_STORAGE_STATE_OF[monitor.state] if monitor is not None else pb.STORAGE_STATE_UNSPECIFIED,
+        storage_reason=monitor.reason if monitor is not None else "",
+    )

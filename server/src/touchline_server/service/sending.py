@@ -1,0 +1,97 @@
+"""Stored episodes as the messages of one answer to GetEpisodes: small ones together in a frame, big ones a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from touchline_protos.codec import EpisodeSelection
+from touchline_protos.codec.loading import chunk_message
+from touchline_protos.codec.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_server.errors import InvalidRequestError, TooLargeError
+from touchline_server.store.catalogue import Entry
+from touchline_server.store.reading import PIECE_BYTES, EpisodeReader, pieces
+
+MIN_FRAME_BYTES = 4096
+"""Smallest frame that may be asked for."""
+
+FRAME_SHARE = 2
+"""Payload takes one part in so many of a frame's limit: the rest is for names and numbers around it."""
+
+
+class EpisodeFrames:
+    """Makes the messages of one call, one at a time, and holds none. One thread at a time.
+
+    Args:
+        reader: of the episodes.
+        max_message_bytes: the server's own limit.
+        max_frame_bytes: the caller's; 0 where it has none.
+
+    Raises:
+        InvalidRequestError: the caller's limit is out of range.
+    """
+
+    def __init__(self, reader: EpisodeReader, *, max_message_bytes: int, max_frame_bytes: int) -> None:
+        if max_frame_bytes and max_frame_bytes < MIN_FRAME_BYTES:
+            raise InvalidRequestError(f"max_frame_bytes: {max_frame_bytes}, expected 0 or at least {MIN_FRAME_BYTES}")
+        self._reader = reader
+        self._limit = min(max_message_bytes, max_frame_bytes or max_message_bytes)
+        self._payload_bytes = min(PIECE_BYTES, self._limit // FRAME_SHARE)
+        self.room_bytes = self._payload_bytes
+        """What a frame takes in memory, but for the names and numbers in it."""
+        self._frames = self._all()
+
+    @property
+    def selection(self) -> EpisodeSelection:
+        """What there is to read."""
+        return self._reader.selection
+
+    def next(self) -> bytes | None:
+        """Returns the next message; None at the end.
+
+        Raises:
+            TooLargeError: the names of an episode's columns alone are over the limit.
+        """
+        return next(self._frames, None)
+
+    def _all(self) -> Iterator[bytes]:
+        yield encode_selection(self._reader.selection)
+        while entries := self._reader.take(self._payload_bytes):
+            if entries[0].length * self._reader.row_bytes > self._payload_bytes:
+                yield from self._chunks(entries[0])
+            else:
+                yield from self._groups(entries)
+
+    def _groups(self, entries: list[Entry]) -> Iterator[bytes]:
+        while entries:
+            message, outs = group_message([self._outline(entry) for entry in entries])
+            if len(message) > self._limit and len(entries) > 1:
+                # Names outweigh the values: fewer at a time.
+                half = len(entries) // 2
+                yield from self._groups(entries[:half])
+                entries = entries[half:]
+            elif self._reader.copy_whole(entries, outs):
+                yield self._checked(message)
+                return
+            else:
+                entries = self._reader.still_stored(entries)
+
+    def _chunks(self, entry: Entry) -> Iterator[bytes]:
+        yield self._checked(encode_stored_header(self._outline(entry), entry.length))
+        for column, spec in enumerate(self._reader.specs(entry)):
+            for offset, size in pieces(spec.size_bytes, self._payload_bytes):
+                message, out = chunk_message(column, offset, size)
+                if not self._reader.copy(entry, column, offset, out):
+                    yield encode_evicted(entry.episode_id)
+                    return
+                yield message
+
+    def _outline(self, entry: Entry) -> Outline:
+        return Outline(entry.episode_id, entry.origin, self._reader.specs(entry))
+
+    def _checked(self, message: bytes) -> bytes:
+        if len(message) > self._limit:
+            raise TooLargeError(
+                f"a frame of {len(message)} bytes for the names of an episode's columns, expected at most {self._limit} "
+                "(max_frame_bytes, server.max_message_bytes); choose fewer columns"
+            )
+        return message

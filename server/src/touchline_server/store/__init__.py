@@ -1,0 +1,1 @@
+"""Episodes in memory: columns, index, schema, and how rows are read while others are written."""

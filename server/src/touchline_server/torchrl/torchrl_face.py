@@ -1,0 +1,203 @@
+"""TorchRL's face of the store: a writer and a sampler that make it a regular ``torchrl.data.ReplayBuffer``.
+
+The hot path does not go this way: indexing a TensorDict alone costs several times the gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer, SliceSampler
+from torchrl.data.replay_buffers import Storage
+from torchrl.data.replay_buffers.writers import RoundRobinWriter
+
+from touchline_protos.codec import Episode
+from touchline_protos.types.columns import ColumnError, flatten_columns
+from touchline_server.config.settings import Config
+from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
+from touchline_server.selectors.sampling import Law, SeedSource
+from touchline_server.store.columns import Columns
+from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.index import FIRST_ROW, LENGTH
+from touchline_server.torchrl.torchrl_state import adopt, exclude_writes, make_storage, note_written, release
+
+
+class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
+    """Writes whole episodes into the ring and evicts whole ones, where TorchRL's round robin overwrites row by row.
+
+    Everything goes through the store, so TorchRL also sees the episodes that come by other ways.
+    """
+
+    def __init__(self, store: EpisodeStore) -> None:
+        super().__init__()
+        self._store = store
+
+    def register_storage(self, storage: Storage) -> None:
+        """Attaches to the store's storage and catches up with what it holds."""
+        super().register_storage(storage)
+        with self._store.write_lock:
+            columns = self._store.columns
+            if columns is not None:
+                for entry in self._store.entries():
+                    rows = np.arange(entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH])
+                    self._follow(columns, np.remainder(rows, self._store.capacity))
+            self._store.on_written = self._follow
+            self._store.on_cleared = self._forget
+
+    def add(self, data: Any) -> int:
+        """Refused: the ring holds whole episodes.
+
+        Raises:
+            InvalidEpisodeError: always.
+        """
+        raise InvalidEpisodeError("add() stores a single step, the ring holds whole episodes; give all steps of an episode to extend()")
+
+    def write_at(self, index: int | torch.Tensor, data: Any) -> int:
+        """Refused: rows of stored episodes do not change.
+
+        Raises:
+            InvalidEpisodeError: always.
+        """
+        raise InvalidEpisodeError("write_at() would change stored episodes; give all steps of an episode to extend()")
+
+    def extend(self, data: Any) -> torch.Tensor:
+        """Stores whole episodes.
+
+        Args:
+            data: a TensorDict of shape [rows]: one episode, or several told apart by an ``episode`` column, which is not stored.
+
+        Returns:
+            The rows that they occupy, [rows] int64.
+
+        Raises:
+            InvalidEpisodeError: an episode is malformed; those before it are stored.
+        """
+        rows = []
+        for columns in _split_episodes(data):
+            episode = Episode(columns)
+            first_row = self._store.add(episode).first_row
+            rows.append(torch.arange(first_row, first_row + episode.length).remainder(self._store.capacity))
+        return torch.cat(rows)
+
+    def dumps(self, path: str | Path) -> None:
+        """Refused: TorchRL's checkpoint does not hold the episode index.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        raise InvalidRequestError("TorchRL's checkpoint does not hold the episode index, so what it saves could not be sampled again")
+
+    def loads(self, path: str | Path) -> None:
+        """Refused, as :meth:`dumps`.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        self.dumps(path)
+
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self._store.clear()
+        super()._empty(empty_write_count)
+
+    def _forget(self) -> None:
+        release(self._storage)
+        super()._empty(empty_write_count=False)
+
+    def _follow(self, columns: Columns, rows: np.ndarray) -> None:
+        if not self._storage.initialized:
+            adopt(self._storage, columns.tensors)
+        self._cursor = int(rows[-1] + 1) % self._store.capacity
+        self._write_count += len(rows)
+        note_written(self._storage, rows)
+
+
+class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
+    """Draws slices from the store's index, where TorchRL's ``SliceSampler`` derives borders from a column after each write."""
+
+    def __init__(self, store: EpisodeStore, *, horizon: int, law: Law, seeds: SeedSource) -> None:
+        super().__init__(slice_len=horizon + 1)
+        self._store = store
+        self._law = law
+        self._random = seeds.stream()
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
+        """Returns the rows of ``batch_size // slice_len`` slices, one slice after the other, and where each row came from.
+
+        Args:
+            storage: the store's.
+            batch_size: rows, a multiple of the slice's length.
+
+        Raises:
+            NotReadyError: no episode is long enough.
+        """
+        steps, slices = self._adjusted_batch_size(batch_size)
+        random = self._random
+        if self._rng is not None:
+            random = np.random.default_rng(int(torch.randint(2**62, (), generator=self._rng)))
+        with self._store.select(slices, steps - 1, self._law, random) as (selection,):
+            selection.columns.note_foreign_reads()
+            rows = torch.from_numpy(np.ascontiguousarray(selection.rows.T).reshape(-1))
+            truncated = torch.zeros(slices, steps, dtype=torch.bool)
+            truncated[:, -1] = True
+            info = {
+                "episode": torch.from_numpy(selection.draw.episode_id).repeat_interleave(steps),
+                "probability": torch.from_numpy(selection.draw.probability).repeat_interleave(steps),
+                self.truncated_key: truncated.view(-1, 1),
+            }
+        return (rows.to(selection.columns.device),), info
+
+    def _sampleable_count(self, storage: Storage, batch_size: int) -> int:
+        steps, _ = self._adjusted_batch_size(batch_size)
+        return int(self._store.can_sample(steps - 1))
+
+
+class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
+    """TorchRL's buffer over the store.
+
+    While it samples, extends or empties it holds the store's write lock: TorchRL gathers after its sampler has drawn, and nothing else
+    would keep the rows from being overwritten in between.
+    """
+
+    def __init__(self, store: EpisodeStore, *, sampler: EpisodeSliceSampler, batch_size: int) -> None:
+        super().__init__(storage=make_storage(store.capacity), writer=EpisodeRingWriter(store), sampler=sampler, batch_size=batch_size)
+        self._episodes = store
+        exclude_writes(self, store.write_lock)
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Forgets every episode and the schema, as ``clear`` does, and TorchRL's count of written rows unless told otherwise."""
+        with self._episodes.write_lock:
+            super().empty(empty_write_count)
+
+
+def make_torchrl_buffer(store: EpisodeStore, config: Config, seeds: SeedSource) -> ReplayBuffer:
+    """Returns a TorchRL buffer over the store; ``batch_size`` is in rows: slices x (horizon + 1)."""
+    sampler = EpisodeSliceSampler(store, horizon=config.horizon, law=Law(config.sampling.law), seeds=seeds)
+    return EpisodeReplayBuffer(store, sampler=sampler, batch_size=config.batch_size * (config.horizon + 1))
+
+
+def _split_episodes(data: TensorDictBase) -> Iterator[dict[str, np.ndarray]]:
+    shape = tuple(getattr(data, "batch_size", (0,)))
+    if len(shape) != 1:
+        raise InvalidEpisodeError(
+            f"extend() takes a TensorDict of shape [rows], found {list(shape)}; flatten it, with a column episode that numbers the rows"
+        )
+    try:
+        columns = flatten_columns(data)
+    except ColumnError as error:
+        raise InvalidEpisodeError(f"extend() takes a TensorDict of shape [rows] ({error})") from None
+    numbers = columns.pop("episode", None)
+    if numbers is None:
+        yield columns
+        return
+    if any(array.shape[:1] != (numbers.size,) for array in columns.values()):
+        raise InvalidEpisodeError(f"episode: shape {numbers.shape}, expected one number a row of the other columns")
+    if np.isnan(numbers).any():
+        raise InvalidEpisodeError("episode: NaN, expected the number of an episode")
+    borders = np.flatnonzero(np.diff(numbers.reshape(-1))) + 1
+    for begin, end in zip([0, *borders], [*borders, numbers.size], strict=True):
+        yield {name: array[begin:end] for name, array in columns.items()}
