@@ -12,7 +12,7 @@ from pathlib import Path
 import atheris
 
 # Before anything else imports them.
-with atheris.instrument_imports(include=["touchline_protos", "touchline_server.store.schema", "touchline_server.store.ledger"]):
+with atheris.instrument_imports(include=["touchline_protos", "touchline_server.store.schema", "touchline_server.store.dedup"]):
     from fuzz_inputs import seeds
     from fuzzing import frame, targets
 

@@ -11,7 +11,7 @@ from store_cases import as_bits
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import Config, ReplayBuffer
 from touchline_server.durability.database import Database
-from touchline_server.durability.restoring import episode_rows
+from touchline_server.durability.restore import episode_rows
 
 MODES = ("sync", "batch", "memory")
 

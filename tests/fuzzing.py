@@ -26,11 +26,11 @@ from touchline_protos.codec import (
     LoadDecoder,
     decode_add_episode,
 )
-from touchline_protos.codec.reading import EpisodeDecoder
+from touchline_protos.codec.download import EpisodeDecoder
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config, ReplayBuffer, ReplayError
-from touchline_server.service.limits import Budgets
-from touchline_server.service.receiving import Receptions
+from touchline_server.service.budgets import Budgets
+from touchline_server.service.receiver import Receptions
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.store.episode_store import Stored
 

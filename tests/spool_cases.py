@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dataset_cases import make_episode
 from touchline import InvalidEpisodeError
-from touchline._spool.spool import Spool
-from touchline._spool.spool_file import FILE_NAME
+from touchline._spool.file import FILE_NAME
+from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode, EpisodeKey
 
 LIMIT = 4 << 20

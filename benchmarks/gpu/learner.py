@@ -13,7 +13,7 @@ from benchmarks.local import batch_columns
 from benchmarks.protocol import serve
 from benchmarks.workloads import WORKLOADS, Content
 from touchline import ReplayClient
-from touchline._learner.tensors import map_batch
+from touchline._learner.torch_batch import map_batch
 from touchline_protos import Batch
 
 STEP_PRODUCTS = 10

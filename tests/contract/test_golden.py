@@ -27,8 +27,8 @@ from touchline_protos.codec import (
     encode_load,
     encode_loads,
 )
-from touchline_protos.codec.loading import chunk_message
-from touchline_protos.codec.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.upload import chunk_message
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 

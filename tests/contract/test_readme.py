@@ -21,7 +21,7 @@ from service_calls import ServerProcess
 from touchline import ReplayClient
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
 from touchline_server import Config, read_cfg
-from touchline_server.service.status import INTERNAL, STATUS_OF
+from touchline_server.service.grpc_status import INTERNAL, STATUS_OF
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

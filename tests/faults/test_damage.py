@@ -17,7 +17,8 @@ import pytest
 from durable_cases import assert_whole, contents, durable_config, keyed_episode
 from fault_tally import FLIPS, note
 from touchline_server import DamagedStoreError, ReplayBuffer, ReplayError
-from touchline_server.durability import recovery, upkeep
+from touchline_server.durability import maintenance as upkeep
+from touchline_server.durability import recovery
 
 EPISODES = 60
 CAPACITY = 1_000

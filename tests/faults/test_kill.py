@@ -16,7 +16,7 @@ from fault_tally import KILLS, note
 from service_calls import DEADLINE_S, Caller, ServerProcess, eventually
 from touchline_protos.codec import encode_add_episode
 from touchline_server import ReplayBuffer
-from touchline_server.durability import upkeep
+from touchline_server.durability import maintenance as upkeep
 
 ACTORS = 4
 CAPACITY = 4_000

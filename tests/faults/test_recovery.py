@@ -25,7 +25,8 @@ from fault_tally import FLIPS, note
 from touchline_protos.codec import Episode
 from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, StoreMismatchError
 from touchline_server.cli import main as cli
-from touchline_server.durability import recovery, upkeep
+from touchline_server.durability import maintenance as upkeep
+from touchline_server.durability import recovery
 from touchline_server.durability.database import FILE_NAME, Database
 
 EPISODES = 60

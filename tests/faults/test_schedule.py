@@ -31,7 +31,8 @@ from tcp_proxy import Line, TcpProxy
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer
-from touchline_server.durability import recovery, upkeep
+from touchline_server.durability import maintenance as upkeep
+from touchline_server.durability import recovery
 from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, Database
 
 CALLERS = 3

@@ -12,8 +12,8 @@ from codec_cases import same_episode
 from durable_cases import keyed_episode
 from fault_tally import FLIPS, note
 from touchline import SpoolError
-from touchline._spool.spool import Spool
-from touchline._spool.spool_file import FILE_NAME
+from touchline._spool.file import FILE_NAME
+from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode
 
 LIMIT = 8 << 20

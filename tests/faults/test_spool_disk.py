@@ -17,7 +17,7 @@ from service_calls import eventually
 from small_disk import fill as fill_disk
 from small_disk import mounted
 from touchline import EpisodeWriter, ReplayClient, SpoolError
-from touchline._spool.spool import Spool
+from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode, EpisodeKey, decode_add_episode
 
 LIMIT = 1 << 20

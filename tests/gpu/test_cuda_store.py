@@ -63,7 +63,7 @@ def test_cuda_columns_of_every_dtype_give_back_the_bits_over_the_seam() -> None:
 
 @pytest.mark.parametrize("piece_bytes", [100, 1 << 20])
 def test_cuda_episodes_read_back_are_those_of_the_cpu(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_server.store.reading.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("touchline_server.store.reader.PIECE_BYTES", piece_bytes)
     host, cuda = pair()
     for number in range(20):
         columns = traced_columns(number, 4 + number * 7 % 20) | {"nothing": np.empty((4 + number * 7 % 20, 0), np.float64)}

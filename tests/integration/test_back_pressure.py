@@ -21,8 +21,8 @@ from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import OverloadedError
 from touchline_server.service.admission import MAX_HEALTH_WATCHES, STANDARD_SHARE
-from touchline_server.service.limits import HEALTH_QUESTIONS
-from touchline_server.service.streaming import BatchSource
+from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.budgets import HEALTH_QUESTIONS
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
 MIB = 1 << 20
@@ -314,8 +314,8 @@ def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
 def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr("touchline_server.service.receiving.PATIENCE_S", 0.2)
-    monkeypatch.setattr("touchline_server.service.receiving.LOOK_S", 0.05)
+    monkeypatch.setattr("touchline_server.service.receiver.PATIENCE_S", 0.2)
+    monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving(server=FOUR_MESSAGES))
         patient(server)
@@ -339,9 +339,9 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
 
 
 def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_server.service.receiving.PATIENCE_S", 0.2)
-    monkeypatch.setattr("touchline_server.service.receiving.LOOK_S", 0.05)
-    monkeypatch.setattr("touchline_server.service.receiving.SLOWEST_BYTES_PER_S", 1 << 40)
+    monkeypatch.setattr("touchline_server.service.receiver.PATIENCE_S", 0.2)
+    monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
+    monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_BYTES_PER_S", 1 << 40)
     header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 8)
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving(server=FOUR_MESSAGES | {"max_message_bytes": MIB // 4}))

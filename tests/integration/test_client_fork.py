@@ -134,7 +134,7 @@ wait(pid)
 os._exit(0)
 """,
     "thread-that-takes-episodes-over": """
-from touchline._learner import reading as module
+from touchline._learner import episodes as module
 
 class Halting(list):
     def __iter__(self):

@@ -149,7 +149,7 @@ def test_no_arguments_show_the_commands(run: Run) -> None:
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['typer'] = None; from touchline._cli.console import main; main()"
+    code = "import sys; sys.modules['typer'] = None; from touchline._cli.main import main; main()"
 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
@@ -223,7 +223,7 @@ def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: S
     code = """
 import os, signal, sys, weakref
 from touchline import datasets
-from touchline._cli import commands
+from touchline._cli import dataset_commands as commands
 plain = commands.datasets.export
 
 class Referent:

@@ -29,7 +29,7 @@ POLLS_WITHOUT_PYTHON = (1, 73)
 
 @pytest.fixture
 def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._rpc.transport.KEEPALIVE_S", PING_S)
+    monkeypatch.setattr("touchline._rpc.channel.KEEPALIVE_S", PING_S)
     monkeypatch.setattr("touchline_server.service.app.MIN_PING_INTERVAL_S", PING_S / 6)
 
 

@@ -19,7 +19,7 @@ from touchline import ReplayClient, UnavailableError
 from touchline_protos.codec import EpisodeDecoder, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.app import ServerThread
-from touchline_server.service.sending import EpisodeFrames
+from touchline_server.service.episode_framer import EpisodeFrames
 
 
 def get(caller: Caller, **fields: Any) -> Any:

@@ -13,14 +13,14 @@ from raw_http2 import RawConnection
 from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, refused
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidRequestError, UnauthenticatedError
-from touchline_server.service.refused import MAX_CALLERS, REPEAT_S, RefusalLog, check_metadata
+from touchline_server.service.refusal_log import MAX_CALLERS, REPEAT_S, RefusalLog, check_metadata
 
 SECRETS = {"actor": "an-actors-token-of-many-characters", "admin": "an-admins-token-of-many-characters"}
 TOKENS = {"TOUCHLINE_SERVER_TOKENS": f"actor:robots:{SECRETS['actor']} admin:ops:{SECRETS['admin']}"}
 
 
 def refusals(process: ServerProcess) -> list[str]:
-    return [line for line in process.log.splitlines() if "touchline_server.service.refused" in line]
+    return [line for line in process.log.splitlines() if "touchline_server.service.refusal_log" in line]
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -38,7 +38,7 @@ def test_refused_callers_leave_one_line_each(tmp_path: Path) -> None:
         missing, wrong, role = refusals(process)
 
         for line, method in ((missing, "Info"), (wrong, "Info"), (role, "Clear")):
-            assert "WARNING touchline_server.service.refused: refused ipv4:127.0.0.1:" in line
+            assert "WARNING touchline_server.service.refusal_log: refused ipv4:127.0.0.1:" in line
             assert f", which called {SERVICE}{method}: " in line
         assert "no token" in missing
         assert "none of this server's" in wrong

@@ -13,7 +13,7 @@ from service_calls import make_config
 from touchline import EpisodeKey, EpisodeWriter, ReplayClient, TouchlineError, UnacknowledgedError
 from touchline_server import InvalidEpisodeError, ReplayBuffer
 from touchline_server.service.app import ServerThread
-from touchline_server.store.refusals import MAX_REMEMBERED, RefusedEpisodes
+from touchline_server.store.refused_episodes import MAX_REMEMBERED, RefusedEpisodes
 
 
 def make_episode(value: float = 0.0, *, obs: int = 2, rows: int = 10) -> dict[str, Any]:

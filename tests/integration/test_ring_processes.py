@@ -238,7 +238,7 @@ def test_server_without_a_free_slot_says_so_on_both_sides(caplog: pytest.LogCapt
 
 
 def test_server_without_memory_for_a_ring_says_so_on_both_sides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("touchline_server.service.feeding.available_host_bytes", lambda: 100_000)
+    monkeypatch.setattr("touchline_server.service.ring_producer.available_host_bytes", lambda: 100_000)
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
@@ -369,7 +369,7 @@ def test_caller_that_holds_every_batch_does_not_stall_the_ring() -> None:
 
 
 def test_offer_of_a_stranger_is_refused() -> None:
-    from touchline._learner.ring import attach
+    from touchline._learner.ring_reader import attach
     from touchline_protos.shm.ring import RingError
 
     writer = RingWriter(RingGeometry.of(4, 1000))

@@ -19,9 +19,9 @@ from dataset_cases import assert_same, make_episode, serve, stored
 from serving import ServerThread, needs_server
 from spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import ReplayClient
-from touchline._spool import upkeep
-from touchline._spool.spool import MAX_REFUSED, Spool
-from touchline._spool.upkeep import SendReport
+from touchline._spool import maintenance as upkeep
+from touchline._spool.maintenance import SendReport
+from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -87,7 +87,7 @@ def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: Se
 
 
 def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._actor.outbox.TOGETHER_EPISODES", 1)
+    monkeypatch.setattr("touchline._actor.sender.TOGETHER_EPISODES", 1)
     monkeypatch.setattr(upkeep, "LOOK_S", 0.01)
     permits = threading.Semaphore(0)
     arrived: list[int] = []

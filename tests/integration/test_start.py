@@ -57,7 +57,7 @@ def test_server_that_adds_samples_restores_and_reads_back_has_imported_no_torch(
         client.add(plain_columns(10))
     modules = imported(server.log)
 
-    assert {"numpy", "grpc", "touchline_server.store.columns", "touchline_server.durability.restoring"} <= modules
+    assert {"numpy", "grpc", "touchline_server.store.columns", "touchline_server.durability.restore"} <= modules
     assert modules & HEAVY == set()
 
 

@@ -32,7 +32,7 @@ from touchline import (
     UnavailableError,
 )
 from touchline._rpc.calls import Backoff, Calls
-from touchline._rpc.transport import Transport
+from touchline._rpc.channel import Transport
 from touchline_protos.codec import Episode, LoadDecoder, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -390,7 +390,7 @@ def test_load_that_breaks_is_sent_again_with_the_same_keys() -> None:
 
 
 def test_load_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._actor.delivery.MAX_LOAD_EPISODES", 2)
+    monkeypatch.setattr("touchline._actor.upload.MAX_LOAD_EPISODES", 2)
     keys: list[list[int]] = []
     progress: list[int] = []
     with ScriptedServer(LoadEpisodes=_loader(keys)) as server, ReplayClient(server.address) as client:
@@ -401,7 +401,7 @@ def test_load_is_cut_into_calls_of_bounded_size(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_load_is_cut_by_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._actor.delivery.MAX_LOAD_BYTES", 200)  # an episode has 80
+    monkeypatch.setattr("touchline._actor.upload.MAX_LOAD_BYTES", 200)  # an episode has 80
     keys: list[list[int]] = []
     with ScriptedServer(LoadEpisodes=_loader(keys)) as server, ReplayClient(server.address) as client:
         client.load([EPISODE] * 5)
@@ -425,7 +425,7 @@ def test_load_with_an_episode_that_cannot_be_sent_stores_the_others() -> None:
 
 
 def test_load_that_stays_unavailable_tells_what_was_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._actor.delivery.MAX_LOAD_EPISODES", 2)
+    monkeypatch.setattr("touchline._actor.upload.MAX_LOAD_EPISODES", 2)
     handler = in_turn(_loader([]), failing(UNAVAILABLE))
     with (
         ScriptedServer(LoadEpisodes=handler) as server,

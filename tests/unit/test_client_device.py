@@ -16,8 +16,8 @@ import pytest
 
 from client_faults import refuse_threads
 from touchline import Batch, ClosedError, UnavailableError
-from touchline._learner.device import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, hand_over
-from touchline._learner.tensors import map_batch
+from touchline._learner.cuda import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, hand_over
+from touchline._learner.torch_batch import map_batch
 from touchline_protos.types.dtypes import BFLOAT16
 
 torch = pytest.importorskip("torch")

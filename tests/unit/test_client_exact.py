@@ -19,11 +19,11 @@ from hypothesis.extra import numpy as hnp
 from tensordict import TensorDict, lazy_stack, tensorclass
 
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient
-from touchline._actor.delivery import make_episode
+from touchline._actor.upload import make_episode
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.casting import ColumnError, cast, narrow
-from touchline_protos.types.columns import flatten_columns, split_episodes, to_array
 from touchline_protos.types.dtypes import BFLOAT16
+from touchline_protos.types.flatten import flatten_columns, split_episodes, to_array
 from touchline_protos.types.rules import ENDS, check_ends
 
 KEY = EpisodeKey("me", 1, 0)
@@ -285,7 +285,7 @@ HALF_IMPORTED = """
     assert begun.wait(30) and "torch" in sys.modules and not hasattr(sys.modules["torch"], "Tensor")
 
     from touchline._actor.rows import EpisodeRows, row_columns
-    from touchline_protos.types.columns import flatten_columns
+    from touchline_protos.types.flatten import flatten_columns
 
     rows = EpisodeRows()
     rows.append(row_columns({"obs": np.ones(3), "reward": 0.5}))

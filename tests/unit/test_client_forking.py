@@ -7,10 +7,10 @@ import threading
 import pytest
 
 from touchline import ForkError
-from touchline._actor.identity import Identity
-from touchline._rpc import forking
-from touchline._rpc.forking import ForkGate
-from touchline._rpc.transport import Transport
+from touchline._actor.keys import Identity
+from touchline._rpc import fork as forking
+from touchline._rpc.channel import Transport
+from touchline._rpc.fork import ForkGate
 
 
 def test_gate_lets_a_fork_wait_until_calls_are_out() -> None:

@@ -17,8 +17,8 @@ from client_faults import Handler, ScriptedServer, fail, in_turn
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
 from touchline._rpc.calls import Backoff
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode, TensorSpec
-from touchline_protos.codec.loading import chunk_message
-from touchline_protos.codec.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.upload import chunk_message
 from touchline_protos.v1 import replay_pb2 as pb
 
 ALL = EpisodeSelection(0, 9, 10, 20, 77)
@@ -115,7 +115,7 @@ class Clock:
         self._server: ScriptedServer | None = None
         self._begun = time.monotonic() + 3600
         self._seconds_a_call = seconds_a_call
-        monkeypatch.setattr("touchline._learner.reading.time", self)
+        monkeypatch.setattr("touchline._learner.episodes.time", self)
 
     @contextmanager
     def client(self, handler: Handler) -> Iterator[tuple[ScriptedServer, ReplayClient]]:

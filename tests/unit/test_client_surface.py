@@ -14,9 +14,9 @@ import pytest
 
 import touchline
 from touchline import InvalidArgumentError, ReplayClient, TouchlineError, errors
-from touchline._actor.identity import Identity
+from touchline._actor.keys import Identity
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
-from touchline._rpc.transport import check_address
+from touchline._rpc.channel import check_address
 
 NOWHERE = "127.0.0.1:1"
 
@@ -69,7 +69,7 @@ def test_import_loads_no_torch_no_tensordict_no_server() -> None:
 
 
 def test_import_turns_fork_support_on_unless_the_user_said_otherwise() -> None:
-    code = "import os, touchline._rpc.forking as f; print(os.environ['GRPC_ENABLE_FORK_SUPPORT'], f.SUPPORTED)"
+    code = "import os, touchline._rpc.fork as f; print(os.environ['GRPC_ENABLE_FORK_SUPPORT'], f.SUPPORTED)"
     plain = {name: value for name, value in os.environ.items() if name != "GRPC_ENABLE_FORK_SUPPORT"}
 
     found = [

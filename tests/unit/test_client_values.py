@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from touchline import Batch, InvalidEpisodeError
-from touchline._actor.delivery import episodes_of, make_episode
-from touchline._learner.tensors import as_tensor, to_tensors
+from touchline._actor.upload import episodes_of, make_episode
+from touchline._learner.torch_batch import as_tensor, to_tensors
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.dtypes import BFLOAT16
 

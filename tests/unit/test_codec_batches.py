@@ -225,7 +225,7 @@ def test_known_layout_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> No
     for batch in views:
         fill(batch, 0)
     decoder.feed(message)
-    monkeypatch.setattr("touchline_protos.codec.receive.read_fields", None)
+    monkeypatch.setattr("touchline_protos.codec.batch_decoder.read_fields", None)
     other, views = made.group(2)
     written = [fill(batch, 5) for batch in views]
 

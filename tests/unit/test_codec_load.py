@@ -11,18 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codec_cases import episodes, from_proto, same_episode, small_episode
-from touchline_protos.codec import (
-    CodecError,
-    CodecLimits,
-    Episode,
-    EpisodeKey,
-    LoadDecoder,
-    OversizeError,
-    encode_load,
-    encode_loads,
-    loading,
-    wire,
-)
+from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, LoadDecoder, OversizeError, encode_load, encode_loads, wire
+from touchline_protos.codec import upload as loading
 from touchline_protos.v1 import replay_pb2 as pb
 
 KEY = EpisodeKey("robot-7", 1_700_000_000, 42)

@@ -10,7 +10,7 @@ import pytest
 
 from codec_cases import batch_arrays, fill, layout
 from touchline_protos.codec import BatchDecoder
-from touchline_protos.codec.pool import BufferPool
+from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import Batch
 
 MADE = layout(3, 8, obs=(40,))

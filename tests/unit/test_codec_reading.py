@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from codec_cases import bits, episodes, from_proto, same_episode, small_episode
 from touchline_protos.codec import CodecError, Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode
+from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.episodes import column_spec
-from touchline_protos.codec.loading import chunk_message
-from touchline_protos.codec.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.upload import chunk_message
 from touchline_protos.v1 import replay_pb2 as pb
 
 SELECTION = EpisodeSelection(3, 1 << 40, 12, 345, 1 << 61)

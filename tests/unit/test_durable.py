@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from durable_cases import MODES, assert_whole, bits, contents, durable_config, keyed_episode, stored_keys
 from store_cases import as_bits
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.files import tables
+from touchline_protos.files import sqlite as tables
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import (
     DamagedStoreError,
@@ -31,10 +31,12 @@ from touchline_server import (
     StoreMismatchError,
 )
 from touchline_server.cli import main as cli
-from touchline_server.durability import durable, recovery, upkeep
+from touchline_server.durability import group_commit as durable
+from touchline_server.durability import maintenance as upkeep
+from touchline_server.durability import recovery
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import FILE_NAME
-from touchline_server.store import ledger
+from touchline_server.store import dedup as ledger
 from touchline_server.store.columns import Columns
 
 

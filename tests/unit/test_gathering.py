@@ -15,7 +15,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.types.batch import PROVENANCE
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, ReplayBuffer
-from touchline_server.store.gathering import GatherPlan
+from touchline_server.store.gather import GatherPlan
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
 INNER = st.lists(st.integers(0, 3), max_size=3).map(tuple)

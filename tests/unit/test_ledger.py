@@ -19,8 +19,8 @@ from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import InvalidEpisodeError, KeyConflictError, ReplayBuffer
 from touchline_server.durability.database import Database
-from touchline_server.store import ledger
-from touchline_server.store.ledger import KeyLedger, Remembered, payload_digest, runs_to_keep, sender_name
+from touchline_server.store import dedup as ledger
+from touchline_server.store.dedup import KeyLedger, Remembered, payload_digest, runs_to_keep, sender_name
 
 
 def key(sequence: int, client_id: str = "robot", incarnation: int = 1) -> EpisodeKey:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from touchline_server.errors import OverloadedError, TooLargeError
-from touchline_server.service.limits import ByteBudget, Loan
+from touchline_server.service.budgets import ByteBudget, Loan
 
 
 def run(test: Callable[[], Awaitable[Any]]) -> Any:

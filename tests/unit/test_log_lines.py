@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from touchline._actor.identity import Identity
+from touchline._actor.keys import Identity
 from touchline._cli.terminal import complain, say
 from touchline._rpc.calls import translate
-from touchline._rpc.messages import check_actor
+from touchline._rpc.convert import check_actor
 from touchline.errors import InvalidArgumentError
 from touchline_protos.log_lines import OneLine, escape, get_logger
 from touchline_protos.types.names import MAX_NAME_CHARS, name_fault
-from touchline_server.service.status import shorten
+from touchline_server.service.grpc_status import shorten
 
 HOSTILE = "".join(map(chr, (*range(32), *range(127, 160), 0x2028, 0x2029, 0x200E, 0x202E, 0x2066, 0x61C, 0xD800))) + "a%s{}\\é字"
 TEXTS = st.text(st.one_of(st.sampled_from(HOSTILE), st.characters()), max_size=40)

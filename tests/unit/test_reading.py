@@ -18,9 +18,9 @@ from store_cases import make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeKey, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import InvalidRequestError, ReplayBuffer, UnknownEpisodeError
-from touchline_server.service.sending import EpisodeFrames
-from touchline_server.store import reading as reading_module
-from touchline_server.store.reading import MAX_EPISODE_IDS, EpisodeQuery, EpisodeReader
+from touchline_server.service.episode_framer import EpisodeFrames
+from touchline_server.store import reader as reading_module
+from touchline_server.store.reader import MAX_EPISODE_IDS, EpisodeQuery, EpisodeReader
 
 
 def filled(capacity: int = 200, *, episodes: int = 10, **options: Any) -> ReplayBuffer:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from touchline_server.errors import InvalidRequestError, OverloadedError
-from touchline_server.service import receiving
-from touchline_server.service.limits import ByteBudget, Shares
-from touchline_server.service.receiving import Reception, patience_s
+from touchline_server.service import receiver as receiving
+from touchline_server.service.budgets import ByteBudget, Shares
+from touchline_server.service.receiver import Reception, patience_s
 
 SIZE = 100
 

@@ -18,7 +18,7 @@ from durable_cases import MODES, contents, durable_config, keyed_episode
 from service_calls import DEADLINE_S, ServerProcess
 from touchline_protos.codec import Episode
 from touchline_server import Config, InvalidEpisodeError, ReplayBuffer, StoreMismatchError
-from touchline_server.durability import restoring
+from touchline_server.durability import restore as restoring
 from touchline_server.errors import RestoringError
 from touchline_server.store.episode_store import EpisodeStore
 

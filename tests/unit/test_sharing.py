@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from touchline_server.service import sharing
-from touchline_server.service.sharing import MESSAGE_COST_S, STALLED_S, AddGate
+from touchline_server.service import throttle as sharing
+from touchline_server.service.throttle import MESSAGE_COST_S, STALLED_S, AddGate
 
 
 class Clock:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from codec_cases import IDS, INT64, episodes, same_episode
 from touchline import InvalidEpisodeError, SpoolError, TooLargeError
-from touchline._actor.pending import Admission, Waiting
-from touchline._spool.spool import MAX_REFUSED, Spool
-from touchline._spool.spool_file import FILE_NAME
+from touchline._actor.queue import Admission, Waiting
+from touchline._spool.file import FILE_NAME
+from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import Episode, EpisodeKey
 
 LIMIT = 4 << 20
@@ -104,7 +104,7 @@ def test_oldest_goes_first_and_is_forgotten_once_acknowledged(spool: Spool) -> N
 
 
 def test_episode_longer_than_a_blob_is_kept_in_parts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_protos.files.tables.PART_BYTES", 10_000)
+    monkeypatch.setattr("touchline_protos.files.sqlite.PART_BYTES", 10_000)
     episode = traced(7, 500)
 
     put(spool, episode)
@@ -355,7 +355,7 @@ def test_second_writer_on_a_folder_is_refused_and_the_first_goes_on(spool: Spool
 
 
 def test_system_without_locks_is_refused_before_anything_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._spool.spool_file.HAS_LOCKS", False)
+    monkeypatch.setattr("touchline._spool.file.HAS_LOCKS", False)
 
     with pytest.raises(SpoolError, match="no file locks of POSIX"):
         Spool(folder, limit_bytes=LIMIT)
@@ -367,7 +367,7 @@ def test_lock_ends_with_the_process(folder: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from touchline._spool.spool import Spool
+from touchline._spool.queue import Spool
 spool = Spool(Path({str(folder)!r}), limit_bytes=1 << 22)
 print("open", flush=True)
 sys.stdin.read()

@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from codec_cases import same_episode
 from touchline import InvalidEpisodeError, TouchlineError
-from touchline._actor.pending import MemoryQueue, PendingEpisodes, Waiting
-from touchline._spool.spool import MAX_REFUSED, Spool
-from touchline._spool.spool_file import REFUSED
+from touchline._actor.queue import MemoryQueue, PendingEpisodes, Waiting
+from touchline._spool.file import REFUSED
+from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import Episode, EpisodeKey
 
 LIMIT = 1 << 20

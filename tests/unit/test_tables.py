@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from touchline_protos.files import tables
+from touchline_protos.files import sqlite as tables
 from touchline_protos.files.locks import lock, open_own
-from touchline_protos.files.tables import FormatError, Tables, parts, pragma
+from touchline_protos.files.sqlite import FormatError, Tables, parts, pragma
 
 TABLES = Tables(application_id=77, version=3, page_bytes=8192, statements="CREATE TABLE things (name TEXT);")
 

@@ -16,9 +16,10 @@ import pytest
 
 from spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import SpoolError
-from touchline._spool import spool_file, upkeep
-from touchline._spool.spool import Spool
-from touchline._spool.spool_file import FILE_NAME, LOCK_NAME, FolderLock
+from touchline._spool import file as spool_file
+from touchline._spool import maintenance as upkeep
+from touchline._spool.file import FILE_NAME, LOCK_NAME, FolderLock
+from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode
 from touchline_protos.files.locks import is_locked, open_own
 

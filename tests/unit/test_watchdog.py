@@ -8,7 +8,7 @@ import time
 import pytest
 
 from client_faults import refuse_threads
-from touchline._rpc.watchdog import Watchdog
+from touchline._rpc.deadline import Watchdog
 
 
 class Session:
@@ -48,7 +48,7 @@ def test_session_that_is_set_while_another_is_being_ended_is_watched(monkeypatch
         return 1.0
 
     with monkeypatch.context() as patch:
-        patch.setattr("touchline._rpc.watchdog.time", type("Clock", (), {"monotonic": staticmethod(monotonic)}))
+        patch.setattr("touchline._rpc.deadline.time", type("Clock", (), {"monotonic": staticmethod(monotonic)}))
         first, second = Session(), Session()
         watchdog.watch(first, 0.0)
         assert looked.wait(30)  # the first one's time is over, and it is about to be ended

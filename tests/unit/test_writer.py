@@ -31,8 +31,8 @@ from touchline import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline._actor.outbox import Outbox
-from touchline._actor.pending import Admission, MemoryQueue, Parcel
+from touchline._actor.queue import Admission, MemoryQueue, Parcel
+from touchline._actor.sender import Outbox
 from touchline_protos.codec import Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -293,7 +293,7 @@ def test_server_at_its_limits_is_not_asked_again_before_the_delay_that_it_gave()
 def test_server_that_keeps_failing_on_an_episode_has_refused_it(
     client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline._actor.outbox.SERVER_ERROR_ATTEMPTS", 2)
+    monkeypatch.setattr("touchline._actor.sender.SERVER_ERROR_ATTEMPTS", 2)
     shelf.failures = [(grpc.StatusCode.INTERNAL, "internal")] * 2
     writer = EpisodeWriter(client)
     _play(writer, range(2))
@@ -419,7 +419,7 @@ FORGETFUL = """
 import sys
 import numpy as np
 from touchline import EpisodeWriter, ReplayClient
-from touchline._actor import leaving
+from touchline._actor import exit_hooks as leaving
 
 def play(address, away):
     if not away:

@@ -31,8 +31,8 @@ from touchline import (
     UnacknowledgedError,
     WriterCounters,
 )
-from touchline._actor.outbox_log import OutboxLog
-from touchline._spool.spool import Spool
+from touchline._actor.sender_log import OutboxLog
+from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode, EpisodeKey, decode_add_episode
 
 LIMIT = 2 << 20

@@ -15,9 +15,9 @@ import pytest
 from client_faults import ScriptedServer, refuse_threads
 from service_calls import eventually
 from touchline import EpisodeWriter, ReplayClient, ServerError, UnacknowledgedError
-from touchline._actor import leaving
-from touchline._actor.pending import MemoryQueue
-from touchline._spool.spool import Spool
+from touchline._actor import exit_hooks as leaving
+from touchline._actor.queue import MemoryQueue
+from touchline._spool.queue import Spool
 from touchline_protos.codec import EpisodeKey, decode_add_episode
 
 BUG = ZeroDivisionError("a bug")

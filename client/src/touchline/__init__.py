@@ -18,9 +18,9 @@ An actor::
 Importing this loads neither torch nor tensordict.
 """
 
-import touchline._rpc.forking  # noqa: F401  before all that imports grpc
+import touchline._rpc.fork  # noqa: F401  before all that imports grpc
 from touchline._actor.writer import EpisodeWriter
-from touchline._learner.reading import EpisodeStream
+from touchline._learner.episodes import EpisodeStream
 from touchline._learner.stream import BatchStream
 from touchline._rpc.credentials import TlsConfig
 from touchline.client import ReplayClient

@@ -1,6 +1,6 @@
 """``python -m touchline``."""
 
-from touchline._cli.console import main
+from touchline._cli.main import main
 
 if __name__ == "__main__":
     main()

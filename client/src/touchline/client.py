@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from touchline._actor.delivery import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
-from touchline._actor.identity import Identity
+from touchline._actor.keys import Identity
+from touchline._actor.upload import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
+from touchline._learner.episodes import EpisodeSource, EpisodeStream
 from touchline._learner.readiness import Readiness
-from touchline._learner.reading import EpisodeSource, EpisodeStream
 from touchline._learner.stream import BatchSource, BatchStream, StreamSource
-from touchline._learner.tensors import load_torch, to_tensors
+from touchline._learner.torch_batch import load_torch, to_tensors
 from touchline._rpc.calls import Calls
-from touchline._rpc.credentials import Credentials, TlsConfig
-from touchline._rpc.forking import forget_in_child
-from touchline._rpc.messages import (
+from touchline._rpc.channel import Transport, check_address
+from touchline._rpc.convert import (
     check_actor,
     check_dtype,
     check_policy_version,
@@ -27,8 +26,9 @@ from touchline._rpc.messages import (
     server_info_of,
     whole_number,
 )
+from touchline._rpc.credentials import Credentials, TlsConfig
+from touchline._rpc.fork import forget_in_child
 from touchline._rpc.outcomes import outcome_told
-from touchline._rpc.transport import Transport, check_address
 from touchline._rpc.waits import waiting
 from touchline.errors import (
     ClosedError,
@@ -323,7 +323,7 @@ class ReplayClient:
         source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
             return BatchStream(source, self._delivery_of_batches(as_numpy))
-        from touchline._learner.device import on_device
+        from touchline._learner.cuda import on_device
 
         return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), lambda batch: batch)
 

@@ -13,23 +13,23 @@ import numpy as np
 
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
-from touchline_protos.codec.pool import BufferPool
+from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import assemble_batch
-from touchline_protos.types.columns import ColumnError, flatten_columns, split_episodes
+from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
 from touchline_server.selectors.sampling import Law, SeedSource
 from touchline_server.store import cuda_device
 from touchline_server.store.episode_store import EpisodeStore, Selection, Stored
-from touchline_server.store.gathering import GatherPlan
+from touchline_server.store.gather import GatherPlan
 from touchline_server.store.memory import give_back_freed_memory
-from touchline_server.store.reading import EpisodeQuery, EpisodeReader
+from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
     import torchrl.data
 
-    from touchline_server.durability.durable import GroupCommitter, Receipt
+    from touchline_server.durability.group_commit import GroupCommitter, Receipt
     from touchline_server.durability.storage_state import StorageMonitor
 
 MAX_IDLE_BYTES = 1 << 28
@@ -99,7 +99,7 @@ class ReplayBuffer:
         """
         cuda_device.prepare(self.config.storage.device)
         if not self.restored:
-            from touchline_server.durability.restoring import open_durable
+            from touchline_server.durability.restore import open_durable
 
             def note_progress(read: int, total: int) -> None:
                 self._restore_progress = read, total
@@ -302,7 +302,7 @@ class ReplayBuffer:
         returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl_face`).
         """
         self.check_restored()
-        from touchline_server.torchrl.torchrl_face import make_torchrl_buffer
+        from touchline_server.torchrl.adapter import make_torchrl_buffer
 
         with self.store.write_lock:
             if self._torchrl is None:

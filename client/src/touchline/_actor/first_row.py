@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from touchline._rpc.calls import Calls
-from touchline._rpc.messages import server_info_of
+from touchline._rpc.convert import server_info_of
 from touchline.errors import TouchlineError
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger

@@ -9,8 +9,8 @@ import numpy as np
 
 from touchline.errors import InvalidEpisodeError
 from touchline_protos.types.casting import ROUNDS, ColumnError, cast, narrow
-from touchline_protos.types.columns import flatten_columns
 from touchline_protos.types.dtypes import BFLOAT16, dtype_name, to_wire
+from touchline_protos.types.flatten import flatten_columns
 
 _FIRST_ROWS = 128
 _BFLOAT16_NAN_BITS = 0x7FC0

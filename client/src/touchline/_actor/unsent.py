@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from touchline._actor import leaving
-from touchline._actor.outbox import Outbox
-from touchline._actor.pending import PendingEpisodes, WhenFull
+from touchline._actor import exit_hooks as leaving
+from touchline._actor.queue import PendingEpisodes, WhenFull
 from touchline._actor.rows import EpisodeRows
-from touchline._rpc.forking import forget_in_child
+from touchline._actor.sender import Outbox
+from touchline._rpc.fork import forget_in_child
 from touchline.errors import SpoolError, UnacknowledgedError
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger

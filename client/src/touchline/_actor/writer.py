@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
-from touchline._actor import leaving
-from touchline._actor.pending import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
+from touchline._actor import exit_hooks as leaving
+from touchline._actor.queue import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
 from touchline._actor.rows import row_columns
 from touchline._actor.unsent import Unsent
+from touchline._rpc.convert import check_actor, check_dtype, check_policy_version, whole_number
 from touchline._rpc.copying import NotCopied
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.messages import check_actor, check_dtype, check_policy_version, whole_number
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError, SpoolError, UnacknowledgedError
 from touchline.types import WriterCounters
 from touchline_protos.codec import Episode, EpisodeKey
@@ -127,7 +127,7 @@ class EpisodeWriter(NotCopied):
         when_dropped(self, self._unsent.end)
 
     def _open_spool(self, folder: Path) -> PendingEpisodes:
-        from touchline._spool.spool import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool
+        from touchline._spool.queue import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool
 
         return Spool(folder, limit_bytes=self._spool_limit_bytes, max_pending=self._max_pending, table=self._client.table)
 

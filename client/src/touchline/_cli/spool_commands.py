@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from touchline._actor.refusals import Refusals, add_refusal
+from touchline._actor.rejections import Refusals, add_refusal
 from touchline._cli.progress import Meter
 from touchline._cli.terminal import EXIT_FAILED, amount, complain, fail, failing_well, probe, say, say_reasons, speed
 from touchline_protos.log_lines import escape
 
 if TYPE_CHECKING:
-    from touchline._spool.upkeep import SendReport, SpooledEpisode, SpoolReport
+    from touchline._spool.maintenance import SendReport, SpooledEpisode, SpoolReport
 
 # `touchline load` and `export` work where the standard library's sqlite3 is missing: so each command here loads it itself.
 
@@ -53,7 +53,7 @@ def show(folder: Folder) -> None:
       0  the spool is shown
       1  it is not a spool, or cannot be read
     """
-    from touchline._spool import upkeep
+    from touchline._spool import maintenance as upkeep
 
     with failing_well("interrupted"):
         _tell_spool(upkeep.survey(folder))
@@ -75,7 +75,7 @@ def retry(folder: Folder) -> None:
       0  they wait again, or none was refused
       1  it is not a spool, is in use, or cannot be written
     """
-    from touchline._spool import upkeep
+    from touchline._spool import maintenance as upkeep
 
     with failing_well("interrupted"):
         count = upkeep.retry(folder)
@@ -111,7 +111,7 @@ def send(
       2    the command line is wrong
       130  interrupted; what is not acknowledged waits as before
     """
-    from touchline._spool import upkeep
+    from touchline._spool import maintenance as upkeep
 
     begun_s = time.monotonic()
     logging.getLogger("touchline").addHandler(_Traces())
@@ -184,7 +184,7 @@ def _tell_sent(folder: Path, address: str, report: SendReport, seconds: float) -
     if report.refused:
         say(f"  refused     {report.refused:>10,}  kept in the spool; touchline spool retry {folder} puts them back", style="bold red")
         say_reasons(report.reasons)
-        from touchline._spool.spool import MAX_REFUSED
+        from touchline._spool.queue import MAX_REFUSED
 
         if report.refused > MAX_REFUSED:
             say(f"    a writer that uses this spool keeps the newest {MAX_REFUSED} alone: put them back before one does")

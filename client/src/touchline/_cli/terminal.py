@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from touchline._actor.refusals import Refusals
+from touchline._actor.rejections import Refusals
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError
 from touchline.errors import DeadlineError, SpoolError, TouchlineError, UnavailableError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from touchline._rpc.calls import Calls
-from touchline._rpc.messages import ready_state_of, whole_number
+from touchline._rpc.convert import ready_state_of, whole_number
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import DeadlineError, NotReadyError, OverLimitError, TlsError, TouchlineError, UnavailableError
 from touchline.types import ReadyState

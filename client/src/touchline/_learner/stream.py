@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any, Protocol
 
 from touchline._learner.readiness import PROBE_TIMEOUT_S, Readiness
-from touchline._learner.ring import RingBatches, RingEndedError, attach
+from touchline._learner.ring_reader import RingBatches, RingEndedError, attach
 from touchline._rpc.calls import Calls, delay_before_retry, is_passing
 from touchline._rpc.copying import NotCopied
 from touchline._rpc.credentials import is_local
+from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.forking import event_like, forget_in_child, keep_orphan
+from touchline._rpc.fork import event_like, forget_in_child, keep_orphan
 from touchline._rpc.waits import waiting
-from touchline._rpc.watchdog import Watchdog
 from touchline.errors import (
     ClosedError,
     DeadlineError,

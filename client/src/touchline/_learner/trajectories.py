@@ -12,8 +12,8 @@ from tensordict import TensorDict, is_non_tensor, is_tensor_collection
 
 from touchline.errors import InvalidArgumentError, InvalidEpisodeError
 from touchline_protos.log_lines import get_logger
-from touchline_protos.types.columns import to_array
 from touchline_protos.types.dtypes import to_wire
+from touchline_protos.types.flatten import to_array
 
 TRAJECTORY_KEY = ("collector", "traj_ids")
 MASK_KEY = ("collector", "mask")

@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
-from touchline._rpc.forking import gate
+from touchline._rpc.channel import Transport
+from touchline._rpc.fork import gate
 from touchline._rpc.tls_failures import explain
-from touchline._rpc.transport import Transport
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import (
     AccessDeniedError,

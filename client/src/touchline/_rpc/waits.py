@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from touchline._rpc.forking import forget_in_child
+from touchline._rpc.fork import forget_in_child
 from touchline_protos.log_lines import get_logger
 
 FIRST_S = 10.0

@@ -11,7 +11,7 @@ once. Importing this loads none of the formats' packages; a format needs its own
 ``touchline[hdf5]``; NPZ needs none). Layouts, and what survives in which: docs/datasets.md.
 """
 
-from touchline._actor.refusals import Refusals
+from touchline._actor.rejections import Refusals
 from touchline.datasets.changes import Changes
 from touchline.datasets.exporting import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source

@@ -10,7 +10,7 @@ import numpy as np
 
 from touchline.errors import InvalidEpisodeError
 from touchline_protos.types.casting import ColumnError, narrow
-from touchline_protos.types.columns import flatten_columns
+from touchline_protos.types.flatten import flatten_columns
 
 
 @dataclass(frozen=True, slots=True)

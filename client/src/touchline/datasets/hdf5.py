@@ -16,7 +16,7 @@ from touchline.datasets.single_file import SingleFileSource
 from touchline.datasets.sizes import Tally
 from touchline.datasets.values import DatasetEpisode, DatasetError, escape, unescape
 from touchline.installing import install_command
-from touchline_protos.types.columns import MAX_NESTING
+from touchline_protos.types.flatten import MAX_NESTING
 
 try:
     import h5py

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 
-from touchline._actor.delivery import make_episode
-from touchline._actor.refusals import Refusals, add_refusal
-from touchline._rpc.messages import check_actor, whole_number
+from touchline._actor.rejections import Refusals, add_refusal
+from touchline._actor.upload import make_episode
+from touchline._rpc.convert import check_actor, whole_number
 from touchline.client import ReplayClient
 from touchline.datasets.changes import Changes
 from touchline.datasets.formats import open_source

@@ -22,7 +22,7 @@ from touchline.datasets.values import DatasetEpisode, DatasetError, Digest, esca
 from touchline.errors import TouchlineError
 from touchline.installing import install_command
 from touchline_protos.types.casting import ColumnError, cast
-from touchline_protos.types.columns import to_array
+from touchline_protos.types.flatten import to_array
 
 try:
     from minari import MinariDataset

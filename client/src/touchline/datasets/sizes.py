@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from touchline._rpc.messages import whole_number
+from touchline._rpc.convert import whole_number
 from touchline.datasets.changes import Changes
 from touchline.datasets.values import DatasetError
 from touchline_protos.types.episode import CodecLimits

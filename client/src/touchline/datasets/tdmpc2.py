@@ -18,7 +18,7 @@ from touchline.datasets.sizes import SizeLimit
 from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
 from touchline.errors import InvalidEpisodeError
 from touchline.installing import install_command
-from touchline_protos.types.columns import MAX_NESTING, ColumnError, to_array
+from touchline_protos.types.flatten import MAX_NESTING, ColumnError, to_array
 
 try:
     import torch

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from touchline._actor.pending import WhenFull
+from touchline._actor.queue import WhenFull
 from touchline._actor.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
-from touchline._rpc.messages import check_dtype
+from touchline._rpc.convert import check_dtype
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
 from touchline.recorders.line import EpisodeLine, Transform

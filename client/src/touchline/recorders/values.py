@@ -9,7 +9,7 @@ import numpy as np
 
 from touchline.errors import InvalidArgumentError, InvalidEpisodeError
 from touchline_protos.types.casting import ColumnError, cast
-from touchline_protos.types.columns import to_array
+from touchline_protos.types.flatten import to_array
 
 Convert = Callable[[Any], Any]
 """Makes (nested) arrays of a value. Raises InvalidEpisodeError for one that cannot be stored as it is."""

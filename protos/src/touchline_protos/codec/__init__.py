@@ -5,12 +5,12 @@ encoding (fields in any order, unknown fields, packed or unpacked shapes). A sin
 refused, not merged. Decoders treat messages as hostile: what is malformed raises :class:`CodecError` and nothing else.
 """
 
-from touchline_protos.codec.batches import BatchLayout, Piece, Segment
+from touchline_protos.codec.batch_decoder import BatchDecoder, BodyLayout
+from touchline_protos.codec.batch_encoder import BatchLayout, Piece, Segment
+from touchline_protos.codec.download import EpisodeDecoder, EpisodeSelection
 from touchline_protos.codec.episodes import decode_add_episode, encode_add_episode
-from touchline_protos.codec.loading import LoadDecoder, encode_load, encode_loads
-from touchline_protos.codec.reading import EpisodeDecoder, EpisodeSelection
-from touchline_protos.codec.receive import BatchDecoder, BodyLayout
 from touchline_protos.codec.tensors import TensorSpec
+from touchline_protos.codec.upload import LoadDecoder, encode_load, encode_loads
 from touchline_protos.types.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError, StoredEpisode
 
 __all__ = [

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from touchline_protos.types.casting import ColumnError
-from touchline_protos.types.columns import MAX_NESTING
 from touchline_protos.types.dtypes import BFLOAT16, is_floating, to_wire
 from touchline_protos.types.episode import CodecLimits
+from touchline_protos.types.flatten import MAX_NESTING
 
 REQUIRED = ("obs", "action", "reward")
 SCALAR = ("reward", "done", "task")

@@ -18,7 +18,7 @@ import typer
 from touchline_server import __version__
 from touchline_server.config.source import ConfigError, glance, sources_of
 from touchline_server.errors import ReplayError, StoreMismatchError
-from touchline_server.service.stopping import StopSignals
+from touchline_server.service.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from touchline_server.config.settings import Config
@@ -262,7 +262,7 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
       0  the store is undamaged
       1  something is damaged (stdout says what), or the store cannot be read
     """
-    from touchline_server.durability import upkeep
+    from touchline_server.durability import maintenance as upkeep
 
     folder = _data_dir(data_dir, config)
     try:
@@ -338,7 +338,7 @@ def snapshot(
       0  the copy is complete and on the disk
       1  the copy could not be made
     """
-    from touchline_server.durability import upkeep
+    from touchline_server.durability import maintenance as upkeep
 
     try:
         file = upkeep.snapshot(_data_dir(data_dir, config), target)

@@ -1,7 +1,7 @@
 """The durable store's file: its tables, and the statements on them. SQLite in WAL mode keeps it; nothing here knows of threads.
 
 ``episodes`` has one row an episode, ``payloads`` its columns, ``senders``, ``runs`` and ``keys`` the ledger of
-:mod:`touchline_server.store.ledger`, ``counts`` the figures, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over
+:mod:`touchline_server.store.dedup`, ``counts`` the figures, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over
 its payload too: any flipped bit, and any damage within 32 bits in a row, is noticed; other damage escapes once in 4 billion times.
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from touchline_protos.codec import EpisodeKey
-from touchline_protos.files.tables import FormatError, Tables, parts, pragma, row_checksum
+from touchline_protos.files.sqlite import FormatError, Tables, parts, pragma, row_checksum
 from touchline_protos.log_lines import get_logger
-from touchline_server.durability.ledger_tables import LedgerTables
+from touchline_server.durability.ledger import LedgerTables
 from touchline_server.durability.records import Change, EpisodeRow, Payload, schema_of, schema_text
 from touchline_server.durability.sqlite_errors import advice, has_no_room, keep_open, translate, translate_write
 from touchline_server.durability.storage_state import StorageMonitor, StorageState

@@ -29,7 +29,7 @@ class EpisodeRow:
     time: float
     """When it was stored, seconds since 1970."""
     digest: int
-    """Of its columns: :func:`touchline_server.store.ledger.payload_digest`."""
+    """Of its columns: :func:`touchline_server.store.dedup.payload_digest`."""
 
     @property
     def values(self) -> tuple[int | str | float | None, ...]:

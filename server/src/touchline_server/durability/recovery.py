@@ -18,17 +18,17 @@ import numpy as np
 
 from touchline_protos import Counts
 from touchline_protos.files.locks import sync
-from touchline_protos.files.tables import row_checksum
+from touchline_protos.files.sqlite import row_checksum
 from touchline_server.durability.data_dir import MARK_NAME, DataDir, Mark, boot_id
 from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, TABLES, Database
-from touchline_server.durability.durable import MAX_GROUP_BYTES
+from touchline_server.durability.group_commit import MAX_GROUP_BYTES
 from touchline_server.durability.journal import ID_BLOCK
 from touchline_server.durability.pages import MAGIC, Cell, PageFile, Value
 from touchline_server.durability.records import EpisodeRow, numpy_dtype, payloads_of, schema_of, schema_text
-from touchline_server.durability.restoring import as_row
+from touchline_server.durability.restore import as_row
 from touchline_server.durability.sqlite_errors import translate
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, ReplayError, StorageFailedError, StoreMismatchError
-from touchline_server.store.ledger import KeyLedger, payload_digest, sender_name
+from touchline_server.store.dedup import KeyLedger, payload_digest, sender_name
 from touchline_server.store.schema import Schema
 
 MAX_COMBINATIONS = 64

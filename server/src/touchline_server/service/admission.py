@@ -19,9 +19,9 @@ from touchline_server.errors import (
     UnauthenticatedError,
 )
 from touchline_server.service.access import Access
-from touchline_server.service.receiving import FIRST_MESSAGE_S, Reception, Receptions
-from touchline_server.service.refused import RefusalLog, check_metadata
-from touchline_server.service.status import abort
+from touchline_server.service.grpc_status import abort
+from touchline_server.service.receiver import FIRST_MESSAGE_S, Reception, Receptions
+from touchline_server.service.refusal_log import RefusalLog, check_metadata
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 

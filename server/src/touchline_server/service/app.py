@@ -22,12 +22,12 @@ from touchline_server.buffer import ReplayBuffer
 from touchline_server.config.settings import Config
 from touchline_server.service.access import check_exposure, read_access
 from touchline_server.service.admission import Admission
+from touchline_server.service.budgets import Budgets
 from touchline_server.service.health import HealthService
-from touchline_server.service.limits import Budgets
-from touchline_server.service.receiving import Receptions
-from touchline_server.service.refused import DropUndecodable
+from touchline_server.service.receiver import Receptions
+from touchline_server.service.refusal_log import DropUndecodable
 from touchline_server.service.service import SERVICE_NAME, ReplayService
-from touchline_server.service.stopping import StoppedError, StopSignals
+from touchline_server.service.stop_signals import StoppedError, StopSignals
 from touchline_server.service.tls import server_credentials
 from touchline_server.store.memory import keep_freed_memory
 

@@ -28,20 +28,21 @@ from touchline_server.errors import (
     TooLargeError,
     UnknownTableError,
 )
-from touchline_server.service import jobs, messages
-from touchline_server.service.draining import Drain
-from touchline_server.service.feeding import RingHouse
-from touchline_server.service.intake import EpisodeIntake, Taken
-from touchline_server.service.limits import Budgets, Loan
-from touchline_server.service.receiving import Assembling, Receptions
-from touchline_server.service.sending import EpisodeFrames
+from touchline_server.service import convert as messages
+from touchline_server.service import tasks as jobs
+from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.budgets import Budgets, Loan
+from touchline_server.service.change_notifier import ChangeSignal
+from touchline_server.service.drain import Drain
+from touchline_server.service.episode_framer import EpisodeFrames
+from touchline_server.service.grpc_status import abort
+from touchline_server.service.ingest import EpisodeIntake, Taken
+from touchline_server.service.receiver import Assembling, Receptions
+from touchline_server.service.ring_producer import RingHouse
 from touchline_server.service.session import SampleSession, Write
-from touchline_server.service.sharing import AddGate
-from touchline_server.service.status import abort
-from touchline_server.service.streaming import BatchSource
-from touchline_server.service.waiting import ChangeSignal
+from touchline_server.service.throttle import AddGate
 from touchline_server.store.index import Fill
-from touchline_server.store.reading import EpisodeQuery, EpisodeReader
+from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 
 SERVICE_NAME = "touchline.v1.Replay"
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidRequestError, NotReadyError
-from touchline_server.service.feeding import RingFeeder, RingHouse, ring_offer
-from touchline_server.service.jobs import Job, look_at
-from touchline_server.service.limits import ByteBudget, Loan
-from touchline_server.service.sharing import AddGate
-from touchline_server.service.streaming import BatchSource
-from touchline_server.service.waiting import ChangeSignal
-from touchline_server.store.gathering import GatherPlan
+from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.budgets import ByteBudget, Loan
+from touchline_server.service.change_notifier import ChangeSignal
+from touchline_server.service.ring_producer import RingFeeder, RingHouse, ring_offer
+from touchline_server.service.tasks import Job, look_at
+from touchline_server.service.throttle import AddGate
+from touchline_server.store.gather import GatherPlan
 
 MAX_CREDITS = 1 << 20
 """Credits that a learner may hold."""

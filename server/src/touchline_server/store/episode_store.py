@@ -27,15 +27,15 @@ from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotRe
 from touchline_server.selectors.sampling import Draw, Law
 from touchline_server.store.catalogue import Catalogue, Entry
 from touchline_server.store.columns import Columns, allocate_columns
+from touchline_server.store.dedup import KeyLedger, payload_digest
+from touchline_server.store.epochs import Pins
 from touchline_server.store.index import Fill
-from touchline_server.store.ledger import KeyLedger, payload_digest
-from touchline_server.store.pinning import Pins
-from touchline_server.store.refusals import RefusedEpisodes, identify
+from touchline_server.store.refused_episodes import RefusedEpisodes, identify
 from touchline_server.store.schema import EpisodeValidator, FirstRowCheck, Schema
 from touchline_server.store.scratch import ScratchDir
 
 if TYPE_CHECKING:
-    from touchline_server.durability.durable import GroupCommitter, Receipt
+    from touchline_server.durability.group_commit import GroupCommitter, Receipt
 
 logger = get_logger(__name__)
 

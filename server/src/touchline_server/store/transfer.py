@@ -14,7 +14,7 @@ from touchline_server.store.columns import Columns
 
 if TYPE_CHECKING:
     from touchline_server.store.episode_store import Selection
-    from touchline_server.store.gathering import GatherPlan
+    from touchline_server.store.gather import GatherPlan
 
 
 def rows_on_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:

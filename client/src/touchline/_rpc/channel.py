@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from touchline._rpc import forking
+from touchline._rpc import fork as forking
 from touchline._rpc.credentials import Credentials
 from touchline._rpc.dropping import when_dropped
 from touchline.errors import ClosedError, ForkError, InvalidArgumentError

@@ -219,7 +219,7 @@ class KeyLedger:
         """Notes that the episode under this key, which is not known yet, is stored.
 
         What is forgotten for it, the durable store forgets by the same rules:
-        :class:`touchline_server.durability.ledger_tables.LedgerTables`.
+        :class:`touchline_server.durability.ledger.LedgerTables`.
         """
         name = sender_name(key.client_id, key.incarnation)
         numbers = self._senders.get(name)

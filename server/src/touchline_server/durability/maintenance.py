@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from touchline_protos.files.locks import sync
-from touchline_protos.files.tables import row_checksum
+from touchline_protos.files.sqlite import row_checksum
 from touchline_server.durability.data_dir import MARK_NAME, DataDir, read_mark
 from touchline_server.durability.database import FILE_NAME, Database, connect
 from touchline_server.durability.records import EpisodeRow
 from touchline_server.durability.recovery import Progress, existing, whole_episodes
-from touchline_server.durability.restoring import as_row, read_columns
+from touchline_server.durability.restore import as_row, read_columns
 from touchline_server.durability.sqlite_errors import translate
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
+from touchline_server.store.dedup import KeyLedger
 from touchline_server.store.episode_store import new_lineage
-from touchline_server.store.ledger import KeyLedger
 from touchline_server.store.schema import Schema
 
 MAX_FINDINGS = 20

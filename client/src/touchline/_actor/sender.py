@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from touchline._actor.outbox_log import OutboxLog
-from touchline._actor.pending import PendingEpisodes, Waiting, WhenFull
+from touchline._actor.queue import PendingEpisodes, Waiting, WhenFull
+from touchline._actor.sender_log import OutboxLog
 from touchline._rpc import waits
 from touchline._rpc.calls import Backoff, delay_before_retry
 from touchline.errors import (

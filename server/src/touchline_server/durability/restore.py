@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.files.tables import row_checksum
+from touchline_protos.files.sqlite import row_checksum
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
 from touchline_server.durability.data_dir import DataDir, boot_id
 from touchline_server.durability.database import Database
-from touchline_server.durability.durable import GroupCommitter
+from touchline_server.durability.group_commit import GroupCommitter
 from touchline_server.durability.records import EpisodeRow, numpy_dtype
 from touchline_server.durability.sqlite_errors import advice, translate
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
+from touchline_server.store.dedup import KeyLedger, payload_digest
 from touchline_server.store.episode_store import EpisodeStore
-from touchline_server.store.ledger import KeyLedger, payload_digest
 from touchline_server.store.schema import Schema
 
 logger = get_logger(__name__)

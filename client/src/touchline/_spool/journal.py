@@ -12,10 +12,10 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from touchline._spool.spool_file import PAGE_BYTES, SQLITE_ERRORS
+from touchline._spool.file import PAGE_BYTES, SQLITE_ERRORS
 from touchline._spool.sqlite_codes import CORRUPT, IOERR, NOTADB, code_of, has_no_room
 from touchline.errors import SpoolError
-from touchline_protos.files.tables import pragma
+from touchline_protos.files.sqlite import pragma
 from touchline_protos.log_lines import get_logger
 
 FRAME_BYTES = PAGE_BYTES + 24

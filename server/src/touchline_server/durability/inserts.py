@@ -9,7 +9,7 @@ import numpy as np
 
 from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
-from touchline_server.durability.planning import Planned
+from touchline_server.durability.plan import Planned
 from touchline_server.durability.records import Change, EpisodeRow, payloads_of
 from touchline_server.errors import InvalidEpisodeError
 

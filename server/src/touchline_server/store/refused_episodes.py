@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_server.store.ledger import payload_digest
+from touchline_server.store.dedup import payload_digest
 
 MAX_REMEMBERED = 4096
 """Refused episodes that are remembered, the newest ones."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from touchline._rpc.calls import Calls, delay_before_retry, is_passing
 from touchline._rpc.copying import NotCopied
+from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.forking import event_like, forget_in_child, keep_orphan
+from touchline._rpc.fork import event_like, forget_in_child, keep_orphan
 from touchline._rpc.waits import Wait, waiting
-from touchline._rpc.watchdog import Watchdog
 from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
 from touchline_protos.log_lines import get_logger

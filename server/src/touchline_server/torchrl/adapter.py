@@ -17,14 +17,14 @@ from torchrl.data.replay_buffers import Storage
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
 from touchline_protos.codec import Episode
-from touchline_protos.types.columns import ColumnError, flatten_columns
+from touchline_protos.types.flatten import ColumnError, flatten_columns
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
 from touchline_server.selectors.sampling import Law, SeedSource
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.index import FIRST_ROW, LENGTH
-from touchline_server.torchrl.torchrl_state import adopt, exclude_writes, make_storage, note_written, release
+from touchline_server.torchrl.internals import adopt, exclude_writes, make_storage, note_written, release
 
 
 class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from touchline_protos.codec.episodes import encode_origin, read_episode
-from touchline_protos.codec.loading import PartialEpisode, encode_header, read_header
 from touchline_protos.codec.tensors import TensorSpec, tensor_field
+from touchline_protos.codec.upload import PartialEpisode, encode_header, read_header
 from touchline_protos.codec.wire import LEN, VARINT, encode_varint, fresh_message, int_field, len_field, read_fields, tag, to_int64
 from touchline_protos.types.episode import CodecError, CodecLimits, Episode, StoredEpisode
 
@@ -63,7 +63,7 @@ def encode_evicted(episode_id: int) -> bytes:
 
 
 def encode_stored_header(outline: Outline, rows: int) -> bytes:
-    """Returns the message that announces an episode in chunks, which :func:`~touchline_protos.codec.loading.chunk_message` makes.
+    """Returns the message that announces an episode in chunks, which :func:`~touchline_protos.codec.upload.chunk_message` makes.
 
     Raises:
         CodecError: a name or key is out of range.

@@ -1,4 +1,4 @@
-"""``touchline load``, ``export`` and ``clear``, with ``spool`` beside them. :mod:`touchline._cli.console` sees to typer and rich."""
+"""``touchline load``, ``export`` and ``clear``, with ``spool`` beside them. :mod:`touchline._cli.main` sees to typer and rich."""
 
 from __future__ import annotations
 

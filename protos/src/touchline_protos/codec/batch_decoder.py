@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from touchline_protos.codec.batches import MAX_BATCH_DIMS, PROVENANCE_PREFIX
-from touchline_protos.codec.pool import BufferPool
+from touchline_protos.codec.batch_encoder import MAX_BATCH_DIMS, PROVENANCE_PREFIX
+from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.codec.tensors import ALIGNMENT, Located, TensorSpec, body_offsets, read_column, read_tensor
 from touchline_protos.codec.wire import LEN, VARINT, read_fields, read_text, tag, to_int64
 from touchline_protos.types.batch import PROVENANCE, Batch, assemble_batch

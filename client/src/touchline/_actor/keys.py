@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 
-from touchline._rpc.forking import forget_in_child
+from touchline._rpc.fork import forget_in_child
 from touchline.errors import InvalidArgumentError
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.names import name_fault

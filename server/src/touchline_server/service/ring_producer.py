@@ -13,15 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from touchline_protos.log_lines import get_logger
-from touchline_protos.shm.pinning import PinnedRegion
+from touchline_protos.shm.cuda_pinned import PinnedRegion
 from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import NotReadyError, SchemaChangedError
-from touchline_server.service.sharing import AddGate
-from touchline_server.service.streaming import BatchSource
+from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.throttle import AddGate
 from touchline_server.store.episode_store import Selection
-from touchline_server.store.gathering import GatherPlan
+from touchline_server.store.gather import GatherPlan
 from touchline_server.store.memory import available_host_bytes
 
 logger = get_logger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 from touchline_server.buffer import ReplayBuffer, SampleSpec
 from touchline_server.errors import InvalidRequestError, NotReadyError, TooLargeError
 from touchline_server.store.episode_store import Selection
-from touchline_server.store.gathering import GatherPlan
+from touchline_server.store.gather import GatherPlan
 
 CHUNK_BYTES = 1 << 20
 """Size of a chunk; 256 KiB and 4 MiB were both measured to be slower."""

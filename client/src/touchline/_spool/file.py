@@ -17,7 +17,7 @@ from urllib.parse import quote
 from touchline._spool.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_room
 from touchline.errors import SpoolError
 from touchline_protos.files.locks import HAS_LOCKS, NO_ROOM, is_locked, lock, open_own, rewrite, sync
-from touchline_protos.files.tables import FormatError, Tables, row_checksum
+from touchline_protos.files.sqlite import FormatError, Tables, row_checksum
 from touchline_protos.log_lines import get_logger
 
 FILE_NAME = "spool.db"

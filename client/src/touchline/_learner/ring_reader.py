@@ -10,7 +10,7 @@ from typing import Any
 
 from touchline_protos import Batch
 from touchline_protos.codec import BodyLayout
-from touchline_protos.codec.pool import BufferPool
+from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.shm.ring import RingError, RingGeometry, RingReader
 from touchline_protos.v1 import replay_pb2 as pb
 

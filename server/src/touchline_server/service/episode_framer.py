@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from touchline_protos.codec import EpisodeSelection
-from touchline_protos.codec.loading import chunk_message
-from touchline_protos.codec.reading import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.upload import chunk_message
 from touchline_server.errors import InvalidRequestError, TooLargeError
 from touchline_server.store.catalogue import Entry
-from touchline_server.store.reading import PIECE_BYTES, EpisodeReader, pieces
+from touchline_server.store.reader import PIECE_BYTES, EpisodeReader, pieces
 
 MIN_FRAME_BYTES = 4096
 """Smallest frame that may be asked for."""

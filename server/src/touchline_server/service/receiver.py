@@ -13,14 +13,14 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from touchline_server.errors import InvalidRequestError, OverloadedError
-from touchline_server.service.limits import ByteBudget, Loan, Shares
+from touchline_server.service.budgets import ByteBudget, Loan, Shares
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from touchline_protos.codec import LoadDecoder
     from touchline_server.config.sections import ServerConfig
-    from touchline_server.service.limits import Budgets
+    from touchline_server.service.budgets import Budgets
 
 PATIENCE_S = 5.0
 """Time that a message gets to come in while others wait for its room, beside that for its bytes."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
-from touchline_server.service import jobs
-from touchline_server.service.sharing import AddGate
+from touchline_server.service import tasks as jobs
+from touchline_server.service.throttle import AddGate
 from touchline_server.store.episode_store import Stored
 
 if TYPE_CHECKING:
-    from touchline_server.durability.durable import Receipt
+    from touchline_server.durability.group_commit import Receipt
 
 MAX_AT_ONCE_BYTES = 1 << 19
 """Largest message whose episodes are stored in the event loop."""

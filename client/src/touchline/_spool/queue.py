@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from touchline._actor.pending import Admission, Parcel, Waiting
+from touchline._actor.queue import Admission, Parcel, Waiting
 from touchline._rpc.encoding import encode_episode
-from touchline._rpc.forking import gate, keep_orphan
-from touchline._spool.spool_file import (
+from touchline._rpc.fork import gate, keep_orphan
+from touchline._spool.file import (
     COLUMNS,
     DAMAGED,
     FILE_NAME,
@@ -35,11 +35,11 @@ from touchline._spool.spool_file import (
     table_of,
     translate,
 )
-from touchline._spool.spool_journal import FRAME_BYTES, SpoolJournal
+from touchline._spool.journal import FRAME_BYTES, SpoolJournal
 from touchline._spool.sqlite_codes import has_no_room
 from touchline.errors import InvalidEpisodeError, SpoolError, TooLargeError, TouchlineError
 from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, decode_add_episode
-from touchline_protos.files.tables import parts, pragma, row_checksum
+from touchline_protos.files.sqlite import parts, pragma, row_checksum
 from touchline_protos.log_lines import get_logger
 
 LIMITS = CodecLimits(max_episode_bytes=1 << 31)
@@ -61,7 +61,7 @@ _Row = tuple[Any, ...]
 
 
 class Spool:
-    """Episodes in a folder that this writer holds alone. See :class:`~touchline._actor.pending.PendingEpisodes`.
+    """Episodes in a folder that this writer holds alone. See :class:`~touchline._actor.queue.PendingEpisodes`.
 
     The folder never takes more than ``limit_bytes``, the log and the free pages of the database included; an episode takes its size twice
     while it is being written. One that is damaged, by the checksum, is set aside and never sent; it stays in the file.

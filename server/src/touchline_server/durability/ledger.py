@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from touchline_protos.codec import EpisodeKey
-from touchline_protos.files.tables import row_checksum
+from touchline_protos.files.sqlite import row_checksum
 from touchline_server.errors import DamagedStoreError
-from touchline_server.store import ledger
-from touchline_server.store.ledger import KeyLedger, runs_to_keep
+from touchline_server.store import dedup as ledger
+from touchline_server.store.dedup import KeyLedger, runs_to_keep
 
 
 class LedgerTables:
@@ -56,7 +56,7 @@ class LedgerTables:
             keys.restore_recent(names[sender], sequence, digest, episode_id)
 
     def remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
-        """Does to the tables what :meth:`touchline_server.store.ledger.KeyLedger.remember` does in memory, step by step."""
+        """Does to the tables what :meth:`touchline_server.store.dedup.KeyLedger.remember` does in memory, step by step."""
         sizes = self._counted()
         sender = self._sender(key, episode_id)
         self.insert_key(episode_id, sender, key.sequence, digest)

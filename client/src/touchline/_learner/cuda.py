@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from touchline._learner.ring import RingBatches
+from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream import BatchSource
-from touchline._learner.tensors import load_torch, map_batch
-from touchline._rpc.forking import forget_in_child, keep_orphan
+from touchline._learner.torch_batch import load_torch, map_batch
+from touchline._rpc.fork import forget_in_child, keep_orphan
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline_protos import Batch
-from touchline_protos.shm.pinning import PinnedRegion
+from touchline_protos.shm.cuda_pinned import PinnedRegion
 from touchline_protos.types.dtypes import BFLOAT16
 
 STAGING_SLOTS = 3

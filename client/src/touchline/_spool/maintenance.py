@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from touchline._actor.outbox import Outbox
-from touchline._actor.refusals import Refusals, add_refusal
-from touchline._spool.spool import Spool
-from touchline._spool.spool_file import (
+from touchline._actor.rejections import Refusals, add_refusal
+from touchline._actor.sender import Outbox
+from touchline._spool.file import (
     COLUMNS,
     DAMAGED,
     FILE_NAME,
@@ -36,9 +35,10 @@ from touchline._spool.spool_file import (
     table_of,
     translate,
 )
+from touchline._spool.queue import Spool
 from touchline.client import ReplayClient
 from touchline.errors import DeadlineError, OverLimitError, ServerError, SpoolError, TouchlineError, UnacknowledgedError, UnavailableError
-from touchline_protos.files.tables import row_checksum
+from touchline_protos.files.sqlite import row_checksum
 
 LEAST_LIMIT_BYTES = 1 << 20
 """As of a writer's spool."""

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
-from touchline_server.durability.changes import change_of, check_storable
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import Database
+from touchline_server.durability.inserts import change_of, check_storable
 from touchline_server.durability.journal import Journal
-from touchline_server.durability.planning import GroupPlan, Planned
+from touchline_server.durability.plan import GroupPlan, Planned
 from touchline_server.durability.records import Change
 from touchline_server.durability.storage_state import UNCERTAIN, StorageMonitor, StorageState
 from touchline_server.errors import OverloadedError, ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.store.dedup import payload_digest
 from touchline_server.store.episode_store import EpisodeStore, Stored
-from touchline_server.store.ledger import payload_digest
 
 logger = get_logger(__name__)
 

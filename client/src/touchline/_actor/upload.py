@@ -10,8 +10,8 @@ import numpy as np
 
 from touchline._actor.first_row import FirstRowCheck
 from touchline._rpc.calls import Calls, reason_of
+from touchline._rpc.convert import counts_of, load_results_of
 from touchline._rpc.encoding import encode_episode, unencodable
-from touchline._rpc.messages import counts_of, load_results_of
 from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
 from touchline.types import EpisodeResult
 from touchline_protos import Counts
@@ -25,8 +25,8 @@ from touchline_protos.codec import (
 )
 from touchline_protos.log_lines import get_logger
 from touchline_protos.types.casting import narrow
-from touchline_protos.types.columns import ColumnError, flatten_columns, split_episodes
 from touchline_protos.types.dtypes import to_wire
+from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_protos.v1 import replay_pb2 as pb
 
 logger = get_logger(__name__)
@@ -77,7 +77,7 @@ def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: i
 
 
 def episodes_of(episodes: Any) -> Iterator[Any]:
-    """Yields the episodes of a load; see :func:`~touchline_protos.types.columns.split_episodes`.
+    """Yields the episodes of a load; see :func:`~touchline_protos.types.flatten.split_episodes`.
 
     Raises:
         InvalidEpisodeError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
