@@ -28,15 +28,14 @@ PINS := tests/environments
 # What tests the client, in environments that have the client alone; the server is that of .venv. One thread of torch in each process:
 # threads of OpenMP that wait for each other on a busy machine made 3 seconds of training a minute and more.
 OF_CLIENT := OMP_NUM_THREADS=1 SERVER_PYTHON=$(CURDIR)/.venv/bin/python
-QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc_options.py tests/unit/test_codec_*.py \
-	tests/unit/test_client_values.py tests/unit/test_recording.py tests/unit/test_writer_rows.py tests/integration/test_recorders_gymnasium.py \
-	tests/integration/test_recorders_vector.py tests/integration/test_tdmpc2.py tests/integration/test_torchrl_client.py)
+QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc_options.py tests/unit/protos/test_codec_*.py \
+	tests/unit/client/test_client_values.py tests/unit/client/test_recording.py tests/unit/client/test_writer_rows.py \
+	tests/integration/test_recorders_gymnasium.py tests/integration/test_recorders_vector.py tests/integration/test_tdmpc2.py \
+	tests/integration/test_torchrl_client.py)
 # Minari 0.5.4 needs Python 3.11 and numpy 2, which none of these environments has.
 OF_MINARI := $(addprefix tests/integration/test_datasets_,minari.py export.py sizes.py examples.py)
-CLIENT_TESTS := $(filter-out $(OF_MINARI),$(QUICK_TESTS) $(wildcard tests/unit/test_client_*.py tests/unit/test_writer*.py tests/unit/test_spool*.py \
-	tests/unit/test_ring.py tests/unit/test_wire.py tests/unit/test_tables.py tests/unit/test_upkeep.py tests/unit/test_watchdog.py \
-	tests/unit/test_progress.py tests/unit/test_read_ahead.py tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py \
-	tests/integration/test_spool_command.py))
+CLIENT_TESTS := $(filter-out $(OF_MINARI),$(QUICK_TESTS) $(wildcard tests/unit/client/test_*.py tests/unit/protos/test_*.py \
+	tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py tests/integration/test_spool_command.py))
 # For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
 BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt

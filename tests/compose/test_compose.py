@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from certificates import Authority
+from support.certificates import Authority
 from touchline import ReplayClient, UnavailableError
 
 ROOT = Path(__file__).parents[2]

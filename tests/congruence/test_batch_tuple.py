@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import ServerThread
+from support.serving import ServerThread
 from touchline import Batch, ReplayClient
 from touchline_server import Config, ReplayBuffer
 

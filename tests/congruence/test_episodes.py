@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from codec_cases import bits
-from store_cases import make_config, traced
+from support.codec_cases import bits
+from support.store_cases import make_config, traced
 from touchline import InvalidArgumentError, ReplayClient, StoredEpisode
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.dtypes import DType, to_numpy

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from serving import ServerThread
+from support.serving import ServerThread
 from touchline import EpisodeWriter, ReplayClient, datasets
 from touchline.tdmpc2 import Buffer
 from touchline.torchrl import RemoteReplayBuffer

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
-from service_calls import make_config
-from serving import HAS_SERVER, ServerThread
+from support.service_calls import make_config
+from support.serving import HAS_SERVER, ServerThread
 from touchline import ReplayClient
 
 ROOT = Path(__file__).parents[2]

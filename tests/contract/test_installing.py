@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from service_calls import make_config, make_episode
-from serving import ServerThread
+from support.service_calls import make_config, make_episode
+from support.serving import ServerThread
 from touchline import ReplayClient
 from touchline.installing import install_command
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service_calls import flatten, make_config, make_episode
+from support.service_calls import flatten, make_config, make_episode
 from touchline_protos import Batch
 from touchline_server.service.app import ServerThread
 

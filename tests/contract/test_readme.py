@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from service_calls import ServerProcess
+from support.service_calls import ServerProcess
 from touchline import ReplayClient
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
 from touchline_server import Config, read_cfg

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service_calls import ServerProcess
+from support.service_calls import ServerProcess
 from touchline import ReplayClient
 
 PAGE = Path(__file__).parents[2] / "docs" / "switching.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import fault_tally
+from support import fault_tally
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

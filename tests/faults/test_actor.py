@@ -15,12 +15,12 @@ from typing import Any, Self
 
 import pytest
 
-import spooling_actor
-from durable_cases import contents, durable_config
-from fault_tally import ACTOR_KILLS, note
-from service_calls import Caller, ServerProcess, eventually
-from spooling_actor import played
-from store_cases import as_bits
+from support import spooling_actor
+from support.durable_cases import contents, durable_config
+from support.fault_tally import ACTOR_KILLS, note
+from support.service_calls import Caller, ServerProcess, eventually
+from support.spooling_actor import played
+from support.store_cases import as_bits
 from touchline_server import ReplayBuffer
 
 CAPACITY = 16_000

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from durable_cases import assert_whole, contents, durable_config, keyed_episode
-from fault_tally import FLIPS, note
+from support.durable_cases import assert_whole, contents, durable_config, keyed_episode
+from support.fault_tally import FLIPS, note
 from touchline_server import DamagedStoreError, ReplayBuffer, ReplayError
 from touchline_server.durability import maintenance as upkeep
 from touchline_server.durability import recovery

@@ -9,9 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
-from service_calls import Caller, ServerProcess, eventually, refused
-from small_disk import fill, mounted
+from support.durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
+from support.service_calls import Caller, ServerProcess, eventually, refused
+from support.small_disk import fill, mounted
 from touchline_server import ReplayBuffer, StorageFullError
 
 DISK_BYTES = 128 << 20

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import fault_tally
-from durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
-from failing_disk import RULES_VARIABLE, FailingDisk, Fault, failing_disk, kill_image, write_rules
-from service_calls import Caller, ServerProcess, make_config, refused
+from support import fault_tally
+from support.durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
+from support.failing_disk import RULES_VARIABLE, FailingDisk, Fault, failing_disk, kill_image, write_rules
+from support.service_calls import Caller, ServerProcess, make_config, refused
 from touchline import ReplayClient, UnavailableError
 from touchline_server import ReplayBuffer, StorageFailedError, StorageFullError, StorageUncertainError
 from touchline_server.durability import database
@@ -258,7 +258,7 @@ def test_files_that_are_taken_away_end_adding_and_sampling_goes_on(durability: s
 
 FORKING = """
 import os, sys
-from durable_cases import durable_config, keyed_episode
+from support.durable_cases import durable_config, keyed_episode
 from touchline_server import ReplayBuffer, StorageFailedError
 buffer = ReplayBuffer(durable_config(sys.argv[1], durability=sys.argv[2]))
 buffer.add_episode(keyed_episode(0, 0))
@@ -366,7 +366,7 @@ def test_server_without_a_durable_store_serves_adding(tmp_path: Path) -> None:
 def test_episode_of_a_failed_fsync_that_is_added_again_after_a_kill_is_stored_once(tmp_path: Path) -> None:
     rules = tmp_path / "rules"
     options: dict[str, Any] = {
-        "program": (str(Path(__file__).parents[1] / "failing_disk.py"),),
+        "program": (str(Path(__file__).parents[1] / "support" / "failing_disk.py"),),
         "TOUCHLINE_STORAGE__DATA_DIR": str(tmp_path / "data"),
         "TOUCHLINE_STORAGE__DURABILITY": "sync",
         RULES_VARIABLE: str(rules),

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fault_tally import MESSAGES, long, note
-from fuzz_inputs import Mutator, mutator
-from fuzzing import (
+from support.fault_tally import MESSAGES, long, note
+from support.fuzz_inputs import Mutator, mutator
+from support.fuzzing import (
     CAPACITY,
     ITEM_BYTES,
     FuzzedSessions,
@@ -32,7 +32,7 @@ from fuzzing import (
     targets,
     unframe,
 )
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, private_bytes
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, private_bytes
 from touchline_protos.v1 import replay_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def test_inputs_guided_by_coverage_are_refused_or_read_as_protobuf_reads_them(na
     options = [f"-runs={runs}", "-seed=7", "-max_len=4096", "-rss_limit_mb=2048", "-malloc_limit_mb=256", "-timeout=10", "-len_control=20"]
 
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "coverage_fuzzing.py"), name, str(corpus), *options],
+        [sys.executable, "-m", "support.coverage_fuzzing", name, str(corpus), *options],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
-from fault_tally import KILLS, note
-from service_calls import DEADLINE_S, Caller, ServerProcess, eventually
+from support.durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
+from support.fault_tally import KILLS, note
+from support.service_calls import DEADLINE_S, Caller, ServerProcess, eventually
 from touchline_protos.codec import encode_add_episode
 from touchline_server import ReplayBuffer
 from touchline_server.durability import maintenance as upkeep

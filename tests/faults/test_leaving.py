@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from fault_tally import CONNECTS, KILLS, long, note
-from playing import Learner, Players
-from service_calls import Caller, ServerProcess, eventually, make_episode
-from tcp_proxy import TcpProxy
+from support.fault_tally import CONNECTS, KILLS, long, note
+from support.playing import Learner, Players
+from support.service_calls import Caller, ServerProcess, eventually, make_episode
+from support.tcp_proxy import TcpProxy
 from touchline_protos.shm.ring import shared_memory_id
 
 KEEPALIVE_S = 30.0 + 10.0

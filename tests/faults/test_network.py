@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from durable_cases import keyed_episode
-from fault_tally import EPISODES, long, note
-from playing import Learner, Players, assert_stored_once
-from service_calls import Caller, ServerProcess, serving
-from tcp_proxy import Line, TcpProxy
+from support.durable_cases import keyed_episode
+from support.fault_tally import EPISODES, long, note
+from support.playing import Learner, Players, assert_stored_once
+from support.service_calls import Caller, ServerProcess, serving
+from support.tcp_proxy import Line, TcpProxy
 from touchline import DeadlineError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
@@ -135,9 +135,11 @@ def test_stream_that_may_wait_only_so_long_says_so_and_another_goes_on() -> None
 def test_line_that_loses_packets_of_a_network_of_its_own(tmp_path: Path) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("no `unshare` here to make a network namespace with")
-    scenario = [sys.executable, str(ROOT / "tests" / "lossy_network.py"), str(tmp_path), str(EPISODES)]
+    scenario = [sys.executable, "-m", "support.lossy_network", str(tmp_path), str(EPISODES)]
 
-    ended = subprocess.run(["unshare", "--map-root-user", "--net", *scenario], capture_output=True, text=True, timeout=500, check=False)
+    ended = subprocess.run(
+        ["unshare", "--map-root-user", "--net", *scenario], cwd=ROOT / "tests", capture_output=True, text=True, timeout=500
+    )
 
     if ended.returncode != 0 and "AssertionError" not in ended.stderr and "Traceback" not in ended.stderr:
         pytest.skip(f"no network namespace that loses packets may be made here: {ended.stderr.strip()}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quiet import QuietConnections
-from service_calls import ServerProcess
+from support.quiet import QuietConnections
+from support.service_calls import ServerProcess
 from touchline_protos.shm.ring import shared_memory_id
 from touchline_server.config.settings import Config
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from durable_cases import bits, contents, durable_config, keyed_episode
-from fault_tally import FLIPS, note
+from support.durable_cases import bits, contents, durable_config, keyed_episode
+from support.fault_tally import FLIPS, note
 from touchline_protos.codec import Episode
 from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, StoreMismatchError
 from touchline_server.cli import main as cli

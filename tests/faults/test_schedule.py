@@ -22,12 +22,11 @@ from typing import Self
 import grpc
 import pytest
 
-import failing_disk
-import scheduled_actor
-from durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
-from fault_tally import SCHEDULED, SEED, note
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess
-from tcp_proxy import Line, TcpProxy
+from support import failing_disk, scheduled_actor
+from support.durable_cases import assert_whole, client_of, contents, durable_config, keyed_episode, stored_keys
+from support.fault_tally import SCHEDULED, SEED, note
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess
+from support.tcp_proxy import Line, TcpProxy
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer
@@ -41,6 +40,7 @@ SPOOLED = 7
 CAPACITY = 12_000
 LONGEST = 50
 DISK_BYTES = 160 << 20
+TESTS = Path(__file__).parents[1]
 LIBC = ctypes.CDLL(None, use_errno=True)
 ANSWER_S = 5.0
 """The longest wait for an answer: a network that is silent would otherwise hold up whoever waits for a caller to rest."""
@@ -188,8 +188,8 @@ class SpoolingActor:
         self._process.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, scheduled_actor.__file__, self._address, str(SPOOLED), str(self.ended), str(self._spool_dir)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [sys.executable, "-m", "support.scheduled_actor", self._address, str(SPOOLED), str(self.ended), str(self._spool_dir)]
+        return subprocess.Popen(command, cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 class Schedule:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fault_tally import long
+from support.fault_tally import long
 
 ROOT = Path(__file__).parents[2]
 

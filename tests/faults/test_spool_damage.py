@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from codec_cases import same_episode
-from durable_cases import keyed_episode
-from fault_tally import FLIPS, note
+from support.codec_cases import same_episode
+from support.durable_cases import keyed_episode
+from support.fault_tally import FLIPS, note
 from touchline import SpoolError
 from touchline._spool.file import FILE_NAME
 from touchline._spool.queue import Spool

@@ -10,12 +10,12 @@ import grpc
 import numpy as np
 import pytest
 
-import fault_tally
-from client_faults import ScriptedServer, fail, trying_once
-from failing_disk import FailingDisk, Fault, failing_disk, kill_image
-from service_calls import eventually
-from small_disk import fill as fill_disk
-from small_disk import mounted
+from support import fault_tally
+from support.client_faults import ScriptedServer, fail, trying_once
+from support.failing_disk import FailingDisk, Fault, failing_disk, kill_image
+from support.service_calls import eventually
+from support.small_disk import fill as fill_disk
+from support.small_disk import mounted
 from touchline import EpisodeWriter, ReplayClient, SpoolError
 from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode, EpisodeKey, decode_add_episode

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tcp_proxy import Line, TcpProxy
+from support.tcp_proxy import Line, TcpProxy
 
 TIMEOUT_S = 60.0
 SILENCE_S = 0.3

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from store_cases import as_bits, check_traced, make_config, traced, traced_columns
+from support.store_cases import as_bits, check_traced, make_config, traced, traced_columns
 from touchline import ReplayClient
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, NotReadyError, ReplayBuffer

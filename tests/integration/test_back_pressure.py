@@ -13,8 +13,8 @@ import grpc
 import numpy as np
 import pytest
 
-from service_calls import DEADLINE_S, SERVICE, Caller, eventually, make_episode, refused, serving
-from tcp_proxy import TcpProxy
+from support.service_calls import DEADLINE_S, SERVICE, Caller, eventually, make_episode, refused, serving
+from support.tcp_proxy import TcpProxy
 from touchline import EpisodeKey, EpisodeWriter, OverLimitError, ReplayClient
 from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.codec import Episode, encode_add_episode, encode_load

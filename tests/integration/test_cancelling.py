@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from service_calls import SERVICE, Caller, eventually, key, make_config, make_episode
+from support.service_calls import SERVICE, Caller, eventually, key, make_config, make_episode
 from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.shm.ring import shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset_cases import make_episode
-from durable_cases import durable_config, keyed_episode
-from serving import ServerThread
+from support.dataset_cases import make_episode
+from support.durable_cases import durable_config, keyed_episode
+from support.serving import ServerThread
 from touchline import ReplayClient
 from touchline_server import ReplayBuffer
 

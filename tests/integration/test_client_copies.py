@@ -13,8 +13,8 @@ import cloudpickle
 import numpy as np
 import pytest
 
-from certificates import Authority
-from service_calls import make_config, make_episode
+from support.certificates import Authority
+from support.service_calls import make_config, make_episode
 from touchline import ClosedError, EpisodeWriter, ReplayClient, TlsConfig
 from touchline_server.service.app import ServerThread
 

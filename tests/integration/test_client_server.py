@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from client_faults import refuse_threads
+from support.client_faults import refuse_threads
 from touchline import (
     ColumnInfo,
     EpisodeKey,

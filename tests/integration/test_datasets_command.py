@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_cases import assert_same, make_episode, serve, stored, write_npz
-from serving import ServerThread, needs_server
+from support.dataset_cases import assert_same, make_episode, serve, stored, write_npz
+from support.serving import ServerThread, needs_server
 from touchline import ReplayClient
 
 KILLS = 3

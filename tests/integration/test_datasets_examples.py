@@ -20,8 +20,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from dataset_cases import Columns, assert_same, make_episode, serve, stored
-from serving import ServerThread
+from support.dataset_cases import Columns, assert_same, make_episode, serve, stored
+from support.serving import ServerThread
 from touchline import ReplayClient
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

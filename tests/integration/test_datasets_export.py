@@ -18,10 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from codec_cases import DTYPES
-from dataset_cases import Columns, assert_same, make_episode, serve, stored
-from dataset_cases import datasets as any_datasets
-from serving import ServerThread
+from support.codec_cases import DTYPES
+from support.dataset_cases import Columns, assert_same, make_episode, serve, stored
+from support.dataset_cases import datasets as any_datasets
+from support.serving import ServerThread
 from touchline import EpisodeKey, ReplayClient, datasets
 from touchline.datasets import DatasetError
 from touchline_protos.types.dtypes import BFLOAT16

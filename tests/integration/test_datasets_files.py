@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
-from serving import ServerThread
+from support.dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
+from support.serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import DatasetError
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
-from serving import ServerThread
+from support.dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
+from support.serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import Changes, DatasetEpisode
 from touchline.datasets.npz import NpzSource

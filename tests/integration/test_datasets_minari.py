@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
-from dataset_cases import serve, stored
-from serving import ServerThread
+from support.dataset_cases import serve, stored
+from support.serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import Changes, DatasetError
 

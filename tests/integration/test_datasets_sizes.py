@@ -19,8 +19,8 @@ import pytest
 import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
-import dataset_bombs as bombs
-from dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
+from support import dataset_bombs as bombs
+from support.dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
 from touchline import ReplayClient, datasets
 from touchline.datasets import Changes, DatasetError
 

@@ -14,8 +14,8 @@ import tensordict.tensordict
 import torch
 from tensordict import TensorDict
 
-from dataset_cases import assert_same, serve, stored
-from serving import ServerThread
+from support.dataset_cases import assert_same, serve, stored
+from support.serving import ServerThread
 from touchline import ReplayClient, datasets
 from touchline.datasets import DatasetError
 from touchline_protos.types.dtypes import BFLOAT16

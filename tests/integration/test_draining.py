@@ -13,8 +13,8 @@ from typing import Any, Self
 import grpc
 import pytest
 
-from durable_cases import durable_config, keyed_episode
-from service_calls import DEADLINE_S, SERVICE, Caller, Refusal, eventually, key, make_config, make_episode, refused
+from support.durable_cases import durable_config, keyed_episode
+from support.service_calls import DEADLINE_S, SERVICE, Caller, Refusal, eventually, key, make_config, make_episode, refused
 from touchline import EpisodeWriter, ReplayClient
 from touchline_protos.codec import encode_load
 from touchline_protos.shm.ring import shared_memory_id

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service_calls import eventually, make_config, make_episode
+from support.service_calls import eventually, make_config, make_episode
 from touchline import EpisodeWriter, ReplayClient
 from touchline_protos.shm.ring import SHARED_MEMORY_DIR, shared_memory_id
 from touchline_server.service.app import ServerThread

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
-from service_calls import DEADLINE_S, Caller, eventually, refused
+from support.durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
+from support.service_calls import DEADLINE_S, Caller, eventually, refused
 from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from dataset_cases import write_npz
-from service_calls import make_config
-from serving import ServerThread
+from support.dataset_cases import write_npz
+from support.service_calls import make_config
+from support.serving import ServerThread
 from touchline import EpisodeWriter, ReplayClient, datasets
 from touchline.recorders import GymnasiumRecorder
 from touchline.torchrl import RemoteReplayBuffer

@@ -11,8 +11,8 @@ import grpc
 import numpy as np
 import pytest
 
-from raw_http2 import RawConnection
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, eventually, make_episode, refused, serving
+from support.raw_http2 import RawConnection
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, eventually, make_episode, refused, serving
 from touchline import ReplayClient
 from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.v1 import replay_pb2 as pb

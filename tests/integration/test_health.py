@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from failing_disk import Fault, failing_disk
-from store_cases import make_config, plain_columns
+from support.failing_disk import Fault, failing_disk
+from support.store_cases import make_config, plain_columns
 from touchline import OverLimitError, ReplayClient, UnavailableError
 from touchline_server.healthcheck import check_at
 from touchline_server.service.app import ServerThread

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service_calls import DEADLINE_S, SERVICE, Caller, Stream, eventually, key, make_config, make_episode
+from support.service_calls import DEADLINE_S, SERVICE, Caller, Stream, eventually, key, make_config, make_episode
 from touchline_protos.codec import Episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.app import ServerThread

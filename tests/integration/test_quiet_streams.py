@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from certificates import Authority
-from quiet import QuietConnections, episode
-from service_calls import make_config
+from support.certificates import Authority
+from support.quiet import QuietConnections, episode
+from support.service_calls import make_config
 from touchline import ReplayClient, TlsConfig
 from touchline_protos.shm.ring import shared_memory_id
 from touchline_server.service.app import ServerThread

@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from durable_cases import durable_config, keyed_episode
-from service_calls import DEADLINE_S, SERVICE, Caller, eventually, make_config, make_episode, refused
-from store_cases import as_bits
+from support.durable_cases import durable_config, keyed_episode
+from support.service_calls import DEADLINE_S, SERVICE, Caller, eventually, make_config, make_episode, refused
+from support.store_cases import as_bits
 from touchline import ReplayClient, UnavailableError
 from touchline_protos.codec import EpisodeDecoder, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb

@@ -15,8 +15,8 @@ import dm_env
 from dm_control import suite
 from dm_control.locomotion import soccer
 
-from recorder_cases import Played, check_episode, check_episodes, serve
-from serving import ServerThread, stored_episodes
+from support.recorder_cases import Played, check_episode, check_episodes, serve
+from support.serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, ReplayClient
 from touchline.recorders import DmEnvRecorder
 

@@ -15,8 +15,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from recorder_cases import serve
-from serving import ServerThread, needs_server, stored_episodes
+from support.recorder_cases import serve
+from support.serving import ServerThread, needs_server, stored_episodes
 from touchline import ReplayClient
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

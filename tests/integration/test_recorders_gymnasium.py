@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from recorder_cases import Account, TransformAction, TransformObservation, check_episodes, serve
-from serving import ServerThread, stored_episodes
+from support.recorder_cases import Account, TransformAction, TransformObservation, check_episodes, serve
+from support.serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient, UnacknowledgedError
 from touchline.recorders import GymnasiumRecorder
 

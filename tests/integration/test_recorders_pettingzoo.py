@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pettingzoo.test.example_envs import generated_agents_parallel_v0
 
-from recorder_cases import Played, check_episodes, serve
-from serving import ServerThread, stored_episodes
+from support.recorder_cases import Played, check_episodes, serve
+from support.serving import ServerThread, stored_episodes
 from touchline import ReplayClient
 from touchline.recorders import PettingZooRecorder
 

@@ -16,8 +16,8 @@ from dm_env import specs
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 
-from recorder_cases import serve
-from serving import ServerThread
+from support.recorder_cases import serve
+from support.serving import ServerThread
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient
 from touchline.recorders import DmEnvRecorder, GymnasiumRecorder, GymnasiumVectorRecorder, PettingZooRecorder
 from touchline.recorders.gymnasium_versions import BEFORE_1, AutoresetMode

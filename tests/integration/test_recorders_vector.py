@@ -12,8 +12,8 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
-from recorder_cases import Account, TransformObservation, check_episodes, serve
-from serving import ServerThread, stored_episodes
+from support.recorder_cases import Account, TransformObservation, check_episodes, serve
+from support.serving import ServerThread, stored_episodes
 from touchline import InvalidArgumentError, ReplayClient
 from touchline.recorders import GymnasiumVectorRecorder
 from touchline.recorders.gymnasium_versions import BEFORE_1, AutoresetMode

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raw_http2 import RawConnection
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, refused
+from support.raw_http2 import RawConnection
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, refused
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidRequestError, UnauthenticatedError
 from touchline_server.service.refusal_log import MAX_CALLERS, REPEAT_S, RefusalLog, check_metadata

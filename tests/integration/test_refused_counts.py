@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service_calls import make_config
+from support.service_calls import make_config
 from touchline import EpisodeKey, EpisodeWriter, ReplayClient, TouchlineError, UnacknowledgedError
 from touchline_server import InvalidEpisodeError, ReplayBuffer
 from touchline_server.service.app import ServerThread

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service_calls import Caller, eventually
+from support.service_calls import Caller, eventually
 from touchline import ReplayClient
 from touchline_protos.shm.ring import SHARED_MEMORY_DIR, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb

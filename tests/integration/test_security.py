@@ -20,9 +20,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from typer.testing import CliRunner
 
-from certificates import Authority, Pair
-from client_faults import trying_once
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
+from support.certificates import Authority, Pair
+from support.client_faults import trying_once
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
 from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, TlsError, UnacknowledgedError, UnavailableError
 from touchline._rpc.calls import Backoff
 from touchline_protos.codec import encode_add_episode

@@ -19,7 +19,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service_calls import (
+from support.service_calls import (
     CHANNEL_OPTIONS,
     DEADLINE_S,
     SERVICE,

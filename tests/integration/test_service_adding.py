@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from service_calls import Caller, eventually, key, make_episode, refused, serving
+from support.service_calls import Caller, eventually, key, make_episode, refused, serving
 from touchline_protos.codec import Episode, encode_load, encode_loads
 from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb

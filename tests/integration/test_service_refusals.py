@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 
-from service_calls import Caller, key, make_episode, refused, serving
+from support.service_calls import Caller, key, make_episode, refused, serving
 from touchline_protos.codec import Episode, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.app import ServerThread

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from service_calls import DEADLINE_S, SERVICE, Caller, Stream, assert_same_batch, key, make_config, make_episode, refused, serving
+from support.service_calls import DEADLINE_S, SERVICE, Caller, Stream, assert_same_batch, key, make_config, make_episode, refused, serving
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import __version__

@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from client_faults import ScriptedServer, failing
-from dataset_cases import assert_same, make_episode, serve, stored
-from serving import ServerThread, needs_server
-from spool_cases import LIMIT, damage, fill, keys_in, spooled
+from support.client_faults import ScriptedServer, failing
+from support.dataset_cases import assert_same, make_episode, serve, stored
+from support.serving import ServerThread, needs_server
+from support.spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import ReplayClient
 from touchline._spool import maintenance as upkeep
 from touchline._spool.maintenance import SendReport
@@ -270,7 +270,7 @@ def test_send_to_a_server_that_goes_away_says_what_is_left(run: Run, tmp_path: P
 
 
 def test_actor_that_uses_the_spool_is_shown_and_not_disturbed(server: ServerThread, run: Run, tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "spooling_actor.py"
+    script = Path(__file__).parents[1] / "support" / "spooling_actor.py"
     actor = subprocess.Popen(
         [sys.executable, str(script), server.address, "left", "30", str(tmp_path / "spool")],
         stdin=subprocess.PIPE,

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from certificates import Authority
-from service_calls import DEADLINE_S, ServerProcess
-from store_cases import plain_columns
+from support.certificates import Authority
+from support.service_calls import DEADLINE_S, ServerProcess
+from support.store_cases import plain_columns
 from touchline import ReplayClient
 from touchline_server import ConfigError
 from touchline_server.config.sections import TlsConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, eventually, make_config, make_episode
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, eventually, make_config, make_episode
 from touchline_protos.codec import encode_load
 from touchline_server.buffer import ReplayBuffer
 
@@ -34,7 +34,7 @@ def test_signal_before_it_listens_ends_in_order(tmp_path: Path, number: signal.S
 RESTORE = """
 import os, signal, sys
 from touchline_server.service.app import run
-from service_calls import make_config
+from support.service_calls import make_config
 
 sys.exit(run(make_config(storage={"device": "cpu", "data_dir": sys.argv[1]}), lambda done, total: os.kill(os.getpid(), int(sys.argv[2]))))
 """

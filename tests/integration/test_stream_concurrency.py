@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from service_calls import Caller, key, serving
+from support.service_calls import Caller, key, serving
 from touchline_protos import Batch
 from touchline_protos.codec import Episode, encode_load
 

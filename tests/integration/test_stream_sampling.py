@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from grpc._cython import cygrpc
 
-from service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
+from support.service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
 from touchline_protos.codec import encode_load
 from touchline_protos.codec.wire import len_field
 from touchline_protos.v1 import replay_pb2 as pb

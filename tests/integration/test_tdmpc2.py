@@ -19,7 +19,7 @@ from torchrl.data import LazyTensorStorage
 from torchrl.data import ReplayBuffer as TorchRLReplayBuffer
 from torchrl.data.replay_buffers.samplers import SliceSampler
 
-from serving import Config, ReplayBuffer, ServerInvalidEpisodeError, ServerNotReadyError, ServerThread, needs_server
+from support.serving import Config, ReplayBuffer, ServerInvalidEpisodeError, ServerNotReadyError, ServerThread, needs_server
 from touchline import ClosedError, InvalidArgumentError, InvalidEpisodeError, LoadError, ReplayClient
 from touchline.tdmpc2 import Buffer
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from service_calls import eventually
+from support.service_calls import eventually
 from touchline import AccessDeniedError, InvalidArgumentError, NotReadyError, ReplayClient, TooLargeError, UnavailableError
 from touchline.tdmpc2 import Buffer
 from touchline_server import Config, ReplayBuffer

@@ -22,7 +22,7 @@ from torchrl.data import ReplayBuffer as TorchRLReplayBuffer
 from torchrl.data.replay_buffers.samplers import SliceSampler
 from torchrl.envs import DoubleToFloat, GymEnv, InitTracker, RewardScaling, SerialEnv, StepCounter, TransformedEnv
 
-from serving import Config, ServerThread, stored_episodes
+from support.serving import Config, ServerThread, stored_episodes
 from touchline import ClosedError, InvalidArgumentError, InvalidEpisodeError, NotReadyError, ReplayClient
 from touchline.recorders import GymnasiumRecorder
 from touchline.torchrl import RemoteReplayBuffer

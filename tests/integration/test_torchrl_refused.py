@@ -10,8 +10,8 @@ import pytest
 import torch
 from tensordict import NonTensorData, TensorDict, lazy_stack
 
-from service_calls import make_config
-from serving import ServerThread
+from support.service_calls import make_config
+from support.serving import ServerThread
 from touchline import InvalidEpisodeError, ReplayClient
 from touchline.torchrl import RemoteReplayBuffer
 from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError

@@ -17,7 +17,7 @@ import torch
 from tensordict import TensorDict
 
 import touchline._rpc.waits
-from service_calls import eventually, make_config
+from support.service_calls import eventually, make_config
 from touchline import EpisodeWriter, ReplayClient, TouchlineError
 from touchline._rpc.calls import Backoff
 from touchline._rpc.waits import WaitLog

@@ -1,0 +1,78 @@
+"""Durable buffers for tests, and what is in them: episodes that their key determines, so that each can be told whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.store_cases import as_bits
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_server import Config, ReplayBuffer
+from touchline_server.durability.database import Database
+from touchline_server.durability.restore import episode_rows
+
+MODES = ("sync", "batch", "memory")
+
+
+def durable_config(data_dir: Path, *, capacity: int = 400, durability: str = "batch", **tables: dict[str, Any]) -> Config:
+    """A small buffer on the host that keeps its episodes in a folder."""
+    return Config(
+        config={"buffer_size": capacity, "batch_size": 8, "min_history": 0, "horizon": 3},
+        storage={"device": "cpu", "data_dir": str(data_dir), "durability": durability} | tables.get("storage", {}),
+        sampling=tables.get("sampling", {}),
+        server={"port": 0},
+    )
+
+
+def keyed_episode(client: int, sequence: int, *, incarnation: int = 1) -> Episode:
+    """An episode of 10 to 49 rows; client and sequence number stand in its provenance too."""
+    rng = np.random.default_rng([client, incarnation, sequence])
+    length = int(rng.integers(10, 50))
+    columns = {
+        "obs.image": rng.integers(0, 256, (length, 8, 8), dtype=np.uint8),
+        "obs.state": rng.standard_normal((length, 17), dtype=np.float32),
+        "action": rng.standard_normal((length, 3)),
+        "reward": rng.standard_normal(length, dtype=np.float32),
+    }
+    columns["action"][0] = np.nan
+    return Episode(columns, key=EpisodeKey(f"client-{client}", incarnation, sequence), actor=f"actor-{client}", policy_version=sequence)
+
+
+def client_of(actor: str) -> int:
+    """The client that an actor's name tells of."""
+    return int(actor.removeprefix("actor-"))
+
+
+def contents(buffer: ReplayBuffer) -> dict[int, tuple[str, int, dict[str, Any]]]:
+    """Every episode in a buffer's ring by id: its actor, its policy version and its columns' bits."""
+    return {
+        int(entry[0]): (
+            buffer.store.actor_name(int(entry[3])),
+            int(entry[4]),
+            {name: as_bits(column) for name, column in buffer.store.read(entry).items()},
+        )
+        for entry in buffer.store.entries()
+    }
+
+
+def bits(episode: Episode) -> dict[str, Any]:
+    """An episode's columns' bits."""
+    return {name: as_bits(column) for name, column in episode.columns.items()}
+
+
+def assert_whole(found: dict[int, tuple[str, int, dict[str, Any]]]) -> None:
+    """Every episode is the one that its provenance names, to the bit, and none is there twice."""
+    assert len({(actor, sequence) for actor, sequence, _ in found.values()}) == len(found)
+    for actor, sequence, columns in found.values():
+        assert columns == bits(keyed_episode(client_of(actor), sequence)), (actor, sequence)
+
+
+def stored_keys(database: Path) -> dict[int, EpisodeKey | None]:
+    """The key of each episode in a database's file, by id."""
+    opened = Database(database)
+    try:
+        return {row.id: row.key for row in episode_rows(opened.connection, database)}
+    finally:
+        opened.close()

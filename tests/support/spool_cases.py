@@ -1,0 +1,47 @@
+"""What the tests of a spool's upkeep share: spools with episodes that wait, were refused, or are damaged."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from support.dataset_cases import make_episode
+from touchline import InvalidEpisodeError
+from touchline._spool.file import FILE_NAME
+from touchline._spool.queue import Spool
+from touchline_protos.codec import Episode, EpisodeKey
+
+LIMIT = 4 << 20
+
+
+def spooled(number: int, *, obs: int = 4) -> Episode:
+    """An episode that its number determines."""
+    return Episode(make_episode(number, obs=obs), key=EpisodeKey("robot", 1, number), actor="left", policy_version=number)
+
+
+def fill(folder: Path, *episodes: Episode, refused: int = 0, table: str = "") -> None:
+    """Puts episodes into a spool, and has the first few be refused for a reason with their number in it."""
+    spool = Spool(folder, limit_bytes=LIMIT, table=table)
+    for episode in episodes:
+        assert spool.put(spool.pack(episode), drop_oldest=False).kept
+    for number in range(refused):
+        taken = spool.take()
+        assert taken is not None
+        spool.set_aside(taken[0], InvalidEpisodeError(f"obs: as the test wants, for the {number}th time"))
+    spool.close()
+
+
+def damage(folder: Path, number: int) -> None:
+    """Changes an episode's row behind the spool's back."""
+    connection = sqlite3.connect(folder / FILE_NAME)
+    connection.execute("UPDATE episodes SET length = length + 1 WHERE id = ?", (number,))
+    connection.commit()
+    connection.close()
+
+
+def keys_in(folder: Path) -> list[int]:
+    """Returns the sequences of the keys of all that wait, oldest first."""
+    spool = Spool(folder, limit_bytes=LIMIT, table=None)
+    keys = spool.waiting_keys()
+    spool.close()
+    return [key.sequence for key in keys]

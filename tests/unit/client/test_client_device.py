@@ -1,0 +1,332 @@
+"""The way to a CUDA device. Where there is none, torch's part is played by one whose device is host memory and whose copies complete
+only when a test lets them: what is checked is which memory is written when."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.client_faults import refuse_threads
+from touchline import Batch, ClosedError, UnavailableError
+from touchline._learner.cuda import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, hand_over
+from touchline._learner.torch_batch import map_batch
+from touchline_protos.types.dtypes import BFLOAT16
+
+torch = pytest.importorskip("torch")
+
+
+class LateTorch:
+    """Torch with a device in host memory: a copy is remembered, and made when an event that was recorded after it is waited for."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.queued: list[Any] = []
+        self.current = SimpleNamespace(wait_event=lambda event: event.synchronize())
+        self.cuda = SimpleNamespace(
+            Stream=lambda device: "side",
+            Event=lambda: Event(self),
+            stream=lambda stream: contextlib.nullcontext(),
+            device=lambda device: contextlib.nullcontext(),
+            current_stream=lambda device: self.current,
+            cudart=lambda: SimpleNamespace(
+                cudaHostRegister=lambda address, size_bytes, flags: self.log.append("register") or 0,
+                cudaHostUnregister=lambda address: self.log.append("unregister"),
+            ),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, size: int, *, dtype: Any, pin_memory: bool = False, device: Any = None) -> Any:
+        return torch.empty(size, dtype=dtype) if pin_memory else torch.empty(size, dtype=dtype).as_subclass(_block_of(self))
+
+
+class Event:
+    def __init__(self, owner: LateTorch) -> None:
+        self._owner = owner
+        self._copies: list[Any] = []
+
+    def record(self, stream: str) -> None:
+        assert stream == "side"
+        self._copies = list(self._owner.queued)
+
+    def query(self) -> bool:
+        return not any(copy in self._owner.queued for copy in self._copies)
+
+    def synchronize(self) -> None:
+        for copy in self._copies:
+            if copy in self._owner.queued:
+                self._owner.queued.remove(copy)
+                copy.make()
+
+
+class Copy:
+    def __init__(self, target: Any, source: Any) -> None:
+        self._target, self._source = target, source
+
+    def make(self) -> None:
+        self._target.as_subclass(torch.Tensor).copy_(self._source)
+
+
+def _block_of(owner: LateTorch) -> Any:
+    class Block(torch.Tensor):  # type: ignore[misc, name-defined]
+        def copy_(self, source: Any, non_blocking: bool = False) -> Any:
+            assert non_blocking
+            owner.queued.append(Copy(self, source))
+            return self
+
+        def record_stream(self, stream: Any) -> None:
+            assert stream is owner.current
+            owner.log.append("record_stream")
+
+    return Block
+
+
+def _batch(number: int, rows: int = 2) -> Batch:
+    full: dict[str, Any] = {name: np.full(3, number) for name in ("episode_id", "start", "actor", "policy_version")}
+    return Batch(
+        obs={"rgb": np.full((rows, 3, 5), number, np.uint8), "half": np.full((rows, 3), 0x4000, np.uint16).view(BFLOAT16)},
+        action=np.full((rows - 1, 3, 2), number, np.float32),
+        reward=np.full((rows - 1, 3, 1), number, np.float32),
+        done=np.zeros((rows - 1, 3, 1), np.bool_),
+        task=None,
+        extra={"wide": np.full((rows, 3), number, np.float64)},
+        probability=np.full(3, 0.5),
+        **full,
+    )
+
+
+def _matches(batch: Batch, number: int) -> bool:
+    return bool(
+        (batch.obs["rgb"] == number).all()
+        and (batch.action == number).all()
+        and (batch.extra["wide"] == number).all()
+        and (batch.episode_id == number).all()
+    )
+
+
+def test_staged_batch_arrives_whole_with_its_dtypes_and_shapes() -> None:
+    late = LateTorch()
+
+    staged = CudaStaging(late, "device").stage(_batch(7))
+    batch = hand_over(late, staged)
+
+    assert _matches(batch, 7)
+    assert batch.obs["half"].dtype == torch.bfloat16 and (batch.obs["half"] == 2.0).all()
+    assert batch.done.dtype == torch.bool and not batch.done.any()
+    assert batch.obs["rgb"].shape == (2, 3, 5) and batch.reward.shape == (1, 3, 1)
+    assert batch.task is None
+    assert late.log == ["record_stream"]
+
+
+def test_staging_memory_is_not_written_before_its_last_copy_was_made() -> None:
+    late = LateTorch()
+    staging = CudaStaging(late, "device")
+
+    # Twice round the slots with no copy ever waited for by the learner: reuse itself must wait.
+    staged = [staging.stage(_batch(number)) for number in range(2 * STAGING_SLOTS)]
+    assert len(late.queued) == STAGING_SLOTS
+
+    assert all(_matches(hand_over(late, item), number) for number, item in enumerate(staged))
+
+
+def test_staging_grows_with_the_batches() -> None:
+    late = LateTorch()
+    staging = CudaStaging(late, "device")
+
+    staged = [staging.stage(_batch(number, rows=2 + number)) for number in range(2 * STAGING_SLOTS)]
+
+    assert all(_matches(hand_over(late, item), number) for number, item in enumerate(staged))
+
+
+def test_host_arrays_are_free_after_staging() -> None:
+    late = LateTorch()
+    arrays = _batch(3)
+
+    staged = CudaStaging(late, "device").stage(arrays)
+    arrays.action[...] = 9
+
+    assert _matches(hand_over(late, staged), 3)
+
+
+class Ring:
+    """Memory of two batches, as a ring has it."""
+
+    def __init__(self) -> None:
+        self.memory = (ctypes.c_ubyte * 8192)()
+
+    def whole_array(self) -> Any:
+        return self.memory
+
+    def batch(self, slot: int, number: int) -> Batch:
+        """A batch in a slot, each array at the next multiple of 16 bytes."""
+        at = 4096 * slot
+
+        def place(array: np.ndarray) -> np.ndarray:
+            nonlocal at
+            placed = np.ndarray(array.shape, array.dtype, self.memory, at)
+            placed[...] = array
+            at += -(-array.nbytes // 16) * 16
+            return placed
+
+        return map_batch(_batch(number), place)
+
+
+def test_batch_in_a_ring_is_copied_from_where_it_lies_and_held_until_then() -> None:
+    late, ring = LateTorch(), Ring()
+    staging = CudaStaging(late, "device")
+    batch = ring.batch(1, 5)
+    alive = weakref.ref(batch.action)
+
+    staged = staging.stage(batch, ring)
+    del batch
+    assert alive() is not None
+    ring.batch(1, 6)  # the device reads only now: what is in the slot by then is what it gets
+    arrived = hand_over(late, staged)
+    staging.close()
+
+    assert _matches(arrived, 6)
+    assert alive() is None
+    assert late.log == ["register", "record_stream", "unregister"]
+
+
+def test_no_more_than_two_batches_of_a_ring_are_held() -> None:
+    late, ring = LateTorch(), Ring()
+    staging = CudaStaging(late, "device")
+
+    staged = [staging.stage(ring.batch(number % 2, number), ring) for number in range(3)]
+
+    assert len(late.queued) == 2  # the third one waited for the first one's copy
+    assert _matches(hand_over(late, staged[2]), 2)
+
+
+def test_copy_of_a_rings_batch_goes_through_pinned_memory() -> None:
+    late, ring = LateTorch(), Ring()
+    staging = CudaStaging(late, "device")
+    copy = _batch(4)
+
+    staged = staging.stage(copy, ring)
+    copy.action[...] = 9
+
+    assert _matches(hand_over(late, staged), 4)
+
+
+class Host:
+    """A source of numbered batches; ``fails_at`` raises once, and beyond ``last`` it waits until it is closed."""
+
+    def __init__(self, *, fails_at: int = -1, last: int = 1000) -> None:
+        self.taken = 0
+        self.closed = threading.Event()
+        self.ahead = threading.Event()
+        self.ring = None
+        self._fails_at = fails_at
+        self._last = last
+
+    def take(self) -> Batch:
+        if self.taken == self._last:
+            self.closed.wait(60)
+            raise ClosedError("closed")
+        if self.taken == self._fails_at:
+            self._fails_at = -1
+            raise UnavailableError("gone")
+        self.taken += 1
+        if self.taken == 1 + AHEAD:
+            self.ahead.set()
+        return _batch(self.taken - 1)
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def late() -> Iterator[LateTorch]:
+    yield LateTorch()
+
+
+def test_source_reads_ahead_a_bounded_number_of_batches(late: LateTorch) -> None:
+    host = Host()
+    source = CudaSource(host, late, "device")
+
+    first = source.take()
+    assert host.ahead.wait(60)
+    rest = [source.take() for _ in range(9)]
+    source.close()
+
+    assert all(_matches(batch, number) for number, batch in enumerate([first, *rest]))
+    assert host.taken <= 10 + AHEAD + 1
+
+
+def test_failure_reaches_the_learner_after_the_batches_before_it_and_taking_goes_on(late: LateTorch) -> None:
+    source = CudaSource(Host(fails_at=2), late, "device")
+
+    assert [_matches(source.take(), number) for number in range(2)] == [True, True]
+    with pytest.raises(UnavailableError, match="gone"):
+        source.take()
+
+    assert _matches(source.take(), 2)
+    source.close()
+
+
+def test_take_without_a_thread_to_read_ahead_is_told_and_the_next_one_tries_again(late: LateTorch) -> None:
+    source = CudaSource(Host(), late, "device")
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_threads(patch, "touchline-cuda")
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                source.take()
+
+    assert _matches(source.take(), 0)
+    source.close()
+
+
+def test_source_in_a_forked_child_begins_with_a_thread_of_its_own(late: LateTorch) -> None:
+    source = CudaSource(Host(), late, "device")
+    source._thread = threading.Thread()  # the parent's, which does not run in the child
+
+    source.after_fork_in_child()
+
+    assert _matches(source.take(), 0)
+    source.close()
+
+
+def test_close_ends_a_take_under_way_and_the_thread(late: LateTorch) -> None:
+    host = Host(last=1)
+    source = CudaSource(host, late, "device")
+    source.take()
+    caught: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            source.take()
+        except BaseException as error:
+            caught.append(error)
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    source.close()
+    taker.join(60)
+
+    assert [type(error) for error in caught] == [ClosedError]
+    assert source._thread is not None
+    source._thread.join(60)
+    assert not source._thread.is_alive()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_real_device_are_those_that_were_staged() -> None:
+    source = CudaSource(Host(), torch, torch.device("cuda"))
+
+    batches = [source.take() for _ in range(100)]
+    source.close()
+
+    assert batches[0].action.device.type == "cuda"
+    assert all(_matches(batch, number) for number, batch in enumerate(batches))

@@ -1,0 +1,265 @@
+"""The episode writer whose background thread ends of what nobody expected: nobody waits for it, and what a spool has stays there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from support.client_faults import ScriptedServer, refuse_threads
+from support.service_calls import eventually
+from touchline import EpisodeWriter, ReplayClient, ServerError, UnacknowledgedError
+from touchline._actor import exit_hooks as leaving
+from touchline._actor.queue import MemoryQueue
+from touchline._spool.queue import Spool
+from touchline_protos.codec import EpisodeKey, decode_add_episode
+
+BUG = ZeroDivisionError("a bug")
+
+
+class Shelf:
+    """The keys and first observations of what the server stored, in their order."""
+
+    def __init__(self) -> None:
+        self.keys: list[EpisodeKey | None] = []
+        self.firsts: list[float] = []
+
+    def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        _, episode = decode_add_episode(request)
+        self.keys.append(episode.key)
+        self.firsts.append(episode.columns["obs"][0].item())
+        return b""
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def client(shelf: Shelf) -> Iterator[ReplayClient]:
+    with ScriptedServer(AddEpisode=shelf) as server, ReplayClient(server.address, actor="keeper") as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def forget_writers() -> Iterator[None]:
+    """Those that failed have something to lose for ever, of which the end of the tests' process would speak."""
+    yield
+    for writer in list(leaving._open):
+        leaving.forget(writer)
+
+
+@pytest.fixture(params=["memory", "spool"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Where a writer keeps its episodes."""
+    return {"spool_dir": tmp_path / "spool"} if request.param == "spool" else {}
+
+
+@pytest.fixture
+def bug(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Ends the thread of every writer when it looks for an episode; undone within the test where a later writer is to work."""
+
+    def take(*_: object) -> None:
+        raise BUG
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryQueue, "take", take)
+        patch.setattr(Spool, "take", take)
+        yield patch
+
+
+def row(number: int) -> dict[str, Any]:
+    return {"obs": np.float32(number), "action": np.float32(0), "reward": 0.0}
+
+
+def play(writer: EpisodeWriter, first: int) -> EpisodeKey | None:
+    for number in (first, first + 1):
+        writer.append(row(number))
+    return writer.end_episode()
+
+
+def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.exc_info is not None]
+
+
+def check(error: UnacknowledgedError, keys: list[EpisodeKey | None]) -> None:
+    """It says what happened, what to do, and what is not acknowledged."""
+    assert f"{len(keys)} episodes are not acknowledged: the thread that sends the episodes ended unexpectedly" in str(error)
+    assert repr(BUG) in str(error) and "close this writer and make another" in str(error)
+    assert [(result.key, type(result.error)) for result in error.results] == [(key, ServerError) for key in keys]
+
+
+@pytest.mark.parametrize("wait", [EpisodeWriter.flush, EpisodeWriter.close])
+def test_who_waits_for_a_thread_that_died_is_told(
+    client: ReplayClient, place: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wait: Callable[..., None]
+) -> None:
+    writer = EpisodeWriter(client, **place)
+    key = play(writer, 0)
+
+    with pytest.raises(UnacknowledgedError) as caught:
+        wait(writer)
+
+    check(caught.value, [key])
+    assert len(failures(caplog)) == 1 and "the thread that sends the episodes ended unexpectedly" in failures(caplog)[0]
+
+
+def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, place: dict[str, Any], bug: pytest.MonkeyPatch) -> None:
+    waiting = threading.Event()
+
+    def take(*_: object) -> None:
+        assert waiting.wait(30)
+        raise BUG
+
+    bug.setattr(MemoryQueue, "take", take)
+    bug.setattr(Spool, "take", take)
+    writer = EpisodeWriter(client, **place)
+    key = play(writer, 0)
+    wait_for = writer._unsent.outbox._changed.wait_for
+
+    def wait_for_and_say_so(*arguments: Any) -> bool:
+        waiting.set()
+        return wait_for(*arguments)
+
+    bug.setattr(writer._unsent.outbox._changed, "wait_for", wait_for_and_say_so)
+    with pytest.raises(UnacknowledgedError) as caught:
+        writer.flush()
+
+    check(caught.value, [key])
+
+
+def test_actor_that_is_held_up_when_the_thread_dies_is_let_go(
+    client: ReplayClient, place: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_up = threading.Event()
+
+    def take(*_: object) -> None:
+        assert held_up.wait(30)
+        raise BUG
+
+    bug.setattr(MemoryQueue, "take", take)
+    bug.setattr(Spool, "take", take)
+    writer = EpisodeWriter(client, max_pending=1, **place)
+    key = play(writer, 0)
+    bug.setattr(writer._unsent.outbox._log, "held_up", lambda waiting: held_up.set())
+
+    with pytest.raises(UnacknowledgedError) as caught:
+        play(writer, 10)
+
+    check(caught.value, [key])
+    assert len(failures(caplog)) == 1
+    with pytest.raises(UnacknowledgedError, match="ended unexpectedly"):
+        writer.end_episode()  # its rows are still there, and the room still is not
+
+
+def test_spool_of_a_writer_whose_thread_died_goes_on_taking_and_the_next_writer_sends_all(
+    client: ReplayClient, shelf: Shelf, tmp_path: Path, bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    writer = EpisodeWriter(client, spool_dir=tmp_path)
+    keys = [play(writer, 0)]
+    eventually(lambda: bool(failures(caplog)), "the thread died")
+    with pytest.raises(UnacknowledgedError):
+        writer.append(row(10))  # told once, and before the row is taken
+    keys += [play(writer, number) for number in (10, 20)]
+    writer.append(row(30))
+    writer.append(row(31))
+    with pytest.raises(UnacknowledgedError) as caught:
+        writer.close()
+    counters = writer.counters
+    writer.close()  # says nothing of it again
+
+    bug.undo()
+    with EpisodeWriter(client, spool_dir=tmp_path) as following:
+        resumed = following.counters.resumed
+
+    assert [result.key for result in caught.value.results][:3] == keys
+    assert (counters.pending, counters.appended, resumed) == (4, 4, 4)
+    assert shelf.firsts == [0, 10, 20, 30] and shelf.keys[:3] == keys
+    assert len(failures(caplog)) == 1
+
+
+def test_memory_of_a_writer_whose_thread_died_takes_no_more_episodes(
+    client: ReplayClient, bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = EpisodeWriter(client)
+    key = play(writer, 0)
+    eventually(lambda: bool(failures(caplog)), "the thread died")
+    with pytest.raises(UnacknowledgedError):
+        writer.append(row(10))
+
+    for _ in range(2):
+        with pytest.raises(UnacknowledgedError) as caught:
+            play(writer, 10)
+        check(caught.value, [key])
+    assert writer.counters.appended == 1
+
+
+def test_append_that_cuts_an_episode_after_the_thread_died_adds_its_row_once(
+    client: ReplayClient, bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = EpisodeWriter(client, max_steps=2)
+    play(writer, 0)
+    eventually(lambda: bool(failures(caplog)), "the thread died")
+    with pytest.raises(UnacknowledgedError):
+        writer.append(row(10))
+    for number in (10, 11, 12):
+        writer.append(row(number))
+
+    with pytest.raises(UnacknowledgedError):
+        writer.append(row(13))  # the cut piece has to go first
+
+    assert len(writer._unsent.rows) == 1 and writer._unsent.due is not None and writer._unsent.due.columns["obs"].tolist() == [10, 11, 12]
+
+
+def test_thread_that_cannot_be_started_is_told(client: ReplayClient, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_threads(monkeypatch, "touchline-writer")
+    writer = EpisodeWriter(client, **place)
+    key = play(writer, 0)
+
+    with pytest.raises(UnacknowledgedError, match="can't start new thread") as caught:
+        writer.close()
+
+    assert [result.key for result in caught.value.results] == [key]
+
+
+def test_want_of_memory_while_sending_is_tried_again(
+    client: ReplayClient, shelf: Shelf, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deliver, left = client.deliver, [MemoryError(), MemoryError()]
+
+    def deliver_where_there_is_memory(*arguments: Any) -> None:
+        if left:
+            raise left.pop()
+        deliver(*arguments)
+
+    monkeypatch.setattr(client, "deliver", deliver_where_there_is_memory)
+    with EpisodeWriter(client, **place) as writer:
+        play(writer, 5)
+
+    assert shelf.firsts == [5] and writer.counters.acknowledged == 1
+    assert len(failures(caplog)) == 1
+
+
+def test_want_of_memory_while_reading_the_spool_is_tried_again(
+    client: ReplayClient, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    oldest, left = Spool._oldest, [MemoryError(), MemoryError()]
+
+    def oldest_where_there_is_memory(*arguments: Any, **options: Any) -> Any:
+        if left:
+            raise left.pop()
+        return oldest(*arguments, **options)
+
+    monkeypatch.setattr(Spool, "_oldest", oldest_where_there_is_memory)
+    with EpisodeWriter(client, spool_dir=tmp_path) as writer:
+        play(writer, 5)
+
+    assert shelf.firsts == [5] and writer.counters.acknowledged == 1
+    assert "no memory left" in caplog.text and not failures(caplog)
