@@ -17,8 +17,7 @@ import pytest
 from support.durable_cases import assert_whole, contents, durable_config, keyed_episode
 from support.fault_tally import FLIPS, note
 from touchline_server import DamagedStoreError, ReplayBuffer, ReplayError
-from touchline_server.durability import maintenance as upkeep
-from touchline_server.durability import recovery
+from touchline_server.durability import maintenance, recovery
 
 EPISODES = 60
 CAPACITY = 1_000
@@ -199,11 +198,11 @@ def test_damaged_figure_or_setting_is_refused_named_and_recovered(change: str, g
     with pytest.raises(DamagedStoreError, match="is damaged") as caught:
         start(folder)
     assert says_what_to_do(caught.value), caught.value
-    assert any("is damaged" in line for line in upkeep.check(folder).damage)
+    assert any("is damaged" in line for line in maintenance.check(folder).damage)
     recovery.recover(folder, accept_loss=True)
 
     assert start(folder) == whole
-    assert upkeep.check(folder).damage == []
+    assert maintenance.check(folder).damage == []
 
 
 def test_mark_lost_is_no_reason_to_refuse(good: Path, tmp_path: Path) -> None:

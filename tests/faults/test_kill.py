@@ -16,7 +16,7 @@ from support.fault_tally import KILLS, note
 from support.service_calls import DEADLINE_S, Caller, ServerProcess, eventually
 from touchline_protos.codec import encode_add_episode
 from touchline_server import ReplayBuffer
-from touchline_server.durability import maintenance as upkeep
+from touchline_server.durability import maintenance
 
 ACTORS = 4
 CAPACITY = 4_000
@@ -120,7 +120,7 @@ def test_kill_under_four_actors_loses_and_doubles_nothing(durability: str, tmp_p
     for round_number in range(KILLS + 1):
         with serve(tmp_path, data_dir, durability) as process, Caller(process.address) as caller, ThreadPoolExecutor(1) as pool:
             if round_number:
-                upkeep.snapshot(data_dir, tmp_path / f"after-{round_number}")
+                maintenance.snapshot(data_dir, tmp_path / f"after-{round_number}")
                 check_store(tmp_path / f"after-{round_number}", fleet.acknowledged, lossless=lossless)
                 if not lossless:
                     check_newest_lost(tmp_path / f"after-{round_number}", set(fleet.acknowledged.values()) - earlier)

@@ -25,8 +25,7 @@ from support.fault_tally import FLIPS, note
 from touchline_protos.codec import Episode
 from touchline_server import DamagedStoreError, ReplayBuffer, StorageFullError, StoreMismatchError
 from touchline_server.cli import main as cli
-from touchline_server.durability import maintenance as upkeep
-from touchline_server.durability import recovery
+from touchline_server.durability import maintenance, recovery
 from touchline_server.durability.database import FILE_NAME, Database
 
 EPISODES = 60
@@ -159,7 +158,7 @@ def recover(folder: Path, store: Store, must_keep: set[int], what: str) -> dict[
         assert found == store.episodes, what
         assert all(duplicates), what
     else:
-        assert upkeep.check(folder).damage == [], what
+        assert maintenance.check(folder).damage == [], what
     assert checked.exit_code == 0 or f"`touchline-server recover --data-dir {folder}` keeps what is whole" in checked.stderr, what
     for name, data in before.items():
         if first.exit_code == 1:
@@ -421,7 +420,7 @@ def test_newer_format_is_told_by_both(closed: Store, tmp_path: Path) -> None:
     shutil.copytree(closed.folder, folder)
     _make(folder / FILE_NAME, "PRAGMA user_version = 99")
 
-    for act in (upkeep.check, recovery.recover):
+    for act in (maintenance.check, recovery.recover):
         with pytest.raises(StoreMismatchError, match="written in format 99"):
             act(folder)
 

@@ -30,8 +30,7 @@ from support.tcp_proxy import Line, TcpProxy
 from touchline_protos.codec import encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer
-from touchline_server.durability import maintenance as upkeep
-from touchline_server.durability import recovery
+from touchline_server.durability import maintenance, recovery
 from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, Database
 
 CALLERS = 3
@@ -320,13 +319,13 @@ class Schedule:
         if self._locked:
             return
         target = self._folder / "snapshot"
-        upkeep.snapshot(self.data_dir, target)
+        maintenance.snapshot(self.data_dir, target)
         check_store(target, before)
         shutil.rmtree(target)
 
     def _check(self) -> None:
         if not self._locked:
-            assert upkeep.check(self.data_dir).damage == []
+            assert maintenance.check(self.data_dir).damage == []
 
     def _second_server(self) -> None:
         (self._folder / "second").mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from support.dataset_cases import assert_same, make_episode, serve, stored
 from support.serving import ServerThread, needs_server
 from support.spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import ReplayClient
-from touchline._spool import maintenance as upkeep
+from touchline._spool import maintenance
 from touchline._spool.maintenance import SendReport
 from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import decode_add_episode
@@ -60,7 +60,7 @@ def test_what_waits_is_sent_under_its_keys_oldest_first_and_to_the_bit(server: S
     fill(tmp_path, *episodes)
     seen: list[tuple[int, int, int]] = []
 
-    report = upkeep.send(tmp_path, server.address, watch=lambda told: seen.append((told.sent, told.left, told.size_bytes)))
+    report = maintenance.send(tmp_path, server.address, watch=lambda told: seen.append((told.sent, told.left, told.size_bytes)))
 
     assert (report.total, report.sent, report.steps, report.refused, report.left, report.trouble) == (40, 40, 440, 0, 0, None)
     assert seen[-1] == (40, 0, report.size_bytes) and report.size_bytes > 40 * 300
@@ -70,7 +70,7 @@ def test_what_waits_is_sent_under_its_keys_oldest_first_and_to_the_bit(server: S
         (episode.key, "left", episode.policy_version) for episode in episodes
     ]
     assert_same([episode.columns for episode in found], [episode.columns for episode in episodes])
-    assert upkeep.survey(tmp_path).waiting == []
+    assert maintenance.survey(tmp_path).waiting == []
 
 
 def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: ServerThread, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: Se
         for episode in episodes[:4]:
             client.deliver(episode)
 
-    report = upkeep.send(tmp_path, server.address)
+    report = maintenance.send(tmp_path, server.address)
 
     assert report.sent == 6
     assert sorted(stored_keys(server)) == list(range(6))
@@ -88,7 +88,7 @@ def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: Se
 
 def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline._actor.sender.TOGETHER_EPISODES", 1)
-    monkeypatch.setattr(upkeep, "LOOK_S", 0.01)
+    monkeypatch.setattr(maintenance, "LOOK_S", 0.01)
     permits = threading.Semaphore(0)
     arrived: list[int] = []
 
@@ -107,11 +107,11 @@ def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path
     fill(tmp_path, *(spooled(number) for number in range(9)))
     rounds = 0
     with ScriptedServer(AddEpisode=add) as scripted:
-        while upkeep.survey(tmp_path).waiting:
+        while maintenance.survey(tmp_path).waiting:
             rounds += 1
             permits.release(3)
             with contextlib.suppress(KeyboardInterrupt):
-                upkeep.send(tmp_path, scripted.address, watch=interrupt)
+                maintenance.send(tmp_path, scripted.address, watch=interrupt)
         permits.release(100)
 
     assert rounds >= 3
@@ -122,11 +122,11 @@ def test_refused_episodes_are_all_kept_with_the_reason_and_go_out_once_the_serve
     count = MAX_REFUSED + 6
     fill(tmp_path, spooled(0), *(spooled(number, obs=7) for number in range(1, count + 1)), spooled(count + 1))
 
-    report = upkeep.send(tmp_path, server.address)
-    aside = upkeep.survey(tmp_path)
+    report = maintenance.send(tmp_path, server.address)
+    aside = maintenance.survey(tmp_path)
     with serve() as other:
-        retried = upkeep.retry(tmp_path)
-        again = upkeep.send(tmp_path, other.address)
+        retried = maintenance.retry(tmp_path)
+        again = maintenance.send(tmp_path, other.address)
 
     assert (report.total, report.sent, report.refused, report.left) == (count + 2, 2, count, 0)
     (reason,) = report.reasons
@@ -138,7 +138,7 @@ def test_damaged_episodes_are_set_aside_and_the_others_sent(server: ServerThread
     fill(tmp_path, *(spooled(number) for number in range(5)))
     damage(tmp_path, 2)
 
-    report = upkeep.send(tmp_path, server.address)
+    report = maintenance.send(tmp_path, server.address)
 
     assert (report.total, report.sent, report.refused) == (5, 4, 1)
     assert [("damaged" in reason, refusals.examples[0][0]) for reason, refusals in report.reasons.items()] == [(True, 2)]
@@ -150,7 +150,7 @@ def test_server_that_stays_away_ends_the_sending_and_everything_waits_as_before(
     with ScriptedServer() as gone:
         address = gone.address
 
-    report = upkeep.send(tmp_path, address, timeout_s=0.5)
+    report = maintenance.send(tmp_path, address, timeout_s=0.5)
 
     assert (report.sent, report.left, type(report.trouble).__name__) == (0, 2, "UnavailableError")
     assert keys_in(tmp_path) == [0, 1]
@@ -161,7 +161,7 @@ def test_client_that_is_not_let_in_ends_the_sending_at_once(tmp_path: Path, monk
     fill(tmp_path, spooled(0))
     monkeypatch.setenv("TOUCHLINE_SERVER_TOKENS", "actor:robots:actor-token-0123456789")
     with serve() as guarded:
-        report = upkeep.send(tmp_path, guarded.address, timeout_s=3600)
+        report = maintenance.send(tmp_path, guarded.address, timeout_s=3600)
 
     assert (report.left, type(report.trouble).__name__) == (1, "AccessDeniedError")
     assert keys_in(tmp_path) == [0]
@@ -174,7 +174,7 @@ def test_folder_stays_within_its_writers_limit_while_it_is_emptied(server: Serve
     spool.close()
     most = []
 
-    report = upkeep.send(tmp_path, server.address, watch=lambda _: most.append(_disk_bytes(tmp_path)))
+    report = maintenance.send(tmp_path, server.address, watch=lambda _: most.append(_disk_bytes(tmp_path)))
 
     assert report.sent == count > 20
     assert max(most) <= LIMIT and _disk_bytes(tmp_path) < LIMIT // 8
@@ -193,7 +193,7 @@ def test_episodes_of_another_table_go_to_that_one(tmp_path: Path) -> None:
 
     fill(tmp_path, spooled(0), table="pitch")
     with ScriptedServer(AddEpisode=add) as scripted:
-        upkeep.send(tmp_path, scripted.address)
+        maintenance.send(tmp_path, scripted.address)
 
     assert asked == ["pitch"]
 
@@ -323,5 +323,5 @@ def test_send_that_is_interrupted_says_that_nothing_is_lost(server: ServerThread
     assert process.returncode == 130
     assert "touchline: interrupted; what is not acknowledged waits as before, and the same command again goes on\n" in errors
     assert "Traceback" not in errors and output == ""
-    assert upkeep.send(tmp_path / "spool", server.address).sent == 2
+    assert maintenance.send(tmp_path / "spool", server.address).sent == 2
     assert_same(stored(server), [make_episode(0), make_episode(1)])

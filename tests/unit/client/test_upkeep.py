@@ -16,8 +16,7 @@ import pytest
 
 from support.spool_cases import LIMIT, damage, fill, keys_in, spooled
 from touchline import SpoolError
-from touchline._spool import file as spool_file
-from touchline._spool import maintenance as upkeep
+from touchline._spool import file, maintenance
 from touchline._spool.file import FILE_NAME, LOCK_NAME, FolderLock
 from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode
@@ -59,7 +58,7 @@ def test_survey_tells_what_waits_what_was_refused_and_why_and_what_is_damaged(tm
     fill(tmp_path, *(spooled(number) for number in range(9)), refused=2, table="pitch")
     damage(tmp_path, 5)
 
-    report = upkeep.survey(tmp_path)
+    report = maintenance.survey(tmp_path)
 
     assert (report.table, report.user, report.missing) == ("pitch", None, 0)
     assert [episode.number for episode in report.waiting] == [3, 4, 6, 7, 8, 9]
@@ -77,7 +76,7 @@ def test_survey_changes_nothing(tmp_path: Path) -> None:
     fill(tmp_path / "closed", spooled(0), spooled(1), refused=1)
     before = _content(tmp_path / "closed")
 
-    upkeep.survey(tmp_path / "closed")
+    maintenance.survey(tmp_path / "closed")
 
     assert {name: data for name, data in _content(tmp_path / "closed").items() if not name.endswith(("-wal", "-shm"))} == before
 
@@ -87,16 +86,16 @@ def test_survey_of_a_spool_in_use_disturbs_nobody(tmp_path: Path) -> None:
     counts = []
     for number in range(5):
         assert spool.put(spool.pack(spooled(number)), drop_oldest=False).kept
-        report = upkeep.survey(tmp_path)
+        report = maintenance.survey(tmp_path)
         counts.append((len(report.waiting), report.user, report.missing))
     taken = spool.take()
     assert taken is not None
     spool.remove(taken[0])
-    counts.append((len(upkeep.survey(tmp_path).waiting), upkeep.survey(tmp_path).user, 0))
+    counts.append((len(maintenance.survey(tmp_path).waiting), maintenance.survey(tmp_path).user, 0))
     spool.close()
 
     assert counts == [(number, os.getpid(), 0) for number in (1, 2, 3, 4, 5, 4)]
-    assert upkeep.survey(tmp_path).user is None
+    assert maintenance.survey(tmp_path).user is None
 
 
 def test_survey_sees_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_survey_sees_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "killed", tmp_path / "log lost", ignore=shutil.ignore_patterns("*-wal"))
     spool.close()
 
-    killed, log_lost = upkeep.survey(tmp_path / "killed"), upkeep.survey(tmp_path / "log lost")
+    killed, log_lost = maintenance.survey(tmp_path / "killed"), maintenance.survey(tmp_path / "log lost")
 
     assert (len(killed.waiting), killed.missing) == (3, 0)
     assert (len(log_lost.waiting), log_lost.missing) == (0, 3)
@@ -116,13 +115,13 @@ def test_survey_sees_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> Non
 def test_survey_of_a_file_that_a_writer_had_just_begun_finds_nothing(tmp_path: Path) -> None:
     _make(tmp_path, b"")
 
-    report = upkeep.survey(tmp_path)
+    report = maintenance.survey(tmp_path)
 
     assert (report.waiting, report.refused, report.damaged, report.missing) == ([], [], [], 0)
 
 
 @pytest.mark.parametrize("name", list(PLACES))
-@pytest.mark.parametrize("act", [upkeep.survey, upkeep.retry, lambda folder: upkeep.send(folder, "127.0.0.1:1")])
+@pytest.mark.parametrize("act", [maintenance.survey, maintenance.retry, lambda folder: maintenance.send(folder, "127.0.0.1:1")])
 def test_folder_that_is_no_whole_spool_is_refused_with_what_to_do(tmp_path: Path, name: str, act: Callable[[Path], object]) -> None:
     make, words = PLACES[name]
     folder = tmp_path / "spool"
@@ -143,9 +142,9 @@ def test_retried_episodes_wait_again_at_their_old_places(tmp_path: Path) -> None
     damage(tmp_path, 2)
 
     assert keys_in(tmp_path) == [3, 4, 5]
-    assert upkeep.retry(tmp_path) == 2
-    report = upkeep.survey(tmp_path)
-    assert upkeep.retry(tmp_path) == 0
+    assert maintenance.retry(tmp_path) == 2
+    report = maintenance.survey(tmp_path)
+    assert maintenance.retry(tmp_path) == 0
 
     assert (len(report.refused), [episode.number for episode in report.damaged]) == (0, [2])
     spool, found = Spool(tmp_path, limit_bytes=LIMIT), []
@@ -157,7 +156,7 @@ def test_retried_episodes_wait_again_at_their_old_places(tmp_path: Path) -> None
     assert found == [episodes[number].key for number in (0, 2, 3, 4, 5)]
 
 
-@pytest.mark.parametrize("act", [upkeep.retry, lambda folder: upkeep.send(folder, "127.0.0.1:1")])
+@pytest.mark.parametrize("act", [maintenance.retry, lambda folder: maintenance.send(folder, "127.0.0.1:1")])
 def test_spool_in_use_is_not_changed_from_outside(tmp_path: Path, act: Callable[[Path], object]) -> None:
     fill(tmp_path, spooled(0), spooled(1), refused=1)
     spool = Spool(tmp_path, limit_bytes=LIMIT)
@@ -166,14 +165,14 @@ def test_spool_in_use_is_not_changed_from_outside(tmp_path: Path, act: Callable[
         act(tmp_path)
 
     spool.close()
-    assert len(upkeep.survey(tmp_path).refused) == 1
+    assert len(maintenance.survey(tmp_path).refused) == 1
 
 
 def test_writer_that_starts_while_somebody_looks_waits_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, spooled(0))
     looking = [os.open(tmp_path / LOCK_NAME, os.O_RDONLY)]
     fcntl.flock(looking[0], fcntl.LOCK_SH | fcntl.LOCK_NB)
-    monkeypatch.setattr(spool_file, "time", SimpleNamespace(sleep=lambda _: os.close(looking.pop())))
+    monkeypatch.setattr(file, "time", SimpleNamespace(sleep=lambda _: os.close(looking.pop())))
 
     FolderLock(tmp_path).release()
 

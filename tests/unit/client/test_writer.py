@@ -419,11 +419,11 @@ FORGETFUL = """
 import sys
 import numpy as np
 from touchline import EpisodeWriter, ReplayClient
-from touchline._actor import exit_hooks as leaving
+from touchline._actor import exit_hooks
 
 def play(address, away):
     if not away:
-        leaving.GRACE_S = 60.0  # however slow the machine
+        exit_hooks.GRACE_S = 60.0  # however slow the machine
     global writer  # not dropped, only forgotten
     writer = EpisodeWriter(ReplayClient(address, timeout_s=0.1 if away else 30.0, client_id="forgetful"))
     for _ in range(3):

@@ -15,7 +15,7 @@ import pytest
 from support.client_faults import ScriptedServer, refuse_threads
 from support.service_calls import eventually
 from touchline import EpisodeWriter, ReplayClient, ServerError, UnacknowledgedError
-from touchline._actor import exit_hooks as leaving
+from touchline._actor import exit_hooks
 from touchline._actor.queue import MemoryQueue
 from touchline._spool.queue import Spool
 from touchline_protos.codec import EpisodeKey, decode_add_episode
@@ -52,8 +52,8 @@ def client(shelf: Shelf) -> Iterator[ReplayClient]:
 def forget_writers() -> Iterator[None]:
     """Those that failed have something to lose for ever, of which the end of the tests' process would speak."""
     yield
-    for writer in list(leaving._open):
-        leaving.forget(writer)
+    for writer in list(exit_hooks._open):
+        exit_hooks.forget(writer)
 
 
 @pytest.fixture(params=["memory", "spool"])

@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.codec_cases import episodes, from_proto, same_episode, small_episode
-from touchline_protos.codec import CodecError, CodecLimits, Episode, EpisodeKey, LoadDecoder, OversizeError, encode_load, encode_loads, wire
-from touchline_protos.codec import upload as loading
+from touchline_protos.codec import (
+    CodecError,
+    CodecLimits,
+    Episode,
+    EpisodeKey,
+    LoadDecoder,
+    OversizeError,
+    encode_load,
+    encode_loads,
+    upload,
+    wire,
+)
 from touchline_protos.v1 import replay_pb2 as pb
 
 KEY = EpisodeKey("robot-7", 1_700_000_000, 42)
@@ -286,7 +296,7 @@ def test_refused_header_allocates_nothing_and_the_stream_goes_on(
 ) -> None:
     decoder = LoadDecoder()
     allocated: list[object] = []
-    monkeypatch.setattr(loading.np, "empty", lambda *args: allocated.append(args))
+    monkeypatch.setattr(upload.np, "empty", lambda *args: allocated.append(args))
 
     with pytest.raises(error, match=reason) as raised:
         decoder.feed(bad_header)
@@ -302,7 +312,7 @@ def test_refused_header_allocates_nothing_and_the_stream_goes_on(
 def test_header_alone_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = LoadDecoder()
     allocated: list[object] = []
-    monkeypatch.setattr(loading.np, "empty", lambda *args: allocated.append(args))
+    monkeypatch.setattr(upload.np, "empty", lambda *args: allocated.append(args))
 
     decoder.feed(header(1 << 28, spec("obs")))
 

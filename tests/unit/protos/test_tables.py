@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from touchline_protos.files import sqlite as tables
+from touchline_protos.files import sqlite
 from touchline_protos.files.locks import lock, open_own
 from touchline_protos.files.sqlite import FormatError, Tables, parts, pragma
 
@@ -72,7 +72,7 @@ def test_file_of_another_kind_is_refused_and_left_alone(connection: sqlite3.Conn
 
 @pytest.mark.parametrize(("size", "expected"), [(0, [0]), (1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (11, [4, 4, 3])])
 def test_parts_are_the_bytes_and_none_is_too_long(monkeypatch: pytest.MonkeyPatch, size: int, expected: list[int]) -> None:
-    monkeypatch.setattr(tables, "PART_BYTES", 4)
+    monkeypatch.setattr(sqlite, "PART_BYTES", 4)
     data = bytes(range(size))
 
     for given in (data, memoryview(data)):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from support.durable_cases import MODES, assert_whole, bits, contents, durable_config, keyed_episode, stored_keys
 from support.store_cases import as_bits
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_protos.files import sqlite as tables
+from touchline_protos.files import sqlite
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import (
     DamagedStoreError,
@@ -31,12 +31,10 @@ from touchline_server import (
     StoreMismatchError,
 )
 from touchline_server.cli import main as cli
-from touchline_server.durability import group_commit as durable
-from touchline_server.durability import maintenance as upkeep
-from touchline_server.durability import recovery
+from touchline_server.durability import group_commit, maintenance, recovery
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import FILE_NAME
-from touchline_server.store import dedup as ledger
+from touchline_server.store import dedup
 from touchline_server.store.columns import Columns
 
 
@@ -62,7 +60,7 @@ def opened(tmp_path: Path) -> Any:
 Opener = Callable[..., ReplayBuffer]
 
 
-def committer(buffer: ReplayBuffer) -> durable.GroupCommitter:
+def committer(buffer: ReplayBuffer) -> group_commit.GroupCommitter:
     assert buffer._committer is not None
     return buffer._committer
 
@@ -178,7 +176,7 @@ def ledger_state(buffer: ReplayBuffer) -> tuple[list[Any], list[Any]]:
 def little_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ledger that soon has to forget."""
     for name, limit in (("SENDERS", 4), ("RECENT", 4), ("RUNS", 5), ("ALL_RUNS", 11)):
-        monkeypatch.setattr(ledger, f"MAX_{name}", limit)
+        monkeypatch.setattr(dedup, f"MAX_{name}", limit)
 
 
 @pytest.mark.usefixtures("little_ledger")
@@ -377,7 +375,7 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
         raise MemoryError("as the test wants")
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "change_of", fail)
+        patch.setattr(group_commit, "change_of", fail)
         with pytest.raises(MemoryError):
             buffer.add_episode(keyed_episode(0, 0))
     other = Episode({name: np.zeros((12, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(12, np.float32)})
@@ -388,8 +386,8 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
 
 
 def test_full_disk_in_memory_mode_keeps_what_it_acknowledged_and_bounds_it(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "MAX_QUEUED_EPISODES", 20)
-    monkeypatch.setattr(durable, "RETRY_S", 0.01)
+    monkeypatch.setattr(group_commit, "MAX_QUEUED_EPISODES", 20)
+    monkeypatch.setattr(group_commit, "RETRY_S", 0.01)
     buffer = opened(durability="memory", capacity=100_000)
     buffer.add_episode(keyed_episode(0, 0))
     limit_pages(buffer, 0)
@@ -482,7 +480,7 @@ def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, m
 
 
 def test_column_longer_than_a_blob_is_kept_in_parts(opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "PART_BYTES", 100)
+    monkeypatch.setattr(sqlite, "PART_BYTES", 100)
     first = opened()
     first.add_episode(keyed_episode(0, 0))
     expected = contents(first)
@@ -559,25 +557,25 @@ def test_snapshot_of_a_store_in_use_is_a_store_of_one_moment(opened: Opener, tmp
         buffer.add_episode(keyed_episode(0, sequence))
     before = contents(buffer)
 
-    upkeep.snapshot(tmp_path / "data", tmp_path / "copy")
+    maintenance.snapshot(tmp_path / "data", tmp_path / "copy")
     for sequence in range(30, 40):
         buffer.add_episode(keyed_episode(0, sequence))
 
-    assert upkeep.check(tmp_path / "copy").damage == []
+    assert maintenance.check(tmp_path / "copy").damage == []
     copy = ReplayBuffer(durable_config(tmp_path / "copy", capacity=2_000))
     assert contents(copy) == before
     assert copy.add_episode(keyed_episode(0, 12)).duplicate
     assert copy.store.next_id >= 30
     copy.close()
     with pytest.raises(StorageFailedError, match="is there already"):
-        upkeep.snapshot(tmp_path / "data", tmp_path / "copy")
+        maintenance.snapshot(tmp_path / "data", tmp_path / "copy")
 
 
 def test_snapshot_has_a_lineage_of_its_own_for_both_go_on_with_the_same_ids(opened: Opener, tmp_path: Path) -> None:
     buffer = opened()
     buffer.add_episode(keyed_episode(0, 0))
 
-    upkeep.snapshot(tmp_path / "data", tmp_path / "copy")
+    maintenance.snapshot(tmp_path / "data", tmp_path / "copy")
 
     copy = ReplayBuffer(durable_config(tmp_path / "copy"))
     try:
@@ -605,7 +603,7 @@ def test_check_of_a_store_in_use_finds_nothing_and_changes_nothing(opened: Opene
     for sequence in range(30):
         buffer.add_episode(keyed_episode(0, sequence))
 
-    findings = upkeep.check(tmp_path / "data")
+    findings = maintenance.check(tmp_path / "data")
 
     assert findings.damage == []
     assert (findings.episodes, findings.steps) == (buffer.num_eps, buffer.size)
@@ -624,4 +622,4 @@ def test_deleted_database_is_noticed(opened: Opener, tmp_path: Path) -> None:
 
 def test_check_of_a_folder_that_cannot_be_looked_into_says_so(tmp_path: Path) -> None:
     with pytest.raises(StorageFailedError, match=r"File name too long|there is no touchline\.db"):
-        upkeep.check(tmp_path / ("x" * 300))
+        maintenance.check(tmp_path / ("x" * 300))

@@ -19,7 +19,7 @@ from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import InvalidEpisodeError, KeyConflictError, ReplayBuffer
 from touchline_server.durability.database import Database
-from touchline_server.store import dedup as ledger
+from touchline_server.store import dedup
 from touchline_server.store.dedup import KeyLedger, Remembered, payload_digest, runs_to_keep, sender_name
 
 
@@ -89,7 +89,7 @@ def test_find_malformed_key_is_refused(bad: EpisodeKey, message: str) -> None:
 
 def limits(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
     for name, value in values.items():
-        monkeypatch.setattr(ledger, f"MAX_{name.upper()}", value)
+        monkeypatch.setattr(dedup, f"MAX_{name.upper()}", value)
 
 
 def answers(keys: KeyLedger, sequences: Iterable[int], client_id: str = "robot") -> list[object]:
@@ -111,19 +111,19 @@ def runs(keys: KeyLedger) -> list[list[tuple[int, int]]]:
 
 def test_limits_keep_what_they_promise_to_keep() -> None:
     """A sender that is forgotten leaves no recent episode behind, and three runs are left to each however many there are."""
-    most = [3] * (ledger.MAX_SENDERS - 100) + [ledger.MAX_RUNS] * 100
+    most = [3] * (dedup.MAX_SENDERS - 100) + [dedup.MAX_RUNS] * 100
 
-    assert ledger.MAX_RECENT <= ledger.MAX_SENDERS
-    assert sum(most) > ledger.MAX_ALL_RUNS
+    assert dedup.MAX_RECENT <= dedup.MAX_SENDERS
+    assert sum(most) > dedup.MAX_ALL_RUNS
     assert min(runs_to_keep(most)) == 3
 
 
 def test_find_key_older_than_its_checksum_is_still_a_duplicate() -> None:
     keys = KeyLedger()
-    for sequence in range(ledger.MAX_RECENT + 5):
+    for sequence in range(dedup.MAX_RECENT + 5):
         keys.remember(key(sequence), 0, sequence)
 
-    assert answers(keys, (0, 4, 5, ledger.MAX_RECENT + 4, ledger.MAX_RECENT + 5)) == [-1, -1, 5, ledger.MAX_RECENT + 4, None]
+    assert answers(keys, (0, 4, 5, dedup.MAX_RECENT + 4, dedup.MAX_RECENT + 5)) == [-1, -1, 5, dedup.MAX_RECENT + 4, None]
 
 
 def test_remember_numbers_in_any_order_takes_the_memory_of_their_runs() -> None:
@@ -209,12 +209,12 @@ def test_find_does_not_count_as_storing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_memory_at_every_limit_is_what_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     """The most senders, with the longest names, the most runs, and the most recent episodes: a 16th of each, and of the memory."""
-    limits(monkeypatch, senders=ledger.MAX_SENDERS // 16, recent=ledger.MAX_RECENT // 16, all_runs=ledger.MAX_ALL_RUNS // 16)
-    each = ledger.MAX_ALL_RUNS // ledger.MAX_SENDERS
+    limits(monkeypatch, senders=dedup.MAX_SENDERS // 16, recent=dedup.MAX_RECENT // 16, all_runs=dedup.MAX_ALL_RUNS // 16)
+    each = dedup.MAX_ALL_RUNS // dedup.MAX_SENDERS
     tracemalloc.start()
     try:
         keys = KeyLedger()
-        for number in range(ledger.MAX_SENDERS):
+        for number in range(dedup.MAX_SENDERS):
             name = f"{number:0128}".replace("0", "\U0001f916")
             for sequence in range(each):
                 keys.remember(EpisodeKey(name, number << 32, sequence * 2), sequence, (number * each + sequence) << 16)
@@ -222,7 +222,7 @@ def test_memory_at_every_limit_is_what_is_documented(monkeypatch: pytest.MonkeyP
     finally:
         tracemalloc.stop()
 
-    assert sum(map(len, runs(keys))) == ledger.MAX_ALL_RUNS
+    assert sum(map(len, runs(keys))) == dedup.MAX_ALL_RUNS
     assert (keys.forgotten_runs, keys.forgotten_senders) == (0, 0)
     assert held < (40 << 20) / 16
 
@@ -254,14 +254,14 @@ class PlainLedger:
     def remember(self, client: str, sequence: int, digest: int, episode_id: int) -> None:
         self.stored[client] = self.stored.pop(client, set())
         self.below.setdefault(client, 0)
-        while len(self.stored) > ledger.MAX_SENDERS:
+        while len(self.stored) > dedup.MAX_SENDERS:
             oldest = next(iter(self.stored))
             del self.stored[oldest], self.below[oldest]
-        self.recent = [*self.recent, (client, sequence, digest, episode_id)][-ledger.MAX_RECENT :]
+        self.recent = [*self.recent, (client, sequence, digest, episode_id)][-dedup.MAX_RECENT :]
         self.stored[client].add(sequence)
-        self.keep(client, ledger.MAX_RUNS)
-        if self.count() > ledger.MAX_ALL_RUNS:
-            while self.count() > ledger.MAX_ALL_RUNS - ledger.MAX_ALL_RUNS // 64:
+        self.keep(client, dedup.MAX_RUNS)
+        if self.count() > dedup.MAX_ALL_RUNS:
+            while self.count() > dedup.MAX_ALL_RUNS - dedup.MAX_ALL_RUNS // 64:
                 sizes = {name: len(self.runs(name)) for name in self.stored}
                 most = max(sizes.values())
                 self.keep(next(name for name, size in sizes.items() if size == most), most - 1)

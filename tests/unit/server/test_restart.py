@@ -18,7 +18,7 @@ from support.durable_cases import MODES, contents, durable_config, keyed_episode
 from support.service_calls import DEADLINE_S, ServerProcess
 from touchline_protos.codec import Episode
 from touchline_server import Config, InvalidEpisodeError, ReplayBuffer, StoreMismatchError
-from touchline_server.durability import restore as restoring
+from touchline_server.durability import restore
 from touchline_server.errors import RestoringError
 from touchline_server.store.episode_store import EpisodeStore
 
@@ -238,7 +238,7 @@ def half_restored(filled: tuple[Path, dict[int, Any]], monkeypatch: pytest.Monke
         published.append(arguments)
         return publish(store, *arguments, **options)
 
-    monkeypatch.setattr(restoring.EpisodeStore, "publish", publish_until_the_tenth)
+    monkeypatch.setattr(restore.EpisodeStore, "publish", publish_until_the_tenth)
     thread = threading.Thread(target=buffer.restore)
     thread.start()
     try:

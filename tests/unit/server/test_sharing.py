@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from touchline_server.service import throttle as sharing
+from touchline_server.service import throttle
 from touchline_server.service.throttle import MESSAGE_COST_S, STALLED_S, AddGate
 
 
@@ -29,8 +29,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(sharing.asyncio, "get_running_loop", lambda: clock)
-    monkeypatch.setattr(sharing.asyncio, "sleep", clock.sleep)
+    monkeypatch.setattr(throttle.asyncio, "get_running_loop", lambda: clock)
+    monkeypatch.setattr(throttle.asyncio, "sleep", clock.sleep)
     return clock
 
 
@@ -97,7 +97,7 @@ def test_gate_with_share_zero_never_waits(clock: Clock) -> None:
 
 
 def test_gate_does_not_hold_adds_back_for_a_learner_that_does_not_read(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(throttle.time, "monotonic", lambda: clock.now)
 
     async def test() -> None:
         gate = AddGate(0.9)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from touchline._actor import exit_hooks as leaving
+from touchline._actor import exit_hooks
 from touchline._actor.queue import PendingEpisodes, WhenFull
 from touchline._actor.rows import EpisodeRows
 from touchline._actor.sender import Outbox
@@ -83,7 +83,7 @@ class Unsent:
         except (UnacknowledgedError, SpoolError) as error:
             logger.error("episode writer of actor %r, dropped without being closed: %s", self._actor, error)
         finally:
-            leaving.forget(self)
+            exit_hooks.forget(self)
 
     # At the process's exit and after a fork.
 

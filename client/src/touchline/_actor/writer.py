@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
-from touchline._actor import exit_hooks as leaving
+from touchline._actor import exit_hooks
 from touchline._actor.queue import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
 from touchline._actor.rows import row_columns
 from touchline._actor.unsent import Unsent
@@ -123,7 +123,7 @@ class EpisodeWriter(NotCopied):
         memory_queue = partial(MemoryQueue, max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
         queue = self._open_spool(Path(spool_dir)) if spool_dir is not None else memory_queue()
         self._unsent = Unsent(client, queue, memory_queue, actor=self._actor, when_full=when_full)
-        leaving.watch(self._unsent)
+        exit_hooks.watch(self._unsent)
         when_dropped(self, self._unsent.end)
 
     def _open_spool(self, folder: Path) -> PendingEpisodes:
@@ -241,7 +241,7 @@ class EpisodeWriter(NotCopied):
             self._unsent.outbox.close(timeout_s)
         finally:
             if self._unsent.outbox.idle:
-                leaving.forget(self._unsent)
+                exit_hooks.forget(self._unsent)
 
     def __enter__(self) -> EpisodeWriter:
         return self
@@ -254,7 +254,7 @@ class EpisodeWriter(NotCopied):
             return
         if len(self._unsent.rows):
             self._unsent.discard("the body of its `with` failed")
-        grace_s = self._client.timeout_s if isinstance(error, Exception) else leaving.grace_after(error)
+        grace_s = self._client.timeout_s if isinstance(error, Exception) else exit_hooks.grace_after(error)
         pending = self._unsent.outbox.counters.pending
         if pending:
             logger.warning(
@@ -269,7 +269,7 @@ class EpisodeWriter(NotCopied):
         except (UnacknowledgedError, SpoolError) as trouble:
             logger.error("episode writer of actor %r, closed because of %s: %s", self._actor, kind.__name__, trouble)
             if not isinstance(error, Exception):
-                leaving.forget(self._unsent)  # it has had its grace, and the log says what is lost
+                exit_hooks.forget(self._unsent)  # it has had its grace, and the log says what is lost
 
     # Inside.
 
@@ -323,7 +323,7 @@ class EpisodeWriter(NotCopied):
         episode = self._unsent.due
         if episode is None:
             return None
-        leaving.watch(self._unsent)
+        exit_hooks.watch(self._unsent)
         kept = self._unsent.outbox.put(episode, ends=ends, force=force)
         self._unsent.due = None
         return episode.key if kept else None

@@ -53,10 +53,10 @@ def show(folder: Folder) -> None:
       0  the spool is shown
       1  it is not a spool, or cannot be read
     """
-    from touchline._spool import maintenance as upkeep
+    from touchline._spool import maintenance
 
     with failing_well("interrupted"):
-        _tell_spool(upkeep.survey(folder))
+        _tell_spool(maintenance.survey(folder))
 
 
 @app.command()
@@ -75,10 +75,10 @@ def retry(folder: Folder) -> None:
       0  they wait again, or none was refused
       1  it is not a spool, is in use, or cannot be written
     """
-    from touchline._spool import maintenance as upkeep
+    from touchline._spool import maintenance
 
     with failing_well("interrupted"):
-        count = upkeep.retry(folder)
+        count = maintenance.retry(folder)
         if not count:
             say(f"{folder}: none was refused")
         else:
@@ -111,13 +111,13 @@ def send(
       2    the command line is wrong
       130  interrupted; what is not acknowledged waits as before
     """
-    from touchline._spool import maintenance as upkeep
+    from touchline._spool import maintenance
 
     begun_s = time.monotonic()
     logging.getLogger("touchline").addHandler(_Traces())
     interrupted = "interrupted; what is not acknowledged waits as before, and the same command again goes on"
     with failing_well(interrupted) as check, Meter(Console(stderr=True)) as meter:
-        upkeep.check_free(folder)
+        maintenance.check_free(folder)
         probe(address)
         told = False
 
@@ -131,7 +131,7 @@ def send(
             done = report.sent + report.refused
             meter.show(f"send {folder}", done, report.total, unit="episodes", size_bytes=report.size_bytes)
 
-        report = upkeep.send(folder, address, timeout_s=timeout_s, watch=watch)
+        report = maintenance.send(folder, address, timeout_s=timeout_s, watch=watch)
         meter.rest()
         _tell_sent(folder, address, report, time.monotonic() - begun_s)
     if report.trouble is not None:

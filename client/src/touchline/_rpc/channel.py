@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from touchline._rpc import fork as forking
+from touchline._rpc import fork
 from touchline._rpc.credentials import Credentials
 from touchline._rpc.dropping import when_dropped
 from touchline.errors import ClosedError, ForkError, InvalidArgumentError
@@ -81,7 +81,7 @@ class Transport:
         self._dropped: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self._unusable = False
-        forking.forget_in_child(self)
+        fork.forget_in_child(self)
 
     @property
     def closed(self) -> bool:
@@ -130,8 +130,8 @@ class Transport:
     def after_fork_in_child(self) -> None:
         """Leaves the parent's channel alone; the next call opens one of the child's own."""
         if self._channel is not None:
-            forking.keep_orphan((self._channel, self._methods))
-            self._unusable = not forking.SUPPORTED
+            fork.keep_orphan((self._channel, self._methods))
+            self._unusable = not fork.SUPPORTED
             self._forget_dropping()
         self._channel = None
         self._methods = {}

@@ -262,12 +262,12 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
       0  the store is undamaged
       1  something is damaged (stdout says what), or the store cannot be read
     """
-    from touchline_server.durability import maintenance as upkeep
+    from touchline_server.durability import maintenance
 
     folder = _data_dir(data_dir, config)
     try:
         with _progress("checking", str(folder)) as progress:
-            findings = upkeep.check(folder, progress)
+            findings = maintenance.check(folder, progress)
     except ReplayError as error:
         _fail(str(error), EXIT_FAILED)
     _tell(findings.damage, f"{findings.episodes} episodes, {findings.steps} steps are whole")
@@ -338,10 +338,10 @@ def snapshot(
       0  the copy is complete and on the disk
       1  the copy could not be made
     """
-    from touchline_server.durability import maintenance as upkeep
+    from touchline_server.durability import maintenance
 
     try:
-        file = upkeep.snapshot(_data_dir(data_dir, config), target)
+        file = maintenance.snapshot(_data_dir(data_dir, config), target)
     except ReplayError as error:
         _fail(str(error), EXIT_FAILED)
     typer.echo(str(file))

@@ -9,7 +9,7 @@ from pathlib import Path
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.files.sqlite import row_checksum
 from touchline_server.errors import DamagedStoreError
-from touchline_server.store import dedup as ledger
+from touchline_server.store import dedup
 from touchline_server.store.dedup import KeyLedger, runs_to_keep
 
 
@@ -61,10 +61,10 @@ class LedgerTables:
         sender = self._sender(key, episode_id)
         self.insert_key(episode_id, sender, key.sequence, digest)
         sizes["keys"] += 1
-        if sizes["keys"] > ledger.MAX_RECENT:
+        if sizes["keys"] > dedup.MAX_RECENT:
             self._delete("keys", "episode_id = (SELECT min(episode_id) FROM keys)")
         self._add_number(sender, key.sequence)
-        if sizes["runs"] > ledger.MAX_ALL_RUNS:
+        if sizes["runs"] > dedup.MAX_ALL_RUNS:
             self._bound_runs()
 
     def forget(self, key: EpisodeKey, episode_id: int) -> None:
@@ -128,7 +128,7 @@ class LedgerTables:
         self.insert_sender(number, *name, forgotten_below=0, last_episode=episode_id)
         sizes = self._counted()
         sizes["senders"] += 1
-        while sizes["senders"] > ledger.MAX_SENDERS:
+        while sizes["senders"] > dedup.MAX_SENDERS:
             oldest, last_episode = execute("SELECT id, last_episode FROM senders ORDER BY last_episode LIMIT 1").fetchone()
             self._delete("keys", "episode_id <= ? AND sender = ?", last_episode, oldest)
             self._delete("runs", "sender = ?", oldest)
@@ -151,7 +151,7 @@ class LedgerTables:
         self._add_run(sender, first, after)
         if behind is None:
             (runs,) = execute("SELECT count(*) FROM runs WHERE sender = ?", (sender,)).fetchone()
-            self._keep(sender, runs, ledger.MAX_RUNS)
+            self._keep(sender, runs, dedup.MAX_RUNS)
 
     def _add_run(self, sender: int, first: int, after: int) -> None:
         self.insert_runs(sender, [(first, after)])

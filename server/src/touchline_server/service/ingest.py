@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
-from touchline_server.service import tasks as jobs
+from touchline_server.service import tasks
 from touchline_server.service.throttle import AddGate
 from touchline_server.store.episode_store import Stored
 
@@ -80,7 +80,7 @@ class EpisodeIntake:
 
         try:
             if len(message) > MAX_AT_ONCE_BYTES:
-                await jobs.run(self._pool, submit, None, None)
+                await tasks.run(self._pool, submit, None, None)
                 return taken
             begin = time.perf_counter()
             try:
@@ -89,7 +89,7 @@ class EpisodeIntake:
             finally:
                 cost_s = time.perf_counter() - begin
             if blocked is not None:
-                await jobs.run(self._pool, submit, episodes, blocked)
+                await tasks.run(self._pool, submit, episodes, blocked)
             return taken
         except CodecError as error:
             self._buffer.store.count_refused(str(error))

@@ -28,8 +28,7 @@ from touchline_server.errors import (
     TooLargeError,
     UnknownTableError,
 )
-from touchline_server.service import convert as messages
-from touchline_server.service import tasks as jobs
+from touchline_server.service import convert, tasks
 from touchline_server.service.batch_framer import BatchSource
 from touchline_server.service.budgets import Budgets, Loan
 from touchline_server.service.change_notifier import ChangeSignal
@@ -101,13 +100,13 @@ class ReplayService:
         """
 
         def unary(method: Any, request: Any, *, early: bool = False) -> grpc.RpcMethodHandler[Any, Any]:
-            return grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(method, request), early=early), None, messages.serialize)
+            return grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(method, request), early=early), None, convert.serialize)
 
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
-                "AddEpisode": grpc.unary_unary_rpc_method_handler(self._guarded(self._add_episode), None, messages.serialize),
-                "LoadEpisodes": grpc.stream_unary_rpc_method_handler(self._guarded(self._load_episodes), None, messages.serialize),
+                "AddEpisode": grpc.unary_unary_rpc_method_handler(self._guarded(self._add_episode), None, convert.serialize),
+                "LoadEpisodes": grpc.stream_unary_rpc_method_handler(self._guarded(self._load_episodes), None, convert.serialize),
                 "Sample": grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(self._sample, pb.SampleRequest)), None, None),
                 "SampleStream": grpc.stream_stream_rpc_method_handler(self._guarded(self._sample_stream), None, None),
                 "GetEpisodes": grpc.unary_stream_rpc_method_handler(
@@ -171,7 +170,7 @@ class ReplayService:
 
         (taken,) = await self._intake.take(message, decode)
         stored = await self._intake.stored(taken)
-        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=messages.counts(stored.counts))
+        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=convert.counts(stored.counts))
 
     async def _load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
         decoder = LoadDecoder(self._codec_limits)
@@ -195,7 +194,7 @@ class ReplayService:
                             f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new one"
                         )
                     answers += [
-                        messages.refusal(taken.key, taken.outcome) if isinstance(taken.outcome, CodecError | ReplayError) else taken
+                        convert.refusal(taken.key, taken.outcome) if isinstance(taken.outcome, CodecError | ReplayError) else taken
                         for taken in await self._intake.take(message, decode)
                     ]
                     del message  # its room is given back
@@ -206,14 +205,14 @@ class ReplayService:
             error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
             self._buffer.store.count_refused(str(error))
             raise error
-        return pb.LoadEpisodesResponse(results=results, counts=messages.counts(self._buffer.counts()))
+        return pb.LoadEpisodesResponse(results=results, counts=convert.counts(self._buffer.counts()))
 
     async def _result(self, taken: Taken) -> pb.EpisodeResult:
         try:
             stored = await self._intake.stored(taken)
         except ReplayError as error:
-            return messages.refusal(taken.key, error)
-        return messages.acceptance(taken.key, stored)
+            return convert.refusal(taken.key, error)
+        return convert.acceptance(taken.key, stored)
 
     async def _sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         spec = self._spec(request)
@@ -233,7 +232,7 @@ class ReplayService:
         await self._budgets.sending.reserve(size)
         # gRPC calls this once it has handed the answer to the transport, or given the call up.
         context.add_done_callback(lambda _: self._budgets.sending.release(size))  # type: ignore[arg-type]
-        return self._sample_message(spec, rng) if quick else await jobs.run(self._sampling, self._sample_message, spec, rng)
+        return self._sample_message(spec, rng) if quick else await tasks.run(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
         with self._buffer.select(spec, rng) as ((selection,), plan):
@@ -252,7 +251,7 @@ class ReplayService:
 
     async def _sample_stream(self, stream: AsyncIterator[bytes], context: Context) -> None:
         async with self._broken_off(context):
-            await self._run_session(messages.parse_all(pb.SampleStreamRequest, stream), context)
+            await self._run_session(convert.parse_all(pb.SampleStreamRequest, stream), context)
 
     async def _run_session(self, requests: AsyncIterator[pb.SampleStreamRequest], context: Context) -> None:
         first = await anext(requests, None)
@@ -271,21 +270,21 @@ class ReplayService:
 
     async def _get_episodes(self, request: pb.GetEpisodesRequest, context: Context) -> None:
         _check_table(request.table)
-        query = messages.query(request)
+        query = convert.query(request)
         async with self._broken_off(context):
             await self._send_episodes(query, request.max_frame_bytes, context.write)
 
     async def _send_episodes(self, query: EpisodeQuery, max_frame_bytes: int, write: Write) -> None:
         # One frame of one call at a time: reading never has more than one of the threads that sampling needs.
         async with self._reading:
-            reader = await jobs.run(self._sampling, EpisodeReader, self._buffer.store, query)
+            reader = await tasks.run(self._sampling, EpisodeReader, self._buffer.store, query)
         frames = EpisodeFrames(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=max_frame_bytes)
         while True:
             await self._budgets.sending.reserve(frames.room_bytes)
             room = Loan(self._budgets.sending, frames.room_bytes)
             try:
                 async with self._reading:
-                    frame = await jobs.run(self._sampling, frames.next)
+                    frame = await tasks.run(self._sampling, frames.next)
                 if frame is None:
                     return
                 room.resize(len(frame))
@@ -314,7 +313,7 @@ class ReplayService:
             can_sample=fill.eligible > 0,
             min_steps_reached=fill.has(wanted),
             min_history=config.min_history,
-            counts=messages.counts(self._buffer.counts()),
+            counts=convert.counts(self._buffer.counts()),
             horizon=horizon,
             episodes_eligible=fill.eligible,
             longest_episode=fill.longest,
@@ -322,18 +321,18 @@ class ReplayService:
 
     async def _info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
         _check_table(request.table)
-        return messages.info(self._buffer)
+        return convert.info(self._buffer)
 
     async def _clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
         _check_table(request.table)
-        return pb.ClearResponse(counts=messages.counts(await jobs.run(self._adding, self._buffer.clear)))
+        return pb.ClearResponse(counts=convert.counts(await tasks.run(self._adding, self._buffer.clear)))
 
     def _spec(self, request: pb.SampleRequest) -> SampleSpec:
         _check_table(request.table)
         return self._buffer.spec(
             batch_size=request.batch_size if request.HasField("batch_size") else None,
             horizon=request.horizon if request.HasField("horizon") else None,
-            law=messages.law(request.law),
+            law=convert.law(request.law),
         )
 
     @contextmanager
@@ -372,7 +371,7 @@ def _parsing(method: Callable[[Any, Context], Awaitable[T]], request: type[Messa
     """Returns a method that takes its request as bytes."""
 
     async def parsing(data: bytes, context: Context) -> T:
-        return await method(messages.parse(request, data), context)
+        return await method(convert.parse(request, data), context)
 
     return parsing
 
