@@ -135,8 +135,8 @@ def measure_handing_on(address: str, spool_dir: Path | None, seconds: float) -> 
 def measure_backlog(address: str, spool_dir: Path, episodes: int) -> None:
     """Prints how fast a spool fills while nobody is there, how long it takes to open, and how fast it goes out."""
     from touchline import ReplayClient
-    from touchline._actor.writer import EpisodeWriter
     from touchline._spool.queue import Spool
+    from touchline.writer import EpisodeWriter
     from touchline_protos.codec import Episode
 
     rng = np.random.default_rng(0)

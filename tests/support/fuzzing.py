@@ -32,7 +32,7 @@ from touchline_server import Config, ReplayBuffer, ReplayError
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.receiver import Receptions
 from touchline_server.service.service import SERVICE_NAME, ReplayService
-from touchline_server.store.episode_store import Stored
+from touchline_server.store.committer import Stored
 
 Target = Callable[[bytes], bool]
 """Returns whether anything of the input was accepted."""

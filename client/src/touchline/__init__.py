@@ -19,7 +19,6 @@ Importing this loads neither torch nor tensordict.
 """
 
 import touchline._rpc.fork  # noqa: F401  before all that imports grpc
-from touchline._actor.writer import EpisodeWriter
 from touchline._learner.episodes import EpisodeStream
 from touchline._learner.stream import BatchStream
 from touchline._rpc.credentials import TlsConfig
@@ -28,6 +27,7 @@ from touchline.errors import (
     AccessDeniedError,
     ClosedError,
     DeadlineError,
+    EpisodeResult,
     ForkError,
     IncompatibleVersionError,
     InvalidArgumentError,
@@ -44,7 +44,8 @@ from touchline.errors import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo, WriterCounters
+from touchline.types import ColumnInfo, ReadyState, ServerInfo, WriterCounters
+from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import EpisodeKey, StoredEpisode
 

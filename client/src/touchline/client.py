@@ -32,6 +32,7 @@ from touchline._rpc.outcomes import outcome_told
 from touchline._rpc.waits import waiting
 from touchline.errors import (
     ClosedError,
+    EpisodeResult,
     InvalidArgumentError,
     InvalidEpisodeError,
     NotReadyError,
@@ -39,7 +40,7 @@ from touchline.errors import (
     TooLargeError,
     TouchlineError,
 )
-from touchline.types import EpisodeResult, ReadyState, ServerInfo
+from touchline.types import ReadyState, ServerInfo
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
 from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb

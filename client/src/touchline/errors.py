@@ -26,13 +26,10 @@ it carries travels in its ``__dict__``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
-
-if TYPE_CHECKING:
-    from touchline.types import EpisodeResult
 
 
 class TouchlineError(Exception):
@@ -104,6 +101,20 @@ class ClosedError(TouchlineError):
 
 class ForkError(TouchlineError):
     """This process is a forked child in which gRPC cannot work, because it was loaded without fork support in the parent."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeResult:
+    """What became of one episode."""
+
+    key: EpisodeKey
+    """The episode's key: an episode sent again with it is never stored twice."""
+    episode_id: int = -1
+    """The server's number for it; -1 where refused or not known."""
+    duplicate: bool = False
+    """Its key was stored before: acknowledged, not stored again."""
+    error: TouchlineError | None = None
+    """Why it was refused or is not acknowledged; None where it is stored."""
 
 
 class LoadError(TouchlineError):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from touchline.errors import TouchlineError
+from touchline.errors import EpisodeResult as EpisodeResult  # beside the error that it carries; users find it here as well
 from touchline_protos import Counts
-from touchline_protos.codec import EpisodeKey
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,20 +92,6 @@ class ServerInfo:
     def max_episode_bytes(self) -> int:
         """Of one episode, summed over its columns; a larger one is refused."""
         return int(tomllib.loads(self.config_toml)["server"]["max_episode_bytes"])
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeResult:
-    """What became of one episode."""
-
-    key: EpisodeKey
-    """The episode's key: an episode sent again with it is never stored twice."""
-    episode_id: int = -1
-    """The server's number for it; -1 where refused or not known."""
-    duplicate: bool = False
-    """Its key was stored before: acknowledged, not stored again."""
-    error: TouchlineError | None = None
-    """Why it was refused or is not acknowledged; None where it is stored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
 from touchline_server.selectors.sampling import Law, SeedSource
 from touchline_server.store import cuda_device
-from touchline_server.store.episode_store import EpisodeStore, Selection, Stored
+from touchline_server.store.committer import Stored
+from touchline_server.store.episode_store import EpisodeStore, Selection
 from touchline_server.store.gather import GatherPlan
 from touchline_server.store.memory import give_back_freed_memory
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
@@ -29,8 +30,9 @@ from touchline_server.store.schema import Schema
 if TYPE_CHECKING:
     import torchrl.data
 
-    from touchline_server.durability.group_commit import GroupCommitter, Receipt
+    from touchline_server.durability.group_commit import GroupCommitter
     from touchline_server.durability.storage_state import StorageMonitor
+    from touchline_server.store.committer import Receipt
 
 MAX_IDLE_BYTES = 1 << 28
 """Memory of batches that have died, kept for the next ones."""

@@ -18,7 +18,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError
 from touchline_server.store import columns
-from touchline_server.store.columns import allocate_columns, choose_device
+from touchline_server.store.allocation import allocate_columns, choose_device
 from touchline_server.store.schema import Schema
 from touchline_server.store.tensors import as_array, as_tensor
 

@@ -21,7 +21,7 @@ import touchline_protos
 import touchline_server
 from support.service_calls import make_config
 from touchline import LoadError, NotReadyError, OverLimitError, ReplayClient, UnacknowledgedError
-from touchline.types import EpisodeResult
+from touchline.errors import EpisodeResult
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
 from touchline_server.service.app import ServerThread
@@ -102,7 +102,7 @@ def shape(value: object) -> object:
 def test_errors_of_all_three_distributions_are_looked_at() -> None:
     names = {f"{error.__module__}.{error.__qualname__}" for error in ERRORS}
 
-    assert {"touchline.errors.LoadError", "touchline.datasets.values.DatasetError", "touchline_protos.shm.ring.RingError"} <= names
+    assert {"touchline.errors.LoadError", "touchline.datasets.errors.DatasetError", "touchline_protos.shm.ring.RingError"} <= names
     assert {"touchline_server.errors.StoreInUseError", "touchline_server.config.source.ConfigError"} <= names
     assert len(names) > 40
 

@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from touchline._actor.queue import PendingEpisodes, Waiting, WhenFull
+from touchline._actor.recipient import EpisodeRecipient
 from touchline._actor.sender_log import OutboxLog
 from touchline._rpc import waits
 from touchline._rpc.calls import Backoff, delay_before_retry
 from touchline.errors import (
     ClosedError,
     DeadlineError,
+    EpisodeResult,
     InvalidArgumentError,
     KeyConflictError,
     OverLimitError,
@@ -28,12 +29,9 @@ from touchline.errors import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline.types import EpisodeResult, WriterCounters
+from touchline.types import WriterCounters
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
-
-if TYPE_CHECKING:
-    from touchline.client import ReplayClient
 
 SERVER_ERROR_ATTEMPTS = 5
 """How often an episode is sent where server or client fail on it, before it counts as refused."""
@@ -62,7 +60,7 @@ class Outbox:
         when_full: what happens to an episode for which the queue has no room.
     """
 
-    def __init__(self, client: ReplayClient, queue: PendingEpisodes, *, name: str, when_full: WhenFull) -> None:
+    def __init__(self, client: EpisodeRecipient, queue: PendingEpisodes, *, name: str, when_full: WhenFull) -> None:
         self._client = client
         self._queue = queue
         self._name = name

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from touchline._actor import exit_hooks
 from touchline._actor.queue import PendingEpisodes, WhenFull
+from touchline._actor.recipient import EpisodeRecipient
 from touchline._actor.rows import EpisodeRows
 from touchline._actor.sender import Outbox
 from touchline._rpc.fork import forget_in_child
 from touchline.errors import SpoolError, UnacknowledgedError
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
-
-if TYPE_CHECKING:
-    from touchline.client import ReplayClient
 
 logger = get_logger(__name__)
 
@@ -33,7 +30,13 @@ class Unsent:
     """
 
     def __init__(
-        self, client: ReplayClient, queue: PendingEpisodes, childs_queue: Callable[[], PendingEpisodes], *, actor: str, when_full: WhenFull
+        self,
+        client: EpisodeRecipient,
+        queue: PendingEpisodes,
+        childs_queue: Callable[[], PendingEpisodes],
+        *,
+        actor: str,
+        when_full: WhenFull,
     ) -> None:
         self._client = client
         self._childs_queue = childs_queue

@@ -12,8 +12,7 @@ from touchline._actor.first_row import FirstRowCheck
 from touchline._rpc.calls import Calls, reason_of
 from touchline._rpc.convert import counts_of, load_results_of
 from touchline._rpc.encoding import encode_episode, unencodable
-from touchline.errors import InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
-from touchline.types import EpisodeResult
+from touchline.errors import EpisodeResult, InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
 from touchline_protos import Counts
 from touchline_protos.codec import (
     CodecError,

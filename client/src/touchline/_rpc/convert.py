@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from touchline.errors import (
+    EpisodeResult,
     InvalidArgumentError,
     InvalidEpisodeError,
     KeyConflictError,
@@ -16,7 +17,7 @@ from touchline.errors import (
     TooLargeError,
     TouchlineError,
 )
-from touchline.types import ColumnInfo, EpisodeResult, ReadyState, ServerInfo
+from touchline.types import ColumnInfo, ReadyState, ServerInfo
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.log_lines import escape

@@ -13,10 +13,11 @@ once. Importing this loads none of the formats' packages; a format needs its own
 
 from touchline._actor.rejections import Refusals
 from touchline.datasets.changes import Changes
+from touchline.datasets.errors import DatasetError, UnholdableError
 from touchline.datasets.exporting import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
 from touchline.datasets.loading import LoadReport, load, survey
-from touchline.datasets.values import DatasetEpisode, DatasetError, Source, UnholdableError
+from touchline.datasets.values import DatasetEpisode, Source
 
 __all__ = [
     "FORMATS",

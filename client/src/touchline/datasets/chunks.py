@@ -10,8 +10,8 @@ import math
 import zlib
 from typing import Any
 
+from touchline.datasets.errors import DatasetError
 from touchline.datasets.sizes import ADVICE
-from touchline.datasets.values import DatasetError
 
 SPARE_BYTES = 256 << 20
 """That a chunk may have, where an episode may have less."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 import numpy as np
 
 from touchline.client import ReplayClient
+from touchline.datasets.errors import DatasetError, UnholdableError
 from touchline.datasets.formats import check_format, format_of
 from touchline.datasets.provenance import Provenance
-from touchline.datasets.values import DatasetError, UnholdableError
 from touchline_protos.codec import StoredEpisode
 
 if TYPE_CHECKING:

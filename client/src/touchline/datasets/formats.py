@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from touchline.datasets.values import DatasetError, Source
+from touchline.datasets.errors import DatasetError
+from touchline.datasets.values import Source
 
 FORMATS = ("tdmpc2", "minari", "hdf5", "npz")
 """Names that ``format`` takes."""

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.chunks import check_chunks
+from touchline.datasets.errors import DatasetError
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
 from touchline.datasets.sizes import Tally
-from touchline.datasets.values import DatasetEpisode, DatasetError, escape, unescape
+from touchline.datasets.values import DatasetEpisode, escape, unescape
 from touchline.installing import install_command
 from touchline_protos.types.flatten import MAX_NESTING
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.errors import DatasetError
 from touchline.datasets.sizes import SizeLimit, Tally
-from touchline.datasets.values import DatasetError
 from touchline.installing import install_command
 
 try:

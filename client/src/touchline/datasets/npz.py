@@ -13,11 +13,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from touchline.datasets.errors import DatasetError
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
 from touchline.datasets.sizes import MAX_ABOUT_BYTES, Tally
-from touchline.datasets.values import DatasetEpisode, DatasetError
+from touchline.datasets.values import DatasetEpisode
 
 FORMAT = "npz"
 PROVENANCE = "episode.json"

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from touchline.datasets.values import DatasetError
+from touchline.datasets.errors import DatasetError
 from touchline_protos.files.locks import sync
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from touchline.datasets.values import DatasetError, escape, unescape
+from touchline.datasets.errors import DatasetError
+from touchline.datasets.values import escape, unescape
 from touchline_protos.codec import EpisodeKey
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from touchline.datasets.values import DatasetError
+from touchline.datasets.errors import DatasetError
 
 PICKLE_BYTES = 64 << 20
 """Most that a file's pickle may have: it names tensors, and holds none."""

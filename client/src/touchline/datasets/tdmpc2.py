@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from touchline._tdmpc2.column_names import columns_of
+from touchline.datasets.errors import DatasetError
 from touchline.datasets.pt_file import check_file
 from touchline.datasets.sizes import SizeLimit
-from touchline.datasets.values import DatasetEpisode, DatasetError, Digest
+from touchline.datasets.values import DatasetEpisode, Digest
 from touchline.errors import InvalidEpisodeError
 from touchline.installing import install_command
 from touchline_protos.types.flatten import MAX_NESTING, ColumnError, to_array

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.errors import DatasetError
 from touchline.datasets.placing import Placement
 from touchline.datasets.provenance import Provenance
-from touchline.datasets.values import DatasetError
 from touchline.installing import install_command
 from touchline_protos.types.dtypes import BFLOAT16
 

@@ -1,11 +1,4 @@
-"""What every format speaks of: a source of episodes, its episodes, and what is raised where one is none.
-
-Errors::
-
-    TouchlineError
-    └── DatasetError            a source or a target that cannot be read or written; nothing of a server
-        └── UnholdableError     a target's format cannot hold this one episode
-"""
+"""What every format speaks of: a source of episodes, and its episodes."""
 
 from __future__ import annotations
 
@@ -13,24 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from touchline.datasets.sizes import SizeLimit
 from touchline.errors import TouchlineError
 from touchline_protos.codec import EpisodeKey
 
-if TYPE_CHECKING:
-    from touchline.datasets.sizes import SizeLimit
-
 BLOCK_BYTES = 1 << 22
 """What is read of a file at a time."""
-
-
-class DatasetError(TouchlineError):
-    """A source cannot be read, or a target cannot be written. The message names it, what was found and what to do."""
-
-
-class UnholdableError(DatasetError):
-    """The format of a target cannot hold this episode, but others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from touchline._actor.writer import EpisodeWriter
-from touchline.errors import InvalidEpisodeError, TouchlineError, UnacknowledgedError
+from touchline.errors import EpisodeResult, InvalidEpisodeError, TouchlineError, UnacknowledgedError
 from touchline.recorders.values import Convert, array_of
-from touchline.types import EpisodeResult
+from touchline.writer import EpisodeWriter
 from touchline_protos.log_lines import get_logger
 
 Row = dict[str, Any]

@@ -14,13 +14,13 @@ from urllib.parse import quote
 import numpy as np
 
 from touchline._actor.queue import WhenFull
-from touchline._actor.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
 from touchline._rpc.convert import check_dtype
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
 from touchline.recorders.line import EpisodeLine, Transform
 from touchline.recorders.values import Convert
 from touchline.types import WriterCounters
+from touchline.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on

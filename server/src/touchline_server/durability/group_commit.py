@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from touchline_protos.codec import Episode
@@ -27,8 +26,9 @@ from touchline_server.durability.plan import GroupPlan, Planned
 from touchline_server.durability.records import Change
 from touchline_server.durability.storage_state import UNCERTAIN, StorageMonitor, StorageState
 from touchline_server.errors import OverloadedError, ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.store.committer import Receipt, Stored
 from touchline_server.store.dedup import payload_digest
-from touchline_server.store.episode_store import EpisodeStore, Stored
+from touchline_server.store.episode_store import EpisodeStore
 
 logger = get_logger(__name__)
 
@@ -41,13 +41,6 @@ RETRY_S = 1.0
 """Between attempts to write what is in memory already, and between two looks for room, while the disk is full."""
 IDLE_S = 0.2
 """Rest after which free pages go back to the file system."""
-
-
-class Receipt(Future[Stored]):
-    """The answer to an episode that was submitted."""
-
-    cost_s = 0.0
-    """CPU time that storing it took, known once it is answered."""
 
 
 @dataclass(eq=False, slots=True)

@@ -17,7 +17,7 @@ from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, KeyConflictError, ReplayError, TooLargeError
 from touchline_server.selectors.sampling import Law
 from touchline_server.service.grpc_status import shorten
-from touchline_server.store.episode_store import Stored
+from touchline_server.store.committer import Stored
 from touchline_server.store.reader import EpisodeQuery
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}

@@ -14,10 +14,10 @@ from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
 from touchline_server.service import tasks
 from touchline_server.service.throttle import AddGate
-from touchline_server.store.episode_store import Stored
+from touchline_server.store.committer import Stored
 
 if TYPE_CHECKING:
-    from touchline_server.durability.group_commit import Receipt
+    from touchline_server.store.committer import Receipt
 
 MAX_AT_ONCE_BYTES = 1 << 19
 """Largest message whose episodes are stored in the event loop."""

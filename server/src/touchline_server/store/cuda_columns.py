@@ -23,7 +23,7 @@ class CudaColumns(Columns):
     on_cuda = True
 
     def __init__(self, schema: Schema, capacity: int, device: str) -> None:
-        """Allocates. Use :func:`~touchline_server.store.columns.allocate_columns`."""
+        """Allocates. Use :func:`~touchline_server.store.allocation.allocate_columns`."""
         self.schema = schema
         self.capacity = capacity
         self.files = {}

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,8 +24,10 @@ from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
 from touchline_server.selectors.sampling import Draw, Law
+from touchline_server.store.allocation import allocate_columns
 from touchline_server.store.catalogue import Catalogue, Entry
-from touchline_server.store.columns import Columns, allocate_columns
+from touchline_server.store.columns import Columns
+from touchline_server.store.committer import Committer, Receipt, Stored
 from touchline_server.store.dedup import KeyLedger, payload_digest
 from touchline_server.store.epochs import Pins
 from touchline_server.store.index import Fill
@@ -34,22 +35,7 @@ from touchline_server.store.refused_episodes import RefusedEpisodes, identify
 from touchline_server.store.schema import EpisodeValidator, FirstRowCheck, Schema
 from touchline_server.store.scratch import ScratchDir
 
-if TYPE_CHECKING:
-    from touchline_server.durability.group_commit import GroupCommitter, Receipt
-
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """The answer to an add."""
-
-    episode_id: int
-    """-1 for a duplicate whose id is no longer known."""
-    first_row: int
-    """Where it begins in the ring; -1 for a duplicate."""
-    duplicate: bool
-    counts: Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +90,7 @@ class EpisodeStore:
         self._next_id = 0
         self._figures = {field.name: 0 for field in fields(Counts)}
         self._listeners: list[Callable[[], None]] = []
-        self._committer: GroupCommitter | None = None
+        self._committer: Committer | None = None
 
     def close(self) -> None:
         """Lets go of the ``storage.scratch_dir``, if there is one. Nothing may be added, sampled or read from then on."""
@@ -201,7 +187,7 @@ class EpisodeStore:
         finally:
             self.write_lock.release()
 
-    def attach(self, committer: GroupCommitter) -> None:
+    def attach(self, committer: Committer) -> None:
         """Has everything that is added from now on go through a durable store."""
         self._committer = committer
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,6 +22,7 @@ from touchline_protos.types.batch import PROVENANCE
 from touchline_server.selectors.sampling import Draw
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_store import Selection
+from touchline_server.store.output_tensor import OutputTensor
 from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
@@ -41,26 +42,11 @@ MAX_IDLE_TRANSFERS = 4
 """Ways to host memory that are kept for the next batches of a CUDA store; each has a batch of device memory."""
 
 
-class Part(NamedTuple):
-    """One tensor of a batch and the rows of the slice that it takes."""
-
-    name: str
-    rows: slice
-    inner_shape: tuple[int, ...]
-    """Of one row as stored."""
-    gathered_shape: tuple[int, ...]
-    """Of those rows of all slices."""
-    out_shape: tuple[int, ...]
-    """In the batch."""
-    stored: bool
-    """False: no such column, the batch has zeros."""
-
-
 @dataclass(frozen=True, slots=True)
 class GatherPlan:
     """How batches of one schema, batch size and horizon are gathered, and how they look on the wire. Immutable, so thread-safe."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[OutputTensor, ...]
     layout: BatchLayout
     steps: int
     """Of a slice: horizon + 1."""
@@ -84,7 +70,7 @@ class GatherPlan:
             else:
                 rows, shape = slice(None), _shape(horizon + 1, batch_size, *inner)
             gathered = (len(range(horizon + 1)[rows]), batch_size, *inner)
-            parts.append(Part(name, rows, inner, gathered, shape, name in stored))
+            parts.append(OutputTensor(name, rows, inner, gathered, shape, name in stored))
             specs.append(TensorSpec(name, dtype, shape))
         return cls(tuple(parts), BatchLayout(specs, batch_size), horizon + 1)
 
@@ -203,7 +189,7 @@ class GatherPlan:
         except IndexError:
             from touchline_server.store.transfer import HostTransfer
 
-            transfer = HostTransfer(self, selection.columns, selection.rows.shape)
+            transfer = HostTransfer(self.parts, self.layout, selection.columns, selection.rows.shape)
         yield transfer
         # Not after an error, which may have left work under way in it.
         idle.append(transfer)

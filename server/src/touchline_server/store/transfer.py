@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from touchline_protos.codec import BatchLayout
 from touchline_server.store.columns import Columns
 
 if TYPE_CHECKING:
     from touchline_server.store.episode_store import Selection
-    from touchline_server.store.gather import GatherPlan
+    from touchline_server.store.output_tensor import OutputTensor
 
 
 def rows_on_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -33,22 +34,23 @@ class HostTransfer:
     Has a stream and a block of device memory of its own, used again for each batch, so that nothing is allocated for one.
 
     Args:
-        plan: of the batches.
+        parts: the batches' tensors.
+        layout: of a batch's body.
         columns: to read. They may be on the CPU, where all of this is plain copies.
         rows_shape: of a batch's rows.
     """
 
-    def __init__(self, plan: GatherPlan, columns: Columns, rows_shape: tuple[int, ...]) -> None:
+    def __init__(self, parts: Sequence[OutputTensor], layout: BatchLayout, columns: Columns, rows_shape: tuple[int, ...]) -> None:
         device = columns.device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with self._in_order():
             self._rows = torch.empty(math.prod(rows_shape), dtype=torch.int64, device=device)
-            self._block = torch.zeros(plan.layout.body_bytes, dtype=torch.uint8, device=device)
+            self._block = torch.zeros(layout.body_bytes, dtype=torch.uint8, device=device)
         self._gathers = []
         tensors = columns.tensors
-        for part, offset in zip(plan.parts, plan.layout.offsets, strict=False):
+        for part, offset in zip(parts, layout.offsets, strict=False):
             column = tensors.get(part.name)
             if column is None or not math.prod(part.out_shape):
                 continue  # the block's zeros are what the batch has
