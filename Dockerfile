@@ -135,6 +135,6 @@ EXPOSE 50051
 # It asks the server that the configuration in force describes, waits 20 s for the answer, and prints why if it is not healthy; by itself it
 # takes 0.1 s of CPU. Until the durable store is read the answer is NOT_SERVING, and that takes some 3 s/GiB (more from a slow disk); what
 # fails within the start period does not count, and the first success ends it, so a long one delays nothing but the word "unhealthy".
-HEALTHCHECK --interval=5s --timeout=30s --start-period=600s --retries=3 CMD ["python", "-m", "touchline_server.healthcheck"]
+HEALTHCHECK --interval=5s --timeout=30s --start-period=600s --retries=3 CMD ["python", "-m", "touchline_server.service.healthcheck"]
 ENTRYPOINT ["touchline-server"]
 CMD ["serve"]

@@ -280,10 +280,8 @@ def test_health_check_is_cheap_and_its_output_says_what_is_wrong(project: Projec
     expected = "tls.key: /tls/server.key: Permission denied; make it readable by user 10001, which this process runs as"
 
     serve = docker("run", "--rm", *mounts, *variables, f"touchline-server:{TAG}", check=False)
-    check = docker(
-        *("run", "--rm", *mounts, *variables, "--entrypoint", "python", f"touchline-server:{TAG}", "-m", "touchline_server.healthcheck"),
-        check=False,
-    )
+    image = ("--entrypoint", "python", f"touchline-server:{TAG}")
+    check = docker("run", "--rm", *mounts, *variables, *image, "-m", "touchline_server.service.healthcheck", check=False)
 
     assert (serve.returncode, expected in serve.stderr) == (2, True), serve.stderr
     assert (check.returncode, expected in check.stdout) == (1, True), check.stdout

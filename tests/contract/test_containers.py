@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from touchline_server import Config
-from touchline_server.healthcheck import CONTAINER_TIMEOUT_S
+from touchline_server.service.healthcheck import CONTAINER_TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -102,7 +102,7 @@ def test_health_check_waits_for_the_container_check_and_names_a_module_that_runs
     timeout_s, command = re.findall(r"HEALTHCHECK .*--timeout=(\d+)s .*CMD (\[.+\])", DOCKERFILE)[0]
 
     assert int(timeout_s) > CONTAINER_TIMEOUT_S
-    assert json.loads(command) == ["python", "-m", "touchline_server.healthcheck"]
+    assert json.loads(command) == ["python", "-m", "touchline_server.service.healthcheck"]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer
 from touchline_server.durability import restore as restoring
-from touchline_server.healthcheck import DETAIL_KEY
 from touchline_server.service.app import ReplayServer, ServerThread
+from touchline_server.service.healthcheck import DETAIL_KEY
 
 
 @pytest.mark.parametrize("durability", MODES)

@@ -10,8 +10,8 @@ import pytest
 from support.failing_disk import Fault, failing_disk
 from support.store_cases import make_config, plain_columns
 from touchline import OverLimitError, ReplayClient, UnavailableError
-from touchline_server.healthcheck import check_at
 from touchline_server.service.app import ServerThread
+from touchline_server.service.healthcheck import check_at
 
 
 @pytest.mark.parametrize(

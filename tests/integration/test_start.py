@@ -17,7 +17,7 @@ from support.store_cases import plain_columns
 from touchline import ReplayClient
 from touchline_server import ConfigError
 from touchline_server.config.sections import TlsConfig
-from touchline_server.healthcheck import check_own
+from touchline_server.service.healthcheck import check_own
 from touchline_server.service.tls import server_credentials
 from touchline_server.store import cuda_device
 
@@ -133,7 +133,7 @@ def test_containers_health_check_imports_grpc_and_nothing_else_that_costs(tmp_pa
     with ServerProcess(tmp_path) as server:
         port = server.address.rpartition(":")[2]
 
-        result = healthcheck(tmp_path, "touchline_server.healthcheck", TOUCHLINE_SERVER__PORT=port, **PROFILE)
+        result = healthcheck(tmp_path, "touchline_server.service.healthcheck", TOUCHLINE_SERVER__PORT=port, **PROFILE)
 
     assert (result.returncode, result.stdout) == (0, f"127.0.0.1:{port}: SERVING\n")
     modules = imported(result.stderr)
@@ -141,7 +141,7 @@ def test_containers_health_check_imports_grpc_and_nothing_else_that_costs(tmp_pa
     assert modules & {*HEAVY, "numpy", "pydantic", "typer", "google.protobuf", "touchline_protos", "cryptography"} == set()
 
 
-COMMANDS = [("touchline_server.healthcheck",), ("touchline_server", "healthcheck")]
+COMMANDS = [("touchline_server.service.healthcheck",), ("touchline_server", "healthcheck")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -222,7 +222,7 @@ def test_containers_health_check_that_finds_no_address_says_why(text: str, tmp_p
     file = tmp_path / "wrong.toml"
     file.write_text(text, encoding="utf-8")
 
-    result = healthcheck(tmp_path, "touchline_server.healthcheck", TOUCHLINE_CFG=str(file))
+    result = healthcheck(tmp_path, "touchline_server.service.healthcheck", TOUCHLINE_CFG=str(file))
 
     assert result.returncode == 1
     assert "not valid TOML" in result.stdout or "server.port: 0, expected a port that is known beforehand" in result.stdout

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from touchline_server.cli import main as cli
 from touchline_server.config.sections import ServerConfig
 from touchline_server.config.settings import Config
-from touchline_server.healthcheck import ADDING, DETAIL_KEY, own_address
+from touchline_server.service.healthcheck import ADDING, DETAIL_KEY, own_address
 
 
 @pytest.fixture(autouse=True)

@@ -226,7 +226,7 @@ def healthcheck(
       0  healthy
       1  not healthy, no answer, or the configuration cannot be read
     """
-    from touchline_server.healthcheck import check_at, check_own
+    from touchline_server.service.healthcheck import check_at, check_own
 
     try:
         if address is None:

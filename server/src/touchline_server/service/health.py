@@ -13,7 +13,7 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import RestoringError
-from touchline_server.healthcheck import ADDING, DETAIL_KEY
+from touchline_server.service.healthcheck import ADDING, DETAIL_KEY
 
 REPLAY = "touchline.v1.Replay"
 """Service whose health says that the server takes calls, as the empty name does."""
