@@ -92,7 +92,7 @@ class Module:
 
 
 def _room(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def _imported(source: str) -> Iterator[str]:

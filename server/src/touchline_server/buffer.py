@@ -301,7 +301,7 @@ class ReplayBuffer:
         """Returns this same store as a regular TorchRL buffer: what one adds, the other samples.
 
         ``extend`` takes whole episodes (split where the ``episode`` column changes, one episode where there is none), ``sample``
-        returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl_face`).
+        returns a TensorDict of batch_size x (horizon + 1) rows with ``batch_size`` taken from it (see :mod:`.torchrl.adapter`).
         """
         self.check_restored()
         from touchline_server.torchrl.adapter import make_torchrl_buffer

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, in the domain's own words. gRPC's words for them are in one table, :mod:`.status`.
+"""What can go wrong with a request, in the domain's own words. gRPC's words for them are in one table, :mod:`.service.grpc_status`.
 
 ReplayError
 ├── InvalidEpisodeError     an episode that is malformed or does not fit the schema

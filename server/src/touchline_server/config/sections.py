@@ -1,4 +1,4 @@
-"""The tables of the configuration: their keys, defaults and bounds. :mod:`.config` reads them and puts them together."""
+"""The tables of the configuration: their keys, defaults and bounds. :mod:`.settings` reads them and puts them together."""
 
 from __future__ import annotations
 

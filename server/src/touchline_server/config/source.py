@@ -1,6 +1,6 @@
 """Where the configuration comes from: which file, and which environment variables. Reads them without checking their values.
 
-:mod:`.config` checks. This module costs a few milliseconds, for what must be known before that: the log level, and what to ask a health
+:mod:`.settings` checks. This module costs a few milliseconds, for what must be known before that: the log level, and what to ask a health
 check.
 """
 

@@ -1,7 +1,8 @@
 """Asks a server whether it is healthy, at the cost of a gRPC client: without torch, numpy, pydantic, protobuf's runtime or typer.
 
 A container does so every few seconds, also while the machine is busy with something else:
-``python -m touchline_server.service.healthcheck`` asks this machine's own server and takes no options. ``touchline-server healthcheck`` has them, and takes twice the CPU.
+``python -m touchline_server.service.healthcheck`` asks this machine's own server and takes no options. ``touchline-server healthcheck``
+has them, and takes twice the CPU.
 """
 
 from __future__ import annotations
