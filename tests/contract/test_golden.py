@@ -27,7 +27,7 @@ from touchline_protos.codec import (
     encode_load,
     encode_loads,
 )
-from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.upload import chunk_message
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
@@ -111,7 +111,9 @@ def write_reading() -> dict[str, bytes]:
     """Two episodes in a group, and a third one in chunks, of which the first of many is here."""
     episode = make_episode()
     specs = [TensorSpec(name, column.dtype, column.shape) for name, column in episode.columns.items()]
-    outlines = [Outline(number, Episode({}, episode.key, episode.actor, episode.policy_version), specs) for number in (0, 1 << 40, 1 << 41)]
+    outlines = [
+        EpisodeOutline(number, Episode({}, episode.key, episode.actor, episode.policy_version), specs) for number in (0, 1 << 40, 1 << 41)
+    ]
     group, outs = group_message(outlines[:2])
     for out, column in zip((out for outs_of_one in outs for out in outs_of_one), [*episode.columns.values()] * 2, strict=True):
         out[:] = np.ascontiguousarray(column).reshape(-1).view(np.uint8)

@@ -47,7 +47,7 @@ def drain(folder: Path) -> tuple[list[int], int]:
                 spool.remove(waiting)
                 arrived.append(found.key.sequence)
             else:
-                spool.set_aside(waiting, found)
+                spool.dead_letter(waiting, found)
                 told += 1
     except SpoolError:
         told += 1

@@ -19,7 +19,7 @@ from touchline import ReplayClient, UnavailableError
 from touchline_protos.codec import EpisodeDecoder, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.app import ServerThread
-from touchline_server.service.episode_framer import EpisodeFrames
+from touchline_server.service.episode_framer import EpisodeFramer
 
 
 def get(caller: Caller, **fields: Any) -> Any:
@@ -90,8 +90,8 @@ def test_calls_count_as_streams_while_they_last() -> None:
 
 def test_frames_are_made_only_as_the_reader_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    following = EpisodeFrames.next
-    monkeypatch.setattr(EpisodeFrames, "next", lambda frames: made.append(1) or following(frames))
+    following = EpisodeFramer.next
+    monkeypatch.setattr(EpisodeFramer, "next", lambda frames: made.append(1) or following(frames))
     config = make_config(config={"buffer_size": 1_000_000, "batch_size": 8, "min_history": 0, "horizon": 3})
     with ServerThread(config) as server, Caller(server.address) as caller:
         for number in range(100):
@@ -111,14 +111,14 @@ def test_frames_are_made_only_as_the_reader_takes_them(monkeypatch: pytest.Monke
 
 def test_reading_never_takes_more_than_one_thread_from_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Event(), threading.Event()
-    following = EpisodeFrames.next
+    following = EpisodeFramer.next
 
-    def stuck(frames: EpisodeFrames) -> bytes | None:
+    def stuck(frames: EpisodeFramer) -> bytes | None:
         entered.set()
         assert leave.wait(DEADLINE_S)
         return following(frames)
 
-    monkeypatch.setattr(EpisodeFrames, "next", stuck)
+    monkeypatch.setattr(EpisodeFramer, "next", stuck)
     with ServerThread(make_config()) as server, Caller(server.address) as caller:
         fill(server)
         calls = [get(caller) for _ in range(8)]

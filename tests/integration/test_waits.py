@@ -35,7 +35,7 @@ class Waits:
         self.now = 0.0
         self.log = WaitLog(clock=lambda: self.now, watched=False)
 
-    def look_at(self, second: float) -> None:
+    def consume_exception(self, second: float) -> None:
         self.now = second
         self.log.look()
 
@@ -144,7 +144,7 @@ def test_verb_that_nobody_answers_says_so_after_ten_seconds_and_each_minute(
 
     counts = []
     for second in (9.9, 10.0, 69.9, 70.0):
-        waits.look_at(second)
+        waits.consume_exception(second)
         counts.append(len(lines_of(caplog)))
 
     assert counts == ([1, 1, 2, 2] if at_once else [0, 1, 1, 2])
@@ -162,7 +162,7 @@ def test_verb_that_a_silent_server_leaves_waiting_says_so(
     begin(VERBS[verb], ReplayClient(address), stack)
     eventually(lambda: bool(waits.log._waits), "it waits")
 
-    waits.look_at(10.0)
+    waits.consume_exception(10.0)
 
     (line,) = lines_of(caplog)
     assert line.startswith(f"{verb} waits for {address}, 10 s so far: ")
@@ -178,9 +178,9 @@ def test_writer_says_why_its_episodes_wait_and_so_does_flush(
     begin(lambda client: write(client, tmp_path if spool else None).flush(), client, stack)
     eventually(lambda: sum(address in reason for reason in waits.reasons()) >= 1 and len(waits.log._waits) == 2, "both wait")
 
-    waits.look_at(10.0)
-    waits.look_at(69.0)
-    waits.look_at(70.0)
+    waits.consume_exception(10.0)
+    waits.consume_exception(69.0)
+    waits.consume_exception(70.0)
 
     name = f"episode writer of actor 'left-foot' waits for {address}"
     assert [line.startswith((name, f"flush() of the {name}")) for line in lines_of(caplog)] == [True] * 4
@@ -220,7 +220,7 @@ def test_sampling_at_a_horizon_longer_than_every_episode_says_so_with_the_figure
     eventually(lambda: any(wait.who == who for wait in list(waits.log._waits)), "it waits")
 
     for second in (9.0, 10.0, 69.0, 70.0):
-        waits.look_at(second)
+        waits.consume_exception(second)
 
     assert lines_of(caplog) == [
         f"{who} waits for {server.address}, {second} s so far: 20 steps in 2 episodes, 0 of them with the 201 steps that horizon 200 "
@@ -239,7 +239,7 @@ def test_wait_until_ready_says_how_far_min_history_is(
     begin(lambda client: client.wait_until_ready(), client, stack)
     eventually(lambda: any("expected 100 steps" in reason for reason in waits.reasons()), "the state is known")
 
-    waits.look_at(10.0)
+    waits.consume_exception(10.0)
 
     assert lines_of(caplog) == [
         f"wait_until_ready() waits for {server.address}, 10 s so far: 20 steps in 2 episodes, 2 of them with the 4 steps that horizon 3 "
@@ -252,6 +252,6 @@ def test_extend_of_the_torchrl_drop_in_says_that_nobody_answers(waits: Waits, st
     begin(lambda client: RemoteReplayBuffer(client, batch_size=8).extend(transitions()), ReplayClient(address), stack)
     eventually(lambda: any(address in reason for reason in waits.reasons()), "the failure is known")
 
-    waits.look_at(10.0)
+    waits.consume_exception(10.0)
 
     assert lines_of(caplog)[0].startswith(f"info() waits for {address}, 10 s so far: {address}: failed to connect")

@@ -30,7 +30,7 @@ from touchline_protos.codec.download import EpisodeDecoder
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config, ReplayBuffer, ReplayError
 from touchline_server.service.budgets import Budgets
-from touchline_server.service.receiver import Receptions
+from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.store.committer import Stored
 
@@ -221,7 +221,7 @@ class _Assembler:
     def in_progress(self) -> bool:
         return self._header is not None
 
-    def give_up(self) -> None:
+    def rollback(self) -> None:
         self._header = None
 
     def feed(self, request: Any) -> pb.Episode | None:
@@ -272,7 +272,7 @@ def loading(store: FuzzedStore) -> Target:
                 episode = decoder.feed(message)
             except CodecError as error:
                 assert str(error)
-                assembler.give_up()
+                assembler.rollback()
                 if error.fatal:
                     return accepted
                 continue
@@ -403,7 +403,7 @@ def reading(data: bytes) -> bool:
             expected = [(stored.episode_id, stored.episode) for stored in reference.group.episodes]
         elif part == "evicted":
             assert assembler.in_progress and reference.evicted.episode_id == number
-            assembler.give_up()
+            assembler.rollback()
         else:
             if part == "header":
                 number = reference.header.episode_id
@@ -491,7 +491,7 @@ class FuzzedSessions:
     @staticmethod
     async def _serve(buffer: ReplayBuffer) -> ReplayService:
         budgets = Budgets(buffer.config.server)
-        return ReplayService(buffer, budgets, Receptions(budgets, buffer.config.server))
+        return ReplayService(buffer, budgets, MessageReaders(budgets, buffer.config.server))
 
     async def _run(self, messages: list[bytes]) -> bool:
         learner = _Learner(messages)

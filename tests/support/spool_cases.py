@@ -27,7 +27,7 @@ def fill(folder: Path, *episodes: Episode, refused: int = 0, table: str = "") ->
     for number in range(refused):
         taken = spool.take()
         assert taken is not None
-        spool.set_aside(taken[0], InvalidEpisodeError(f"obs: as the test wants, for the {number}th time"))
+        spool.dead_letter(taken[0], InvalidEpisodeError(f"obs: as the test wants, for the {number}th time"))
     spool.close()
 
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from touchline._actor.keys import Identity
-from touchline._actor.upload import MAX_LOAD_BYTES, Delivery, episodes_of, make_episode
+from touchline._actor.upload import MAX_LOAD_BYTES, EpisodeUploader, episodes_of, make_episode
 from touchline._learner.episodes import EpisodeSource, EpisodeStream
 from touchline._learner.readiness import Readiness
 from touchline._learner.stream import BatchSource, BatchStream, StreamSource
 from touchline._learner.torch_batch import load_torch, to_tensors
-from touchline._rpc.calls import Calls
+from touchline._rpc.calls import RpcClient
 from touchline._rpc.channel import Transport, check_address
 from touchline._rpc.convert import (
     check_actor,
@@ -27,7 +27,7 @@ from touchline._rpc.convert import (
     whole_number,
 )
 from touchline._rpc.credentials import Credentials, TlsConfig
-from touchline._rpc.fork import forget_in_child
+from touchline._rpc.fork import register_after_fork
 from touchline._rpc.outcomes import outcome_told
 from touchline._rpc.waits import waiting
 from touchline.errors import (
@@ -105,11 +105,11 @@ class ReplayClient:
         self._identity = Identity(client_id)
         credentials = Credentials(check_address(address), tls=tls, token=token, allow_plaintext=allow_plaintext)
         self._transport = Transport(address, max_message_bytes=max_message_bytes, credentials=credentials)
-        self._calls = Calls(self._transport, timeout_s=timeout_s)
-        self._delivery = Delivery(self._calls, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
+        self._calls = RpcClient(self._transport, timeout_s=timeout_s)
+        self._delivery = EpisodeUploader(self._calls, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         self._readiness = Readiness(self._calls, table=table)
         self._decoders = threading.local()
-        forget_in_child(self)
+        register_after_fork(self)
 
     @property
     def address(self) -> str:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from touchline._actor import exit_hooks
-from touchline._actor.queue import MAX_PENDING, MemoryQueue, PendingEpisodes, WhenFull
+from touchline._actor.queue import MAX_PENDING, EpisodeQueue, MemoryQueue, OverflowPolicy
 from touchline._actor.rows import row_columns
 from touchline._actor.unsent import Unsent
 from touchline._rpc.convert import check_actor, check_dtype, check_policy_version, whole_number
@@ -102,11 +102,11 @@ class EpisodeWriter(NotCopied):
         max_pending_bytes: int = MAX_PENDING_BYTES,
         spool_dir: str | os.PathLike[str] | None = None,
         spool_limit_bytes: int = SPOOL_LIMIT_BYTES,
-        when_full: WhenFull = "block",
+        when_full: OverflowPolicy = "block",
         dtype: Any = None,
     ) -> None:
-        if when_full not in get_args(WhenFull):
-            raise InvalidArgumentError(f"when_full: {when_full!r}, expected {', '.join(map(repr, get_args(WhenFull)))}")
+        if when_full not in get_args(OverflowPolicy):
+            raise InvalidArgumentError(f"when_full: {when_full!r}, expected {', '.join(map(repr, get_args(OverflowPolicy)))}")
         self._client = client
         self._actor = client.actor if actor is None else check_actor(actor)
         self._policy_version = check_policy_version(policy_version)
@@ -116,7 +116,7 @@ class EpisodeWriter(NotCopied):
         self._max_pending = None if max_pending is None else whole_number("max_pending", max_pending, least=least)
         self._max_pending_bytes = whole_number("max_pending_bytes", max_pending_bytes, least=1, most=(1 << 63) - 1)
         self._spool_limit_bytes = whole_number("spool_limit_bytes", spool_limit_bytes, least=1 << 20, most=(1 << 63) - 1)
-        self._when_full: WhenFull = when_full
+        self._when_full: OverflowPolicy = when_full
         self._dtype = client.dtype if dtype is None else check_dtype(dtype)
         self._closing = False
         self._rows_version = self._policy_version
@@ -126,7 +126,7 @@ class EpisodeWriter(NotCopied):
         exit_hooks.watch(self._unsent)
         when_dropped(self, self._unsent.end)
 
-    def _open_spool(self, folder: Path) -> PendingEpisodes:
+    def _open_spool(self, folder: Path) -> EpisodeQueue:
         from touchline._spool.queue import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool
 
         return Spool(folder, limit_bytes=self._spool_limit_bytes, max_pending=self._max_pending, table=self._client.table)

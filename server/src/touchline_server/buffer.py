@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from touchline_server.durability.group_commit import GroupCommitter
     from touchline_server.durability.storage_state import StorageMonitor
-    from touchline_server.store.committer import Receipt
+    from touchline_server.store.committer import CommitFuture
 
 MAX_IDLE_BYTES = 1 << 28
 """Memory of batches that have died, kept for the next ones."""
@@ -316,7 +316,7 @@ class ReplayBuffer:
         self.check_restored()
         return self.store.add(episode)
 
-    def submit_episode(self, episode: Episode) -> Stored | Receipt:
+    def submit_episode(self, episode: Episode) -> Stored | CommitFuture:
         """Stores one episode without waiting for the disk: see :meth:`EpisodeStore.submit`."""
         self.check_restored()
         return self.store.submit(episode)

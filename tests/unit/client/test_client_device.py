@@ -16,7 +16,7 @@ import pytest
 
 from support.client_faults import refuse_threads
 from touchline import Batch, ClosedError, UnavailableError
-from touchline._learner.cuda import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, hand_over
+from touchline._learner.cuda import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, sync_to_current_stream
 from touchline._learner.torch_batch import map_batch
 from touchline_protos.types.dtypes import BFLOAT16
 
@@ -117,7 +117,7 @@ def test_staged_batch_arrives_whole_with_its_dtypes_and_shapes() -> None:
     late = LateTorch()
 
     staged = CudaStaging(late, "device").stage(_batch(7))
-    batch = hand_over(late, staged)
+    batch = sync_to_current_stream(late, staged)
 
     assert _matches(batch, 7)
     assert batch.obs["half"].dtype == torch.bfloat16 and (batch.obs["half"] == 2.0).all()
@@ -135,7 +135,7 @@ def test_staging_memory_is_not_written_before_its_last_copy_was_made() -> None:
     staged = [staging.stage(_batch(number)) for number in range(2 * STAGING_SLOTS)]
     assert len(late.queued) == STAGING_SLOTS
 
-    assert all(_matches(hand_over(late, item), number) for number, item in enumerate(staged))
+    assert all(_matches(sync_to_current_stream(late, item), number) for number, item in enumerate(staged))
 
 
 def test_staging_grows_with_the_batches() -> None:
@@ -144,7 +144,7 @@ def test_staging_grows_with_the_batches() -> None:
 
     staged = [staging.stage(_batch(number, rows=2 + number)) for number in range(2 * STAGING_SLOTS)]
 
-    assert all(_matches(hand_over(late, item), number) for number, item in enumerate(staged))
+    assert all(_matches(sync_to_current_stream(late, item), number) for number, item in enumerate(staged))
 
 
 def test_host_arrays_are_free_after_staging() -> None:
@@ -154,7 +154,7 @@ def test_host_arrays_are_free_after_staging() -> None:
     staged = CudaStaging(late, "device").stage(arrays)
     arrays.action[...] = 9
 
-    assert _matches(hand_over(late, staged), 3)
+    assert _matches(sync_to_current_stream(late, staged), 3)
 
 
 class Ring:
@@ -190,7 +190,7 @@ def test_batch_in_a_ring_is_copied_from_where_it_lies_and_held_until_then() -> N
     del batch
     assert alive() is not None
     ring.batch(1, 6)  # the device reads only now: what is in the slot by then is what it gets
-    arrived = hand_over(late, staged)
+    arrived = sync_to_current_stream(late, staged)
     staging.close()
 
     assert _matches(arrived, 6)
@@ -205,7 +205,7 @@ def test_no_more_than_two_batches_of_a_ring_are_held() -> None:
     staged = [staging.stage(ring.batch(number % 2, number), ring) for number in range(3)]
 
     assert len(late.queued) == 2  # the third one waited for the first one's copy
-    assert _matches(hand_over(late, staged[2]), 2)
+    assert _matches(sync_to_current_stream(late, staged[2]), 2)
 
 
 def test_copy_of_a_rings_batch_goes_through_pinned_memory() -> None:
@@ -216,7 +216,7 @@ def test_copy_of_a_rings_batch_goes_through_pinned_memory() -> None:
     staged = staging.stage(copy, ring)
     copy.action[...] = 9
 
-    assert _matches(hand_over(late, staged), 4)
+    assert _matches(sync_to_current_stream(late, staged), 4)
 
 
 class Host:

@@ -17,15 +17,15 @@ from support.client_faults import Handler, ScriptedServer, fail, in_turn
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
 from touchline._rpc.calls import Backoff
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode, TensorSpec
-from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.upload import chunk_message
 from touchline_protos.v1 import replay_pb2 as pb
 
 ALL = EpisodeSelection(0, 9, 10, 20, 77)
 
 
-def outline(number: int) -> Outline:
-    return Outline(number, Episode({}, None, "arm", number), [TensorSpec("obs", np.dtype("<i8"), (2,))])
+def outline(number: int) -> EpisodeOutline:
+    return EpisodeOutline(number, Episode({}, None, "arm", number), [TensorSpec("obs", np.dtype("<i8"), (2,))])
 
 
 def whole(*numbers: int) -> bytes:

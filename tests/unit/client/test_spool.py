@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from support.codec_cases import IDS, INT64, episodes, same_episode
 from touchline import InvalidEpisodeError, SpoolError, TooLargeError
-from touchline._actor.queue import Admission, Waiting
+from touchline._actor.queue import PutResult, QueueTicket
 from touchline._spool.file import FILE_NAME
 from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import Episode, EpisodeKey
@@ -33,11 +33,11 @@ def traced(number: int, rows: int = 20, *, width: int = 16) -> Episode:
     return Episode(columns, key=EpisodeKey("robot", 1, number), actor="left", policy_version=number)
 
 
-def put(spool: Spool, episode: Episode, *, drop_oldest: bool = False) -> Admission:
+def put(spool: Spool, episode: Episode, *, drop_oldest: bool = False) -> PutResult:
     return spool.put(spool.pack(episode), drop_oldest=drop_oldest)
 
 
-def take(spool: Spool) -> tuple[Waiting, Episode]:
+def take(spool: Spool) -> tuple[QueueTicket, Episode]:
     taken = spool.take()
     assert taken is not None
     waiting, episode = taken
@@ -176,7 +176,7 @@ def test_full_spool_keeps_most_of_its_limit_and_takes_nothing_more(spool: Spool)
     count = fill(spool)
     size = spool.pack(traced(0, 500)).size_bytes
 
-    assert put(spool, traced(count, 500)) == Admission(False)
+    assert put(spool, traced(count, 500)) == PutResult(False)
     assert numbers(spool) == list(range(count))
     assert count * size > LIMIT // 2
 
@@ -211,7 +211,7 @@ def test_drop_oldest_drops_nothing_where_that_would_not_be_enough(spool: Spool) 
 
     admission = put(spool, traced(2, 20_000), drop_oldest=True)
 
-    assert admission == Admission(False)
+    assert admission == PutResult(False)
     assert numbers(spool) == [0, 1]
 
 
@@ -270,7 +270,7 @@ def test_smaller_limit_keeps_what_is_there_and_takes_nothing_until_there_is_room
     size = smaller.size_bytes
     smaller.close()
 
-    assert refused == Admission(False)
+    assert refused == PutResult(False)
     assert left == list(range(left[0], count + 1)) and 0 < left[0] < count
     assert size <= LIMIT // 2
 
@@ -285,7 +285,7 @@ def test_full_disk_is_no_room_and_leaves_what_is_there(spool: Spool) -> None:
     spool._connection.execute("PRAGMA max_page_count = 1000000")
     again = put(spool, traced(1, 500))
 
-    assert full == Admission(False)
+    assert full == PutResult(False)
     assert again.kept
     assert numbers(spool) == [0, 1]
 
@@ -310,7 +310,7 @@ def test_refused_episode_leaves_the_queue_and_is_kept_with_the_reason(spool: Spo
     put(spool, traced(0))
     put(spool, traced(1))
 
-    spool.set_aside(take(spool)[0], InvalidEpisodeError("obs: not of the schema"))
+    spool.dead_letter(take(spool)[0], InvalidEpisodeError("obs: not of the schema"))
     spool.close()
     again = Spool(folder, limit_bytes=LIMIT)
     left = numbers(again)
@@ -324,7 +324,7 @@ def test_refused_episode_leaves_the_queue_and_is_kept_with_the_reason(spool: Spo
 def test_refused_episodes_are_kept_up_to_a_number(spool: Spool) -> None:
     for number in range(MAX_REFUSED + 3):
         put(spool, traced(number))
-        spool.set_aside(take(spool)[0], InvalidEpisodeError("no"))
+        spool.dead_letter(take(spool)[0], InvalidEpisodeError("no"))
 
     assert spool._connection is not None
     kept = [number for (number,) in spool._connection.execute("SELECT sequence FROM episodes ORDER BY id")]
@@ -335,7 +335,7 @@ def test_refused_episodes_go_before_there_is_no_room(spool: Spool) -> None:
     put(spool, traced(0, 500))
     put(spool, traced(1, 500))
     for _ in range(2):
-        spool.set_aside(take(spool)[0], InvalidEpisodeError("no"))
+        spool.dead_letter(take(spool)[0], InvalidEpisodeError("no"))
 
     count = fill(spool)
 
@@ -515,7 +515,7 @@ def test_damaged_episode_is_reported_set_aside_and_the_others_go_on(folder: Path
         if isinstance(found, Episode):
             spool.remove(waiting)
         else:
-            spool.set_aside(waiting, found)
+            spool.dead_letter(waiting, found)
     spool.close()
     again = Spool(folder, limit_bytes=LIMIT)
     again.close()

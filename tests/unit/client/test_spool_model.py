@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from support.codec_cases import same_episode
 from touchline import InvalidEpisodeError, TouchlineError
-from touchline._actor.queue import MemoryQueue, PendingEpisodes, Waiting
+from touchline._actor.queue import EpisodeQueue, MemoryQueue, QueueTicket
 from touchline._spool.file import REFUSED
 from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import Episode, EpisodeKey
@@ -39,7 +39,7 @@ class QueueAgainstList(RuleBasedStateMachine):
     def room_is_certain(self, size: int) -> bool:
         raise NotImplementedError
 
-    def queue(self) -> PendingEpisodes:
+    def queue(self) -> EpisodeQueue:
         raise NotImplementedError
 
     @rule(size=st.integers(1, 20_000) | st.integers(100_000, 250_000), drop_oldest=st.booleans())
@@ -76,7 +76,7 @@ class QueueAgainstList(RuleBasedStateMachine):
     def take_another_where_there_is_none(self) -> None:
         assert self.queue().take(self.taken[-1]) is None
 
-    def check_taken(self, taken: tuple[Waiting, Episode | TouchlineError] | None, position: int) -> Waiting:
+    def check_taken(self, taken: tuple[QueueTicket, Episode | TouchlineError] | None, position: int) -> QueueTicket:
         assert taken is not None
         waiting, episode = taken
         number, size = self.model[position]
@@ -95,7 +95,7 @@ class QueueAgainstList(RuleBasedStateMachine):
     @precondition(lambda self: self.sending)
     @rule()
     def refuse(self) -> None:
-        self.queue().set_aside(self.taken.pop(0), InvalidEpisodeError("as the test wants"))
+        self.queue().dead_letter(self.taken.pop(0), InvalidEpisodeError("as the test wants"))
 
         del self.model[0]
         self.sending -= 1
@@ -111,7 +111,7 @@ class MemoryAgainstList(QueueAgainstList):
         self.max_pending, self.max_bytes = max_pending, max_bytes
         self.memory = MemoryQueue(max_pending=max_pending, max_bytes=max_bytes)
 
-    def queue(self) -> PendingEpisodes:
+    def queue(self) -> EpisodeQueue:
         return self.memory
 
     def room_is_certain(self, size: int) -> bool:
@@ -137,7 +137,7 @@ class SpoolAgainstList(QueueAgainstList):
             self.spool.close()
             self.parent.cleanup()
 
-    def queue(self) -> PendingEpisodes:
+    def queue(self) -> EpisodeQueue:
         return self.spool
 
     def room_is_certain(self, size: int) -> bool:

@@ -31,8 +31,8 @@ from touchline import (
     UnacknowledgedError,
     UnavailableError,
 )
-from touchline._actor.queue import Admission, MemoryQueue, Parcel
-from touchline._actor.sender import Outbox
+from touchline._actor.queue import MemoryQueue, PutResult, QueueItem
+from touchline._actor.sender import EpisodeSender
 from touchline_protos.codec import Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -464,7 +464,7 @@ def test_writer_forgotten_at_exit_neither_hangs_nor_loses_in_silence(tmp_path: P
 class _SlowlyCounted(MemoryQueue):
     """Has the last of three episodes answered before who put it knows that it was kept."""
 
-    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         admission = super().put(parcel, drop_oldest=drop_oldest, force=force)
         if parcel.key.sequence == 2:
             self.sending.set()
@@ -480,7 +480,7 @@ def test_episode_that_is_answered_before_it_is_counted_leaves_the_thread_at_rest
     queue = _SlowlyCounted(max_pending=8, max_bytes=1 << 20)
     monkeypatch.setattr(client, "deliver", lambda episode: queue.sending.wait(60))
     monkeypatch.setattr(client, "deliver_all", lambda episodes: iter([[EpisodeResult(key) for key, _ in episodes]]))
-    outbox = Outbox(client, queue, name="keeper", when_full="block")
+    outbox = EpisodeSender(client, queue, name="keeper", when_full="block")
     pauses: list[int] = []
     sleep = outbox._sleep
 

@@ -31,7 +31,7 @@ from touchline import (
     UnacknowledgedError,
     WriterCounters,
 )
-from touchline._actor.sender_log import OutboxLog
+from touchline._actor.sender_log import SenderLog
 from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode, EpisodeKey, decode_add_episode
 
@@ -560,7 +560,7 @@ def test_writer_forgotten_at_exit_leaves_its_episodes_in_the_spool_and_says_what
 
 def test_line_about_sending_in_vain_is_repeated_after_ten_seconds_and_then_each_minute(caplog: pytest.LogCaptureFixture) -> None:
     now = [100.0]
-    log = OutboxLog("writer", "", clock=lambda: now[0])
+    log = SenderLog("writer", "", clock=lambda: now[0])
     full = OverLimitError("the disk is full")
 
     told = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.codec_cases import bits, episodes, from_proto, same_episode, small_episode
 from touchline_protos.codec import CodecError, Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode
-from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.episodes import column_spec
 from touchline_protos.codec.upload import chunk_message
 from touchline_protos.v1 import replay_pb2 as pb
@@ -19,9 +19,9 @@ from touchline_protos.v1 import replay_pb2 as pb
 SELECTION = EpisodeSelection(3, 1 << 40, 12, 345, 1 << 61)
 
 
-def outline(number: int, episode: Episode) -> Outline:
+def outline(number: int, episode: Episode) -> EpisodeOutline:
     specs = [column_spec(name, column) for name, column in episode.columns.items()]
-    return Outline(number, Episode({}, episode.key, episode.actor, episode.policy_version), specs)
+    return EpisodeOutline(number, Episode({}, episode.key, episode.actor, episode.policy_version), specs)
 
 
 def flat(column: np.ndarray) -> np.ndarray:

@@ -11,9 +11,9 @@ import pytest
 
 from touchline_protos.files import sqlite
 from touchline_protos.files.locks import lock, open_own
-from touchline_protos.files.sqlite import FormatError, Tables, parts, pragma
+from touchline_protos.files.sqlite import FormatError, SqliteFormat, parts, pragma
 
-TABLES = Tables(application_id=77, version=3, page_bytes=8192, statements="CREATE TABLE things (name TEXT);")
+TABLES = SqliteFormat(application_id=77, version=3, page_bytes=8192, statements="CREATE TABLE things (name TEXT);")
 
 
 @pytest.fixture

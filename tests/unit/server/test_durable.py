@@ -375,7 +375,7 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
         raise MemoryError("as the test wants")
 
     with monkeypatch.context() as patch:
-        patch.setattr(group_commit, "change_of", fail)
+        patch.setattr(group_commit, "make_insert", fail)
         with pytest.raises(MemoryError):
             buffer.add_episode(keyed_episode(0, 0))
     other = Episode({name: np.zeros((12, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(12, np.float32)})

@@ -20,7 +20,7 @@ from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import InvalidEpisodeError, KeyConflictError, ReplayBuffer
 from touchline_server.durability.database import Database
 from touchline_server.store import dedup
-from touchline_server.store.dedup import KeyLedger, Remembered, payload_digest, runs_to_keep, sender_name
+from touchline_server.store.dedup import DedupLedger, KnownEpisode, payload_digest, runs_to_keep, sender_name
 
 
 def key(sequence: int, client_id: str = "robot", incarnation: int = 1) -> EpisodeKey:
@@ -50,24 +50,24 @@ def test_digest_of_empty_scalar_and_bfloat16_columns_is_defined() -> None:
 
 
 def test_find_known_key_returns_its_episode() -> None:
-    keys = KeyLedger()
+    keys = DedupLedger()
     assert keys.find(key(3), 77) is None
 
     keys.remember(key(3), 77, 12)
 
-    assert keys.find(key(3), 77) == Remembered(12)
+    assert keys.find(key(3), 77) == KnownEpisode(12)
 
 
 @pytest.mark.parametrize("other", [key(4), key(3, "another"), key(3, incarnation=2)])
 def test_find_other_key_is_new(other: EpisodeKey) -> None:
-    keys = KeyLedger()
+    keys = DedupLedger()
     keys.remember(key(3), 77, 12)
 
     assert keys.find(other, 77) is None
 
 
 def test_find_known_key_of_another_payload_conflicts() -> None:
-    keys = KeyLedger()
+    keys = DedupLedger()
     keys.remember(key(3), 77, 12)
 
     with pytest.raises(KeyConflictError, match=r"key \(robot, 1, 3\): was used for another episode"):
@@ -84,7 +84,7 @@ def test_find_known_key_of_another_payload_conflicts() -> None:
 )
 def test_find_malformed_key_is_refused(bad: EpisodeKey, message: str) -> None:
     with pytest.raises(InvalidEpisodeError, match=message):
-        KeyLedger().find(bad, 0)
+        DedupLedger().find(bad, 0)
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
@@ -92,7 +92,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
         monkeypatch.setattr(dedup, f"MAX_{name.upper()}", value)
 
 
-def answers(keys: KeyLedger, sequences: Iterable[int], client_id: str = "robot") -> list[object]:
+def answers(keys: DedupLedger, sequences: Iterable[int], client_id: str = "robot") -> list[object]:
     """What each number is answered: an id, -1, None where it is new, "refused"."""
     found: list[object] = []
     for sequence in sequences:
@@ -105,7 +105,7 @@ def answers(keys: KeyLedger, sequences: Iterable[int], client_id: str = "robot")
     return found
 
 
-def runs(keys: KeyLedger) -> list[list[tuple[int, int]]]:
+def runs(keys: DedupLedger) -> list[list[tuple[int, int]]]:
     return [runs for _, _, runs in keys.senders()]
 
 
@@ -119,7 +119,7 @@ def test_limits_keep_what_they_promise_to_keep() -> None:
 
 
 def test_find_key_older_than_its_checksum_is_still_a_duplicate() -> None:
-    keys = KeyLedger()
+    keys = DedupLedger()
     for sequence in range(dedup.MAX_RECENT + 5):
         keys.remember(key(sequence), 0, sequence)
 
@@ -127,7 +127,7 @@ def test_find_key_older_than_its_checksum_is_still_a_duplicate() -> None:
 
 
 def test_remember_numbers_in_any_order_takes_the_memory_of_their_runs() -> None:
-    keys = KeyLedger()
+    keys = DedupLedger()
     order = np.random.default_rng(0).permutation(500)
     for sequence in order.tolist():
         keys.remember(key(sequence), 0, 0)
@@ -136,19 +136,19 @@ def test_remember_numbers_in_any_order_takes_the_memory_of_their_runs() -> None:
 
 
 def test_remember_takes_the_largest_numbers() -> None:
-    keys = KeyLedger()
+    keys = DedupLedger()
     for sequence in (2**63 - 1, 2**63 - 3, 0):
         keys.remember(key(sequence, incarnation=-(2**63)), 0, sequence % 10)
 
     assert runs(keys) == [[(0, 1), (2**63 - 3, 2**63 - 2), (2**63 - 1, 2**63)]]
-    assert keys.find(key(2**63 - 1, incarnation=-(2**63)), 0) == Remembered(7)
+    assert keys.find(key(2**63 - 1, incarnation=-(2**63)), 0) == KnownEpisode(7)
 
 
 def test_remember_too_many_gaps_refuses_what_it_forgot_and_acknowledges_nothing_falsely(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits(monkeypatch, runs=4, recent=2)
-    keys = KeyLedger()
+    keys = DedupLedger()
     for sequence in range(0, 200, 2):
         keys.remember(key(sequence), 0, sequence)
 
@@ -163,7 +163,7 @@ def test_remember_too_many_runs_of_all_takes_them_from_who_has_most(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits(monkeypatch, all_runs=64, recent=2)
-    keys = KeyLedger()
+    keys = DedupLedger()
     for number in range(4):
         for sequence in range(0, 6, 2):
             keys.remember(key(sequence, f"robot-{number}"), 0, 0)
@@ -182,7 +182,7 @@ def test_remember_too_many_senders_forgets_the_one_that_stored_longest_ago(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits(monkeypatch, senders=3, recent=3)
-    keys = KeyLedger()
+    keys = DedupLedger()
     for number in range(3):
         keys.remember(key(0, f"robot-{number}"), 0, number)
     keys.remember(key(1, "robot-0"), 0, 3)
@@ -197,7 +197,7 @@ def test_remember_too_many_senders_forgets_the_one_that_stored_longest_ago(
 def test_find_does_not_count_as_storing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The durable ledger does not see who only asks."""
     limits(monkeypatch, senders=2, recent=2)
-    keys = KeyLedger()
+    keys = DedupLedger()
     for number in range(2):
         keys.remember(key(0, f"robot-{number}"), 0, number)
     keys.find(key(0, "robot-0"), 0)
@@ -213,7 +213,7 @@ def test_memory_at_every_limit_is_what_is_documented(monkeypatch: pytest.MonkeyP
     each = dedup.MAX_ALL_RUNS // dedup.MAX_SENDERS
     tracemalloc.start()
     try:
-        keys = KeyLedger()
+        keys = DedupLedger()
         for number in range(dedup.MAX_SENDERS):
             name = f"{number:0128}".replace("0", "\U0001f916")
             for sequence in range(each):
@@ -280,7 +280,7 @@ class PlainLedger:
         return senders, [(sender_name(client, 1), *rest) for client, *rest in self.recent]
 
 
-def state(keys: KeyLedger) -> tuple[object, object]:
+def state(keys: DedupLedger) -> tuple[object, object]:
     return list(keys.senders()), list(keys.recent())
 
 
@@ -297,7 +297,7 @@ class LedgersAgainstPlainOne(RuleBasedStateMachine):
         limits(self.patch, senders=4, recent=4, runs=5, all_runs=11)
         self.folder = tempfile.TemporaryDirectory()
         self.database = Database(Path(self.folder.name) / "touchline.db")
-        self.keys = KeyLedger()
+        self.keys = DedupLedger()
         self.plain = PlainLedger()
         self.ever: dict[tuple[str, int], int] = {}
         """Digest of what was stored last under each key."""
@@ -367,8 +367,8 @@ class LedgersAgainstPlainOne(RuleBasedStateMachine):
             for client in before - set(self.plain.stored):
                 self.ever = {known: value for known, value in self.ever.items() if known[0] != client}
 
-    def loaded(self) -> KeyLedger:
-        keys = KeyLedger()
+    def loaded(self) -> DedupLedger:
+        keys = DedupLedger()
         self.database.ledger.load(keys)
         return keys
 
@@ -394,7 +394,7 @@ def test_forget_leaves_the_file_as_it_was(taken_back: EpisodeKey, tmp_path: Path
     database = Database(tmp_path / "touchline.db")
 
     def loaded() -> tuple[object, object]:
-        keys = KeyLedger()
+        keys = DedupLedger()
         database.ledger.load(keys)
         return state(keys)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from touchline_server.errors import OverloadedError, TooLargeError
-from touchline_server.service.budgets import ByteBudget, Loan
+from touchline_server.service.budgets import ByteBudget, Reservation
 
 
 def run(test: Callable[[], Awaitable[Any]]) -> Any:
@@ -195,7 +195,7 @@ def test_loan_becomes_what_was_needed() -> None:
     async def test() -> None:
         lender = budget()
         await lender.reserve(80)
-        loan = Loan(lender, 80)
+        loan = Reservation(lender, 80)
         loan.resize(30)
         assert (lender.used, loan.size) == (30, 30)
         loan.resize(0)

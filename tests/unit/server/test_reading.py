@@ -18,7 +18,7 @@ from support.store_cases import make_config, plain_columns, traced, traced_colum
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeKey, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import InvalidRequestError, ReplayBuffer, UnknownEpisodeError
-from touchline_server.service.episode_framer import EpisodeFrames
+from touchline_server.service.episode_framer import EpisodeFramer
 from touchline_server.store import reader as reading_module
 from touchline_server.store.reader import MAX_EPISODE_IDS, EpisodeQuery, EpisodeReader
 
@@ -251,8 +251,8 @@ def test_cleared_buffer_of_another_schema_ends_the_reading() -> None:
     assert list(next(buffer.episodes()).columns) == ["obs", "action", "reward"]
 
 
-def frames_of(buffer: ReplayBuffer, *, max_frame_bytes: int = 4096, **query: Any) -> EpisodeFrames:
-    return EpisodeFrames(EpisodeReader(buffer.store, EpisodeQuery(**query)), max_message_bytes=1 << 26, max_frame_bytes=max_frame_bytes)
+def frames_of(buffer: ReplayBuffer, *, max_frame_bytes: int = 4096, **query: Any) -> EpisodeFramer:
+    return EpisodeFramer(EpisodeReader(buffer.store, EpisodeQuery(**query)), max_message_bytes=1 << 26, max_frame_bytes=max_frame_bytes)
 
 
 def test_episode_evicted_between_two_chunks_is_taken_back() -> None:

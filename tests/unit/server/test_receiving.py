@@ -12,8 +12,8 @@ import pytest
 
 from touchline_server.errors import InvalidRequestError, OverloadedError
 from touchline_server.service import receiver as receiving
-from touchline_server.service.budgets import ByteBudget, Shares
-from touchline_server.service.receiver import Reception, patience_s
+from touchline_server.service.budgets import ByteBudget, PerConnectionBudget
+from touchline_server.service.receiver import MessageReader, receive_timeout_s
 
 SIZE = 100
 
@@ -41,7 +41,7 @@ class Requests:
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every message is late at once, and looks whether its room is wanted in each turn of the loop."""
-    monkeypatch.setattr(receiving, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(receiving, "RECEIVE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(receiving, "SLOWEST_BYTES_PER_S", 1 << 50)
     monkeypatch.setattr(receiving, "LOOK_S", 0.0)
 
@@ -67,7 +67,7 @@ async def settle() -> None:
 def test_message_takes_the_room_of_the_largest_until_its_own_size_is_known() -> None:
     async def test() -> None:
         budget, requests = lender(2), Requests()
-        receiving = asyncio.ensure_future(Reception(budget, SIZE).receive(aiter(requests), "ipv4:1"))
+        receiving = asyncio.ensure_future(MessageReader(budget, SIZE).receive(aiter(requests), "ipv4:1"))
         await settle()
         assert budget.used == SIZE
         requests.send(b"seven b")
@@ -99,7 +99,7 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
 
     async def test() -> None:
         call = requests()
-        reception = Reception(lender(1), SIZE)
+        reception = MessageReader(lender(1), SIZE)
         receiving = asyncio.ensure_future(reception.receive(call, "ipv4:1", within_s=0.0 if late else 30.0))
         if late:
             with pytest.raises(InvalidRequestError, match="no message within 0 s"):
@@ -129,7 +129,7 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
 def test_late_message_is_waited_for_while_nobody_wants_its_room_and_no_longer() -> None:
     async def test() -> None:
         budget, silent, other = lender(1), Requests(), Requests()
-        reception = Reception(budget, SIZE)
+        reception = MessageReader(budget, SIZE)
         late = asyncio.ensure_future(reception.receive(aiter(silent), "ipv4:1"))
         await settle()
         assert not late.done()
@@ -157,7 +157,7 @@ def test_late_message_is_waited_for_while_nobody_wants_its_room_and_no_longer() 
 def test_late_messages_are_given_up_one_at_a_time() -> None:
     async def test() -> None:
         budget = lender(3)
-        reception = Reception(budget, SIZE)
+        reception = MessageReader(budget, SIZE)
         silent = [Requests() for _ in range(3)]
         late = [asyncio.ensure_future(reception.receive(aiter(requests), f"ipv4:{at}")) for at, requests in enumerate(silent)]
         await settle()
@@ -184,7 +184,7 @@ def test_late_messages_are_given_up_one_at_a_time() -> None:
 def test_room_of_a_call_that_is_cancelled_is_taken_until_nothing_is_read_for_it() -> None:
     async def test() -> None:
         budget, requests = lender(1), Requests()
-        receiving = asyncio.ensure_future(Reception(budget, SIZE).receive(aiter(requests), "ipv4:1"))
+        receiving = asyncio.ensure_future(MessageReader(budget, SIZE).receive(aiter(requests), "ipv4:1"))
         await settle()
         receiving.cancel()
         await settle()
@@ -200,7 +200,7 @@ def test_room_of_a_call_that_is_cancelled_is_taken_until_nothing_is_read_for_it(
 def test_connection_gets_its_share_and_what_it_wants_more_waits_for_itself_alone() -> None:
     async def test() -> None:
         budget = lender(8)
-        shares = Shares(budget, largest=SIZE)
+        shares = PerConnectionBudget(budget, largest=SIZE)
         one, other = shares.of("ipv4:1"), shares.of("ipv4:2")
         assert shares.of("ipv4:1") is one
         assert shares.of("unix:") is budget
@@ -225,7 +225,7 @@ def test_connection_gets_its_share_and_what_it_wants_more_waits_for_itself_alone
 def test_share_that_waits_for_the_whole_gives_up_both_when_it_is_cancelled() -> None:
     async def test() -> None:
         budget = lender(8)
-        share = Shares(budget, largest=SIZE).of("ipv4:1")
+        share = PerConnectionBudget(budget, largest=SIZE).of("ipv4:1")
         assert budget.try_reserve(8 * SIZE)
         waiting = asyncio.ensure_future(share.reserve(SIZE))
         await settle()
@@ -239,4 +239,4 @@ def test_share_that_waits_for_the_whole_gives_up_both_when_it_is_cancelled() -> 
 
 
 def test_patience_allows_for_a_slow_link() -> None:
-    assert patience_s(64 << 20) == 21.0
+    assert receive_timeout_s(64 << 20) == 21.0

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from touchline_server.service import throttle
-from touchline_server.service.throttle import MESSAGE_COST_S, STALLED_S, AddGate
+from touchline_server.service.throttle import MESSAGE_COST_S, STALLED_S, AddThrottle
 
 
 class Clock:
@@ -45,9 +45,9 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_gate_with_hungry_learners_leaves_sampling_its_share(clock: Clock, share: float) -> None:
     async def test() -> None:
-        gate = AddGate(share)
+        gate = AddThrottle(share)
         begin, busy = clock.now, 0.0
-        with gate.hungry():
+        with gate.sampler_waiting():
             for _ in range(50):
                 await gate.admit()
                 clock.now += 0.01 + MESSAGE_COST_S
@@ -61,8 +61,8 @@ def test_gate_with_hungry_learners_leaves_sampling_its_share(clock: Clock, share
 
 def test_gate_without_hungry_learners_lets_adds_pass_at_once(clock: Clock) -> None:
     async def test() -> None:
-        gate = AddGate(0.9)
-        with gate.hungry():
+        gate = AddThrottle(0.9)
+        with gate.sampler_waiting():
             gate.charge(10.0)
         await gate.admit()
 
@@ -72,13 +72,13 @@ def test_gate_without_hungry_learners_lets_adds_pass_at_once(clock: Clock) -> No
 
 def test_gate_does_not_have_adds_wait_for_what_passed_while_nobody_was_hungry(clock: Clock) -> None:
     async def test() -> None:
-        gate = AddGate(0.9)
+        gate = AddThrottle(0.9)
         # Two threads load a data set: more than a second of their time passes in a second.
         for _ in range(1000):
             await gate.admit()
             clock.now += 0.05
             gate.charge(0.1)
-        with gate.hungry():
+        with gate.sampler_waiting():
             await gate.admit()
 
     run(test)
@@ -87,8 +87,8 @@ def test_gate_does_not_have_adds_wait_for_what_passed_while_nobody_was_hungry(cl
 
 def test_gate_with_share_zero_never_waits(clock: Clock) -> None:
     async def test() -> None:
-        gate = AddGate(0.0)
-        with gate.hungry():
+        gate = AddThrottle(0.0)
+        with gate.sampler_waiting():
             gate.charge(10.0)
             await gate.admit()
 
@@ -100,13 +100,13 @@ def test_gate_does_not_hold_adds_back_for_a_learner_that_does_not_read(clock: Cl
     monkeypatch.setattr(throttle.time, "monotonic", lambda: clock.now)
 
     async def test() -> None:
-        gate = AddGate(0.9)
-        with gate.hungry():
+        gate = AddThrottle(0.9)
+        with gate.sampler_waiting():
             gate.charge(10.0)
             clock.now += STALLED_S + 0.1
             await gate.admit()
             assert clock.slept == []
-            with gate.hungry():  # another one that does
+            with gate.sampler_waiting():  # another one that does
                 await gate.admit()
 
     run(test)
@@ -116,15 +116,15 @@ def test_gate_does_not_hold_adds_back_for_a_learner_that_does_not_read(clock: Cl
 def test_gate_lets_every_add_pass_however_many_wait_and_however_hungry_learners_are(clock: Clock) -> None:
     passed = []
 
-    async def add(gate: AddGate, number: int) -> None:
+    async def add(gate: AddThrottle, number: int) -> None:
         await gate.admit()
         clock.now += 0.01
         gate.charge(0.01)
         passed.append(number)
 
     async def test() -> None:
-        gate = AddGate(0.95)
-        with gate.hungry():
+        gate = AddThrottle(0.95)
+        with gate.sampler_waiting():
             await asyncio.gather(*(add(gate, number) for number in range(200)))
 
     run(test)
@@ -134,9 +134,9 @@ def test_gate_lets_every_add_pass_however_many_wait_and_however_hungry_learners_
 
 def test_gate_stays_hungry_until_the_last_learner_is_served(clock: Clock) -> None:
     async def test() -> None:
-        gate = AddGate(0.5)
-        with gate.hungry():
-            with gate.hungry():
+        gate = AddThrottle(0.5)
+        with gate.sampler_waiting():
+            with gate.sampler_waiting():
                 pass
             gate.charge(1.0)
             await gate.admit()

@@ -203,10 +203,10 @@ def test_add_at_once_stores_as_add_does() -> None:
     other, _ = store_of(5, 8, capacity=20)
     for number in range(2, 9):
         key = EpisodeKey("a", 1, number // 2)
-        stored = one.add_at_once(traced(number // 2, 6, key=key))
+        stored = one.try_add(traced(number // 2, 6, key=key))
         assert stored is not None and stored == other.add(traced(number // 2, 6, key=key))
     with pytest.raises(InvalidEpisodeError, match="expected at most the buffer's capacity"):
-        one.add_at_once(traced(9, 21))
+        one.try_add(traced(9, 21))
     with pytest.raises(InvalidEpisodeError):
         other.add(traced(9, 21))
 
@@ -217,21 +217,21 @@ def test_add_at_once_stores_as_add_does() -> None:
 
 def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
     empty = EpisodeStore(make_config(20))
-    assert empty.add_at_once(traced(1, 5)) is None  # the columns are to be allocated
+    assert empty.try_add(traced(1, 5)) is None  # the columns are to be allocated
     store, told = store_of(5, 8, capacity=20)
     before = store.counts()
 
     with store.select(1, 3, Law.EPISODE, np.random.default_rng(0)):
-        assert store.add_at_once(traced(2, 6)) is None
+        assert store.try_add(traced(2, 6)) is None
     with ThreadPoolExecutor(1) as pool:
         store.write_lock.acquire()
         try:
-            assert pool.submit(store.add_at_once, traced(2, 6)).result(60) is None
+            assert pool.submit(store.try_add, traced(2, 6)).result(60) is None
         finally:
             store.write_lock.release()
 
     assert store.counts() == before and not told.waited.is_set()
-    assert store.add_at_once(traced(2, 6)) is not None
+    assert store.try_add(traced(2, 6)) is not None
 
 
 def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,11 +245,11 @@ def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_evicti
 
     monkeypatch.setattr(store, "check", meanwhile)
     with ThreadPoolExecutor(1) as pool, readers:
-        assert pool.submit(store.add_at_once, traced(2, 6)).result(60) is None
+        assert pool.submit(store.try_add, traced(2, 6)).result(60) is None
 
     assert [entry[4] for entry in store.entries()] == [0, 1]
     monkeypatch.undo()
-    assert store.add_at_once(traced(2, 6)) is not None
+    assert store.try_add(traced(2, 6)) is not None
 
 
 def test_add_at_once_does_not_allocate_where_the_table_is_cleared_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def test_add_at_once_does_not_allocate_where_the_table_is_cleared_before_its_tur
             self._lock.release()
 
     monkeypatch.setattr(store, "write_lock", Overtaken(store.write_lock))
-    assert store.add_at_once(traced(2, 6)) is None
+    assert store.try_add(traced(2, 6)) is None
     assert store.columns is None
 
 
@@ -278,7 +278,7 @@ def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:
     store = EpisodeStore(make_config(20, storage={"device": "disk", "scratch_dir": str(tmp_path)}))
     store.add(traced(0, 5))
 
-    assert store.add_at_once(traced(1, 5)) is None
+    assert store.try_add(traced(1, 5)) is None
 
 
 def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:

@@ -21,12 +21,12 @@ GRACE_S = 2.0
 
 logger = get_logger(__name__)
 
-_open: set[Leaver] = set()
+_open: set[Flushable] = set()
 _registered_in: set[int] = set()
 """Processes (the parents of this one, and itself) in which the handlers stand."""
 
 
-class Leaver(Protocol):
+class Flushable(Protocol):
     """Has something to lose."""
 
     def flush(self, timeout_s: float | None = None) -> None:
@@ -39,7 +39,7 @@ class Leaver(Protocol):
         """Returns what waits where the next process finds it; None for nothing."""
 
 
-def watch(leaver: Leaver) -> None:
+def watch(leaver: Flushable) -> None:
     """Keeps a writer alive, and speaks of it at exit, until it is forgotten."""
     _open.add(leaver)
     if os.getpid() in _registered_in:
@@ -55,7 +55,7 @@ def watch(leaver: Leaver) -> None:
         Finalize(None, _leave, exitpriority=10)
 
 
-def forget(leaver: Leaver) -> None:
+def forget(leaver: Flushable) -> None:
     """Says that a writer has nothing to lose any more."""
     _open.discard(leaver)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from touchline._rpc.calls import Calls
+from touchline._rpc.calls import RpcClient
 from touchline._rpc.convert import server_info_of
 from touchline.errors import TouchlineError
 from touchline_protos.codec import Episode
@@ -26,7 +26,7 @@ class FirstRowCheck:
         table: that the episodes go to.
     """
 
-    def __init__(self, calls: Calls, *, table: str) -> None:
+    def __init__(self, calls: RpcClient, *, table: str) -> None:
         self._calls = calls
         self._table = table
         self._done = False

@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 
-from touchline._rpc.fork import forget_in_child
+from touchline._rpc.fork import register_after_fork
 from touchline.errors import InvalidArgumentError
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.names import name_fault
@@ -35,7 +35,7 @@ class Identity:
         self.given_id = client_id
         """As it was given."""
         self._renew()
-        forget_in_child(self)
+        register_after_fork(self)
 
     @property
     def client_id(self) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from touchline.errors import SpoolError, TouchlineError
 from touchline_protos.codec import Episode, EpisodeKey
 
-WhenFull = Literal["block", "drop-oldest", "drop-newest"]
+OverflowPolicy = Literal["block", "drop-oldest", "drop-newest"]
 """What a writer does with an ended episode for which there is no room."""
 
 MAX_PENDING = 64
@@ -18,7 +18,7 @@ MAX_PENDING = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class QueueTicket:
     """An episode in a queue."""
 
     number: int
@@ -29,7 +29,7 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class QueueItem:
     """An episode as a queue takes it."""
 
     key: EpisodeKey
@@ -41,18 +41,18 @@ class Parcel:
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class PutResult:
     """What became of an episode that was put into a queue."""
 
     kept: bool
     """It is in the queue."""
-    dropped: list[Waiting] = field(default_factory=list)
+    dropped: list[QueueTicket] = field(default_factory=list)
     """Those that left the queue for it, unsent; perhaps in vain."""
     error: SpoolError | None = None
     """Why it is not kept, where that is not want of room."""
 
 
-class PendingEpisodes(Protocol):
+class EpisodeQueue(Protocol):
     """A queue of ended episodes, oldest first. One thread puts, one takes; safe for both at once, and for others that look on.
 
     What was taken last, and all before it, is being sent: it is never dropped, because it may be acknowledged at that very moment.
@@ -70,7 +70,7 @@ class PendingEpisodes(Protocol):
     def resumed(self) -> tuple[int, int]:
         """Episodes, and rows in them, that were there when it was opened."""
 
-    def pack(self, episode: Episode) -> Parcel:
+    def pack(self, episode: Episode) -> QueueItem:
         """Returns the episode as it will be kept.
 
         Raises:
@@ -78,7 +78,7 @@ class PendingEpisodes(Protocol):
             TooLargeError: it would not fit even if nothing else were there.
         """
 
-    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         """Appends an episode if there is room.
 
         Args:
@@ -87,7 +87,7 @@ class PendingEpisodes(Protocol):
             force: beyond the bounds; only a queue in memory does that.
         """
 
-    def take(self, after: Waiting | None = None) -> tuple[Waiting, Episode | TouchlineError] | None:
+    def take(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         """Returns the oldest episode, which stays; or why it cannot be sent. None where there is none.
 
         Args:
@@ -97,14 +97,14 @@ class PendingEpisodes(Protocol):
             SpoolError: reading failed.
         """
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, waiting: QueueTicket) -> None:
         """Forgets an episode that was taken: it is acknowledged.
 
         Raises:
             SpoolError: writing failed; it is still there.
         """
 
-    def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
+    def dead_letter(self, waiting: QueueTicket, error: TouchlineError) -> None:
         """Takes an episode that was taken out of the queue, because it will never be acknowledged.
 
         Raises:
@@ -126,7 +126,7 @@ class PendingEpisodes(Protocol):
 
 
 class MemoryQueue:
-    """Episodes in this process's memory. See :class:`PendingEpisodes`.
+    """Episodes in this process's memory. See :class:`EpisodeQueue`.
 
     Args:
         max_pending: episodes that fit.
@@ -141,36 +141,36 @@ class MemoryQueue:
         self._max_pending = max_pending
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._episodes: deque[tuple[Waiting, Episode, int]] = deque()
+        self._episodes: deque[tuple[QueueTicket, Episode, int]] = deque()
         self._bytes = 0
         self._sending = -1
         self._next = 0
 
-    def pack(self, episode: Episode) -> Parcel:
+    def pack(self, episode: Episode) -> QueueItem:
         """Returns the episode with its size."""
         assert episode.key is not None
-        return Parcel(episode.key, episode.length, episode.size_bytes, episode)
+        return QueueItem(episode.key, episode.length, episode.size_bytes, episode)
 
-    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         """Appends an episode if there is room."""
         assert isinstance(parcel.content, Episode)
         with self._lock:
-            dropped: list[Waiting] = []
+            dropped: list[QueueTicket] = []
             if not force and not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
                 sizes = [size_bytes for waiting, _, size_bytes in self._episodes if waiting.number <= self._sending]
                 if not drop_oldest or not self._has_room(parcel.size_bytes, len(sizes), sum(sizes)):
-                    return Admission(False)
+                    return PutResult(False)
                 while not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
                     waiting, _, size_bytes = self._episodes[len(sizes)]
                     del self._episodes[len(sizes)]
                     self._bytes -= size_bytes
                     dropped.append(waiting)
-            self._episodes.append((Waiting(self._next, parcel.key, parcel.length), parcel.content, parcel.size_bytes))
+            self._episodes.append((QueueTicket(self._next, parcel.key, parcel.length), parcel.content, parcel.size_bytes))
             self._next += 1
             self._bytes += parcel.size_bytes
-            return Admission(True, dropped)
+            return PutResult(True, dropped)
 
-    def take(self, after: Waiting | None = None) -> tuple[Waiting, Episode | TouchlineError] | None:
+    def take(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         """Returns the oldest episode, which stays; or the oldest behind ``after``."""
         with self._lock:
             for waiting, episode, _ in self._episodes:
@@ -179,13 +179,13 @@ class MemoryQueue:
                     return waiting, episode
             return None
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, waiting: QueueTicket) -> None:
         """Forgets an episode that was taken; those go in their order."""
         with self._lock:
             assert waiting.number <= self._sending and self._episodes[0][0] == waiting
             self._bytes -= self._episodes.popleft()[2]
 
-    def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
+    def dead_letter(self, waiting: QueueTicket, error: TouchlineError) -> None:
         """Forgets an episode that was taken: whoever took it reports it."""
         self.remove(waiting)
 

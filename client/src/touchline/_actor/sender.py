@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from touchline._actor.queue import PendingEpisodes, Waiting, WhenFull
+from touchline._actor.queue import EpisodeQueue, OverflowPolicy, QueueTicket
 from touchline._actor.recipient import EpisodeRecipient
-from touchline._actor.sender_log import OutboxLog
+from touchline._actor.sender_log import SenderLog
 from touchline._rpc import waits
 from touchline._rpc.calls import Backoff, delay_before_retry
 from touchline.errors import (
@@ -48,7 +48,7 @@ class _StoppedError(Exception):
     """The thread is to end; what waits stays where it is."""
 
 
-class Outbox:
+class EpisodeSender:
     """Takes ended episodes, sends them oldest first from a background thread, and counts what becomes of each.
 
     One thread puts; the rest may be called from any. The thread does not keep the process alive.
@@ -60,18 +60,18 @@ class Outbox:
         when_full: what happens to an episode for which the queue has no room.
     """
 
-    def __init__(self, client: EpisodeRecipient, queue: PendingEpisodes, *, name: str, when_full: WhenFull) -> None:
+    def __init__(self, client: EpisodeRecipient, queue: EpisodeQueue, *, name: str, when_full: OverflowPolicy) -> None:
         self._client = client
         self._queue = queue
         self._name = name
-        self._log = OutboxLog(name, queue.place)
+        self._log = SenderLog(name, queue.place)
         self._when_full = when_full
         self._changed = threading.Condition()
         self._counters = WriterCounters(resumed=queue.resumed[0], pending=queue.resumed[0])
         self._unreported: list[EpisodeResult] = []
         self._trouble: TouchlineError | None = None
         self._settled = 0
-        self._apart = 0
+        self._send_singly_left = 0
         self._halted = self._stopped = False
         self._failure: ServerError | None = None
         self._failure_told = False
@@ -310,7 +310,7 @@ class Outbox:
                 # What says nothing of the episode itself is tried again.
                 self._settle(waiting, answer if isinstance(answer, InvalidArgumentError | None) else self._send_one(episode))
         else:
-            self._apart = max(self._apart - 1, 0)
+            self._send_singly_left = max(self._send_singly_left - 1, 0)
             waiting, found = taken[0]
             self._settle(waiting, self._send_one(found))
 
@@ -328,14 +328,14 @@ class Outbox:
         logger.error("%s: %s", self._name, self._failure, exc_info=error)
         self._changed.notify_all()
 
-    def _take_some(self) -> list[tuple[Waiting, Episode | TouchlineError]]:
+    def _take_some(self) -> list[tuple[QueueTicket, Episode | TouchlineError]]:
         """Returns the oldest episode, and where things go well those behind it that a call may share with it; none where none waits."""
         oldest = self._take()
         if oldest is None:
             return []
         taken = [oldest]
         # What is being sent cannot be dropped: under that policy it is one at a time.
-        if self._when_full == "drop-oldest" or self._trouble is not None or self._apart:
+        if self._when_full == "drop-oldest" or self._trouble is not None or self._send_singly_left:
             return taken
         room = TOGETHER_BYTES
         while len(taken) < TOGETHER_EPISODES:
@@ -366,14 +366,14 @@ class Outbox:
             logger.debug("%s: %d episodes go one by one: %s", self._name, len(found), error)
         except Exception:
             logger.exception("%s: sending %d episodes together failed, they go one by one", self._name, len(found))
-        self._apart = len(found)
+        self._send_singly_left = len(found)
         return None
 
     def _send_one(self, found: Episode | TouchlineError) -> TouchlineError | None:
         """Returns None once an episode is acknowledged, or why it never will be."""
         return self._send(found) if isinstance(found, Episode) else found
 
-    def _take(self) -> tuple[Waiting, Episode | TouchlineError] | None:
+    def _take(self) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         delays = self._delays()
         while True:
             try:
@@ -426,7 +426,7 @@ class Outbox:
                 )
             self._pause(trouble, delay_before_retry(trouble, next(delays)))
 
-    def _settle(self, waiting: Waiting, error: TouchlineError | None) -> None:
+    def _settle(self, waiting: QueueTicket, error: TouchlineError | None) -> None:
         if error is not None:
             self._log.refused(waiting.key, waiting.length, error)
         delays = self._delays()
@@ -435,7 +435,7 @@ class Outbox:
                 if error is None:
                     self._queue.remove(waiting)
                 else:
-                    self._queue.set_aside(waiting, error)
+                    self._queue.dead_letter(waiting, error)
                 break
             except SpoolError as failure:
                 self._pause(failure, next(delays))

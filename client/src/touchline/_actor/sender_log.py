@@ -18,7 +18,7 @@ LOG_S = 10.0
 logger = get_logger(__name__)
 
 
-class OutboxLog:
+class SenderLog:
     """Tells of what happens to episodes: at once where it is news, now and then where it goes on.
 
     Args:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from touchline._actor import exit_hooks
-from touchline._actor.queue import PendingEpisodes, WhenFull
+from touchline._actor.queue import EpisodeQueue, OverflowPolicy
 from touchline._actor.recipient import EpisodeRecipient
 from touchline._actor.rows import EpisodeRows
-from touchline._actor.sender import Outbox
-from touchline._rpc.fork import forget_in_child
+from touchline._actor.sender import EpisodeSender
+from touchline._rpc.fork import register_after_fork
 from touchline.errors import SpoolError, UnacknowledgedError
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
@@ -32,22 +32,22 @@ class Unsent:
     def __init__(
         self,
         client: EpisodeRecipient,
-        queue: PendingEpisodes,
-        childs_queue: Callable[[], PendingEpisodes],
+        queue: EpisodeQueue,
+        childs_queue: Callable[[], EpisodeQueue],
         *,
         actor: str,
-        when_full: WhenFull,
+        when_full: OverflowPolicy,
     ) -> None:
         self._client = client
         self._childs_queue = childs_queue
         self._actor = actor
-        self._when_full: WhenFull = when_full
+        self._when_full: OverflowPolicy = when_full
         self.parents_spool: Path | None = None
         """In a forked child: the spool that is the parent's."""
         self._start(queue)
-        forget_in_child(self)
+        register_after_fork(self)
 
-    def _start(self, queue: PendingEpisodes) -> None:
+    def _start(self, queue: EpisodeQueue) -> None:
         self.rows = EpisodeRows()
         """Of the unfinished episode."""
         self.cut = False
@@ -56,7 +56,7 @@ class Unsent:
         """Why further rows are refused until the episode is ended; empty if they are not."""
         self.due: Episode | None = None
         """That ended, and is not in the outbox yet."""
-        self.outbox = Outbox(self._client, queue, name=f"episode writer of actor {self._actor!r}", when_full=self._when_full)
+        self.outbox = EpisodeSender(self._client, queue, name=f"episode writer of actor {self._actor!r}", when_full=self._when_full)
         """Of those that ended before."""
 
     def discard(self, why: str) -> None:
@@ -91,7 +91,7 @@ class Unsent:
     # At the process's exit and after a fork.
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Waits until every ended episode is acknowledged, and raises what :meth:`Outbox.flush` does."""
+        """Waits until every ended episode is acknowledged, and raises what :meth:`EpisodeSender.flush` does."""
         self.outbox.flush(timeout_s)
 
     def describe_loss(self) -> str | None:

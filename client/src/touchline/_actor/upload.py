@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from touchline._actor.first_row import FirstRowCheck
-from touchline._rpc.calls import Calls, reason_of
+from touchline._rpc.calls import RpcClient, reason_of
 from touchline._rpc.convert import counts_of, load_results_of
-from touchline._rpc.encoding import encode_episode, unencodable
+from touchline._rpc.encoding import encode_episode, to_client_error
 from touchline.errors import EpisodeResult, InvalidEpisodeError, LoadError, TooLargeError, TouchlineError
 from touchline_protos import Counts
 from touchline_protos.codec import (
@@ -87,7 +87,7 @@ def episodes_of(episodes: Any) -> Iterator[Any]:
         raise InvalidEpisodeError(str(error)) from None
 
 
-class Delivery:
+class EpisodeUploader:
     """Sends episodes. Safe to use from many threads.
 
     Args:
@@ -96,7 +96,7 @@ class Delivery:
         max_message_bytes: an episode above it goes in chunks.
     """
 
-    def __init__(self, calls: Calls, *, table: str, max_message_bytes: int) -> None:
+    def __init__(self, calls: RpcClient, *, table: str, max_message_bytes: int) -> None:
         self._calls = calls
         self._table = table
         self._max_message_bytes = max_message_bytes
@@ -225,7 +225,7 @@ class Delivery:
                     raise
                 message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
         except CodecError as error:
-            raise unencodable(error) from None
+            raise to_client_error(error) from None
         self._first_row.check(episodes)
         return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
 
@@ -253,7 +253,7 @@ def _checked(item: _Item) -> _Item:
         try:
             next(encode_load(episode, chunk_bytes=1))  # its header alone
         except CodecError as error:
-            return key, unencodable(error)
+            return key, to_client_error(error)
     return item
 
 

@@ -56,7 +56,7 @@ def show(folder: Folder) -> None:
     from touchline._spool import maintenance
 
     with failing_well("interrupted"):
-        _tell_spool(maintenance.survey(folder))
+        _print_spool(maintenance.survey(folder))
 
 
 @app.command()
@@ -148,7 +148,7 @@ class _Traces(logging.Handler):
             complain(self.format(record))
 
 
-def _tell_spool(report: SpoolReport) -> None:
+def _print_spool(report: SpoolReport) -> None:
     user = "nobody uses it" if report.user is None else f"in use by process {report.user}" if report.user else "in use"
     table = f", for the table {report.table!r}" if report.table else ""
     say(f"{report.folder}: {user}; {_size(report.disk_bytes)} on the disk{table}")

@@ -13,7 +13,7 @@ import numpy as np
 from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream import BatchSource
 from touchline._learner.torch_batch import load_torch, map_batch
-from touchline._rpc.fork import forget_in_child, keep_orphan
+from touchline._rpc.fork import leak_parent_object, register_after_fork
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline_protos import Batch
 from touchline_protos.shm.cuda_pinned import PinnedRegion
@@ -52,14 +52,14 @@ class StagedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
+class _Span:
     """The memory of a batch: one stretch, with all arrays in it."""
 
     address: int
     size_bytes: int
 
     @classmethod
-    def of(cls, arrays: list[np.ndarray]) -> _Stretch | None:
+    def of(cls, arrays: list[np.ndarray]) -> _Span | None:
         """Returns the stretch of arrays that lie close behind each other, as those of a received batch do; None for others."""
         spans = sorted((_address(array), array.nbytes, array.itemsize) for array in arrays if array.nbytes)
         if not spans or any(not array.flags.c_contiguous for array in arrays):
@@ -77,8 +77,8 @@ class CudaStaging:
 
     The device reads a batch in a ring where it lies: the ring's memory is pinned, and its slot held until the copy is complete. Others
     are copied into a slot of pinned memory, which is written again only after the event of its last copy has completed. The block on the
-    device is allocated on the side stream, so that the copy waits for nothing of the learner's; :func:`hand_over` ties it to the learner's
-    stream.
+    device is allocated on the side stream, so that the copy waits for nothing of the learner's;
+    :func:`sync_to_current_stream` ties it to the learner's stream.
 
     Args:
         torch: the module.
@@ -106,7 +106,7 @@ class CudaStaging:
             self._enter(ring)
         arrays: list[np.ndarray] = []
         map_batch(batch, arrays.append)
-        stretch = _Stretch.of(arrays)
+        stretch = _Span.of(arrays)
         direct = self._in_ring(stretch) if stretch is not None else None
         offsets = _offsets(arrays, stretch)
         size_bytes = stretch.size_bytes if stretch is not None else offsets[-1]
@@ -141,7 +141,7 @@ class CudaStaging:
             copied, _ = self._held.popleft()
             copied.synchronize()
 
-    def _in_ring(self, stretch: _Stretch) -> Any:
+    def _in_ring(self, stretch: _Span) -> Any:
         """Returns a stretch of the ring's pinned memory as a tensor; None for one that lies elsewhere."""
         region = self._region
         if region is None or not region.pinned:
@@ -152,7 +152,7 @@ class CudaStaging:
         self._release(HELD - 1)
         return region.tensor[first : first + stretch.size_bytes]
 
-    def _copy(self, arrays: list[np.ndarray], offsets: list[int], stretch: _Stretch | None, size_bytes: int) -> tuple[Any, _Slot]:
+    def _copy(self, arrays: list[np.ndarray], offsets: list[int], stretch: _Span | None, size_bytes: int) -> tuple[Any, _Slot]:
         """Copies arrays into the next slot; returns what of its buffer they take, and the slot."""
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
@@ -188,7 +188,7 @@ class CudaStaging:
         return map_batch(batch, view)
 
 
-def hand_over(torch: Any, staged: StagedBatch) -> Batch:
+def sync_to_current_stream(torch: Any, staged: StagedBatch) -> Batch:
     """Returns a staged batch to the thread and stream that will use it; work queued there from now on sees the whole batch."""
     stream = torch.cuda.current_stream(staged.block.device)
     stream.wait_event(staged.copied)
@@ -205,7 +205,7 @@ def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _offsets(arrays: list[np.ndarray], stretch: _Stretch | None) -> list[int]:
+def _offsets(arrays: list[np.ndarray], stretch: _Span | None) -> list[int]:
     """Returns where each array begins in the block, and where the last one ends."""
     if stretch is not None:
         return [_address(array) - stretch.address if array.nbytes else 0 for array in arrays]
@@ -230,7 +230,7 @@ class CudaSource:
         self._device = device
         self._closed = False
         self._begin()
-        forget_in_child(self)
+        register_after_fork(self)
 
     def _begin(self) -> None:
         """Has everything that changes as it is before the first batch."""
@@ -241,7 +241,7 @@ class CudaSource:
 
     def after_fork_in_child(self) -> None:
         """Begins anew; what is on the device is the parent's. CUDA itself refuses a child of a process that has used it, by an error."""
-        keep_orphan((self._ahead, self._thread))
+        leak_parent_object((self._ahead, self._thread))
         self._begin()
 
     def take(self) -> Batch:
@@ -260,7 +260,7 @@ class CudaSource:
                 raise failure
             staged = self._ahead.popleft()
             self._changed.notify_all()
-        return hand_over(self._torch, staged)
+        return sync_to_current_stream(self._torch, staged)
 
     @property
     def transport(self) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from touchline._rpc.calls import Calls, delay_before_retry, is_passing
+from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
 from touchline._rpc.copying import NotCopied
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.fork import event_like, forget_in_child, keep_orphan
+from touchline._rpc.fork import clone_event, leak_parent_object, register_after_fork
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
@@ -114,7 +114,7 @@ class EpisodeSource:
         empty: no episode is asked for, and so the server is not.
     """
 
-    def __init__(self, calls: Calls, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
+    def __init__(self, calls: RpcClient, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
         self._calls = calls
         self._request = request
         self._timeout_s = timeout_s
@@ -127,7 +127,7 @@ class EpisodeSource:
         self._finished = False
         self._watchdog = Watchdog(timeout_s)
         self._closed = threading.Event()
-        forget_in_child(self)
+        register_after_fork(self)
 
     @property
     def selection(self) -> EpisodeSelection:
@@ -274,17 +274,17 @@ class EpisodeSource:
 
     def after_fork_in_child(self) -> None:
         """The call is the parent's; the child goes on from where that was, with one of its own."""
-        keep_orphan((self._session, self._watchdog))
+        leak_parent_object((self._session, self._watchdog))
         self._session = None
         self._delays = self._calls.delays()
         self._watchdog = Watchdog(self._timeout_s)
-        self._closed = event_like(self._closed)
+        self._closed = clone_event(self._closed)
 
 
 class _Session:
     """One call of GetEpisodes."""
 
-    def __init__(self, calls: Calls, request: pb.GetEpisodesRequest) -> None:
+    def __init__(self, calls: RpcClient, request: pb.GetEpisodesRequest) -> None:
         self._calls = calls
         self.decoder = EpisodeDecoder()
         self.frames = 0

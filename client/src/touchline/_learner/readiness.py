@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from touchline._rpc.calls import Calls
+from touchline._rpc.calls import RpcClient
 from touchline._rpc.convert import ready_state_of, whole_number
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import DeadlineError, NotReadyError, OverLimitError, TlsError, TouchlineError, UnavailableError
@@ -26,7 +26,7 @@ class Readiness:
         table: of the server; empty is the default one.
     """
 
-    def __init__(self, calls: Calls, *, table: str) -> None:
+    def __init__(self, calls: RpcClient, *, table: str) -> None:
         self._calls = calls
         self._table = table
 

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from touchline._learner.readiness import PROBE_TIMEOUT_S, Readiness
 from touchline._learner.ring_reader import RingBatches, RingEndedError, attach
-from touchline._rpc.calls import Calls, delay_before_retry, is_passing
+from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
 from touchline._rpc.copying import NotCopied
 from touchline._rpc.credentials import is_local
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.fork import event_like, forget_in_child, keep_orphan
+from touchline._rpc.fork import clone_event, leak_parent_object, register_after_fork
 from touchline._rpc.waits import waiting
 from touchline.errors import (
     ClosedError,
@@ -144,7 +144,7 @@ class StreamSource:
     """
 
     def __init__(
-        self, calls: Calls, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float, ring: bool
+        self, calls: RpcClient, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float, ring: bool
     ) -> None:
         self._calls = calls
         self._use_ring = ring
@@ -162,7 +162,7 @@ class StreamSource:
         self._no_ring_told = False
         self._closed = threading.Event()
         self._begin()
-        forget_in_child(self)
+        register_after_fork(self)
 
     def _begin(self) -> None:
         """Has everything that changes as it is before the first batch."""
@@ -310,16 +310,16 @@ class StreamSource:
 
     def after_fork_in_child(self) -> None:
         """Begins anew, whatever a thread of the parent was doing here: the session is the parent's, and batches would be used twice."""
-        keep_orphan((self._session, self._ready, self._watchdog))
+        leak_parent_object((self._session, self._ready, self._watchdog))
         self._session = None
-        self._closed = event_like(self._closed)
+        self._closed = clone_event(self._closed)
         self._begin()
 
 
 class _Session:
     """One call of SampleStream: batches in its messages, or in a ring that the server offers on the same host."""
 
-    def __init__(self, calls: Calls, request: pb.SampleRequest, prefetch: int, *, ring: bool) -> None:
+    def __init__(self, calls: RpcClient, request: pb.SampleRequest, prefetch: int, *, ring: bool) -> None:
         self._calls = calls
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         identity = shared_memory_id() if ring else ""

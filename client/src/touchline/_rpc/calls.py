@@ -163,7 +163,7 @@ class Backoff:
             full = min(full * self.factor, self.max_s)
 
 
-class Calls:
+class RpcClient:
     """Makes calls on a transport. Safe to use from many threads.
 
     Args:

@@ -81,7 +81,7 @@ class Transport:
         self._dropped: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self._unusable = False
-        fork.forget_in_child(self)
+        fork.register_after_fork(self)
 
     @property
     def closed(self) -> bool:
@@ -130,7 +130,7 @@ class Transport:
     def after_fork_in_child(self) -> None:
         """Leaves the parent's channel alone; the next call opens one of the child's own."""
         if self._channel is not None:
-            fork.keep_orphan((self._channel, self._methods))
+            fork.leak_parent_object((self._channel, self._methods))
             self._unusable = not fork.SUPPORTED
             self._forget_dropping()
         self._channel = None

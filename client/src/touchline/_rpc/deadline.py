@@ -20,7 +20,7 @@ class Endable(Protocol):
 
 
 @dataclass(slots=True)
-class _Term:
+class _Deadline:
     """A session and when it ends."""
 
     session: Endable
@@ -36,7 +36,7 @@ class Watchdog:
 
     def __init__(self, timeout_s: float) -> None:
         self._period_s = min(max(timeout_s / 20, 0.01), 1.0)
-        self._watched: _Term | None = None
+        self._watched: _Deadline | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -50,7 +50,7 @@ class Watchdog:
             thread = threading.Thread(target=self._work, name="touchline-watchdog", daemon=True)
             thread.start()
             self._thread = thread
-        self._watched = _Term(session, ends)
+        self._watched = _Deadline(session, ends)
 
     def rest(self) -> None:
         """Ends nothing until the next :meth:`watch`."""

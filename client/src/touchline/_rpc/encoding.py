@@ -16,9 +16,9 @@ def encode_episode(episode: Episode, *, table: str) -> bytes:
     try:
         return encode_add_episode(episode, table=table)
     except CodecError as error:
-        raise unencodable(error) from None
+        raise to_client_error(error) from None
 
 
-def unencodable(error: CodecError) -> InvalidEpisodeError | TooLargeError:
+def to_client_error(error: CodecError) -> InvalidEpisodeError | TooLargeError:
     """Returns the client's error of an episode that the codec refuses."""
     return TooLargeError(str(error)) if isinstance(error, OversizeError) else InvalidEpisodeError(str(error))

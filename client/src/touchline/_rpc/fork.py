@@ -32,7 +32,7 @@ SUPPORTED = _enable()
 """False where gRPC was loaded before this package and without fork support: then a forked child must not use a client."""
 
 
-class Forgetful(Protocol):
+class ForkAware(Protocol):
     """Holds what a forked child must not touch: locks, channels, threads."""
 
     def after_fork_in_child(self) -> None:
@@ -85,15 +85,15 @@ gate = ForkGate()
 """The process's one gate: gRPC's core is one a process, too."""
 
 _orphans: list[object] = []
-_forgetful: weakref.WeakSet[Forgetful] = weakref.WeakSet()
+_forgetful: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 
 
-def forget_in_child(thing: Forgetful) -> None:
+def register_after_fork(thing: ForkAware) -> None:
     """Calls ``thing.after_fork_in_child()`` in every child forked from now on, for as long as the thing lives."""
     _forgetful.add(thing)
 
 
-def event_like(event: threading.Event) -> threading.Event:
+def clone_event(event: threading.Event) -> threading.Event:
     """In a child: returns an event that is set where this one is, and whose lock nobody of the parent's holds."""
     fresh = threading.Event()
     if event.is_set():
@@ -101,7 +101,7 @@ def event_like(event: threading.Event) -> threading.Event:
     return fresh
 
 
-def keep_orphan(thing: object) -> None:
+def leak_parent_object(thing: object) -> None:
     """In a child: keeps what is the parent's alive, since its destructor could reach what both share."""
     _orphans.append(thing)
 

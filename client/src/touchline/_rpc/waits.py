@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from touchline._rpc.fork import forget_in_child
+from touchline._rpc.fork import register_after_fork
 from touchline_protos.log_lines import get_logger
 
 FIRST_S = 10.0
@@ -41,7 +41,7 @@ class WaitLog:
         self._clock = clock
         self._watched = watched
         self._begin_afresh()
-        forget_in_child(self)
+        register_after_fork(self)
 
     def wait(self, who: str, what: str, reason: Reason, *, first_s: float = FIRST_S) -> Wait:
         """Returns a wait that begins when it is entered, as a context manager, and may be entered again once it was left.

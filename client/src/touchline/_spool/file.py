@@ -17,7 +17,7 @@ from urllib.parse import quote
 from touchline._spool.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_room
 from touchline.errors import SpoolError
 from touchline_protos.files.locks import HAS_LOCKS, NO_ROOM, is_locked, lock, open_own, rewrite, sync
-from touchline_protos.files.sqlite import FormatError, Tables, row_checksum
+from touchline_protos.files.sqlite import FormatError, SqliteFormat, row_checksum
 from touchline_protos.log_lines import get_logger
 
 FILE_NAME = "spool.db"
@@ -31,7 +31,7 @@ PARTS = 16
 WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
 """States of an episode: to be sent; refused by the server for good; not what was written. No flipped bit makes one of another."""
 
-TABLES = Tables(
+TABLES = SqliteFormat(
     application_id=0x746C7370,
     version=1,
     page_bytes=PAGE_BYTES,

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from touchline._actor.rejections import Refusals, add_refusal
-from touchline._actor.sender import Outbox
+from touchline._actor.sender import EpisodeSender
 from touchline._spool.file import (
     COLUMNS,
     DAMAGED,
@@ -190,7 +190,7 @@ def send(folder: Path, address: str, *, timeout_s: float = 60.0, watch: Callable
         before = _sorted(folder)
         report = SendReport(total=spool.resumed[0], left=spool.resumed[0])
         with ReplayClient(address, table=spool.table, timeout_s=min(timeout_s, CALL_TIMEOUT_S)) as client:
-            outbox = Outbox(client, spool, name=f"sending of {folder}", when_full="block")
+            outbox = EpisodeSender(client, spool, name=f"sending of {folder}", when_full="block")
             sizes = [0, *accumulate(episode.size_bytes for episode in before.waiting)]
             try:
                 _follow(outbox, report, sizes, timeout_s=timeout_s, watch=watch or (lambda _: None))
@@ -246,7 +246,7 @@ def _sorted(folder: Path) -> SpoolReport:
     return report
 
 
-def _follow(outbox: Outbox, report: SendReport, sizes: list[int], *, timeout_s: float, watch: Callable[[SendReport], None]) -> None:
+def _follow(outbox: EpisodeSender, report: SendReport, sizes: list[int], *, timeout_s: float, watch: Callable[[SendReport], None]) -> None:
     """Waits until everything is answered, or what is in the way does not pass."""
     settled, since = 0, time.monotonic()
     while True:
@@ -262,7 +262,7 @@ def _follow(outbox: Outbox, report: SendReport, sizes: list[int], *, timeout_s: 
             return
 
 
-def _update(report: SendReport, outbox: Outbox, sizes: list[int]) -> None:
+def _update(report: SendReport, outbox: EpisodeSender, sizes: list[int]) -> None:
     counters = outbox.counters
     report.sent, report.steps = counters.acknowledged, counters.steps_acknowledged
     report.refused, report.left = counters.refused, counters.pending

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from touchline._actor.queue import Admission, Parcel, Waiting
+from touchline._actor.queue import PutResult, QueueItem, QueueTicket
 from touchline._rpc.encoding import encode_episode
-from touchline._rpc.fork import gate, keep_orphan
+from touchline._rpc.fork import gate, leak_parent_object
 from touchline._spool.file import (
     COLUMNS,
     DAMAGED,
@@ -61,7 +61,7 @@ _Row = tuple[Any, ...]
 
 
 class Spool:
-    """Episodes in a folder that this writer holds alone. See :class:`~touchline._actor.queue.PendingEpisodes`.
+    """Episodes in a folder that this writer holds alone. See :class:`~touchline._actor.queue.EpisodeQueue`.
 
     The folder never takes more than ``limit_bytes``, the log and the free pages of the database included; an episode takes its size twice
     while it is being written. One that is damaged, by the checksum, is set aside and never sent; it stays in the file.
@@ -132,7 +132,7 @@ class Spool:
         """What the folder's files take on the disk now."""
         return sum(_size(self._folder / f"{FILE_NAME}{suffix}") for suffix in ("", "-wal", "-shm"))
 
-    def pack(self, episode: Episode) -> Parcel:
+    def pack(self, episode: Episode) -> QueueItem:
         """Returns the episode as a message."""
         assert episode.key is not None
         message = encode_episode(episode, table=self.table)
@@ -143,28 +143,28 @@ class Spool:
                 f"the episode has {len(message)} bytes and needs {least} of the spool, whose limit is {self._limit_bytes}: raise "
                 "spool_limit_bytes, or cut episodes by max_steps"
             )
-        return Parcel(episode.key, episode.length, len(message), message)
+        return QueueItem(episode.key, episode.length, len(message), message)
 
-    def put(self, parcel: Parcel, *, drop_oldest: bool, force: bool = False) -> Admission:
+    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         """Appends an episode if there is room; where it returns that it is kept, it is on the disk."""
         assert isinstance(parcel.content, bytes)
-        dropped: list[Waiting] = []
+        dropped: list[QueueTicket] = []
         try:
             with self._open() as connection:
                 self._journal.check()
                 self._write_settled(connection)
                 if not self._make_room(connection, parcel, dropped if drop_oldest else None):
-                    return Admission(False, dropped)
+                    return PutResult(False, dropped)
                 self._insert(connection, parcel, parcel.content)
                 self._journal.tidy(shrink=not self._count)
         except SpoolError as error:
             if has_no_room(error.__cause__, self._path):
                 logger.error("%s: the disk is full", self._path)
-                return Admission(False, dropped)
-            return Admission(False, dropped, error)
-        return Admission(True, dropped)
+                return PutResult(False, dropped)
+            return PutResult(False, dropped, error)
+        return PutResult(True, dropped)
 
-    def take(self, after: Waiting | None = None) -> tuple[Waiting, Episode | TouchlineError] | None:
+    def take(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         """Returns the oldest episode, or the oldest behind ``after``, its columns views of the message that was read; or why it cannot be
         sent."""
         with self._open() as connection:
@@ -194,11 +194,11 @@ class Spool:
             return waiting, InvalidEpisodeError(str(error))
         return waiting, episode
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, waiting: QueueTicket) -> None:
         """Forgets an episode that was taken."""
         self._settle(waiting, None)
 
-    def set_aside(self, waiting: Waiting, error: TouchlineError) -> None:
+    def dead_letter(self, waiting: QueueTicket, error: TouchlineError) -> None:
         """Keeps an episode that was taken out of the queue, with the reason; the newest ``max_refused`` of those that were refused."""
         self._settle(waiting, (DAMAGED if isinstance(error, SpoolError) else REFUSED, str(error)[:1000]))
 
@@ -225,7 +225,7 @@ class Spool:
     def abandon(self) -> None:
         """In a forked child: forgets the file without touching it."""
         if self._connection is not None:
-            keep_orphan(self._connection)
+            leak_parent_object(self._connection)
             self._connection = None
             self._holder.release()
             inherit(self._folder)
@@ -249,7 +249,7 @@ class Spool:
         """Returns whether an episode that lies in the file does not wait any more."""
         return number in self._skipped or number in self._settled
 
-    def _settle(self, waiting: Waiting, outcome: tuple[int, str] | None) -> None:
+    def _settle(self, waiting: QueueTicket, outcome: tuple[int, str] | None) -> None:
         with self._open() as connection:
             self._settled[waiting.number] = outcome
             self._count -= 1
@@ -314,7 +314,7 @@ class Spool:
         rows = connection.execute(f"SELECT {COLUMNS}, row_checksum FROM episodes WHERE ({which}) AND id > ? ORDER BY id", (after,))
         return next((row for row in rows if not self._is_out(row[0])), None)
 
-    def _insert(self, connection: sqlite3.Connection, parcel: Parcel, message: bytes) -> None:
+    def _insert(self, connection: sqlite3.Connection, parcel: QueueItem, message: bytes) -> None:
         key = (parcel.key.client_id, parcel.key.incarnation, parcel.key.sequence)
         row = (self._next, *key, parcel.length, len(message), time.time(), WAITING, "", zlib.crc32(message))
         with self._journal.transaction(sync=True, size_bytes=len(message)):
@@ -334,7 +334,7 @@ class Spool:
         with self._journal.transaction(sync=True):
             set_state(connection, number, state, reason)
 
-    def _damage(self, waiting: Waiting, where: str) -> SpoolError:
+    def _damage(self, waiting: QueueTicket, where: str) -> SpoolError:
         return SpoolError(
             f"{self._path}: episode {waiting.number} is damaged, {where} is not what was written; it is set aside and not sent. The disk "
             "may be failing"
@@ -342,7 +342,7 @@ class Spool:
 
     # Room.
 
-    def _make_room(self, connection: sqlite3.Connection, parcel: Parcel, dropped: list[Waiting] | None) -> bool:
+    def _make_room(self, connection: sqlite3.Connection, parcel: QueueItem, dropped: list[QueueTicket] | None) -> bool:
         """Returns whether there is room; deletes refused episodes for it and, where a list is given, drops waiting ones into it."""
         pages = _pages_for(parcel.size_bytes)
         if (self._max_pending is None or self._count < self._max_pending) and self._fits(connection, pages):
@@ -406,6 +406,6 @@ def _pages_for(size_bytes: int) -> int:
     return data + data // 800 + SPARE_PAGES
 
 
-def _waiting(row: _Row) -> Waiting:
+def _waiting(row: _Row) -> QueueTicket:
     incarnation, sequence, length = (value if isinstance(value, int) else -1 for value in row[2:5])  # a damaged row may hold anything
-    return Waiting(row[0], EpisodeKey(str(row[1]), incarnation, sequence), length)
+    return QueueTicket(row[0], EpisodeKey(str(row[1]), incarnation, sequence), length)

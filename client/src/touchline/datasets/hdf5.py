@@ -11,10 +11,10 @@ import numpy as np
 
 from touchline.datasets.chunks import check_chunks
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.placing import Placement
+from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
-from touchline.datasets.sizes import Tally
+from touchline.datasets.sizes import SizeCounter
 from touchline.datasets.values import DatasetEpisode, escape, unescape
 from touchline.installing import install_command
 from touchline_protos.types.flatten import MAX_NESTING
@@ -59,7 +59,7 @@ class Hdf5Source(SingleFileSource[Any]):
         self._episodes = group
         self.row_convention = str(file.attrs.get("row_convention", "incoming"))
 
-    def _read(self, position: int, name: str, tally: Tally) -> DatasetEpisode:
+    def _read(self, position: int, name: str, tally: SizeCounter) -> DatasetEpisode:
         try:
             group = self._episodes[name]
             if not isinstance(group, h5py.Group):
@@ -72,7 +72,7 @@ class Hdf5Source(SingleFileSource[Any]):
         return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
 
 
-def _columns(file: Any, group: Any, prefix: str, tally: Tally, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _columns(file: Any, group: Any, prefix: str, tally: SizeCounter, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if depth > MAX_NESTING:
         raise DatasetError(f"{prefix}: nested more than {MAX_NESTING} levels deep")
     for name in group:
@@ -96,7 +96,7 @@ def _columns(file: Any, group: Any, prefix: str, tally: Tally, depth: int = 0) -
             raise DatasetError(f"{label}: {type(value).__name__}, expected a dataset")
 
 
-def announced(name: str, dataset: Any, tally: Tally) -> bool:
+def announced(name: str, dataset: Any, tally: SizeCounter) -> bool:
     """Counts a dataset before it is read, and returns whether it is wanted.
 
     Args:
@@ -142,7 +142,7 @@ class Hdf5Target:
     """
 
     def __init__(self, path: Path, row_convention: str, *, force: bool, compress: bool) -> None:
-        self._placement = Placement(path, force=force)
+        self._placement = AtomicOutput(path, force=force)
         self._compress = compress
         self._file = h5py.File(self._placement.partial, "w")
         self._file.attrs.update({"version": 1, "row_convention": row_convention})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.sizes import SizeLimit, Tally
+from touchline.datasets.sizes import SizeCounter, SizeLimit
 from touchline.installing import install_command
 
 try:
@@ -70,7 +70,7 @@ class MinariSizes:
         """Closes the file."""
         self._file.close()
 
-    def _count(self, name: str, value: Any, space: Any, tally: Tally) -> None:
+    def _count(self, name: str, value: Any, space: Any, tally: SizeCounter) -> None:
         if isinstance(value, h5py.Group):
             tally.visit(name)
             for part, below in value.items():

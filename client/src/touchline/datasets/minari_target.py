@@ -14,7 +14,7 @@ import numpy as np
 
 from touchline.datasets.errors import DatasetError, UnholdableError
 from touchline.datasets.minari import ABOUT, PREFIX, ROW0, implied_truncations
-from touchline.datasets.placing import Placement
+from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.transitions import defined, undefined_row
 from touchline.datasets.values import escape
@@ -66,7 +66,7 @@ class MinariTarget:
         folder = (get_dataset_path(self._id) if named else Path(place)).absolute()
         if named:
             folder.parent.mkdir(parents=True, exist_ok=True)
-        self._placement = Placement(folder, force=force, replaceable=lambda there: (there / "data" / METADATA_FILE_NAME).is_file())
+        self._placement = AtomicOutput(folder, force=force, replaceable=lambda there: (there / "data" / METADATA_FILE_NAME).is_file())
         self._storage: Any = None
         self._waiting: list[EpisodeBuffer] = []
         self._metadata: list[dict[str, Any]] = []

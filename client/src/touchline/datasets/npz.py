@@ -14,10 +14,10 @@ from typing import IO, Any
 import numpy as np
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.placing import Placement
+from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
-from touchline.datasets.sizes import MAX_ABOUT_BYTES, Tally
+from touchline.datasets.sizes import MAX_ABOUT_BYTES, SizeCounter
 from touchline.datasets.values import DatasetEpisode
 
 FORMAT = "npz"
@@ -62,7 +62,7 @@ class NpzSource(SingleFileSource[zipfile.ZipFile]):
         super().__init__(path, file, list(self._members))
         self.row_convention = self._read_convention()
 
-    def _read(self, position: int, name: str, tally: Tally) -> DatasetEpisode:
+    def _read(self, position: int, name: str, tally: SizeCounter) -> DatasetEpisode:
         columns: dict[str, Any] = {}
         provenance = Provenance()
         for member in self._members[name]:
@@ -78,7 +78,7 @@ class NpzSource(SingleFileSource[zipfile.ZipFile]):
                 return DatasetEpisode(position, {}, error=DatasetError(f"{name}/{column}: cannot be read: {error}"))
         return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
 
-    def _read_column(self, member: str, column: str, columns: dict[str, Any], tally: Tally) -> None:
+    def _read_column(self, member: str, column: str, columns: dict[str, Any], tally: SizeCounter) -> None:
         with self._file.open(member) as file:
             head = file.read(HEAD_BYTES)
             shape, dtype, offset = _announced(head)
@@ -154,7 +154,7 @@ class NpzTarget:
     """
 
     def __init__(self, path: Path, row_convention: str, *, force: bool, compress: bool) -> None:
-        self._placement = Placement(path, force=force)
+        self._placement = AtomicOutput(path, force=force)
         self._compression = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
         self._file = zipfile.ZipFile(self._placement.partial, "w", self._compression, allowZip64=True)
         self._file.writestr(self._member(ABOUT), json.dumps({"version": 1, "row_convention": row_convention}))

@@ -11,7 +11,7 @@ from touchline.datasets.errors import DatasetError
 from touchline_protos.files.locks import sync
 
 
-class Placement:
+class AtomicOutput:
     """A file or folder that appears whole or not at all.
 
     Args:

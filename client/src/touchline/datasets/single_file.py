@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from touchline.datasets.sizes import SizeLimit, Tally
+from touchline.datasets.sizes import SizeCounter, SizeLimit
 from touchline.datasets.values import DatasetEpisode, Digest
 
 
@@ -53,5 +53,5 @@ class SingleFileSource(ABC, Generic[File]):
         self._file.close()
 
     @abstractmethod
-    def _read(self, position: int, name: str, tally: Tally) -> DatasetEpisode:
+    def _read(self, position: int, name: str, tally: SizeCounter) -> DatasetEpisode:
         """Returns the episode of a name, with the error where it cannot be read; what it announces is counted before it is read."""

@@ -39,12 +39,12 @@ class SizeLimit:
     def __post_init__(self) -> None:
         whole_number("max_episode_bytes", self.max_episode_bytes, least=1, most=(1 << 63) - 1)
 
-    def tally(self) -> Tally:
+    def tally(self) -> SizeCounter:
         """Returns what one episode's columns are counted with."""
-        return Tally(self)
+        return SizeCounter(self)
 
 
-class Tally:
+class SizeCounter:
     """Counts what one episode announces, column by column."""
 
     def __init__(self, limit: SizeLimit) -> None:

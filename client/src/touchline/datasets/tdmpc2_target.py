@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.placing import Placement
+from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.installing import install_command
 from touchline_protos.types.dtypes import BFLOAT16
@@ -43,7 +43,7 @@ class TDMPC2Target:
                 f"{path}: rows of the convention {row_convention!r}, expected 'incoming', which is TD-MPC2's; hdf5 holds both"
             )
         self._one_file = path.suffix.lower() in (".pt", ".pth")
-        self._placement = Placement(path, force=force, replaceable=_only_pt)
+        self._placement = AtomicOutput(path, force=force, replaceable=_only_pt)
         self._placement.partial.mkdir()
         self._groups: dict[int, _Group] = {}
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from touchline._actor.queue import WhenFull
+from touchline._actor.queue import OverflowPolicy
 from touchline._rpc.convert import check_dtype
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
@@ -43,7 +43,7 @@ class RecordingOptions(TypedDict, total=False):
     with that line starts on the folder again."""
     spool_limit_bytes: int
     """What the spool of a line may take on the disk; 1 GiB where left out."""
-    when_full: WhenFull
+    when_full: OverflowPolicy
     """``"block"``, where left out: the environment is held up while too many episodes wait; ``"drop-oldest"`` or ``"drop-newest"``."""
     dtype: Any
     """``"float32"`` stores float64 values as float32; where left out, what the client does."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from touchline_protos.codec.batch_encoder import MAX_BATCH_DIMS, PROVENANCE_PREFIX
 from touchline_protos.codec.buffer_pool import BufferPool
-from touchline_protos.codec.tensors import ALIGNMENT, Located, TensorSpec, body_offsets, read_column, read_tensor
+from touchline_protos.codec.tensors import ALIGNMENT, TensorSlice, TensorSpec, body_offsets, read_column, read_tensor
 from touchline_protos.codec.wire import LEN, VARINT, read_fields, read_text, tag, to_int64
 from touchline_protos.types.batch import PROVENANCE, Batch, assemble_batch
 from touchline_protos.types.dtypes import dtype_name
@@ -47,7 +47,7 @@ _View = tuple[str, tuple[int, ...], np.dtype, int]
 class _Parsed:
     """A ``Batch`` that was read: its tensors in body order, provenance last, and its actors' names."""
 
-    tensors: list[Located]
+    tensors: list[TensorSlice]
     actors: dict[int, str]
 
 
@@ -277,8 +277,8 @@ def _remember(plans: dict[int, _MessagePlan], message: bytes, batches: Sequence[
 
 def _read_batch(message: bytes, start: int, end: int) -> _Parsed:
     """Reads a ``Batch`` and checks that it is one; its payloads' sizes are not checked."""
-    columns: list[Located] = []
-    provenance: list[Located] | None = None
+    columns: list[TensorSlice] = []
+    provenance: list[TensorSlice] | None = None
     actors: dict[int, str] = {}
     for key, a, b in read_fields(message, start, end, max_fields=_MAX_BATCH_FIELDS):
         if key == _COLUMNS:
@@ -298,8 +298,8 @@ def _read_batch(message: bytes, start: int, end: int) -> _Parsed:
     return _Parsed(columns + provenance, actors)
 
 
-def _read_provenance(message: bytes, start: int, end: int) -> list[Located]:
-    found: dict[int, Located] = {}
+def _read_provenance(message: bytes, start: int, end: int) -> list[TensorSlice]:
+    found: dict[int, TensorSlice] = {}
     for key, a, b in read_fields(message, start, end):
         number = key >> 3
         if number > len(PROVENANCE) or key != tag(number, LEN):

@@ -18,7 +18,7 @@ from touchline_protos.codec.tensors import (
     check_shape,
     frame_tensors,
     little_endian,
-    nest,
+    submessage,
 )
 from touchline_protos.codec.wire import (
     LEN,
@@ -215,7 +215,7 @@ class BatchLayout:
             payload = at + len(head)
             return Frame([(at, head)], [payload], payload + piece.size_bytes)
 
-        frame = nest(2, 0, content, at_least=piece.size_bytes)
+        frame = submessage(2, 0, content, at_least=piece.size_bytes)
         message, view, address = fresh_message(frame.end)
         for at, literal in frame.literals:
             view[at : at + len(literal)] = literal
@@ -273,14 +273,14 @@ class BatchLayout:
             payloads: list[int] = []
             for index in range(n):
                 batch = self._frame_batch if index else first_batch
-                frame = nest(1, at, batch, at_least=self.data_bytes)
+                frame = submessage(1, at, batch, at_least=self.data_bytes)
                 literals += frame.literals
                 payloads += frame.payloads
                 at = frame.end
             return Frame(literals, payloads, at)
 
         build, count = (batches, n) if n else (first_batch, 1)
-        frame = nest(1, 0, build, at_least=self.data_bytes * count)
+        frame = submessage(1, 0, build, at_least=self.data_bytes * count)
         width = len(self.specs)
         return _Template(
             size=frame.end,
@@ -302,7 +302,7 @@ class BatchLayout:
         def provenance(at: int) -> Frame:
             return frame_tensors(1, self._provenance, at, column=False, with_data=True)
 
-        rest = nest(2, columns.end, provenance, at_least=sum(spec.size_bytes for spec in self._provenance))
+        rest = submessage(2, columns.end, provenance, at_least=sum(spec.size_bytes for spec in self._provenance))
         return Frame(columns.literals + rest.literals, columns.payloads + rest.payloads, rest.end)
 
 

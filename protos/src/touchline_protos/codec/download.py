@@ -42,7 +42,7 @@ class EpisodeSelection(NamedTuple):
     """The same for as long as an id names the same episode."""
 
 
-class Outline(NamedTuple):
+class EpisodeOutline(NamedTuple):
     """A stored episode without its values."""
 
     id: int
@@ -62,7 +62,7 @@ def encode_evicted(episode_id: int) -> bytes:
     return len_field(5, int_field(1, episode_id))
 
 
-def encode_stored_header(outline: Outline, rows: int) -> bytes:
+def encode_stored_header(outline: EpisodeOutline, rows: int) -> bytes:
     """Returns the message that announces an episode in chunks, which :func:`~touchline_protos.codec.upload.chunk_message` makes.
 
     Raises:
@@ -72,7 +72,7 @@ def encode_stored_header(outline: Outline, rows: int) -> bytes:
     return len_field(3, int_field(1, outline.id) + len_field(2, header))
 
 
-def group_message(outlines: Sequence[Outline]) -> tuple[bytes, list[list[np.ndarray]]]:
+def group_message(outlines: Sequence[EpisodeOutline]) -> tuple[bytes, list[list[np.ndarray]]]:
     """Returns a message of whole episodes, to be filled before anyone else sees it.
 
     Returns:

@@ -9,14 +9,14 @@ import numpy as np
 from touchline_protos.codec.tensors import (
     DEFAULT_LIMITS,
     Frame,
-    Located,
+    TensorSlice,
     TensorSpec,
     check_name,
     check_shape,
     frame_tensors,
     little_endian,
-    nest,
     read_column,
+    submessage,
 )
 from touchline_protos.codec.wire import (
     LEN,
@@ -94,7 +94,7 @@ def _frame_episode(episode: Episode, field: int, at: int) -> tuple[Frame, list[T
         frame = frame_tensors(4, specs, start + len(head), column=True, with_data=True)
         return Frame([(start, head), *frame.literals], frame.payloads, frame.end)
 
-    return nest(field, at, content, at_least=payload), specs
+    return submessage(field, at, content, at_least=payload), specs
 
 
 def decode_add_episode(message: bytes, *, limits: CodecLimits = DEFAULT_LIMITS) -> tuple[str, Episode]:
@@ -241,7 +241,7 @@ def _read_key(data: Buffer, start: int, end: int) -> EpisodeKey:
     return EpisodeKey(client_id, incarnation, sequence)
 
 
-def _view(data: Buffer, column: Located) -> np.ndarray:
+def _view(data: Buffer, column: TensorSlice) -> np.ndarray:
     """Returns a column's values as a read-only view of the message."""
     if not column.spec.size_bytes:
         array = np.empty(column.spec.shape, column.spec.dtype)

@@ -59,7 +59,7 @@ class TensorSpec(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Located(NamedTuple):
+class TensorSlice(NamedTuple):
     """A tensor that was read: its spec and where in the message its payload is."""
 
     spec: TensorSpec
@@ -130,7 +130,7 @@ def body_offsets(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def nest(number: int, at: int, build: Callable[[int], Frame], *, at_least: int) -> Frame:
+def submessage(number: int, at: int, build: Callable[[int], Frame], *, at_least: int) -> Frame:
     """Returns the frame of a sub-message field that begins at position ``at``.
 
     The content's padding depends on where it begins, and that on how long the length of the content is: the first
@@ -211,8 +211,8 @@ _SPEC_SHAPE_PACKED = tag(3, LEN)
 _known_heads: dict[tuple[int, CodecLimits], tuple[bytes, TensorSpec]] = {}
 
 
-def read_tensor(data: Buffer, start: int, end: int, name: str, *, max_dims: int) -> Located:
-    """Reads a ``Tensor``; its payload's size is not checked yet (see :meth:`Located.check_size`).
+def read_tensor(data: Buffer, start: int, end: int, name: str, *, max_dims: int) -> TensorSlice:
+    """Reads a ``Tensor``; its payload's size is not checked yet (see :meth:`TensorSlice.check_size`).
 
     Raises:
         CodecError: malformed, an unknown dtype, a shape that cannot be.
@@ -228,10 +228,10 @@ def read_tensor(data: Buffer, start: int, end: int, name: str, *, max_dims: int)
             _append_dim(shape, a, name, max_dims)
         elif key == _DATA:
             first, last = a, b
-    return Located(_spec(name, wire_dtype, shape, max_dims), first, last)
+    return TensorSlice(_spec(name, wire_dtype, shape, max_dims), first, last)
 
 
-def read_column(data: Buffer, start: int, end: int, limits: CodecLimits) -> Located:
+def read_column(data: Buffer, start: int, end: int, limits: CodecLimits) -> TensorSlice:
     """Reads a ``Column``; its payload's size is not checked yet.
 
     A sender's columns look alike from one episode to the next, up to their payloads. So what stands before the payload is remembered with
@@ -244,7 +244,7 @@ def read_column(data: Buffer, start: int, end: int, limits: CodecLimits) -> Loca
     if known is not None:
         head, spec = known
         if data[start : start + len(head)] == head:
-            return Located(spec, start + len(head), end)
+            return TensorSlice(spec, start + len(head), end)
     column = _parse_column(data, start, end, limits)
     if column.end == end and column.start - start <= MAX_HEAD_BYTES and column.spec.size_bytes == end - column.start > 0:
         if len(_known_heads) >= MAX_HEADS:
@@ -253,7 +253,7 @@ def read_column(data: Buffer, start: int, end: int, limits: CodecLimits) -> Loca
     return column
 
 
-def _parse_column(data: Buffer, start: int, end: int, limits: CodecLimits) -> Located:
+def _parse_column(data: Buffer, start: int, end: int, limits: CodecLimits) -> TensorSlice:
     name, tensor = "", None
     for key, a, b in read_fields(data, start, end):
         if key == _NAME:

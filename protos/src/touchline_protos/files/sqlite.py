@@ -27,7 +27,7 @@ class FormatError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tables:
+class SqliteFormat:
     """What a file holds, and how it says so."""
 
     application_id: int

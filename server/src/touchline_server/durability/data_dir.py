@@ -21,7 +21,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class DurabilityMark:
     """What a server had acknowledged when it ended, however it ended."""
 
     commits: int
@@ -67,7 +67,7 @@ class DataDir:
         """The database's file."""
         return self.path / FILE_NAME
 
-    def mark(self) -> Mark | None:
+    def mark(self) -> DurabilityMark | None:
         """Returns what was acknowledged; None where there is no mark, or none that can be read: it only ever adds to the checks."""
         return read_mark(self.path)
 
@@ -137,13 +137,13 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def read_mark(data_dir: Path) -> Mark | None:
+def read_mark(data_dir: Path) -> DurabilityMark | None:
     """Returns what :meth:`DataDir.mark` does, of a folder that another process may hold."""
     try:
         words = (data_dir / MARK_NAME).read_text(encoding="ascii", errors="replace").split()
     except OSError:
         return None
-    return Mark(int(words[0]), words[1] == "sync", words[2]) if len(words) == 3 and words[0].isdecimal() else None
+    return DurabilityMark(int(words[0]), words[1] == "sync", words[2]) if len(words) == 3 and words[0].isdecimal() else None
 
 
 def boot_id() -> str:

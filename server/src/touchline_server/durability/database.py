@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from touchline_protos.codec import EpisodeKey
-from touchline_protos.files.sqlite import FormatError, Tables, parts, pragma, row_checksum
+from touchline_protos.files.sqlite import FormatError, SqliteFormat, parts, pragma, row_checksum
 from touchline_protos.log_lines import get_logger
 from touchline_server.durability.ledger import LedgerTables
 from touchline_server.durability.records import Change, EpisodeRow, Payload, schema_of, schema_text
@@ -41,7 +41,7 @@ BUSY_MS = 10_000
 
 logger = get_logger(__name__)
 
-TABLES = Tables(
+TABLES = SqliteFormat(
     application_id=0x746C6E65,
     version=2,
     page_bytes=8192,

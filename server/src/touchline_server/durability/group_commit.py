@@ -20,13 +20,13 @@ from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import Database
-from touchline_server.durability.inserts import change_of, check_storable
+from touchline_server.durability.inserts import check_storable, make_insert
 from touchline_server.durability.journal import Journal
-from touchline_server.durability.plan import GroupPlan, Planned
+from touchline_server.durability.plan import CommitPlan, PlannedInsert
 from touchline_server.durability.records import Change
 from touchline_server.durability.storage_state import UNCERTAIN, StorageMonitor, StorageState
 from touchline_server.errors import OverloadedError, ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
-from touchline_server.store.committer import Receipt, Stored
+from touchline_server.store.committer import CommitFuture, Stored
 from touchline_server.store.dedup import payload_digest
 from touchline_server.store.episode_store import EpisodeStore
 
@@ -47,7 +47,7 @@ IDLE_S = 0.2
 class _Pending:
     episode: Episode
     digest: int
-    receipt: Receipt
+    receipt: CommitFuture
     size_bytes: int
 
 
@@ -92,7 +92,7 @@ class GroupCommitter:
         self._thread = threading.Thread(target=self._run, name="touchline-commit", daemon=True)
         self._thread.start()
 
-    def submit(self, episode: Episode) -> Receipt:
+    def submit(self, episode: Episode) -> CommitFuture:
         """Queues an episode and returns at once, unless the queue is full. Its arrays must stay as they are until it is answered."""
         self.check_writable()
         pending = self._pend(episode)
@@ -169,7 +169,7 @@ class GroupCommitter:
 
     @staticmethod
     def _pend(episode: Episode) -> _Pending:
-        receipt = Receipt()
+        receipt = CommitFuture()
         receipt.set_running_or_notify_cancel()  # a caller that leaves cannot take back what may be committed already
         return _Pending(episode, payload_digest(episode.columns), receipt, episode.size_bytes)
 
@@ -204,14 +204,14 @@ class GroupCommitter:
                 self._journal.note_full(pending.size_bytes)
                 self._refuse(pending, error)
                 return
-            plan = GroupPlan(self._store)
+            plan = CommitPlan(self._store)
             try:
                 change = self._plan(plan, pending, copy=True)
                 if change is not None:
                     episode_id = plan.planned[-1].episode_id
                     stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=episode_id)
             except BaseException:
-                plan.give_up()
+                plan.rollback()
                 raise
             if change is not None:
                 with self._state:
@@ -301,8 +301,8 @@ class GroupCommitter:
 
     def _store_group(self, group: Sequence[_Pending]) -> None:
         begin = time.thread_time()
-        plan = GroupPlan(self._store)
-        accepted: list[tuple[_Pending, Planned]] = []
+        plan = CommitPlan(self._store)
+        accepted: list[tuple[_Pending, PlannedInsert]] = []
         changes = []
         answers: list[tuple[_Pending, int]] = []
         try:
@@ -318,7 +318,7 @@ class GroupCommitter:
             if changes:
                 self._write(changes, plan.figures())
         except Exception as error:
-            plan.give_up()
+            plan.rollback()
             if not isinstance(error, ReplayError):
                 raise
             if isinstance(error, StorageFullError):
@@ -332,7 +332,7 @@ class GroupCommitter:
                 stored = self._store.publish(pending.episode, plan.columns, digest=pending.digest, episode_id=planned.episode_id)
             except Exception as error:
                 lost = {planned.episode_id for _, planned in accepted[position:]}
-                self._take_back(accepted[position:])
+                self._undo_commit(accepted[position:])
                 for left in (
                     *(left for left, _ in accepted[position:]),
                     *(left for left, episode_id in answers if episode_id in lost),
@@ -347,7 +347,7 @@ class GroupCommitter:
             pending.receipt.cost_s = share_s
             pending.receipt.set_result(stored)
 
-    def _plan(self, plan: GroupPlan, pending: _Pending, *, copy: bool) -> Change | None:
+    def _plan(self, plan: CommitPlan, pending: _Pending, *, copy: bool) -> Change | None:
         """Returns what an episode changes; None where it is refused or stored already, which is answered here."""
         episode = pending.episode
         try:
@@ -360,14 +360,14 @@ class GroupCommitter:
         except ReplayError as error:
             self._refuse(pending, error)
             return None
-        return change_of(episode, pending.digest, planned, incoming=self._store.incoming, copy=copy)
+        return make_insert(episode, pending.digest, planned, incoming=self._store.incoming, copy=copy)
 
     def _refuse(self, pending: _Pending, error: Exception) -> None:
         if not isinstance(error, OverloadedError):  # which only says to come again
             self._store.count_refused(str(error), pending.episode)
         pending.receipt.set_exception(error)
 
-    def _take_back(self, accepted: Sequence[tuple[_Pending, Planned]]) -> None:
+    def _undo_commit(self, accepted: Sequence[tuple[_Pending, PlannedInsert]]) -> None:
         """Forgets in the database what the ring could not take after it was committed."""
         ids = [planned.episode_id for _, planned in accepted]
         logger.error("the ring did not take episodes %s: they are taken out of the durable store again", ids)

@@ -9,12 +9,12 @@ import numpy as np
 
 from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
-from touchline_server.durability.plan import Planned
+from touchline_server.durability.plan import PlannedInsert
 from touchline_server.durability.records import Change, EpisodeRow, payloads_of
 from touchline_server.errors import InvalidEpisodeError
 
 
-def change_of(episode: Episode, digest: int, planned: Planned, *, incoming: bool, copy: bool) -> Change:
+def make_insert(episode: Episode, digest: int, planned: PlannedInsert, *, incoming: bool, copy: bool) -> Change:
     """Returns what an episode changes.
 
     Args:

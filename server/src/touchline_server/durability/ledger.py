@@ -10,7 +10,7 @@ from touchline_protos.codec import EpisodeKey
 from touchline_protos.files.sqlite import row_checksum
 from touchline_server.errors import DamagedStoreError
 from touchline_server.store import dedup
-from touchline_server.store.dedup import KeyLedger, runs_to_keep
+from touchline_server.store.dedup import DedupLedger, runs_to_keep
 
 
 class LedgerTables:
@@ -29,7 +29,7 @@ class LedgerTables:
         self._sizes: dict[str, int] | None = None
         """How many rows each table has; None where that has to be counted."""
 
-    def load(self, keys: KeyLedger) -> None:
+    def load(self, keys: DedupLedger) -> None:
         """Has an empty ledger know what the tables know.
 
         Raises:
@@ -56,7 +56,7 @@ class LedgerTables:
             keys.restore_recent(names[sender], sequence, digest, episode_id)
 
     def remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
-        """Does to the tables what :meth:`touchline_server.store.dedup.KeyLedger.remember` does in memory, step by step."""
+        """Does to the tables what :meth:`touchline_server.store.dedup.DedupLedger.remember` does in memory, step by step."""
         sizes = self._counted()
         sender = self._sender(key, episode_id)
         self.insert_key(episode_id, sender, key.sequence, digest)

@@ -18,7 +18,7 @@ from touchline_server.durability.recovery import Progress, existing, whole_episo
 from touchline_server.durability.restore import as_row, read_columns
 from touchline_server.durability.sqlite_errors import translate
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
-from touchline_server.store.dedup import KeyLedger
+from touchline_server.store.dedup import DedupLedger
 from touchline_server.store.episode_store import new_lineage
 from touchline_server.store.schema import Schema
 
@@ -27,7 +27,7 @@ MAX_FINDINGS = 20
 
 
 @dataclass
-class Findings:
+class CheckReport:
     """What was found in a store."""
 
     episodes: int = 0
@@ -37,7 +37,7 @@ class Findings:
     """One line for each thing that is not as it was written."""
 
 
-def check(data_dir: Path, progress: Progress | None = None) -> Findings:
+def check(data_dir: Path, progress: Progress | None = None) -> CheckReport:
     """Verifies SQLite's structures, every episode's checksum, the ledger and the counts. Changes nothing; a server may be running.
 
     Raises:
@@ -46,7 +46,7 @@ def check(data_dir: Path, progress: Progress | None = None) -> Findings:
         DamagedStoreError: nothing of a store is left in it.
     """
     path = existing(data_dir)
-    findings = Findings()
+    findings = CheckReport()
     try:
         database = Database(path, read_only=True)
     except (DamagedStoreError, StoreMismatchError) as error:
@@ -107,7 +107,7 @@ def snapshot(data_dir: Path, target: Path) -> Path:
     return file
 
 
-def _guarded(connection: sqlite3.Connection, query: str, findings: Findings, *arguments: object) -> Iterator[tuple[object, ...]]:
+def _guarded(connection: sqlite3.Connection, query: str, findings: CheckReport, *arguments: object) -> Iterator[tuple[object, ...]]:
     """Yields a query's rows up to where SQLite cannot go on, which is noted."""
     try:
         yield from connection.execute(query, arguments)
@@ -117,7 +117,7 @@ def _guarded(connection: sqlite3.Connection, query: str, findings: Findings, *ar
             findings.damage.append(finding)
 
 
-def _check_episodes(database: Database, findings: Findings, progress: Progress | None) -> None:
+def _check_episodes(database: Database, findings: CheckReport, progress: Progress | None) -> None:
     numbers = [row[0] for row in _guarded(database.connection, "SELECT id FROM episodes ORDER BY id", findings)]
     schema = _schema(database, findings)
     for position, number in enumerate(numbers):
@@ -129,9 +129,9 @@ def _check_episodes(database: Database, findings: Findings, progress: Progress |
             progress(position + 1, len(numbers))
 
 
-def _check_rest(database: Database, findings: Findings) -> None:
+def _check_rest(database: Database, findings: CheckReport) -> None:
     try:
-        database.ledger.load(KeyLedger())
+        database.ledger.load(DedupLedger())
         damage, figures = database.damaged_values(), database.counts()
     except (ReplayError, sqlite3.Error, TypeError, ValueError) as error:
         findings.damage.append(str(error))
@@ -145,7 +145,7 @@ def _check_rest(database: Database, findings: Findings) -> None:
             findings.damage.append(f"{found} whole {name}, expected {stored} by the counts")
 
 
-def _schema(database: Database, findings: Findings) -> Schema | None:
+def _schema(database: Database, findings: CheckReport) -> Schema | None:
     try:
         if any(line.startswith("meta: 'schema'") for line in database.damaged_values()):
             return None  # which is told with the others; each episode says what its columns are
@@ -156,7 +156,7 @@ def _schema(database: Database, findings: Findings) -> Schema | None:
 
 
 def _read_whole(
-    database: Database, number: int, schema: Schema | None, findings: Findings
+    database: Database, number: int, schema: Schema | None, findings: CheckReport
 ) -> tuple[EpisodeRow, dict[str, np.ndarray]] | None:
     """Returns an episode, None where it is not as it was written, which is noted."""
     try:

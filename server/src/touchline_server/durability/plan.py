@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedInsert:
     """One episode that will be stored."""
 
     episode_id: int
@@ -27,14 +27,14 @@ class Planned:
     """Where this episode fixes it."""
 
 
-class GroupPlan:
+class CommitPlan:
     """Episodes that are admitted one after the other, as if those before were stored already. Under the store's write lock."""
 
     def __init__(self, store: EpisodeStore) -> None:
         self._store = store
         self.columns: Columns | None = store.columns
         """Where the episodes go; allocated by the first episode, and visible to nobody before it is published."""
-        self.planned: list[Planned] = []
+        self.planned: list[PlannedInsert] = []
         self._figures = store.figures()
         self._next_id = store.next_id
         self._entries = store.index_view()
@@ -50,7 +50,7 @@ class GroupPlan:
         known = self._keys.get(episode.key) if episode.key is not None else None
         return known[1] if known is not None and known[0] == digest else None
 
-    def admit(self, episode: Episode, digest: int) -> Planned:
+    def admit(self, episode: Episode, digest: int) -> PlannedInsert:
         """Checks an episode and works out what it does.
 
         Raises:
@@ -67,7 +67,7 @@ class GroupPlan:
         first = self.columns is None
         if self.columns is None:
             self.columns = self._store.allocate(schema)
-        planned = Planned(self._next_id, episode.length, tuple(self._evict_for(episode.length)), schema if first else None)
+        planned = PlannedInsert(self._next_id, episode.length, tuple(self._evict_for(episode.length)), schema if first else None)
         self._next_id += 1
         self._steps += planned.length
         self._figures["steps_added"] += planned.length
@@ -85,7 +85,7 @@ class GroupPlan:
         figures["episodes_stored"] = figures["episodes_added"] - figures["episodes_evicted"]
         return figures
 
-    def give_up(self) -> None:
+    def rollback(self) -> None:
         """Leaves the store as it was: the group is not stored."""
         if self._store.columns is None and self.columns is not None:
             self.columns.release()

@@ -19,7 +19,7 @@ import numpy as np
 from touchline_protos import Counts
 from touchline_protos.files.locks import sync
 from touchline_protos.files.sqlite import row_checksum
-from touchline_server.durability.data_dir import MARK_NAME, DataDir, Mark, boot_id
+from touchline_server.durability.data_dir import MARK_NAME, DataDir, DurabilityMark, boot_id
 from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, TABLES, Database
 from touchline_server.durability.group_commit import MAX_GROUP_BYTES
 from touchline_server.durability.journal import ID_BLOCK
@@ -28,7 +28,7 @@ from touchline_server.durability.records import EpisodeRow, numpy_dtype, payload
 from touchline_server.durability.restore import as_row
 from touchline_server.durability.sqlite_errors import translate
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, ReplayError, StorageFailedError, StoreMismatchError
-from touchline_server.store.dedup import KeyLedger, payload_digest, sender_name
+from touchline_server.store.dedup import DedupLedger, payload_digest, sender_name
 from touchline_server.store.schema import Schema
 
 MAX_COMBINATIONS = 64
@@ -252,7 +252,7 @@ class _Found:
                 self.meta[name] = max(value, known) if isinstance(value, int) and isinstance(known, int) else value
 
 
-def _write(found: _Found, target: Path, mark: Mark | None, progress: Progress | None) -> Recovery:
+def _write(found: _Found, target: Path, mark: DurabilityMark | None, progress: Progress | None) -> Recovery:
     recovery = Recovery()
     with closing(Database(target)) as fresh:
         fresh.connection.execute("BEGIN IMMEDIATE")
@@ -319,7 +319,7 @@ def _figures(found: _Found, recovery: Recovery, *, rows_lost: int) -> Mapping[st
     return figures
 
 
-def _tell_settings(found: _Found, mark: Mark | None, recovery: Recovery) -> None:
+def _tell_settings(found: _Found, mark: DurabilityMark | None, recovery: Recovery) -> None:
     for name in _SETTINGS:
         if name not in found.meta:
             what = "; the next start takes the configured one, so see to it that it is right" if name == "row_convention" else ""
@@ -334,7 +334,7 @@ def _ledger_is_whole(path: Path) -> bool:
     """Returns whether SQLite itself reads the ledger through: then no row of it can have been overlooked."""
     try:
         with closing(Database(path, read_only=True)) as database:
-            database.ledger.load(KeyLedger())
+            database.ledger.load(DedupLedger())
     except (ReplayError, sqlite3.Error, ValueError, TypeError):
         return False
     return True
@@ -344,7 +344,7 @@ class _Ledger:
     """What is left of a ledger, and what its senders are called."""
 
     def __init__(self, found: _Found) -> None:
-        self._keys = KeyLedger()
+        self._keys = DedupLedger()
         self._senders: dict[bytes, tuple[str, int]] = {}
         self._last_episodes: dict[bytes, int] = {}
         names: dict[int, bytes] = {}

@@ -21,7 +21,7 @@ from touchline_server.durability.group_commit import GroupCommitter
 from touchline_server.durability.records import EpisodeRow, numpy_dtype
 from touchline_server.durability.sqlite_errors import advice, translate
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
-from touchline_server.store.dedup import KeyLedger, payload_digest
+from touchline_server.store.dedup import DedupLedger, payload_digest
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.schema import Schema
 
@@ -119,9 +119,9 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
     _tell_restored(database.path, schema, episodes=len(kept), steps=total, seconds=time.monotonic() - begun_s)
 
 
-def restored_ledger(database: Database) -> KeyLedger:
+def restored_ledger(database: Database) -> DedupLedger:
     """Returns the ledger as it was. Raises as :meth:`LedgerTables.load` does."""
-    ledger = KeyLedger()
+    ledger = DedupLedger()
     database.ledger.load(ledger)
     return ledger
 

@@ -20,7 +20,7 @@ from touchline_server.errors import (
 )
 from touchline_server.service.access import Access
 from touchline_server.service.grpc_status import abort
-from touchline_server.service.receiver import FIRST_MESSAGE_S, Reception, Receptions
+from touchline_server.service.receiver import FIRST_MESSAGE_S, MessageReader, MessageReaders
 from touchline_server.service.refusal_log import RefusalLog, check_metadata
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -66,7 +66,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         receptions: of messages.
     """
 
-    def __init__(self, access: Access | None, *, max_calls: int, receptions: Receptions) -> None:
+    def __init__(self, access: Access | None, *, max_calls: int, receptions: MessageReaders) -> None:
         self._access = access
         self._receptions = receptions
         self._calls = _Count(max_calls, "server.max_calls")
@@ -135,7 +135,7 @@ class _Way:
     """How the calls of a method come in."""
 
     count: _Count
-    reception: Reception
+    reception: MessageReader
     first_within_s: float
     """Time for the first message."""
     next_within_s: float | None

@@ -24,7 +24,7 @@ from touchline_server.service.access import check_exposure, read_access
 from touchline_server.service.admission import Admission
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.health import HealthService
-from touchline_server.service.receiver import Receptions
+from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.refusal_log import DropUndecodable
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.service.stop_signals import StoppedError, StopSignals
@@ -92,7 +92,7 @@ class ReplayServer:
             ReplayError: the durable store cannot be used.
         """
         self.budgets = budgets = Budgets(self._config)
-        receptions = Receptions(budgets, self._config)
+        receptions = MessageReaders(budgets, self._config)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_DROP_UNDECODABLE)
         self.admission = Admission(self._access, max_calls=self._config.max_calls, receptions=receptions)
         self._server = grpc.aio.server(

@@ -109,10 +109,10 @@ class BatchSource:
         """Does what :meth:`frames` does, from a thread that must not wait: an event loop's.
 
         Returns:
-            None, and nothing was done, where it would take long: see :meth:`GatherPlan.is_quick`.
+            None, and nothing was done, where it would take long: see :meth:`GatherPlan.fits_inline`.
         """
         plan, columns = self.plan(), self._buffer.store.columns
-        if plan is None or columns is None or not plan.is_quick(columns, batches=self._group_size(plan, credits)):
+        if plan is None or columns is None or not plan.fits_inline(columns, batches=self._group_size(plan, credits)):
             return None
         return self.frames(credits)
 

@@ -132,7 +132,7 @@ class ByteBudget:
             self._waiters.popleft()
 
 
-class Loan:
+class Reservation:
     """Bytes that a budget lent."""
 
     def __init__(self, budget: ByteBudget, size: int) -> None:
@@ -146,7 +146,7 @@ class Loan:
         self.size = size
 
 
-class Shares:
+class PerConnectionBudget:
     """The parts of a budget that its connections get, so that none of them has it all.
 
     Args:

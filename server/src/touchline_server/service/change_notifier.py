@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 
-class ChangeSignal:
+class ChangeNotifier:
     """Wakes coroutines when the store changed or the server drains.
 
     :meth:`notify` may be called from any thread, everything else from the loop's. A waiter looks at its condition after it was registered

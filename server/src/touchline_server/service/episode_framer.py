@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from touchline_protos.codec import EpisodeSelection
-from touchline_protos.codec.download import Outline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.upload import chunk_message
 from touchline_server.errors import InvalidRequestError, TooLargeError
 from touchline_server.store.catalogue import Entry
@@ -18,7 +18,7 @@ FRAME_SHARE = 2
 """Payload takes one part in so many of a frame's limit: the rest is for names and numbers around it."""
 
 
-class EpisodeFrames:
+class EpisodeFramer:
     """Makes the messages of one call, one at a time, and holds none. One thread at a time.
 
     Args:
@@ -85,8 +85,8 @@ class EpisodeFrames:
                     return
                 yield message
 
-    def _outline(self, entry: Entry) -> Outline:
-        return Outline(entry.episode_id, entry.origin, self._reader.specs(entry))
+    def _outline(self, entry: Entry) -> EpisodeOutline:
+        return EpisodeOutline(entry.episode_id, entry.origin, self._reader.specs(entry))
 
     def _checked(self, message: bytes) -> bytes:
         if len(message) > self._limit:

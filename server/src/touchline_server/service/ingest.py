@@ -13,11 +13,11 @@ from touchline_protos.codec import CodecError, Episode, EpisodeKey
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
 from touchline_server.service import tasks
-from touchline_server.service.throttle import AddGate
+from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.committer import Stored
 
 if TYPE_CHECKING:
-    from touchline_server.store.committer import Receipt
+    from touchline_server.store.committer import CommitFuture
 
 MAX_AT_ONCE_BYTES = 1 << 19
 """Largest message whose episodes are stored in the event loop."""
@@ -30,14 +30,14 @@ Decode = Callable[[bytes], Iterable[Episode | CodecError]]
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class IngestResult:
     """An episode that was received, and what became of it."""
 
     key: EpisodeKey | None
-    outcome: Stored | Receipt | CodecError | ReplayError
+    outcome: Stored | CommitFuture | CodecError | ReplayError
 
 
-class EpisodeIntake:
+class EpisodeIngest:
     """Decodes messages and stores what they bring. Lives in the event loop.
 
     To hand work to a thread and back costs more than storing a small episode does, also because two threads then share the
@@ -49,12 +49,12 @@ class EpisodeIntake:
         gate: gives adds their turn.
     """
 
-    def __init__(self, buffer: ReplayBuffer, pool: ThreadPoolExecutor, gate: AddGate) -> None:
+    def __init__(self, buffer: ReplayBuffer, pool: ThreadPoolExecutor, gate: AddThrottle) -> None:
         self._buffer = buffer
         self._pool = pool
         self._gate = gate
 
-    async def take(self, message: bytes, decode: Decode) -> list[Taken]:
+    async def take(self, message: bytes, decode: Decode) -> list[IngestResult]:
         """Stores the episodes that are complete with a message. One that is refused is counted, and does not stop the others.
 
         Where it is cancelled it ends only once no thread has the message any more, so that its room is not another's before.
@@ -64,7 +64,7 @@ class EpisodeIntake:
             ReplayError: what ``decode`` raises.
         """
         await self._gate.admit()
-        taken: list[Taken] = []
+        taken: list[IngestResult] = []
         cost_s = 0.0
 
         def submit(episodes: Iterator[Episode | CodecError] | None, first: Episode | None) -> None:
@@ -97,7 +97,7 @@ class EpisodeIntake:
         finally:
             self._gate.charge(cost_s)
 
-    async def stored(self, taken: Taken) -> Stored:
+    async def stored(self, taken: IngestResult) -> Stored:
         """Waits for the durable store, where there is one, without a thread.
 
         Raises:
@@ -115,27 +115,27 @@ class EpisodeIntake:
             if outcome.done():
                 self._gate.charge(outcome.cost_s)
 
-    def _store_at_once(self, episodes: Iterator[Episode | CodecError], taken: list[Taken], ends: float) -> Episode | None:
+    def _store_at_once(self, episodes: Iterator[Episode | CodecError], taken: list[IngestResult], ends: float) -> Episode | None:
         """Stores episodes up to the first that would have to wait or finds the time over, and returns that one; None for none."""
         for episode in episodes:
             if isinstance(episode, CodecError):
                 taken.append(self._submitted(episode))
                 continue
             try:
-                stored = self._buffer.store.add_at_once(episode) if time.perf_counter() < ends else None
+                stored = self._buffer.store.try_add(episode) if time.perf_counter() < ends else None
             except ReplayError as error:
-                taken.append(Taken(episode.key, error))
+                taken.append(IngestResult(episode.key, error))
                 continue
             if stored is None:
                 return episode
-            taken.append(Taken(episode.key, stored))
+            taken.append(IngestResult(episode.key, stored))
         return None
 
-    def _submitted(self, episode: Episode | CodecError) -> Taken:
+    def _submitted(self, episode: Episode | CodecError) -> IngestResult:
         if isinstance(episode, CodecError):
             self._buffer.store.count_refused(str(episode))
-            return Taken(episode.key, episode)
+            return IngestResult(episode.key, episode)
         try:
-            return Taken(episode.key, self._buffer.submit_episode(episode))
+            return IngestResult(episode.key, self._buffer.submit_episode(episode))
         except ReplayError as error:
-            return Taken(episode.key, error)
+            return IngestResult(episode.key, error)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from touchline_server.errors import InvalidRequestError, OverloadedError
-from touchline_server.service.budgets import ByteBudget, Loan, Shares
+from touchline_server.service.budgets import ByteBudget, PerConnectionBudget, Reservation
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from touchline_server.config.sections import ServerConfig
     from touchline_server.service.budgets import Budgets
 
-PATIENCE_S = 5.0
+RECEIVE_TIMEOUT_S = 5.0
 """Time that a message gets to come in while others wait for its room, beside that for its bytes."""
 
 SLOWEST_BYTES_PER_S = 4 << 20
@@ -35,7 +35,7 @@ LOOK_S = 1.0
 """How often a message that is late looks whether its room is wanted."""
 
 
-class Reception:
+class MessageReader:
     """Receives messages, each in room for the largest. Lives in the event loop.
 
     Args:
@@ -44,15 +44,15 @@ class Reception:
     """
 
     def __init__(self, budget: ByteBudget, size: int) -> None:
-        self._shares = Shares(budget, largest=size)
+        self._shares = PerConnectionBudget(budget, largest=size)
         self.size = size
         """Bytes of the largest message."""
         self.leaving = 0
         """Calls that were ended because their room is wanted, and have not left yet."""
 
     async def receive(
-        self, requests: AsyncIterator[bytes], peer: str, *, episode: Announced | None = None, within_s: float = math.inf
-    ) -> tuple[bytes | None, Loan]:
+        self, requests: AsyncIterator[bytes], peer: str, *, episode: PendingUpload | None = None, within_s: float = math.inf
+    ) -> tuple[bytes | None, Reservation]:
         """Returns a call's next message, None at the end, and the room that it takes, which the caller gives back.
 
         Args:
@@ -67,7 +67,7 @@ class Reception:
         """
         budget = self._shares.of(peer)
         await budget.reserve(self.size)
-        room = Loan(budget, self.size)
+        room = Reservation(budget, self.size)
         # Never cancelled: gRPC goes on writing into what it reads to until the call has ended, and that long the room is taken.
         reading = asyncio.ensure_future(anext(aiter(requests), None))
         wait = _Wait(self, reading, budget, episode=episode, within_s=within_s)
@@ -103,7 +103,13 @@ class _Wait:
     """
 
     def __init__(
-        self, reception: Reception, reading: asyncio.Future[bytes | None], budget: ByteBudget, *, episode: Announced | None, within_s: float
+        self,
+        reception: MessageReader,
+        reading: asyncio.Future[bytes | None],
+        budget: ByteBudget,
+        *,
+        episode: PendingUpload | None,
+        within_s: float,
     ) -> None:
         self._reception = reception
         self._reading = reading
@@ -112,7 +118,7 @@ class _Wait:
         self._within_s = within_s
         self._loop = asyncio.get_running_loop()
         now = self._loop.time()
-        self._ends_at, self._late_at = now + within_s, now + patience_s(reception.size)
+        self._ends_at, self._late_at = now + within_s, now + receive_timeout_s(reception.size)
         self.over: asyncio.Future[None] = self._loop.create_future()
         """Done once the message is there, or with the error with which the call ends."""
         reading.add_done_callback(self._arrive)
@@ -145,7 +151,7 @@ class _Wait:
         return (now >= self._late_at and self._budget.wanted) or (self._episode is not None and self._episode.is_late(now))
 
 
-class Announced:
+class PendingUpload:
     """An episode whose chunks are coming in, and the room that it took.
 
     Args:
@@ -154,10 +160,10 @@ class Announced:
         now: the event loop's time.
     """
 
-    def __init__(self, room: Loan, budget: ByteBudget, now: float) -> None:
+    def __init__(self, room: Reservation, budget: ByteBudget, now: float) -> None:
         self.room = room
         self._budget = budget
-        self.late_at = now + patience_s(room.size)
+        self.late_at = now + receive_timeout_s(room.size)
         """When it should be there, by the event loop's time."""
 
     def is_late(self, now: float) -> bool:
@@ -165,7 +171,7 @@ class Announced:
         return now >= self.late_at and self._budget.wanted
 
 
-class Receptions:
+class MessageReaders:
     """How a server's messages are received.
 
     Args:
@@ -174,19 +180,19 @@ class Receptions:
     """
 
     def __init__(self, budgets: Budgets, config: ServerConfig) -> None:
-        self.messages = Reception(budgets.messages, budgets.request_bytes)
+        self.messages = MessageReader(budgets.messages, budgets.request_bytes)
         """Of messages with episodes."""
-        self.assembling = Shares(budgets.assembling, largest=config.max_episode_bytes)
+        self.assembling = PerConnectionBudget(budgets.assembling, largest=config.max_episode_bytes)
         """Of episodes that come in chunks."""
-        self.questions = Reception(budgets.questions, budgets.request_bytes)
+        self.questions = MessageReader(budgets.questions, budgets.request_bytes)
         """Of all other requests."""
-        self.health = Reception(budgets.health, budgets.request_bytes)
+        self.health = MessageReader(budgets.health, budgets.request_bytes)
         """Of requests to the health service."""
-        self.reflection = Reception(budgets.reflection, budgets.request_bytes)
+        self.reflection = MessageReader(budgets.reflection, budgets.request_bytes)
         """Of requests about the server's methods."""
 
 
-class Assembling:
+class UploadReservation:
     """The room of one call that loads episodes: that of its next message, and that of the episode whose chunks are coming in. A context
     manager, which gives it back.
 
@@ -196,13 +202,13 @@ class Assembling:
         peer: the connection's name.
     """
 
-    def __init__(self, receptions: Receptions, decoder: LoadDecoder, peer: str) -> None:
+    def __init__(self, receptions: MessageReaders, decoder: LoadDecoder, peer: str) -> None:
         self._reception = receptions.messages
         self._budget = receptions.assembling.of(peer)
         self._decoder = decoder
         self._peer = peer
-        self._message: Loan | None = None
-        self._episode: Announced | None = None
+        self._message: Reservation | None = None
+        self._episode: PendingUpload | None = None
         self._within_s = FIRST_MESSAGE_S
 
     async def receive(self, requests: AsyncIterator[bytes]) -> bytes | None:
@@ -232,9 +238,9 @@ class Assembling:
             self._episode = None
         if needed and self._episode is None:
             await self._budget.reserve(needed)
-            self._episode = Announced(Loan(self._budget, needed), self._budget, asyncio.get_running_loop().time())
+            self._episode = PendingUpload(Reservation(self._budget, needed), self._budget, asyncio.get_running_loop().time())
 
-    async def __aenter__(self) -> Assembling:
+    async def __aenter__(self) -> UploadReservation:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -248,12 +254,12 @@ class Assembling:
             self._message = None
 
 
-def patience_s(size: int) -> float:
+def receive_timeout_s(size: int) -> float:
     """Returns the time that so many bytes may take while others wait for their room, in seconds."""
-    return PATIENCE_S + size / SLOWEST_BYTES_PER_S
+    return RECEIVE_TIMEOUT_S + size / SLOWEST_BYTES_PER_S
 
 
-def _give_back(ended: asyncio.Future[bytes | None], room: Loan) -> None:
+def _give_back(ended: asyncio.Future[bytes | None], room: Reservation) -> None:
     if not ended.cancelled():
         ended.exception()  # looked at: it ended with its call
     room.resize(0)

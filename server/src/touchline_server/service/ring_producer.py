@@ -19,7 +19,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.service.batch_framer import BatchSource
-from touchline_server.service.throttle import AddGate
+from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.episode_store import Selection
 from touchline_server.store.gather import GatherPlan
 from touchline_server.store.memory import available_host_bytes
@@ -46,7 +46,7 @@ AT_ONCE_BYTES = 1 << 22
 """Batches are drawn together up to this size."""
 
 
-class RingHouse:
+class RingPool:
     """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
 
     def __init__(self, buffer: ReplayBuffer) -> None:
@@ -126,7 +126,7 @@ def ring_offer(ring: RingWriter, plan: GatherPlan) -> bytes:
     return pb.SampleStreamResponse(ring=setup).SerializeToString()
 
 
-class RingFeeder:
+class RingProducer:
     """Keeps one ring full, in a thread of its own.
 
     Args:
@@ -143,7 +143,7 @@ class RingFeeder:
         source: BatchSource,
         ring: RingWriter,
         plan: GatherPlan,
-        gate: AddGate,
+        gate: AddThrottle,
         *,
         tell: Callable[[bytes], None],
         ended: Callable[[Exception | None], None],
@@ -179,7 +179,7 @@ class RingFeeder:
             while not self._stopping:
                 slots = self._ring.free_slots()
                 if slots:
-                    with self._gate.hungry():
+                    with self._gate.sampler_waiting():
                         self._fill(slots[: self._at_once])
         except NotReadyError:
             fault = SchemaChangedError("the table was cleared; open the stream again")

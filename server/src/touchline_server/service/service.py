@@ -30,16 +30,16 @@ from touchline_server.errors import (
 )
 from touchline_server.service import convert, tasks
 from touchline_server.service.batch_framer import BatchSource
-from touchline_server.service.budgets import Budgets, Loan
-from touchline_server.service.change_notifier import ChangeSignal
+from touchline_server.service.budgets import Budgets, Reservation
+from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.drain import Drain
-from touchline_server.service.episode_framer import EpisodeFrames
+from touchline_server.service.episode_framer import EpisodeFramer
 from touchline_server.service.grpc_status import abort
-from touchline_server.service.ingest import EpisodeIntake, Taken
-from touchline_server.service.receiver import Assembling, Receptions
-from touchline_server.service.ring_producer import RingHouse
+from touchline_server.service.ingest import EpisodeIngest, IngestResult
+from touchline_server.service.receiver import MessageReaders, UploadReservation
+from touchline_server.service.ring_producer import RingPool
 from touchline_server.service.session import SampleSession, Write
-from touchline_server.service.throttle import AddGate
+from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.index import Fill
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 
@@ -64,7 +64,7 @@ T = TypeVar("T")
 class ReplayService:
     """``touchline.v1.Replay`` on one buffer. Lives in one event loop; end it with :meth:`drain`, :meth:`drained` and :meth:`close`."""
 
-    def __init__(self, buffer: ReplayBuffer, budgets: Budgets, receptions: Receptions) -> None:
+    def __init__(self, buffer: ReplayBuffer, budgets: Budgets, receptions: MessageReaders) -> None:
         self._buffer = buffer
         self._budgets = budgets
         self._receptions = receptions
@@ -74,12 +74,12 @@ class ReplayService:
         self._sampling = ThreadPoolExecutor(self._limits.sample_workers, thread_name_prefix="touchline-sample")
         self._reading = asyncio.Lock()
         self._rng = buffer.seeds.stream()
-        self._changes = ChangeSignal(asyncio.get_running_loop())
+        self._changes = ChangeNotifier(asyncio.get_running_loop())
         self._drain = Drain(self._changes.notify)
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
-        self._rings = RingHouse(buffer)
-        self._gate = AddGate(self._limits.sample_share)
-        self._intake = EpisodeIntake(buffer, self._adding, self._gate)
+        self._rings = RingPool(buffer)
+        self._gate = AddThrottle(self._limits.sample_share)
+        self._intake = EpisodeIngest(buffer, self._adding, self._gate)
         self._streams = 0
         self._calls = 0
         self._serving = buffer.restored
@@ -174,7 +174,7 @@ class ReplayService:
 
     async def _load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
         decoder = LoadDecoder(self._codec_limits)
-        answers: list[pb.EpisodeResult | Taken] = []
+        answers: list[pb.EpisodeResult | IngestResult] = []
 
         def decode(message: bytes) -> Iterator[Episode | CodecError]:
             episodes = decoder.feed_all(message)
@@ -182,7 +182,7 @@ class ReplayService:
             return episodes
 
         with self._stream():
-            async with Assembling(self._receptions, decoder, context.peer()) as assembling:
+            async with UploadReservation(self._receptions, decoder, context.peer()) as assembling:
                 while True:
                     # A peer that is in the middle of an episode is waited for; one that is not may never say anything again.
                     async with nullcontext() if decoder.in_progress else self._drain.breaking(rest_s=LOAD_REST_S):
@@ -207,7 +207,7 @@ class ReplayService:
             raise error
         return pb.LoadEpisodesResponse(results=results, counts=convert.counts(self._buffer.counts()))
 
-    async def _result(self, taken: Taken) -> pb.EpisodeResult:
+    async def _result(self, taken: IngestResult) -> pb.EpisodeResult:
         try:
             stored = await self._intake.stored(taken)
         except ReplayError as error:
@@ -227,7 +227,7 @@ class ReplayService:
         if columns is not None and self._buffer.store.can_sample(spec.horizon):
             # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
             plan = self._buffer.plan(columns.schema, spec)
-            size, quick = plan.layout.message_bytes(unary=True), plan.is_quick(columns)
+            size, quick = plan.layout.message_bytes(unary=True), plan.fits_inline(columns)
             self._check_message_size(size)
         await self._budgets.sending.reserve(size)
         # gRPC calls this once it has handed the answer to the transport, or given the call up.
@@ -278,10 +278,10 @@ class ReplayService:
         # One frame of one call at a time: reading never has more than one of the threads that sampling needs.
         async with self._reading:
             reader = await tasks.run(self._sampling, EpisodeReader, self._buffer.store, query)
-        frames = EpisodeFrames(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=max_frame_bytes)
+        frames = EpisodeFramer(reader, max_message_bytes=self._limits.max_message_bytes, max_frame_bytes=max_frame_bytes)
         while True:
             await self._budgets.sending.reserve(frames.room_bytes)
-            room = Loan(self._budgets.sending, frames.room_bytes)
+            room = Reservation(self._budgets.sending, frames.room_bytes)
             try:
                 async with self._reading:
                     frame = await tasks.run(self._sampling, frames.next)

@@ -12,11 +12,11 @@ from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidRequestError, NotReadyError
 from touchline_server.service.batch_framer import BatchSource
-from touchline_server.service.budgets import ByteBudget, Loan
-from touchline_server.service.change_notifier import ChangeSignal
-from touchline_server.service.ring_producer import RingFeeder, RingHouse, ring_offer
-from touchline_server.service.tasks import Job, look_at
-from touchline_server.service.throttle import AddGate
+from touchline_server.service.budgets import ByteBudget, Reservation
+from touchline_server.service.change_notifier import ChangeNotifier
+from touchline_server.service.ring_producer import RingPool, RingProducer, ring_offer
+from touchline_server.service.tasks import Job, consume_exception
+from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.gather import GatherPlan
 
 MAX_CREDITS = 1 << 20
@@ -25,19 +25,19 @@ MAX_CREDITS = 1 << 20
 Write = Callable[[bytes], Awaitable[None]]
 
 
-class _Making(NamedTuple):
+class _FrameTask(NamedTuple):
     """Frames that are being made."""
 
     frames: asyncio.Future[tuple[int, list[bytes]]]
     """How many batches, and the frames that carry them."""
     job: Job[tuple[int, list[bytes]]] | None
     """That makes them; None where they are made."""
-    room: Loan
+    room: Reservation
     """That they take."""
 
     async def leave(self) -> None:
         """Gives the room back, once no thread makes them any more."""
-        look_at(self.frames)
+        consume_exception(self.frames)
         if self.job is not None:
             await self.job.leave()
         self.room.resize(0)
@@ -49,10 +49,10 @@ class SampleSession:
     def __init__(
         self,
         source: BatchSource,
-        changes: ChangeSignal,
+        changes: ChangeNotifier,
         pool: ThreadPoolExecutor,
-        rings: RingHouse,
-        gate: AddGate,
+        rings: RingPool,
+        gate: AddThrottle,
         sending: ByteBudget,
     ) -> None:
         self._source = source
@@ -95,7 +95,7 @@ class SampleSession:
 
     async def _push(self, write: Write, wake: asyncio.Event) -> None:
         """Sends frames as credits allow; the next ones are made while these are written."""
-        making: _Making | None = None
+        making: _FrameTask | None = None
         try:
             while making is not None or await self._may_push(wake):
                 if making is None:
@@ -105,7 +105,7 @@ class SampleSession:
                     making = self._make(size)
                 made, making = making, None
                 try:
-                    with self._gate.hungry():
+                    with self._gate.sampler_waiting():
                         try:
                             count, frames = await made.frames
                         except NotReadyError:
@@ -122,7 +122,7 @@ class SampleSession:
             if making is not None:
                 await making.leave()
 
-    async def _write(self, frames: list[bytes], write: Write, room: Loan) -> None:
+    async def _write(self, frames: list[bytes], write: Write, room: Reservation) -> None:
         """Writes frames and gives their room back one by one."""
         left = sum(len(frame) for frame in frames)
         room.resize(left)
@@ -132,7 +132,7 @@ class SampleSession:
             await write(frames.pop())
             room.resize(left)
 
-    def _make(self, size: int) -> _Making:
+    def _make(self, size: int) -> _FrameTask:
         """Has the next frames made, in room that was reserved. To hand small ones to a thread and back costs as much as they do."""
         frames: asyncio.Future[tuple[int, list[bytes]]] = asyncio.get_running_loop().create_future()
         job: Job[tuple[int, list[bytes]]] | None = None
@@ -145,7 +145,7 @@ class SampleSession:
                 frames.set_result(made)
         except Exception as error:
             frames.set_exception(error)
-        return _Making(frames, job, Loan(self._sending, size))
+        return _FrameTask(frames, job, Reservation(self._sending, size))
 
     async def _may_push(self, wake: asyncio.Event) -> bool:
         """Waits for a credit and for something to sample; returns False once the learner wants no more."""
@@ -186,7 +186,7 @@ class SampleSession:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(wake.set)
 
-        feeder = RingFeeder(
+        feeder = RingProducer(
             self._source,
             ring,
             plan,

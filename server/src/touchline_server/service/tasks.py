@@ -30,7 +30,7 @@ class Job(Generic[T]):
 
         What the work uses (room in a budget, a turn, a message) may be another's only after this.
         """
-        look_at(self.result)
+        consume_exception(self.result)
         if self._work.cancel() or self._work.done():
             return
         loop = asyncio.get_running_loop()
@@ -46,7 +46,7 @@ class Job(Generic[T]):
                 await asyncio.wait((over,))
 
 
-def look_at(result: asyncio.Future[Any]) -> None:
+def consume_exception(result: asyncio.Future[Any]) -> None:
     """Takes what a future brings, for nobody: neither is it waited for any more, nor is it told that nobody looked."""
     if not result.cancel() and not result.cancelled():
         result.exception()

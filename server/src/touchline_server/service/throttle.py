@@ -14,11 +14,11 @@ STALLED_S = 1.0
 """A learner that has not come back for more after this time does not wait for batches: it is slow itself, or gone."""
 
 
-class AddGate:
+class AddThrottle:
     """Holds adds back so that sampling keeps its share of the time while learners wait for batches.
 
     After each add the next one waits as long as the share asks for, measured against the time that the add took. While no learner
-    waits, adds pass at once. :meth:`hungry` may be called from any thread, everything else from the loop's.
+    waits, adds pass at once. :meth:`sampler_waiting` may be called from any thread, everything else from the loop's.
 
     Args:
         sample_share: of the time, 0 (adds never wait) to below 1.
@@ -32,7 +32,7 @@ class AddGate:
         self._next = 0.0
 
     @contextmanager
-    def hungry(self) -> Iterator[None]:
+    def sampler_waiting(self) -> Iterator[None]:
         """Says that a learner waits while the block lasts, for :data:`STALLED_S` seconds at most."""
         mark = object()
         self._hungry_since = time.monotonic()

@@ -23,7 +23,7 @@ class Stored:
     counts: Counts
 
 
-class Receipt(Future[Stored]):
+class CommitFuture(Future[Stored]):
     """The answer to an episode that was submitted."""
 
     cost_s = 0.0
@@ -36,7 +36,7 @@ class Committer(Protocol):
     def add(self, episode: Episode) -> Stored:
         """Stores an episode and waits for it."""
 
-    def submit(self, episode: Episode) -> Receipt:
+    def submit(self, episode: Episode) -> CommitFuture:
         """Stores an episode without waiting for the disk; its arrays stay as they are until the receipt has its answer."""
 
     def check_writable(self) -> None:

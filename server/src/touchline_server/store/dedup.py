@@ -36,7 +36,7 @@ to each, whatever the others have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
+class KnownEpisode:
     """An episode that was stored before."""
 
     episode_id: int
@@ -75,7 +75,7 @@ def runs_to_keep(sizes: Sequence[int]) -> list[int]:
     return keep.tolist()
 
 
-class _Numbers:
+class SequenceIntervals:
     """The sequence numbers that one sender has stored: as runs, so that numbers in order take no room."""
 
     __slots__ = ("_bounds", "forgotten_below")
@@ -163,7 +163,7 @@ class _Recent:
             yield self._names[place].tobytes(), *(int(value) for value in values)
 
 
-class KeyLedger:
+class DedupLedger:
     """Remembers the keys of stored episodes. Not thread-safe: the store calls it under its write lock.
 
     Memory is bounded, by the limits above: a sender's numbers are kept as runs, and its name as a hash of it. What is forgotten, and what
@@ -172,7 +172,7 @@ class KeyLedger:
     """
 
     def __init__(self) -> None:
-        self._senders: OrderedDict[bytes, _Numbers] = OrderedDict()
+        self._senders: OrderedDict[bytes, SequenceIntervals] = OrderedDict()
         """The one that stored longest ago first."""
         self._recent = _Recent(MAX_RECENT)
         self._runs = 0
@@ -180,7 +180,7 @@ class KeyLedger:
         self.forgotten_senders = 0
         self.forgotten_runs = 0
 
-    def find(self, key: EpisodeKey, digest: int) -> Remembered | None:
+    def find(self, key: EpisodeKey, digest: int) -> KnownEpisode | None:
         """Returns the episode stored under this key, None where it is new.
 
         Raises:
@@ -207,13 +207,13 @@ class KeyLedger:
                 raise KeyConflictError(
                     f"key ({key.client_id}, {key.incarnation}, {key.sequence}): was used for another episode, expected a key of its own"
                 )
-            return Remembered(known[1])
+            return KnownEpisode(known[1])
         if forgotten:
             raise KeyConflictError(
                 f"key ({key.client_id}, {key.incarnation}, {key.sequence}): too far behind the sender's newest to tell whether it was "
                 "stored, expected a new key"
             )
-        return Remembered(-1)
+        return KnownEpisode(-1)
 
     def remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
         """Notes that the episode under this key, which is not known yet, is stored.
@@ -224,7 +224,7 @@ class KeyLedger:
         name = sender_name(key.client_id, key.incarnation)
         numbers = self._senders.get(name)
         if numbers is None:
-            numbers = self._senders[name] = _Numbers(0)
+            numbers = self._senders[name] = SequenceIntervals(0)
             self._bound_senders()
         else:
             self._senders.move_to_end(name)
@@ -248,7 +248,7 @@ class KeyLedger:
             Its name, for :meth:`restore_run` and :meth:`restore_recent`.
         """
         name = sender_name(client_id, incarnation)
-        self._senders[name] = _Numbers(forgotten_below)
+        self._senders[name] = SequenceIntervals(forgotten_below)
         return name
 
     def restore_run(self, name: bytes, first: int, after: int) -> None:

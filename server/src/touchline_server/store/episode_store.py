@@ -27,9 +27,9 @@ from touchline_server.selectors.sampling import Draw, Law
 from touchline_server.store.allocation import allocate_columns
 from touchline_server.store.catalogue import Catalogue, Entry
 from touchline_server.store.columns import Columns
-from touchline_server.store.committer import Committer, Receipt, Stored
-from touchline_server.store.dedup import KeyLedger, payload_digest
-from touchline_server.store.epochs import Pins
+from touchline_server.store.committer import CommitFuture, Committer, Stored
+from touchline_server.store.dedup import DedupLedger, payload_digest
+from touchline_server.store.epochs import ReaderEpochs
 from touchline_server.store.index import Fill
 from touchline_server.store.refused_episodes import RefusedEpisodes, identify
 from touchline_server.store.schema import EpisodeValidator, FirstRowCheck, Schema
@@ -79,13 +79,13 @@ class EpisodeStore:
         self.write_lock = threading.RLock()
         """Held by whoever changes what is stored; reentrant. Sampling does not need it."""
         self._lock = threading.Lock()
-        self._pins = Pins(self._lock)
+        self._pins = ReaderEpochs(self._lock)
         self._catalogue = Catalogue(self.capacity)
         self.actors = self._catalogue.actors
         self.lineage = new_lineage()
         """The same for as long as an id names the same episode: a durable store's is that of its file."""
         self._columns: Columns | None = None
-        self._ledger = KeyLedger()
+        self._ledger = DedupLedger()
         self._refused = RefusedEpisodes()
         self._next_id = 0
         self._figures = {field.name: 0 for field in fields(Counts)}
@@ -157,7 +157,7 @@ class EpisodeStore:
         assert stored is not None
         return stored
 
-    def submit(self, episode: Episode) -> Stored | Receipt:
+    def submit(self, episode: Episode) -> Stored | CommitFuture:
         """Stores an episode as :meth:`add` does, without waiting for the disk where there is a durable store.
 
         Returns:
@@ -165,7 +165,7 @@ class EpisodeStore:
         """
         return self.add(episode) if self._committer is None else self._committer.submit(episode)
 
-    def add_at_once(self, episode: Episode) -> Stored | None:
+    def try_add(self, episode: Episode) -> Stored | None:
         """Stores an episode as :meth:`add` does, from a thread that must not wait: an event loop's.
 
         Returns:
@@ -351,7 +351,7 @@ class EpisodeStore:
         with self._lock:
             evicted = self._catalogue.evict_for(min(length, self.capacity))
             self._count_evicted(evicted.episodes, evicted.steps)
-            self._pins.wait_for_older()
+            self._pins.wait_quiescent()
             self._catalogue.forget_names()
 
     def publish(self, episode: Episode, columns: Columns | None, *, digest: int, episode_id: int) -> Stored:
@@ -381,7 +381,7 @@ class EpisodeStore:
             self._ledger.remember(episode.key, digest, episode_id)
         return Stored(episode_id, first_row, False, counts)
 
-    def resume(self, figures: Mapping[str, int], ledger: KeyLedger, *, next_id: int) -> None:
+    def resume(self, figures: Mapping[str, int], ledger: DedupLedger, *, next_id: int) -> None:
         """Takes over, after the stored episodes were published again, what else was known before a restart."""
         with self._lock:
             self._figures.update(figures)
@@ -397,7 +397,7 @@ class EpisodeStore:
         with self._lock:
             evicted = self._catalogue.evict_for(self.capacity)
             self._count_evicted(evicted.episodes, evicted.steps)
-            self._pins.wait_for_older()
+            self._pins.wait_quiescent()
             columns, self._columns = self._columns, None
             if columns is not None:
                 columns.settle()

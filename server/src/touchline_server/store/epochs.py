@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 
-class Pins:
+class ReaderEpochs:
     """Who reads rows at present, by when they were located. Every method under the lock that it was made with.
 
     Rows that become free are dead to whoever looks from then on (:meth:`retire`), and may be overwritten once those who located rows
-    before are done (:meth:`wait_for_older`). A reader that comes later never holds a writer up.
+    before are done (:meth:`wait_quiescent`). A reader that comes later never holds a writer up.
     """
 
     def __init__(self, lock: threading.Lock) -> None:
@@ -40,7 +40,7 @@ class Pins:
         """Notes that rows became free, which readers from before this moment may still read."""
         self._generation += 1
 
-    def wait_for_older(self) -> None:
+    def wait_quiescent(self) -> None:
         """Waits, the lock released meanwhile, until nobody reads what was located before the last :meth:`retire`."""
         while self._pins and min(self._pins) < self._generation:
             self._unpinned.wait()

@@ -28,7 +28,7 @@ from touchline_server.store.schema import Schema
 if TYPE_CHECKING:
     import torch
 
-    from touchline_server.store.transfer import HostTransfer
+    from touchline_server.store.transfer import DeviceToHostGather
 
 TRANSITION_COLUMNS = ("action", "reward", "done")
 """Columns of a transition: [H, B, ...] in a batch, where those of a step are [H+1, B, ...]."""
@@ -50,7 +50,7 @@ class GatherPlan:
     layout: BatchLayout
     steps: int
     """Of a slice: horizon + 1."""
-    _idle: WeakKeyDictionary[Columns, deque[HostTransfer]] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+    _idle: WeakKeyDictionary[Columns, deque[DeviceToHostGather]] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
     """Kept as long as the columns are: they hold on to their memory."""
 
     @classmethod
@@ -74,7 +74,7 @@ class GatherPlan:
             specs.append(TensorSpec(name, dtype, shape))
         return cls(tuple(parts), BatchLayout(specs, batch_size), horizon + 1)
 
-    def is_quick(self, columns: Columns, *, batches: int = 1) -> bool:
+    def fits_inline(self, columns: Columns, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather so many batches by itself: they are small, and neither on a disk nor on a device."""
         rows = batches * self.layout.batch_size * self.steps
         return columns.in_host_memory and rows <= MAX_AT_ONCE_ROWS and batches * self.layout.body_bytes <= MAX_AT_ONCE_BYTES
@@ -181,15 +181,15 @@ class GatherPlan:
         return tensors
 
     @contextmanager
-    def _transfer(self, selection: Selection) -> Iterator[HostTransfer]:
+    def _transfer(self, selection: Selection) -> Iterator[DeviceToHostGather]:
         """Lends a way to host memory, for one thread at a time."""
         idle = self._idle.setdefault(selection.columns, deque(maxlen=MAX_IDLE_TRANSFERS))
         try:
             transfer = idle.pop()
         except IndexError:
-            from touchline_server.store.transfer import HostTransfer
+            from touchline_server.store.transfer import DeviceToHostGather
 
-            transfer = HostTransfer(self.parts, self.layout, selection.columns, selection.rows.shape)
+            transfer = DeviceToHostGather(self.parts, self.layout, selection.columns, selection.rows.shape)
         yield transfer
         # Not after an error, which may have left work under way in it.
         idle.append(transfer)

@@ -28,7 +28,7 @@ def rows_on_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
     return staging.to(device, non_blocking=True).view(-1)
 
 
-class HostTransfer:
+class DeviceToHostGather:
     """Gathers batches of one shape on their device and copies each to host memory. One thread at a time.
 
     Has a stream and a block of device memory of its own, used again for each batch, so that nothing is allocated for one.
