@@ -179,6 +179,8 @@ def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """The server logs no error: no trace, and no task or callback that failed unseen."""
     yield
     errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+    # gRPC's own line for a caller who left just before it heard of that: on a busy machine one in some thousand calls.
+    errors = [record for record in errors if not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")]
     assert [record.getMessage() for record in errors if str(record.threadName).startswith("touchline-")] == []
 
 

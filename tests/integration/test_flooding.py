@@ -112,8 +112,8 @@ def test_connection_whose_questions_never_come_leaves_the_service_to_the_others(
 
 @pytest.mark.parametrize("method", [CHECK, WATCH, REFLECT, *(SERVICE + name for name in ROLES_OF)])
 def test_call_that_sends_no_message_is_ended_and_its_place_is_free(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    for name in ("admission.STANDARD_MESSAGE_S", "admission.FIRST_MESSAGE_S", "receiving.FIRST_MESSAGE_S"):
-        monkeypatch.setattr(f"touchline_server.{name}", 0.2)
+    for name in ("admission.STANDARD_MESSAGE_S", "admission.FIRST_MESSAGE_S", "receiver.FIRST_MESSAGE_S"):
+        monkeypatch.setattr(f"touchline_server.service.{name}", 0.2)
     never: queue.SimpleQueue[None] = queue.SimpleQueue()
     with serving() as (server, caller):
         call = caller.channel.stream_stream(method)(iter(never.get, None), timeout=DEADLINE_S)

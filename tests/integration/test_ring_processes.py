@@ -405,14 +405,15 @@ def test_closed_stream_unmaps_its_ring_without_a_collection() -> None:
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
         gc.collect()
+        before = mapped_rings()  # other tests of this process may have left some
         gc.disable()
         try:
             for _ in range(5):
                 with client.batches() as batches:
                     next(batches)
                     assert batches.transport == "ring"
-                    assert mapped_rings() > 0
+                    assert mapped_rings() > before
                 del batches
-            eventually(lambda: mapped_rings() == 0, "both sides let go")
+            eventually(lambda: mapped_rings() <= before, "both sides let go")
         finally:
             gc.enable()

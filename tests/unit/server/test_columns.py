@@ -17,7 +17,7 @@ from support.store_cases import make_config, plain_columns, traced, traced_colum
 from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError
-from touchline_server.store import columns
+from touchline_server.store import allocation, columns
 from touchline_server.store.allocation import allocate_columns, choose_device
 from touchline_server.store.schema import Schema
 from touchline_server.store.tensors import as_array, as_tensor
@@ -107,7 +107,7 @@ def test_device_auto_is_cuda_only_with_room_for_more_than_the_columns(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
-    monkeypatch.setattr(columns, "available_host_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr(allocation, "available_host_bytes", lambda: 100 * GIB)
 
     assert choose_device("auto", required) == expected
 
@@ -126,8 +126,8 @@ def test_device_cuda_that_is_not_there_is_refused_at_once() -> None:
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_allocation_that_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(columns, "available_host_bytes", lambda: 4 * GIB)
-    monkeypatch.setattr(columns, "Columns", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(allocation, "available_host_bytes", lambda: 4 * GIB)
+    monkeypatch.setattr(allocation, "Columns", lambda *_: pytest.fail("allocated"))
     buffer = ReplayBuffer(make_config(10**9, storage={"device": device}))
 
     with pytest.raises(TooLargeError, match=r"needs 14\.9 GiB of host memory, 4\.0 GiB are available; lower config\.buffer_size"):
@@ -140,7 +140,7 @@ def test_allocation_that_does_not_fit_is_refused_before_anything_is_allocated(mo
 def test_allocation_that_did_not_fit_works_once_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = ReplayBuffer(make_config(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(columns, "available_host_bytes", lambda: 1000)
+        patch.setattr(allocation, "available_host_bytes", lambda: 1000)
         with pytest.raises(TooLargeError):
             buffer.add(plain_columns(5))
 
@@ -167,7 +167,7 @@ def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
 
 def test_allocation_that_the_system_refuses_is_too_large_and_leaves_the_schema_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the check before does not see it coming: an address space limit, no overcommit."""
-    monkeypatch.setattr(columns, "available_host_bytes", lambda: 2**62)
+    monkeypatch.setattr(allocation, "available_host_bytes", lambda: 2**62)
     buffer = ReplayBuffer(make_config(2**48))
 
     with pytest.raises(TooLargeError, match=r"needs 4194304\.0 GiB of host memory"):
