@@ -29,7 +29,7 @@ except ImportError as error:
     raise SystemExit(f"The learner needs torch ({error}). In the clone: pip install ./protos './client[torch]'") from error
 from torch import Tensor
 
-from touchline import Batch, ReplayClient, UnavailableError
+from touchline import Batch, BatchStream, ReplayClient, UnavailableError
 from world_model import Losses, WorldModel
 
 HOLD_OUT_EVERY = 10
@@ -89,14 +89,18 @@ class Learner:
         self._metrics, self._checkpoint = metrics, checkpoint
         self._held_out = HeldOut()
         self._losses: list[Losses] = []
+        self._transport: dict[str, str] = {}
         self.updates = 0
         self._reported = self._saved = time.monotonic()
         if checkpoint is not None and checkpoint.exists():
             model.load_state_dict(torch.load(checkpoint, map_location=self._parameters[0].device, weights_only=True))
             logging.info("goes on from %s", checkpoint)
 
-    def train(self, batch: Batch) -> None:
-        """Makes one update, if the batch has slices that are not held out."""
+    def train(self, batch: Batch, stream: BatchStream) -> None:
+        """Makes one update, if the batch has slices that are not held out. The stream is where it came from."""
+        self._transport = {"transport": stream.transport}
+        if stream.transport_reason:
+            self._transport["transport_reason"] = stream.transport_reason
         obs, action, reward = self._held_out.split(batch)
         if not obs.shape[1]:
             return
@@ -115,9 +119,10 @@ class Learner:
             self.save()
 
     def report(self, *, final: bool = False) -> None:
-        """Prints and writes the mean losses since the last report, and the score on what is held out."""
+        """Prints and writes how the last batch came, the mean losses since the last report, and the score on what is held out."""
         now = time.monotonic()
         line: dict[str, Any] = {"time": time.time(), "updates": self.updates, "final": final}
+        line |= self._transport
         line["batches_per_s"] = len(self._losses) / max(now - self._reported, 1e-9)
         if self._losses:
             means = torch.tensor(self._losses).mean(dim=0).tolist()
@@ -153,13 +158,14 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-def batches(client: ReplayClient, *, batch_size: int, device: str) -> Iterator[Batch]:
-    """Yields batches on a device for ever; a server that is away is waited for."""
+def batches(client: ReplayClient, *, batch_size: int, device: str) -> Iterator[tuple[Batch, BatchStream]]:
+    """Yields batches on a device for ever, each with its stream; a server that is away is waited for."""
     while True:
         client.wait_until_ready()
         try:
             with client.batches(batch_size=batch_size, prefetch=8, device=device) as stream:
-                yield from stream
+                for batch in stream:
+                    yield batch, stream
         except UnavailableError as error:
             logging.warning("waits for the server: %s", error)
 
@@ -188,11 +194,11 @@ def main() -> int:
     learner: Learner | None = None
     with ReplayClient(args.address) as client:
         try:
-            for batch in batches(client, batch_size=args.batch_size, device=args.device):
+            for batch, stream in batches(client, batch_size=args.batch_size, device=args.device):
                 if learner is None:
                     model = WorldModel(batch.obs.shape[-1], batch.action.shape[-1]).to(args.device)
                     learner = Learner(model, metrics=args.metrics, checkpoint=args.checkpoint)
-                learner.train(batch)
+                learner.train(batch, stream)
                 if stop.requested or learner.updates == args.updates:
                     break
         except KeyboardInterrupt:
