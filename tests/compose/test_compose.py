@@ -1,4 +1,5 @@
-"""``docker compose up`` as it stands, on a real engine: healthy in time, restarted and killed under load, nothing lost.
+"""``docker compose up`` as it stands, on a real engine: healthy in time, restarted and killed under load, nothing lost,
+batches by shared memory between two containers that have nothing in common but ``/dev/shm``.
 
 ``make test-compose`` runs it.
 
@@ -105,6 +106,29 @@ class Project:
                 pytest.fail(f"not healthy within {bound_s} s: {json.dumps(state['Health'])}\n{logs}")
             time.sleep(0.5)
 
+    def learner_reports(self) -> list[dict[str, Any]]:
+        """Returns what the learner printed."""
+        (learner,) = self.containers("learner")
+        return [json.loads(line) for line in docker("logs", learner).stdout.splitlines()]
+
+    def wait_for_batches(self, bound_s: float = AGAIN_S) -> dict[str, Any]:
+        """Returns the learner's first report on batches that came after this call."""
+        began, ends = time.time(), time.monotonic() + bound_s
+        while True:
+            # The first report after the call may still be about batches from before it.
+            reports = [report for report in self.learner_reports() if report["time"] > began and report["batches_per_s"]]
+            if len(reports) > 1:
+                return reports[1]
+            if time.monotonic() > ends:
+                logs = self.compose("logs", "--tail", "30", "learner", "replay").stdout
+                pytest.fail(f"no batches for the learner within {bound_s} s:\n{logs}")
+            time.sleep(0.2)
+
+    def rings_left(self) -> list[str]:
+        """Returns the sockets of rings in ``/dev/shm``: none is there once its learner has the memory."""
+        program = "import os; print(*[name for name in os.listdir('/dev/shm') if name.startswith('touchline')], sep='\\n', end='')"
+        return self.compose("exec", "-T", "replay", "python", "-c", program).stdout.splitlines()
+
     def kill_server(self) -> None:
         """Sends SIGKILL to the server's own process, as the kernel does when memory runs out; Docker's part is to start it again."""
         program = (
@@ -184,6 +208,12 @@ def test_compose_up_is_healthy_in_time_and_loses_nothing_by_restart_kill_and_sto
         record_property(name, value)
         print(f"  {name}: {value}")
 
+    def check_ring(when: str) -> None:
+        report = project.wait_for_batches()
+        note(f"learner's batches after {when}", report["transport"])
+        assert report["transport"] == "ring", report.get("transport_reason")
+        assert project.rings_left() == []
+
     print()
     began = time.monotonic()
     project.compose("up", "--detach", "--scale", "actor=2", timeout_s=UP_S + 120)
@@ -192,6 +222,7 @@ def test_compose_up_is_healthy_in_time_and_loses_nothing_by_restart_kill_and_sto
         client.wait_until_ready(timeout_s=120)
         played = next(iter(client.episodes(newest=1))).columns
     adder = Adder(project.address, {name: column[:ADDED_ROWS] for name, column in played.items()})
+    check_ring("`up`")
     adder.start()
     adder.wait_for(50)
 
@@ -200,6 +231,9 @@ def test_compose_up_is_healthy_in_time_and_loses_nothing_by_restart_kill_and_sto
         project.compose("restart", "replay")
         note(f"healthy after restart {number} under load, s", round(project.wait_healthy(AGAIN_S, began), 1))
         adder.wait_for(50)
+        check_ring(f"restart {number}")
+    project.compose("restart", "learner")
+    check_ring("a restart of the learner")
     for number in (1, 2, 3):
         (replay,) = project.containers("replay")
         started = project.state(replay)["StartedAt"]
@@ -210,6 +244,7 @@ def test_compose_up_is_healthy_in_time_and_loses_nothing_by_restart_kill_and_sto
             time.sleep(0.2)
         note(f"healthy after kill -9 {number} under load, s", round(project.wait_healthy(AGAIN_S, began), 1))
         adder.wait_for(50)
+        check_ring(f"kill -9 {number}")
     adder.stop()
 
     actors = project.containers("actor")
@@ -220,7 +255,7 @@ def test_compose_up_is_healthy_in_time_and_loses_nothing_by_restart_kill_and_sto
         check_stored(client, adder, totals)
     note("acknowledged to actors", [one["episodes_acknowledged"] for one in totals])
     note("acknowledged to the adder, of unknown outcome", (len(adder.acknowledged), len(adder.unknown)))
-    note("learner's batches", learner_steps(project))
+    note("learner's updates", project.learner_reports()[-1]["updates"])
     assert [project.state(container)["ExitCode"] for container in [*actors, *project.containers("learner")]] == [0, 0, 0]
 
     (replay,) = project.containers("replay")
@@ -251,14 +286,6 @@ def check_stored(client: ReplayClient, adder: Adder, totals: list[dict[str, int]
     newest = next(iter(client.episodes(actor="adder", newest=1)))
     expected = adder.episode(stored[-1])
     assert {name: column.tobytes() for name, column in newest.columns.items()} == {n: c.tobytes() for n, c in expected.items()}
-
-
-def learner_steps(project: Project) -> int:
-    """Returns how many lines of progress the learner printed: it trained while all that happened."""
-    (learner,) = project.containers("learner")
-    lines = docker("logs", learner).stdout.splitlines()
-    assert len(lines) > 1, docker("logs", learner, check=False).stderr[-3000:]
-    return len(lines)
 
 
 def test_health_check_is_cheap_and_its_output_says_what_is_wrong(project: Project, tmp_path: Path) -> None:
