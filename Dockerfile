@@ -16,8 +16,8 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
-# A number of its own: not that of a user of the machine, and the same in every image, because the files of the shared-memory ring are
-# their owner's alone.
+# A number of its own: not that of a user of the machine, and the same in every image, because the memory of a ring is given to its
+# owner's processes alone.
 RUN groupadd --gid 10001 touchline \
  && useradd --uid 10001 --gid touchline --no-log-init --create-home touchline \
  && install -d -o touchline -g touchline /data
