@@ -314,7 +314,7 @@ def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
 def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr("touchline_server.service.receiver.PATIENCE_S", 0.2)
+    monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving(server=FOUR_MESSAGES))
@@ -339,7 +339,7 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
 
 
 def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_server.service.receiver.PATIENCE_S", 0.2)
+    monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
     monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_BYTES_PER_S", 1 << 40)
     header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 8)
