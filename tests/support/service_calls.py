@@ -24,7 +24,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_protos.v1 import replay_pb2_grpc
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing_extensions import Self
 
 
 DEADLINE_S = 120.0

@@ -21,7 +21,7 @@ import pytest
 from touchline import ReplayClient
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing_extensions import Self
 
     from touchline_server import Config, ReplayBuffer
     from touchline_server import InvalidEpisodeError as ServerInvalidEpisodeError
