@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from support.durable_cases import MODES, assert_whole, bits, contents, durable_config, keyed_episode, stored_keys
+from support.service_calls import eventually
 from support.store_cases import as_bits
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.files import sqlite
@@ -34,6 +35,7 @@ from touchline_server.cli import main as cli
 from touchline_server.durability import group_commit, maintenance, recovery
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import FILE_NAME
+from touchline_server.durability.storage_state import StorageState
 from touchline_server.store import dedup
 from touchline_server.store.columns import Columns
 
@@ -471,7 +473,7 @@ def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, m
         patch.setattr(os, "fsync", fail)
         buffer.add_episode(keyed_episode(0, 0))
         assert failed.wait(60)
-        committer(buffer)._thread.join(60)
+        eventually(lambda: committer(buffer).monitor.state is StorageState.FAILED, "the failure is noted", every_s=0.001)
 
     for add in (buffer.add_episode, buffer.submit_episode):
         with pytest.raises(StorageFailedError, match="takes nothing more until the server is started again"):
