@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import machine
 from benchmarks.bars import judge
 from benchmarks.cast import Stage
+from benchmarks.compare import RUNS, compare, table
 from benchmarks.gpu.report import GPU_FILE, write_gpu_report
 from benchmarks.peers import suite as peers_suite
 from benchmarks.protocol import MALLOC_TUNING, REPOSITORY
@@ -99,6 +100,31 @@ def gpu(
     results = {"machine": described, "settings": _settings(effort, quick, default_malloc, begin), "sections": findings.sections}
     (output / GPU_FILE).write_text(json.dumps(results, indent=1) + "\n")
     console.print(f"wrote {write_gpu_report(output).name}")
+
+
+@app.command("compare")
+def compare_trees(
+    old: Annotated[Path, typer.Argument(help="Another checkout of the project, such as one that `git worktree add` made.")],
+    only: Annotated[str, typer.Option(help="What to measure, with commas between.")] = ",".join(RUNS),
+    blocks: Annotated[int, typer.Option(min=1, help="How often both sides are started and filled anew.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Slices of each side in a block.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Length of a slice.")] = 0.4,
+) -> None:
+    """Measures another checkout beside this one, in turns, and prints new / old with 95 % intervals."""
+    chosen = [name.strip() for name in only.split(",")]
+    with _progress() as progress:
+        task = progress.add_task("filling stores", total=blocks * (1 + rounds * len(chosen) * 2))
+        found = compare(
+            old,
+            only=chosen,
+            blocks=blocks,
+            rounds=rounds,
+            seconds=seconds,
+            seed=SEED,
+            advance=lambda text: progress.update(task, description=text, advance=1),
+        )
+    for line in table(found):
+        print(line)
 
 
 @app.command()

@@ -38,9 +38,10 @@ class Worker:
         module: to run, which calls :func:`serve`.
         python: the interpreter; this one where left out.
         tuned: with :data:`MALLOC_TUNING`.
+        tree: a checkout of the project whose product code the process imports; None for this one's.
     """
 
-    def __init__(self, module: str, *, python: Path | None = None, tuned: bool = True) -> None:
+    def __init__(self, module: str, *, python: Path | None = None, tuned: bool = True, tree: Path | None = None) -> None:
         self.module = module
         # What it prints is shown where it fails and nowhere else: it would tear the progress bar.
         self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
@@ -50,7 +51,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             cwd=REPOSITORY,
-            env=child_environment(tuned=tuned),
+            env=child_environment(tuned=tuned) | ({"PYTHONPATH": product_path(tree)} if tree is not None else {}),
             text=True,
         )
 
@@ -136,6 +137,19 @@ def child_environment(*, tuned: bool) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in MALLOC_TUNING}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "RL_LOGGING_LEVEL": "ERROR"}
     return environment | (MALLOC_TUNING if tuned else {})
+
+
+def product_path(tree: Path) -> str:
+    """Returns the PYTHONPATH that makes a process import the product code of a checkout.
+
+    Raises:
+        FileNotFoundError: it is no checkout of the project.
+    """
+    folders = [tree.resolve() / name / "src" for name in ("protos", "client", "server")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: not found, expected a checkout of the project in {tree}")
+    return os.pathsep.join(str(folder) for folder in folders)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -11,15 +11,27 @@ from benchmarks.workloads import Workload
 
 
 class ServerProcess:
-    """A server for one workload. A context manager that ends it."""
+    """A server for one workload. A context manager that ends it.
 
-    def __init__(self, workload: Workload, *, tuned: bool = True, device: str = "cpu") -> None:
+    Args:
+        workload: what it stores.
+        tuned: with :data:`~benchmarks.protocol.MALLOC_TUNING`.
+        device: ``storage.device``.
+        data_dir: ``storage.data_dir``; empty for none.
+        durability: ``storage.durability``.
+    """
+
+    def __init__(
+        self, workload: Workload, *, tuned: bool = True, device: str = "cpu", data_dir: str = "", durability: str = "batch"
+    ) -> None:
         environment = child_environment(tuned=tuned) | {
             "TOUCHLINE_CONFIG__BUFFER_SIZE": str(workload.rows),
             "TOUCHLINE_CONFIG__BATCH_SIZE": str(workload.batch_size),
             "TOUCHLINE_CONFIG__HORIZON": str(workload.horizon),
             "TOUCHLINE_CONFIG__MIN_HISTORY": "1",
             "TOUCHLINE_STORAGE__DEVICE": device,
+            "TOUCHLINE_STORAGE__DATA_DIR": data_dir,
+            "TOUCHLINE_STORAGE__DURABILITY": durability,
             "TOUCHLINE_SAMPLING__LAW": workload.law,
             "TOUCHLINE_SAMPLING__SEED": "1",
         }

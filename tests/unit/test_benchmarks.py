@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from benchmarks.bars import Bar, judge
 from benchmarks.checks import BatchLog, WrongDataError, check_batch
+from benchmarks.compare import compare, table
 from benchmarks.local import GatherLimit, LocalSubject, LocalWritingSubject
 from benchmarks.pacing import FIRST_TAG, ready_tags
-from benchmarks.protocol import Worker, WorkerError, cpu_seconds, resident_bytes
+from benchmarks.protocol import REPOSITORY, Worker, WorkerError, cpu_seconds, resident_bytes
 from benchmarks.report import write_report
 from benchmarks.rounds import Section, Subject
 from benchmarks.servers import ServerProcess
@@ -325,3 +326,30 @@ def test_slice_every_path_of_a_server_moves_right_data_under_load() -> None:
 
             assert result["checked"] >= 1 and result["server_cpu_s"] > 0, path
         actor.call("stop")
+
+
+# Two checkouts
+
+
+def test_compare_a_checkout_with_itself_measures_every_round_of_both_sides() -> None:
+    slices: list[str] = []
+
+    found = compare(
+        REPOSITORY, only=["sample", "W1 ring", "insert batch"], blocks=2, rounds=2, seconds=0.05, seed=1, advance=slices.append, shrink=50
+    )
+
+    assert [comparison.name for comparison in found] == ["sample", "W1 ring", "insert batch"]
+    assert all(len(comparison.old) == len(comparison.new) == 4 for comparison in found)
+    assert all(rate > 0 for comparison in found for rate in comparison.old + comparison.new)
+    assert len(slices) == 2 * (1 + 3 * 2 * 2)
+    assert len(list(table(found))) == 2 + 3
+
+
+def test_compare_unknown_run_raises_and_names_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=r"only: W9 ring, expected some of sample, add, W1 ring"):
+        compare(REPOSITORY, only=["sample", "W9 ring"], blocks=1, rounds=1, seconds=0.05, seed=1, advance=print)
+
+
+def test_compare_a_folder_that_is_no_checkout_raises(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a checkout of the project"):
+        compare(tmp_path, only=["sample"], blocks=1, rounds=1, seconds=0.05, seed=1, advance=print)
