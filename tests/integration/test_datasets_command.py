@@ -223,7 +223,7 @@ def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: S
     code = """
 import os, signal, sys, weakref
 from touchline import datasets
-from touchline._cli import dataset_commands as commands
+from touchline._cli import load as commands
 plain = commands.datasets.export
 
 class Referent:

@@ -71,7 +71,7 @@ def test_loading_again_stores_nothing_twice_whatever_the_name(server: ServerThre
 
 def test_load_reads_no_more_ahead_than_one_call(client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Besides the call that is under way."""
-    monkeypatch.setattr("touchline.datasets.loading.CALL_BYTES", 10_000)
+    monkeypatch.setattr("touchline.datasets.loader.CALL_BYTES", 10_000)
     episodes = [make_episode(number, rows=50) for number in range(100)]
     write_npz(tmp_path / "demos.npz", episodes)
     read = 0
@@ -96,7 +96,7 @@ def test_load_reads_no_more_ahead_than_one_call(client: ReplayClient, tmp_path: 
 
 
 def test_load_that_fails_half_way_reads_no_further(client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.datasets.loading.CALL_BYTES", 10_000)
+    monkeypatch.setattr("touchline.datasets.loader.CALL_BYTES", 10_000)
     write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50) for number in range(100)])
 
     def watch(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:

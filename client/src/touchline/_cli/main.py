@@ -13,7 +13,7 @@ PACKAGES = ("typer", "rich")
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
     try:
-        from touchline._cli.dataset_commands import app
+        from touchline._cli.load import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in PACKAGES:
             raise

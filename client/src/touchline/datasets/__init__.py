@@ -12,12 +12,12 @@ once. Importing this loads none of the formats' packages; a format needs its own
 """
 
 from touchline._actor.rejections import Refusals
-from touchline.datasets.changes import Changes
 from touchline.datasets.errors import DatasetError, UnholdableError
-from touchline.datasets.exporting import ExportReport, Selection, export
+from touchline.datasets.exporter import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
-from touchline.datasets.loading import LoadReport, load, survey
-from touchline.datasets.values import DatasetEpisode, Source
+from touchline.datasets.loader import LoadReport, load, survey
+from touchline.datasets.source import DatasetEpisode, Source
+from touchline.datasets.transforms import Changes
 
 __all__ = [
     "FORMATS",

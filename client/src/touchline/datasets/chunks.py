@@ -11,7 +11,7 @@ import zlib
 from typing import Any
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.sizes import ADVICE
+from touchline.datasets.size_limit import ADVICE
 
 SPARE_BYTES = 256 << 20
 """That a chunk may have, where an episode may have less."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.values import Source
+from touchline.datasets.source import Source
 
 FORMATS = ("tdmpc2", "minari", "hdf5", "npz")
 """Names that ``format`` takes."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.atomic_output import AtomicOutput
 from touchline.datasets.chunks import check_chunks
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
-from touchline.datasets.sizes import SizeCounter
-from touchline.datasets.values import DatasetEpisode, escape, unescape
+from touchline.datasets.size_limit import SizeCounter
+from touchline.datasets.source import DatasetEpisode, escape, unescape
 from touchline.installing import install_command
 from touchline_protos.types.flatten import MAX_NESTING
 

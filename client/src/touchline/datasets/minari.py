@@ -17,9 +17,9 @@ import numpy as np
 from touchline.datasets.errors import DatasetError
 from touchline.datasets.minari_sizes import TOO_MANY_PIXELS, MinariSizes
 from touchline.datasets.provenance import Provenance
-from touchline.datasets.sizes import SizeLimit
+from touchline.datasets.size_limit import SizeLimit
+from touchline.datasets.source import DatasetEpisode, Digest, escape, unescape
 from touchline.datasets.transitions import rows_of
-from touchline.datasets.values import DatasetEpisode, Digest, escape, unescape
 from touchline.errors import TouchlineError
 from touchline.installing import install_command
 from touchline_protos.types.casting import ColumnError, cast

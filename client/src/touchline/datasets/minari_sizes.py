@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.sizes import SizeCounter, SizeLimit
+from touchline.datasets.size_limit import SizeCounter, SizeLimit
 from touchline.installing import install_command
 
 try:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.atomic_output import AtomicOutput
 from touchline.datasets.errors import DatasetError, UnholdableError
 from touchline.datasets.minari import ABOUT, PREFIX, ROW0, implied_truncations
-from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
+from touchline.datasets.source import escape
 from touchline.datasets.transitions import defined, undefined_row
-from touchline.datasets.values import escape
 from touchline.installing import install_command
 from touchline_protos.types.dtypes import BFLOAT16, dtype_name
 

@@ -13,12 +13,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from touchline.datasets.atomic_output import AtomicOutput
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
-from touchline.datasets.sizes import MAX_ABOUT_BYTES, SizeCounter
-from touchline.datasets.values import DatasetEpisode
+from touchline.datasets.size_limit import MAX_ABOUT_BYTES, SizeCounter
+from touchline.datasets.source import DatasetEpisode
 
 FORMAT = "npz"
 PROVENANCE = "episode.json"

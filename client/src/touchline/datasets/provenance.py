@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.values import escape, unescape
+from touchline.datasets.source import escape, unescape
 from touchline_protos.codec import EpisodeKey
 
 

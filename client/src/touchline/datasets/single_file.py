@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from touchline.datasets.sizes import SizeCounter, SizeLimit
-from touchline.datasets.values import DatasetEpisode, Digest
+from touchline.datasets.size_limit import SizeCounter, SizeLimit
+from touchline.datasets.source import DatasetEpisode, Digest
 
 
 class Closable(Protocol):
@@ -21,7 +21,7 @@ File = TypeVar("File", bound=Closable)
 
 
 class SingleFileSource(ABC, Generic[File]):
-    """Episodes of one file, each under a name in it; see :class:`~touchline.datasets.values.Source`.
+    """Episodes of one file, each under a name in it; see :class:`~touchline.datasets.source.Source`.
 
     Args:
         path: of the file.

@@ -15,8 +15,8 @@ from typing import Any
 from touchline._tdmpc2.column_names import columns_of
 from touchline.datasets.errors import DatasetError
 from touchline.datasets.pt_file import check_file
-from touchline.datasets.sizes import SizeLimit
-from touchline.datasets.values import DatasetEpisode, Digest
+from touchline.datasets.size_limit import SizeLimit
+from touchline.datasets.source import DatasetEpisode, Digest
 from touchline.errors import InvalidEpisodeError
 from touchline.installing import install_command
 from touchline_protos.types.flatten import MAX_NESTING, ColumnError, to_array

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from touchline.datasets.atomic_output import AtomicOutput
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.placing import AtomicOutput
 from touchline.datasets.provenance import Provenance
 from touchline.installing import install_command
 from touchline_protos.types.dtypes import BFLOAT16

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
-from touchline.datasets.sizes import SizeLimit
+from touchline.datasets.size_limit import SizeLimit
 from touchline.errors import TouchlineError
 from touchline_protos.codec import EpisodeKey
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from touchline import datasets
-from touchline._cli import spool_commands
+from touchline._cli import spool
 from touchline._cli.progress import Meter
 from touchline._cli.terminal import EXIT_FAILED, EXIT_USAGE, amount, complain, fail, failing_well, probe, say, say_reasons, speed
 from touchline.client import ReplayClient
@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(spool_commands.app, name="spool")
+app.add_typer(spool.app, name="spool")
 
 
 def _print_version(asked: bool) -> None:

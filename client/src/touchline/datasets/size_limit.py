@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from touchline._rpc.convert import whole_number
-from touchline.datasets.changes import Changes
 from touchline.datasets.errors import DatasetError
+from touchline.datasets.transforms import Changes
 from touchline_protos.types.episode import CodecLimits
 
 DEFAULT_MAX_EPISODE_BYTES = CodecLimits().max_episode_bytes

@@ -12,12 +12,12 @@ from touchline._actor.rejections import Refusals, add_refusal
 from touchline._actor.upload import make_episode
 from touchline._rpc.convert import check_actor, whole_number
 from touchline.client import ReplayClient
-from touchline.datasets.changes import Changes
 from touchline.datasets.errors import DatasetError
 from touchline.datasets.formats import open_source
 from touchline.datasets.read_ahead import ReadAhead
-from touchline.datasets.sizes import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
-from touchline.datasets.values import DatasetEpisode, Digest, Source
+from touchline.datasets.size_limit import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
+from touchline.datasets.source import DatasetEpisode, Digest, Source
+from touchline.datasets.transforms import Changes
 from touchline.errors import EpisodeResult, InvalidEpisodeError, TouchlineError
 from touchline.types import ColumnInfo
 from touchline_protos.codec import Episode, EpisodeKey
