@@ -217,7 +217,7 @@ class Stranger:
 @pytest.mark.timeout(600 + MESSAGES // 100)
 def test_server_answers_mutated_requests_and_neither_fails_nor_grows(tmp_path: Path) -> None:
     limits = {"MAX_EPISODE_BYTES": str(1 << 16), "MAX_MESSAGE_BYTES": str(1 << 20), "MAX_BATCH_SIZE": "64", "MAX_HORIZON": "8"}
-    environment = {f"TOUCHLINE_SERVER__{name}": value for name, value in limits.items()}
+    environment = {f"TOUCHLINE_LIMITS__{name}": value for name, value in limits.items()}
     count = max(300, MESSAGES // 40)
     with ServerProcess(tmp_path, TOUCHLINE_CONFIG__BUFFER_SIZE="100", **environment) as process, Caller(process.address) as caller:
         stranger, ends = Stranger(caller), Counter[grpc.StatusCode]()

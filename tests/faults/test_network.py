@@ -75,7 +75,7 @@ def test_outages_longer_than_the_deadline_stop_no_actor_and_cost_no_episode(tmp_
 @pytest.mark.timeout(600 + 4 * EPISODES)
 def test_slow_and_lossy_line_costs_no_episode_whole_or_in_chunks(tmp_path: Path) -> None:
     with (
-        serve(tmp_path, TOUCHLINE_SERVER__MAX_MESSAGE_BYTES="4096") as process,
+        serve(tmp_path, TOUCHLINE_LIMITS__MAX_MESSAGE_BYTES="4096") as process,
         TcpProxy(process.address, BAD) as proxy,
         Players(proxy.address, timeout_s=2 * TIMEOUT_S) as players,
     ):
@@ -93,7 +93,7 @@ def test_slow_and_lossy_line_costs_no_episode_whole_or_in_chunks(tmp_path: Path)
 @pytest.mark.parametrize("limit", [pytest.param(1 << 20, id="groups"), pytest.param(4096, id="chunks", marks=long)])
 def test_stream_goes_on_by_itself_after_outages_and_is_never_wrong(limit: int) -> None:
     with (
-        serving(server={"max_message_bytes": limit}) as (server, _),
+        serving(limits={"max_message_bytes": limit}) as (server, _),
         TcpProxy(server.address) as proxy,
         Players(proxy.address, timeout_s=TIMEOUT_S) as players,
     ):

@@ -26,7 +26,7 @@ from touchline_server.service.budgets import HEALTH_QUESTIONS
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
 MIB = 1 << 20
-ONE_MESSAGE = {"port": 0, "max_message_bytes": MIB, "max_episode_bytes": MIB, "max_receive_bytes": 2 * MIB, "max_send_bytes": 2 * MIB}
+ONE_MESSAGE = {"max_message_bytes": MIB, "max_episode_bytes": MIB, "max_receive_bytes": 2 * MIB, "max_send_bytes": 2 * MIB}
 """Room for one message with an episode, one episode in chunks, and two MiB of batches."""
 
 
@@ -85,7 +85,7 @@ def big_episode() -> Episode:
 
 
 def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers() -> None:
-    with serving(server={"port": 0, "max_calls": 2}) as (server, caller), Caller(server.address) as other:
+    with serving(limits={"max_calls": 2}) as (server, caller), Caller(server.address) as other:
         waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600)) for _ in range(2)]
         count = server._server.admission._calls
         eventually(lambda: count.now == 2, "two calls wait")
@@ -94,7 +94,7 @@ def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers(
         health = other.channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=DEADLINE_S)
 
         assert (refusal.code, refusal.reason, refusal.retry_after_ms) == OVER_LIMIT
-        assert "server.max_calls" in refusal.details
+        assert "limits.max_calls" in refusal.details
         assert health == b"\x08\x01"
         for call in waiting:
             call.cancel()
@@ -103,7 +103,7 @@ def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers(
 
 
 def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
-    with serving(server={"port": 0, "max_connection_calls": 2}) as (server, caller), Caller(server.address) as other:
+    with serving(limits={"max_connection_calls": 2}) as (server, caller), Caller(server.address) as other:
         caller.counts()  # the limit is known to the client from here on
         waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600)) for _ in range(2)]
         third = caller.stub.Info.future(pb.InfoRequest(), timeout=DEADLINE_S)
@@ -137,7 +137,7 @@ def test_one_connection_that_watches_the_health_keeps_nobody_from_watching() -> 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
 def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
-    with serving(server=ONE_MESSAGE) as (server, caller):
+    with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         holder = OpenCall(caller, method)
         eventually(lambda: in_use(server) == MIB, "the first call holds the room")
@@ -154,7 +154,7 @@ def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
 
 
 def test_call_that_waits_for_room_gets_it_when_another_ends() -> None:
-    with serving(server=ONE_MESSAGE) as (server, caller):
+    with serving(limits=ONE_MESSAGE) as (server, caller):
         holder = OpenCall(caller, "AddEpisode")
         eventually(lambda: in_use(server) == MIB, "the first call holds the room")
         second = OpenCall(caller, "AddEpisode")
@@ -196,7 +196,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
 
 
 def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> None:
-    with serving(server=ONE_MESSAGE) as (server, caller):
+    with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         holder = OpenCall(caller, "AddEpisode")
         eventually(lambda: in_use(server) == MIB, "the first call holds the room")
@@ -221,7 +221,7 @@ def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> N
 
 
 def test_room_for_adds_and_for_sampling_are_apart() -> None:
-    with serving(server=ONE_MESSAGE) as (server, caller):
+    with serving(limits=ONE_MESSAGE) as (server, caller):
         caller.add(make_episode())
         impatient(server)
         holder = OpenCall(caller, "AddEpisode")
@@ -237,7 +237,7 @@ def test_room_for_adds_and_for_sampling_are_apart() -> None:
         refusal = refused(caller.sample)
 
         assert (refusal.code, refusal.reason, refusal.retry_after_ms) == OVER_LIMIT
-        assert "server.max_send_bytes" in refusal.details
+        assert "limits.max_send_bytes" in refusal.details
         assert caller.add(make_episode()).counts.episodes_stored == 2
 
 
@@ -298,7 +298,7 @@ FOUR_MESSAGES = ONE_MESSAGE | {"max_receive_bytes": 8 * MIB}
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Info"])
 def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: str) -> None:
-    with serving(server=FOUR_MESSAGES) as (server, caller), Caller(server.address) as other:
+    with serving(limits=FOUR_MESSAGES) as (server, caller), Caller(server.address) as other:
         budget = budgets(server).messages if method in ("AddEpisode", "LoadEpisodes") else budgets(server).questions
         idle = [OpenCall(caller, method) for _ in range(8)]
         eventually(lambda: budget.used >= budget.total // 4, "the connection has its share")
@@ -317,7 +317,7 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
     monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
     with contextlib.ExitStack() as stack:
-        server, other = stack.enter_context(serving(server=FOUR_MESSAGES))
+        server, other = stack.enter_context(serving(limits=FOUR_MESSAGES))
         patient(server)
         callers = [stack.enter_context(Caller(server.address)) for _ in range(4)]
         idle = [OpenCall(caller, method) for caller in callers]
@@ -344,7 +344,7 @@ def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_r
     monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_BYTES_PER_S", 1 << 40)
     header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 8)
     with contextlib.ExitStack() as stack:
-        server, other = stack.enter_context(serving(server=FOUR_MESSAGES | {"max_message_bytes": MIB // 4}))
+        server, other = stack.enter_context(serving(limits=FOUR_MESSAGES | {"max_message_bytes": MIB // 4}))
         patient(server)
         idle = [OpenCall(stack.enter_context(Caller(server.address)), "LoadEpisodes") for _ in range(4)]
         for call in idle:
@@ -367,7 +367,7 @@ def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_r
 
 
 def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_back() -> None:
-    with serving(server=ONE_MESSAGE) as (server, caller):
+    with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 4)
         first = OpenCall(caller, "LoadEpisodes")
@@ -385,7 +385,7 @@ def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_ba
 def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call_gives_all_back() -> None:
     with contextlib.ExitStack() as stack:
         limits = ONE_MESSAGE | {"max_receive_bytes": 5 * MIB, "max_message_bytes": MIB // 2}
-        server, caller = stack.enter_context(serving(server=limits))
+        server, caller = stack.enter_context(serving(limits=limits))
         impatient(server)
         header, *_ = encode_load(big_episode(), chunk_bytes=MIB // 4)
         holders = [OpenCall(stack.enter_context(Caller(server.address)), "LoadEpisodes") for _ in range(2)]
@@ -416,7 +416,7 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeyp
     frames = BatchSource.frames
     monkeypatch.setattr(BatchSource, "frames", counting)
     with contextlib.ExitStack() as stack:
-        server, caller = stack.enter_context(serving(server={"port": 0, "max_send_bytes": 128 * MIB}))
+        server, caller = stack.enter_context(serving(limits={"max_send_bytes": 128 * MIB}))
         caller.add(make_episode(100, obs=2000))
         size = 4 * 2000 * 4 * 125
         slow = [stack.enter_context(Caller(server.address)).stream().open(credits=1 << 20, batch_size=125) for _ in range(3)]
@@ -440,7 +440,7 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeyp
 
 
 def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_room() -> None:
-    with serving(server=ONE_MESSAGE) as (server, caller):
+    with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         caller.add(make_episode())
         assert budgets(server).sending.try_reserve(2 * MIB)
@@ -463,13 +463,13 @@ def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_roo
 
 
 def test_batch_larger_than_all_the_room_is_too_large() -> None:
-    with serving(server=ONE_MESSAGE) as (_, caller):
+    with serving(limits=ONE_MESSAGE) as (_, caller):
         caller.add(make_episode(100, obs=1000))
 
         refusal = refused(caller.stream().open(credits=1, batch_size=500).rest)
 
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large")
-        assert "server.max_send_bytes" in refusal.details
+        assert "limits.max_send_bytes" in refusal.details
 
 
 def test_sampled_batch_gives_its_room_back_also_where_nobody_waits_for_it_any_more() -> None:
@@ -543,11 +543,11 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
 
 def test_client_that_stays_over_a_limit_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OverloadedError, "retry_after_s", 60.0)  # longer than the client tries
-    with serving(server={"port": 0, "max_calls": 1}) as (server, caller):
+    with serving(limits={"max_calls": 1}) as (server, caller):
         waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600))
         eventually(lambda: server._server.admission._calls.now == 1, "one call waits")
 
-        with ReplayClient(server.address, timeout_s=30.0) as client, pytest.raises(OverLimitError, match=r"server\.max_calls") as caught:
+        with ReplayClient(server.address, timeout_s=30.0) as client, pytest.raises(OverLimitError, match=r"limits\.max_calls") as caught:
             client.info()
 
         assert caught.value.retry_after_s == 60.0

@@ -26,17 +26,17 @@ from touchline_server.service.app import ServerThread
 CALLS = 400
 AT_ONCE = 16
 MIB = 1 << 20
-LIMITS = {
-    "port": 0,
-    "max_message_bytes": 2 * MIB,
-    "max_episode_bytes": 4 * MIB,
-    "max_receive_bytes": 16 * MIB,
-    "max_send_bytes": 8 * MIB,
-    "add_workers": 1,
-    "sample_workers": 2,
-    "max_rings": 2,
-    "max_streams": 12,
-    "max_calls": 20,
+SCARCE: dict[str, dict[str, Any]] = {
+    "limits": {
+        "max_message_bytes": 2 * MIB,
+        "max_episode_bytes": 4 * MIB,
+        "max_receive_bytes": 16 * MIB,
+        "max_send_bytes": 8 * MIB,
+        "max_streams": 12,
+        "max_calls": 20,
+    },
+    "server": {"add_workers": 1, "sample_workers": 2},
+    "ring": {"max_rings": 2},
 }
 """So little of everything that calls wait for each other, and some are refused."""
 
@@ -190,7 +190,7 @@ def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def test_calls_that_break_off_at_any_moment_leave_nothing(durability: str, seed: int, tmp_path: Path) -> None:
     storage = {"device": "cpu"} | ({"data_dir": str(tmp_path / "data"), "durability": durability} if durability else {})
     before = set(threading.enumerate())
-    config = make_config(config={"buffer_size": 2000, "batch_size": 8, "min_history": 0, "horizon": 3}, storage=storage, server=LIMITS)
+    config = make_config(config={"buffer_size": 2000, "batch_size": 8, "min_history": 0, "horizon": 3}, storage=storage, **SCARCE)
     with ServerThread(config) as server:
         with Caller(server.address) as caller:
             caller.add(make_episode(obs=300))

@@ -33,12 +33,13 @@ from touchline_server import Config
 from touchline_server.service.app import ServerThread
 
 
-def _config(**server: Any) -> Config:
+def _config(*, limits: dict[str, int] | None = None, **server: Any) -> Config:
     return Config(
         config={"buffer_size": 10_000, "batch_size": 8, "min_history": 20, "horizon": 3},
         sampling={"seed": 5},
         storage={"device": "cpu"},
         server={"port": 0, **server},
+        limits=limits or {},
     )
 
 
@@ -356,7 +357,10 @@ def test_episode_over_the_message_limit_goes_in_chunks_and_big_batches_come_back
     limit = 1 << 20
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3, 64, 64), np.uint8)
     episode = {"obs": pixels, "action": np.zeros((300, 2), np.float32), "reward": np.zeros(300, np.float32)}
-    with ServerThread(_config(max_message_bytes=limit)) as server, ReplayClient(server.address, max_message_bytes=limit) as client:
+    with (
+        ServerThread(_config(limits={"max_message_bytes": limit})) as server,
+        ReplayClient(server.address, max_message_bytes=limit) as client,
+    ):
         assert client.add(episode) == 1
 
         unary = client.sample(batch_size=64, seed=1)
@@ -370,7 +374,7 @@ def test_episode_over_the_message_limit_goes_in_chunks_and_big_batches_come_back
 
 
 def test_client_with_a_higher_limit_than_the_server_falls_back_to_chunks() -> None:
-    with ServerThread(_config(max_message_bytes=1 << 20)) as server, ReplayClient(server.address) as client:
+    with ServerThread(_config(limits={"max_message_bytes": 1 << 20})) as server, ReplayClient(server.address) as client:
         episode = _episode(0, rows=600) | {"aux": np.zeros((600, 1024), np.float32)}
 
         assert client.add(episode) == 1
@@ -378,14 +382,14 @@ def test_client_with_a_higher_limit_than_the_server_falls_back_to_chunks() -> No
 
 
 def test_load_by_a_client_with_a_higher_limit_than_the_server_falls_back_to_smaller_chunks() -> None:
-    with ServerThread(_config(max_message_bytes=1 << 20)) as server, ReplayClient(server.address) as client:
+    with ServerThread(_config(limits={"max_message_bytes": 1 << 20})) as server, ReplayClient(server.address) as client:
         episode = _episode(0, rows=600) | {"aux": np.zeros((600, 1024), np.float32)}
 
         assert client.load([episode]) == 1
 
 
 def test_episode_over_the_servers_limit_of_episodes_is_too_large() -> None:
-    with ServerThread(_config(max_episode_bytes=1000)) as server, ReplayClient(server.address) as client:
+    with ServerThread(_config(limits={"max_episode_bytes": 1000})) as server, ReplayClient(server.address) as client:
         with pytest.raises(TooLargeError, match=r"expected at most 1000 \(max_episode_bytes\)$"):
             client.add(_episode(0, rows=100))
         refused = client.counts().episodes_refused

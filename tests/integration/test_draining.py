@@ -177,7 +177,7 @@ def test_sampling_stream_that_waits_for_its_learner_is_told_to_come_again(open_s
 
 
 def test_peers_that_do_not_read_hold_nobody_up() -> None:
-    with serving(config={"buffer_size": 20_000}, server={"max_request_bytes": 8 << 20}) as served, Caller(served.server.address) as reader:
+    with serving(config={"buffer_size": 20_000}, limits={"max_request_bytes": 8 << 20}) as served, Caller(served.server.address) as reader:
         for number in range(10):
             served.caller.add(make_episode(1000, obs=1000, seed=number))
         stream = served.caller.stream().open(credits=10_000, batch_size=500)

@@ -67,7 +67,7 @@ def test_bytes_that_are_no_request_are_refused() -> None:
 
 
 def test_calls_count_as_streams_while_they_last() -> None:
-    with ServerThread(make_config(server={"port": 0, "max_streams": 2})) as server, Caller(server.address) as caller:
+    with ServerThread(make_config(limits={"max_streams": 2})) as server, Caller(server.address) as caller:
         fill(server)
         big = make_episode(1_900, obs=4)
         server.buffer.add_episode(big)

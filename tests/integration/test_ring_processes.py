@@ -44,8 +44,8 @@ def rings(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def config(**server: object) -> Config:
-    return Config(config={"buffer_size": 1_000, "batch_size": 8, "min_history": 10}, server={"port": 0, **server})
+def config(**ring: object) -> Config:
+    return Config(config={"buffer_size": 1_000, "batch_size": 8, "min_history": 10}, server={"port": 0}, ring=ring)
 
 
 def add_episodes(client: ReplayClient, count: int = 5) -> None:
@@ -206,14 +206,14 @@ def test_learner_without_the_rights_gets_frames_and_both_sides_say_why(
 
 
 @pytest.mark.parametrize(
-    ("limits", "why"),
+    ("ring", "why"),
     [
-        ({"max_rings": 0}, "server.max_rings is 0"),
-        ({"max_ring_bytes": 1_000}, "do not fit into server.max_ring_bytes, 1000"),
+        ({"max_rings": 0}, "ring.max_rings is 0"),
+        ({"max_ring_bytes": 1_000}, "do not fit into ring.max_ring_bytes, 1000"),
     ],
 )
-def test_server_that_makes_no_ring_says_why_on_both_sides(limits: dict[str, int], why: str, caplog: pytest.LogCaptureFixture) -> None:
-    with ServerThread(config(**limits)) as server, ReplayClient(server.address) as client:
+def test_server_that_makes_no_ring_says_why_on_both_sides(ring: dict[str, int], why: str, caplog: pytest.LogCaptureFixture) -> None:
+    with ServerThread(config(**ring)) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
         reason, learner, log = reason_of(client, caplog)
@@ -233,7 +233,7 @@ def test_server_without_a_free_slot_says_so_on_both_sides(caplog: pytest.LogCapt
 
             reason, learner, log = reason_of(client, caplog)
 
-    assert reason == "all 2 rings are in use (server.max_rings)"
+    assert reason == "all 2 rings are in use (ring.max_rings)"
     assert len(learner) == 3 and len(log) == 1
 
 

@@ -51,7 +51,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that every test leaves running and empty of streams."""
-    with ServerProcess(tmp_path_factory.mktemp("server"), TOUCHLINE_SERVER__MAX_STREAMS=str(IDLE + ACTIVE)) as server:
+    with ServerProcess(tmp_path_factory.mktemp("server"), TOUCHLINE_LIMITS__MAX_STREAMS=str(IDLE + ACTIVE)) as server:
         yield server
 
 

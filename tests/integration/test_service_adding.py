@@ -213,7 +213,7 @@ def test_load_says_of_each_episode_what_became_of_it(send: Callable[[list[Episod
         make_episode(10, seed=6, key=key(6)),
         make_episode(10, seed=7),
     ]
-    with serving(server={"port": 0, "max_episode_bytes": 2000}) as (server, caller):
+    with serving(limits={"max_episode_bytes": 2000}) as (server, caller):
         answer = caller.load(send(episodes))
 
         assert [result.outcome for result in answer.results] == [
@@ -344,7 +344,7 @@ def test_load_broken_off_keeps_the_complete_episodes_and_can_be_sent_again(serve
 
 
 def test_load_messages_above_the_limit_end_the_stream_and_keep_the_complete_episodes() -> None:
-    with serving(server={"port": 0, "max_message_bytes": 4096}) as (_, caller):
+    with serving(limits={"max_message_bytes": 4096}) as (_, caller):
         big = make_episode(200, seed=2)
 
         refusal = refused(caller.load, [*encode_load(make_episode(seed=1)), *encode_load(big)])
@@ -366,7 +366,7 @@ def test_load_of_another_table_is_not_found(served: Served) -> None:
 
 
 def test_load_streams_above_max_streams_are_refused_until_one_ends() -> None:
-    with serving(server={"port": 0, "max_streams": 1}) as (server, caller):
+    with serving(limits={"max_streams": 1}) as (server, caller):
         done = threading.Event()
 
         def messages() -> Iterator[bytes]:
@@ -381,6 +381,6 @@ def test_load_streams_above_max_streams_are_refused_until_one_ends() -> None:
         call.result()
 
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit")
-        assert "server.max_streams" in refusal.details
+        assert "limits.max_streams" in refusal.details
         assert refusal.retry_after_ms == "1000"
         assert caller.load([]).counts.episodes_stored == 1

@@ -28,7 +28,7 @@ ROWS = 10
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    with serving(server={"port": 0, "max_columns": 8, "max_episode_bytes": 500_000}) as pair:
+    with serving(limits={"max_columns": 8, "max_episode_bytes": 500_000}) as pair:
         yield pair
 
 
@@ -225,7 +225,7 @@ def padded(size: int) -> bytes:
 
 
 def test_message_above_the_limit_is_refused_with_the_numbers_and_at_the_limit_stored() -> None:
-    with serving(server={"port": 0, "max_message_bytes": 4096}) as (_, caller):
+    with serving(limits={"max_message_bytes": 4096}) as (_, caller):
         refusal = refused(caller.add, padded(4097))
 
         assert refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED

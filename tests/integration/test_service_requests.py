@@ -211,7 +211,7 @@ def test_sample_that_waits_in_vain_is_not_ready_after_that_time(served: Served) 
 
 
 def test_sample_above_the_message_limit_names_the_stream_which_gives_it() -> None:
-    with serving(server={"port": 0, "max_message_bytes": 65536}) as (server, caller):
+    with serving(limits={"max_message_bytes": 65536}) as (server, caller):
         caller.add(make_episode(100, obs=100))
 
         refusal = refused(caller.sample, batch_size=256)
@@ -227,7 +227,7 @@ def test_sample_above_the_message_limit_names_the_stream_which_gives_it() -> Non
 
 
 def test_sample_above_the_message_limit_is_not_ready_while_no_episode_is_long_enough() -> None:
-    with serving(server={"port": 0, "max_message_bytes": 65536}) as (_, caller):
+    with serving(limits={"max_message_bytes": 65536}) as (_, caller):
         caller.add(make_episode(100, obs=100))
 
         refusal = refused(caller.sample, batch_size=256, horizon=100)
@@ -350,7 +350,7 @@ def info(caller: Caller) -> pb.InfoResponse:
 
 
 def test_info_gives_version_limits_and_the_configuration_in_force() -> None:
-    tables = {"sampling": {"law": "step", "seed": 9}, "server": {"port": 0, "max_streams": 7}}
+    tables = {"sampling": {"law": "step", "seed": 9}, "limits": {"max_streams": 7}}
     with serving(**tables) as (server, caller):
         answer = info(caller)
 

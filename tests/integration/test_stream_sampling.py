@@ -218,7 +218,7 @@ def test_streams_of_the_same_configured_seed_differ_from_each_other() -> None:
 
 
 def test_stream_of_rows_larger_than_a_message_is_refused() -> None:
-    with serving(server={"port": 0, "max_message_bytes": 4096}) as (_, caller):
+    with serving(limits={"max_message_bytes": 4096}) as (_, caller):
         caller.load(encode_load(make_episode(10, obs=2000), chunk_bytes=2048))
 
         refusal = refused(caller.stream().open(credits=1).rest)
@@ -228,7 +228,7 @@ def test_stream_of_rows_larger_than_a_message_is_refused() -> None:
 
 
 def test_stream_whose_actors_names_fill_a_message_is_refused() -> None:
-    with serving(server={"port": 0, "max_message_bytes": 4096}) as (_, caller):
+    with serving(limits={"max_message_bytes": 4096}) as (_, caller):
         for number in range(200):
             caller.add(make_episode(5, actor=f"{number:0128d}"))
 
@@ -444,7 +444,7 @@ def test_stream_with_a_negative_group_is_refused(filled: Served) -> None:
 
 
 def test_streams_above_max_streams_are_refused_until_one_ends() -> None:
-    with serving(server={"port": 0, "max_streams": 3}) as (_, caller):
+    with serving(limits={"max_streams": 3}) as (_, caller):
         fill(caller)
         streams = [caller.stream().open(credits=1) for _ in range(3)]
         for stream in streams:
@@ -455,7 +455,7 @@ def test_streams_above_max_streams_are_refused_until_one_ends() -> None:
         streams[0].rest()
 
         assert (refusal.code, refusal.reason) == OVER_LIMIT
-        assert "3 streams are open, expected at most server.max_streams" in refusal.details
+        assert "3 streams are open, expected at most limits.max_streams" in refusal.details
         assert len(read_all(caller, 1)[0]) == 1
 
 
@@ -467,7 +467,7 @@ def worker_threads(before: set[threading.Thread]) -> list[str]:
 def test_streams_that_learners_cancel_are_freed(state: str) -> None:
     streams = 20
     before = set(threading.enumerate())
-    with serving(server={"port": 0, "max_streams": streams}) as (_, caller):
+    with serving(limits={"max_streams": streams}) as (_, caller):
         fill(caller, episodes=0 if state == "waiting for an episode" else 10, obs=200)
         openings = {"idle": {"credits": 0}, "waiting for a reader": {"credits": 10_000}, "waiting for an episode": {"credits": 3}}
 

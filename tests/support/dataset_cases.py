@@ -21,7 +21,7 @@ Columns = dict[str, np.ndarray]
 def serve(buffer_size: int = 50_000, *, allow_non_finite: bool = True, max_episode_bytes: int = 1 << 30, **sampling: Any) -> ServerThread:
     return ServerThread(
         make_config(
-            server={"max_episode_bytes": max_episode_bytes},
+            limits={"max_episode_bytes": max_episode_bytes},
             config={"buffer_size": buffer_size, "min_history": 1, "horizon": 1},
             storage={"allow_non_finite": allow_non_finite},
             sampling=sampling,

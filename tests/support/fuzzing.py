@@ -466,7 +466,7 @@ class FuzzedSessions:
         config = Config(
             config={"buffer_size": CAPACITY, "batch_size": 4, "min_history": 0, "horizon": 3},
             storage={"device": "cpu"},
-            server={"max_batch_size": 64, "max_horizon": 8},
+            limits={"max_batch_size": 64, "max_horizon": 8},
         )
         buffer = ReplayBuffer(config)
         rows = {"obs": np.zeros((20, 2), np.float32), "action": np.zeros((20, 1), np.float32), "reward": np.zeros(20, np.float32)}
@@ -490,8 +490,8 @@ class FuzzedSessions:
 
     @staticmethod
     async def _serve(buffer: ReplayBuffer) -> ReplayService:
-        budgets = Budgets(buffer.config.server)
-        return ReplayService(buffer, budgets, MessageReaders(budgets, buffer.config.server))
+        budgets = Budgets(buffer.config.limits)
+        return ReplayService(buffer, budgets, MessageReaders(budgets, buffer.config.limits))
 
     async def _run(self, messages: list[bytes]) -> bool:
         learner = _Learner(messages)

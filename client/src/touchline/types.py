@@ -91,7 +91,7 @@ class ServerInfo:
     @property
     def max_episode_bytes(self) -> int:
         """Of one episode, summed over its columns; a larger one is refused."""
-        return int(tomllib.loads(self.config_toml)["server"]["max_episode_bytes"])
+        return int(tomllib.loads(self.config_toml)["limits"]["max_episode_bytes"])
 
 
 @dataclass(frozen=True, slots=True)

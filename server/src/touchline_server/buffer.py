@@ -328,13 +328,13 @@ class ReplayBuffer:
             InvalidRequestError: a value is out of range.
         """
         self.check_restored()
-        limits = self.config.server
+        limits = self.config.limits
         batch_size = self.config.batch_size if batch_size is None else batch_size
         horizon = self.config.horizon if horizon is None else horizon
         if not 1 <= batch_size <= limits.max_batch_size:
-            raise InvalidRequestError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (server.max_batch_size)")
+            raise InvalidRequestError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
         if not 1 <= horizon <= limits.max_horizon:
-            raise InvalidRequestError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (server.max_horizon)")
+            raise InvalidRequestError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
         try:
             return SampleSpec(batch_size, horizon, Law(self.config.sampling.law if law is None else law))
         except ValueError:

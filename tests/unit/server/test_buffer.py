@@ -127,10 +127,10 @@ def test_sample_before_anything_is_long_enough_raises_with_the_counts(law: str, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size: 0, expected 1 to 65536 (server.max_batch_size)"),
+        ({"batch_size": 0}, "batch_size: 0, expected 1 to 65536 (limits.max_batch_size)"),
         ({"batch_size": -1}, "batch_size: -1"),
         ({"batch_size": 65_537}, "batch_size: 65537"),
-        ({"horizon": 0}, "horizon: 0, expected 1 to 1024 (server.max_horizon)"),
+        ({"horizon": 0}, "horizon: 0, expected 1 to 1024 (limits.max_horizon)"),
         ({"horizon": 1_025}, "horizon: 1025"),
         ({"law": "rank"}, "law: 'rank', expected one of episode, step"),
         ({"seed": -2}, "seed: -2, expected 0 or more"),

@@ -120,12 +120,12 @@ def test_serve_bad_option_exits_2_and_names_the_key(runner: CliRunner) -> None:
 
 
 def test_options_override_the_configuration() -> None:
-    config = Config(server={"host": "10.0.0.1", "port": 1, "unix_socket": "/run/a.sock", "max_streams": 7})
+    config = Config(server={"host": "10.0.0.1", "port": 1, "unix_socket": "/run/a.sock"}, limits={"max_streams": 7})
 
     assert cli._override(config, host=None, port=None, unix_socket=None) == config
     assert cli._override(config, host=None, port=None, unix_socket="/b").server.unix_socket == "/b"
-    by_port = cli._override(config, host=None, port=2, unix_socket=None).server
-    assert by_port == ServerConfig(host="10.0.0.1", port=2, unix_socket="", max_streams=7)
+    by_port = cli._override(config, host=None, port=2, unix_socket=None)
+    assert (by_port.server, by_port.limits) == (ServerConfig(host="10.0.0.1", port=2, unix_socket=""), config.limits)
 
 
 def test_healthcheck_serving_exits_0(runner: CliRunner, health_service: tuple[health.HealthServicer, int]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from touchline_server.config.sections import SamplingConfig
+from touchline_server.config.sections import MOVED_KEYS, SamplingConfig
 from touchline_server.config.settings import Config, ConfigError, read_cfg
 
 DEFAULT_TOML = Path(__file__).parents[3] / "cfg" / "default.toml"
@@ -210,7 +210,7 @@ def test_config_in_code_ignores_the_environment(monkeypatch: pytest.MonkeyPatch,
         ("server", "port", 65_536, "65536, expected at most 65535"),
         ("server", "drain_timeout_s", float("nan"), "nan, expected"),
         ("server", "drain_timeout_s", float("inf"), "inf, expected a finite number"),
-        ("server", "max_message_bytes", 2**31, f"{2**31}, expected at most {2**31 - 1}"),
+        ("limits", "max_message_bytes", 2**31, f"{2**31}, expected at most {2**31 - 1}"),
         ("server", "hots", "::1", "unknown key, expected one of host, port"),
     ],
 )
@@ -263,9 +263,9 @@ def test_read_cfg_mistake_in_the_file_names_key_and_file(text: str, expected: st
     [
         (
             {"config": {"batch_size": 65_537}},
-            "config.batch_size: 65537, expected at most server.max_batch_size (65536)",
+            "config.batch_size: 65537, expected at most limits.max_batch_size (65536)",
         ),
-        ({"config": {"horizon": 1_025}}, "config.horizon: 1025, expected at most server.max_horizon (1024)"),
+        ({"config": {"horizon": 1_025}}, "config.horizon: 1025, expected at most limits.max_horizon (1024)"),
         (
             {"config": {"buffer_size": 3, "min_history": 0}},
             "config.buffer_size: 3, expected at least config.horizon + 1 (4)",
@@ -289,11 +289,63 @@ def test_small_buffer_is_taken_beside_the_default_min_history(monkeypatch: pytes
 def test_config_values_at_their_limits_are_taken() -> None:
     cfg = Config(
         config={"buffer_size": 1_025, "batch_size": 8, "min_history": 1_025, "horizon": 1_024},
-        server={"max_batch_size": 8, "port": 0},
+        server={"port": 0},
+        limits={"max_batch_size": 8},
         storage={"device": "cuda:1"},
     )
 
     assert (cfg.buffer_size, cfg.batch_size, cfg.min_history, cfg.horizon) == (1_025, 8, 1_025, 1_024)
+
+
+# Keys that have moved
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED_KEYS.items(), ids=".".join)
+@pytest.mark.parametrize("source", ["file", "environment", "code"])
+def test_moved_key_is_refused_by_an_error_that_says_the_new_one(
+    old: tuple[str, str], new: tuple[str, str], source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (section, key), value = old, Config().model_dump()[new[0]][new[1]]
+    file, variable = tmp_path / "old.toml", f"TOUCHLINE_{section}__{key}".upper()
+    where = {"file": f" (in {file})", "environment": f" (from the environment variable {variable})", "code": ""}[source]
+
+    with pytest.raises(ConfigError) as caught:
+        match source:
+            case "file":
+                read_cfg(_write(file, f"[{section}]\n{key} = {value}\n"))
+            case "environment":
+                monkeypatch.setenv(variable, str(value))
+                read_cfg()
+            case _:
+                Config(**{section: {key: value}})
+
+    assert str(caught.value) == f"{section}.{key}{where} is now {'.'.join(new)}"
+
+
+def test_moved_key_among_other_mistakes_is_told_too() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(config={"batch_size": 0}, server={"max_rings": 4})
+
+    assert str(caught.value).splitlines() == ["config.batch_size: 0, expected at least 1", "server.max_rings is now ring.max_rings"]
+
+
+def test_moved_key_with_one_underscore_is_told_by_its_new_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("TOUCHLINE_SERVER_MAX_RINGS", "4")
+
+    assert read_cfg() == Config()
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "environment variable TOUCHLINE_SERVER_MAX_RINGS has no effect: TOUCHLINE_RING__MAX_RINGS, with two underscores, "
+        "overrides ring.max_rings"
+    )
+
+
+def test_moved_keys_exist_in_their_new_place_and_not_in_the_old() -> None:
+    keys = {(section, key) for section, values in Config().model_dump().items() for key in values}
+
+    assert set(MOVED_KEYS.values()) <= keys
+    assert not MOVED_KEYS.keys() & keys
 
 
 # The object

@@ -22,7 +22,7 @@ def run(test: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def budget(total: int = 100, *, wait_s: float = 30.0) -> ByteBudget:
-    return ByteBudget(total, key="server.max_receive_bytes", wait_s=wait_s)
+    return ByteBudget(total, key="limits.max_receive_bytes", wait_s=wait_s)
 
 
 async def settle() -> None:
@@ -75,7 +75,7 @@ def test_budget_without_room_in_time_says_so_with_a_delay_and_takes_nothing() ->
         lender = budget(wait_s=0.01)
         await lender.reserve(90)
         with pytest.raises(
-            OverloadedError, match=r"90 of the 100 bytes that server.max_receive_bytes allows are in use, and 11 did"
+            OverloadedError, match=r"90 of the 100 bytes that limits.max_receive_bytes allows are in use, and 11 did"
         ) as caught:
             await lender.reserve(11)
         lender.release(90)
@@ -88,7 +88,7 @@ def test_budget_without_room_in_time_says_so_with_a_delay_and_takes_nothing() ->
 
 def test_budget_is_never_enough_for_more_than_it_has() -> None:
     async def test() -> None:
-        with pytest.raises(TooLargeError, match=r"101 bytes at a time, expected at most 100; see server\.max_receive_bytes"):
+        with pytest.raises(TooLargeError, match=r"101 bytes at a time, expected at most 100; see limits\.max_receive_bytes"):
             await budget().reserve(101)
 
     run(test)

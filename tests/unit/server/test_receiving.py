@@ -55,7 +55,7 @@ def run(test: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def lender(messages: int) -> ByteBudget:
-    return ByteBudget(messages * SIZE, key="server.max_receive_bytes")
+    return ByteBudget(messages * SIZE, key="limits.max_receive_bytes")
 
 
 async def settle() -> None:

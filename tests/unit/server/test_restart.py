@@ -118,9 +118,9 @@ def test_refused_server_names_the_file_and_the_variables_and_starts_once_evictio
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "a larger buffer": {"config": {"buffer_size": 9_000}},
     "a longer horizon": {"config": {"horizon": 60}},
-    "columns over the limit": {"server": {"max_columns": 2}},
-    "episodes over the limit": {"server": {"max_episode_bytes": 10}},
-    "batches over the limit": {"server": {"max_batch_size": 8, "max_horizon": 3}},
+    "columns over the limit": {"limits": {"max_columns": 2}},
+    "episodes over the limit": {"limits": {"max_episode_bytes": 10}},
+    "batches over the limit": {"limits": {"max_batch_size": 8, "max_horizon": 3}},
     "another law": {"sampling": {"law": "step", "seed": 3}},
     "values that are refused now": {"storage": {"allow_non_finite": False}},
     "columns in files": {"storage": {"device": "disk", "scratch_dir": "scratch"}},
@@ -137,7 +137,8 @@ def other_config(root: Path, changes: dict[str, dict[str, Any]]) -> Config:
         config={"buffer_size": 2_000, "batch_size": 8, "min_history": 0, "horizon": 3} | changes.get("config", {}),
         storage=storage,
         sampling=changes.get("sampling", {}),
-        server={"port": 0} | changes.get("server", {}),
+        server={"port": 0},
+        limits=changes.get("limits", {}),
     )
 
 

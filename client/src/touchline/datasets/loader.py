@@ -94,7 +94,7 @@ def load(
         infos: the arrays of Minari's infos become columns ``info.<name>``.
         trust_pickle: unpickle anything that a ``.pt`` file holds. That runs whatever code is in it.
         max_episode_bytes: an episode that announces more, as it would be stored, is refused before memory is taken for it. None: the
-            server's own limit, ``server.max_episode_bytes``.
+            server's own limit, ``limits.max_episode_bytes``.
         watch: told how far it is.
 
     Raises:

@@ -24,7 +24,7 @@ MAX_COLUMNS = 1 << 12
 """Columns of an episode that are looked at; no server takes nearly as many."""
 MAX_ABOUT_BYTES = 1 << 16
 """Of a text that says where an episode comes from."""
-ADVICE = "if it is meant, cut it up, or raise --max-episode-bytes (max_episode_bytes=) and server.max_episode_bytes"
+ADVICE = "if it is meant, cut it up, or raise --max-episode-bytes (max_episode_bytes=) and limits.max_episode_bytes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The tables of the configuration: their keys, defaults and bounds. :mod:`.settings` reads them and puts them together."""
+"""The sections of the configuration: their keys, defaults and bounds. :mod:`.settings` reads them and puts them together."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf
 _Seed = Annotated[Annotated[int, Field(ge=0, le=_INT64_MAX)] | None, BeforeValidator(_refuse_bool), BeforeValidator(_unset_if_empty)]
 
 
-class Table(BaseModel):
-    """A table: immutable, and without keys that it does not know."""
+class Section(BaseModel):
+    """A section: immutable, and without keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class BufferConfig(Table):
-    """Table ``[config]``: what the buffer holds and what a batch is."""
+class BufferConfig(Section):
+    """Section ``[config]``: what the buffer holds and what a batch is."""
 
     buffer_size: _Count = 1_000_000
     """Most steps (stored rows) that the buffer holds."""
@@ -54,8 +54,8 @@ class BufferConfig(Table):
     """Transitions in a slice: a slice is horizon + 1 consecutive steps of one episode."""
 
 
-class StorageConfig(Table):
-    """Table ``[storage]``: where the steps live."""
+class StorageConfig(Section):
+    """Section ``[storage]``: where the steps live."""
 
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
     """``cuda``, ``cuda:N``, ``cpu``, ``disk``, or ``auto``: CUDA if 2.5 times the buffer fits in its free memory,
@@ -76,8 +76,8 @@ class StorageConfig(Table):
     """Whether a start may evict stored episodes for which ``config.buffer_size`` has become too small; otherwise it is refused."""
 
 
-class SamplingConfig(Table):
-    """Table ``[sampling]``: how slices are drawn and what their rows mean."""
+class SamplingConfig(Section):
+    """Section ``[sampling]``: how slices are drawn and what their rows mean."""
 
     law: Literal["episode", "step"] = "episode"
     """``episode``: an eligible episode uniformly, then a start in it uniformly. ``step``: every valid start alike."""
@@ -88,8 +88,8 @@ class SamplingConfig(Table):
     taken from it, with its reward and done."""
 
 
-class ServerConfig(Table):
-    """Table ``[server]``: where the server listens, and its limits."""
+class ServerConfig(Section):
+    """Section ``[server]``: where the server listens, and how it works."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on."""
@@ -99,6 +99,21 @@ class ServerConfig(Table):
     """Path of a Unix socket to listen on instead of host and port; empty: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much the server's process logs, on stderr."""
+    keepalive_s: Annotated[_Seconds, Field(ge=1)] = 30.0
+    """Silence in seconds after which a peer is asked whether it is there; without an answer for a third of it, it is gone."""
+    drain_timeout_s: _Seconds = 10.0
+    """Time that calls in progress get to end after SIGTERM, in seconds."""
+    add_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
+    """Threads that store episodes."""
+    sample_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
+    """Threads that gather batches."""
+    sample_share: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=0.95, allow_inf_nan=False)] = 0.5
+    """Share of the time that sampling keeps while learners wait for batches: adds are answered later for it. 0: adds never wait."""
+
+
+class LimitsConfig(Section):
+    """Section ``[limits]``: the largest messages, episodes and batches, and how much may be in progress at a time."""
+
     max_message_bytes: Annotated[_Int, Field(ge=1024, le=_INT32_MAX)] = 67_108_864
     """Largest message, either way; what is larger travels in chunks."""
     max_request_bytes: Annotated[_Int, Field(ge=2_097_152, le=_INT32_MAX)] = 2_097_152
@@ -122,24 +137,40 @@ class ServerConfig(Table):
     """Bytes of episodes that may be on their way in: half for messages, half for episodes that come in chunks."""
     max_send_bytes: _Count = 4_294_967_296
     """Bytes of batches and episodes that may be made and not taken yet by the transport."""
-    keepalive_s: Annotated[_Seconds, Field(ge=1)] = 30.0
-    """Silence in seconds after which a peer is asked whether it is there; without an answer for a third of it, it is gone."""
+
+
+class RingConfig(Section):
+    """Section ``[ring]``: shared memory for learners on the server's host."""
+
     max_rings: Annotated[_Int, Field(ge=0, le=1_024)] = 16
     """Most shared-memory rings, one a learner on this host; 0: none, learners get messages."""
     max_ring_bytes: _Count = 536_870_912
     """Largest ring; a learner whose batches do not fit three times gets messages."""
-    add_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
-    """Threads that store episodes."""
-    sample_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
-    """Threads that gather batches."""
-    sample_share: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=0.95, allow_inf_nan=False)] = 0.5
-    """Share of the time that sampling keeps while learners wait for batches: adds are answered later for it. 0: adds never wait."""
-    drain_timeout_s: _Seconds = 10.0
-    """Time that calls in progress get to end after SIGTERM, in seconds."""
 
 
-class TlsConfig(Table):
-    """Table ``[tls]``: the server's certificate. Paths of PEM files, read when the server starts."""
+MOVED_KEYS = {
+    ("server", key): ("ring" if key in ("max_rings", "max_ring_bytes") else "limits", key)
+    for key in (
+        "max_message_bytes",
+        "max_request_bytes",
+        "max_episode_bytes",
+        "max_columns",
+        "max_batch_size",
+        "max_horizon",
+        "max_streams",
+        "max_calls",
+        "max_connection_calls",
+        "max_receive_bytes",
+        "max_send_bytes",
+        "max_rings",
+        "max_ring_bytes",
+    )
+}
+"""Where a (section, key) of former versions is now. The former name is refused by an error that says the new one."""
+
+
+class TlsConfig(Section):
+    """Section ``[tls]``: the server's certificate. Paths of PEM files, read when the server starts."""
 
     cert: str = ""
     """Server certificate, followed by the intermediate ones; empty: no TLS."""
@@ -149,8 +180,8 @@ class TlsConfig(Table):
     """CA bundle for client certificates; if set, clients must authenticate with one (mutual TLS). Empty: clients need none."""
 
 
-class AuthConfig(Table):
-    """Table ``[auth]``: who may call what. There is no token in it, so it may be logged and told."""
+class AuthConfig(Section):
+    """Section ``[auth]``: who may call what. There is no token in it, so it may be logged and told."""
 
     tokens_file: str = ""
     """TOML file with tokens and their roles, which nobody else may read. Empty: those of the environment; without any, everybody may call

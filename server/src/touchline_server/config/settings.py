@@ -18,7 +18,18 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from touchline_protos.log_lines import get_logger
-from touchline_server.config.sections import AuthConfig, BufferConfig, SamplingConfig, ServerConfig, StorageConfig, Table, TlsConfig
+from touchline_server.config.sections import (
+    MOVED_KEYS,
+    AuthConfig,
+    BufferConfig,
+    LimitsConfig,
+    RingConfig,
+    SamplingConfig,
+    Section,
+    ServerConfig,
+    StorageConfig,
+    TlsConfig,
+)
 from touchline_server.config.source import ENV_DELIMITER, ENV_PREFIX, ConfigError, parse_toml, read_text, sources_of, variables_in_force
 
 __all__ = ["Config", "ConfigError", "read_cfg", "sources_of"]
@@ -29,15 +40,15 @@ _CLIENTS_VARIABLES = ("TOUCHLINE_TLS_CERT", "TOUCHLINE_TLS_KEY")
 logger = get_logger(__name__)
 
 
-class Config(Table):
+class Config(Section):
     """Everything that can be set, checked as a whole. Immutable and hashable, so safe to share between threads.
 
     Made in code it takes its arguments alone, never a file or the environment:
     ``Config(config={"horizon": 5}, storage={"device": "cpu"})``.
 
     Args:
-        tables: ``config``, ``storage``, ``sampling``, ``server``, ``tls`` and ``auth``, each as a table object or a mapping. What is left
-            out has its default.
+        sections: ``config``, ``storage``, ``sampling``, ``server``, ``limits``, ``ring``, ``tls`` and ``auth``, each as a section object
+            or a mapping. A section or key that is left out has its default.
 
     Raises:
         ConfigError: an unknown table or key, a bad value, or values that do not go together.
@@ -50,14 +61,18 @@ class Config(Table):
     sampling: SamplingConfig = SamplingConfig()
     """How slices are drawn."""
     server: ServerConfig = ServerConfig()
-    """Where the server listens, and its limits."""
+    """Where the server listens, and how it works."""
+    limits: LimitsConfig = LimitsConfig()
+    """The largest messages, episodes and batches, and how much may be in progress at a time."""
+    ring: RingConfig = RingConfig()
+    """Shared memory for learners on the server's host."""
     tls: TlsConfig = TlsConfig()
     """What it proves itself with."""
     auth: AuthConfig = AuthConfig()
     """Who may call what."""
 
-    def __init__(self, **tables: BaseModel | Mapping[str, Any]) -> None:
-        plain = {name: dict(table) if isinstance(table, Mapping) else table for name, table in tables.items()}
+    def __init__(self, **sections: BaseModel | Mapping[str, Any]) -> None:
+        plain = {name: dict(table) if isinstance(table, Mapping) else table for name, table in sections.items()}
         try:
             super().__init__(**plain)
         except ValidationError as error:
@@ -103,24 +118,24 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        buffer, server = self.config, self.server
+        buffer, limits = self.config, self.limits
         wrong = []
-        if buffer.batch_size > server.max_batch_size:
-            limit = f"server.max_batch_size ({server.max_batch_size})"
+        if buffer.batch_size > limits.max_batch_size:
+            limit = f"limits.max_batch_size ({limits.max_batch_size})"
             wrong.append(f"config.batch_size: {buffer.batch_size}, expected at most {limit}")
-        if buffer.horizon > server.max_horizon:
-            limit = f"server.max_horizon ({server.max_horizon})"
+        if buffer.horizon > limits.max_horizon:
+            limit = f"limits.max_horizon ({limits.max_horizon})"
             wrong.append(f"config.horizon: {buffer.horizon}, expected at most {limit}")
         if buffer.buffer_size < buffer.horizon + 1:
             limit = f"config.horizon + 1 ({buffer.horizon + 1})"
             wrong.append(f"config.buffer_size: {buffer.buffer_size}, expected at least {limit}")
-        least = 2 * max(server.max_message_bytes, server.max_episode_bytes)
-        if server.max_receive_bytes < least:
-            limit = f"2 x server.max_message_bytes and 2 x server.max_episode_bytes ({least})"
-            wrong.append(f"server.max_receive_bytes: {server.max_receive_bytes}, expected at least {limit}")
-        if server.max_send_bytes < server.max_message_bytes:
-            limit = f"server.max_message_bytes ({server.max_message_bytes})"
-            wrong.append(f"server.max_send_bytes: {server.max_send_bytes}, expected at least {limit}")
+        least = 2 * max(limits.max_message_bytes, limits.max_episode_bytes)
+        if limits.max_receive_bytes < least:
+            limit = f"2 x limits.max_message_bytes and 2 x limits.max_episode_bytes ({least})"
+            wrong.append(f"limits.max_receive_bytes: {limits.max_receive_bytes}, expected at least {limit}")
+        if limits.max_send_bytes < limits.max_message_bytes:
+            limit = f"limits.max_message_bytes ({limits.max_message_bytes})"
+            wrong.append(f"limits.max_send_bytes: {limits.max_send_bytes}, expected at least {limit}")
         if self.storage.device == "disk" and not self.storage.scratch_dir:
             wrong.append("storage.scratch_dir: '', expected a folder, because storage.device is 'disk'")
         if bool(self.tls.cert) != bool(self.tls.key):
@@ -172,6 +187,8 @@ class _Sources(BaseSettings):
     storage: StorageConfig = StorageConfig()
     sampling: SamplingConfig = SamplingConfig()
     server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
+    ring: RingConfig = RingConfig()
     tls: TlsConfig = TlsConfig()
     auth: AuthConfig = AuthConfig()
 
@@ -218,6 +235,7 @@ def _overrides() -> dict[tuple[str, str], str]:
 def _warn_of_one_underscore(variable: str) -> None:
     """A warning and no error: an orchestrator may set variables of such names by itself, for a service that is called like this one."""
     table, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("_")
+    table, key = MOVED_KEYS.get((table, key), (table, key))
     if table in Config.model_fields and key in _keys_of(table) and variable not in _CLIENTS_VARIABLES:
         meant = f"{ENV_PREFIX}{table}{ENV_DELIMITER}{key}".upper()
         logger.warning("environment variable %s has no effect: %s, with two underscores, overrides %s.%s", variable, meant, table, key)
@@ -245,6 +263,8 @@ def _explain(detail: ErrorDetails, sources: Mapping[tuple[str, str], str]) -> st
     if not place:
         return str(context["error"])
     source = f" ({sources[place]})" if len(place) == 2 and place in sources else ""
+    if kind == "extra_forbidden" and place in MOVED_KEYS:
+        return f"{'.'.join(place)}{source} is now {'.'.join(MOVED_KEYS[place])}"
     if kind == "extra_forbidden":
         what, known = ("table", Config.model_fields) if len(place) == 1 else ("key", _keys_of(place[0]))
         return f"{'.'.join(place)}{source}: unknown {what}, expected one of {', '.join(known)}"
@@ -267,7 +287,7 @@ def _explain(detail: ErrorDetails, sources: Mapping[tuple[str, str], str]) -> st
 
 
 def _keys_of(table: str) -> Mapping[str, FieldInfo]:
-    default: Table = Config.model_fields[table].default
+    default: Section = Config.model_fields[table].default
     return type(default).model_fields
 
 

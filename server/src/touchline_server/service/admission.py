@@ -69,7 +69,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(self, access: Access | None, *, max_calls: int, receptions: MessageReaders) -> None:
         self._access = access
         self._receptions = receptions
-        self._calls = _Count(max_calls, "server.max_calls")
+        self._calls = _Count(max_calls, "limits.max_calls")
         health, reflection = "the limit of the health service", "the limit of the reflection service"
         self._health_calls = _Count(MAX_HEALTH_CALLS, health, share=MAX_HEALTH_CALLS // STANDARD_SHARE)
         self._health_watches = _Count(MAX_HEALTH_WATCHES, health, share=MAX_HEALTH_WATCHES // STANDARD_SHARE)

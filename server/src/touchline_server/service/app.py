@@ -67,6 +67,7 @@ class ReplayServer:
             ConfigError: certificates or tokens that cannot be used, or that would travel in the clear.
         """
         self._config = config.server
+        self._limits = config.limits
         self._credentials = server_credentials(config.tls)
         self._access = read_access(config)
         exposure = check_exposure(config, self._access)
@@ -91,15 +92,15 @@ class ReplayServer:
             AddressInUseError: not possible there.
             ReplayError: the durable store cannot be used.
         """
-        self.budgets = budgets = Budgets(self._config)
-        receptions = MessageReaders(budgets, self._config)
+        self.budgets = budgets = Budgets(self._limits)
+        receptions = MessageReaders(budgets, self._limits)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_DROP_UNDECODABLE)
-        self.admission = Admission(self._access, max_calls=self._config.max_calls, receptions=receptions)
+        self.admission = Admission(self._access, max_calls=self._limits.max_calls, receptions=receptions)
         self._server = grpc.aio.server(
             options=(
                 # The core refuses a larger message by its head, and assembles none of it.
                 ("grpc.max_receive_message_length", budgets.request_bytes),
-                ("grpc.max_send_message_length", self._config.max_message_bytes),
+                ("grpc.max_send_message_length", self._limits.max_message_bytes),
                 # What a peer may send ahead of being read, a call. Measured, it grows to tens of MiB, for which no room was taken; what is
                 # being read gets a window of its own, up to 1 MiB.
                 ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
@@ -109,7 +110,7 @@ class ReplayServer:
                 # Who has not said what it wants by then, by TLS or in the clear, is hung up on.
                 ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
                 # Beyond it a client's calls wait at the client.
-                ("grpc.max_concurrent_streams", self._config.max_connection_calls),
+                ("grpc.max_concurrent_streams", self._limits.max_connection_calls),
                 # A peer that vanished is noticed, and clients may check an idle connection.
                 ("grpc.keepalive_time_ms", int(self._config.keepalive_s * 1000)),
                 ("grpc.keepalive_timeout_ms", int(self._config.keepalive_s * 1000 / 3)),

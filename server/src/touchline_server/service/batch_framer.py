@@ -54,7 +54,7 @@ class BatchSource:
         self._rng = rng
         self._max_batches = max_batches or MAX_GROUP
         self._known_actors: set[int] = set()
-        self._limit = buffer.config.server.max_message_bytes
+        self._limit = buffer.config.limits.max_message_bytes
         self._group_bytes = min(GROUP_BYTES, self._limit // 2)
         self._chunked_above = min(CHUNKED_ABOVE_BYTES, self._group_bytes // 2)
 

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from touchline_server.errors import OverloadedError, TooLargeError
 
 if TYPE_CHECKING:
-    from touchline_server.config.sections import ServerConfig
+    from touchline_server.config.sections import LimitsConfig
 
 ADMISSION_WAIT_S = 5.0
 """How long a request waits for room before its caller is told to come again later."""
@@ -177,20 +177,20 @@ class Budgets:
     """The budgets of a server. Whoever waits for one holds nothing of it; what holds ``assembling`` waits for ``messages`` alone, and what
     holds that, for its peer. So nobody waits in a circle. A connection's part of a budget is taken before the budget itself."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.request_bytes = min(config.max_message_bytes, config.max_request_bytes)
+    def __init__(self, limits: LimitsConfig) -> None:
+        self.request_bytes = min(limits.max_message_bytes, limits.max_request_bytes)
         """What a request takes that is not read yet: gRPC itself refuses a larger one when it has read the message's head."""
-        self.messages = ByteBudget(config.max_receive_bytes // 2, key="server.max_receive_bytes")
+        self.messages = ByteBudget(limits.max_receive_bytes // 2, key="limits.max_receive_bytes")
         """Messages with episodes: from before their first byte is read until they are stored."""
-        self.assembling = ByteBudget(config.max_receive_bytes // 2, key="server.max_receive_bytes")
+        self.assembling = ByteBudget(limits.max_receive_bytes // 2, key="limits.max_receive_bytes")
         """Episodes that come in chunks, from their header on."""
-        self.questions = ByteBudget(QUESTIONS * self.request_bytes, key="server.max_request_bytes")
+        self.questions = ByteBudget(QUESTIONS * self.request_bytes, key="limits.max_request_bytes")
         """All other requests."""
-        self.health = ByteBudget(HEALTH_QUESTIONS * self.request_bytes, key="server.max_request_bytes")
+        self.health = ByteBudget(HEALTH_QUESTIONS * self.request_bytes, key="limits.max_request_bytes")
         """Requests to the health service."""
-        self.reflection = ByteBudget(REFLECTION_QUESTIONS * self.request_bytes, key="server.max_request_bytes")
+        self.reflection = ByteBudget(REFLECTION_QUESTIONS * self.request_bytes, key="limits.max_request_bytes")
         """Requests about the server's methods."""
-        self.sending = ByteBudget(config.max_send_bytes, key="server.max_send_bytes")
+        self.sending = ByteBudget(limits.max_send_bytes, key="limits.max_send_bytes")
         """Batches and episodes, from before they are made until the transport took them."""
 
     def __iter__(self) -> Iterator[ByteBudget]:

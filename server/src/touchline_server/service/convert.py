@@ -152,7 +152,7 @@ def info(buffer: ReplayBuffer) -> pb.InfoResponse:
         device=columns.where if columns is not None else "",
         size_bytes=columns.size_bytes if columns is not None else 0,
         capacity=buffer.capacity,
-        max_message_bytes=buffer.config.server.max_message_bytes,
+        max_message_bytes=buffer.config.limits.max_message_bytes,
         counts=counts(buffer.counts()),
         storage_state=_STORAGE_STATE_OF[monitor.state] if monitor is not None else pb.STORAGE_STATE_UNSPECIFIED,
         storage_reason=monitor.reason if monitor is not None else "",

@@ -92,6 +92,6 @@ class EpisodeFramer:
         if len(message) > self._limit:
             raise TooLargeError(
                 f"a frame of {len(message)} bytes for the names of an episode's columns, expected at most {self._limit} "
-                "(max_frame_bytes, server.max_message_bytes); choose fewer columns"
+                "(max_frame_bytes, limits.max_message_bytes); choose fewer columns"
             )
         return message

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from touchline_protos.codec import LoadDecoder
-    from touchline_server.config.sections import ServerConfig
+    from touchline_server.config.sections import LimitsConfig
     from touchline_server.service.budgets import Budgets
 
 RECEIVE_TIMEOUT_S = 5.0
@@ -176,13 +176,13 @@ class MessageReaders:
 
     Args:
         budgets: lend the room.
-        config: says how large an episode may be.
+        limits: says how large an episode may be.
     """
 
-    def __init__(self, budgets: Budgets, config: ServerConfig) -> None:
+    def __init__(self, budgets: Budgets, limits: LimitsConfig) -> None:
         self.messages = MessageReader(budgets.messages, budgets.request_bytes)
         """Of messages with episodes."""
-        self.assembling = PerConnectionBudget(budgets.assembling, largest=config.max_episode_bytes)
+        self.assembling = PerConnectionBudget(budgets.assembling, largest=limits.max_episode_bytes)
         """Of episodes that come in chunks."""
         self.questions = MessageReader(budgets.questions, budgets.request_bytes)
         """Of all other requests."""

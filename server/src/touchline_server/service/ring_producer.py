@@ -1,6 +1,6 @@
 """Feeding a learner on this host through a ring in shared memory: batches are gathered straight into its slots.
 
-Each ring has a thread of its own, which sleeps while the ring is full; there are at most ``server.max_rings`` of them. Learners beyond
+Each ring has a thread of its own, which sleeps while the ring is full; there are at most ``ring.max_rings`` of them. Learners beyond
 that get frames.
 """
 
@@ -50,7 +50,7 @@ class RingPool:
     """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
 
     def __init__(self, buffer: ReplayBuffer) -> None:
-        self._limits = buffer.config.server
+        self._config = buffer.config.ring
         self._identity = shared_memory_id()
         self._rings = 0
         self._told: set[str] = set()
@@ -86,17 +86,17 @@ class RingPool:
             self._told.add(kind)
 
     def _make(self, plan: GatherPlan, batches: int) -> RingWriter:
-        limits = self._limits
-        if not limits.max_rings:
-            raise RingError("server.max_rings is 0: rings are turned off")
-        if self._rings >= limits.max_rings:
-            raise RingError(f"all {limits.max_rings} rings are in use (server.max_rings)")
+        config = self._config
+        if not config.max_rings:
+            raise RingError("ring.max_rings is 0: rings are turned off")
+        if self._rings >= config.max_rings:
+            raise RingError(f"all {config.max_rings} rings are in use (ring.max_rings)")
         body_bytes = max(plan.layout.body_bytes, 1)
-        fitting = limits.max_ring_bytes // body_bytes
+        fitting = config.max_ring_bytes // body_bytes
         ahead = max(batches, min(SMALL_AHEAD, SMALL_AHEAD_BYTES // body_bytes))
         slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
         if slots < MIN_SLOTS:
-            raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into server.max_ring_bytes, {limits.max_ring_bytes}")
+            raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into ring.max_ring_bytes, {config.max_ring_bytes}")
         geometry = RingGeometry.of(slots, plan.layout.body_bytes)
         available = available_host_bytes()
         # The kernel would rather end a process than refuse it the memory.

@@ -68,17 +68,18 @@ class ReplayService:
         self._buffer = buffer
         self._budgets = budgets
         self._receptions = receptions
-        self._limits = buffer.config.server
+        config = buffer.config.server
+        self._limits = buffer.config.limits
         self._codec_limits = CodecLimits(max_episode_bytes=self._limits.max_episode_bytes, max_columns=self._limits.max_columns)
-        self._adding = ThreadPoolExecutor(self._limits.add_workers, thread_name_prefix="touchline-add")
-        self._sampling = ThreadPoolExecutor(self._limits.sample_workers, thread_name_prefix="touchline-sample")
+        self._adding = ThreadPoolExecutor(config.add_workers, thread_name_prefix="touchline-add")
+        self._sampling = ThreadPoolExecutor(config.sample_workers, thread_name_prefix="touchline-sample")
         self._reading = asyncio.Lock()
         self._rng = buffer.seeds.stream()
         self._changes = ChangeNotifier(asyncio.get_running_loop())
         self._drain = Drain(self._changes.notify)
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
         self._rings = RingPool(buffer)
-        self._gate = AddThrottle(self._limits.sample_share)
+        self._gate = AddThrottle(config.sample_share)
         self._intake = EpisodeIngest(buffer, self._adding, self._gate)
         self._streams = 0
         self._calls = 0
@@ -359,7 +360,7 @@ class ReplayService:
     def _stream(self) -> Iterator[None]:
         """Counts a long call while it lasts."""
         if self._streams == self._limits.max_streams:
-            raise OverloadedError(f"{self._streams} streams are open, expected at most server.max_streams; close some or try again later")
+            raise OverloadedError(f"{self._streams} streams are open, expected at most limits.max_streams; close some or try again later")
         self._streams += 1
         try:
             yield
