@@ -375,7 +375,7 @@ def test_offer_of_a_stranger_is_refused() -> None:
     writer = RingWriter(RingGeometry.of(4, 1000))
     try:
         offer = pb.RingSetup(path="/dev/shm/passwd", slots=4, slot_size_bytes=4096, size_bytes=5 * 4096, layout=batch_header())
-        with pytest.raises(RingError, match="no ring's name"):
+        with pytest.raises(RingError, match="is not the name of a ring"):
             attach(pb.SampleStreamResponse(ring=offer).SerializeToString(), iter(()))
         threading.Thread(target=lambda: (select.select([writer.handover], [], []), writer.handover.serve())).start()
         offer.path, offer.token = str(writer.path), bytes(16)

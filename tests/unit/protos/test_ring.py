@@ -1,4 +1,4 @@
-"""The shared-memory ring by itself: both ends in one process."""
+"""The shared-memory ring on its own: both ends in one process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from touchline_protos.shm import ring as ring_module
-from touchline_protos.shm import sealed_memory
-from touchline_protos.shm.ring import PAGE, RingError, RingGeometry, RingReader, RingWriter, shared_memory_id, sweep_dead_rings
+from touchline_protos.shm import ring_control, sealed_memory
+from touchline_protos.shm.ring import RingError, RingGeometry, RingReader, RingWriter, shared_memory_id, sweep_dead_rings
+from touchline_protos.shm.ring_slots import PAGE
 
 pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64")
 
@@ -28,7 +29,7 @@ GEOMETRY = RingGeometry.of(4, 1000)
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of shared memory for the rings of a test alone: servers that others run on this machine neither see nor sweep it."""
+    """A folder of shared memory for one test's rings: other servers on this machine neither see nor sweep it."""
     with tempfile.TemporaryDirectory(prefix="rings-", dir=ring_module.SHARED_MEMORY_DIR) as name:
         monkeypatch.setattr(ring_module, "SHARED_MEMORY_DIR", Path(name))
         yield Path(name)
@@ -42,7 +43,7 @@ def writer(folder: Path) -> Iterator[RingWriter]:
 
 
 def attach(writer: RingWriter, **changes: object) -> RingReader:
-    """Attaches while a thread hands the memory over, as the server's event loop does."""
+    """Attaches while a thread hands over the memory, as the server's event loop does."""
     offer = {"path": str(writer.path), "token": writer.token, "geometry": GEOMETRY, "size_bytes": GEOMETRY.size_bytes} | changes
     done = threading.Event()
 
@@ -68,20 +69,20 @@ def test_ring_batches_arrive_whole_and_in_order(writer: RingWriter) -> None:
     def write() -> None:
         written = 0
         while written < batches:
-            for slot in writer.free_slots()[: batches - written]:
-                np.frombuffer(writer.slot_array(slot), np.int64)[:] = written
-                writer.publish(slot, 0)
+            for slot in writer.control.free_slots()[: batches - written]:
+                np.frombuffer(writer.slots.array(slot), np.int64)[:] = written
+                writer.control.publish(slot, 0)
                 written += 1
 
     thread = threading.Thread(target=write)
     thread.start()
     while len(received) < batches:
-        taken = reader.take()
+        taken = reader.control.take()
         if taken is not None:
-            values = np.frombuffer(reader.slot_array(taken[0]), np.int64)
+            values = np.frombuffer(reader.slots.array(taken[0]), np.int64)
             assert (values == values[0]).all()
             received.append(int(values[0]))
-            reader.free(taken[0])
+            reader.control.free(taken[0])
     thread.join()
 
     assert received == list(range(batches))
@@ -89,58 +90,58 @@ def test_ring_batches_arrive_whole_and_in_order(writer: RingWriter) -> None:
 
 def test_ring_held_slot_is_not_written_while_others_go_round(writer: RingWriter) -> None:
     reader = attach(writer)
-    slot = writer.free_slots()[0]
-    writer.publish(slot, 0)
-    held = reader.take()
+    slot = writer.control.free_slots()[0]
+    writer.control.publish(slot, 0)
+    held = reader.control.take()
 
     used = set()
     for _ in range(20):
-        free = writer.free_slots()[0]
-        writer.publish(free, 0)
-        taken = reader.take()
+        free = writer.control.free_slots()[0]
+        writer.control.publish(free, 0)
+        taken = reader.control.take()
         assert taken is not None
         used.add(taken[0])
-        reader.free(taken[0])
+        reader.control.free(taken[0])
 
     assert held is not None and held[0] not in used
-    assert reader.held == 1
+    assert reader.control.held == 1
 
 
 def test_ring_full_gives_no_slot_until_one_is_freed(writer: RingWriter) -> None:
     reader = attach(writer)
     for _ in range(GEOMETRY.slots):
-        slot = writer.free_slots()[0]
-        writer.publish(slot, 0)
-    assert writer.free_slots() == []
+        slot = writer.control.free_slots()[0]
+        writer.control.publish(slot, 0)
+    assert writer.control.free_slots() == []
 
-    taken = [reader.take() for _ in range(GEOMETRY.slots)]
+    taken = [reader.control.take() for _ in range(GEOMETRY.slots)]
     assert taken[2] is not None
-    reader.free(taken[2][0])
+    reader.control.free(taken[2][0])
 
-    assert writer.free_slots() == [taken[2][0]]
+    assert writer.control.free_slots() == [taken[2][0]]
 
 
 def test_ring_empty_gives_nothing_and_interrupt_ends_the_wait(writer: RingWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = attach(writer)
-    assert reader.take() is None
+    assert reader.control.take() is None
 
-    monkeypatch.setattr(ring_module, "NAP_S", 60.0)  # without the interrupt this would outlast the test's limit
-    thread = threading.Thread(target=reader.take)
+    monkeypatch.setattr(ring_control, "NAP_S", 60.0)  # without the interrupt this would outlast the test's limit
+    thread = threading.Thread(target=reader.control.take)
     thread.start()
     while thread.is_alive():
-        reader.interrupt()
+        reader.control.interrupt()
         thread.join(0.01)
 
-    assert reader.take() is None
+    assert reader.control.take() is None
 
 
-def test_ring_publish_tells_how_many_names_a_batch_needs(writer: RingWriter) -> None:
+def test_ring_publish_carries_the_number_of_names_that_a_batch_needs(writer: RingWriter) -> None:
     reader = attach(writer)
-    slot = writer.free_slots()[0]
+    slot = writer.control.free_slots()[0]
 
-    writer.publish(slot, 7)
+    writer.control.publish(slot, 7)
 
-    assert reader.take() == (slot, 7)
+    assert reader.control.take() == (slot, 7)
 
 
 def test_ring_socket_is_private_and_gone_after_the_handover_while_the_memory_stays(writer: RingWriter) -> None:
@@ -151,16 +152,16 @@ def test_ring_socket_is_private_and_gone_after_the_handover_while_the_memory_sta
     writer.handover.close()
 
     assert not writer.path.exists()
-    slot = writer.free_slots()[0]
-    writer.publish(slot, 0)
-    assert reader.take() is not None
+    slot = writer.control.free_slots()[0]
+    writer.control.publish(slot, 0)
+    assert reader.control.take() is not None
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"path": "/etc/passwd"}, "no ring's name"),
-        ({"path": "{folder}/../etc/passwd"}, "no ring's name"),
+        ({"path": "/etc/passwd"}, "is not the name of a ring"),
+        ({"path": "{folder}/../etc/passwd"}, "is not the name of a ring"),
         ({"path": "{folder}/touchline-" + "0" * 32}, "No such file"),
         ({"size_bytes": GEOMETRY.size_bytes + PAGE}, "bytes offered"),
         ({"geometry": RingGeometry(3, PAGE), "size_bytes": RingGeometry(3, PAGE).size_bytes}, "is not 16384 bytes that cannot shrink"),
@@ -188,11 +189,11 @@ def test_reader_refuses_a_link(writer: RingWriter, folder: Path) -> None:
 
 def test_reader_refuses_a_slot_that_is_out_of_range(writer: RingWriter) -> None:
     reader = attach(writer)
-    writer.publish(0, 0)
-    reader._words[ring_module._ORDER] = 99
+    writer.control.publish(0, 0)
+    reader.control._words[ring_control._ORDER] = 99
 
     with pytest.raises(RingError, match="slot 99"):
-        reader.take()
+        reader.control.take()
 
 
 def test_writer_without_memory_raises_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +220,11 @@ def test_writer_without_the_folder_raises(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(os.listdir("/proc/self/fd")) == files
 
 
-# What a learner that means harm can do to the memory
+# What a malicious learner can do to the memory
 
 
 def received(writer: RingWriter) -> int:
-    """The file descriptor as a learner gets it, which it may write."""
+    """Returns the file descriptor that a learner gets, and can write to."""
     done = threading.Thread(target=lambda: (select.select([writer.handover], [], []), writer.handover.serve()))
     done.start()
     file = sealed_memory.receive(str(writer.path), GEOMETRY.size_bytes)
@@ -252,7 +253,7 @@ def test_memory_handed_over_cannot_be_resized(writer: RingWriter, harm: Callable
         harm(file)
 
     assert os.fstat(file).st_size == GEOMETRY.size_bytes
-    np.frombuffer(writer.whole_array(), np.uint8)[:] = 7  # a missing page would end this process
+    np.frombuffer(writer.slots.whole_array(), np.uint8)[:] = 7  # a missing page would end this process
     os.close(file)
 
 
@@ -262,15 +263,15 @@ def test_memory_with_holes_and_overwritten_stays_usable(writer: RingWriter) -> N
     keep_size, punch_hole = 1, 2
 
     assert libc.fallocate(file, keep_size | punch_hole, ctypes.c_long(0), ctypes.c_long(GEOMETRY.size_bytes)) == 0
-    np.frombuffer(writer.whole_array(), np.uint8)[:] = 7
+    np.frombuffer(writer.slots.whole_array(), np.uint8)[:] = 7
     os.pwrite(file, b"\xff" * GEOMETRY.size_bytes, 0)
 
-    assert writer.free_slots() == []  # no slot is free, for ever: the learner's own loss
+    assert writer.control.free_slots() == []  # no slot is ever free again, which only hurts this learner
     os.close(file)
 
 
 def test_reader_refuses_memory_that_can_shrink(folder: Path) -> None:
-    """The learner is as safe from its server."""
+    """The learner is protected from its server in the same way."""
     path = folder / f"touchline-{'a' * 32}"
     with tempfile.TemporaryFile() as file:
         file.truncate(GEOMETRY.size_bytes)
@@ -286,28 +287,28 @@ def test_reader_refuses_memory_that_can_shrink(folder: Path) -> None:
 def test_reader_without_an_answer_gives_up(writer: RingWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealed_memory, "ANSWER_S", 0.05)
 
-    with pytest.raises(RingError, match="no memory came within"):
+    with pytest.raises(RingError, match="no memory received within"):
         RingReader(str(writer.path), writer.token, GEOMETRY, GEOMETRY.size_bytes)
 
 
 def test_free_in_a_forked_child_leaves_the_parents_slot_alone(writer: RingWriter) -> None:
     reader = attach(writer)
-    slot = writer.free_slots()[0]
-    writer.publish(slot, 0)
-    assert reader.take() == (slot, 0)
+    slot = writer.control.free_slots()[0]
+    writer.control.publish(slot, 0)
+    assert reader.control.take() == (slot, 0)
 
     child = os.fork()
     if child == 0:
-        reader.free(slot)
+        reader.control.free(slot)
         os._exit(0)
     os.waitpid(child, 0)
 
-    assert reader.held == 1
-    assert slot not in writer.free_slots()
+    assert reader.control.held == 1
+    assert slot not in writer.control.free_slots()
 
 
-def test_ring_that_is_gone_leaves_no_class(writer: RingWriter) -> None:
-    """Classes are circles of references: only the garbage collector frees them."""
+def test_ring_that_was_dropped_leaves_no_class(writer: RingWriter) -> None:
+    """A class is part of a reference cycle, so only the garbage collector frees it."""
 
     def classes() -> int:
         return sum(issubclass(type(one), type) for one in gc.get_objects())

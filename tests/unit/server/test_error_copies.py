@@ -102,7 +102,7 @@ def shape(value: object) -> object:
 def test_errors_of_all_three_distributions_are_looked_at() -> None:
     names = {f"{error.__module__}.{error.__qualname__}" for error in ERRORS}
 
-    assert {"touchline.errors.LoadError", "touchline.datasets.errors.DatasetError", "touchline_protos.shm.ring.RingError"} <= names
+    assert {"touchline.errors.LoadError", "touchline.datasets.errors.DatasetError", "touchline_protos.shm.ring_control.RingError"} <= names
     assert {"touchline_server.errors.StoreInUseError", "touchline_server.config.source.ConfigError"} <= names
     assert len(names) > 40
 

@@ -16,7 +16,7 @@ from touchline._learner.torch_batch import load_torch, map_batch
 from touchline._rpc.fork import leak_parent_object, register_after_fork
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline_protos import Batch
-from touchline_protos.shm.cuda_pinned import PinnedRegion
+from touchline_protos.shm.ring_slots import PinnedRegion
 from touchline_protos.types.dtypes import BFLOAT16
 
 STAGING_SLOTS = 3

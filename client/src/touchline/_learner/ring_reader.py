@@ -12,6 +12,7 @@ from touchline_protos import Batch
 from touchline_protos.codec import BodyLayout
 from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.shm.ring import RingError, RingGeometry, RingReader
+from touchline_protos.shm.ring_control import ConsumerControl
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_IDLE_BYTES = 256 << 20
@@ -49,6 +50,7 @@ class RingBatches:
         if self._layout.size_bytes > geometry.slot_size_bytes:
             raise RingError(f"slots of {geometry.slot_size_bytes} bytes, expected at least {self._layout.size_bytes} for a batch")
         self._ring = RingReader(setup.path, setup.token, geometry, setup.size_bytes)
+        self._control = self._ring.control
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._leases: dict[int, weakref.ref[Any]] = {}
         self._messages = messages
@@ -70,29 +72,29 @@ class RingBatches:
         """
         if self._end is not None:
             raise RingEndedError(self._end)
-        taken = self._ring.take()
+        taken = self._control.take()
         if taken is None:
             return None
         slot, actors_needed = taken
         if actors_needed > len(self._actor_names):
             self._wait_for_names(actors_needed)
-        memory = self._ring.slot_array(slot)
-        if self._ring.held > self._ring.geometry.slots - 2:
+        memory = self._ring.slots.array(slot)
+        if self._control.held > self._ring.geometry.slots - 2:
             copy = self._pool.lease(self._layout.size_bytes)
             size = self._layout.size_bytes
             memoryview(copy).cast("B")[:size] = memoryview(memory).cast("B")[:size]
-            self._ring.free(slot)
+            self._control.free(slot)
             return self._layout.batch(copy, self._actor_names)
-        self._leases[slot] = weakref.ref(memory, partial(_free, self._ring, slot))
+        self._leases[slot] = weakref.ref(memory, partial(_free, self._control, slot))
         return self._layout.batch(memory, self._actor_names)
 
     def whole_array(self) -> Any:
         """Returns the memory that all batches but copies are views of, as a ctypes array that keeps it mapped."""
-        return self._ring.whole_array()
+        return self._ring.slots.whole_array()
 
     def interrupt(self) -> None:
         """Has a :meth:`take` under way return."""
-        self._ring.interrupt()
+        self._control.interrupt()
 
     def _wait_for_names(self, needed: int) -> None:
         with self._changed:
@@ -114,7 +116,7 @@ class RingBatches:
         with self._changed:
             self._end = end
             self._changed.notify_all()
-        self._ring.interrupt()
+        self._control.interrupt()
 
 
 def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | None:
@@ -132,5 +134,5 @@ def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | Non
 _OFFER_TAG = pb.SampleStreamResponse(ring=pb.RingSetup()).SerializeToString()[:1]
 
 
-def _free(ring: RingReader, slot: int, _: weakref.ref[Any]) -> None:
-    ring.free(slot)
+def _free(control: ConsumerControl, slot: int, _: weakref.ref[Any]) -> None:
+    control.free(slot)

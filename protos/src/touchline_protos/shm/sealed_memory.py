@@ -1,10 +1,10 @@
-"""Memory of two processes that neither can take from the other, and its way from one to the other.
+"""Memory that two processes share and neither can take from the other, and how one hands it to the other.
 
-A file in shared memory that two processes map can be shortened by either, and the other's next access is then its end (SIGBUS). So the
-memory is a file without a name (``memfd``) that is sealed against shrinking and growing. It goes by a Unix socket, whose name both sides
-see where they have one ``/dev/shm``, also from different containers, and to which only their common user may connect.
+If two processes map a named file in shared memory, either can shorten it, and the other's next access is a SIGBUS that kills it. So the
+memory is a file without a name (``memfd``), sealed against shrinking and growing. It is handed over through a Unix socket in ``/dev/shm``:
+both sides see its name if they share that folder, even from different containers, and only their common user may connect.
 
-For Linux on x86-64. Python's own ``os.memfd_create`` is missing where it was built for an old C library, as in some distributions of it.
+For Linux on x86-64. The system call is made directly because ``os.memfd_create`` is missing from Pythons built for an old C library.
 """
 
 from __future__ import annotations
@@ -26,26 +26,30 @@ _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
 _SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW
 
 ANSWER_S = 5.0
-"""How long whoever connects waits for the memory."""
+"""Time for which a learner waits for the memory after it has connected."""
 
 
 @cache
 def system_call() -> Any:
-    """Returns the C library's ``syscall``. Once: each ``CDLL`` makes classes, which only the garbage collector frees."""
+    """Returns the C library's ``syscall``. Cached, because each ``CDLL`` creates classes that only the garbage collector frees."""
     return ctypes.CDLL(None, use_errno=True).syscall
 
 
 def make(name: str, size_bytes: int) -> int:
-    """Returns a file descriptor of fresh memory, zero, with its pages reserved, sealed.
+    """Returns a file descriptor of new, sealed memory: zero-filled, with its pages reserved. The caller closes it.
+
+    Args:
+        name: shown in ``/proc`` only.
+        size_bytes: size of the memory.
 
     Raises:
-        OSError: there is no room, or the kernel has no such memory.
+        OSError: not enough memory, or a kernel without ``memfd``.
     """
     file = system_call()(_MEMFD_CREATE, name.encode(), _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
     if file < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     try:
-        # Without this a lack of memory would be a SIGBUS at some later write.
+        # Otherwise a lack of memory would show as a SIGBUS at some later write.
         os.posix_fallocate(file, 0, size_bytes)
         fcntl.fcntl(file, _F_ADD_SEALS, _SEALS | _F_SEAL_SEAL)
     except OSError:
@@ -55,21 +59,21 @@ def make(name: str, size_bytes: int) -> int:
 
 
 class Handover:
-    """Gives a file descriptor to whoever connects to a Unix socket of this user. Not safe for several threads.
+    """Sends a file descriptor to every process of this user that connects to a Unix socket. Not thread-safe.
 
     Args:
-        path: of the socket; made, for this user alone.
-        file: to give; stays the caller's.
+        path: where to create the socket, with access for this user only.
+        file: descriptor to send; the caller keeps it.
 
     Raises:
-        OSError: the socket cannot be made there.
+        OSError: the socket cannot be created there.
     """
 
     def __init__(self, path: Path, file: int) -> None:
         self.path = path
         self._file = file
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        # Under its own name only once somebody listens: a socket with nobody behind it is one of a server that was killed.
+        # It gets its name only once it listens: a socket with that name on which nobody listens was left by a killed server.
         unready = path.with_name(f"{path.name}.new")
         try:
             self._listener.bind(str(unready))
@@ -82,12 +86,12 @@ class Handover:
             raise
 
     def fileno(self) -> int:
-        """Returns the descriptor that becomes readable when somebody has connected; negative once closed."""
+        """Returns the descriptor that becomes readable when a process has connected; negative once closed."""
         return self._listener.fileno()
 
     def serve(self) -> None:
-        """Gives the file to one who has connected. Does nothing if there is none."""
-        with contextlib.suppress(OSError):  # it is gone already
+        """Sends the file to one process that has connected. Does nothing if there is none."""
+        with contextlib.suppress(OSError):  # the peer is gone already
             connection, _ = self._listener.accept()
             with connection:
                 connection.setblocking(False)
@@ -101,10 +105,14 @@ class Handover:
 
 
 def receive(path: str, size_bytes: int) -> int:
-    """Returns the file descriptor that a :class:`Handover` gives.
+    """Returns the file descriptor that a :class:`Handover` sends. The caller closes it.
+
+    Args:
+        path: the socket.
+        size_bytes: the size that the memory must have.
 
     Raises:
-        OSError: nobody gives one there; the text says why.
+        OSError: no memory was received, or not what was expected; the text says why.
     """
     status = os.lstat(path)
     if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
@@ -115,12 +123,12 @@ def receive(path: str, size_bytes: int) -> int:
             connection.connect(path)
             _, files, _, _ = socket.recv_fds(connection, 16, 1, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError:
-            raise OSError(0, f"no memory came within {ANSWER_S} s") from None
+            raise OSError(0, f"no memory received within {ANSWER_S} s") from None
     if len(files) != 1:
-        raise OSError(0, "no memory came")
+        raise OSError(0, "no memory received")
     try:
         if os.fstat(files[0]).st_size != size_bytes or fcntl.fcntl(files[0], _F_GET_SEALS) & _SEALS != _SEALS:
-            raise OSError(0, f"the memory that came is not {size_bytes} bytes that cannot shrink")
+            raise OSError(0, f"the memory received is not {size_bytes} bytes that cannot shrink")
     except OSError:
         os.close(files[0])
         raise
@@ -128,7 +136,7 @@ def receive(path: str, size_bytes: int) -> int:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Returns whether a socket of this user has nobody behind it any more."""
+    """Returns whether this is a socket of this user on which no process listens any more."""
     try:
         status = path.lstat()
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from touchline_protos.log_lines import get_logger
-from touchline_protos.shm.cuda_pinned import PinnedRegion
 from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.shm.ring_slots import PinnedRegion
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import NotReadyError, SchemaChangedError
@@ -156,7 +156,7 @@ class RingProducer:
         self._ended = ended
         self._stopping = False
         slots = range(ring.geometry.slots)
-        self._views = [plan.layout.body_views(ring.slot_array(slot)) for slot in slots]
+        self._views = [plan.layout.body_views(ring.slots.array(slot)) for slot in slots]
         # Batches that are drawn together cost less; big ones would keep their rows pinned for long.
         self._at_once = max(AT_ONCE_BYTES // plan.layout.body_bytes, 1)
         self._actors_told = 0
@@ -171,13 +171,13 @@ class RingProducer:
         """Has the thread end, within one batch or one nap."""
         self._stopping = True
         with suppress(ValueError):
-            self._ring.interrupt()
+            self._ring.control.interrupt()
 
     def _work(self) -> None:
         fault: Exception | None = None
         try:
             while not self._stopping:
-                slots = self._ring.free_slots()
+                slots = self._ring.control.free_slots()
                 if slots:
                     with self._gate.sampler_waiting():
                         self._fill(slots[: self._at_once])
@@ -206,18 +206,18 @@ class RingProducer:
                 return
             for slot, selection in zip(slots, selections, strict=True):
                 plan.fill(selection, self._views[slot])
-                self._ring.publish(slot, self._actors_told)
+                self._ring.control.publish(slot, self._actors_told)
 
     def _fill_from_device(self, slots: list[int], selections: list[Selection], plan: GatherPlan) -> None:
         """The device copies into the slots by itself, where their memory can be pinned; all of them are waited for at once."""
         if self._pinned is None:
             import torch
 
-            self._pinned = PinnedRegion(torch, self._ring.whole_array())
+            self._pinned = PinnedRegion(torch, self._ring.slots.whole_array())
         if self._pinned.pinned:
             begins = [self._ring.geometry.offset(slot) for slot in slots]
             plan.fill_pinned(selections, [self._pinned.tensor[begin : begin + plan.layout.body_bytes] for begin in begins])
         else:
             plan.fill_all(selections, [self._views[slot] for slot in slots])
         for slot in slots:
-            self._ring.publish(slot, self._actors_told)
+            self._ring.control.publish(slot, self._actors_told)

@@ -1,0 +1,217 @@
+"""The control words of a ring: which slots are free, in which order the others were published, and how a waiting side sleeps.
+
+One producer (the server) and one consumer (the learner) map the same page of words. The producer fills any free slot, appends its number
+to the order of publication and raises ``HEAD``; the consumer takes slots in that order and frees each one when it is done with it, in any
+order, so a slot that is held for long does not block the others. A side that has nothing to do spins briefly and then sleeps on a futex, so
+an idle side uses no core. Where the slots' own memory lies does not matter here: see :mod:`.ring_slots`.
+
+Memory order: every word is aligned, so each load and store is one instruction, and x86-64 makes the stores of one core visible to others
+in program order (total store order). A batch's bytes are therefore visible before the words that publish it. Only a load may overtake an
+earlier store; :meth:`_RingControl._wake` says what that costs. Hence x86-64 only, and Linux only for its futexes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import secrets
+import time
+
+from touchline_protos.shm import sealed_memory
+
+MAGIC = 0x31_474E_4952_4C54  # "TLRING1", little-endian
+MAX_SLOTS = 64
+TOKEN_BYTES = 16
+CONTROL_BYTES = 4096
+"""Size of the control words: one page."""
+
+SPIN_S = 50e-6
+"""Time for which a side spins before it sleeps."""
+NAP_S = 0.1
+"""Longest sleep; after it the caller checks whether the other side is still alive."""
+
+# The page as words of 8 bytes. What is fixed when the ring is made:
+_MAGIC, _TOKEN, _SLOTS, _SLOT_BYTES = 0, 1, 3, 4
+# The producer's count of publications and its sleep flag, then the consumer's count of frees and its sleep flag. A cache line is 8 words,
+# so the counter that one side writes shares no line with the counter that the other side writes.
+_HEAD, _PRODUCER_SLEEPS = 8, 9
+_FREED, _CONSUMER_SLEEPS = 16, 17
+# Three arrays of MAX_SLOTS words: the order of publication, each slot's state, and how many actors' names its batch needs.
+_ORDER = 64
+_STATES = _ORDER + MAX_SLOTS
+_ACTORS = _STATES + MAX_SLOTS
+_FREE, _USED = 0, 1
+
+_FUTEX_CALL = 202  # x86-64
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+
+
+class RingError(Exception):
+    """The ring cannot be used; the caller falls back to messages."""
+
+
+class _RingControl:
+    """What both sides do with the control words.
+
+    Args:
+        memory: the ring's memory, which begins with the control words. Kept mapped by this object.
+        slots: number of slots.
+    """
+
+    def __init__(self, memory: mmap.mmap, slots: int) -> None:
+        self._slots = slots
+        self._memory = memory
+        self._words = (ctypes.c_int64 * (CONTROL_BYTES // 8)).from_buffer(memory)
+        self._address = ctypes.addressof(self._words)
+        self._syscall = sealed_memory.system_call()
+
+    def _sleep(self, word: int, seen: int, sleep_flag: int) -> None:
+        """Returns once ``word`` differs from ``seen``, or after :data:`NAP_S` seconds."""
+        spin_until = time.perf_counter() + SPIN_S
+        words = self._words
+        while words[word] == seen:
+            if time.perf_counter() < spin_until:
+                continue
+            # The flag first, then the second look at the word; the other side stores the word first and then loads the flag. So either this
+            # side sees the word change or the other side sees the flag.
+            words[sleep_flag] = 1
+            if words[word] == seen:
+                # The kernel compares the word once more under its own lock, so a store in between ends the wait at once. It compares the
+                # lower 32 bits only: a change by an exact multiple of 2**32 in between would be missed, and cost one nap.
+                timeout = _Timespec(0, int(NAP_S * 1e9))
+                self._syscall(
+                    _FUTEX_CALL, self._futex(word), _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), ctypes.byref(timeout), None, 0
+                )
+            words[sleep_flag] = 0
+            return
+
+    def _wake(self, word: int, sleep_flag: int) -> None:
+        # x86-64 may let this load overtake the caller's store to the word, so a sleeper can be missed. A fence would cost more than the
+        # rare delay, which is at most the sleeper's nap.
+        if self._words[sleep_flag]:
+            self._wake_sleeper(word)
+
+    def _wake_sleeper(self, word: int) -> None:
+        self._syscall(_FUTEX_CALL, self._futex(word), _FUTEX_WAKE, 1, None, None, 0)
+
+    def _futex(self, word: int) -> ctypes.c_void_p:
+        # A futex is 32 bits: on a little-endian machine the lower half of the counter lies at its address.
+        return ctypes.c_void_p(self._address + 8 * word)
+
+
+class ProducerControl(_RingControl):
+    """The server's side. One thread fills and publishes; any thread may :meth:`interrupt` it."""
+
+    def __init__(self, memory: mmap.mmap, slots: int) -> None:
+        super().__init__(memory, slots)
+        # Own count of publications: the shared word can be overwritten by a malicious consumer and is therefore never read back.
+        self._head = 0
+
+    def initialize(self, token: bytes, slot_size_bytes: int) -> None:
+        """Writes what is fixed; the magic number comes last, so whoever sees it sees the rest."""
+        self._memory[8 * _TOKEN : 8 * _TOKEN + TOKEN_BYTES] = token
+        self._words[_SLOTS] = self._slots
+        self._words[_SLOT_BYTES] = slot_size_bytes
+        self._words[_MAGIC] = MAGIC
+
+    def free_slots(self) -> list[int]:
+        """Returns the slots that may be written; an empty list if none became free within :data:`NAP_S`."""
+        # The counter is read before the states: a free in between changes the counter, and then the sleep ends at once.
+        freed = self._words[_FREED]
+        slots = self._find_free()
+        if not slots:
+            self._sleep(_FREED, freed, _PRODUCER_SLEEPS)
+            slots = self._find_free()
+        return slots
+
+    def publish(self, slot: int, actors_sent: int) -> None:
+        """Hands a filled slot to the learner.
+
+        Args:
+            slot: one of :meth:`free_slots`.
+            actors_sent: number of actors' names that the stream has sent so far; the learner waits for them.
+        """
+        words = self._words
+        words[_STATES + slot] = _USED
+        words[_ACTORS + slot] = actors_sent
+        # Wrap-around: publication n stands at n modulo the number of slots. A slot stays used until it is freed, so at most that many
+        # publications are not taken yet, and none of them is overwritten here.
+        words[_ORDER + self._head % self._slots] = slot
+        self._head += 1
+        # Last: the consumer loads HEAD first and must then find everything above. It counts up for ever and, at 64 bits, never wraps.
+        words[_HEAD] = self._head
+        self._wake(_HEAD, _CONSUMER_SLEEPS)
+
+    def interrupt(self) -> None:
+        """Ends a sleep in :meth:`free_slots`; from any thread."""
+        self._wake_sleeper(_FREED)
+
+    def _find_free(self) -> list[int]:
+        states = self._words[_STATES : _STATES + self._slots]
+        return [slot for slot, state in enumerate(states) if state == _FREE]
+
+
+class ConsumerControl(_RingControl):
+    """The learner's side. One thread takes; any thread may free a slot or :meth:`interrupt`."""
+
+    def __init__(self, memory: mmap.mmap, slots: int) -> None:
+        super().__init__(memory, slots)
+        self._process = os.getpid()
+        self._taken = 0
+        self._frees = itertools.count(1)
+        self._held = [False] * slots
+        self._interrupted = False
+
+    def matches(self, token: bytes, slot_size_bytes: int) -> bool:
+        """Returns whether the words are those that :meth:`ProducerControl.initialize` writes with these arguments."""
+        words = (self._words[_MAGIC], self._words[_SLOTS], self._words[_SLOT_BYTES])
+        found = self._memory[8 * _TOKEN : 8 * _TOKEN + TOKEN_BYTES]
+        return words == (MAGIC, self._slots, slot_size_bytes) and secrets.compare_digest(found, token)
+
+    @property
+    def held(self) -> int:
+        """Number of slots that were taken and are not freed yet."""
+        return sum(self._held)
+
+    def take(self) -> tuple[int, int] | None:
+        """Returns the next published slot and how many actors' names its batch needs; None if none came within :data:`NAP_S`.
+
+        Raises:
+            RingError: the server wrote a slot number that is out of range.
+        """
+        words = self._words
+        if words[_HEAD] == self._taken and not self._interrupted:
+            self._sleep(_HEAD, self._taken, _CONSUMER_SLEEPS)
+        if words[_HEAD] == self._taken:
+            return None
+        # Loads are not reordered with each other: HEAD was seen to count this publication, so its order, names and bytes are there.
+        slot = words[_ORDER + self._taken % self._slots]
+        if not 0 <= slot < self._slots:
+            raise RingError(f"slot {slot} published, expected 0 to {self._slots - 1}")
+        self._taken += 1
+        self._held[slot] = True
+        return slot, words[_ACTORS + slot]
+
+    def free(self, slot: int) -> None:
+        """Gives a slot back to the server. Does nothing in a forked child: the slot is the parent's."""
+        if os.getpid() != self._process:
+            return
+        words = self._words
+        self._held[slot] = False
+        # The state first, then the counter: a producer that sees the counter change finds the slot free.
+        words[_STATES + slot] = _FREE
+        # Threads may free at the same time and store their numbers in either order. The producer only checks for a change, and no number
+        # is stored twice.
+        words[_FREED] = next(self._frees)
+        self._wake(_FREED, _PRODUCER_SLEEPS)
+
+    def interrupt(self) -> None:
+        """Ends a :meth:`take` that sleeps, and keeps later ones from sleeping; from any thread."""
+        self._interrupted = True
+        self._wake_sleeper(_HEAD)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
