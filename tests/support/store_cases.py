@@ -11,6 +11,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.batch import Batch
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import Config
+from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.tensors import as_array
 
 STRIDE = 1_000_000
@@ -87,6 +88,20 @@ def as_bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
     if hasattr(array, "detach"):
         array = as_array(array.detach().cpu())
     return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name, array.shape, array.tobytes()
+
+
+def filled_index(capacity: int, lengths: list[int]) -> EpisodeIndex:
+    """An index to which episodes of these lengths were added, numbered from 0."""
+    index = EpisodeIndex(capacity)
+    for number, length in enumerate(lengths):
+        append_episode(index, number, length)
+    return index
+
+
+def append_episode(index: EpisodeIndex, number: int, length: int) -> None:
+    """Evicts what is in the way, and appends an episode."""
+    index.evict_for(length)
+    index.append(episode_id=number, length=length, actor=number % 3, policy_version=10 * number)
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:

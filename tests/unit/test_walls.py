@@ -52,10 +52,10 @@ MAY_IMPORT = {
         "service": {"", "buffer", "durability", "store", "selectors", "config", "errors"},
         "buffer": {"torchrl", "durability", "store", "selectors", "config", "errors"},
         "torchrl": {"store", "selectors", "config", "errors"},
-        "durability": {"store", "config", "errors"},
+        "durability": {"store", "selectors", "config", "errors"},
         "store": {"selectors", "config", "errors"},
         "selectors": {"errors"},
-        "config": set(),
+        "config": {"selectors"},
         "errors": set(),
     },
 }

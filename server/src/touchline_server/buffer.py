@@ -18,7 +18,8 @@ from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
-from touchline_server.selectors.sampling import Law, SeedSource
+from touchline_server.selectors.registry import check_law
+from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store import cuda_device
 from touchline_server.store.committer import Stored
 from touchline_server.store.episode_store import EpisodeStore, Selection
@@ -46,7 +47,7 @@ class SampleSpec(NamedTuple):
 
     batch_size: int
     horizon: int
-    law: Law
+    law: str
 
 
 class ReplayBuffer:
@@ -335,10 +336,7 @@ class ReplayBuffer:
             raise InvalidRequestError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
         if not 1 <= horizon <= limits.max_horizon:
             raise InvalidRequestError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
-        try:
-            return SampleSpec(batch_size, horizon, Law(self.config.sampling.law if law is None else law))
-        except ValueError:
-            raise InvalidRequestError(f"law: {law!r}, expected one of {', '.join(Law)}") from None
+        return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law))
 
     @contextmanager
     def select(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> Iterator[tuple[list[Selection], GatherPlan]]:

@@ -7,43 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from touchline_server.selectors.sampling import Law
-from touchline_server.store.index import ENTRY_WIDTH, FIRST_ROW, ID, LENGTH, MAX_HORIZONS, EligibleEpisodes, EntryQueue, EpisodeIndex
-
-
-def filled(capacity: int, lengths: list[int]) -> EpisodeIndex:
-    index = EpisodeIndex(capacity)
-    for number, length in enumerate(lengths):
-        index.evict_for(length)
-        index.append(episode_id=number, length=length, actor=number % 3, policy_version=10 * number)
-    return index
-
-
-def test_entry_queue_many_appends_and_drops_keeps_order_in_bounded_memory() -> None:
-    queue = EntryQueue()
-    for number in range(100):
-        queue.append((number,) * ENTRY_WIDTH)
-
-    for number in range(100, 20_000):
-        queue.append((number,) * ENTRY_WIDTH)
-        queue.drop_oldest()
-
-    assert np.array_equal(queue.live[:, ID], np.arange(19_900, 20_000))
-    assert len(queue._entries) <= 400
-
-
-def test_entry_queue_of_entries_copies_them() -> None:
-    entries = np.arange(10, dtype=np.int64).reshape(2, 5)
-
-    queue = EntryQueue(entries)
-    entries[:] = 0
-    queue.append((9, 9, 9, 9, 9))
-
-    assert queue.live.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [9, 9, 9, 9, 9]]
+from support.store_cases import filled_index
+from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH
+from touchline_server.selectors.registry import LAWS
+from touchline_server.store.episode_store import physical_rows
+from touchline_server.store.index import EpisodeIndex
 
 
 def test_index_episode_at_the_seam_wraps_and_the_next_follows_it() -> None:
-    index = filled(10, [6, 3])
+    index = filled_index(10, [6, 3])
 
     evicted = index.evict_for(4)
     index.append(episode_id=2, length=4, actor=0, policy_version=0)
@@ -54,62 +26,12 @@ def test_index_episode_at_the_seam_wraps_and_the_next_follows_it() -> None:
 
 
 def test_index_episode_of_the_whole_capacity_evicts_all_others() -> None:
-    index = filled(10, [2, 3, 4])
+    index = filled_index(10, [2, 3, 4])
 
     evicted = index.evict_for(10)
 
     assert (evicted.episodes, evicted.steps) == (3, 9)
     assert len(index) == index.steps == 0
-
-
-def test_draw_slice_over_the_seam_is_wrapped_row_by_row() -> None:
-    index = filled(10, [6, 3, 4])  # the last lies in rows 9, 0, 1, 2
-
-    draw = index.eligible(3).draw(5, Law.STEP, np.random.default_rng(0))
-
-    assert draw.rows(3, 10).tolist() == [[9] * 5, [0] * 5, [1] * 5, [2] * 5]
-
-
-def test_draw_result_does_not_change_with_the_index() -> None:
-    index = filled(20, [5, 5, 5])
-    draw = index.eligible(3).draw(64, Law.EPISODE, np.random.default_rng(0))
-    before = draw.episode_id.copy(), draw.first_row.copy()
-
-    for number in range(3, 200):
-        index.evict_for(5)
-        index.append(episode_id=number, length=5, actor=0, policy_version=0)
-
-    assert np.array_equal(draw.episode_id, before[0])
-    assert np.array_equal(draw.first_row, before[1])
-
-
-def test_eligible_episodes_built_late_equal_those_kept_up_to_date() -> None:
-    early = EpisodeIndex(1000)
-    kept = early.eligible(4)
-    for number, length in enumerate([3, 9, 4, 5, 60, 1, 5, 7] * 30):
-        early.evict_for(length)
-        early.append(episode_id=number, length=length, actor=0, policy_version=0)
-
-    late = EligibleEpisodes(4, early.entries)
-
-    assert np.array_equal(late.entries, kept.entries)
-    assert late.starts == kept.starts
-    for law in Law:
-        one, other = (eligible.draw(500, law, np.random.default_rng(3)) for eligible in (late, kept))
-        assert np.array_equal(one.first_row, other.first_row)
-        assert np.array_equal(one.probability, other.probability)
-
-
-def test_index_more_horizons_than_are_kept_stays_right() -> None:
-    index = filled(500, [3, 9, 30, 5, 12])
-
-    for horizon in [*range(1, 2 * MAX_HORIZONS), 1, 2]:
-        index.evict_for(7)
-        index.append(episode_id=100 + len(index), length=7, actor=0, policy_version=0)
-        lengths = index.entries[:, LENGTH]
-        assert len(index.eligible(horizon)) == (lengths > horizon).sum()
-
-    assert len(index._eligible) == MAX_HORIZONS
 
 
 @given(data=st.data(), capacity=st.integers(2, 40))
@@ -134,7 +56,7 @@ def test_fill_whole_episodes_of_any_lengths_have_any_min_steps_in_the_end(data: 
 
 
 def test_fill_one_short_episode_in_a_large_ring_is_not_enough_although_a_long_one_was_just_evicted() -> None:
-    index = filled(1_000, [1_000, 2])
+    index = filled_index(1_000, [1_000, 2])
 
     assert not index.fill(1).has(950)
 
@@ -176,21 +98,21 @@ class IndexAgainstList(RuleBasedStateMachine):
     def use_horizon(self, horizon: int) -> None:
         self.horizons.add(horizon)
 
-    @rule(law=st.sampled_from(Law), seed=st.integers(0, 1000))
-    def draw(self, law: Law, seed: int) -> None:
+    @rule(law=st.sampled_from(list(LAWS)), seed=st.integers(0, 1000))
+    def draw(self, law: str, seed: int) -> None:
         for horizon in self.horizons:
             eligible = self.index.eligible(horizon)
             if not len(eligible):
                 continue
-            draw = eligible.draw(20, law, np.random.default_rng(seed))
-            rows = draw.rows(horizon, self.capacity)
+            draw = self.index.selectors.of(law).draw(20, horizon, np.random.default_rng(seed))
+            rows = physical_rows(draw.first_row[None], horizon + 1, self.capacity)[0]
             lengths = dict(self.model)
             starts = {number: length - horizon for number, length in self.model if length > horizon}
             for column in range(20):
                 number, start = int(draw.episode_id[column]), int(draw.start[column])
                 assert start + horizon < lengths[number]
                 assert [self.rows[row] for row in rows[:, column]] == [(number, start + step) for step in range(horizon + 1)]
-                chance = 1 / (len(starts) * starts[number]) if law is Law.EPISODE else 1 / sum(starts.values())
+                chance = 1 / (len(starts) * starts[number]) if law == "episode" else 1 / sum(starts.values())
                 assert draw.probability[column] == chance
 
     @invariant()

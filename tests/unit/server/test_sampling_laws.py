@@ -13,7 +13,7 @@ from torchrl.data import ReplayBuffer as TorchRLBuffer
 
 from support.store_cases import chi_square, chi_square_limit, chi_square_two_samples, count_cells, make_config, traced
 from touchline_server import InvalidRequestError, ReplayBuffer
-from touchline_server.selectors.sampling import SeedSource
+from touchline_server.selectors.seeds import SeedSource
 
 HORIZON = 3
 LENGTHS = (4, 25, 9, 3, 6, 14)

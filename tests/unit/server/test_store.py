@@ -17,7 +17,6 @@ import pytest
 from support.store_cases import check_traced, make_config, traced, traced_columns
 from touchline_protos.codec import EpisodeKey
 from touchline_server import InvalidEpisodeError, NotReadyError, ReplayBuffer
-from touchline_server.selectors.sampling import Law
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_store import EpisodeStore
 
@@ -155,13 +154,13 @@ def test_pinned_selection_holds_back_the_writer_and_nobody_else() -> None:
     store, told = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
-        with store.select(50, 3, Law.EPISODE, random) as (selection,):
+        with store.select(50, 3, "episode", random) as (selection,):
             before = stamps(store, selection.rows, selection.columns)
             adding = pool.submit(store.add, traced(7, 10))
             assert told.waited.wait(60)
 
             assert not adding.done()
-            with store.select(20, 3, Law.EPISODE, random) as (later,):
+            with store.select(20, 3, "episode", random) as (later,):
                 assert set(later.draw.episode_id.tolist()) == {1, 2}
             assert store.counts().episodes_stored == 2
             assert not adding.done()
@@ -178,10 +177,10 @@ def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> 
     store, told = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
-        with store.select(1, 3, Law.EPISODE, random):
+        with store.select(1, 3, "episode", random):
             adding = pool.submit(store.add, traced(7, 10))
             assert told.waited.wait(60)
-            later = store.select(1, 3, Law.EPISODE, random)
+            later = store.select(1, 3, "episode", random)
             later.__enter__()
         adding.result(60)
         later.__exit__(None, None, None)
@@ -192,7 +191,7 @@ def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> 
 def test_writer_that_evicts_nothing_does_not_wait() -> None:
     store, told = store_of(5, capacity=20)
 
-    with store.select(4, 3, Law.EPISODE, np.random.default_rng(0)):
+    with store.select(4, 3, "episode", np.random.default_rng(0)):
         store.add(traced(1, 15))
 
     assert not told.waited.is_set()
@@ -221,7 +220,7 @@ def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
     store, told = store_of(5, 8, capacity=20)
     before = store.counts()
 
-    with store.select(1, 3, Law.EPISODE, np.random.default_rng(0)):
+    with store.select(1, 3, "episode", np.random.default_rng(0)):
         assert store.try_add(traced(2, 6)) is None
     with ThreadPoolExecutor(1) as pool:
         store.write_lock.acquire()
@@ -240,7 +239,7 @@ def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_evicti
 
     def meanwhile(*arguments: Any) -> Any:
         schema = check(*arguments)
-        readers.enter_context(store.select(4, 3, Law.EPISODE, np.random.default_rng(0)))
+        readers.enter_context(store.select(4, 3, "episode", np.random.default_rng(0)))
         return schema
 
     monkeypatch.setattr(store, "check", meanwhile)
@@ -284,7 +283,7 @@ def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:
 def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:
     store, told = store_of(10, 5, capacity=20)
     with ThreadPoolExecutor(1) as pool:
-        with store.select(20, 3, Law.EPISODE, np.random.default_rng(0)) as (selection,):
+        with store.select(20, 3, "episode", np.random.default_rng(0)) as (selection,):
             before = stamps(store, selection.rows, selection.columns)
             clearing = pool.submit(store.clear)
             assert told.waited.wait(60)
@@ -299,7 +298,7 @@ def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:
 
 def test_select_whose_block_raises_lets_go_of_its_rows() -> None:
     store, told = store_of(10, 10, capacity=20)
-    with pytest.raises(KeyError), store.select(4, 3, Law.EPISODE, np.random.default_rng(0)):
+    with pytest.raises(KeyError), store.select(4, 3, "episode", np.random.default_rng(0)):
         raise KeyError
 
     store.add(traced(2, 20))
@@ -311,12 +310,12 @@ def test_select_whose_block_raises_lets_go_of_its_rows() -> None:
 def test_select_of_several_batches_draws_them_one_after_the_other() -> None:
     store, _ = store_of(10, 7, capacity=20)
 
-    with store.select(16, 3, Law.EPISODE, np.random.default_rng(5), batches=3) as together:
+    with store.select(16, 3, "episode", np.random.default_rng(5), batches=3) as together:
         pass
     random = np.random.default_rng(5)
     alone = []
     for _ in range(3):
-        with store.select(16, 3, Law.EPISODE, random) as (selection,):
+        with store.select(16, 3, "episode", random) as (selection,):
             alone.append(selection)
 
     assert [one.rows.tolist() for one in together] == [one.rows.tolist() for one in alone]
@@ -328,7 +327,7 @@ def test_select_nothing_long_enough_raises_with_the_counts_and_pins_nothing() ->
 
     with (
         pytest.raises(NotReadyError, match="5 steps in 2 episodes are stored, none of the episodes has the 4 steps that horizon 3 needs"),
-        store.select(1, 3, Law.STEP, np.random.default_rng(0)),
+        store.select(1, 3, "step", np.random.default_rng(0)),
     ):
         pass
 

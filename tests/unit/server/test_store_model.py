@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from support.store_cases import check_traced, make_config, traced, traced_columns
 from touchline_server import InvalidEpisodeError, NotReadyError, ReplayBuffer
+from touchline_server.selectors.entries import ID, LENGTH, POLICY_VERSION
 from touchline_server.store.columns import Columns
-from touchline_server.store.index import ID, LENGTH, POLICY_VERSION
 
 
 class BrokenCopyError(Exception):

@@ -29,6 +29,15 @@ def _check_device(value: str) -> str:
     return value
 
 
+def _check_law(value: str) -> str:
+    # Imported when a law is checked: the laws need numpy, and not all that reads a configuration does.
+    from touchline_server.selectors.registry import LAWS
+
+    if value not in LAWS:
+        raise ValueError(f"expected {' or '.join(repr(law) for law in LAWS)}")
+    return value
+
+
 _Int = Annotated[int, BeforeValidator(_refuse_bool)]
 _Count = Annotated[_Int, Field(ge=1, le=_INT64_MAX)]
 _Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
@@ -79,7 +88,7 @@ class StorageConfig(Section):
 class SamplingConfig(Section):
     """Section ``[sampling]``: how slices are drawn and what their rows mean."""
 
-    law: Literal["episode", "step"] = "episode"
+    law: Annotated[str, AfterValidator(_check_law)] = "episode"
     """``episode``: an eligible episode uniformly, then a start in it uniformly. ``step``: every valid start alike."""
     seed: _Seed = None
     """Seed of the draws, at least 0; None is fresh entropy."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server.errors import KeyConflictError
+from touchline_server.selectors.entries import ID, LENGTH
 from touchline_server.store.columns import Columns
-from touchline_server.store.index import ID, LENGTH
 from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:

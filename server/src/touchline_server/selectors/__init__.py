@@ -1,1 +1,1 @@
-"""The laws by which slices are drawn."""
+"""Sampling laws: one module for each, and the registry by which configuration, requests and adapters find them by name."""

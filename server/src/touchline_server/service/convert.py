@@ -15,12 +15,12 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, KeyConflictError, ReplayError, TooLargeError
-from touchline_server.selectors.sampling import Law
+from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
 from touchline_server.store.committer import Stored
 from touchline_server.store.reader import EpisodeQuery
 
-_LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None, pb.LAW_EPISODE: Law.EPISODE, pb.LAW_STEP: Law.STEP}
+_LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None} | {pb.Law.Value(f"LAW_{law.upper()}"): law for law in LAWS}
 
 _OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
     OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,

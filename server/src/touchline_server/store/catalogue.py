@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.names import name_fault
 from touchline_server.errors import InvalidEpisodeError
+from touchline_server.selectors.entries import ACTOR
 from touchline_server.store.actors import NameTable
-from touchline_server.store.index import ACTOR, EpisodeIndex, Evicted
+from touchline_server.store.index import EpisodeIndex, Evicted
 
 
 @dataclass(frozen=True, slots=True)

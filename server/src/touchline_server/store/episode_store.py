@@ -23,7 +23,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
-from touchline_server.selectors.sampling import Draw, Law
+from touchline_server.selectors.draw import Draw
 from touchline_server.store.allocation import allocate_columns
 from touchline_server.store.catalogue import Catalogue, Entry
 from touchline_server.store.columns import Columns
@@ -46,6 +46,23 @@ class Selection:
     rows: np.ndarray
     """[H+1, B] int64: physical rows."""
     columns: Columns
+
+
+def physical_rows(first_row: np.ndarray, steps: int, capacity: int) -> np.ndarray:
+    """Returns the physical rows of slices: logical rows ``first_row`` + 0, 1, ... ``steps`` - 1, wrapped at the end of the ring.
+
+    Args:
+        first_row: [batches, B] int64, in [0, 2 x capacity).
+        steps: rows of a slice: H + 1, at most ``capacity``.
+        capacity: rows of the ring.
+
+    Returns:
+        [batches, H+1, B] int64, in [0, capacity).
+    """
+    rows = first_row[:, None, :] + np.arange(steps, dtype=np.int64)[:, None]
+    # An episode begins in [0, capacity) and is not longer than the ring, so a row is at most one turn too far: one conditional
+    # subtraction wraps it. A remainder would take three times as long.
+    return np.subtract(rows, capacity, out=rows, where=rows >= capacity)
 
 
 def new_lineage() -> int:
@@ -221,7 +238,7 @@ class EpisodeStore:
         return self.counts()
 
     @contextmanager
-    def select(self, batch_size: int, horizon: int, law: Law, rng: np.random.Generator, *, batches: int = 1) -> Iterator[list[Selection]]:
+    def select(self, batch_size: int, horizon: int, law: str, rng: np.random.Generator, *, batches: int = 1) -> Iterator[list[Selection]]:
         """Draws batches, one after the other from the same episodes, and keeps their rows from being overwritten until the block ends.
 
         Raises:
@@ -233,11 +250,11 @@ class EpisodeStore:
             columns = self._columns
             if not len(eligible) or columns is None:
                 raise NotReadyError(index.fill(horizon).explain_not_ready())
-            draw = eligible.draw(batch_size, law, rng, batches=batches)
+            draw = index.selectors.of(law).draw(batch_size, horizon, rng, batches=batches)
             pin = self._pins.pin()
         try:
-            rows = draw.rows_of_batches(batches, horizon, self.capacity)
-            yield [Selection(draw.part(batch * batch_size, (batch + 1) * batch_size), rows[batch], columns) for batch in range(batches)]
+            rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, self.capacity)
+            yield [Selection(draw.between(batch * batch_size, (batch + 1) * batch_size), rows[batch], columns) for batch in range(batches)]
         finally:
             with self._lock:
                 self._pins.unpin(pin)

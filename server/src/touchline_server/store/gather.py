@@ -19,7 +19,7 @@ import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece, TensorSpec
 from touchline_protos.types.batch import PROVENANCE
-from touchline_server.selectors.sampling import Draw
+from touchline_server.selectors.draw import Draw
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_store import Selection
 from touchline_server.store.output_tensor import OutputTensor

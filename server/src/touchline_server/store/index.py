@@ -1,29 +1,23 @@
 """The episode index: which episodes are stored, where, and which can be sampled. Never looks at the columns.
 
-Episodes are kept in order of age. Adding and evicting are O(1) amortised, a draw is O(batch) for the ``episode`` law and
-O(batch x log episodes) for the ``step`` law, whatever the number of rows.
+Episodes are kept in order of age. Adding and evicting are O(1) amortised.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
 
-from touchline_server.selectors.sampling import Draw, Law
-
-ID, FIRST_ROW, LENGTH, ACTOR, POLICY_VERSION = range(5)
-"""Columns of an index entry."""
-ENTRY_WIDTH = 5
+from touchline_server.selectors.eligible import EligibleEpisodes
+from touchline_server.selectors.entries import ACTOR, ID, LENGTH, Entry, EntryQueue
+from touchline_server.selectors.registry import Selectors
 
 SCAN = 4096
 """Entries that are looked at together for one actor's."""
-
-MAX_HORIZONS = 16
-"""Horizons for which eligibility is kept up to date at a time; the one used longest ago makes room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,115 +64,6 @@ class Fill:
         )
 
 
-class EntryQueue:
-    """Index entries in order of age: [n, 5] int64 in one growing array, appended at the end, dropped at the front."""
-
-    def __init__(self, entries: np.ndarray | None = None) -> None:
-        """``entries``: [n, 5] int64, oldest first, copied; none where left out."""
-        self._tail = 0 if entries is None else len(entries)
-        self._head = 0
-        self._entries = np.empty((max(2 * self._tail, 64), ENTRY_WIDTH), dtype=np.int64)
-        if entries is not None:
-            self._entries[: self._tail] = entries
-
-    def __len__(self) -> int:
-        return self._tail - self._head
-
-    @property
-    def live(self) -> np.ndarray:
-        """[n, 5] int64: a view, oldest first, valid until the next change."""
-        return self._entries[self._head : self._tail]
-
-    @property
-    def oldest(self) -> np.ndarray:
-        """[5] int64: a view of the oldest entry."""
-        return self._entries[self._head]
-
-    def append(self, entry: np.ndarray | tuple[int, ...]) -> None:
-        """Adds the newest entry, [5] int64."""
-        if self._tail == len(self._entries):
-            self._entries, self._head, self._tail = _with_room(self._entries, self._head, self._tail)
-        self._entries[self._tail] = entry
-        self._tail += 1
-
-    def drop_oldest(self) -> None:
-        """Forgets the oldest entry."""
-        self._head += 1
-
-
-class EligibleEpisodes:
-    """The episodes with at least horizon + 1 rows, oldest first, and how many slices may start before each."""
-
-    def __init__(self, horizon: int, entries: np.ndarray) -> None:
-        """Takes from ``entries``, [n, 5] int64, those that are long enough."""
-        self.horizon = horizon
-        self._queue = EntryQueue(entries[entries[:, LENGTH] > horizon])
-        starts_until = np.cumsum(self._queue.live[:, LENGTH] - horizon)
-        self._head = 0
-        self._tail = len(starts_until)
-        self._starts_ever = int(starts_until[-1]) if self._tail else 0
-        self._starts_before = np.empty(max(2 * self._tail, 64), dtype=np.int64)
-        self._starts_before[0] = 0
-        self._starts_before[1 : self._tail] = starts_until[:-1]
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    @property
-    def entries(self) -> np.ndarray:
-        """[n, 5] int64, oldest first: a view, valid until the next change."""
-        return self._queue.live
-
-    @property
-    def starts(self) -> int:
-        """How many slices there are in all."""
-        return self._starts_ever - int(self._starts_before[self._head]) if len(self._queue) else 0
-
-    def append(self, entry: np.ndarray | tuple[int, ...]) -> None:
-        """Adds the newest episode if it is long enough."""
-        if entry[LENGTH] <= self.horizon:
-            return
-        if self._tail == len(self._starts_before):
-            self._starts_before, self._head, self._tail = _with_room(self._starts_before, self._head, self._tail)
-        self._starts_before[self._tail] = self._starts_ever
-        self._tail += 1
-        self._starts_ever += int(entry[LENGTH]) - self.horizon
-        self._queue.append(entry)
-
-    def drop(self, episode_id: int) -> None:
-        """Forgets the oldest episode if it is this one."""
-        if len(self._queue) and self._queue.oldest[ID] == episode_id:
-            self._queue.drop_oldest()
-            self._head += 1
-
-    def draw(self, batch_size: int, law: Law, rng: np.random.Generator, *, batches: int = 1) -> Draw:
-        """Draws ``batches`` times ``batch_size`` slices, with replacement, at once; the result is that of so many draws in a row.
-
-        There must be at least one eligible episode.
-        """
-        if law is Law.EPISODE:
-            chance = rng.random((batches, 2, batch_size))
-            entries = self._queue.live.take((chance[:, 0].reshape(-1) * len(self._queue)).astype(np.int64), axis=0)
-            starts = entries[:, LENGTH] - self.horizon
-            start = (chance[:, 1].reshape(-1) * starts).astype(np.int64)
-            probability = 1.0 / (len(self._queue) * starts.astype(np.float64))
-        else:
-            before = self._starts_before[self._head : self._tail]
-            nth = (rng.random(batches * batch_size) * self.starts).astype(np.int64) + before[0]
-            position = np.searchsorted(before, nth, side="right") - 1
-            entries = self._queue.live.take(position, axis=0)
-            start = nth - before[position]
-            probability = np.full(len(nth), 1.0 / self.starts)
-        return Draw(
-            first_row=entries[:, FIRST_ROW] + start,
-            episode_id=entries[:, ID],
-            start=start,
-            actor=entries[:, ACTOR],
-            policy_version=entries[:, POLICY_VERSION],
-            probability=probability,
-        )
-
-
 class EpisodeIndex:
     """Where every stored episode lies in a ring of ``capacity`` rows. Not thread-safe: the store holds its lock around every call.
 
@@ -193,7 +78,8 @@ class EpisodeIndex:
         self.steps = 0
         """Rows in use."""
         self._episodes = EntryQueue()
-        self._eligible: OrderedDict[int, EligibleEpisodes] = OrderedDict()
+        self.selectors = Selectors(self._episodes)
+        """The sampling laws over these episodes."""
         self._longest: deque[tuple[int, int]] = deque()
         """Id and rows of each episode that is longer than all after it: the first is the longest of all (a monotonic queue)."""
 
@@ -231,16 +117,14 @@ class EpisodeIndex:
         """Forgets the oldest episodes, whole, until ``length`` rows are free."""
         episodes = steps = 0
         while self.capacity - self.steps < length:
-            oldest = self._episodes.oldest
-            episode_id, rows = int(oldest[ID]), int(oldest[LENGTH])
+            entry: Entry = tuple(self._episodes.oldest.tolist())
             self._episodes.drop_oldest()
-            if self._longest[0][0] == episode_id:
+            if self._longest[0][0] == entry[ID]:
                 self._longest.popleft()
-            for eligible in self._eligible.values():
-                eligible.drop(episode_id)
-            self.steps -= rows
+            self.selectors.evict(entry)
+            self.steps -= entry[LENGTH]
             episodes += 1
-            steps += rows
+            steps += entry[LENGTH]
         return Evicted(episodes, steps)
 
     def append(self, *, episode_id: int, length: int, actor: int, policy_version: int) -> None:
@@ -250,8 +134,7 @@ class EpisodeIndex:
         while self._longest and self._longest[-1][1] <= length:
             self._longest.pop()
         self._longest.append((episode_id, length))
-        for eligible in self._eligible.values():
-            eligible.append(entry)
+        self.selectors.append(entry)
         self.steps += length
         self.cursor = (self.cursor + length) % self.capacity
 
@@ -266,18 +149,4 @@ class EpisodeIndex:
 
     def eligible(self, horizon: int) -> EligibleEpisodes:
         """Returns the episodes that can be sampled with this horizon: a live view. The first use of a horizon is O(episodes)."""
-        eligible = self._eligible.get(horizon)
-        if eligible is None:
-            if len(self._eligible) == MAX_HORIZONS:
-                self._eligible.popitem(last=False)
-            eligible = self._eligible[horizon] = EligibleEpisodes(horizon, self._episodes.live)
-        self._eligible.move_to_end(horizon)
-        return eligible
-
-
-def _with_room(array: np.ndarray, head: int, tail: int) -> tuple[np.ndarray, int, int]:
-    """Moves the live part to the front, of a larger array where it fills more than half of this one."""
-    live = tail - head
-    roomy = np.empty((max(2 * live, 64), *array.shape[1:]), dtype=array.dtype)
-    roomy[:live] = array[head:tail]
-    return roomy, 0, live
+        return self.selectors.eligible.at(horizon)

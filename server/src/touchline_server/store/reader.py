@@ -14,9 +14,9 @@ import numpy as np
 
 from touchline_protos.codec import EpisodeSelection, StoredEpisode, TensorSpec
 from touchline_server.errors import InvalidRequestError, UnknownEpisodeError
+from touchline_server.selectors.entries import ACTOR, ID, LENGTH
 from touchline_server.store.catalogue import Entry
 from touchline_server.store.episode_store import EpisodeStore
-from touchline_server.store.index import ACTOR, ID, LENGTH
 from touchline_server.store.schema import ColumnSpec, Schema
 
 PIECE_BYTES = 1 << 20

@@ -20,10 +20,10 @@ from touchline_protos.codec import Episode
 from touchline_protos.types.flatten import ColumnError, flatten_columns
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
-from touchline_server.selectors.sampling import Law, SeedSource
+from touchline_server.selectors.entries import FIRST_ROW, LENGTH
+from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_store import EpisodeStore
-from touchline_server.store.index import FIRST_ROW, LENGTH
 from touchline_server.torchrl.internals import adopt, exclude_writes, make_storage, note_written, release
 
 
@@ -119,7 +119,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
 class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
     """Draws slices from the store's index, where TorchRL's ``SliceSampler`` derives borders from a column after each write."""
 
-    def __init__(self, store: EpisodeStore, *, horizon: int, law: Law, seeds: SeedSource) -> None:
+    def __init__(self, store: EpisodeStore, *, horizon: int, law: str, seeds: SeedSource) -> None:
         super().__init__(slice_len=horizon + 1)
         self._store = store
         self._law = law
@@ -176,7 +176,7 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
 
 def make_torchrl_buffer(store: EpisodeStore, config: Config, seeds: SeedSource) -> ReplayBuffer:
     """Returns a TorchRL buffer over the store; ``batch_size`` is in rows: slices x (horizon + 1)."""
-    sampler = EpisodeSliceSampler(store, horizon=config.horizon, law=Law(config.sampling.law), seeds=seeds)
+    sampler = EpisodeSliceSampler(store, horizon=config.horizon, law=config.sampling.law, seeds=seeds)
     return EpisodeReplayBuffer(store, sampler=sampler, batch_size=config.batch_size * (config.horizon + 1))
 
 

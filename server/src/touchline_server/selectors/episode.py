@@ -1,0 +1,36 @@
+"""The law ``episode``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION
+from touchline_server.selectors.selector import Selector
+
+
+class EpisodeSelector(Selector):
+    """An eligible episode uniformly, then a start within it uniformly. O(B), whatever the number of episodes.
+
+    The law of TorchRL's ``SliceSampler``, and so of TD-MPC2's buffer (Hansen et al. 2024).
+    """
+
+    law = "episode"
+
+    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:
+        """See :meth:`Selector.draw`."""
+        eligible = self._eligible.at(horizon)
+        # [batches, 2, B]: so a batch takes the same numbers from the generator whether it is drawn alone or with others.
+        uniform = rng.random((batches, 2, batch_size))
+        chosen = (uniform[:, 0].reshape(-1) * len(eligible)).astype(np.int64)
+        entries = eligible.entries.take(chosen, axis=0)
+        starts = entries[:, LENGTH] - horizon
+        start = (uniform[:, 1].reshape(-1) * starts).astype(np.int64)
+        return Draw(
+            first_row=entries[:, FIRST_ROW] + start,
+            episode_id=entries[:, ID],
+            start=start,
+            actor=entries[:, ACTOR],
+            policy_version=entries[:, POLICY_VERSION],
+            probability=1.0 / (len(eligible) * starts.astype(np.float64)),
+        )

@@ -1,0 +1,71 @@
+"""The laws by name, and those of one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from touchline_server.errors import InvalidRequestError
+from touchline_server.selectors.eligible import EligibilityIndex
+from touchline_server.selectors.entries import Entry, EntryQueue
+from touchline_server.selectors.episode import EpisodeSelector
+from touchline_server.selectors.selector import Selector
+from touchline_server.selectors.step import StepSelector
+
+LAWS: Mapping[str, type[Selector]] = MappingProxyType({kind.law: kind for kind in (EpisodeSelector, StepSelector)})
+"""Every law by its name. The configuration, requests and adapters know a law by being in here."""
+
+
+def check_law(law: str) -> str:
+    """Returns the name of a law that there is.
+
+    Raises:
+        InvalidRequestError: there is none of this name.
+    """
+    if law not in LAWS:
+        raise InvalidRequestError(f"law: {law!r}, expected one of {', '.join(LAWS)}")
+    return law
+
+
+class Selectors:
+    """The selectors of one table: made on the first use of their law, and fed from then on. Not thread-safe, as a selector.
+
+    Args:
+        stored: all stored episodes. Whoever changes them feeds the change to the selectors, right after it.
+    """
+
+    def __init__(self, stored: EntryQueue) -> None:
+        self._stored = stored
+        self.eligible = EligibilityIndex(stored)
+        """The eligible episodes by horizon, which all laws share."""
+        self._by_law: dict[str, Selector] = {}
+        self._fed: tuple[Selector, ...] = ()
+
+    def of(self, law: str) -> Selector:
+        """Returns the selector of a law in :data:`LAWS`. The first use of one with state is O(episodes)."""
+        selector = self._by_law.get(law)
+        if selector is None:
+            selector = self._by_law[law] = LAWS[law](self.eligible)
+            if selector.stateful:
+                for entry in self._stored.live.tolist():
+                    selector.append(tuple(entry))
+                self._fed += (selector,)
+        return selector
+
+    def append(self, entry: Entry) -> None:
+        """Takes in the newest episode, which ``stored`` has already."""
+        self.eligible.append(entry)
+        for selector in self._fed:
+            selector.append(entry)
+
+    def evict(self, entry: Entry) -> None:
+        """Forgets the oldest episode, which ``stored`` has no more."""
+        self.eligible.evict(entry)
+        for selector in self._fed:
+            selector.evict(entry)
+
+    def clear(self) -> None:
+        """Forgets all episodes, of which ``stored`` has none any more."""
+        self.eligible.clear()
+        for selector in self._fed:
+            selector.clear()

@@ -1,0 +1,67 @@
+"""What a sampling law is to a table: fed with what is stored, asked for slices."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+
+from touchline_server.errors import InvalidRequestError
+from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.eligible import EligibilityIndex
+from touchline_server.selectors.entries import Entry
+
+
+class Selector(ABC):
+    """Draws slices of the stored episodes of one table by one law.
+
+    A law without state of its own draws from the eligible episodes, which all laws of a table share, and only defines :meth:`draw`.
+    One with state (priorities, what was drawn already) sets :attr:`stateful`; it is then fed every episode that is published or evicted,
+    in that order, and on its first use the episodes that are stored already.
+
+    Not thread-safe: the store calls every method under its lock, so none may block or look at the columns.
+
+    Args:
+        eligible: the table's eligible episodes by horizon.
+    """
+
+    law: ClassVar[str]
+    """The law's name, as in the configuration and in requests."""
+    stateful: ClassVar[bool] = False
+    """Whether :meth:`append`, :meth:`evict` and :meth:`clear` are called."""
+
+    def __init__(self, eligible: EligibilityIndex) -> None:
+        self._eligible = eligible
+
+    def append(self, entry: Entry) -> None:  # noqa: B027  a law without state has nothing to do
+        """Takes in the newest episode, which is visible from now on."""
+
+    def evict(self, entry: Entry) -> None:  # noqa: B027
+        """Forgets the oldest episode. Removal is oldest first by whole episodes, whatever the law: the ring's arithmetic rests on it."""
+
+    def clear(self) -> None:  # noqa: B027
+        """Forgets all episodes."""
+
+    @abstractmethod
+    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:
+        """Draws ``batches`` times ``batch_size`` slices of ``horizon`` + 1 steps with replacement, in one go.
+
+        The numbers are the same as those of ``batches`` draws of ``batch_size`` in a row. There must be an eligible episode.
+        """
+
+    def update(self, episode_id: np.ndarray, start: np.ndarray, priorities: np.ndarray) -> int:
+        """Sets the priorities of slices that were drawn before.
+
+        Args:
+            episode_id: [slices] int64.
+            start: [slices] int64: first step of each slice.
+            priorities: [transitions, slices] float: finite, at least 0.
+
+        Returns:
+            Number of slices whose episodes are still stored: the others are ignored.
+
+        Raises:
+            InvalidRequestError: the law has no priorities.
+        """
+        raise InvalidRequestError(f"law: {self.law!r} has no priorities to update")

@@ -1,0 +1,33 @@
+"""The law ``step``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, POLICY_VERSION
+from touchline_server.selectors.selector import Selector
+
+
+class StepSelector(Selector):
+    """Every valid start equally likely. O(B log episodes)."""
+
+    law = "step"
+
+    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:
+        """See :meth:`Selector.draw`."""
+        eligible = self._eligible.at(horizon)
+        before, starts = eligible.starts_before, eligible.starts
+        # One number picks among all starts of all episodes; the running sums say in which episode it lies.
+        nth = (rng.random(batches * batch_size) * starts).astype(np.int64) + before[0]
+        position = np.searchsorted(before, nth, side="right") - 1
+        entries = eligible.entries.take(position, axis=0)
+        start = nth - before[position]
+        return Draw(
+            first_row=entries[:, FIRST_ROW] + start,
+            episode_id=entries[:, ID],
+            start=start,
+            actor=entries[:, ACTOR],
+            policy_version=entries[:, POLICY_VERSION],
+            probability=np.full(len(nth), 1.0 / starts),
+        )
