@@ -16,7 +16,8 @@ from support.store_cases import make_config, traced
 from touchline import InvalidArgumentError, ReplayClient, StoredEpisode
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.dtypes import DType, to_numpy
-from touchline_server import Config, InvalidRequestError, ReplayBuffer
+from touchline_server import Config, ReplayBuffer
+from touchline_server import errors as server_errors
 from touchline_server.service.app import ServerThread
 
 EPISODES = 24
@@ -98,7 +99,7 @@ def test_queries_are_answered_alike(both: tuple[ReplayBuffer, ReplayClient], dat
 
     try:
         expected = all_facts(buffer.episodes(**query))
-    except InvalidRequestError as error:
+    except server_errors.InvalidArgumentError as error:
         # An empty list of ids is answered without the server, so that no column can be unknown to it.
         if query.get("ids") == []:
             return

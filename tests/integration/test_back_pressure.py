@@ -19,7 +19,7 @@ from touchline import EpisodeKey, EpisodeWriter, OverLimitError, ReplayClient
 from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.errors import OverloadedError
+from touchline_server import errors as server_errors
 from touchline_server.service.admission import MAX_HEALTH_WATCHES, STANDARD_SHARE
 from touchline_server.service.batch_framer import BatchSource
 from touchline_server.service.budgets import HEALTH_QUESTIONS
@@ -542,7 +542,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
 
 
 def test_client_that_stays_over_a_limit_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OverloadedError, "retry_after_s", 60.0)  # longer than the client tries
+    monkeypatch.setattr(server_errors.OverLimitError, "retry_after_s", 60.0)  # longer than the client tries
     with serving(limits={"max_calls": 1}) as (server, caller):
         waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600))
         eventually(lambda: server._server.admission._calls.now == 1, "one call waits")

@@ -14,11 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.durable_cases import MODES, assert_whole, contents, durable_config, keyed_episode
 from support.service_calls import DEADLINE_S, Caller, eventually, refused
 from touchline_protos.codec import encode_add_episode, encode_load
+from touchline_protos.types.metadata import HEALTH_DETAIL_METADATA_KEY
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import ReplayBuffer
 from touchline_server.durability import restore as restoring
 from touchline_server.service.app import ReplayServer, ServerThread
-from touchline_server.service.healthcheck import DETAIL_KEY
 
 
 @pytest.mark.parametrize("durability", MODES)
@@ -111,7 +111,7 @@ def test_server_that_restores_says_not_serving_and_refuses_every_call_with_the_p
         with Caller(addresses[0]) as caller:
             health = health_pb2_grpc.HealthStub(caller.channel)
             answer, call = health.Check.with_call(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
-            status, detail = answer.status, dict(call.trailing_metadata())[DETAIL_KEY]
+            status, detail = answer.status, dict(call.trailing_metadata())[HEALTH_DETAIL_METADATA_KEY]
             refusals = [
                 refused(caller.stub.Ready, pb.ReadyRequest(), timeout=DEADLINE_S),
                 refused(caller.stub.Ready, pb.ReadyRequest(min_steps=1, wait_s=0.05), timeout=DEADLINE_S),

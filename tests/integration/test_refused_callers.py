@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.raw_http2 import RawConnection
 from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, refused
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.errors import InvalidRequestError, UnauthenticatedError
+from touchline_server.errors import InvalidArgumentError, UnauthenticatedError
 from touchline_server.service.refusal_log import MAX_CALLERS, REPEAT_S, RefusalLog, check_metadata
 
 SECRETS = {"actor": "an-actors-token-of-many-characters", "admin": "an-admins-token-of-many-characters"}
@@ -66,7 +66,7 @@ def test_metadata_is_text_of_printable_ascii(value: str) -> None:
     good = value.isascii() and value.isprintable()
     try:
         check_metadata([("any-bin", value.encode()), ("user-agent", "grpc"), ("key", value)])
-    except InvalidRequestError as error:
+    except InvalidArgumentError as error:
         assert not good
         assert str(error) == "the metadata 'key' is not printable ASCII, expected that, or bytes under a key that ends in -bin"
     else:

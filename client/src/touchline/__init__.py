@@ -42,7 +42,10 @@ from touchline.errors import (
     TooLargeError,
     TouchlineError,
     UnacknowledgedError,
+    UnauthenticatedError,
     UnavailableError,
+    UnknownEpisodeError,
+    UnknownTableError,
 )
 from touchline.types import ColumnInfo, ReadyState, ServerInfo, WriterCounters
 from touchline.writer import EpisodeWriter
@@ -82,7 +85,10 @@ __all__ = [
     "TooLargeError",
     "TouchlineError",
     "UnacknowledgedError",
+    "UnauthenticatedError",
     "UnavailableError",
+    "UnknownEpisodeError",
+    "UnknownTableError",
     "WriterCounters",
     "__version__",
 ]

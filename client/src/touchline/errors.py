@@ -1,26 +1,29 @@
-"""What can go wrong, as one tree::
+"""The errors of the client. The server's in-process buffer raises errors of the same names, in the same tree (``touchline_server.errors``).
 
 TouchlineError
-├── InvalidArgumentError (also ValueError)    an argument out of range, an unknown table
-│   └── InvalidEpisodeError                   malformed, or not of the table's schema: column, found, expected
-├── KeyConflictError                          the episode's key was used before for another payload
-├── TooLargeError                             over a limit on sizes
-├── OverLimitError (.retry_after_s)           the server has as much to do as it allows; try again later
-├── NotReadyError (.counts)                   nothing can be sampled yet, or too little is stored
-├── IncompatibleVersionError                  client and server speak different major versions
-├── AccessDeniedError                         the server wants credentials that were not given, or others
-├── UnavailableError                          the server cannot be reached, is starting, or is draining
-│   └── TlsError                              no TLS session: a certificate, name or key is wrong, so trying again does not help
-├── DeadlineError                             no answer in time; whether the call had an effect is not known
-├── ClosedError                               used after it was closed
-├── ForkError                                 used in a forked child that cannot use gRPC
-├── LoadError (.results)                      some episodes of a load were refused; the others are stored
-├── SpoolError                                a writer's spool on the disk is in use, damaged, or cannot be written
-├── UnacknowledgedError (.results)            an EpisodeWriter's episodes that were refused or not acknowledged in time
-└── ServerError                               something went wrong inside the server, or between it and us
+├── InvalidArgumentError (also ValueError)  an argument is out of range
+│   ├── InvalidEpisodeError         malformed, or not of the table's schema: column, found, expected
+│   ├── UnknownTableError           the table does not exist
+│   └── UnknownEpisodeError         an episode asked for by id is not stored
+├── KeyConflictError                the episode's key was used before for another payload
+├── TooLargeError                   a message, an episode or a batch is over a size limit
+├── OverLimitError (.retry_after_s) as much is in progress as the server allows, or its disk is full; try again later
+├── NotReadyError (.counts)         nothing can be sampled yet, or too little is stored
+├── IncompatibleVersionError        client and server speak different major versions of the protocol
+├── AccessDeniedError               the token's roles do not include the call
+│   └── UnauthenticatedError        no token, or one that the server does not know
+├── UnavailableError                the server cannot be reached, is starting or stopping, or cannot use its storage
+│   └── TlsError                    no TLS session: a certificate, name or key is wrong, so trying again does not help
+├── DeadlineError                   no answer in time; whether the call had an effect is not known
+├── ClosedError                     used after it was closed
+├── ForkError                       used in a forked child
+├── LoadError (.results)            some episodes of a load were refused; the others are stored
+├── SpoolError                      a writer's spool on disk is in use, damaged, or cannot be read or written
+├── UnacknowledgedError (.results)  episodes of an EpisodeWriter were refused, or not acknowledged in time
+└── ServerError                     something went wrong inside the server, or between it and the client
 
-All of them can be pickled and copied, as ``multiprocessing`` does to hand one on: each can be made from its message alone, and what else
-it carries travels in its ``__dict__``.
+Every error can be pickled and copied, for example by ``multiprocessing``: it can be made from its message alone, and what else it carries
+travels in its ``__dict__``.
 """
 
 from __future__ import annotations
@@ -33,36 +36,46 @@ from touchline_protos.codec import EpisodeKey
 
 
 class TouchlineError(Exception):
-    """The root of all errors that this package raises on its own."""
+    """Base of every error that this package raises on its own."""
 
     key: EpisodeKey | None = None
-    """Of the episode that ``add`` sent, if it is not known whether it is stored: added again with this key it is stored once."""
+    """Key of the episode that ``add`` sent, if it is not known whether it is stored: added again with this key, it is stored once."""
 
 
 class InvalidArgumentError(TouchlineError, ValueError):
-    """An argument is out of range, or names what does not exist."""
+    """An argument is out of range, or names something that does not exist."""
 
 
 class InvalidEpisodeError(InvalidArgumentError):
     """The episode is malformed or not of the table's schema. The message names the column, what was found and what was expected."""
 
 
+class UnknownTableError(InvalidArgumentError):
+    """The table does not exist."""
+
+
+class UnknownEpisodeError(InvalidArgumentError):
+    """An episode asked for by its id is not stored: it was evicted or cleared, or never existed. The message names the ids."""
+
+
 class KeyConflictError(TouchlineError):
-    """The episode's key was used before for another payload."""
+    """The episode's key was used before for another payload; nothing was stored."""
 
 
 class TooLargeError(TouchlineError):
-    """An episode, a message or a batch is over a limit on sizes."""
+    """An episode, a message or a batch is over a size limit; the message names the limit."""
 
 
 class OverLimitError(TouchlineError):
-    """The server has as much to do as it allows (streams, for instance); the same call may pass later. What is idempotent was retried,
-    after the delay that the server asked for, before this was raised."""
+    """As much is in progress as the server allows (streams, for instance), or its disk is full; the same call may succeed later.
+
+    Idempotent calls were retried, after the delay that the server asked for, before this was raised.
+    """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-        """Seconds that the server asks to wait before the next attempt; None where it did not say."""
+        """Seconds that the server asks to wait before the next attempt; None if it did not say."""
 
 
 class NotReadyError(TouchlineError):
@@ -71,7 +84,7 @@ class NotReadyError(TouchlineError):
     def __init__(self, message: str, counts: Counts | None = None) -> None:
         super().__init__(message)
         self.counts = counts
-        """The table's figures, where they could be had."""
+        """Counts of the table; None if they are not known."""
 
 
 class IncompatibleVersionError(TouchlineError):
@@ -79,16 +92,23 @@ class IncompatibleVersionError(TouchlineError):
 
 
 class AccessDeniedError(TouchlineError):
-    """The server, or something before it, did not let the call pass."""
+    """The server, or a proxy before it, refused the call: the roles of the client's token do not include it."""
+
+
+class UnauthenticatedError(AccessDeniedError):
+    """The client sent no token, or one that the server does not know."""
 
 
 class UnavailableError(TouchlineError):
-    """The server cannot be reached, is starting, or is draining. What is idempotent was retried before this was raised."""
+    """The server cannot be reached, is starting or stopping, or cannot use its storage.
+
+    Idempotent calls were retried before this was raised.
+    """
 
 
 class TlsError(UnavailableError):
     """Client and server cannot agree on a TLS session: the client does not trust the server's certificate, the name in it is another, or
-    one of the two speaks no TLS. Not retried: somebody has to change a certificate or a setting."""
+    one of the two does not use TLS. Not retried, because a certificate or a setting has to change."""
 
 
 class DeadlineError(TouchlineError):
@@ -96,25 +116,25 @@ class DeadlineError(TouchlineError):
 
 
 class ClosedError(TouchlineError):
-    """The client, writer or stream was closed before."""
+    """The client, writer or stream has been closed."""
 
 
 class ForkError(TouchlineError):
-    """This process is a forked child in which gRPC cannot work, because it was loaded without fork support in the parent."""
+    """The object was used in a forked child, where it does not work; make a new one there."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeResult:
-    """What became of one episode."""
+    """Outcome of one episode."""
 
     key: EpisodeKey
-    """The episode's key: an episode sent again with it is never stored twice."""
+    """Key of the episode: sent again with it, the episode is never stored twice."""
     episode_id: int = -1
-    """The server's number for it; -1 where refused or not known."""
+    """The server's number for the episode; -1 if it was refused or the number is not known."""
     duplicate: bool = False
-    """Its key was stored before: acknowledged, not stored again."""
+    """Whether its key was stored before: acknowledged, not stored again."""
     error: TouchlineError | None = None
-    """Why it was refused or is not acknowledged; None where it is stored."""
+    """Why it was refused or not acknowledged; None if it is stored."""
 
 
 class LoadError(TouchlineError):
@@ -123,11 +143,12 @@ class LoadError(TouchlineError):
     def __init__(self, message: str, results: Sequence[EpisodeResult] = ()) -> None:
         super().__init__(message)
         self.results = tuple(results)
-        """What became of every episode, in the order in which they were given."""
+        """Outcome of every episode, in the order in which they were given."""
 
 
 class SpoolError(TouchlineError):
-    """The spool of an :class:`~touchline.EpisodeWriter` is another writer's, damaged, of a newer format, or cannot be read or written."""
+    """The spool of an :class:`~touchline.EpisodeWriter` is in use by another writer, damaged, of a newer format, or cannot be read or
+    written."""
 
 
 class UnacknowledgedError(TouchlineError):
@@ -136,8 +157,8 @@ class UnacknowledgedError(TouchlineError):
     def __init__(self, message: str, results: Sequence[EpisodeResult] = ()) -> None:
         super().__init__(message)
         self.results = tuple(results)
-        """Every such episode: its key, and why."""
+        """Outcome of every such episode, with its key and error."""
 
 
 class ServerError(TouchlineError):
-    """Something went wrong inside the server, or between it and us; the server's log says what."""
+    """Something went wrong inside the server, or between it and the client; the server's log has the details."""

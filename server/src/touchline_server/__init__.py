@@ -4,6 +4,7 @@
 >>> buffer = ReplayBuffer(read_cfg())
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
         DamagedStoreError,
         DrainingError,
         IncompatibleVersionError,
+        InvalidArgumentError,
         InvalidEpisodeError,
-        InvalidRequestError,
         KeyConflictError,
         NotReadyError,
-        OverloadedError,
+        OverLimitError,
         ReplayError,
         RestoringError,
         SchemaChangedError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         StoreInUseError,
         StoreMismatchError,
         TooLargeError,
+        UnavailableError,
         UnknownEpisodeError,
         UnknownTableError,
     )
@@ -44,11 +46,11 @@ __all__ = [
     "DamagedStoreError",
     "DrainingError",
     "IncompatibleVersionError",
+    "InvalidArgumentError",
     "InvalidEpisodeError",
-    "InvalidRequestError",
     "KeyConflictError",
     "NotReadyError",
-    "OverloadedError",
+    "OverLimitError",
     "ReplayBuffer",
     "ReplayError",
     "RestoringError",
@@ -60,6 +62,7 @@ __all__ = [
     "StoreMismatchError",
     "StoredEpisode",
     "TooLargeError",
+    "UnavailableError",
     "UnknownEpisodeError",
     "UnknownTableError",
     "__version__",
@@ -81,7 +84,11 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     # Imported when asked for: a health check, `--help` and a server's first line need neither numpy nor pydantic.
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        errors = import_module("touchline_server.errors")
+        if name not in errors.RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warnings.warn(f"touchline_server.{name} is now {errors.RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(errors, errors.RENAMED[name])
     value = getattr(import_module(_ELSEWHERE.get(name, "touchline_server.errors")), name)
     globals()[name] = value
     return value

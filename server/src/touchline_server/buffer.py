@@ -17,7 +17,7 @@ from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, RestoringError
+from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, RestoringError
 from touchline_server.selectors.registry import check_law
 from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store import cuda_device
@@ -235,7 +235,7 @@ class ReplayBuffer:
 
         Raises:
             NotReadyError: no stored episode has horizon + 1 rows.
-            InvalidRequestError: an argument is out of range.
+            InvalidArgumentError: an argument is out of range.
         """
         spec = self.spec(batch_size=batch_size, horizon=horizon, law=law)
         if seed is not None:
@@ -277,7 +277,7 @@ class ReplayBuffer:
 
         Raises:
             UnknownEpisodeError: an id is not stored; the text names it.
-            InvalidRequestError: arguments that do not go together or are out of range, or an unknown column.
+            InvalidArgumentError: arguments that do not go together or are out of range, or an unknown column.
         """
         query = EpisodeQuery(
             ids=None if ids is None else tuple(ids),
@@ -326,16 +326,16 @@ class ReplayBuffer:
         """Returns what to draw, with the configuration's values where none is given.
 
         Raises:
-            InvalidRequestError: a value is out of range.
+            InvalidArgumentError: a value is out of range.
         """
         self.check_restored()
         limits = self.config.limits
         batch_size = self.config.batch_size if batch_size is None else batch_size
         horizon = self.config.horizon if horizon is None else horizon
         if not 1 <= batch_size <= limits.max_batch_size:
-            raise InvalidRequestError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
+            raise InvalidArgumentError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
         if not 1 <= horizon <= limits.max_horizon:
-            raise InvalidRequestError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
+            raise InvalidArgumentError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
         return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law))
 
     @contextmanager

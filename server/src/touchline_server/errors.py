@@ -1,118 +1,139 @@
-"""What can go wrong with a request, in the domain's own words. gRPC's words for them are in one table, :mod:`.service.grpc_status`.
+"""The errors of the server and of the in-process buffer.
+
+Names and tree are those of the client (``touchline.errors``), so the same ``except`` clauses serve both; distinctions that only the server
+makes stand below them. One table, :mod:`.service.grpc_status`, maps them to gRPC's status codes.
 
 ReplayError
-├── InvalidEpisodeError     an episode that is malformed or does not fit the schema
-├── InvalidRequestError     a batch size, horizon, law, table or seed out of range
-│   ├── UnknownTableError   a table that does not exist
-│   └── UnknownEpisodeError an episode that is not stored
-├── KeyConflictError        a key that was used before for another payload
-├── NotReadyError           nothing can be sampled yet
-├── TooLargeError           over a limit of size: of a message, an episode, the memory
-├── OverloadedError         as many streams or actors as the server takes
-├── UnauthenticatedError    no token, or none of the server's
-├── AccessDeniedError       a token that is for something else
-├── IncompatibleVersionError  a client of another major version
-├── SchemaChangedError      batches look otherwise than when the stream was opened
-├── RestoringError          the durable store is being read, or cannot be
-├── StorageFullError        the durable store's disk is full
-├── StorageFailedError      the durable store cannot be read or written
-│   ├── DamagedStoreError   something in it is not as it was written
-│   └── StorageUncertainError  writing failed once the commit had begun: it may be stored
-├── StoreMismatchError      the durable store is of another format or configuration
-├── StoreInUseError         another server has the data_dir or the scratch_dir
-└── DrainingError           the server is about to stop
+├── InvalidArgumentError (also ValueError)  an argument is out of range
+│   ├── InvalidEpisodeError         malformed, or not of the table's schema
+│   ├── UnknownTableError           the table does not exist
+│   └── UnknownEpisodeError         an episode asked for by id is not stored
+├── KeyConflictError                the episode's key was used before for another payload
+├── TooLargeError                   a message, an episode or the memory is over a size limit
+├── OverLimitError                  as much is in progress as the limits allow; try again later
+│   └── StorageFullError            the durable store's disk is full
+├── NotReadyError                   nothing can be sampled yet
+├── IncompatibleVersionError        the client speaks another major version of the protocol
+├── AccessDeniedError               the token's roles do not include the call
+│   └── UnauthenticatedError        no token, or an unknown one
+├── UnavailableError                the server cannot serve the call now
+│   ├── RestoringError              the durable store is being read
+│   ├── DrainingError               the server is stopping
+│   ├── SchemaChangedError          batches no longer have the layout that the stream was opened with
+│   └── StorageFailedError          the durable store cannot be read or written
+│       ├── DamagedStoreError       its contents are not what was written
+│       └── StorageUncertainError   a write failed after the commit had begun: the episode may be stored
+├── StoreMismatchError              the durable store has another format or configuration
+└── StoreInUseError                 another server holds the data_dir or the scratch_dir
 """
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
+RENAMED = {"InvalidRequestError": "InvalidArgumentError", "OverloadedError": "OverLimitError"}
+"""Former names, which still work and warn."""
+
 
 class ReplayError(Exception):
-    """Base of every error that a caller can act on. Its text says what was wrong, what was found and what was expected."""
+    """Base of every error that a caller can act on. The message says what was wrong, what was found and what was expected."""
 
     retry_after_s: float | None = None
-    """Seconds after which the same request may pass; clients are told. None: waiting is not what helps, or how long is not known."""
+    """Seconds after which the same request may succeed; sent to clients. None: waiting does not help, or the delay is not known."""
 
 
-class InvalidEpisodeError(ReplayError):
+class InvalidArgumentError(ReplayError, ValueError):
+    """An argument of the request is out of range."""
+
+
+class InvalidEpisodeError(InvalidArgumentError):
     """The episode is malformed or does not fit the schema; nothing of it was stored."""
 
 
-class InvalidRequestError(ReplayError):
-    """A parameter of the request is out of range."""
-
-
-class UnknownTableError(InvalidRequestError):
+class UnknownTableError(InvalidArgumentError):
     """The table does not exist."""
 
 
-class UnknownEpisodeError(InvalidRequestError):
-    """An episode that was asked for by its id is not stored: evicted, cleared, or never there. The text names the ids."""
+class UnknownEpisodeError(InvalidArgumentError):
+    """An episode asked for by its id is not stored: it was evicted or cleared, or never existed. The message names the ids."""
 
 
 class KeyConflictError(ReplayError):
     """The episode's key was used before for another payload; nothing was stored."""
 
 
-class NotReadyError(ReplayError):
-    """No stored episode is long enough to be sampled."""
-
-
 class TooLargeError(ReplayError):
-    """Over a limit of size; the text says which, and what to do instead."""
+    """A size limit was exceeded; the message names the limit and what to do instead."""
 
 
-class OverloadedError(ReplayError):
-    """The server has as much going on as it takes; the text says what. Try again later."""
+class OverLimitError(ReplayError):
+    """As much is in progress as the limits allow; the message names the limit. Try again later."""
 
     retry_after_s = 1.0
 
 
-class UnauthenticatedError(ReplayError):
-    """The call carries no token, or none of the server's."""
+class StorageFullError(OverLimitError):
+    """The durable store has no space for the episode; nothing of it was stored. Try again once there is space."""
+
+    retry_after_s = 5.0
 
 
-class AccessDeniedError(ReplayError):
-    """The call's token is for something else."""
+class NotReadyError(ReplayError):
+    """No stored episode is long enough to be sampled."""
 
 
 class IncompatibleVersionError(ReplayError):
     """The client speaks another major version of the protocol."""
 
 
-class SchemaChangedError(ReplayError):
-    """The table was cleared, so batches would look otherwise than when the stream was opened. Open it again."""
+class AccessDeniedError(ReplayError):
+    """The roles of the call's token do not include the call."""
 
 
-class DrainingError(ReplayError):
-    """The server takes no new work because it is about to stop."""
+class UnauthenticatedError(AccessDeniedError):
+    """The call carries no token, or one that the server does not know."""
 
 
-class RestoringError(ReplayError):
-    """The server is reading its durable store and takes no work before it has. Try again later."""
+class UnavailableError(ReplayError):
+    """The server cannot serve the call now. Try again later, or once the fault that the message names is mended."""
 
 
-class StorageFullError(ReplayError):
-    """The durable store has no room for the episode; nothing of it was stored. Try again once there is room."""
-
-    retry_after_s = 5.0
+class RestoringError(UnavailableError):
+    """The server is reading its durable store and accepts no work until it has finished."""
 
 
-class StorageFailedError(ReplayError):
-    """The durable store cannot be read or written; the text says why."""
+class DrainingError(UnavailableError):
+    """The server is stopping and accepts no new work."""
+
+
+class SchemaChangedError(UnavailableError):
+    """The table was cleared, so batches no longer have the layout that the stream was opened with. Open the stream again."""
+
+
+class StorageFailedError(UnavailableError):
+    """The durable store cannot be read or written; the message says why."""
 
 
 class DamagedStoreError(StorageFailedError):
-    """Something in the durable store is not as it was written; the text says what to do."""
+    """The durable store's contents are not what was written; the message says what to do."""
 
 
 class StorageUncertainError(StorageFailedError):
-    """Writing failed after the commit had begun. Whether the episode is stored is not known before the server is started again; sent again
-    under the same key it is stored once."""
+    """A write failed after the commit had begun. Whether the episode is stored is not known until the server is started again; sent again
+    under the same key, it is stored once."""
 
 
 class StoreMismatchError(ReplayError):
-    """The durable store was written in another format or under another configuration; the text says which."""
+    """The durable store was written in another format or under another configuration; the message says which."""
 
 
 class StoreInUseError(ReplayError):
-    """Another buffer has the data_dir or the scratch_dir."""
+    """Another buffer holds the data_dir or the scratch_dir."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"touchline_server.errors.{name} is now {RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[RENAMED[name]]

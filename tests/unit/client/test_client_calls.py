@@ -29,6 +29,7 @@ from touchline import (
     ServerError,
     TooLargeError,
     TouchlineError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from touchline._rpc.calls import Backoff, RpcClient
@@ -225,7 +226,7 @@ def test_every_call_carries_the_protocol_version() -> None:
         (grpc.StatusCode.UNIMPLEMENTED, "", IncompatibleVersionError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large", TooLargeError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", OverLimitError),
-        (grpc.StatusCode.UNAUTHENTICATED, "", AccessDeniedError),
+        (grpc.StatusCode.UNAUTHENTICATED, "", UnauthenticatedError),
         (grpc.StatusCode.PERMISSION_DENIED, "", AccessDeniedError),
         (grpc.StatusCode.INTERNAL, "internal", ServerError),
         (grpc.StatusCode.DATA_LOSS, "a-reason-of-tomorrow", ServerError),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from support.service_calls import Caller, eventually, key, make_config, make_episode, refused, serving
 from touchline import EpisodeWriter, ReplayClient
-from touchline_server.errors import InvalidEpisodeError, OverloadedError
+from touchline_server.errors import InvalidEpisodeError, OverLimitError
 from touchline_server.store import actors
 from touchline_server.store.actors import NameTable
 from touchline_server.store.episode_store import EpisodeStore
@@ -79,7 +79,7 @@ def test_new_name_beyond_the_limit_is_refused_as_a_limit_and_comes_again(store: 
     for number in range(3):
         store.add(make_episode(20, actor=f"actor {number}"))
 
-    with pytest.raises(OverloadedError, match="actor names: the 3 different ones") as refusal:
+    with pytest.raises(OverLimitError, match="actor names: the 3 different ones") as refusal:
         store.add(make_episode(20, actor="actor 3"))
 
     assert refusal.value.retry_after_s
@@ -97,7 +97,7 @@ def test_limit_of_client_ids_is_a_limit_too(store: EpisodeStore, monkeypatch: py
     for number in range(3):
         store.add(make_episode(20, key=key(0, client_id=f"client {number}")))
 
-    with pytest.raises(OverloadedError, match="client ids"):
+    with pytest.raises(OverLimitError, match="client ids"):
         store.add(make_episode(20, key=key(0, client_id="client 3")))
 
 

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from support.store_cases import STRIDE, check_traced, make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode, EpisodeKey
-from touchline_server import Config, InvalidRequestError, NotReadyError, ReplayBuffer
+from touchline_server import Config, InvalidArgumentError, NotReadyError, ReplayBuffer
 
 
 def test_buffer_takes_its_figures_from_the_configuration() -> None:
@@ -140,7 +140,7 @@ def test_sample_argument_out_of_range_is_refused(arguments: dict[str, Any], mess
     buffer = ReplayBuffer(make_config())
     buffer.add(plain_columns(10))
 
-    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+    with pytest.raises(InvalidArgumentError, match=re.escape(message)):
         buffer.sample(**arguments)
 
 

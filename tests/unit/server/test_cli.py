@@ -18,10 +18,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
+from touchline_protos.types.metadata import HEALTH_DETAIL_METADATA_KEY
 from touchline_server.cli import main as cli
 from touchline_server.config.sections import ServerConfig
 from touchline_server.config.settings import Config
-from touchline_server.service.healthcheck import ADDING, DETAIL_KEY, own_address
+from touchline_server.service.healthcheck import ADDING, own_address
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,7 @@ class FullDisk(health.HealthServicer):
     """Samples, and cannot store: as a server whose disk is full answers."""
 
     def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
-        context.set_trailing_metadata([(DETAIL_KEY, "storage.data_dir: no space left on device; 3 adds refused")])
+        context.set_trailing_metadata([(HEALTH_DETAIL_METADATA_KEY, "storage.data_dir: no space left on device; 3 adds refused")])
         return super().Check(request, context)
 
 

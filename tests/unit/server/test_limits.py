@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from touchline_server.errors import OverloadedError, TooLargeError
+from touchline_server.errors import OverLimitError, TooLargeError
 from touchline_server.service.budgets import ByteBudget, Reservation
 
 
@@ -71,11 +71,11 @@ def test_budget_serves_who_came_first_and_lets_nobody_overtake() -> None:
 
 
 def test_budget_without_room_in_time_says_so_with_a_delay_and_takes_nothing() -> None:
-    async def test() -> OverloadedError:
+    async def test() -> OverLimitError:
         lender = budget(wait_s=0.01)
         await lender.reserve(90)
         with pytest.raises(
-            OverloadedError, match=r"90 of the 100 bytes that limits.max_receive_bytes allows are in use, and 11 did"
+            OverLimitError, match=r"90 of the 100 bytes that limits.max_receive_bytes allows are in use, and 11 did"
         ) as caught:
             await lender.reserve(11)
         lender.release(90)

@@ -17,7 +17,7 @@ from support.durable_cases import MODES, durable_config, keyed_episode
 from support.store_cases import make_config, plain_columns, traced, traced_columns
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeKey, StoredEpisode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server import InvalidRequestError, ReplayBuffer, UnknownEpisodeError
+from touchline_server import InvalidArgumentError, ReplayBuffer, UnknownEpisodeError
 from touchline_server.service.episode_framer import EpisodeFramer
 from touchline_server.store import reader as reading_module
 from touchline_server.store.reader import MAX_EPISODE_IDS, EpisodeQuery, EpisodeReader
@@ -205,7 +205,7 @@ def test_empty_buffer_has_no_episodes_whatever_is_asked_for() -> None:
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(InvalidRequestError, match=words):
+    with pytest.raises(InvalidArgumentError, match=words):
         filled().episodes(**arguments)
 
 
@@ -327,7 +327,7 @@ def test_frames_are_within_their_limit_and_small_episodes_share_one() -> None:
 
 
 def test_frame_limit_below_the_smallest_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match=r"^max_frame_bytes: 4095, expected 0 or at least 4096"):
+    with pytest.raises(InvalidArgumentError, match=r"^max_frame_bytes: 4095, expected 0 or at least 4096"):
         frames_of(filled(), max_frame_bytes=4095)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from touchline_server.errors import InvalidRequestError, OverloadedError
+from touchline_server.errors import InvalidArgumentError, OverLimitError
 from touchline_server.service import receiver as receiving
 from touchline_server.service.budgets import ByteBudget, PerConnectionBudget
 from touchline_server.service.receiver import MessageReader, receive_timeout_s
@@ -102,7 +102,7 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
         reception = MessageReader(lender(1), SIZE)
         receiving = asyncio.ensure_future(reception.receive(call, "ipv4:1", within_s=0.0 if late else 30.0))
         if late:
-            with pytest.raises(InvalidRequestError, match="no message within 0 s"):
+            with pytest.raises(InvalidArgumentError, match="no message within 0 s"):
                 await receiving
         else:
             await settle()
@@ -136,7 +136,7 @@ def test_late_message_is_waited_for_while_nobody_wants_its_room_and_no_longer() 
 
         other.send(b"here")
         wanting = asyncio.ensure_future(reception.receive(aiter(other), "ipv4:2"))
-        with pytest.raises(OverloadedError, match="did not come in time"):
+        with pytest.raises(OverLimitError, match="did not come in time"):
             await late
 
         # Until its call has ended, what it is to be written into may be written into: its room is not another's.
@@ -167,7 +167,7 @@ def test_late_messages_are_given_up_one_at_a_time() -> None:
         assert [one.done() for one in late].count(True) == 1
         for requests, one in zip(silent, late, strict=True):
             if one.done():
-                assert isinstance(one.exception(), OverloadedError)
+                assert isinstance(one.exception(), OverLimitError)
                 requests.send(None)
         await settle()
         assert other.reading == 1

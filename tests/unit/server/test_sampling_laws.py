@@ -12,7 +12,7 @@ from torchrl.data import LazyTensorStorage, SliceSampler
 from torchrl.data import ReplayBuffer as TorchRLBuffer
 
 from support.store_cases import chi_square, chi_square_limit, chi_square_two_samples, count_cells, make_config, traced
-from touchline_server import InvalidRequestError, ReplayBuffer
+from touchline_server import InvalidArgumentError, ReplayBuffer
 from touchline_server.selectors.seeds import SeedSource
 
 HORIZON = 3
@@ -180,5 +180,5 @@ def test_request_seed_leaves_the_buffers_own_stream_alone() -> None:
 
 
 def test_request_seed_negative_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="seed: -1, expected 0 or more"):
+    with pytest.raises(InvalidArgumentError, match="seed: -1, expected 0 or more"):
         filled().sample(seed=-1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.store_cases import append_episode, filled_index, make_config, traced
-from touchline_server import ConfigError, InvalidRequestError, ReplayBuffer
+from touchline_server import ConfigError, InvalidArgumentError, ReplayBuffer
 from touchline_server.selectors import registry
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.eligible import MAX_HORIZONS, EligibleEpisodes
@@ -111,7 +111,7 @@ def test_draw_of_a_seed_gives_the_numbers_that_it_always_gave() -> None:
 
 
 class Recorder(Selector):
-    """A law with state: the newest episode, and every call that it received."""
+    """A law with state: the newest episode, and everything that it was told."""
 
     law = "recorder"
     stateful = True
@@ -173,7 +173,7 @@ def test_law_of_its_own_is_drawn_by_name_through_the_whole_buffer(recorder: type
 
 
 def test_law_that_there_is_not_is_refused_by_requests_and_the_configuration() -> None:
-    with pytest.raises(InvalidRequestError, match="law: 'uniform', expected one of episode, step"):
+    with pytest.raises(InvalidArgumentError, match="law: 'uniform', expected one of episode, step"):
         ReplayBuffer(make_config()).spec(law="uniform")
     with pytest.raises(ConfigError, match=r"sampling\.law: 'uniform', expected 'episode' or 'step'"):
         make_config(law="uniform")
@@ -181,5 +181,5 @@ def test_law_that_there_is_not_is_refused_by_requests_and_the_configuration() ->
 
 @pytest.mark.parametrize("law", LAWS)
 def test_update_of_a_law_without_priorities_is_refused(law: str) -> None:
-    with pytest.raises(InvalidRequestError, match=f"law: '{law}' has no priorities"):
+    with pytest.raises(InvalidArgumentError, match=f"law: '{law}' has no priorities"):
         Selectors(EntryQueue()).of(law).update(np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones((3, 1)))

@@ -14,7 +14,7 @@ import torchrl.data
 from tensordict import TensorDict, TensorDictBase
 
 from support.store_cases import STRIDE, check_traced, make_config, plain_columns, traced, traced_columns
-from touchline_server import InvalidEpisodeError, InvalidRequestError, NotReadyError, ReplayBuffer
+from touchline_server import InvalidArgumentError, InvalidEpisodeError, NotReadyError, ReplayBuffer
 
 HORIZON = 3
 
@@ -310,9 +310,9 @@ def test_repr_before_the_first_episode_and_after_clear_does_not_crash(buffer: Re
 def test_checkpoint_that_could_not_be_sampled_again_is_refused(buffer: ReplayBuffer, tmp_path: Path) -> None:
     face = buffer.as_torchrl()
 
-    with pytest.raises(InvalidRequestError, match="checkpoint does not hold the episode index"):
+    with pytest.raises(InvalidArgumentError, match="checkpoint does not hold the episode index"):
         face.dumps(tmp_path / "checkpoint")
-    with pytest.raises(InvalidRequestError, match="checkpoint does not hold the episode index"):
+    with pytest.raises(InvalidArgumentError, match="checkpoint does not hold the episode index"):
         face.writer.loads(tmp_path / "checkpoint")
 
 

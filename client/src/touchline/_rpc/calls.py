@@ -28,32 +28,35 @@ from touchline.errors import (
     TlsError,
     TooLargeError,
     TouchlineError,
+    UnauthenticatedError,
     UnavailableError,
+    UnknownEpisodeError,
+    UnknownTableError,
 )
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.log_lines import escape
-
-REASON_METADATA_KEY = "touchline-reason"
-"""Trailing metadata in which the server says, for programs, what was wrong."""
-
-RETRY_METADATA_KEY = "grpc-retry-pushback-ms"
-"""Trailing metadata in which it says when to try again: gRPC's own name for that (proposal A6)."""
+from touchline_protos.types.metadata import REASON_METADATA_KEY, RETRY_METADATA_KEY
+from touchline_protos.types.reasons import Reason
 
 ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
-    "invalid-episode": InvalidEpisodeError,
-    "invalid-argument": InvalidArgumentError,
-    "key-conflict": KeyConflictError,
-    "not-ready": NotReadyError,
-    "too-large": TooLargeError,
-    "over-limit": OverLimitError,
-    "incompatible-version": IncompatibleVersionError,
-    "draining": UnavailableError,
-    "schema-changed": UnavailableError,  # of a stream that is opened again
-    "unknown-table": InvalidArgumentError,
-    "unknown-episode": InvalidArgumentError,
-    "internal": ServerError,
+    Reason.INVALID_ARGUMENT: InvalidArgumentError,
+    Reason.INVALID_EPISODE: InvalidEpisodeError,
+    Reason.UNKNOWN_TABLE: UnknownTableError,
+    Reason.UNKNOWN_EPISODE: UnknownEpisodeError,
+    Reason.KEY_CONFLICT: KeyConflictError,
+    Reason.TOO_LARGE: TooLargeError,
+    Reason.OVER_LIMIT: OverLimitError,
+    Reason.NOT_READY: NotReadyError,
+    Reason.INCOMPATIBLE_VERSION: IncompatibleVersionError,
+    Reason.UNAUTHENTICATED: UnauthenticatedError,
+    Reason.PERMISSION_DENIED: AccessDeniedError,
+    Reason.RESTORING: UnavailableError,
+    Reason.DRAINING: UnavailableError,
+    Reason.SCHEMA_CHANGED: UnavailableError,  # of a stream that is opened again
+    Reason.STORAGE_FAILED: UnavailableError,
+    Reason.INTERNAL: ServerError,
 }
-"""What a Touchline server's reason means; it is the more exact of the two tables and goes first."""
+"""Error of each reason that a Touchline server gives; more exact than the status code, so it is looked up first."""
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
     grpc.StatusCode.OK: ServerError,  # a call that failed with it is a broken one
@@ -64,7 +67,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
     grpc.StatusCode.NOT_FOUND: InvalidArgumentError,
     grpc.StatusCode.ALREADY_EXISTS: KeyConflictError,
     grpc.StatusCode.PERMISSION_DENIED: AccessDeniedError,
-    grpc.StatusCode.UNAUTHENTICATED: AccessDeniedError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: TooLargeError,  # gRPC's own limit on messages; the server's others have a reason
     grpc.StatusCode.FAILED_PRECONDITION: NotReadyError,
     grpc.StatusCode.ABORTED: ServerError,

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from touchline.errors import InvalidArgumentError
+from touchline_protos.types.metadata import TOKEN_METADATA_KEY
 
 TOKEN_VARIABLE = "TOUCHLINE_TOKEN"
 ALLOW_PLAINTEXT_VARIABLE = "TOUCHLINE_ALLOW_PLAINTEXT"
@@ -79,7 +80,7 @@ class Credentials:
             )
         self.arguments: dict[str, Any] = {"tls": self._tls or False, "token": token, "allow_plaintext": allow_plaintext}
         """What makes the same credentials in another process, whatever its environment. With the token: a secret."""
-        self.metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {token}"),) if token else ()
+        self.metadata: tuple[tuple[str, str], ...] = ((TOKEN_METADATA_KEY, f"Bearer {token}"),) if token else ()
         """Goes with every call."""
 
     @property

@@ -25,7 +25,7 @@ from touchline_server.durability.journal import Journal
 from touchline_server.durability.plan import CommitPlan, PlannedInsert
 from touchline_server.durability.records import Change
 from touchline_server.durability.storage_state import UNCERTAIN, StorageMonitor, StorageState
-from touchline_server.errors import OverloadedError, ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.errors import OverLimitError, ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
 from touchline_server.store.committer import CommitFuture, Stored
 from touchline_server.store.dedup import payload_digest
 from touchline_server.store.episode_store import EpisodeStore
@@ -363,7 +363,7 @@ class GroupCommitter:
         return make_insert(episode, pending.digest, planned, incoming=self._store.incoming, copy=copy)
 
     def _refuse(self, pending: _Pending, error: Exception) -> None:
-        if not isinstance(error, OverloadedError):  # which only says to come again
+        if isinstance(error, StorageFullError) or not isinstance(error, OverLimitError):  # the latter only says to come again
             self._store.count_refused(str(error), pending.episode)
         pending.receipt.set_exception(error)
 

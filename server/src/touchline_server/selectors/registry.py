@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from touchline_server.errors import InvalidRequestError
+from touchline_server.errors import InvalidArgumentError
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import Entry, EntryQueue
 from touchline_server.selectors.episode import EpisodeSelector
@@ -20,10 +20,10 @@ def check_law(law: str) -> str:
     """Returns the name of a law that there is.
 
     Raises:
-        InvalidRequestError: there is none of this name.
+        InvalidArgumentError: there is none of this name.
     """
     if law not in LAWS:
-        raise InvalidRequestError(f"law: {law!r}, expected one of {', '.join(LAWS)}")
+        raise InvalidArgumentError(f"law: {law!r}, expected one of {', '.join(LAWS)}")
     return law
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from touchline_server.errors import InvalidRequestError
+from touchline_server.errors import InvalidArgumentError
 
 
 class SeedSource:
@@ -27,11 +27,11 @@ class SeedSource:
             seed: if given, the only seed of the generator; the stream takes no number then.
 
         Raises:
-            InvalidRequestError: the seed is negative.
+            InvalidArgumentError: the seed is negative.
         """
         if seed is not None:
             if seed < 0:
-                raise InvalidRequestError(f"seed: {seed}, expected 0 or more")
+                raise InvalidArgumentError(f"seed: {seed}, expected 0 or more")
             return np.random.default_rng(seed)
         number = next(self._streams)
         return np.random.default_rng(None if self._seed is None else [self._seed, number])

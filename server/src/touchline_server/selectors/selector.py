@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from touchline_server.errors import InvalidRequestError
+from touchline_server.errors import InvalidArgumentError
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import Entry
@@ -62,6 +62,6 @@ class Selector(ABC):
             Number of slices whose episodes are still stored: the others are ignored.
 
         Raises:
-            InvalidRequestError: the law has no priorities.
+            InvalidArgumentError: the law has no priorities.
         """
-        raise InvalidRequestError(f"law: {self.law!r} has no priorities to update")
+        raise InvalidArgumentError(f"law: {self.law!r} has no priorities to update")

@@ -15,15 +15,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from touchline_protos.types.metadata import TOKEN_METADATA_KEY
 from touchline_server.config.settings import Config
 from touchline_server.config.source import ConfigError, why_unreadable
 from touchline_server.errors import AccessDeniedError, UnauthenticatedError
 
 TOKENS_VARIABLE = "TOUCHLINE_SERVER_TOKENS"
 """Environment variable with tokens, ``ROLE:NAME:VALUE`` each, between commas or blanks; several roles as ``actor+learner``."""
-
-TOKEN_METADATA_KEY = "authorization"
-"""Metadata in which a call carries its token, as ``Bearer TOKEN``."""
 
 MIN_TOKEN_CHARS = 16
 """Shorter ones could be guessed."""

@@ -12,11 +12,10 @@ import grpc
 
 from touchline_server.errors import (
     AccessDeniedError,
-    InvalidRequestError,
-    OverloadedError,
+    InvalidArgumentError,
+    OverLimitError,
     ReplayError,
     TooLargeError,
-    UnauthenticatedError,
 )
 from touchline_server.service.access import Access
 from touchline_server.service.grpc_status import abort
@@ -91,7 +90,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             check_metadata(metadata)
             if self._access is not None:
                 self._access.check(method, metadata)
-        except (InvalidRequestError, UnauthenticatedError, AccessDeniedError) as error:
+        except (InvalidArgumentError, AccessDeniedError) as error:
             return self._refusing(method, error)
         handler = await continuation(details)
         if handler is None:
@@ -151,7 +150,7 @@ def _one_received(handler: Handler, inner: Any, way: _Way) -> Callable[[AsyncIte
         message, room = await way.reception.receive(requests, context.peer(), within_s=way.first_within_s)
         try:
             if message is None:
-                raise InvalidRequestError("the call ended without a message, expected one")
+                raise InvalidArgumentError("the call ended without a message, expected one")
             return await inner(_parsed(handler, message, way), context)
         finally:
             room.resize(0)
@@ -188,7 +187,7 @@ def _parsed(handler: Handler, message: bytes, way: _Way) -> Any:
     try:
         return message if parse is None else parse(message)
     except Exception:
-        raise InvalidRequestError(f"{len(message)} bytes that are no message of the expected type") from None
+        raise InvalidArgumentError(f"{len(message)} bytes that are no message of the expected type") from None
 
 
 class _Messages:
@@ -229,9 +228,9 @@ class _Count:
 
     def enter(self, peer: str) -> None:
         if self.now == self._limit:
-            raise OverloadedError(f"{self.now} calls are in progress, which is what {self._what} allows; try again later")
+            raise OverLimitError(f"{self.now} calls are in progress, which is what {self._what} allows; try again later")
         if self._of[peer] == self._share and not peer.startswith("unix:"):
-            raise OverloadedError(f"{self._share} calls of one connection are in progress, its share of {self._what}; try again later")
+            raise OverLimitError(f"{self._share} calls of one connection are in progress, its share of {self._what}; try again later")
         self._of[peer] += 1
         self.now += 1
 
@@ -253,7 +252,7 @@ def _counted(count: _Count, method: Any) -> Callable[[Any, Context], Awaitable[A
         peer = context.peer()
         try:
             count.enter(peer)
-        except OverloadedError as error:
+        except OverLimitError as error:
             await abort(context, error)
         try:
             answers = method(_Messages(context), context)

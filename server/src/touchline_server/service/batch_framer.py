@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from touchline_server.buffer import ReplayBuffer, SampleSpec
-from touchline_server.errors import InvalidRequestError, NotReadyError, TooLargeError
+from touchline_server.errors import InvalidArgumentError, NotReadyError, TooLargeError
 from touchline_server.store.episode_store import Selection
 from touchline_server.store.gather import GatherPlan
 
@@ -45,10 +45,10 @@ class BatchSource:
         """``max_batches``: in a frame; 0 leaves it to the server.
 
         Raises:
-            InvalidRequestError: it is negative.
+            InvalidArgumentError: it is negative.
         """
         if max_batches < 0:
-            raise InvalidRequestError(f"max_batches_per_frame: {max_batches}, expected 0 or more")
+            raise InvalidArgumentError(f"max_batches_per_frame: {max_batches}, expected 0 or more")
         self._buffer = buffer
         self.spec = spec
         self._rng = rng

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from touchline_server.errors import OverloadedError, TooLargeError
+from touchline_server.errors import OverLimitError, TooLargeError
 
 if TYPE_CHECKING:
     from touchline_server.config.sections import LimitsConfig
@@ -69,7 +69,7 @@ class ByteBudget:
 
         Raises:
             TooLargeError: there are not that many in all.
-            OverloadedError: they did not become free in time.
+            OverLimitError: they did not become free in time.
         """
         if self.try_reserve(size):
             return
@@ -111,7 +111,7 @@ class ByteBudget:
                     self._waiters.remove(waiter)
                 self._grant()
             if isinstance(error, TimeoutError):
-                raise OverloadedError(
+                raise OverLimitError(
                     f"{self._used} of the {self.total} bytes that {self._key} allows are in use, and {size} did not become free "
                     f"within {self._wait_s:g} s; try again later"
                 ) from None

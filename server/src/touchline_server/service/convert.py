@@ -14,7 +14,7 @@ from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.durability.storage_state import StorageState
-from touchline_server.errors import InvalidEpisodeError, InvalidRequestError, KeyConflictError, ReplayError, TooLargeError
+from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, KeyConflictError, ReplayError, TooLargeError
 from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
 from touchline_server.store.committer import Stored
@@ -54,23 +54,23 @@ def parse(kind: type[M], data: bytes) -> M:
     """Reads a message.
 
     Raises:
-        InvalidRequestError: the bytes are no message of this kind.
+        InvalidArgumentError: the bytes are no message of this kind.
     """
     try:
         return kind.FromString(data)
     except DecodeError:
-        raise InvalidRequestError(f"{len(data)} bytes that are no message, expected one of type {kind.DESCRIPTOR.name}") from None
+        raise InvalidArgumentError(f"{len(data)} bytes that are no message, expected one of type {kind.DESCRIPTOR.name}") from None
 
 
 async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterator[M]:
     """Reads the messages of a stream as they come.
 
     Raises:
-        InvalidRequestError: as :func:`parse`; also for one that is over :data:`MAX_STREAM_REQUEST_BYTES`.
+        InvalidArgumentError: as :func:`parse`; also for one that is over :data:`MAX_STREAM_REQUEST_BYTES`.
     """
     async for data in stream:
         if len(data) > MAX_STREAM_REQUEST_BYTES:
-            raise InvalidRequestError(f"a message of {len(data)} bytes on the stream, expected at most {MAX_STREAM_REQUEST_BYTES}")
+            raise InvalidArgumentError(f"a message of {len(data)} bytes on the stream, expected at most {MAX_STREAM_REQUEST_BYTES}")
         yield parse(kind, data)
 
 
@@ -108,19 +108,19 @@ def law(number: int) -> str | None:
     """Returns the name of a law, None where the request left it to the configuration.
 
     Raises:
-        InvalidRequestError: the number is unknown.
+        InvalidArgumentError: the number is unknown.
     """
     try:
         return _LAW_OF[number]
     except KeyError:
-        raise InvalidRequestError(f"law: number {number}, expected one of {sorted(_LAW_OF)}") from None
+        raise InvalidArgumentError(f"law: number {number}, expected one of {sorted(_LAW_OF)}") from None
 
 
 def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
     """Returns which episodes a request means.
 
     Raises:
-        InvalidRequestError: its selectors do not go together, or are out of range.
+        InvalidArgumentError: its selectors do not go together, or are out of range.
     """
 
     def given(name: str) -> Any:

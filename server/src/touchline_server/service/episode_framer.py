@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from touchline_protos.codec import EpisodeSelection
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.upload import chunk_message
-from touchline_server.errors import InvalidRequestError, TooLargeError
+from touchline_server.errors import InvalidArgumentError, TooLargeError
 from touchline_server.store.catalogue import Entry
 from touchline_server.store.reader import PIECE_BYTES, EpisodeReader, pieces
 
@@ -27,12 +27,12 @@ class EpisodeFramer:
         max_frame_bytes: the caller's; 0 where it has none.
 
     Raises:
-        InvalidRequestError: the caller's limit is out of range.
+        InvalidArgumentError: the caller's limit is out of range.
     """
 
     def __init__(self, reader: EpisodeReader, *, max_message_bytes: int, max_frame_bytes: int) -> None:
         if max_frame_bytes and max_frame_bytes < MIN_FRAME_BYTES:
-            raise InvalidRequestError(f"max_frame_bytes: {max_frame_bytes}, expected 0 or at least {MIN_FRAME_BYTES}")
+            raise InvalidArgumentError(f"max_frame_bytes: {max_frame_bytes}, expected 0 or at least {MIN_FRAME_BYTES}")
         self._reader = reader
         self._limit = min(max_message_bytes, max_frame_bytes or max_message_bytes)
         self._payload_bytes = min(PIECE_BYTES, self._limit // FRAME_SHARE)

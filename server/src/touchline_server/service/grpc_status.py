@@ -13,15 +13,17 @@ import grpc
 
 from touchline_protos.codec import CodecError, OversizeError
 from touchline_protos.log_lines import escape, get_logger
+from touchline_protos.types.metadata import REASON_METADATA_KEY, RETRY_METADATA_KEY
+from touchline_protos.types.reasons import Reason
 from touchline_server.errors import (
     AccessDeniedError,
     DrainingError,
     IncompatibleVersionError,
+    InvalidArgumentError,
     InvalidEpisodeError,
-    InvalidRequestError,
     KeyConflictError,
     NotReadyError,
-    OverloadedError,
+    OverLimitError,
     ReplayError,
     RestoringError,
     SchemaChangedError,
@@ -35,42 +37,37 @@ from touchline_server.errors import (
 
 logger = get_logger(__name__)
 
-REASON_METADATA_KEY = "touchline-reason"
-
-RETRY_METADATA_KEY = "grpc-retry-pushback-ms"
-"""gRPC's own name for the delay that a server asks for (proposal A6), in whole milliseconds."""
-
 
 class Status(NamedTuple):
     """How an error looks to a client."""
 
     code: grpc.StatusCode
-    reason: str
+    reason: Reason
 
 
 STATUS_OF: dict[type[Exception], Status] = {
-    InvalidEpisodeError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode"),
-    CodecError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-episode"),
-    InvalidRequestError: Status(grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument"),
-    UnknownTableError: Status(grpc.StatusCode.NOT_FOUND, "unknown-table"),
-    UnknownEpisodeError: Status(grpc.StatusCode.NOT_FOUND, "unknown-episode"),
-    KeyConflictError: Status(grpc.StatusCode.ALREADY_EXISTS, "key-conflict"),
-    NotReadyError: Status(grpc.StatusCode.FAILED_PRECONDITION, "not-ready"),
-    IncompatibleVersionError: Status(grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version"),
-    UnauthenticatedError: Status(grpc.StatusCode.UNAUTHENTICATED, "unauthenticated"),
-    AccessDeniedError: Status(grpc.StatusCode.PERMISSION_DENIED, "permission-denied"),
-    TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
-    OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too-large"),
-    OverloadedError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),
-    SchemaChangedError: Status(grpc.StatusCode.UNAVAILABLE, "schema-changed"),
+    InvalidEpisodeError: Status(grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_EPISODE),
+    CodecError: Status(grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_EPISODE),
+    InvalidArgumentError: Status(grpc.StatusCode.INVALID_ARGUMENT, Reason.INVALID_ARGUMENT),
+    UnknownTableError: Status(grpc.StatusCode.NOT_FOUND, Reason.UNKNOWN_TABLE),
+    UnknownEpisodeError: Status(grpc.StatusCode.NOT_FOUND, Reason.UNKNOWN_EPISODE),
+    KeyConflictError: Status(grpc.StatusCode.ALREADY_EXISTS, Reason.KEY_CONFLICT),
+    NotReadyError: Status(grpc.StatusCode.FAILED_PRECONDITION, Reason.NOT_READY),
+    IncompatibleVersionError: Status(grpc.StatusCode.FAILED_PRECONDITION, Reason.INCOMPATIBLE_VERSION),
+    UnauthenticatedError: Status(grpc.StatusCode.UNAUTHENTICATED, Reason.UNAUTHENTICATED),
+    AccessDeniedError: Status(grpc.StatusCode.PERMISSION_DENIED, Reason.PERMISSION_DENIED),
+    TooLargeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.TOO_LARGE),
+    OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.TOO_LARGE),
+    OverLimitError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVER_LIMIT),
+    SchemaChangedError: Status(grpc.StatusCode.UNAVAILABLE, Reason.SCHEMA_CHANGED),
     # The client's word for it: what the server has no room for now may pass later.
-    StorageFullError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit"),
-    StorageFailedError: Status(grpc.StatusCode.UNAVAILABLE, "storage-failed"),
-    RestoringError: Status(grpc.StatusCode.UNAVAILABLE, "restoring"),
-    DrainingError: Status(grpc.StatusCode.UNAVAILABLE, "draining"),
+    StorageFullError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVER_LIMIT),
+    StorageFailedError: Status(grpc.StatusCode.UNAVAILABLE, Reason.STORAGE_FAILED),
+    RestoringError: Status(grpc.StatusCode.UNAVAILABLE, Reason.RESTORING),
+    DrainingError: Status(grpc.StatusCode.UNAVAILABLE, Reason.DRAINING),
 }
 
-INTERNAL = Status(grpc.StatusCode.INTERNAL, "internal")
+INTERNAL = Status(grpc.StatusCode.INTERNAL, Reason.INTERNAL)
 
 MAX_TEXT_BYTES = 4096
 """Room of an error's text on the wire: it travels in a header, and peers refuse a call whose headers are over 8 KiB."""
@@ -101,7 +98,7 @@ def shorten(text: str) -> str:
 
 def trailing_metadata(error: Exception) -> tuple[tuple[str, str], ...]:
     """Returns what programs are told of an error besides its status."""
-    reason = (REASON_METADATA_KEY, status_of(error).reason)
+    reason = (REASON_METADATA_KEY, status_of(error).reason.value)
     retry_after_s = error.retry_after_s if isinstance(error, ReplayError) else None
     return (reason,) if retry_after_s is None else (reason, (RETRY_METADATA_KEY, str(math.ceil(retry_after_s * 1000))))
 

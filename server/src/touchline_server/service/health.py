@@ -10,10 +10,11 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]
 
+from touchline_protos.types.metadata import HEALTH_DETAIL_METADATA_KEY
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import RestoringError
-from touchline_server.service.healthcheck import ADDING, DETAIL_KEY
+from touchline_server.service.healthcheck import ADDING
 
 REPLAY = "touchline.v1.Replay"
 """Service whose health says that the server takes calls, as the empty name does."""
@@ -50,7 +51,7 @@ class HealthService(health.HealthServicer):  # type: ignore[misc]
         """Answers as the standard says; beside it, how far a restore is, or the reason for which adding is refused."""
         detail = self._detail or _restoring(self._buffer)
         if detail:
-            context.set_trailing_metadata(((DETAIL_KEY, detail),))
+            context.set_trailing_metadata(((HEALTH_DETAIL_METADATA_KEY, detail),))
         return await super().Check(request, context)
 
     async def _follow(self, buffer: ReplayBuffer) -> None:

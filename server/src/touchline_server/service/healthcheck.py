@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
+from touchline_protos.types.metadata import HEALTH_DETAIL_METADATA_KEY
 from touchline_server.config.source import ConfigError, glance, why_unwritable
 from touchline_server.service.tls import open_channel, open_own_channel
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 ADDING = "touchline.v1.Replay/AddEpisode"
 """Name by which the health service answers for adding: not serving while the disk is full or has failed, though sampling goes on."""
-
-DETAIL_KEY = "touchline-health-detail"
-"""Trailing metadata of an answer, in ASCII: how far a restore is, or why adding is refused."""
 
 TIMEOUT_S = 5.0
 """Longest wait for an answer, unless told otherwise."""
@@ -125,7 +123,7 @@ def _request(service: str) -> bytes:
 
 
 def _detail(call: Any) -> str:
-    return next((str(value) for key, value in call.trailing_metadata() or () if key == DETAIL_KEY), "")
+    return next((str(value) for key, value in call.trailing_metadata() or () if key == HEALTH_DETAIL_METADATA_KEY), "")
 
 
 def own_address(host: str, port: str, unix_socket: str) -> str:

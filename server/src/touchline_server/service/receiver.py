@@ -12,7 +12,7 @@ import math
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from touchline_server.errors import InvalidRequestError, OverloadedError
+from touchline_server.errors import InvalidArgumentError, OverLimitError
 from touchline_server.service.budgets import ByteBudget, PerConnectionBudget, Reservation
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class MessageReader:
             within_s: time after which the call is ended, whether others want the room or not.
 
         Raises:
-            InvalidRequestError: the message did not come within ``within_s``.
-            OverloadedError: there is no room, or the message did not come in time and others want its room.
+            InvalidArgumentError: the message did not come within ``within_s``.
+            OverLimitError: there is no room, or the message did not come in time and others want its room.
         """
         budget = self._shares.of(peer)
         await budget.reserve(self.size)
@@ -138,12 +138,12 @@ class _Wait:
         if self.over.done():
             return
         if now >= self._ends_at:
-            self.over.set_exception(InvalidRequestError(f"no message within {self._within_s:g} s, expected one"))
+            self.over.set_exception(InvalidArgumentError(f"no message within {self._within_s:g} s, expected one"))
         elif not self._reception.leaving and self._is_in_the_way(now):
             # One at a time: what waits for room mostly needs it for a moment.
             self._reception.leaving += 1
             self._reading.add_done_callback(self._reception.left)
-            self.over.set_exception(OverloadedError("the room for a message that did not come in time is wanted; try again later"))
+            self.over.set_exception(OverLimitError("the room for a message that did not come in time is wanted; try again later"))
         else:
             self._timer = self._loop.call_at(min(now + LOOK_S, self._ends_at), self._look)
 
@@ -215,12 +215,12 @@ class UploadReservation:
         """Returns the next message once there is room for it; None at the end.
 
         Raises:
-            InvalidRequestError: the first one did not come within FIRST_MESSAGE_S.
-            OverloadedError: there is none, or others want it, or the episode's, and what was to come is late.
+            InvalidArgumentError: the first one did not come within FIRST_MESSAGE_S.
+            OverLimitError: there is none, or others want it, or the episode's, and what was to come is late.
         """
         self._drop_message()
         if self._episode is not None and self._episode.is_late(asyncio.get_running_loop().time()):
-            raise OverloadedError("the room for an episode that did not come in time is wanted; try again later")
+            raise OverLimitError("the room for an episode that did not come in time is wanted; try again later")
         message, self._message = await self._reception.receive(requests, self._peer, episode=self._episode, within_s=self._within_s)
         self._within_s = math.inf
         return message
@@ -229,7 +229,7 @@ class UploadReservation:
         """Takes room for the episode that a header announced, before its first chunk, and gives that of a complete one back.
 
         Raises:
-            OverloadedError: there is none.
+            OverLimitError: there is none.
         """
         self._drop_message()
         needed = self._decoder.announced_bytes

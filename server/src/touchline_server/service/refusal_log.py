@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from touchline_protos.log_lines import get_logger
-from touchline_server.errors import InvalidRequestError
+from touchline_server.errors import InvalidArgumentError
 
 logger = get_logger(__name__)
 
@@ -72,11 +72,13 @@ def check_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> None:
     """Returns if metadata is text as gRPC wants it; what it could not decode it hands over as other characters.
 
     Raises:
-        InvalidRequestError: a value is not printable ASCII. It is not quoted: it may be a secret.
+        InvalidArgumentError: a value is not printable ASCII. It is not quoted: it may be a secret.
     """
     for key, value in metadata:
         if not key.endswith("-bin") and not (isinstance(value, str) and value.isascii() and value.isprintable()):
-            raise InvalidRequestError(f"the metadata {key!r} is not printable ASCII, expected that, or bytes under a key that ends in -bin")
+            raise InvalidArgumentError(
+                f"the metadata {key!r} is not printable ASCII, expected that, or bytes under a key that ends in -bin"
+            )
 
 
 def _host(peer: str) -> str:

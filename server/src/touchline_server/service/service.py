@@ -20,9 +20,9 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer, SampleSpec
 from touchline_server.errors import (
     IncompatibleVersionError,
+    InvalidArgumentError,
     InvalidEpisodeError,
-    InvalidRequestError,
-    OverloadedError,
+    OverLimitError,
     ReplayError,
     RestoringError,
     TooLargeError,
@@ -259,7 +259,7 @@ class ReplayService:
         if first is None:
             return
         if first.WhichOneof("request") != "open":
-            raise InvalidRequestError("the first message of a sampling stream grants credits, expected it to open the stream")
+            raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
         source = BatchSource(
             self._buffer,
             self._spec(first.open.sample),
@@ -297,9 +297,9 @@ class ReplayService:
         _check_table(request.table)
         config = self._buffer.config
         if request.min_steps < 0:
-            raise InvalidRequestError(f"min_steps: {request.min_steps}, expected 0 or more")
+            raise InvalidArgumentError(f"min_steps: {request.min_steps}, expected 0 or more")
         if request.min_steps > config.buffer_size:
-            raise InvalidRequestError(f"min_steps: {request.min_steps}, expected at most the buffer's capacity of {config.buffer_size}")
+            raise InvalidArgumentError(f"min_steps: {request.min_steps}, expected at most the buffer's capacity of {config.buffer_size}")
         wanted = request.min_steps or config.min_history
         horizon = self._buffer.spec(horizon=request.horizon if request.HasField("horizon") else None).horizon
 
@@ -360,7 +360,7 @@ class ReplayService:
     def _stream(self) -> Iterator[None]:
         """Counts a long call while it lasts."""
         if self._streams == self._limits.max_streams:
-            raise OverloadedError(f"{self._streams} streams are open, expected at most limits.max_streams; close some or try again later")
+            raise OverLimitError(f"{self._streams} streams are open, expected at most limits.max_streams; close some or try again later")
         self._streams += 1
         try:
             yield
@@ -407,5 +407,5 @@ def _check_table(table: str) -> None:
 
 def _checked_wait(wait_s: float) -> float:
     if not 0 <= wait_s <= MAX_WAIT_S:
-        raise InvalidRequestError(f"wait_s: {wait_s}, expected 0 to {MAX_WAIT_S:.0f} seconds")
+        raise InvalidArgumentError(f"wait_s: {wait_s}, expected 0 to {MAX_WAIT_S:.0f} seconds")
     return wait_s

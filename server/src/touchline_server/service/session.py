@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.errors import InvalidRequestError, NotReadyError
+from touchline_server.errors import InvalidArgumentError, NotReadyError
 from touchline_server.service.batch_framer import BatchSource
 from touchline_server.service.budgets import ByteBudget, Reservation
 from touchline_server.service.change_notifier import ChangeNotifier
@@ -70,7 +70,7 @@ class SampleSession:
         """Pushes batches until the learner closes its side and its credits are used up.
 
         Raises:
-            InvalidRequestError: the learner says what does not fit the session.
+            InvalidArgumentError: the learner says what does not fit the session.
             SchemaChangedError: a ring's batches look otherwise now.
         """
         self._grant(opening.credits)
@@ -220,9 +220,9 @@ class SampleSession:
                 elif kind == "ring":
                     self._attached = request.ring
                 else:
-                    raise InvalidRequestError("a sampling stream was opened twice, expected only credits after its first message")
+                    raise InvalidArgumentError("a sampling stream was opened twice, expected only credits after its first message")
                 wake.set()
-        except InvalidRequestError as error:
+        except InvalidArgumentError as error:
             self._fault = error
         finally:
             self._closed = True
@@ -230,7 +230,7 @@ class SampleSession:
 
     def _grant(self, credits: int) -> None:
         if not 0 <= credits <= MAX_CREDITS - self._credits:
-            raise InvalidRequestError(
+            raise InvalidArgumentError(
                 f"credits: {credits} more on top of {self._credits}, expected 0 or more and at most {MAX_CREDITS} in all"
             )
         self._credits += credits

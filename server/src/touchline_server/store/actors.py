@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from touchline_server.errors import OverloadedError
+from touchline_server.errors import OverLimitError
 
 MAX_NAME_BYTES = 128 << 20
 """Memory of the names of one kind: some 150,000 of the longest ones that are stored at a time, 350,000 ordinary ones."""
@@ -54,10 +54,10 @@ class NameTable:
         """Returns if an episode of this name may be stored.
 
         Raises:
-            OverloadedError: it is a new one, and the names of stored episodes take what they may.
+            OverLimitError: it is a new one, and the names of stored episodes take what they may.
         """
         if name not in self._numbers and self.size_bytes + _cost(name) > MAX_NAME_BYTES:
-            raise OverloadedError(
+            raise OverLimitError(
                 f"{self._what}: the {len(self)} different ones of the stored episodes take {self.size_bytes} of {MAX_NAME_BYTES} bytes, no "
                 "room for a new one; it may come again once episodes of others are evicted or cleared"
             )

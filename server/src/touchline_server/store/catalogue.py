@@ -44,7 +44,7 @@ class Catalogue:
 
         Raises:
             InvalidEpisodeError: they cannot be names.
-            OverloadedError: those of the stored episodes take all the room.
+            OverLimitError: those of the stored episodes take all the room.
         """
         fault = name_fault(episode.actor)
         if fault is not None:

@@ -349,7 +349,7 @@ class EpisodeStore:
 
         Raises:
             InvalidEpisodeError: it is malformed or does not fit.
-            OverloadedError: there is no room for another name.
+            OverLimitError: there is no room for another name.
         """
         schema = self._validator.check(episode.columns, schema)
         if not -(2**63) <= episode.policy_version < 2**63:

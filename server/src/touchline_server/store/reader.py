@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from touchline_protos.codec import EpisodeSelection, StoredEpisode, TensorSpec
-from touchline_server.errors import InvalidRequestError, UnknownEpisodeError
+from touchline_server.errors import InvalidArgumentError, UnknownEpisodeError
 from touchline_server.selectors.entries import ACTOR, ID, LENGTH
 from touchline_server.store.catalogue import Entry
 from touchline_server.store.episode_store import EpisodeStore
@@ -37,7 +37,7 @@ class EpisodeQuery:
     """Which episodes, and what of them.
 
     Raises:
-        InvalidRequestError: the selectors do not go together, or are out of range.
+        InvalidArgumentError: the selectors do not go together, or are out of range.
     """
 
     ids: Sequence[int] | None = None
@@ -59,13 +59,13 @@ class EpisodeQuery:
         others = {"first": self.first, "last": self.last, "actor": self.actor, "newest": self.newest}
         given = [name for name, value in others.items() if value is not None]
         if self.ids is not None and given:
-            raise InvalidRequestError(f"ids and {given[0]}: expected either ids, or any of {', '.join(others)}")
+            raise InvalidArgumentError(f"ids and {given[0]}: expected either ids, or any of {', '.join(others)}")
         if self.ids is not None and len(self.ids) > MAX_EPISODE_IDS:
-            raise InvalidRequestError(f"ids: {len(self.ids)}, expected at most {MAX_EPISODE_IDS} at a time")
+            raise InvalidArgumentError(f"ids: {len(self.ids)}, expected at most {MAX_EPISODE_IDS} at a time")
         if self.skip_missing and self.ids is None:
-            raise InvalidRequestError("skip_missing without ids, expected it with ids alone")
+            raise InvalidArgumentError("skip_missing without ids, expected it with ids alone")
         if self.newest is not None and self.newest < 1:
-            raise InvalidRequestError(f"newest: {self.newest}, expected 1 or more")
+            raise InvalidArgumentError(f"newest: {self.newest}, expected 1 or more")
         _check_id("first", self.first)
         _check_id("last", self.last)
         # There may be a million, and this is the event loop: each is looked at by itself only where one of them is wrong.
@@ -80,7 +80,7 @@ def _is_id(number: int) -> bool:
 
 def _check_id(name: str, number: int | None) -> None:
     if number is not None and not _is_id(number):
-        raise InvalidRequestError(f"{name}: {number}, expected a 64-bit integer below its largest")
+        raise InvalidArgumentError(f"{name}: {number}, expected a 64-bit integer below its largest")
 
 
 class EpisodeReader:
@@ -92,7 +92,7 @@ class EpisodeReader:
 
     Raises:
         UnknownEpisodeError: an id is not stored, and the query does not skip it.
-        InvalidRequestError: a column that the schema does not have.
+        InvalidArgumentError: a column that the schema does not have.
     """
 
     def __init__(self, store: EpisodeStore, query: EpisodeQuery) -> None:
@@ -231,14 +231,14 @@ def chosen_columns(schema: Schema, names: Sequence[str]) -> tuple[ColumnSpec, ..
     """Returns the columns that are asked for by name or by the name of their group; all where there are no names.
 
     Raises:
-        InvalidRequestError: a name that is neither.
+        InvalidArgumentError: a name that is neither.
     """
     if not names:
         return schema.columns
     wanted = set(names)
     for name in sorted(wanted):
         if not any(spec.name == name or spec.name.startswith(f"{name}.") for spec in schema.columns):
-            raise InvalidRequestError(f"columns: {name!r}, expected some of {', '.join(spec.name for spec in schema.columns)}")
+            raise InvalidArgumentError(f"columns: {name!r}, expected some of {', '.join(spec.name for spec in schema.columns)}")
     return tuple(spec for spec in schema.columns if any(spec.name == name or spec.name.startswith(f"{name}.") for name in wanted))
 
 

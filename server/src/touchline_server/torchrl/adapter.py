@@ -19,7 +19,7 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter
 from touchline_protos.codec import Episode
 from touchline_protos.types.flatten import ColumnError, flatten_columns
 from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidEpisodeError, InvalidRequestError
+from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError
 from touchline_server.selectors.entries import FIRST_ROW, LENGTH
 from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store.columns import Columns
@@ -88,15 +88,15 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         """Refused: TorchRL's checkpoint does not hold the episode index.
 
         Raises:
-            InvalidRequestError: always.
+            InvalidArgumentError: always.
         """
-        raise InvalidRequestError("TorchRL's checkpoint does not hold the episode index, so what it saves could not be sampled again")
+        raise InvalidArgumentError("TorchRL's checkpoint does not hold the episode index, so what it saves could not be sampled again")
 
     def loads(self, path: str | Path) -> None:
         """Refused, as :meth:`dumps`.
 
         Raises:
-            InvalidRequestError: always.
+            InvalidArgumentError: always.
         """
         self.dumps(path)
 

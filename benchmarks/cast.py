@@ -18,7 +18,7 @@ PACED_STEPS_PER_S = 10_000.0
 ACTORS = 4
 
 
-class ActorGroup:
+class Troupe:
     """Actors that add to one server at once.
 
     Args:
@@ -28,9 +28,9 @@ class ActorGroup:
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = workers
 
-    def first(self, actors: int) -> ActorGroup:
+    def first(self, actors: int) -> Troupe:
         """Returns some of them."""
-        return ActorGroup(self._workers[:actors])
+        return Troupe(self._workers[:actors])
 
     def under_load(self, run: Callable[[float], Slice], *, steps_per_s: float) -> Callable[[float], Slice]:
         """Returns what runs a slice while all actors add.
@@ -66,7 +66,7 @@ class ActorGroup:
         return inserting
 
 
-class ProcessGroup:
+class Stage:
     """Starts the processes of a section and ends them with it. A context manager."""
 
     def __init__(self, *, tuned: bool = True) -> None:
@@ -90,12 +90,12 @@ class ProcessGroup:
             filler.call("fill", address=server.address, workload=workload, rows=rows)
         return server, {"resident_bytes": resident_bytes(server.pid) - before, "rows": rows}
 
-    def actor_group(self, server: ServerProcess, workload: str, rows: int, actors: int) -> ActorGroup:
+    def troupe(self, server: ServerProcess, workload: str, rows: int, actors: int) -> Troupe:
         """Starts actors."""
         workers = [self.worker("benchmarks.actor") for _ in range(actors)]
         for number, worker in enumerate(workers):
             worker.call("prepare", address=server.address, workload=workload, rows=rows, number=number)
-        return ActorGroup(workers)
+        return Troupe(workers)
 
     def remote(self, learner: Worker, server: ServerProcess, workload: str, rows: int, path: str, *, name: str, seconds: float) -> Subject:
         """Returns a subject that takes batches from a server."""
@@ -103,7 +103,7 @@ class ProcessGroup:
         pid = server.pid
         return Subject(name, lambda length: learner.call("run", name=name, seconds=length, server_pid=pid), seconds)
 
-    def __enter__(self) -> ProcessGroup:
+    def __enter__(self) -> Stage:
         return self
 
     def __exit__(self, *exc: object) -> None:
