@@ -197,7 +197,7 @@ def test_refused_episode_is_reported_once_and_no_later_row_is_missing(server: Se
     play_on(lambda: env.reset(seed=1))
     for number in range(200):
         play_on(lambda: env.step(env.action_space.sample()))
-        if not env._line.recording:
+        if not env._track.recording:
             play_on(lambda number=number: env.reset(seed=number))
     play_on(env.close)
 
