@@ -1,4 +1,5 @@
-"""Actors fork: a child must add and sample by its own channel while its parent's client goes on working.
+"""Actors fork: a child must add and sample by its own channel while its parent's client goes on working. What was open at the fork stays
+the parent's: the child gets a ForkError, whatever lock a thread of the parent held.
 
 The parents are scripts in processes of their own: a test process with a server and several channels in it is no place to fork in.
 """
@@ -16,7 +17,7 @@ import pytest
 COMMON = """
 import os, sys, threading
 import numpy as np
-from touchline import EpisodeWriter, ReplayClient
+from touchline import EpisodeWriter, ForkError, ReplayClient
 
 def episode():
     return {"obs": np.zeros((10, 2), np.float32), "action": np.zeros((10, 1), np.float32), "reward": np.zeros(10, np.float32)}
@@ -25,24 +26,39 @@ def wait(pid):
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code == 0, f"the child ended with {code}"
 
+def run_child(act):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return pid
+
+def refuses(use, advice):
+    try:
+        use()
+    except ForkError as error:
+        assert advice in str(error), error
+    else:
+        raise AssertionError("no ForkError")
+
 client = ReplayClient(sys.argv[1], as_numpy=True, timeout_s=20, client_id="family")
 client.add(episode())
 """
 
 SCRIPTS = {
     "os-fork": """
+def act():
+    client.add(episode())
+    client.sample()
+    with client.batches() as stream:
+        next(stream)
+
 for _ in range(3):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            client.add(episode())
-            client.sample()
-            with client.batches() as stream:
-                next(stream)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
+    pid = run_child(act)
     client.add(episode())
     client.sample()
     wait(pid)
@@ -56,11 +72,29 @@ next(stream)
 pid = os.fork()
 if pid == 0:
     client.add(episode())
-    next(stream)
+    refuses(lambda: next(stream), "call batches() there")
     sys.exit(0)
 wait(pid)
 next(stream)
 assert client.num_eps == 2
+""",
+    "child-leaves-the-blocks-of-its-parent": """
+writer = EpisodeWriter(client)
+row = {name: value[0] for name, value in episode().items()}
+with client.batches() as stream, client.episodes() as episodes, writer:
+    for _ in range(3):
+        next(stream)
+        writer.append(row)
+    pid = os.fork()
+    if pid:
+        wait(pid)
+        next(stream)
+        assert len(list(episodes)) == 1
+        writer.append(row)
+if pid == 0:
+    sys.exit(0)  # which runs the handlers at exit
+assert client.num_eps == 2, client.num_eps
+assert client.counts().steps_stored == 14, client.counts()
 """,
     "multiprocessing": """
 import multiprocessing
@@ -82,31 +116,43 @@ assert client.num_eps == 4
 assert client.add(episode()) == 5
 """,
     "open-stream": """
+def act():
+    refuses(lambda: next(stream), "call batches() there")
+    stream.close()
+    with client.batches() as mine:
+        assert len([next(mine) for _ in range(50)]) == 50
+
 with client.batches() as stream:
     next(stream)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            batches = [next(stream) for _ in range(50)]  # by a session of the child's own
-            stream.close()
-            os._exit(0 if len(batches) == 50 else 2)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
+    pid = run_child(act)
     for _ in range(200):
         next(stream)
     wait(pid)
     for _ in range(200):
         next(stream)
 """,
+    "open-episodes": """
+def act():
+    for use in (lambda: next(episodes), lambda: episodes.total, lambda: episodes.total_steps):
+        refuses(use, "call episodes() there")
+    episodes.close()
+    assert len(list(client.episodes())) == 3
+
+for _ in range(2):
+    client.add(episode())
+episodes = client.episodes()
+next(episodes)
+wait(run_child(act))
+assert len(list(episodes)) == 2
+""",
     "thread-that-waits-for-the-server": """
 from touchline import UnavailableError
 from touchline._learner import stream as module
 
-real, failures, inside = module._Session, [1, 1], threading.Event()
+real, failures, inside, parent = module._Session, [1, 1], threading.Event(), os.getpid()
 
 def open_session(*arguments, **options):
-    if failures:
+    if failures and os.getpid() == parent:
         failures.pop()
         raise UnavailableError("as the test wants")
     return real(*arguments, **options)
@@ -121,49 +167,53 @@ client._calls.delays = delays
 batches = client.batches()
 threading.Thread(target=lambda: next(batches), daemon=True).start()
 assert inside.wait(20)
-pid = os.fork()
-if pid == 0:
-    try:
-        failures.append(1)
-        next(batches)
-        os._exit(0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        os._exit(1)
-wait(pid)
+
+def act():
+    refuses(lambda: next(batches), "call batches() there")
+    next(client.batches())
+
+wait(run_child(act))
 os._exit(0)
 """,
-    "thread-that-takes-episodes-over": """
-from touchline._learner import episodes as module
+    "thread-that-holds-every-lock": """
+# A thread of the parent is caught holding the locks that each of them uses.
+writer = EpisodeWriter(client)
+batches, episodes = client.batches(ring=False), client.episodes()
+next(batches)
+next(episodes)
+held, parent = threading.Event(), os.getpid()
 
-class Halting(list):
-    def __iter__(self):
-        inside.set()
+def hold():
+    with writer._unsent.outbox._changed, client._transport._lock, batches._source._closed._cond, episodes._source._closed._cond:
+        held.set()
         threading.Event().wait()
 
-feed, inside, parent = module.EpisodeDecoder.feed, threading.Event(), os.getpid()
+threading.Thread(target=hold, daemon=True).start()
+assert held.wait(20)
 
-def feed_and_halt(decoder, message):
-    found = feed(decoder, message)
-    return Halting(found) if found and os.getpid() == parent else found
-
-module.EpisodeDecoder.feed = feed_and_halt
-for _ in range(3):
+def act():
+    global writer, batches, episodes
+    # gRPC's destructor of a call takes a lock that its threads in the parent take as well.
+    type(batches._source._session._call).__del__ = lambda call: os._exit(2)
+    for use in (lambda: writer.append({}), lambda: writer.end_episode(), lambda: writer.flush(), lambda: writer.counters):
+        refuses(use, "make a writer there")
+    refuses(lambda: next(batches), "call batches() there")
+    refuses(lambda: next(episodes), "call episodes() there")
+    for thing in (writer, batches, episodes):
+        thing.close()
+    writer = batches = episodes = None
     client.add(episode())
-episodes = client.episodes(newest=4)
-threading.Thread(target=lambda: next(episodes), daemon=True).start()
-assert inside.wait(20)
+    client.sample()
+
 pid = os.fork()
 if pid == 0:
-    try:
-        os._exit(0 if len(list(episodes)) == 4 else 2)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        os._exit(1)
+    act()
+    sys.exit(0)  # by all handlers, and by the end of the interpreter
 wait(pid)
 os._exit(0)
 """,
     "busy-writer": """
+row = {name: value[0] for name, value in episode().items()}
 writer = EpisodeWriter(client)
 stop = threading.Event()
 def ask():
@@ -171,23 +221,22 @@ def ask():
         client.counts()
 asker = threading.Thread(target=ask)
 asker.start()
+
+def act():
+    client.add(episode())
+    refuses(lambda: writer.append(row), "make a writer there")
+    writer.close()
+    with EpisodeWriter(client) as mine:
+        for _ in range(2):
+            mine.append(row)
+    assert mine.counters.acknowledged == 1
+
 pids = []
 for number in range(10):
     for _ in range(5):
-        writer.append({name: value[0] for name, value in episode().items()})
+        writer.append(row)
     writer.end_episode()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            client.add(episode())
-            for _ in range(2):
-                writer.append({name: value[0] for name, value in episode().items()})
-            writer.close(20)
-            os._exit(0 if writer.counters.appended == 1 else 2)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    pids.append(pid)
+    pids.append(run_child(act))
 for pid in pids:
     wait(pid)
 stop.set()
@@ -200,15 +249,7 @@ assert client.counts().episodes_duplicate == 0
     "while-waiting": """
 waiter = threading.Thread(target=lambda: client.wait_until_ready(1_000_000), daemon=True)
 waiter.start()
-pid = os.fork()
-if pid == 0:
-    try:
-        client.add(episode())
-        os._exit(0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        os._exit(1)
-wait(pid)
+wait(run_child(lambda: client.add(episode())))
 client.sample()
 assert client.num_eps == 2
 os._exit(0)

@@ -27,7 +27,6 @@ from touchline._rpc.convert import (
     whole_number,
 )
 from touchline._rpc.credentials import Credentials, TlsConfig
-from touchline._rpc.fork import register_after_fork
 from touchline._rpc.outcomes import outcome_told
 from touchline._rpc.waits import waiting
 from touchline.errors import (
@@ -109,7 +108,6 @@ class ReplayClient:
         self._delivery = EpisodeUploader(self._calls, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         self._readiness = Readiness(self._calls, table=table)
         self._decoders = threading.local()
-        register_after_fork(self)
 
     @property
     def address(self) -> str:
@@ -464,10 +462,6 @@ class ReplayClient:
             "table": self._table,
         }
         return partial(type(self), self.address, **options, **self._transport.credentials.arguments), ()
-
-    def after_fork_in_child(self) -> None:
-        """Decodes into buffers of its own."""
-        self._decoders = threading.local()
 
     @property
     def _decoder(self) -> BatchDecoder:

@@ -120,7 +120,8 @@ class ClosedError(TouchlineError):
 
 
 class ForkError(TouchlineError):
-    """The object was used in a forked child, where it does not work; make a new one there."""
+    """A forked child used what belongs to its parent: a stream or writer that was open at the fork or, if gRPC was imported before this
+    package and without fork support, the client itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): {install_command('torch')}") from error
 
 from touchline._learner.stream import BatchStream
-from touchline._rpc.copying import NotCopied
+from touchline._rpc.process_bound import ProcessBound
 from touchline._tdmpc2.column_names import columns_of
 from touchline._tdmpc2.single_run import Backend, SingleRun
 from touchline.client import ReplayClient
@@ -33,7 +33,7 @@ Sampled = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | No
 """obs, action, reward, terminated, task; see :meth:`Buffer.sample`."""
 
 
-class Buffer(NotCopied):
+class Buffer(ProcessBound):
     """TD-MPC2's replay buffer on a Touchline server, or on a buffer in this process. Also a context manager that closes it.
 
     It is the buffer of one run: when it is made it asks the server for its figures, waits up to 60 s for one that is not there (and says so
@@ -73,6 +73,7 @@ class Buffer(NotCopied):
         accept_eviction: bool | None = None,
         timeout_s: float | None = None,
     ) -> None:
+        super().__init__()
         self.cfg = cfg
         self._capacity = min(int(cfg.buffer_size), int(cfg.steps))
         self._batch_size = int(cfg.batch_size)
@@ -177,6 +178,7 @@ class Buffer(NotCopied):
         backend = self._backend
         if not isinstance(backend, ReplayClient):
             return backend.sample(batch_size=self._batch_size, horizon=self._horizon, law=LAW)
+        self._check_process()
         if self._stream is None:
             self._stream = backend.batches(
                 batch_size=self._batch_size,

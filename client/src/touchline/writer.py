@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,8 +15,8 @@ from touchline._actor.queue import MAX_PENDING, EpisodeQueue, MemoryQueue, Overf
 from touchline._actor.rows import row_columns
 from touchline._actor.unsent import Unsent
 from touchline._rpc.convert import check_actor, check_dtype, check_policy_version, whole_number
-from touchline._rpc.copying import NotCopied
 from touchline._rpc.dropping import when_dropped
+from touchline._rpc.process_bound import ProcessBound
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError, SpoolError, UnacknowledgedError
 from touchline.types import WriterCounters
 from touchline_protos.codec import Episode, EpisodeKey
@@ -34,7 +33,7 @@ SPOOL_LIMIT_BYTES = 1 << 30
 logger = get_logger(__name__)
 
 
-class EpisodeWriter(NotCopied):
+class EpisodeWriter(ProcessBound):
     """Collects an actor's steps into episodes and sends each, whole, from a background thread.
 
     The first row of an episode is the reset observation. It may leave out columns that the later rows have: they are NaN there (zero
@@ -64,9 +63,8 @@ class EpisodeWriter(NotCopied):
     The thread does not keep the process alive. A writer that was not closed at exit has two seconds to finish, and what is then not
     acknowledged is logged: as an error where it is lost, as a warning where it waits in a spool. One that is dropped without being closed
     logs that and gives its unfinished episode up; those that ended are sent, or wait in the spool as after ``close``. In a
-    forked child a writer starts empty:
-    what its parent collected is the parent's to send. A spool is the parent's, too: a writer that has one cannot be used in a child, which
-    makes one of its own with another folder.
+    forked child the writer is still the parent's: using it there raises ForkError, closing it does nothing, and the child makes a writer of
+    its own (if with a spool, in another folder).
 
     One thread appends and ends episodes; ``flush``, ``close`` and the counters may be used from any.
 
@@ -89,7 +87,7 @@ class EpisodeWriter(NotCopied):
         SpoolError: the spool is another writer's, damaged, of a newer format, or cannot be made.
     """
 
-    _instead = "hand its client over, which can be, and make a writer there"
+    _instead = "make a writer there (if with a spool, in another folder) with the client, which may be forked, pickled and copied"
 
     def __init__(
         self,
@@ -105,6 +103,7 @@ class EpisodeWriter(NotCopied):
         when_full: OverflowPolicy = "block",
         dtype: Any = None,
     ) -> None:
+        super().__init__()
         if when_full not in get_args(OverflowPolicy):
             raise InvalidArgumentError(f"when_full: {when_full!r}, expected {', '.join(map(repr, get_args(OverflowPolicy)))}")
         self._client = client
@@ -120,9 +119,10 @@ class EpisodeWriter(NotCopied):
         self._dtype = client.dtype if dtype is None else check_dtype(dtype)
         self._closing = False
         self._rows_version = self._policy_version
-        memory_queue = partial(MemoryQueue, max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
-        queue = self._open_spool(Path(spool_dir)) if spool_dir is not None else memory_queue()
-        self._unsent = Unsent(client, queue, memory_queue, actor=self._actor, when_full=when_full)
+        queue: EpisodeQueue = MemoryQueue(max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
+        if spool_dir is not None:
+            queue = self._open_spool(Path(spool_dir))
+        self._unsent = Unsent(client, queue, actor=self._actor, when_full=when_full)
         exit_hooks.watch(self._unsent)
         when_dropped(self, self._unsent.end)
 
@@ -150,6 +150,7 @@ class EpisodeWriter(NotCopied):
     @property
     def counters(self) -> WriterCounters:
         """What was done so far; all figures are of one moment."""
+        self._check_process()
         return self._unsent.outbox.counters
 
     def append(self, step: Mapping[str, Any]) -> None:
@@ -165,6 +166,7 @@ class EpisodeWriter(NotCopied):
                 before. The row is not added, the rows before it are an episode of their own, and this is raised for every further row
                 until ``end_episode``.
             UnacknowledgedError: earlier episodes were refused; the row is not added.
+            ForkError: the writer was made by the parent of this forked child. So it is for all methods but ``close``.
             SpoolError: an episode that ended before cannot be written to the spool; the row is not added, the same call may be made again.
             ClosedError: the writer was closed.
         """
@@ -211,6 +213,7 @@ class EpisodeWriter(NotCopied):
             UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent, unless it says otherwise.
             ClosedError: closed before, and episodes wait in the spool.
         """
+        self._check_process()
         self._unsent.outbox.flush(timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -229,6 +232,8 @@ class EpisodeWriter(NotCopied):
             SpoolError: the unfinished episode cannot be written to the spool, or there is no room for it in time. It is kept in memory:
                 close again.
         """
+        if self._inherited:
+            return
         if not self._closing:
             wait_s = math.inf if timeout_s is None else timeout_s
             if timeout_s is None and self._unsent.outbox.durable:
@@ -249,7 +254,7 @@ class EpisodeWriter(NotCopied):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Closes. If the body failed, the unfinished episode is discarded, the ended ones have the client's timeout to go out (two seconds
         after Ctrl-C), and what is not acknowledged then is logged, so that the body's own error is the one that is seen."""
-        if kind is None or error is None:
+        if kind is None or error is None or self._inherited:
             self.close()
             return
         if len(self._unsent.rows):
@@ -274,12 +279,9 @@ class EpisodeWriter(NotCopied):
     # Inside.
 
     def _check(self) -> None:
+        self._check_process()
         if self._closing:
             raise ClosedError("the episode writer was closed")
-        if self._unsent.parents_spool is not None:
-            raise SpoolError(
-                f"spool_dir: {self._unsent.parents_spool} is the parent process's; in a forked child make a writer with a folder of its own"
-            )
         self._unsent.outbox.report()
 
     def _end(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:

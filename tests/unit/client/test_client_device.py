@@ -287,16 +287,6 @@ def test_take_without_a_thread_to_read_ahead_is_told_and_the_next_one_tries_agai
     source.close()
 
 
-def test_source_in_a_forked_child_begins_with_a_thread_of_its_own(late: LateTorch) -> None:
-    source = CudaSource(Host(), late, "device")
-    source._thread = threading.Thread()  # the parent's, which does not run in the child
-
-    source.after_fork_in_child()
-
-    assert _matches(source.take(), 0)
-    source.close()
-
-
 def test_close_ends_a_take_under_way_and_the_thread(late: LateTorch) -> None:
     host = Host(last=1)
     source = CudaSource(host, late, "device")

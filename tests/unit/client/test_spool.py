@@ -389,7 +389,6 @@ def test_forked_child_cannot_use_the_spool_and_leaves_it_whole(spool: Spool, fol
     if pid == 0:
         code = 1
         try:
-            spool.abandon()  # as its writer does
             refusals = 0
             for use in (spool.take, lambda: Spool(folder, limit_bytes=LIMIT)):
                 try:

@@ -403,18 +403,6 @@ def test_bad_argument_is_refused(client: ReplayClient, arguments: dict[str, Any]
         EpisodeWriter(client, **arguments)
 
 
-def test_writer_in_a_forked_child_starts_empty_and_works(client: ReplayClient, shelf: Shelf) -> None:
-    writer = EpisodeWriter(client)
-    _play(writer, range(5))
-
-    writer._unsent.after_fork_in_child()
-    _play(writer, range(2))
-    writer.close(60)
-
-    assert shelf.columns("obs") == [[0, 1]]
-    assert writer.counters.appended == 1
-
-
 FORGETFUL = """
 import sys
 import numpy as np

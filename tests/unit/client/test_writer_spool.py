@@ -483,7 +483,7 @@ def test_memory_does_not_grow_with_what_waits_in_the_spool(client: ReplayClient,
 FORKING = """
 import os, sys
 import numpy as np
-from touchline import EpisodeWriter, ReplayClient, SpoolError
+from touchline import EpisodeWriter, ForkError, ReplayClient
 
 def play(writer):
     for _ in range(3):
@@ -499,8 +499,8 @@ for number in range(5):
         try:
             try:
                 play(writer)
-            except SpoolError as error:
-                assert "in a forked child make a writer with a folder of its own" in str(error), error
+            except ForkError as error:
+                assert "make a writer there (if with a spool, in another folder)" in str(error), error
             else:
                 os._exit(2)
             writer.close()

@@ -21,7 +21,8 @@ GRACE_S = 2.0
 
 logger = get_logger(__name__)
 
-_open: set[Flushable] = set()
+_open: dict[Flushable, int] = {}
+"""Each with the process that it belongs to: a forked child has its parent's here, too."""
 _registered_in: set[int] = set()
 """Processes (the parents of this one, and itself) in which the handlers stand."""
 
@@ -41,7 +42,7 @@ class Flushable(Protocol):
 
 def watch(leaver: Flushable) -> None:
     """Keeps a writer alive, and speaks of it at exit, until it is forgotten."""
-    _open.add(leaver)
+    _open[leaver] = os.getpid()
     if os.getpid() in _registered_in:
         return
     if not _registered_in:
@@ -57,7 +58,7 @@ def watch(leaver: Flushable) -> None:
 
 def forget(leaver: Flushable) -> None:
     """Says that a writer has nothing to lose any more."""
-    _open.discard(leaver)
+    _open.pop(leaver, None)
 
 
 def grace_after(error: BaseException) -> float:
@@ -71,8 +72,9 @@ def grace_after(error: BaseException) -> float:
 
 def _leave() -> None:
     ends = time.monotonic() + GRACE_S
-    while _open:
-        leaver = _open.pop()
+    while mine := [leaver for leaver, process in _open.items() if process == os.getpid()]:
+        leaver = mine[0]
+        del _open[leaver]
         with contextlib.suppress(UnacknowledgedError, SpoolError):  # the log says what was refused, and the next line the rest
             leaver.flush(max(0.0, ends - time.monotonic()))
         loss = leaver.describe_loss()

@@ -121,9 +121,6 @@ class EpisodeQueue(Protocol):
     def close(self) -> None:
         """Lets go of what it holds; what waits in memory is gone."""
 
-    def abandon(self) -> None:
-        """In a forked child: touches nothing that is the parent's. Must take no lock of the parent's."""
-
 
 class MemoryQueue:
     """Episodes in this process's memory. See :class:`EpisodeQueue`.
@@ -195,9 +192,6 @@ class MemoryQueue:
             return [waiting.key for waiting, _, _ in self._episodes]
 
     def close(self) -> None:
-        """Does nothing."""
-
-    def abandon(self) -> None:
         """Does nothing."""
 
     def _has_room(self, size_bytes: int, episodes: int, held_bytes: int) -> bool:

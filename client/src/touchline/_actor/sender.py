@@ -232,10 +232,6 @@ class EpisodeSender:
         if results:
             raise _unacknowledged(results)
 
-    def abandon(self) -> None:
-        """In a forked child: leaves everything to the parent."""
-        self._queue.abandon()
-
     def _wait_for_room(self, settled: int, ends: float) -> None:
         with self._changed:
             if self._failure is not None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 from touchline._actor import exit_hooks
 from touchline._actor.queue import EpisodeQueue, OverflowPolicy
 from touchline._actor.recipient import EpisodeRecipient
 from touchline._actor.rows import EpisodeRows
 from touchline._actor.sender import EpisodeSender
-from touchline._rpc.fork import register_after_fork
 from touchline.errors import SpoolError, UnacknowledgedError
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
@@ -24,7 +20,6 @@ class Unsent:
     Args:
         client: sends the episodes.
         queue: keeps them until they are acknowledged.
-        childs_queue: makes one in memory, for a forked child.
         actor: whose writer it is, in the log.
         when_full: what happens to an episode for which the queue has no room.
     """
@@ -33,21 +28,11 @@ class Unsent:
         self,
         client: EpisodeRecipient,
         queue: EpisodeQueue,
-        childs_queue: Callable[[], EpisodeQueue],
         *,
         actor: str,
         when_full: OverflowPolicy,
     ) -> None:
-        self._client = client
-        self._childs_queue = childs_queue
         self._actor = actor
-        self._when_full: OverflowPolicy = when_full
-        self.parents_spool: Path | None = None
-        """In a forked child: the spool that is the parent's."""
-        self._start(queue)
-        register_after_fork(self)
-
-    def _start(self, queue: EpisodeQueue) -> None:
         self.rows = EpisodeRows()
         """Of the unfinished episode."""
         self.cut = False
@@ -56,7 +41,7 @@ class Unsent:
         """Why further rows are refused until the episode is ended; empty if they are not."""
         self.due: Episode | None = None
         """That ended, and is not in the outbox yet."""
-        self.outbox = EpisodeSender(self._client, queue, name=f"episode writer of actor {self._actor!r}", when_full=self._when_full)
+        self.outbox = EpisodeSender(client, queue, name=f"episode writer of actor {actor!r}", when_full=when_full)
         """Of those that ended before."""
 
     def discard(self, why: str) -> None:
@@ -88,7 +73,7 @@ class Unsent:
         finally:
             exit_hooks.forget(self)
 
-    # At the process's exit and after a fork.
+    # At the process's exit.
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until every ended episode is acknowledged, and raises what :meth:`EpisodeSender.flush` does."""
@@ -109,11 +94,3 @@ class Unsent:
         if not pending or not self.outbox.durable:
             return None
         return f"episode writer of actor {self._actor!r} was not closed: {pending} episodes wait in {self.outbox.place} for its next start"
-
-    def after_fork_in_child(self) -> None:
-        """Starts empty; a spool stays the parent's."""
-        outbox = self.outbox
-        outbox.abandon()
-        if outbox.durable:
-            self.parents_spool = Path(outbox.place)
-        self._start(self._childs_queue())

@@ -13,7 +13,6 @@ import numpy as np
 from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream import BatchSource
 from touchline._learner.torch_batch import load_torch, map_batch
-from touchline._rpc.fork import leak_parent_object, register_after_fork
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline_protos import Batch
 from touchline_protos.shm.ring_slots import PinnedRegion
@@ -229,20 +228,10 @@ class CudaSource:
         self._torch = torch
         self._device = device
         self._closed = False
-        self._begin()
-        register_after_fork(self)
-
-    def _begin(self) -> None:
-        """Has everything that changes as it is before the first batch."""
         self._changed = threading.Condition()
         self._ahead: deque[StagedBatch] = deque()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-
-    def after_fork_in_child(self) -> None:
-        """Begins anew; what is on the device is the parent's. CUDA itself refuses a child of a process that has used it, by an error."""
-        leak_parent_object((self._ahead, self._thread))
-        self._begin()
 
     def take(self) -> Batch:
         """Returns the next batch; see :class:`~touchline._learner.stream.BatchStream` for what it raises."""

@@ -6,14 +6,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
-from touchline._rpc.copying import NotCopied
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.fork import clone_event, leak_parent_object, register_after_fork
+from touchline._rpc.process_bound import ProcessBound
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import ClosedError, DeadlineError, ServerError, TouchlineError, UnavailableError
 from touchline_protos.codec import CodecError, EpisodeDecoder, EpisodeSelection, StoredEpisode
@@ -26,17 +24,18 @@ MAX_FRUITLESS = 5
 logger = get_logger(__name__)
 
 
-class EpisodeStream(NotCopied):
+class EpisodeStream(ProcessBound):
     """An iterator of whole episodes, their ids ascending; also a context manager that closes it. Made by ``ReplayClient.episodes``.
 
-    One thread iterates, any thread may close; forks as with a :class:`~touchline.BatchStream`, but a child goes on where its parent was.
+    One thread iterates, any thread may close. In a forked child it is still the parent's, as a :class:`~touchline.BatchStream` is.
     The episodes' arrays are the caller's. Who stops before the end closes it; what is dropped without that ends its call once it is
     collected.
     """
 
-    _instead = "hand its client over, which can be, and call episodes() there"
+    _instead = "call episodes() there, on the client, which may be forked, pickled and copied"
 
     def __init__(self, source: EpisodeSource) -> None:
+        super().__init__()
         self._source = source
         self._closed = False
         when_dropped(self, source.close)
@@ -54,10 +53,12 @@ class EpisodeStream(NotCopied):
                 off within one episode for as long as that, and five times at least. The next ``next`` tries again.
             OverLimitError: it had too much to do for as long as that.
             DeadlineError: nothing came within ``timeout_s``, though the server was there.
+            ForkError: the stream was opened by the parent of this forked child.
             TouchlineError: another of the tree.
         """
         if self._closed:
             raise StopIteration
+        self._check_process()
         try:
             episode = self._source.take()
         except ClosedError:
@@ -75,33 +76,26 @@ class EpisodeStream(NotCopied):
 
         Fewer come where some are evicted before their turn. Raises as ``next`` does.
         """
+        self._check_process()
         return self._source.selection.episodes
 
     @property
     def total_steps(self) -> int:
         """How many rows these episodes have. Raises as ``next`` does."""
+        self._check_process()
         return self._source.selection.steps
 
     def close(self) -> None:
         """Ends the call. Closing again does nothing."""
         self._closed = True
-        self._source.close()
+        if not self._inherited:
+            self._source.close()
 
     def __enter__(self) -> EpisodeStream:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Progress:
-    """How far reading is."""
-
-    seen_id: int = -1
-    """The highest id that was dealt with."""
-    ready: deque[StoredEpisode] = field(default_factory=deque)
-    """Episodes up to it that nobody has taken yet."""
 
 
 class EpisodeSource:
@@ -119,7 +113,8 @@ class EpisodeSource:
         self._request = request
         self._timeout_s = timeout_s
         self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
-        self._progress = _Progress()
+        self._ready: deque[StoredEpisode] = deque()
+        self._seen_id = -1
         self._fruitless = 0
         self._fruitless_since = 0.0
         self._delays = calls.delays()
@@ -127,7 +122,6 @@ class EpisodeSource:
         self._finished = False
         self._watchdog = Watchdog(timeout_s)
         self._closed = threading.Event()
-        register_after_fork(self)
 
     @property
     def selection(self) -> EpisodeSelection:
@@ -139,10 +133,9 @@ class EpisodeSource:
 
     def take(self) -> StoredEpisode | None:
         """Returns the next episode, None at the end; see :class:`EpisodeStream` for what it raises."""
-        while not self._progress.ready and not self._finished:
+        while not self._ready and not self._finished:
             self._advance()
-        ready = self._progress.ready
-        return ready.popleft() if ready else None
+        return self._ready.popleft() if self._ready else None
 
     def close(self) -> None:
         """Ends the call; a ``take`` under way raises ClosedError."""
@@ -165,7 +158,7 @@ class EpisodeSource:
         while not self._finished:
             if self._closed.is_set():
                 raise ClosedError("the stream was closed")
-            if self._selection is not None and self._progress.seen_id >= self._selection.last_episode_id:
+            if self._selection is not None and self._seen_id >= self._selection.last_episode_id:
                 self._finish()
                 return
             session = self._session or self._open()
@@ -235,10 +228,10 @@ class EpisodeSource:
             raise UnavailableError(
                 f"{self._calls.transport.address}: the server came back without the episodes that were being read; read them from the start"
             )
-        if session.decoder.seen_id > self._progress.seen_id:
+        if session.decoder.seen_id > self._seen_id:
             self._fruitless, session.fruitful = 0, True
-            # In one step: whoever forks sees the episodes and their ids, or neither.
-            self._progress = _Progress(session.decoder.seen_id, deque([*self._progress.ready, *episodes]))
+            self._seen_id = session.decoder.seen_id
+            self._ready.extend(episodes)
         return session.frames > 1
 
     def _finish(self) -> None:
@@ -259,10 +252,10 @@ class EpisodeSource:
         left = pb.GetEpisodesRequest()
         left.CopyFrom(self._request)
         if left.episode_ids:
-            left.episode_ids[:] = [number for number in left.episode_ids if number > self._progress.seen_id]
+            left.episode_ids[:] = [number for number in left.episode_ids if number > self._seen_id]
             left.skip_missing = True  # all were there when the first call began: what is not now was evicted
         else:
-            left.first_episode_id = max(self._progress.seen_id + 1, self._selection.first_episode_id)
+            left.first_episode_id = max(self._seen_id + 1, self._selection.first_episode_id)
             left.last_episode_id = self._selection.last_episode_id
             left.ClearField("newest")
         return left
@@ -271,14 +264,6 @@ class EpisodeSource:
         session, self._session = self._session, None
         if session is not None:
             session.end()
-
-    def after_fork_in_child(self) -> None:
-        """The call is the parent's; the child goes on from where that was, with one of its own."""
-        leak_parent_object((self._session, self._watchdog))
-        self._session = None
-        self._delays = self._calls.delays()
-        self._watchdog = Watchdog(self._timeout_s)
-        self._closed = clone_event(self._closed)
 
 
 class _Session:

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 from touchline._learner.readiness import PROBE_TIMEOUT_S, Readiness
 from touchline._learner.ring_reader import RingBatches, RingEndedError, attach
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
-from touchline._rpc.copying import NotCopied
 from touchline._rpc.credentials import is_local
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
-from touchline._rpc.fork import clone_event, leak_parent_object, register_after_fork
+from touchline._rpc.process_bound import ProcessBound
 from touchline._rpc.waits import waiting
 from touchline.errors import (
     ClosedError,
@@ -67,20 +66,21 @@ class BatchSource(Protocol):
         """The ring that the last batch came through; None where it came in messages."""
 
 
-class BatchStream(NotCopied):
+class BatchStream(ProcessBound):
     """An endless iterator of batches; also a context manager that closes it.
 
     One thread iterates, any thread may close; one that is dropped ends its session once it is collected. The batches are the caller's:
     nothing overwrites them, however long they are held.
 
-    A forked child begins a session of its own. Limit: where one thread forks while another is taking a batch in messages (not through a
-    ring), gRPC itself may be caught half-way, and hang in the child: let the thread that iterates be the one that forks, or hold the
-    iteration meanwhile.
+    In a forked child the stream is still the parent's: using it there raises ForkError, closing it does nothing. Limit: if one thread forks
+    while another takes a batch that comes in messages (not through a ring), gRPC itself may be caught half-way and hang in the child. Fork
+    from the thread that iterates, or pause the iteration meanwhile.
     """
 
-    _instead = "hand its client over, which can be, and call batches() there"
+    _instead = "call batches() there, on the client, which may be forked, pickled and copied"
 
     def __init__(self, source: BatchSource, deliver: Callable[[Batch], Batch]) -> None:
+        super().__init__()
         self._source = source
         self._deliver = deliver
         self._closed = False
@@ -98,10 +98,12 @@ class BatchStream(NotCopied):
             OverLimitError: it had too much to do for as long as that.
             NotReadyError: nothing could be sampled within ``timeout_s``.
             DeadlineError: no batch came within ``timeout_s`` for another reason.
+            ForkError: the stream was opened by the parent of this forked child.
             TouchlineError: the server refused the request.
         """
         if self._closed:
             raise StopIteration
+        self._check_process()
         try:
             return self._deliver(self._source.take())
         except ClosedError:
@@ -122,7 +124,8 @@ class BatchStream(NotCopied):
     def close(self) -> None:
         """Ends the session with the server. Closing again does nothing."""
         self._closed = True
-        self._source.close()
+        if not self._inherited:
+            self._source.close()
 
     def __enter__(self) -> BatchStream:
         return self
@@ -161,11 +164,6 @@ class StreamSource:
         self._session: _Session | None = None
         self._no_ring_told = False
         self._closed = threading.Event()
-        self._begin()
-        register_after_fork(self)
-
-    def _begin(self) -> None:
-        """Has everything that changes as it is before the first batch."""
         self._ready: deque[Batch] = deque()
         self._taken = 0
         self._delays = self._calls.delays()
@@ -307,13 +305,6 @@ class StreamSource:
         except TouchlineError as error:
             return UnavailableError(f"{waited}: {error}")
         return DeadlineError(waited) if state.can_sample else NotReadyError(f"{waited}: {state.describe()}", state.counts)
-
-    def after_fork_in_child(self) -> None:
-        """Begins anew, whatever a thread of the parent was doing here: the session is the parent's, and batches would be used twice."""
-        leak_parent_object((self._session, self._ready, self._watchdog))
-        self._session = None
-        self._closed = clone_event(self._closed)
-        self._begin()
 
 
 class _Session:

@@ -78,7 +78,7 @@ class Transport:
         self._lock = threading.Lock()
         self._channel: Any = None
         self._methods: dict[tuple[str, str], Callable[..., Any]] = {}
-        self._dropped: weakref.finalize[Any, Any] | None = None
+        self._finalizer: weakref.finalize[Any, Any] | None = None
         self._closed = False
         self._unusable = False
         fork.register_after_fork(self)
@@ -107,12 +107,12 @@ class Transport:
                 raise ClosedError(f"the client of {self.address} was closed")
             if self._unusable:
                 raise ForkError(
-                    "gRPC was loaded before touchline and without fork support, so that it cannot be used in this forked child: "
+                    "gRPC was imported before touchline and without fork support, so this forked child cannot use the client: "
                     "import touchline first, or set GRPC_ENABLE_FORK_SUPPORT=1"
                 )
             if self._channel is None:
                 self._channel = self.credentials.open(self.address, self._options)
-                self._dropped = when_dropped(self, self._channel.close)
+                self._finalizer = when_dropped(self, self._channel.close)
             made: Callable[..., Any] = getattr(self._channel, kind)(_SERVICE + name)
             self._methods[kind, name] = made
             return made
@@ -124,7 +124,8 @@ class Transport:
             channel, self._channel = self._channel, None
             self._methods = {}
         if channel is not None:
-            self._forget_dropping()
+            if self._finalizer is not None:
+                self._finalizer.detach()
             channel.close()
 
     def after_fork_in_child(self) -> None:
@@ -132,12 +133,6 @@ class Transport:
         if self._channel is not None:
             fork.leak_parent_object((self._channel, self._methods))
             self._unusable = not fork.SUPPORTED
-            self._forget_dropping()
         self._channel = None
         self._methods = {}
         self._lock = threading.Lock()
-
-    def _forget_dropping(self) -> None:
-        if self._dropped is not None:
-            self._dropped.detach()
-            self._dropped = None

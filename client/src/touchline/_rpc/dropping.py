@@ -1,29 +1,35 @@
-"""What is dropped without being closed ends all the same."""
+"""Objects that are dropped without being closed, and are closed all the same."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+from touchline._rpc.fork import leak_parent_object
+
 
 def when_dropped(owner: object, end: Callable[..., Any], *arguments: Any) -> weakref.finalize[Any, Any]:
-    """Has ``end(*arguments)`` called once the owner is garbage. Neither may refer to the owner.
+    """Arranges for ``end(*arguments)`` to be called once the owner is garbage. Neither may refer to the owner.
 
-    It is called in a thread of its own: a collection may begin anywhere, also in a thread that holds a lock that ``end`` needs. Not called
-    at the process's exit.
+    The call is made in a thread of its own, because the collector may run at any point, even in a thread that holds a lock that ``end``
+    needs. There is no call at the exit of the process, nor in a forked child, where ``end`` would end what is the parent's.
 
     Returns:
-        What to ``detach()`` in a forked child, where what ``end`` ends is the parent's.
+        The finalizer; ``detach()`` cancels the call.
     """
-    finalizer = weakref.finalize(owner, _in_a_thread, end, arguments)
+    finalizer = weakref.finalize(owner, _call_in_thread, os.getpid(), end, arguments)
     finalizer.atexit = False
     return finalizer
 
 
-def _in_a_thread(end: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # Where the system has no other thread, the little that is left over goes with the process.
+def _call_in_thread(process: int, end: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if process != os.getpid():
+        leak_parent_object((end, arguments))
+        return
+    # If the system has no thread left, the little that stays open goes with the process.
     with contextlib.suppress(RuntimeError):
         threading.Thread(target=end, args=arguments, name="touchline-dropped", daemon=True).start()

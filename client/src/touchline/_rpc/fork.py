@@ -1,12 +1,19 @@
-"""Forks: what lets a child of ``os.fork`` use gRPC, and how objects forget what was their parent's.
+"""Forks: a child of ``os.fork`` has a working client, and never waits for a lock of its parent's.
 
-gRPC's core survives a fork only if it was told to before it is loaded (``GRPC_ENABLE_FORK_SUPPORT``) and only if no thread is inside it
-at that moment; a child forked otherwise hangs in its first call. So this module, which the package loads before anything that loads
-``grpc``, sets the variable unless the user has, and holds a gate that calls pass and at which a fork waits.
+What a child may rely on:
+
+* A client that was made before the fork works. It opens a channel of its own and becomes another sender of episodes.
+* What was open at the fork (streams, writers, spools) goes on in the parent, and raises ForkError or SpoolError in the child.
+
+gRPC's core survives a fork only if it was told to before it is loaded (``GRPC_ENABLE_FORK_SUPPORT``), and only if no thread is inside it
+at that moment; a child forked otherwise hangs in its first call. So this module, which the package imports before anything that imports
+``grpc``, sets that variable unless the user has, and holds a gate that calls pass and at which a fork waits. SQLite, whose global locks a
+child would find taken, is used behind the same gate.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -17,32 +24,28 @@ from touchline_protos.log_lines import get_logger
 
 _VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 GATE_WAIT_S = 5.0
-"""How long a fork waits for calls of other threads to leave gRPC."""
+"""How long a fork waits for the calls of other threads to leave gRPC."""
 
 logger = get_logger(__name__)
 
 
-def _enable() -> bool:
+def _enable_fork_support() -> bool:
     if "grpc" not in sys.modules:
         os.environ.setdefault(_VARIABLE, "1")
     return os.environ.get(_VARIABLE, "").lower() in ("1", "true", "yes", "y", "on")
 
 
-SUPPORTED = _enable()
-"""False where gRPC was loaded before this package and without fork support: then a forked child must not use a client."""
-
-
-class ForkAware(Protocol):
-    """Holds what a forked child must not touch: locks, channels, threads."""
-
-    def after_fork_in_child(self) -> None:
-        """Starts afresh. Runs in the child's only thread, before anything else of the child; must take no lock of the parent's."""
+SUPPORTED = _enable_fork_support()
+"""False if gRPC was imported before this package and without fork support: a child of a process with a channel then cannot make calls."""
 
 
 class ForkGate:
-    """What is inside ``with gate:`` is finished before a fork happens. Safe to use from many threads; not reentrant."""
+    """Lets a fork wait until every ``with gate:`` block of other threads has ended. Thread-safe; not reentrant."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._changed = threading.Condition()
         self._inside = 0
         self._forks = 0
@@ -60,7 +63,7 @@ class ForkGate:
                 self._changed.notify_all()
 
     def shut(self) -> None:
-        """Lets nobody in, and waits until all are out."""
+        """Lets no thread in, and waits up to :data:`GATE_WAIT_S` until all are out."""
         with self._changed:
             self._forks += 1
             if not self._changed.wait_for(lambda: self._inside == 0, GATE_WAIT_S):
@@ -69,46 +72,46 @@ class ForkGate:
                 )
 
     def reopen(self) -> None:
-        """In the parent: goes on."""
+        """Lets the parent's threads in again."""
         with self._changed:
             self._forks -= 1
             self._changed.notify_all()
 
     def after_fork_in_child(self) -> None:
-        """In the child: nobody else is there."""
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._forks = 0
+        """Starts afresh: no other thread exists in the child."""
+        self._reset()
 
 
 gate = ForkGate()
-"""The process's one gate: gRPC's core is one a process, too."""
+"""The one gate of the process, as gRPC's core and SQLite are one a process, too."""
 
-_orphans: list[object] = []
-_forgetful: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+
+class ForkAware(Protocol):
+    """Holds something that a forked child must not touch: locks, channels, open files."""
+
+    def after_fork_in_child(self) -> None:
+        """Starts afresh. Runs in the child's only thread, before anything else of the child; must take no lock of the parent's."""
+
+
+_fork_aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 
 
 def register_after_fork(thing: ForkAware) -> None:
     """Calls ``thing.after_fork_in_child()`` in every child forked from now on, for as long as the thing lives."""
-    _forgetful.add(thing)
-
-
-def clone_event(event: threading.Event) -> threading.Event:
-    """In a child: returns an event that is set where this one is, and whose lock nobody of the parent's holds."""
-    fresh = threading.Event()
-    if event.is_set():
-        fresh.set()
-    return fresh
+    _fork_aware.add(thing)
 
 
 def leak_parent_object(thing: object) -> None:
-    """In a child: keeps what is the parent's alive, since its destructor could reach what both share."""
-    _orphans.append(thing)
+    """In a child: keeps an object of the parent's alive for good, past the end of the interpreter as well.
+
+    Its destructor could use what parent and child share, or wait for a lock that a thread of the parent held at the fork.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _after_in_child() -> None:
     gate.after_fork_in_child()
-    for thing in list(_forgetful):
+    for thing in list(_fork_aware):
         thing.after_fork_in_child()
 
 

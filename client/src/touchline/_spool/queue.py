@@ -18,7 +18,7 @@ from typing import Any
 
 from touchline._actor.queue import PutResult, QueueItem, QueueTicket
 from touchline._rpc.encoding import encode_episode
-from touchline._rpc.fork import gate, leak_parent_object
+from touchline._rpc.fork import gate, leak_parent_object, register_after_fork
 from touchline._spool.file import (
     COLUMNS,
     DAMAGED,
@@ -111,6 +111,7 @@ class Spool:
                 if isinstance(error, SQLITE_ERRORS):
                     raise translate(error, self._path) from error
                 raise
+        register_after_fork(self)
         self.resumed = (self._count, rows)
         self.missing = max(0, self._holder.marked() - self._next + 1)
         """Episodes of earlier writers, the newest, that were taken over and are not in the file; perhaps acknowledged since."""
@@ -222,8 +223,8 @@ class Spool:
                 self._connection = None
                 self._holder.release()
 
-    def abandon(self) -> None:
-        """In a forked child: forgets the file without touching it."""
+    def after_fork_in_child(self) -> None:
+        """Forgets the file without touching it: the spool stays the parent's."""
         if self._connection is not None:
             leak_parent_object(self._connection)
             self._connection = None
