@@ -215,11 +215,11 @@ def _arguments(line: int, docstring: str) -> Iterator[Segment]:
 
 
 def source_files() -> list[str]:
-    """Returns the files of the repository that git does not ignore, without generated code."""
+    """Returns the files of the repository that git does not ignore, without generated code and the word list itself."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split("\n")
-    return [path for path in listed if path and "_protos/v1/" not in path and (ROOT / path).is_file()]
+    return [path for path in listed if path and "_protos/v1/" not in path and ROOT / path != WORD_LIST and (ROOT / path).is_file()]
 
 
 def below(path: str, folders: list[str]) -> bool:
