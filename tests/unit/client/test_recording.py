@@ -9,16 +9,16 @@ import pytest
 from support.client_faults import ScriptedServer, failing
 from support.serving import Config, ServerThread
 from touchline import ReplayClient, UnacknowledgedError
-from touchline.recorders.line import Step
 from touchline.recorders.recording import Recording
+from touchline.recorders.track import Step
 
 
-def play(recording: Recording, lines: int = 3) -> None:
+def play(recording: Recording, tracks: int = 3) -> None:
     """Two rows on each of some lines, whose episodes are not ended."""
-    for number in range(lines):
-        line = recording.line(np.float32, number)
-        line.begin(lambda: [1.0])
-        line.add(lambda: Step([2.0], np.zeros(1, np.float32), 0.5, False), ended=False)
+    for number in range(tracks):
+        track = recording.new_track(np.float32, number)
+        track.begin(lambda: [1.0])
+        track.add(lambda: Step([2.0], np.zeros(1, np.float32), 0.5, False), ended=False)
 
 
 def test_close_with_a_time_limit_ends_the_episodes_and_waits_for_all_lines() -> None:
@@ -42,7 +42,7 @@ def test_close_that_is_not_answered_in_time_tells_of_every_line_and_does_not_wai
         with pytest.raises(UnacknowledgedError) as report:
             recording.close(0.3)
         recording.close()
-        recording.leave(None, None, None)
+        recording.close_on_exit(None, None, None)
 
     assert len({result.key for result in report.value.results}) == 3
     assert str(report.value).count("1 episodes are not acknowledged") == 3

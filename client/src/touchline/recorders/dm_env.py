@@ -12,9 +12,9 @@ import numpy as np
 
 from touchline.client import ReplayClient
 from touchline.errors import InvalidArgumentError
-from touchline.recorders.line import Step
-from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
-from touchline.recorders.values import Convert, array_of, mapping_of, tuple_of
+from touchline.recorders.converters import Convert, array_converter, mapping_converter, tuple_converter
+from touchline.recorders.recording import Recording, RecordingOptions, float64_dtype
+from touchline.recorders.track import Step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -45,12 +45,12 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         self._several = isinstance(observation_spec, list | tuple) and isinstance(action_spec, list | tuple)
         observation_specs = observation_spec if self._several else [observation_spec]
         action_specs = action_spec if self._several else [action_spec]
-        asked = asked_dtype(client, options)
-        converters = [_converter("obs", spec, asked) for spec in observation_specs]
-        self._actions = [_action_converter(spec, asked) for spec in action_specs]
+        float64_as = float64_dtype(client, options)
+        converters = [_converter("obs", spec, float64_as) for spec in observation_specs]
+        self._actions = [_action_converter(spec, float64_as) for spec in action_specs]
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
-        self._lines = [self.recording.line(observe, number if self._several else None) for number, observe in enumerate(converters)]
+        self._tracks = [self.recording.new_track(observe, number if self._several else None) for number, observe in enumerate(converters)]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -73,19 +73,19 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         """
         # Before the step, which may change an action in place. The action of a step that resets is ignored and may be anything.
         taken = [
-            convert(self._part(action, number)) if line.recording else None
-            for number, (convert, line) in enumerate(zip(self._actions, self._lines, strict=True))
+            convert(self._part(action, number)) if track.recording else None
+            for number, (convert, track) in enumerate(zip(self._actions, self._tracks, strict=True))
         ]
-        under_way = [line.under_way for line in self._lines]
+        in_progress = [track.in_progress for track in self._tracks]
         step = self._environment.step(action)
         if step.first():
             self._begin(step)
             return step
         failure: Exception | None = None
-        for number, line in enumerate(self._lines):
+        for number, track in enumerate(self._tracks):
             try:
-                if under_way[number]:
-                    line.add(partial(self._step, number, taken[number], step), ended=step.last())
+                if in_progress[number]:
+                    track.add(partial(self._step, number, taken[number], step), ended=step.last())
                 else:
                     self._begin_one(number, step)
             except Exception as error:  # the other players have made their step too
@@ -123,16 +123,16 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self.recording.leave(kind, error, trace)
+            self.recording.close_on_exit(kind, error, trace)
         finally:
             self._environment.close()
 
     def _begin(self, step: dm_env.TimeStep) -> None:
-        for number in range(len(self._lines)):
+        for number in range(len(self._tracks)):
             self._begin_one(number, step)
 
     def _begin_one(self, number: int, step: dm_env.TimeStep) -> None:
-        self._lines[number].begin(lambda: self._part(step.observation, number), lambda: self._info(number, step))
+        self._tracks[number].begin(lambda: self._part(step.observation, number), lambda: self._info(number, step))
 
     def _step(self, number: int, action: Any, step: dm_env.TimeStep) -> Step:
         terminated = step.last() and float(self._discount(step.discount, number)) == 0.0
@@ -151,15 +151,15 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         return np.ravel(discount)[number] if np.size(discount) > 1 else np.ravel(discount)[0]
 
 
-def _converter(name: str, spec: Any, asked: np.dtype[Any] | None) -> Convert:
+def _converter(name: str, spec: Any, float64_as: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping):
-        return mapping_of(name, {key: _converter(f"{name}.{key}", part, asked) for key, part in spec.items()})
+        return mapping_converter(name, {key: _converter(f"{name}.{key}", part, float64_as) for key, part in spec.items()})
     if isinstance(spec, list | tuple):
-        return tuple_of(name, [_converter(f"{name}.{number}", part, asked) for number, part in enumerate(spec)])
-    return array_of(name, spec.dtype, asked=asked)
+        return tuple_converter(name, [_converter(f"{name}.{number}", part, float64_as) for number, part in enumerate(spec)])
+    return array_converter(name, spec.dtype, float64_as=float64_as)
 
 
-def _action_converter(spec: Any, asked: np.dtype[Any] | None) -> Convert:
+def _action_converter(spec: Any, float64_as: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping | list | tuple):
         raise InvalidArgumentError(f"action: a spec of type {type(spec).__name__}, expected one array; wrap the environment to flatten it")
-    return array_of("action", spec.dtype, asked=asked, rounding=True)
+    return array_converter("action", spec.dtype, float64_as=float64_as, rounding=True)

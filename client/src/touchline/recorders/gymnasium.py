@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 import gymnasium
 
 from touchline.client import ReplayClient
+from touchline.recorders.converters import action_converter, space_converter
 from touchline.recorders.gymnasium_versions import AutoresetMode, autoreset_mode, final_obs
-from touchline.recorders.line import Step, is_set
-from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
-from touchline.recorders.values import action_converter, converter
+from touchline.recorders.recording import Recording, RecordingOptions, float64_dtype
+from touchline.recorders.track import Step, any_set
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -37,20 +37,20 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gymnasium.Env[Any, Any], client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
         super().__init__(env)
-        asked = asked_dtype(client, options)
-        observe = converter("obs", env.observation_space, asked=asked)
-        self._action = action_converter(env.action_space, asked=asked)
+        float64_as = float64_dtype(client, options)
+        observe = space_converter("obs", env.observation_space, float64_as=float64_as)
+        self._action = action_converter(env.action_space, float64_as=float64_as)
         self._mode = autoreset_mode(env)
         self._was_reset = False
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
-        self._line = self.recording.line(observe)
+        self._track = self.recording.new_track(observe)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets the environment and begins an episode."""
         obs, info = self.env.reset(seed=seed, options=options)
         self._was_reset = True
-        self._line.begin(lambda: obs, lambda: info)
+        self._track.begin(lambda: obs, lambda: info)
         return obs, info
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
@@ -62,22 +62,22 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
             InvalidEpisodeError: the action, or what the environment gave, cannot be stored as it is. An action is refused before the step;
                 otherwise the episode ends before this transition, and what is left of it is not recorded.
         """
-        line = self._line
-        if not line.under_way and not (self._mode is not AutoresetMode.DISABLED and self._was_reset):
+        track = self._track
+        if not track.in_progress and not (self._mode is not AutoresetMode.DISABLED and self._was_reset):
             raise gymnasium.error.ResetNeeded("no episode is under way: call reset() before step()")
-        under_way = line.under_way
-        taken = self._action(action) if line.recording else None  # before the step, which may change the action in place
+        in_progress = track.in_progress
+        taken = self._action(action) if track.recording else None  # before the step, which may change the action in place
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if not under_way:
-            line.begin(lambda: obs, lambda: info)
+        if not in_progress:
+            track.begin(lambda: obs, lambda: info)
             return obs, reward, terminated, truncated, info
-        ended = is_set(terminated, truncated)
+        ended = any_set(terminated, truncated)
         resets = self._mode is AutoresetMode.SAME_STEP and ended
         try:
-            line.add(lambda: Step(final_obs(info) if resets else obs, taken, reward, terminated, truncated, info), ended=ended)
+            track.add(lambda: Step(final_obs(info) if resets else obs, taken, reward, terminated, truncated, info), ended=ended)
         finally:
             if resets:
-                line.begin(lambda: obs, lambda: info)
+                track.begin(lambda: obs, lambda: info)
         return obs, reward, terminated, truncated, info
 
     def close(self) -> None:
@@ -93,6 +93,6 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # type: ignore[override]
         try:
-            self.recording.leave(kind, error, trace)
+            self.recording.close_on_exit(kind, error, trace)
         finally:
             super().close()

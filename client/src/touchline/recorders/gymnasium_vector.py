@@ -8,10 +8,10 @@ import gymnasium
 from gymnasium.vector import VectorEnv
 
 from touchline.client import ReplayClient
+from touchline.recorders.converters import action_converter, env_info, env_value, space_converter
 from touchline.recorders.gymnasium_versions import AutoresetMode, VectorBase, final_obs, vector_autoreset_mode
-from touchline.recorders.line import EpisodeLine, Step, is_set
-from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
-from touchline.recorders.values import action_converter, converter, info_of, part_of
+from touchline.recorders.recording import Recording, RecordingOptions, float64_dtype
+from touchline.recorders.track import EpisodeTrack, Step, any_set
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -40,22 +40,22 @@ class GymnasiumVectorRecorder(VectorBase):
     ) -> None:
         super().__init__(env)
         self._mode = vector_autoreset_mode(env, autoreset_mode)
-        asked = asked_dtype(client, options)
-        observe = converter("obs", env.single_observation_space, asked=asked)
-        self._action = action_converter(env.single_action_space, asked=asked)
+        float64_as = float64_dtype(client, options)
+        observe = space_converter("obs", env.single_observation_space, float64_as=float64_as)
+        self._action = action_converter(env.single_action_space, float64_as=float64_as)
         self._was_reset = False
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
-        self._lines = [self.recording.line(observe, number) for number in range(env.num_envs)]
+        self._tracks = [self.recording.new_track(observe, number) for number in range(env.num_envs)]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets all environments, or those of ``options["reset_mask"]``, and begins their episodes."""
         mask = None if options is None else options.get("reset_mask")  # the environment takes it out of the options
         obs, infos = self.env.reset(seed=seed, options=options)
         self._was_reset = True
-        for number, line in enumerate(self._lines):
+        for number, track in enumerate(self._tracks):
             if mask is None or mask[number]:
-                self._begin(line, number, obs, infos)
+                self._begin(track, number, obs, infos)
         return obs, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -67,19 +67,19 @@ class GymnasiumVectorRecorder(VectorBase):
             InvalidEpisodeError: what the actions or an environment gave cannot be stored as it is. Actions are refused before the step;
                 otherwise the environment's episode ends before this transition, and what is left of it is not recorded.
         """
-        under_way = [line.under_way for line in self._lines]
-        if not self._was_reset or (self._mode is AutoresetMode.DISABLED and not all(under_way)):
+        in_progress = [track.in_progress for track in self._tracks]
+        if not self._was_reset or (self._mode is AutoresetMode.DISABLED and not all(in_progress)):
             raise gymnasium.error.ResetNeeded("an episode is over or has not begun: call reset() before step()")
         # Before the step, which may change the actions in place.
-        taken = [self._action(part_of(actions, number)) if line.recording else None for number, line in enumerate(self._lines)]
+        taken = [self._action(env_value(actions, number)) if track.recording else None for number, track in enumerate(self._tracks)]
         answer = self.env.step(actions)
         refused: Exception | None = None
-        for number, line in enumerate(self._lines):
+        for number, track in enumerate(self._tracks):
             try:
-                if under_way[number]:
-                    self._add(line, number, taken[number], answer)
+                if in_progress[number]:
+                    self._add(track, number, taken[number], answer)
                 else:
-                    self._begin(line, number, answer[0], answer[4])
+                    self._begin(track, number, answer[0], answer[4])
             except Exception as error:  # the other environments have made their step too
                 refused = error
         if refused is not None:
@@ -102,27 +102,27 @@ class GymnasiumVectorRecorder(VectorBase):
 
     def __exit__(self, *exc: Any) -> None:
         try:
-            self.recording.leave(*exc)
+            self.recording.close_on_exit(*exc)
         finally:
             self.env.close()
 
-    def _begin(self, line: EpisodeLine, number: int, obs: Any, infos: dict[str, Any]) -> None:
-        line.begin(lambda: part_of(obs, number), lambda: info_of(infos, number, len(self._lines)))
+    def _begin(self, track: EpisodeTrack, number: int, obs: Any, infos: dict[str, Any]) -> None:
+        track.begin(lambda: env_value(obs, number), lambda: env_info(infos, number, len(self._tracks)))
 
-    def _add(self, line: EpisodeLine, number: int, action: Any, answer: tuple[Any, Any, Any, Any, dict[str, Any]]) -> None:
+    def _add(self, track: EpisodeTrack, number: int, action: Any, answer: tuple[Any, Any, Any, Any, dict[str, Any]]) -> None:
         """Adds one environment's transition, and begins its next episode where the same step has reset it."""
         obs, rewards, terminated, truncated, infos = answer
-        ended = is_set(terminated[number], truncated[number])
+        ended = any_set(terminated[number], truncated[number])
         resets = self._mode is AutoresetMode.SAME_STEP and ended
 
         def step() -> Step:
-            last = part_of(final_obs(infos), number) if resets else part_of(obs, number)
-            info = info_of(infos, number, len(self._lines)) if line.takes_info else {}
+            last = env_value(final_obs(infos), number) if resets else env_value(obs, number)
+            info = env_info(infos, number, len(self._tracks)) if track.takes_info else {}
             info = info.get("final_info", {}) if resets else info
             return Step(last, action, rewards[number], terminated[number], truncated[number], info)
 
         try:
-            line.add(step, ended=ended)
+            track.add(step, ended=ended)
         finally:
             if resets:
-                self._begin(line, number, obs, infos)
+                self._begin(track, number, obs, infos)

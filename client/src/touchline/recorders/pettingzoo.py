@@ -12,9 +12,9 @@ from pettingzoo.utils import BaseParallelWrapper
 
 from touchline.client import ReplayClient
 from touchline.errors import InvalidEpisodeError
-from touchline.recorders.line import EpisodeLine, Step, is_set
-from touchline.recorders.recording import Recording, RecordingOptions, asked_dtype
-from touchline.recorders.values import Convert, action_converter, converter
+from touchline.recorders.converters import Convert, action_converter, space_converter
+from touchline.recorders.recording import Recording, RecordingOptions, float64_dtype
+from touchline.recorders.track import EpisodeTrack, Step, any_set
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -43,11 +43,11 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         **options: Unpack[RecordingOptions],
     ) -> None:
         super().__init__(env)
-        self._asked = asked_dtype(client, options)
+        self._float64_as = float64_dtype(client, options)
         self._recorded = None if agents is None else frozenset(agents)
         self.recording = Recording(client, **options)
         """The sending side: counters, flush, policy_version."""
-        self._lines: dict[Any, EpisodeLine] = {}
+        self._tracks: dict[Any, EpisodeTrack] = {}
         self._actions: dict[Any, Convert] = {}
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
@@ -57,8 +57,8 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
             InvalidArgumentError: a space of an agent whose values cannot be columns.
         """
         obs, infos = self.env.reset(seed=seed, options=options)
-        for line in self._lines.values():
-            line.end()
+        for track in self._tracks.values():
+            track.end()
         for agent, observation in obs.items():
             if self._is_recorded(agent):
                 self._begin(agent, observation, infos)
@@ -79,8 +79,8 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         # Before the step, which may change an action in place.
         taken = {
             agent: self._actions[agent](actions[agent])
-            for agent, line in self._lines.items()
-            if line.recording and actions.get(agent) is not None
+            for agent, track in self._tracks.items()
+            if track.recording and actions.get(agent) is not None
         }
         answer = self.env.step(actions)
         observations, rewards, terminations, truncations, infos = answer
@@ -88,23 +88,23 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         for agent, observation in observations.items():
             if not self._is_recorded(agent):
                 continue
-            line = self._lines.get(agent)
-            ended = is_set(terminations.get(agent, False), truncations.get(agent, False))
+            track = self._tracks.get(agent)
+            ended = any_set(terminations.get(agent, False), truncations.get(agent, False))
             try:
-                if line is not None and line.under_way:
-                    line.add(partial(_step, agent, taken.get(agent), answer), ended=ended)
+                if track is not None and track.in_progress:
+                    track.add(partial(_step, agent, taken.get(agent), answer), ended=ended)
                 elif not ended:
                     self._begin(agent, observation, infos)
             except Exception as error:  # the other agents have made their step too
                 failure = error
-        for agent, line in self._lines.items():
+        for agent, track in self._tracks.items():
             if agent in observations:
                 continue
             try:
                 if agent in taken and agent in {**rewards, **terminations, **truncations}:
-                    line.add(partial(_step, agent, taken[agent], answer), ended=True)
+                    track.add(partial(_step, agent, taken[agent], answer), ended=True)
                 else:
-                    line.end()
+                    track.end()
             except Exception as error:
                 failure = error
         if failure is not None:
@@ -127,7 +127,7 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self.recording.leave(kind, error, trace)
+            self.recording.close_on_exit(kind, error, trace)
         finally:
             super().close()
 
@@ -136,13 +136,13 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
 
     def _begin(self, agent: Any, observation: Any, infos: dict[Any, dict[str, Any]]) -> None:
         # Anew for each episode: an environment may change an agent's spaces at a reset.
-        observe = converter("obs", self.observation_space(agent), asked=self._asked)
-        self._actions[agent] = action_converter(self.action_space(agent), asked=self._asked)
-        if agent in self._lines:
-            self._lines[agent].observe = observe
+        observe = space_converter("obs", self.observation_space(agent), float64_as=self._float64_as)
+        self._actions[agent] = action_converter(self.action_space(agent), float64_as=self._float64_as)
+        if agent in self._tracks:
+            self._tracks[agent].observe = observe
         else:
-            self._lines[agent] = self.recording.line(observe, agent)
-        self._lines[agent].begin(lambda: observation, lambda: infos.get(agent, {}))
+            self._tracks[agent] = self.recording.new_track(observe, agent)
+        self._tracks[agent].begin(lambda: observation, lambda: infos.get(agent, {}))
 
 
 def _step(agent: Any, action: Any, answer: tuple[dict[Any, Any], ...]) -> Step:

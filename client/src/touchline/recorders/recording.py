@@ -17,8 +17,8 @@ from touchline._actor.queue import OverflowPolicy
 from touchline._rpc.convert import check_dtype
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
-from touchline.recorders.line import EpisodeLine, Transform
-from touchline.recorders.values import Convert
+from touchline.recorders.converters import Convert
+from touchline.recorders.track import EpisodeTrack, Transform
 from touchline.types import WriterCounters
 from touchline.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
 
@@ -53,7 +53,7 @@ class RecordingOptions(TypedDict, total=False):
     environment gave as info with that row: interventions, success. dm_env has no info: there it is ``discount`` and ``step_type``."""
 
 
-def asked_dtype(client: ReplayClient, options: RecordingOptions) -> np.dtype[Any] | None:
+def float64_dtype(client: ReplayClient, options: RecordingOptions) -> np.dtype[Any] | None:
     """Returns the dtype that float64 is stored as; None for no cast.
 
     Raises:
@@ -77,7 +77,7 @@ class Recording:
         self._client = client
         self._actor = options.get("actor", client.actor)
         self._transform = options.get("transform")
-        self._dtype = asked_dtype(client, options)
+        self._dtype = float64_dtype(client, options)
         self._policy_version = options.get("policy_version", 0)
         self._max_steps = options.get("max_steps")
         self._max_pending = options.get("max_pending")
@@ -88,7 +88,7 @@ class Recording:
         self._writers: list[EpisodeWriter] = []
         self._closing = ExitStack()
 
-    def line(self, observe: Convert, name: object = None) -> EpisodeLine:
+    def new_track(self, observe: Convert, name: object = None) -> EpisodeTrack:
         """Returns a new line of episodes; ``observe`` makes arrays of its observations, ``name`` is added to the actor's name."""
         spool_dir = self._spool_dir
         if spool_dir is not None and name is not None:
@@ -105,7 +105,7 @@ class Recording:
             dtype=self._dtype,
         )
         self._writers.append(self._closing.enter_context(writer))
-        return EpisodeLine(writer, observe, self._transform)
+        return EpisodeTrack(writer, observe, self._transform)
 
     @property
     def policy_version(self) -> int:
@@ -165,6 +165,6 @@ class Recording:
         if reports:
             raise UnacknowledgedError("; ".join(map(str, reports)), [result for report in reports for result in report.results])
 
-    def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close_on_exit(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Closes as the end of a ``with`` does: after an error in its body the unfinished episodes are discarded, and nothing hides it."""
         self._closing.__exit__(kind, error, trace)

@@ -15,7 +15,9 @@ Convert = Callable[[Any], Any]
 """Makes (nested) arrays of a value. Raises InvalidEpisodeError for one that cannot be stored as it is."""
 
 
-def array_of(name: str, dtype: np.dtype[Any] | type | None, *, asked: np.dtype[Any] | None = None, rounding: bool = False) -> Convert:
+def array_converter(
+    name: str, dtype: np.dtype[Any] | type | None, *, float64_as: np.dtype[Any] | None = None, rounding: bool = False
+) -> Convert:
     """Returns what makes an array, [*shape] and never shared, of one value.
 
     Args:
@@ -24,16 +26,16 @@ def array_of(name: str, dtype: np.dtype[Any] | type | None, *, asked: np.dtype[A
         asked: that float64 is stored as instead; None leaves it.
         rounding: a float may lose digits to the declared dtype. Without it only one that has no dtype of its own, a Python float.
     """
-    wanted = None if dtype is None else np.dtype(dtype)
-    if asked is not None and wanted == np.float64:
-        wanted = asked
+    target = None if dtype is None else np.dtype(dtype)
+    if float64_as is not None and target == np.float64:
+        target = float64_as
 
     def convert(value: Any) -> np.ndarray:
         try:
             array = to_array(name, value)
-            if wanted is not None:
-                rounds = rounding or asked is not None or not hasattr(value, "dtype")
-                array = cast(name, array, wanted, rounding=rounds, why="that the environment declares")
+            if target is not None:
+                rounds = rounding or float64_as is not None or not hasattr(value, "dtype")
+                array = cast(name, array, target, rounding=rounds, why="that the environment declares")
         except ColumnError as error:
             raise InvalidEpisodeError(str(error)) from None
         return np.array(array)
@@ -41,7 +43,7 @@ def array_of(name: str, dtype: np.dtype[Any] | type | None, *, asked: np.dtype[A
     return convert
 
 
-def mapping_of(name: str, converters: Mapping[Any, Convert]) -> Convert:
+def mapping_converter(name: str, converters: Mapping[Any, Convert]) -> Convert:
     """Returns what makes a dict of arrays of a dict of values, in the order of the value, under the keys' names.
 
     Args:
@@ -67,7 +69,7 @@ def mapping_of(name: str, converters: Mapping[Any, Convert]) -> Convert:
     return convert
 
 
-def tuple_of(name: str, converters: list[Convert]) -> Convert:
+def tuple_converter(name: str, converters: list[Convert]) -> Convert:
     """Returns what makes a dict ``0``, ``1``, ... of arrays of a tuple of values; one of another length is refused."""
 
     def convert(value: Any) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def tuple_of(name: str, converters: list[Convert]) -> Convert:
     return convert
 
 
-def converter(name: str, space: Any, *, asked: np.dtype[Any] | None = None, rounding: bool = False) -> Convert:
+def space_converter(name: str, space: Any, *, float64_as: np.dtype[Any] | None = None, rounding: bool = False) -> Convert:
     """Returns what makes (nested) arrays of the values of a Gymnasium space: a dict of a Dict, a dict ``0``, ``1``, ... of a Tuple.
 
     Args:
@@ -94,17 +96,21 @@ def converter(name: str, space: Any, *, asked: np.dtype[Any] | None = None, roun
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):
-        return mapping_of(name, {key: converter(f"{name}.{key}", part, asked=asked) for key, part in space.spaces.items()})
+        return mapping_converter(
+            name, {key: space_converter(f"{name}.{key}", part, float64_as=float64_as) for key, part in space.spaces.items()}
+        )
     if isinstance(space, spaces.Tuple):
-        return tuple_of(name, [converter(f"{name}.{number}", part, asked=asked) for number, part in enumerate(space.spaces)])
+        return tuple_converter(
+            name, [space_converter(f"{name}.{number}", part, float64_as=float64_as) for number, part in enumerate(space.spaces)]
+        )
     if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete):
-        return array_of(name, space.dtype, asked=asked, rounding=rounding)
+        return array_converter(name, space.dtype, float64_as=float64_as, rounding=rounding)
     raise InvalidArgumentError(
         f"{name}: a space of type {type(space).__name__}, expected Box, Discrete, MultiBinary or MultiDiscrete, or Dict and Tuple of these"
     )
 
 
-def action_converter(space: Any, *, asked: np.dtype[Any] | None = None) -> Convert:
+def action_converter(space: Any, *, float64_as: np.dtype[Any] | None = None) -> Convert:
     """Returns what makes an array of an action of a Gymnasium space, in the space's dtype: floats are rounded to it.
 
     Raises:
@@ -114,19 +120,19 @@ def action_converter(space: Any, *, asked: np.dtype[Any] | None = None) -> Conve
 
     if isinstance(space, spaces.Dict | spaces.Tuple):
         raise InvalidArgumentError(f"action: a space of type {type(space).__name__}, expected one array; flatten it by a wrapper")
-    return converter("action", space, asked=asked, rounding=True)
+    return space_converter("action", space, float64_as=float64_as, rounding=True)
 
 
-def part_of(value: Any, number: int) -> Any:
+def env_value(value: Any, number: int) -> Any:
     """Returns one environment's part of a batched value: dicts and tuples of arrays [n, ...]."""
     if isinstance(value, Mapping):
-        return {key: part_of(part, number) for key, part in value.items()}
+        return {key: env_value(part, number) for key, part in value.items()}
     if isinstance(value, tuple):
-        return tuple(part_of(part, number) for part in value)
+        return tuple(env_value(part, number) for part in value)
     return value[number]
 
 
-def info_of(infos: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
+def env_info(infos: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:
     """Returns one environment's info of a vector environment's, where ``_key`` says which environments have ``key``.
 
     Args:
@@ -142,7 +148,7 @@ def info_of(infos: Mapping[str, Any], number: int, count: int) -> dict[str, Any]
         if mask is not None and not mask[number]:
             continue
         if isinstance(value, Mapping):
-            info[key] = info_of(value, number, count)
+            info[key] = env_info(value, number, count)
         else:
             info[key] = value[number] if hasattr(value, "__getitem__") and hasattr(value, "__len__") and len(value) == count else value
     return info

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from touchline.errors import EpisodeResult, InvalidEpisodeError, TouchlineError, UnacknowledgedError
-from touchline.recorders.values import Convert, array_of
+from touchline.recorders.converters import Convert, array_converter
 from touchline.writer import EpisodeWriter
 from touchline_protos.log_lines import get_logger
 
@@ -19,7 +19,7 @@ Transform = Callable[..., Mapping[str, Any]]
 
 logger = get_logger(__name__)
 
-_reward = array_of("reward", np.float32, rounding=True)
+_reward = array_converter("reward", np.float32, rounding=True)
 
 
 class Step(NamedTuple):
@@ -46,7 +46,7 @@ class _State(enum.Enum):
     """A row could not be stored: the episode ended before it, and the environment is still playing what is left."""
 
 
-class EpisodeLine:
+class EpisodeTrack:
     """One episode after the other, row by row. For one thread.
 
     The environment has made its step when a row comes here, so a row is never left out in the middle of an episode: where one cannot be
@@ -74,7 +74,7 @@ class EpisodeLine:
         return self._state is _State.RECORDING
 
     @property
-    def under_way(self) -> bool:
+    def in_progress(self) -> bool:
         """The environment is playing an episode that has begun here."""
         return self._state is not _State.IDLE
 
@@ -110,8 +110,8 @@ class EpisodeLine:
 
         def row() -> tuple[Row, Mapping[str, Any]]:
             made = step()
-            done = np.float32(flag("terminated", made.terminated))
-            flag("truncated", made.truncated)
+            done = np.float32(read_flag("terminated", made.terminated))
+            read_flag("truncated", made.truncated)
             return {"obs": self.observe(made.obs), "action": made.action, "reward": _reward(made.reward), "done": done}, made.info
 
         try:
@@ -127,7 +127,7 @@ class EpisodeLine:
         """Ends the episode that is under way, if one is."""
         state, self._state = self._state, _State.IDLE
         if state is _State.RECORDING:
-            self._insist(self._writer.end_episode)
+            self._retry_after_report(self._writer.end_episode)
         elif state is _State.REFUSED:
             if self._unrecorded:
                 logger.warning("actor %r: %d steps behind a row that was refused are not recorded", self._writer.actor, self._unrecorded)
@@ -144,7 +144,7 @@ class EpisodeLine:
                 raise InvalidEpisodeError(f"what the environment gave cannot be read: {type(error).__name__}: {error}") from error
             if self._transform is not None:
                 row = self._transform(row, info=info) if self.takes_info else self._transform(row)
-            self._insist(lambda: self._writer.append(row))
+            self._retry_after_report(lambda: self._writer.append(row))
         except UnacknowledgedError:
             raise
         except Exception:
@@ -155,7 +155,7 @@ class EpisodeLine:
             raise
 
     @staticmethod
-    def _insist(call: Callable[[], object]) -> None:
+    def _retry_after_report(call: Callable[[], object]) -> None:
         """Makes a writer's call, again if all that it did was to report earlier episodes, and passes the report on afterwards."""
         results: list[EpisodeResult] = []
         report: UnacknowledgedError | None = None
@@ -178,7 +178,7 @@ def takes_info(transform: Transform) -> bool:
         return False
 
 
-def flag(name: str, value: Any) -> bool:
+def read_flag(name: str, value: Any) -> bool:
     """Returns whether a flag of an environment is set.
 
     Raises:
@@ -190,9 +190,9 @@ def flag(name: str, value: Any) -> bool:
     return bool(made.reshape(()))
 
 
-_flags = {name: array_of(name, np.bool_) for name in ("terminated", "truncated")}
+_flags = {name: array_converter(name, np.bool_) for name in ("terminated", "truncated")}
 
 
-def is_set(*values: Any) -> bool:
+def any_set(*values: Any) -> bool:
     """Returns whether one of some flags says that an episode is over, whatever it is made of."""
     return any(bool(np.any(np.asarray(value, object))) for value in values)
