@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import machine
 from benchmarks.bars import judge
-from benchmarks.cast import Stage
 from benchmarks.compare import RUNS, compare, table
 from benchmarks.gpu.report import GPU_FILE, write_gpu_report
 from benchmarks.peers import suite as peers_suite
+from benchmarks.processes import ProcessGroup
 from benchmarks.protocol import MALLOC_TUNING, REPOSITORY
 from benchmarks.report import OWN_FILE, PEERS_FILE, write_report
 from benchmarks.rounds import Section
@@ -52,8 +52,8 @@ def run(
     with _progress() as progress:
         for name in chosen:
             task = progress.add_task(f"{name}: filling stores", total=None)
-            with Stage(tuned=not default_malloc) as stage:
-                SECTIONS[name](stage, effort, findings, _runner(progress, task))
+            with ProcessGroup(tuned=not default_malloc) as processes:
+                SECTIONS[name](processes, effort, findings, _runner(progress, task))
     _write(output, OWN_FILE, described, _settings(effort, quick, default_malloc, begin), findings)
 
 
@@ -74,8 +74,8 @@ def peers(
             def tell(text: str, task: Any = task) -> None:
                 progress.update(task, description=text)
 
-            with Stage(tuned=not default_malloc) as stage:
-                sweeps[name] = peers_suite.run(name, stage, effort, findings, _runner(progress, task), tell)
+            with ProcessGroup(tuned=not default_malloc) as processes:
+                sweeps[name] = peers_suite.run(name, processes, effort, findings, _runner(progress, task), tell)
     _write(output, PEERS_FILE, described, _settings(effort, quick, default_malloc, begin), findings, sweeps=sweeps)
 
 
@@ -93,8 +93,8 @@ def gpu(
     with _progress() as progress:
         for name in [name for name in ("W1", "W2") if name in only.split(",")]:
             task = progress.add_task(f"{name}: filling stores", total=None)
-            with Stage(tuned=not default_malloc) as stage:
-                gpu_suite.run(name, stage, effort, findings, _runner(progress, task))
+            with ProcessGroup(tuned=not default_malloc) as processes:
+                gpu_suite.run(name, processes, effort, findings, _runner(progress, task))
     output.mkdir(parents=True, exist_ok=True)
     effort = replace(effort, seconds=min(effort.seconds, gpu_suite.SLICE_S))
     results = {"machine": described, "settings": _settings(effort, quick, default_malloc, begin), "sections": findings.sections}

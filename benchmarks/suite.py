@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.cast import ACTORS, PACED_STEPS_PER_S, Stage
+from benchmarks.processes import ACTORS, PACED_STEPS_PER_S, ProcessGroup
 from benchmarks.protocol import Worker
 from benchmarks.rounds import Section, Subject
 from benchmarks.workloads import WORKLOADS
@@ -51,10 +51,10 @@ Run = Callable[[Section], None]
 """Runs a section's rounds, showing how far it is."""
 
 
-def state_section(stage: Stage, effort: Effort, findings: Findings, run: Run) -> None:
+def state_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
     """W1: all subjects, alone and under load, inserts, and what a draw costs at two sizes."""
     rows, small = effort.rows("W1"), max(effort.rows("W1") // 100, 1000)
-    inner = stage.worker("benchmarks.in_process")
+    inner = processes.worker("benchmarks.in_process")
     subjects = []
     for name, cache, writing in (
         ("tdmpc2", False, False),
@@ -74,27 +74,27 @@ def state_section(stage: Stage, effort: Effort, findings: Findings, run: Run) ->
     for name, over in (("draw-large", "local"), ("draw-small", "small")):
         subjects.append(Subject(name, _drawing(inner, over), effort.seconds / 2))
 
-    server, findings.memory["W1 Touchline's server"] = stage.server("W1", rows)
-    learner = stage.worker("benchmarks.learner")
-    remote = {path: stage.remote(learner, server, "W1", rows, path, name=path, seconds=effort.seconds) for path in PATHS}
+    server, findings.memory["W1 Touchline's server"] = processes.server("W1", rows)
+    learner = processes.worker("benchmarks.learner")
+    remote = {path: processes.remote(learner, server, "W1", rows, path, name=path, seconds=effort.seconds) for path in PATHS}
     subjects += remote.values()
-    crowd = stage.troupe(server, "W1", rows, 8)
-    four = crowd.first(ACTORS)
+    eight = processes.actor_group(server, "W1", rows, 8)
+    four = eight.first(ACTORS)
     for path in ("stream", "ring"):
         for load, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
             loaded = four.under_load(remote[path].run, steps_per_s=pace)
             subjects.append(Subject(f"{path}-{load}", loaded, effort.seconds))
     for actors in (1, 4, 8):
-        subjects.append(Subject(f"insert-{actors}", crowd.first(actors).insert(server_pid=server.pid), effort.seconds))
+        subjects.append(Subject(f"insert-{actors}", eight.first(actors).insert(server_pid=server.pid), effort.seconds))
     subjects.append(Subject("add-4", four.insert(server_pid=server.pid, one_by_one=True), effort.seconds))
     section = Section("W1", subjects, effort.rounds)
     run(section)
     findings.record(section)
 
 
-def sizes_section(stage: Stage, effort: Effort, findings: Findings, run: Run) -> None:
+def sizes_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
     """W1 with stores of three sizes."""
-    inner, learner = stage.worker("benchmarks.in_process"), stage.worker("benchmarks.learner")
+    inner, learner = processes.worker("benchmarks.in_process"), processes.worker("benchmarks.learner")
     subjects = []
     for share, label in ((100, "10k"), (10, "100k"), (1, "1M")):
         rows = max(effort.rows("W1") // share, 1000)
@@ -102,17 +102,17 @@ def sizes_section(stage: Stage, effort: Effort, findings: Findings, run: Run) ->
         inner.call("make_local", name=f"local@{label}", workload="W1", rows=rows)
         inner.call("make_limit", name=f"limit@{label}", over=f"local@{label}", provenance=False)
         subjects += [_local_subject(inner, f"{name}@{label}", effort.seconds * 0.75) for name in ("tdmpc2", "local", "limit")]
-        server, _ = stage.server("W1", rows)
+        server, _ = processes.server("W1", rows)
         for path in ("stream", "ring"):
-            subjects.append(stage.remote(learner, server, "W1", rows, path, name=f"{path}@{label}", seconds=effort.seconds * 0.75))
+            subjects.append(processes.remote(learner, server, "W1", rows, path, name=f"{path}@{label}", seconds=effort.seconds * 0.75))
     section = Section("sizes", subjects, effort.side_rounds)
     run(section)
     findings.record(section)
 
 
-def unequal_section(stage: Stage, effort: Effort, findings: Findings, run: Run) -> None:
+def unequal_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
     """W3: unequal episodes with a task, by both laws; TD-MPC2's buffer has the episode law only."""
-    inner, learner = stage.worker("benchmarks.in_process"), stage.worker("benchmarks.learner")
+    inner, learner = processes.worker("benchmarks.in_process"), processes.worker("benchmarks.learner")
     rows = effort.rows("W3")
     inner.call("make_tdmpc2", name="tdmpc2 episode", workload="W3", rows=rows, cache=False, writing=False)
     subjects = [_local_subject(inner, "tdmpc2 episode", effort.seconds * 0.75)]
@@ -120,28 +120,28 @@ def unequal_section(stage: Stage, effort: Effort, findings: Findings, run: Run) 
         inner.call("make_local", name=f"local {law}", workload=workload, rows=rows)
         inner.call("make_limit", name=f"limit {law}", over=f"local {law}", provenance=False)
         subjects += [_local_subject(inner, f"{name} {law}", effort.seconds * 0.75) for name in ("local", "limit")]
-        server, _ = stage.server(workload, rows)
+        server, _ = processes.server(workload, rows)
         for path in ("stream", "ring"):
-            subjects.append(stage.remote(learner, server, workload, rows, path, name=f"{path} {law}", seconds=effort.seconds * 0.75))
+            subjects.append(processes.remote(learner, server, workload, rows, path, name=f"{path} {law}", seconds=effort.seconds * 0.75))
     section = Section("W3", subjects, effort.side_rounds)
     run(section)
     findings.record(section)
 
 
-def pixels_section(stage: Stage, effort: Effort, findings: Findings, run: Run) -> None:
+def pixels_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
     """W2: alone and under load."""
     rows = effort.rows("W2")
-    inner = stage.worker("benchmarks.in_process")
+    inner = processes.worker("benchmarks.in_process")
     findings.memory["W2 TD-MPC2's buffer"] = inner.call("make_tdmpc2", name="tdmpc2", workload="W2", rows=rows, cache=False, writing=False)
     findings.memory["W2 Touchline in process"] = inner.call("make_local", name="local", workload="W2", rows=rows)
     inner.call("make_limit", name="limit", over="local", provenance=False)
     seconds = effort.seconds * 1.5
     subjects = [_local_subject(inner, name, seconds) for name in ("tdmpc2", "local", "limit")]
-    server, findings.memory["W2 Touchline's server"] = stage.server("W2", rows)
-    learner = stage.worker("benchmarks.learner")
-    remote = {path: stage.remote(learner, server, "W2", rows, path, name=path, seconds=seconds) for path in PATHS}
+    server, findings.memory["W2 Touchline's server"] = processes.server("W2", rows)
+    learner = processes.worker("benchmarks.learner")
+    remote = {path: processes.remote(learner, server, "W2", rows, path, name=path, seconds=seconds) for path in PATHS}
     subjects += remote.values()
-    four = stage.troupe(server, "W2", rows, ACTORS)
+    four = processes.actor_group(server, "W2", rows, ACTORS)
     for path in ("stream", "ring"):
         subjects.append(Subject(f"{path}-10k", four.under_load(remote[path].run, steps_per_s=PACED_STEPS_PER_S), seconds))
     subjects.append(Subject("insert-4", four.insert(server_pid=server.pid), seconds))
@@ -150,7 +150,7 @@ def pixels_section(stage: Stage, effort: Effort, findings: Findings, run: Run) -
     findings.record(section)
 
 
-SECTIONS: dict[str, Callable[[Stage, Effort, Findings, Run], None]] = {
+SECTIONS: dict[str, Callable[[ProcessGroup, Effort, Findings, Run], None]] = {
     "W1": state_section,
     "sizes": sizes_section,
     "W3": unequal_section,

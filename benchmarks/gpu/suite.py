@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cast import Stage
+from benchmarks.processes import ProcessGroup
 from benchmarks.protocol import Worker
 from benchmarks.rounds import Section, Subject
 from benchmarks.suite import Effort, Findings, Run
@@ -14,20 +14,20 @@ SHORT_S = 0.1
 """Slices of copies and kernels alone."""
 
 
-def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section: Run) -> None:
+def run(name: str, processes: ProcessGroup, effort: Effort, findings: Findings, run_section: Run) -> None:
     """Measures a workload.
 
     Args:
         name: of the workload.
-        stage: for the processes.
+        processes: for the processes.
         effort: how long to measure.
         findings: gets the section.
         run_section: runs the rounds.
     """
     rows, seconds = effort.rows(name), min(effort.seconds, SLICE_S)
-    subjects = _in_process(stage.worker("benchmarks.gpu.in_process"), name, rows, seconds)
-    learner = stage.worker("benchmarks.gpu.learner")
-    servers = {device: stage.server(name, rows, device=device)[0] for device in ("cuda", "cpu")}
+    subjects = _in_process(processes.worker("benchmarks.gpu.in_process"), name, rows, seconds)
+    learner = processes.worker("benchmarks.gpu.learner")
+    servers = {device: processes.server(name, rows, device=device)[0] for device in ("cuda", "cpu")}
     for device, server in servers.items():
         place = {"address": server.address, "workload": name, "rows": rows}
         for path in ("stream", "ring"):

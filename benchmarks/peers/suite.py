@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.cast import ACTORS, PACED_STEPS_PER_S, Stage, Troupe
+from benchmarks.processes import ACTORS, PACED_STEPS_PER_S, ActorGroup, ProcessGroup
 from benchmarks.protocol import REPOSITORY, Worker
 from benchmarks.rounds import Section, Slice, Subject
 from benchmarks.suite import Effort, Findings, Run
@@ -35,12 +35,14 @@ def versions() -> str:
     return subprocess.run([str(PEERS_PYTHON), "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section: Run, tell: Callable[[str], None]) -> list[Trial]:
+def run(
+    name: str, processes: ProcessGroup, effort: Effort, findings: Findings, run_section: Run, tell: Callable[[str], None]
+) -> list[Trial]:
     """Tunes Reverb for a workload and measures it beside Touchline.
 
     Args:
         name: of the workload.
-        stage: for the processes.
+        processes: for the processes.
         effort: how long to measure.
         findings: gets the section ``peers <name>``.
         run_section: runs the rounds.
@@ -49,11 +51,11 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
     Returns:
         What was tried, and how fast it was.
     """
-    trials = _tune(name, effort, stage.tuned, tell)
+    trials = _tune(name, effort, processes.tuned, tell)
     best = max(trials, key=lambda trial: trial["batches_per_s"])
     quickest = max((trial for trial in trials if "steps_per_s" in trial), key=lambda trial: trial["steps_per_s"])
     rows = effort.rows(name)
-    peers = _Peers(stage, name, rows)
+    peers = _Peers(processes, name, rows)
     packed = best["columns"] == "packed"
     tell(f"{name}: filling Reverb, {rows:,} rows")
     tables = {"reverb": {"max_size": rows, "packed": packed}}
@@ -65,7 +67,7 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
         tables["reverb-apart"] = {"max_size": rows, "packed": False}
     address = peers.start(tables)
     writers, inserters = peers.writers(), peers.writers()
-    learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
+    learner = processes.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
     seconds = effort.seconds * (2.0 if name == "W2" else 1.0)
     subjects = []
     for table, trial in sampled.items():
@@ -81,14 +83,14 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
     inserting = peers.prepare(inserters, address, "inserted", packed=quickest["columns"] == "packed", **_writer_options(quickest))
 
     tell(f"{name}: filling Touchline, {rows:,} rows")
-    server, _ = stage.server(name, rows)
-    ours = stage.worker("benchmarks.learner")
-    remote = {path: stage.remote(ours, server, name, rows, path, name=path, seconds=seconds) for path in ("stream", "ring")}
-    actors = stage.troupe(server, name, rows, ACTORS)
+    server, _ = processes.server(name, rows)
+    ours = processes.worker("benchmarks.learner")
+    remote = {path: processes.remote(ours, server, name, rows, path, name=path, seconds=seconds) for path in ("stream", "ring")}
+    actors = processes.actor_group(server, name, rows, ACTORS)
     subjects += remote.values()
-    for subject, troupe in ((reverb, load), (remote["stream"], actors), (remote["ring"], actors)):
+    for subject, group in ((reverb, load), (remote["stream"], actors), (remote["ring"], actors)):
         for how, pace in (("10k", PACED_STEPS_PER_S), ("flat", 0.0)):
-            subjects.append(Subject(f"{subject.name}-{how}", troupe.under_load(subject.run, steps_per_s=pace), seconds))
+            subjects.append(Subject(f"{subject.name}-{how}", group.under_load(subject.run, steps_per_s=pace), seconds))
     subjects += [
         Subject("reverb-insert", inserting.insert(server_pid=peers.pid), seconds * 1.5),
         Subject("insert-4", actors.insert(server_pid=server.pid), seconds),
@@ -102,9 +104,9 @@ def run(name: str, stage: Stage, effort: Effort, findings: Findings, run_section
 class _Peers:
     """Reverb's processes for one workload."""
 
-    def __init__(self, stage: Stage, workload: str, rows: int) -> None:
-        self._stage, self._workload, self._rows = stage, workload, rows
-        self._server = stage.worker("benchmarks.peers.reverb_server", python=PEERS_PYTHON)
+    def __init__(self, processes: ProcessGroup, workload: str, rows: int) -> None:
+        self._processes, self._workload, self._rows = processes, workload, rows
+        self._server = processes.worker("benchmarks.peers.reverb_server", python=PEERS_PYTHON)
 
     @property
     def pid(self) -> int:
@@ -117,15 +119,15 @@ class _Peers:
 
     def writers(self) -> list[Worker]:
         """Starts four writers."""
-        return [self._stage.worker("benchmarks.peers.reverb_writer", python=PEERS_PYTHON) for _ in range(ACTORS)]
+        return [self._processes.worker("benchmarks.peers.reverb_writer", python=PEERS_PYTHON) for _ in range(ACTORS)]
 
-    def prepare(self, writers: Sequence[Worker], address: str, table: str, **options: Any) -> Troupe:
+    def prepare(self, writers: Sequence[Worker], address: str, table: str, **options: Any) -> ActorGroup:
         """Has writers connect to a table, anew where they were connected to another."""
         for number, writer in enumerate(writers):
             writer.send("prepare", address=address, workload=self._workload, rows=self._rows, number=number, table=table, **options)
         for writer in writers:
             writer.receive()
-        return Troupe(writers)
+        return ActorGroup(writers)
 
     def fill(self, writers: Sequence[Worker]) -> None:
         """Has prepared writers fill their table."""
@@ -139,8 +141,8 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
     """Tries chunk lengths and columns, reading and writing, with one sampler, then samplers with those that were read fastest."""
     seconds = min(effort.seconds * 2, SWEEP_SECONDS)
     rows = min(effort.rows(name) // 5, 20_000 if name == "W1" else 4_000)
-    with Stage(tuned=tuned) as stage:
-        peers = _Peers(stage, name, rows)
+    with ProcessGroup(tuned=tuned) as processes:
+        peers = _Peers(processes, name, rows)
         kinds: list[Trial] = [
             {"chunk_length": length, "columns": columns}
             for columns in ("packed", "apart")
@@ -148,7 +150,7 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
         ]
         tables = {_table(kind): {"max_size": rows, "packed": kind["columns"] == "packed"} for kind in kinds}
         address = peers.start(tables)
-        learner = stage.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
+        learner = processes.worker("benchmarks.peers.reverb_learner", python=PEERS_PYTHON)
 
         def measure(trial: Trial) -> Trial:
             tell(f"{name}: Reverb, " + ", ".join(str(value) for value in trial.values()))
@@ -163,9 +165,9 @@ def _tune(name: str, effort: Effort, tuned: bool, tell: Callable[[str], None]) -
         trials = []
         for kind in kinds:
             tell(f"{name}: Reverb, filling {_table(kind)}")
-            troupe = peers.prepare(writers, address, _table(kind), packed=kind["columns"] == "packed", **_writer_options(kind))
+            group = peers.prepare(writers, address, _table(kind), packed=kind["columns"] == "packed", **_writer_options(kind))
             peers.fill(writers)
-            inserting = troupe.insert(server_pid=peers.pid)
+            inserting = group.insert(server_pid=peers.pid)
             steps_per_s = max(inserting(seconds)["steps_per_s"] for _ in range(2))
             trials.append({**measure({**kind, "sampler": "dataset", "workers": 2, "in_flight": 768}), "steps_per_s": steps_per_s})
         best = max(trials, key=lambda trial: trial["batches_per_s"])

@@ -23,7 +23,7 @@ CAPACITY = 4_000
 LONGEST = 50
 
 
-class Fleet:
+class ActorPool:
     """Four actors that add without end, send what was not acknowledged again, and note every acknowledgement."""
 
     def __init__(self) -> None:
@@ -114,59 +114,59 @@ def check_newest_lost(snapshot_dir: Path, ids: set[int]) -> None:
 @pytest.mark.timeout(600 + 30 * KILLS)
 @pytest.mark.parametrize("durability", ["sync", "batch", "memory"])
 def test_kill_under_four_actors_loses_and_doubles_nothing(durability: str, tmp_path: Path) -> None:
-    rng, fleet, seen, earlier = random.Random(durability), Fleet(), dict[int, tuple[int, int]](), set[int]()
+    rng, actors, seen, earlier = random.Random(durability), ActorPool(), dict[int, tuple[int, int]](), set[int]()
     data_dir, lossless = tmp_path / "data", durability != "memory"
 
     for round_number in range(KILLS + 1):
         with serve(tmp_path, data_dir, durability) as process, Caller(process.address) as caller, ThreadPoolExecutor(1) as pool:
             if round_number:
                 maintenance.snapshot(data_dir, tmp_path / f"after-{round_number}")
-                check_store(tmp_path / f"after-{round_number}", fleet.acknowledged, lossless=lossless)
+                check_store(tmp_path / f"after-{round_number}", actors.acknowledged, lossless=lossless)
                 if not lossless:
-                    check_newest_lost(tmp_path / f"after-{round_number}", set(fleet.acknowledged.values()) - earlier)
-            earlier = set(fleet.acknowledged.values())
-            playing = pool.submit(fleet.play, process.address)
-            fleet.wait_for(rng.randint(40, 160))
+                    check_newest_lost(tmp_path / f"after-{round_number}", set(actors.acknowledged.values()) - earlier)
+            earlier = set(actors.acknowledged.values())
+            playing = pool.submit(actors.play, process.address)
+            actors.wait_for(rng.randint(40, 160))
             note_sampled(caller, seen)
             if round_number < KILLS:
-                fleet.wait_for(rng.randint(1, 40))
+                actors.wait_for(rng.randint(1, 40))
                 process.signal(signal.SIGKILL)
                 process.wait()
             else:
-                fleet.stop()
+                actors.stop()
             playing.result(DEADLINE_S)
             if round_number == KILLS:
                 counts = caller.counts()
                 process.signal(signal.SIGTERM)
                 assert process.wait() == 0, process.log
 
-    names = {episode_id: name for name, episode_id in fleet.acknowledged.items()}
-    assert len(names) == len(fleet.acknowledged), "an id was given to two episodes"
+    names = {episode_id: name for name, episode_id in actors.acknowledged.items()}
+    assert len(names) == len(actors.acknowledged), "an id was given to two episodes"
     assert all(seen[episode_id] == name for episode_id, name in names.items() if episode_id in seen)
     if lossless:
         # Each actor went on until its last episode was acknowledged, so what was ever added is what was acknowledged.
-        assert counts.episodes_added == len(fleet.acknowledged)
-    check_store(data_dir, fleet.acknowledged if lossless else {}, lossless=lossless)
+        assert counts.episodes_added == len(actors.acknowledged)
+    check_store(data_dir, actors.acknowledged if lossless else {}, lossless=lossless)
     note(server_kills=KILLS)
     if lossless:
-        note(episodes_acknowledged=len(fleet.acknowledged), sent_again=fleet.duplicates, lost=0, doubled=0)
+        note(episodes_acknowledged=len(actors.acknowledged), sent_again=actors.duplicates, lost=0, doubled=0)
     outcome = "0 lost" if lossless else "the newest of each kill lost"
-    print(f"{durability}: {KILLS} kills, {len(fleet.acknowledged)} acknowledged, {fleet.duplicates} sent again, {outcome}, 0 doubled")
+    print(f"{durability}: {KILLS} kills, {len(actors.acknowledged)} acknowledged, {actors.duplicates} sent again, {outcome}, 0 doubled")
 
 
 @pytest.mark.parametrize("durability", ["sync", "batch", "memory"])
 def test_sigterm_under_load_keeps_everything_acknowledged(durability: str, tmp_path: Path) -> None:
-    fleet, data_dir = Fleet(), tmp_path / "data"
+    actors, data_dir = ActorPool(), tmp_path / "data"
 
     with serve(tmp_path, data_dir, durability) as process, ThreadPoolExecutor(1) as pool:
-        playing = pool.submit(fleet.play, process.address)
-        fleet.wait_for(200)
+        playing = pool.submit(actors.play, process.address)
+        actors.wait_for(200)
         process.signal(signal.SIGTERM)
         playing.result(DEADLINE_S)
         assert process.wait() == 0, process.log
 
-    check_store(data_dir, fleet.acknowledged, lossless=True)
-    note(episodes_acknowledged=len(fleet.acknowledged), lost=0, doubled=0)
+    check_store(data_dir, actors.acknowledged, lossless=True)
+    note(episodes_acknowledged=len(actors.acknowledged), lost=0, doubled=0)
 
 
 def test_second_server_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

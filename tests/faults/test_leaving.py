@@ -194,7 +194,7 @@ def test_connections_that_come_and_go_leave_nothing(process: ServerProcess) -> N
 def test_peers_behind_a_pulled_cable_are_let_go(process: ServerProcess) -> None:
     with Players(process.address, count=1) as players, TcpProxy(process.address) as proxy:
         players.play(5)
-        players.arrive()
+        players.flush_all()
         files = process.open_files
         with Learner(proxy.address, batch_size=64) as first:
             first.wait_for(5)

@@ -35,7 +35,7 @@ def serve(folder: Path, **environment: str) -> ServerProcess:
     return ServerProcess(folder, TOUCHLINE_STORAGE__DATA_DIR=str(folder / "data"), **environment)
 
 
-def settle(process: ServerProcess, players: Players, folder: Path) -> None:
+def stop_and_verify(process: ServerProcess, players: Players, folder: Path) -> None:
     """Ends the server and holds what it stored against what was played."""
     with Caller(process.address) as caller:
         counts = caller.counts()
@@ -56,20 +56,20 @@ def test_outages_longer_than_the_deadline_stop_no_actor_and_cost_no_episode(tmp_
         Players(proxy.address, timeout_s=TIMEOUT_S, spool_dir=spool_dir) as players,
     ):
         players.play(EPISODES)
-        players.arrive()
+        players.flush_all()
         for begin, end in OUTAGES.values():
             begin(proxy)
             players.play(EPISODES)
-            whys = players.unreached(OUTAGE_S)
+            errors = players.pending_errors(OUTAGE_S)
             players.play(EPISODES)
             waiting = [writer.counters.pending for writer in players.writers]
             end(proxy)
-            players.arrive()
+            players.flush_all()
 
-            assert len(whys) == EPISODES * len(players.writers)
-            assert {type(why) for why in whys} <= {DeadlineError, UnavailableError}, whys
+            assert len(errors) == EPISODES * len(players.writers)
+            assert {type(why) for why in errors} <= {DeadlineError, UnavailableError}, errors
             assert waiting == [2 * EPISODES] * len(players.writers)
-        settle(process, players, tmp_path)
+        stop_and_verify(process, players, tmp_path)
 
 
 @pytest.mark.timeout(600 + 4 * EPISODES)
@@ -81,12 +81,12 @@ def test_slow_and_lossy_line_costs_no_episode_whole_or_in_chunks(tmp_path: Path)
     ):
         while players.played < EPISODES or not proxy.resets:
             players.play(EPISODES)
-            players.arrive()
+            players.flush_all()
 
         # Below the limit of a message some went whole, above it the others in chunks.
         sizes = [keyed_episode(actor, number).size_bytes for actor in range(4) for number in range(players.played)]
         assert min(sizes) < 3000 and max(sizes) > 5000
-        settle(process, players, tmp_path)
+        stop_and_verify(process, players, tmp_path)
 
 
 @pytest.mark.timeout(600 + 4 * EPISODES)
@@ -98,15 +98,15 @@ def test_stream_goes_on_by_itself_after_outages_and_is_never_wrong(limit: int) -
         Players(proxy.address, timeout_s=TIMEOUT_S) as players,
     ):
         players.play(EPISODES)
-        players.arrive()
+        players.flush_all()
         with Learner(proxy.address, batch_size=16) as learner:
             learner.wait_for(20)
             for begin, end in OUTAGES.values():
                 begin(proxy)
                 players.play(1)
-                assert players.unreached(OUTAGE_S)
+                assert players.pending_errors(OUTAGE_S)
                 end(proxy)
-                players.arrive()
+                players.flush_all()
                 learner.wait_for(20)
             for _ in range(EPISODES):
                 proxy.reset()
@@ -122,7 +122,7 @@ def test_stream_goes_on_by_itself_after_outages_and_is_never_wrong(limit: int) -
 def test_stream_that_may_wait_only_so_long_says_so_and_another_goes_on() -> None:
     with serving() as (server, _), TcpProxy(server.address) as proxy, Players(server.address) as players:
         players.play(2)
-        players.arrive()
+        players.flush_all()
         proxy.pause()
         with Learner(proxy.address, timeout_s=TIMEOUT_S) as hasty, pytest.raises((UnavailableError, DeadlineError), match="no batch"):
             hasty.wait_for(1)

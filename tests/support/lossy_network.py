@@ -67,17 +67,17 @@ def main(folder: Path, episodes: int) -> dict[str, object]:
     environment = {"TOUCHLINE_STORAGE__DATA_DIR": str(folder / "data"), "TOUCHLINE_CONFIG__MIN_HISTORY": "0"}
     with ServerProcess(folder, **environment) as process, Players(process.address, timeout_s=TIMEOUT_S) as players:
         players.play(episodes)
-        players.arrive()
+        players.flush_all()
         with Learner(process.address, batch_size=16) as learner:
             learner.wait_for(20)
             pull_cable(True)
             players.play(episodes)
-            whys = players.unreached(3 * TIMEOUT_S)
+            errors = players.pending_errors(3 * TIMEOUT_S)
             pull_cable(False)
-            players.arrive()
+            players.flush_all()
             learner.wait_for(20)
-            assert len(whys) == episodes * len(players.writers), whys
-            assert {type(why) for why in whys} <= {DeadlineError, UnavailableError}, whys
+            assert len(errors) == episodes * len(players.writers), errors
+            assert {type(why) for why in errors} <= {DeadlineError, UnavailableError}, errors
             batches = learner.batches
         with Caller(process.address) as caller:
             counts = caller.counts()

@@ -54,11 +54,11 @@ class Players:
         self.played += episodes
         list(self._pool.map(lambda actor: self._play(actor, numbers), range(len(self.writers))))
 
-    def arrive(self) -> None:
+    def flush_all(self) -> None:
         """Waits until every episode is acknowledged."""
         list(self._pool.map(lambda writer: writer.flush(WAIT_S), self.writers))
 
-    def unreached(self, timeout_s: float) -> list[Exception]:
+    def pending_errors(self, timeout_s: float) -> list[Exception]:
         """Waits ``timeout_s`` and returns why the episodes that wait then are not acknowledged, one error for each."""
         errors: list[Exception] = []
         for found in self._pool.map(lambda writer: _why_unacknowledged(writer, timeout_s), self.writers):

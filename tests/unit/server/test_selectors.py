@@ -111,7 +111,7 @@ def test_draw_of_a_seed_gives_the_numbers_that_it_always_gave() -> None:
 
 
 class Recorder(Selector):
-    """A law with state: the newest episode, and everything that it was told."""
+    """A law with state: the newest episode, and every call that it received."""
 
     law = "recorder"
     stateful = True

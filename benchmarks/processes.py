@@ -18,7 +18,7 @@ PACED_STEPS_PER_S = 10_000.0
 ACTORS = 4
 
 
-class Troupe:
+class ActorGroup:
     """Actors that add to one server at once.
 
     Args:
@@ -28,9 +28,9 @@ class Troupe:
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = workers
 
-    def first(self, actors: int) -> Troupe:
+    def first(self, actors: int) -> ActorGroup:
         """Returns some of them."""
-        return Troupe(self._workers[:actors])
+        return ActorGroup(self._workers[:actors])
 
     def under_load(self, run: Callable[[float], Slice], *, steps_per_s: float) -> Callable[[float], Slice]:
         """Returns what runs a slice while all actors add.
@@ -66,7 +66,7 @@ class Troupe:
         return inserting
 
 
-class Stage:
+class ProcessGroup:
     """Starts the processes of a section and ends them with it. A context manager."""
 
     def __init__(self, *, tuned: bool = True) -> None:
@@ -90,12 +90,12 @@ class Stage:
             filler.call("fill", address=server.address, workload=workload, rows=rows)
         return server, {"resident_bytes": resident_bytes(server.pid) - before, "rows": rows}
 
-    def troupe(self, server: ServerProcess, workload: str, rows: int, actors: int) -> Troupe:
+    def actor_group(self, server: ServerProcess, workload: str, rows: int, actors: int) -> ActorGroup:
         """Starts actors."""
         workers = [self.worker("benchmarks.actor") for _ in range(actors)]
         for number, worker in enumerate(workers):
             worker.call("prepare", address=server.address, workload=workload, rows=rows, number=number)
-        return Troupe(workers)
+        return ActorGroup(workers)
 
     def remote(self, learner: Worker, server: ServerProcess, workload: str, rows: int, path: str, *, name: str, seconds: float) -> Subject:
         """Returns a subject that takes batches from a server."""
@@ -103,7 +103,7 @@ class Stage:
         pid = server.pid
         return Subject(name, lambda length: learner.call("run", name=name, seconds=length, server_pid=pid), seconds)
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> ProcessGroup:
         return self
 
     def __exit__(self, *exc: object) -> None:
