@@ -24,7 +24,7 @@ from benchmarks.rounds import Section
 from benchmarks.suite import QUICK, SECTIONS, Effort, Findings
 
 SEED = 20_260_101
-"""Of the order of the subjects in each round."""
+"""Seed of the order of the subjects in each round."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 console = Console(stderr=True)
@@ -167,7 +167,7 @@ def _runner(progress: Progress, task: Any) -> Any:
 
 
 def _settings(effort: Effort, quick: bool, default_malloc: bool, begin: float) -> str:
-    kind = "a QUICK run on small stores, whose figures mean nothing; " if quick else ""
+    kind = "a QUICK run on small stores, whose numbers mean nothing; " if quick else ""
     tuning = "as the C library has it" if default_malloc else ", ".join(f"{name}={value}" for name, value in MALLOC_TUNING.items())
     rounds = f"{effort.rounds} rounds ({effort.side_rounds} in side sections) of {effort.seconds} s a slice"
     return f"{kind}{rounds}; order seed {SEED}; memory allocation: {tuning}; took {(time.monotonic() - begin) / 60:.1f} minutes"

@@ -1,4 +1,4 @@
-"""The process of an actor: adds episodes to a server, flat out or at a pace, until it is told to stop."""
+"""The process of an actor: adds episodes to a server, flat out or at a pace, until it is asked to stop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TOGETHER_EPISODES = 64
 """Most episodes of one call, flat out."""
 
 TOGETHER_BYTES = 16 << 20
-"""Payload of one call, unless one episode alone has more."""
+"""Payload of one call, unless a single episode has more."""
 
 
 class Actor:
-    """Adds the episodes it has made beforehand over and over, each time with a key of its own."""
+    """Adds episodes that it made in advance over and over, each time under a new key."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -32,10 +32,10 @@ class Actor:
         """Connects, and makes episodes.
 
         Args:
-            address: of the server.
-            workload: by name.
-            rows: of its store.
-            number: of this actor; no two may have the same episodes.
+            address: the server's address.
+            workload: name of the workload.
+            rows: rows of the server's store.
+            number: number of this actor; selects its episodes, so no two actors may share one.
         """
         content = Content(WORKLOADS[workload].resized(rows))
         size = content.workload.row_bytes * content.workload.max_length
@@ -82,7 +82,7 @@ class Actor:
         return {"steps_per_s": self._steps / (time.perf_counter() - self._begin)}
 
     def insert(self, *, seconds: float, one_by_one: bool = False) -> dict[str, float]:
-        """Adds flat out for so long; returns the acknowledged ``steps_per_s`` and this process's ``cpu_s`` a step."""
+        """Adds flat out for ``seconds``; returns the acknowledged ``steps_per_s`` and this process's ``cpu_s`` a step."""
         before = time.process_time()
         self.start(steps_per_s=0.0, one_by_one=one_by_one)
         self._stopping.wait(seconds)
@@ -111,7 +111,7 @@ class Actor:
             self._failure = error
 
     def _add_together(self, first: int, count: int) -> int:
-        """Adds so many of the episodes in one call and returns how many steps are acknowledged."""
+        """Adds ``count`` of the episodes in one call and returns how many steps are acknowledged."""
         episodes = []
         for number in range(first, first + count):
             tag, columns = self._episodes[number % len(self._episodes)]

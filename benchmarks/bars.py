@@ -29,17 +29,19 @@ class Bar:
 
 
 BARS = (
-    Bar("W1, ring, alone / gather limit in process", "W1", "ring", "limit", 0.85, "0.90"),
-    Bar("W1, ring, under 10 k steps/s of inserts / Reverb likewise", "peers W1", "ring-10k", "reverb-10k", 80, "90"),
-    Bar("W1, TCP stream, alone / TD-MPC2's in-process buffer (cache off, 1 M rows)", "W1", "stream", "tdmpc2", 12, "10 to 15"),
-    Bar("W1, TCP stream / Reverb, alone", "peers W1", "stream", "reverb", 20, "21 to 26"),
+    Bar("W1, ring, unloaded / gather limit in process", "W1", "ring", "limit", 0.85, "0.90"),
+    Bar("W1, ring, under 10 k steps/s of inserts / Reverb under the same", "peers W1", "ring-10k", "reverb-10k", 80, "90"),
+    Bar("W1, TCP stream, unloaded / TD-MPC2's in-process buffer (cache off, 1 M rows)", "W1", "stream", "tdmpc2", 12, "10 to 15"),
+    Bar("W1, TCP stream / Reverb, unloaded", "peers W1", "stream", "reverb", 20, "21 to 26"),
     Bar("W1, ring / TD-MPC2's in-process buffer (cache off, 1 M rows)", "W1", "ring", "tdmpc2", 25, "26 to 37"),
     Bar("W2, ring / gather limit", "W2", "ring", "limit", 0.85, "0.90"),
     Bar("W2, TCP stream / Reverb", "peers W2", "stream", "reverb", 2, "1 to 2"),
     Bar("W1 inserts, four actors / Reverb's best", "peers W1", "insert-4", "reverb-insert", 18, "27", metric="steps_per_s"),
     Bar("cost of a draw at 1 M rows / at 10 k rows", "W1", "draw-large", "draw-small", 1.2, "1.0", metric="draw_s", at_most=True),
     Bar("in-process `ReplayBuffer.sample()` / TD-MPC2's buffer (cache off, 1 M rows)", "W1", "local", "tdmpc2", 15, "20 to 40"),
-    Bar("a goal, not a bar: W1, TCP stream, four actors inserting flat out / alone", "W1", "stream-flat", "stream", 0.4, "0.2", goal=True),
+    Bar(
+        "a goal, not a bar: W1, TCP stream, four actors inserting flat out / unloaded", "W1", "stream-flat", "stream", 0.4, "0.2", goal=True
+    ),
 )
 
 
@@ -70,7 +72,7 @@ def judge(sections: Sections, bars: Sequence[Bar] = BARS) -> list[Verdict]:
 
 
 def values(sections: Sections, section: str, subject: str, metric: str) -> list[float] | None:
-    """Returns a subject's figures, round by round; None where they were not measured."""
+    """Returns a subject's values, round by round; None if they were not measured."""
     slices = sections.get(section, {}).get("slices", {}).get(subject)
     if not slices or metric not in slices[0]:
         return None

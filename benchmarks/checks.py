@@ -37,7 +37,7 @@ class BatchLog:
         self._noted = 0
 
     def note(self, obs: np.ndarray, reward: np.ndarray) -> None:
-        """Notes a batch: obs [H+1, B, *obs_shape] and reward [H, B, 1] or [H, B]."""
+        """Records a batch: obs [H+1, B, *obs_shape] and reward [H, B, 1] or [H, B]."""
         place = self._noted % len(self._ids)
         row = obs[0]
         while row.ndim > 2:

@@ -29,7 +29,7 @@ RUNS = (
 )
 
 W2_ROWS = 10_000
-"""Both sides hold a W2 store at once; a full one takes 3.7 GB."""
+"""Rows of the W2 stores: both sides hold one at the same time, and a full one takes 3.7 GB."""
 
 
 @dataclass
@@ -66,12 +66,12 @@ def compare(
 
     Args:
         old: the other checkout; the new one is this.
-        only: names from :data:`RUNS`.
+        only: names of the runs, from :data:`RUNS`.
         blocks: how often everything is made anew.
         rounds: slices of each run and side in a block.
-        seconds: of a slice.
-        seed: of the orders.
-        advance: called with what comes next, before each slice.
+        seconds: length of a slice.
+        seed: seed of the orders.
+        advance: callback that gets the name of the next slice before it runs.
         shrink: divides the stores' sizes.
 
     Raises:

@@ -27,7 +27,7 @@ ROWS = 500
 
 
 def add_episodes(address: str, number: int, seconds: float, counted: object) -> None:
-    """Adds until the time is over and tells how many."""
+    """Adds until the time is over and sends back how many episodes were acknowledged."""
     from touchline import ReplayClient
 
     rng = np.random.default_rng(number)
@@ -64,13 +64,13 @@ def serve(data_dir: str, durability: str, rows: int) -> tuple[subprocess.Popen[s
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a server in order."""
+    """Stops a server cleanly."""
     process.send_signal(signal.SIGTERM)
     process.wait()
 
 
 def forget_pages(folder: Path) -> None:
-    """Has the page cache forget a folder's files, so that they are read from the disk."""
+    """Drops a folder's files from the page cache, so that the next read comes from the disk."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -133,7 +133,7 @@ def measure_handing_on(address: str, spool_dir: Path | None, seconds: float) -> 
 
 
 def measure_backlog(address: str, spool_dir: Path, episodes: int) -> None:
-    """Prints how fast a spool fills while nobody is there, how long it takes to open, and how fast it goes out."""
+    """Prints how fast a spool fills while the server is away, how long opening it takes, and how fast it is sent."""
     from touchline import ReplayClient
     from touchline._spool.queue import Spool
     from touchline.writer import EpisodeWriter
@@ -172,8 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rows", type=int, default=4_000_000)
-    parser.add_argument("--spool", action="store_true", help="what an actor's spool costs, instead")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one where left out")
+    parser.add_argument("--spool", action="store_true", help="measure an actor's spool instead")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.spool:

@@ -15,7 +15,7 @@ from benchmarks.workloads import WORKLOADS, Content
 
 
 class InProcess:
-    """Holds subjects by name; the driver tells which to make and to run."""
+    """Holds subjects by name; makes and runs those that the driver asks for."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

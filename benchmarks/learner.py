@@ -25,10 +25,10 @@ def open_stream(client: ReplayClient, *, path: str, prefetch: int, device: str |
     """Returns a client's batches, of which one is taken: they are under way.
 
     Args:
-        client: of the server.
+        client: client of the server.
         path: ``stream`` or ``ring``.
         prefetch: batches under way.
-        device: that they are copied to; None for none.
+        device: device that batches are copied to; None leaves them on the host.
 
     Raises:
         RuntimeError: they come another way.
@@ -45,8 +45,8 @@ class RemoteSubject:
     """Batches of a server, as arrays.
 
     Args:
-        address: of the server.
-        content: what it stores.
+        address: the server's address.
+        content: the rows that the server stores.
         path: ``unary``, ``stream`` or ``ring``.
         prefetch: batches under way; 0 leaves it to :data:`PREFETCH`.
     """
@@ -77,7 +77,7 @@ class RemoteSubject:
 
 
 class Learner:
-    """Holds subjects by name; the driver tells which to make and to run."""
+    """Holds subjects by name; makes and runs those that the driver asks for."""
 
     def __init__(self) -> None:
         self._timers: dict[str, SliceTimer] = {}

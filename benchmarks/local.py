@@ -81,7 +81,7 @@ class GatherLimit:
     Reads the columns of a :class:`LocalSubject`, so that both see the same memory; writes into buffers that it uses again and again.
 
     Args:
-        local: whose columns to read. It must not be written to meanwhile.
+        local: the buffer whose columns are read. It must not be written to meanwhile.
         provenance: gather the five provenance arrays of each slice too.
     """
 
@@ -144,7 +144,7 @@ class GatherLimit:
         return batch["obs"], batch["reward"]
 
     def arrays(self, batch: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Returns the batch, and what the provenance says where there is one."""
+        """Returns the batch, with its provenance if there is one."""
         if not self._with_provenance:
             return batch
         return {**batch, "policy_version": self._provenance[3], "start": self._provenance[1]}

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describes the machine that the results were measured on."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ LABELS = {
 
 
 def draw_all(sections: Sections, verdicts: Sequence[Verdict], folder: Path) -> list[str]:
-    """Draws what there are figures for into a folder; returns the files' names."""
+    """Draws everything that was measured into a folder; returns the files' names."""
     drawn = []
     for name, figure in (
         ("throughput.png", _throughput(sections)),
@@ -128,7 +128,7 @@ def _ratios(verdicts: Sequence[Verdict]) -> Figure | None:
     for place, verdict in enumerate(measured):
         ratio, bar = verdict.ratio, verdict.bar
         assert ratio is not None
-        # Above 1 is better than the bar for all of them, also where less is better.
+        # Above 1 is better than the bar for all of them, even if less is better.
         low, middle, high = (end / bar.value for end in (ratio.low, ratio.median, ratio.high))
         if bar.at_most:
             low, middle, high = 1 / high, 1 / middle, 1 / low

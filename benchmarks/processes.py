@@ -1,4 +1,4 @@
-"""The processes of a section: a server that is filled, a learner, actors."""
+"""The processes of a section: a filled server, a learner, actors."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from benchmarks.servers import ServerProcess
 from benchmarks.workloads import WORKLOADS
 
 PACED_STEPS_PER_S = 10_000.0
-"""Of all actors together: some hundred robots at 50 Hz, or a few dozen simulators."""
+"""Pace of all actors together: some hundred robots at 50 Hz, or a few dozen simulators."""
 
 ACTORS = 4
 
 
 class ActorGroup:
-    """Actors that add to one server at once.
+    """Actors that add to one server at the same time.
 
     Args:
-        workers: one process each, prepared.
+        workers: the actors' processes, prepared.
     """
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = workers
 
     def first(self, actors: int) -> ActorGroup:
-        """Returns some of them."""
+        """Returns a group of the first ``actors`` of these."""
         return ActorGroup(self._workers[:actors])
 
     def under_load(self, run: Callable[[float], Slice], *, steps_per_s: float) -> Callable[[float], Slice]:
-        """Returns what runs a slice while all actors add.
+        """Returns a function that runs a slice while all actors add.
 
         Args:
-            run: the slice.
-            steps_per_s: of all actors together; 0 is flat out.
+            run: the slice to run.
+            steps_per_s: pace of all actors together; 0 is flat out.
         """
 
         def loaded(seconds: float) -> Slice:
@@ -52,7 +52,7 @@ class ActorGroup:
         return loaded
 
     def insert(self, *, server_pid: int, **options: Any) -> Callable[[float], Slice]:
-        """Returns what has all actors add flat out, with their own ``options``, and nobody sample."""
+        """Returns a function that runs a slice in which all actors add flat out, with ``options``, and no learner samples."""
 
         def inserting(seconds: float) -> Slice:
             before = cpu_seconds(server_pid)

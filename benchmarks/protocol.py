@@ -1,4 +1,4 @@
-"""Subjects live in processes of their own, which a driver tells what to do: one line of JSON a request, one an answer.
+"""Subjects live in processes of their own, driven by one line of JSON a request and one an answer.
 
 Needs nothing but the standard library.
 """
@@ -35,9 +35,9 @@ class Worker:
     """A process that answers calls. Also a context manager that ends it.
 
     Args:
-        module: to run, which calls :func:`serve`.
-        python: the interpreter; this one where left out.
-        tuned: with :data:`MALLOC_TUNING`.
+        module: module to run, which calls :func:`serve`.
+        python: the interpreter; None for this one.
+        tuned: whether the process runs with :data:`MALLOC_TUNING`.
         tree: a checkout of the project whose product code the process imports; None for this one's.
     """
 

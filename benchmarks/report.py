@@ -33,7 +33,7 @@ ROWS = {
     "reverb": "Reverb, as tuned below",
     "reverb-10k": "the same, four writers add 10 k steps/s",
     "reverb-flat": "the same, four writers add flat out",
-    "reverb-apart": "Reverb, the best with columns apart, alone",
+    "reverb-apart": "Reverb, the best with separate columns, unloaded",
 }
 
 
@@ -117,8 +117,8 @@ def _workload_table(sections: Sections, section: str) -> str:
         )
     lines += [
         "",
-        "Under load the server's CPU includes that of adding. The time of a batch is from asking to having it; where several come in one",
-        "message, the median is that of taking one that is there already.",
+        "Under load the server's CPU includes that of adding. The time of a batch is from asking to having it; if several come in one",
+        "message, the median is that of taking one that has already arrived.",
     ]
     return "\n".join(lines)
 
@@ -139,7 +139,7 @@ def _inserts_table(sections: Sections) -> str:
                 )
     if not lines:
         return ""
-    head = ["## Inserts, flat out, nobody samples", "", "| | | actors | steps/s | 95 % interval | CPU µs a step: actor | server |"]
+    head = ["## Inserts, flat out, without sampling", "", "| | | actors | steps/s | 95 % interval | CPU µs a step: actor | server |"]
     return "\n".join([*head, "|---|---|---|---|---|---|---|", *lines])
 
 

@@ -16,7 +16,7 @@ class Subject:
 
     name: str
     run: Callable[[float], Slice]
-    """Runs a slice of so many seconds."""
+    """Function that runs a slice of the given length in seconds."""
     seconds: float = 0.4
 
 
@@ -38,8 +38,8 @@ class Section:
         """Runs all rounds.
 
         Args:
-            seed: of the orders.
-            advance: called with a subject's name before its slice.
+            seed: seed of the orders.
+            advance: callback that gets a subject's name before its slice.
         """
         order = random.Random(seed)
         self.slices = {subject.name: [] for subject in self.subjects}

@@ -14,8 +14,8 @@ class ServerProcess:
     """A server for one workload. A context manager that ends it.
 
     Args:
-        workload: what it stores.
-        tuned: with :data:`~benchmarks.protocol.MALLOC_TUNING`.
+        workload: the workload that it stores.
+        tuned: whether it runs with :data:`~benchmarks.protocol.MALLOC_TUNING`.
         device: ``storage.device``.
         data_dir: ``storage.data_dir``; empty for none.
         durability: ``storage.durability``.
@@ -50,7 +50,7 @@ class ServerProcess:
         return self._process.pid
 
     def close(self) -> None:
-        """Has it drain and end."""
+        """Drains the server and waits for its end."""
         self._process.terminate()
         try:
             self._process.wait(20)

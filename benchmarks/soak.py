@@ -37,11 +37,11 @@ PER_SECOND = {"actor": 12.0, "stream": 40.0, "ring": 80.0}
 """Episodes or batches that each process asks for in a second: a steady load that two cores carry."""
 BATCH_SIZE, HORIZON = 128, 5
 BATCHES_OF_A_STREAM = 500
-"""After so many a learner closes its stream and opens another one."""
+"""Batches after which a learner closes its stream and opens another one."""
 KILL_EVERY_S = 5.0
 SAMPLE_EVERY_S = 2.0
 WARM_UP_SHARE = 0.3
-"""Of the time: the ring fills, threads and pools start, the C library takes the memory that it will keep."""
+"""Share of the time for warm-up: the ring fills, threads and pools start, the C library takes the memory that it will keep."""
 
 
 # One client, in a process of its own.
@@ -80,7 +80,7 @@ def learn(address: str, *, ring: bool) -> Iterator[None]:
 
 
 def play(kind: str, address: str, number: int) -> None:
-    """Does one client's work for ever; prints once a second what was done and how long each took, in ms, as JSON."""
+    """Does one client's work until killed; prints once a second what was done and how long each item took, in ms, as JSON."""
     work = act(address, number) if kind == "actor" else learn(address, ring=kind == "ring")
     pause_s, took_ms, told = 1.0 / PER_SECOND[kind], [], time.monotonic()
     for due in itertools.count():
@@ -99,7 +99,7 @@ def play(kind: str, address: str, number: int) -> None:
 
 
 class Client:
-    """A client's process; what it tells is collected by a thread."""
+    """A client's process; a thread collects what it reports."""
 
     def __init__(self, kind: str, address: str, number: int) -> None:
         self.kind = kind
@@ -202,7 +202,7 @@ class Soak:
         self.episodes = 0
 
     def run(self, seconds: float, every_s: float) -> Iterator[Minute]:
-        """Yields a line every so often."""
+        """Yields a line every ``every_s`` seconds."""
         begin = told = killed = time.monotonic()
         while (now := time.monotonic()) - begin < seconds:
             time.sleep(SAMPLE_EVERY_S)

@@ -19,7 +19,7 @@ class Interval:
     low: float
     high: float
     coverage: float
-    """Probability with which such an interval holds the true median; below 0.95 where there were fewer than 6 values."""
+    """Probability with which such an interval holds the true median; below 0.95 for fewer than 6 values."""
     count: int
 
 
@@ -30,8 +30,8 @@ def median_interval(values: Sequence[float], *, coverage: float = 0.95) -> Inter
     independent values enclose the true median with probability 1 - 2 P(Binomial(n, 1/2) < j), whatever their distribution.
 
     Args:
-        values: at least one.
-        coverage: wanted at least; the widest interval is returned where n is too small for it.
+        values: the measured values, at least one.
+        coverage: minimum coverage; the widest interval is returned if n is too small for it.
 
     Raises:
         ValueError: there are no values.

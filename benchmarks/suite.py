@@ -19,11 +19,11 @@ class Effort:
     """How much time a run takes."""
 
     rounds: int = 15
-    """Of the sections with the headline ratios."""
+    """Rounds of the sections with the headline ratios."""
     side_rounds: int = 7
-    """Of the others."""
+    """Rounds of the other sections."""
     seconds: float = 0.4
-    """Of a slice."""
+    """Length of a slice."""
     shrink: int = 1
     """Stores are smaller by this factor: only to see that everything works."""
 
@@ -52,7 +52,7 @@ Run = Callable[[Section], None]
 
 
 def state_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
-    """W1: all subjects, alone and under load, inserts, and what a draw costs at two sizes."""
+    """W1: all subjects, unloaded and under load, inserts, and what a draw costs at two sizes."""
     rows, small = effort.rows("W1"), max(effort.rows("W1") // 100, 1000)
     inner = processes.worker("benchmarks.in_process")
     subjects = []
@@ -129,7 +129,7 @@ def unequal_section(processes: ProcessGroup, effort: Effort, findings: Findings,
 
 
 def pixels_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
-    """W2: alone and under load."""
+    """W2: unloaded and under load."""
     rows = effort.rows("W2")
     inner = processes.worker("benchmarks.in_process")
     findings.memory["W2 TD-MPC2's buffer"] = inner.call("make_tdmpc2", name="tdmpc2", workload="W2", rows=rows, cache=False, writing=False)

@@ -25,7 +25,7 @@ class Tdmpc2Subject:
     Args:
         content: what to store.
         cache: keep the episodes' borders between samples (TD-MPC2 does for several tasks); a write drops them.
-        device: of the storage.
+        device: device of the storage.
     """
 
     def __init__(self, content: Content, *, cache: bool, device: str = "cpu") -> None:
@@ -57,7 +57,7 @@ class Tdmpc2Subject:
         self._extend(self._next[self._episodes % len(self._next)])
 
     def take(self) -> Tensors:
-        """Returns obs [H+1, B, ...], action, reward and done [H, B, ...], and the task [B] where there is one."""
+        """Returns obs [H+1, B, ...], action, reward and done [H, B, ...], and the task [B] if there is one."""
         rows = self._buffer.sample().view(-1, self._steps).permute(1, 0)
         batch = rows.select("obs", "action", "reward", "done", "task", strict=False)
         task = batch.get("task", None)

@@ -1,4 +1,4 @@
-"""One slice of a round: so many tenths of a second of one subject, timed, noted and checked.
+"""One slice of a round: some tenths of a second of one subject, timed, recorded and checked.
 
 Needs numpy only.
 """
@@ -16,7 +16,7 @@ from benchmarks.protocol import cpu_seconds
 from benchmarks.workloads import Content
 
 WARM_UP_S = 0.1
-"""Before each slice: what a subject had ready from the pause before is used up, and caches are its own again."""
+"""Warm-up before each slice, which uses up what a subject prepared during the pause and refills the caches."""
 
 MAX_LATENCIES = 1 << 16
 
@@ -42,7 +42,7 @@ class Usage:
     """Processor time of this process and of a server, from its making on.
 
     Args:
-        server_pid: of the server's process; None for none.
+        server_pid: the server's process; None for none.
     """
 
     def __init__(self, server_pid: int | None) -> None:
@@ -51,7 +51,7 @@ class Usage:
         self._own_before = time.process_time()
 
     def figures(self, latencies: Sequence[float], elapsed_s: float) -> dict[str, float]:
-        """Returns what a slice measured, but for what it checked; called as its clock stops.
+        """Returns what a slice measured, without its checks; called as its clock stops.
 
         Args:
             latencies: seconds that each batch took to arrive.
@@ -83,11 +83,11 @@ class SliceTimer:
         self._log = BatchLog(subject.content, capacity=max(log_bytes // noted_bytes, 1))
 
     def run(self, seconds: float, *, server_pid: int | None = None) -> dict[str, float]:
-        """Takes batches for so long.
+        """Takes batches for ``seconds``.
 
         Args:
-            seconds: of the timed part; at least one batch is taken.
-            server_pid: whose processor time is noted besides this process's own.
+            seconds: length of the timed part; at least one batch is taken.
+            server_pid: process whose CPU time is recorded besides this process's own.
 
         Returns:
             ``batches_per_s``, ``p50_s`` and ``p99_s`` of the time that a batch took to arrive, ``cpu_s`` a batch here, ``server_cpu_s`` a
@@ -119,7 +119,7 @@ class SliceTimer:
 
 
 def take_for(take: Callable[[], Taken], seconds: float) -> Taken:
-    """Takes batches for so long, one at least, each let go of before the next; returns the last."""
+    """Takes batches for ``seconds``, at least one, releasing each before the next; returns the last."""
     end = time.perf_counter() + seconds
     batch = take()
     while time.perf_counter() < end:
@@ -129,7 +129,7 @@ def take_for(take: Callable[[], Taken], seconds: float) -> Taken:
 
 
 def seconds_per_call(work: Callable[[], Any], seconds: float) -> float:
-    """Returns how long a call takes, on average over so many seconds after a short warm-up."""
+    """Returns how long a call takes, on average over ``seconds`` after a short warm-up."""
     for _ in range(20):
         work()
     begin = time.perf_counter()

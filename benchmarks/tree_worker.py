@@ -64,7 +64,7 @@ class Checkout:
         """Makes ``name``: episodes of workload W1 that two threads add, each waiting for its acknowledgements.
 
         Args:
-            name: of the run.
+            name: name of the run.
             durability: ``storage.durability``, or ``none`` for a server without a data_dir.
         """
         data_dir = "" if durability == "none" else tempfile.mkdtemp(prefix="touchline-compare-")

@@ -1,4 +1,4 @@
-"""What is stored and drawn: the workloads, and episodes whose every row tells which row it is.
+"""What is stored and drawn: the workloads, and episodes in which every row identifies itself.
 
 Needs numpy only, and any numpy from 1.26 on: the peers' environment imports it too.
 """
@@ -38,17 +38,17 @@ class Workload:
 
     @property
     def obs_bytes(self) -> int:
-        """Of one row's observation."""
+        """Size of one row's observation."""
         return int(np.prod(self.obs_shape)) * np.dtype(self.obs_dtype).itemsize
 
     @property
     def row_bytes(self) -> int:
-        """Of one row: observation, action, reward, done and, where there is one, the task."""
+        """Size of one row: observation, action, reward, done and, if there is one, the task."""
         return self.obs_bytes + 4 * (self.action_size + 2) + (8 if self.task else 0)
 
     @property
     def batch_bytes(self) -> int:
-        """Of one batch without provenance: H + 1 rows of the observation, H of action, reward and done."""
+        """Size of one batch without provenance: H + 1 rows of the observation, H of action, reward and done."""
         transition = self.horizon * 4 * (self.action_size + 2)
         return self.batch_size * ((self.horizon + 1) * self.obs_bytes + transition + (8 if self.task else 0))
 
@@ -65,9 +65,9 @@ WORKLOADS = {"W1": W1, "W2": W2, "W3": W3, "W3-step": W3_STEP}
 
 
 class Content:
-    """The rows of a workload's episodes, each a function of the episode's tag and the step alone.
+    """The rows of a workload's episodes, each a function of only the episode's tag and the step.
 
-    Rewards are 24-bit hashes of (tag, step), so that rewards alone tell rows apart; observations and actions are windows, chosen by other
+    Rewards are 24-bit hashes of (tag, step), so that rewards identify rows; observations and actions are windows, chosen by other
     hashes, of a fixed table of noise, so that they are made and checked at the speed of a copy. An observation begins with its tag and
     its step. Row 0 has NaN for action, reward and done, as in TD-MPC2: a batch with a NaN was drawn by the wrong convention.
     """

@@ -14,7 +14,7 @@ from benchmarks.workloads import WORKLOADS, Content
 
 
 class InProcess:
-    """Holds subjects by name; the driver tells which to make and to run."""
+    """Holds subjects by name; makes and runs those that the driver asks for."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -35,7 +35,7 @@ class InProcess:
         self._runs[name] = DeviceSliceTimer(subject).run
 
     def make_limits(self, *, over: str) -> None:
-        """Makes the gather limit over the columns of a local buffer, as ``limit``, and its kernels alone, as ``kernels``."""
+        """Makes the gather limit over the columns of a local buffer, as ``limit``, and its kernels by themselves, as ``kernels``."""
         limit = DeviceGatherLimit(self._locals[over])
         self._runs["limit"] = DeviceSliceTimer(limit).run
         self._runs["kernels"] = limit.kernels()

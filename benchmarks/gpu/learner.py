@@ -39,8 +39,8 @@ class DeviceRemoteSubject:
     """Batches of a server, on the device.
 
     Args:
-        address: of the server.
-        content: what it stores.
+        address: the server's address.
+        content: the rows that the server stores.
         path: ``stream`` or ``ring``.
         ahead: copied ahead by ``batches(device="cuda")``; otherwise taken as host tensors and copied by the learner, when it needs them.
         step: what the learner does with each batch.
@@ -91,7 +91,7 @@ class HeldSubject:
 
 
 class Learner:
-    """Holds subjects by name; the driver tells which to make and to run."""
+    """Holds subjects by name; makes and runs those that the driver asks for."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

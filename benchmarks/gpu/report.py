@@ -37,7 +37,7 @@ SERVED = {
 }
 
 STEPS = {
-    "step alone": "the step alone, on a batch that stays",
+    "step only": "only the step, on a batch that stays",
     "ahead cuda": '`batches(device="cuda")`, server\'s columns on the device',
     "by hand cuda": "host batches, copied by the learner with `.to()`, server's columns on the device",
     "ahead cpu": '`batches(device="cuda")`, server\'s columns in host memory',
@@ -75,7 +75,7 @@ def _head(results: Mapping[str, Any]) -> str:
             "# On a CUDA device",
             "",
             "Written by `make bench-gpu`; what was tried and found is in [notes.md](notes.md). Another machine than that of",
-            "[results.md](results.md): compare figures within this page only.",
+            "[results.md](results.md): compare numbers only within this page.",
             "",
             *machine,
             f"- settings: {results['settings']}",
@@ -118,7 +118,7 @@ def _card(sections: Sections, name: str) -> str:
     lines = [
         f"- The card copies within its memory at {_span(rate)} GB/s (2 GiB, bytes read plus bytes written),",
         f"  pinned host memory to the device at {short(up.median)} GB/s and back at {short(down.median)}.",
-        f"- The gather's four kernels alone take {device_s * 1e6:.1f} µs a batch: {short(gather.median)} GB/s counted the same way, each",
+        f"- The gather's four kernels by themselves take {device_s * 1e6:.1f} µs a batch: {short(gather.median)} GB/s counted the same way, each",
         f"  byte of the batch read once and written once, or {part.median:.3f} ({part.low:.3f} to {part.high:.3f}) of the copy.",
         f"  At `sample()`'s rate they take {busy:.0%} of the time: the rest is the host's, drawing and launching.",
     ]
@@ -149,13 +149,13 @@ def _steps(sections: Sections, name: str) -> str:
         "",
         "Batches by the ring; the step reads the observations and multiplies ten 4096 × 4096 bf16 matrices.",
         "",
-        "| | ms a batch | 95 % interval | over the step alone |",
+        "| | ms a batch | 95 % interval | over the step by itself |",
         "|---|---|---|---|",
     ]
-    alone = values(sections, name, "step alone", "batches_per_s") or []
+    step = values(sections, name, "step only", "batches_per_s") or []
     for subject, text in STEPS.items():
         rates = values(sections, name, subject, "batches_per_s") or []
-        time_ms, over = median_interval([1e3 / rate for rate in rates]), ratio_interval(alone, rates)
+        time_ms, over = median_interval([1e3 / rate for rate in rates]), ratio_interval(step, rates)
         more = f"{over.median:.3f} ({over.low:.3f} to {over.high:.3f})"
         lines.append(f"| {text} | {time_ms.median:.3f} | {time_ms.low:.3f} to {time_ms.high:.3f} | {more} |")
     return "\n".join(lines)

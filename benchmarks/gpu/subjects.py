@@ -14,7 +14,7 @@ from benchmarks.workloads import Content
 from touchline_protos import Batch
 
 COPY_BYTES = 2 << 30
-"""Of the copy that tells the card's bandwidth: many times its cache."""
+"""Size of the copy that measures the card's bandwidth: many times its cache."""
 
 GRAPH_BATCHES = 16
 
@@ -59,7 +59,7 @@ class DeviceGatherLimit:
     """The least that a buffer on the device does: a vectorised draw on the host, one copy of the rows, ``index_select`` into a fixed place.
 
     Args:
-        over: whose columns to read. It must not be written to meanwhile.
+        over: the buffer whose columns are read. It must not be written to meanwhile.
     """
 
     def __init__(self, over: DeviceLocalSubject) -> None:
@@ -150,7 +150,7 @@ class Copies:
 
 
 def _device_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Returns how long the device takes for some work: by its own clock, over so many seconds after a warm-up."""
+    """Returns how long the device takes for some work: by its own clock, over ``seconds`` after a warm-up."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(3):
         work()

@@ -8,21 +8,21 @@ from benchmarks.rounds import Section, Subject
 from benchmarks.suite import Effort, Findings, Run
 
 SLICE_S = 0.3
-"""Of a slice, at most."""
+"""Maximum length of a slice."""
 
 SHORT_S = 0.1
-"""Slices of copies and kernels alone."""
+"""Length of the slices that only copy or run kernels."""
 
 
 def run(name: str, processes: ProcessGroup, effort: Effort, findings: Findings, run_section: Run) -> None:
     """Measures a workload.
 
     Args:
-        name: of the workload.
-        processes: for the processes.
+        name: name of the workload.
+        processes: group that starts and ends the processes.
         effort: how long to measure.
-        findings: gets the section.
-        run_section: runs the rounds.
+        findings: findings that the section is added to.
+        run_section: function that runs the rounds.
     """
     rows, seconds = effort.rows(name), min(effort.seconds, SLICE_S)
     subjects = _in_process(processes.worker("benchmarks.gpu.in_process"), name, rows, seconds)
@@ -37,8 +37,8 @@ def run(name: str, processes: ProcessGroup, effort: Effort, findings: Findings, 
             subject = f"{'ahead' if ahead else 'by hand'} {device}"
             learner.call("make", name=subject, path="ring", ahead=ahead, step=True, **place)
             subjects.append(_remote(learner, subject, server.pid, seconds))
-    learner.call("make_held", name="step alone", address=servers["cpu"].address, workload=name, rows=rows)
-    subjects.append(_remote(learner, "step alone", servers["cpu"].pid, seconds))
+    learner.call("make_held", name="step only", address=servers["cpu"].address, workload=name, rows=rows)
+    subjects.append(_remote(learner, "step only", servers["cpu"].pid, seconds))
     section = Section(name, subjects, effort.rounds)
     run_section(section)
     findings.record(section)

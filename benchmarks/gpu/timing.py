@@ -14,13 +14,13 @@ from benchmarks.timing import Usage, take_for
 from benchmarks.workloads import ROW_ID_BYTES, Content
 
 WARM_UP_S = 0.05
-"""Before each slice: what a subject had ready from the pause before is used up."""
+"""Warm-up before each slice, which uses up what a subject prepared during the pause."""
 
 NOTED = 512
 """Batches that a slice notes at most, and how many take their turn before their places are used again."""
 
 NOTE_EVERY = 8
-"""One batch of so many is noted: noting is two small copies on the device, whose launches cost the host some 25 µs."""
+"""One batch in this many is recorded: recording is two small copies on the device, whose launches cost the host some 25 µs."""
 
 
 class DeviceSubject(Protocol):
@@ -49,7 +49,7 @@ class DeviceLog:
         self._count = 0
 
     def note(self, columns: Mapping[str, torch.Tensor]) -> None:
-        """Notes a batch."""
+        """Records a batch."""
         place = self._count % NOTED
         first_rows = columns["obs"][0]
         self._ids[place].copy_(first_rows.view(len(first_rows), -1)[:, : self._values])
@@ -75,11 +75,11 @@ class DeviceSliceTimer:
         self._log = DeviceLog(subject.content)
 
     def run(self, seconds: float, *, server_pid: int | None = None) -> dict[str, float]:
-        """Takes batches for so long, and then waits until the device has done all of them: that is in the time too.
+        """Takes batches for ``seconds``, then waits until the device has finished all of them; the time includes that wait.
 
         Args:
-            seconds: of the timed part.
-            server_pid: whose processor time is noted besides this process's own.
+            seconds: length of the timed part.
+            server_pid: process whose CPU time is recorded besides this process's own.
 
         Returns:
             As :meth:`benchmarks.timing.SliceTimer.run`; ``p50_s`` and ``p99_s`` are the host's time for a batch.

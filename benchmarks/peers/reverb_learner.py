@@ -20,10 +20,10 @@ class ReverbSubject:
     """Batches of a Reverb table, [B, H+1, ...] as Reverb has them: making them time-major would cost it a copy more.
 
     Args:
-        address: of the server.
-        content: what it stores.
-        table: to sample from.
-        packed: all columns in one.
+        address: the server's address.
+        content: the rows that the server stores.
+        table: table to sample from.
+        packed: whether all columns are packed into one.
         sampler: ``dataset`` (a ``TrajectoryDataset`` whose items TensorFlow batches) or ``client`` (``Client.sample``).
         workers: threads of a dataset that fetch.
         in_flight: items that each of them requests at a time.
@@ -77,7 +77,7 @@ class ReverbSubject:
 
 
 class Learner:
-    """Holds subjects by name; the driver tells which to make and to run."""
+    """Holds subjects by name; makes and runs those that the driver asks for."""
 
     def __init__(self) -> None:
         self._timers: dict[str, SliceTimer] = {}
@@ -92,7 +92,7 @@ class Learner:
         return self._timers[name].run(seconds, server_pid=server_pid)
 
     def drop(self, name: str) -> None:
-        """Forgets a subject, and closes what it had open."""
+        """Removes a subject and closes what it had open."""
         del self._timers[name]
 
 

@@ -1,4 +1,4 @@
-"""The process of one of Reverb's writers: inserts episodes, flat out or at a pace, until it is told to stop."""
+"""The process of one of Reverb's writers: inserts episodes, flat out or at a pace, until it is asked to stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLUSH_STEPS = 100
 
 
 class Writer:
-    """Inserts the slices of episodes that it has made beforehand, over and over."""
+    """Inserts the slices of episodes that it made in advance, over and over."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -37,14 +37,14 @@ class Writer:
         """Connects, and makes episodes.
 
         Args:
-            address: of the server.
-            workload: by name.
-            rows: of its store.
-            number: of this writer; no two have the same episodes.
-            table: to write to.
-            packed: all columns in one.
-            structured: with a ``StructuredWriter`` instead of a ``TrajectoryWriter``.
-            chunk_length: of a ``TrajectoryWriter``; 0 leaves it to Reverb.
+            address: the server's address.
+            workload: name of the workload.
+            rows: rows of the server's store.
+            number: number of this writer; no two writers have the same episodes.
+            table: table to write to.
+            packed: whether all columns are packed into one.
+            structured: whether to use a ``StructuredWriter`` instead of a ``TrajectoryWriter``.
+            chunk_length: steps in a chunk of a ``TrajectoryWriter``; 0 leaves it to Reverb.
         """
         self._content = Content(WORKLOADS[workload].resized(rows))
         self._client = reverb.Client(address)
@@ -55,7 +55,7 @@ class Writer:
         self._episodes = [self._columns(tag) for tag in ready_tags(number, episode_bytes=size)]
 
     def fill(self, *, first: int, every: int, rows: int) -> int:
-        """Inserts every so many-th of the first episodes of the workload; returns how many steps."""
+        """Inserts every ``every``-th of the first episodes of the workload; returns how many steps."""
         steps = 0
         for tag in self._content.tags_to_fill(rows)[first::every]:
             steps += self._insert(self._columns(tag), 0.0)
@@ -83,7 +83,7 @@ class Writer:
         return {"steps_per_s": self._steps / (time.perf_counter() - self._begin)}
 
     def insert(self, *, seconds: float) -> dict[str, float]:
-        """Inserts flat out for so long; returns the confirmed ``steps_per_s`` and this process's ``cpu_s`` a step."""
+        """Inserts flat out for ``seconds``; returns the confirmed ``steps_per_s`` and this process's ``cpu_s`` a step."""
         before = time.process_time()
         self.start(steps_per_s=0.0)
         self._stopping.wait(seconds)

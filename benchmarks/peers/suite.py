@@ -24,7 +24,7 @@ WORKERS, IN_FLIGHT = (1, 2, 4), (256, 768, 2048)
 SWEEP_SECONDS = 0.8
 
 INSERTED_ITEMS = 20_000
-"""In the table of the insert figures: what is inserted evicts, as in any buffer that is full."""
+"""Size of the table in the insert runs: inserting evicts, as in any full buffer."""
 
 Trial = dict[str, Any]
 
@@ -41,12 +41,12 @@ def run(
     """Tunes Reverb for a workload and measures it beside Touchline.
 
     Args:
-        name: of the workload.
-        processes: for the processes.
+        name: name of the workload.
+        processes: group that starts and ends the processes.
         effort: how long to measure.
-        findings: gets the section ``peers <name>``.
-        run_section: runs the rounds.
-        tell: says what goes on meanwhile.
+        findings: findings that the section ``peers <name>`` is added to.
+        run_section: function that runs the rounds.
+        tell: callback that gets a line about what is going on.
 
     Returns:
         What was tried, and how fast it was.
@@ -110,7 +110,7 @@ class _Peers:
 
     @property
     def pid(self) -> int:
-        """Of the server."""
+        """The server's process id."""
         return self._server.pid
 
     def start(self, tables: dict[str, dict[str, Any]]) -> str:
@@ -122,7 +122,7 @@ class _Peers:
         return [self._processes.worker("benchmarks.peers.reverb_writer", python=PEERS_PYTHON) for _ in range(ACTORS)]
 
     def prepare(self, writers: Sequence[Worker], address: str, table: str, **options: Any) -> ActorGroup:
-        """Has writers connect to a table, anew where they were connected to another."""
+        """Connects writers to a table, closing any earlier connection."""
         for number, writer in enumerate(writers):
             writer.send("prepare", address=address, workload=self._workload, rows=self._rows, number=number, table=table, **options)
         for writer in writers:
@@ -130,7 +130,7 @@ class _Peers:
         return ActorGroup(writers)
 
     def fill(self, writers: Sequence[Worker]) -> None:
-        """Has prepared writers fill their table."""
+        """Fills a table by its prepared writers."""
         for number, writer in enumerate(writers):
             writer.send("fill", first=number, every=len(writers), rows=self._rows)
         for writer in writers:
@@ -185,7 +185,7 @@ def _sampling(learner: Worker, name: str, server_pid: int) -> Callable[[float], 
 
 
 def _writer_options(kind: Trial) -> Trial:
-    """Returns what a writer is told of chunks."""
+    """Returns a writer's options for chunks."""
     length = kind["chunk_length"]
     return {"structured": length == "structured", "chunk_length": length if isinstance(length, int) else 0}
 

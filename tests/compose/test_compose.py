@@ -39,7 +39,7 @@ AGAIN_S = 120
 """Bound for it to be healthy again after a restart or a crash under load."""
 
 ADDED_ROWS = 20
-"""Of each episode that the test adds beside the actors'."""
+"""Rows of each episode that the test adds beside the actors'."""
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("COMPOSE_TEST") != "1", reason="`make test-compose` runs it: it builds images"),
@@ -77,7 +77,7 @@ class Project:
         self.address = f"127.0.0.1:{self.port}"
 
     def compose(self, *arguments: str, timeout_s: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
-        # Room for everything that is played: what is evicted could not be told from what was lost.
+        # Large enough for everything that is played: an evicted episode could not be distinguished from a lost one.
         return docker(
             *("compose", "--project-name", PROJECT, *arguments),
             timeout_s=timeout_s,
@@ -188,7 +188,7 @@ class Adder(threading.Thread):
             self.error = error
 
     def wait_for(self, more: int, bound_s: float = AGAIN_S) -> None:
-        """Waits until so many more were acknowledged."""
+        """Waits until ``more`` further episodes are acknowledged."""
         wanted, ends = len(self.acknowledged) + more, time.monotonic() + bound_s
         while len(self.acknowledged) < wanted:
             assert self.error is None, self.error

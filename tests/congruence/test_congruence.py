@@ -92,7 +92,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def make_episode(number: int, length: int, *, width: int = 5) -> TensorDict:
-    """An episode whose every value tells the episode, the step and the column."""
+    """An episode in which every value identifies its episode, step and column."""
     rows = number * 1000.0 + torch.arange(length, dtype=torch.float32)
     return TensorDict(
         {

@@ -1,4 +1,4 @@
-"""A client in another language, by the .proto alone: what it adds is stored to the bit, and what it samples are the stored values."""
+"""A client in another language that has only the .proto: what it adds is stored bit for bit, and it samples the stored values."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The documentation holds: the README's code runs as written, its table is the configuration, and what pages name is there.
+"""The documentation is true: the README's code runs as written, its table is the configuration, and what pages name exists.
 
-A block that is run stands behind a comment ``<!-- test: NAME -->``. Networked ones run against a server that the test starts with the
-README's own command and ``--port 0``; the one change to their code is that server's address in the place of :data:`ADDRESS`.
+A block that is run follows a comment ``<!-- test: NAME -->``. Networked blocks run against a server that the test starts with the README's
+own command and ``--port 0``; the only change to their code is that server's address instead of :data:`ADDRESS`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a server that runs the README's command."""
+    """The address of a server that runs the README's command."""
     program, command, *options = shlex.split(blocks()[SERVER])
     assert (Path(program).name, command) == ("touchline-server", "serve")
     with ServerProcess(tmp_path_factory.mktemp("server"), *options, "--port", "0") as server:

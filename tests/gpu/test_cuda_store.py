@@ -161,7 +161,7 @@ def test_cuda_add_and_sample_wait_for_nothing_else_on_the_device() -> None:
     cuda.sample()
     training = torch.cuda.Stream()
     with torch.cuda.stream(training):
-        torch.cuda._sleep(5_000_000_000)  # seconds, unless somebody waits for it
+        torch.cuda._sleep(5_000_000_000)  # seconds, unless it is waited for
     done = training.record_event()
 
     cuda.add_episode(traced(1, 20))

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
 
 class Authority:
-    """Vouches for servers and clients; ``cert`` is what those who trust it need."""
+    """A certificate authority for servers and clients; ``cert`` is what peers need to trust it."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self._folder = folder

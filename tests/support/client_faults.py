@@ -37,7 +37,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
     """Serves ``touchline.v1.Replay`` by the given functions, bytes in and bytes out.
 
     Args:
-        handlers: by method name; a function of a message (or an iterator of messages) and the context. Others are UNIMPLEMENTED.
+        handlers: function of a message (or an iterator of messages) and the context, by method name. Other methods are UNIMPLEMENTED.
     """
 
     def __init__(self, **handlers: Handler) -> None:
@@ -69,7 +69,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
 
 
 def trying_once(client: ReplayClient) -> ReplayClient:
-    """Has a client's calls raise what they are answered at once: however slow the machine, their deadline has nothing to do with it."""
+    """Makes a client's calls raise the first error they get instead of retrying, so that no deadline matters on a slow machine."""
     client._calls.backoff = Backoff(first_s=3600.0)
     return client
 
@@ -100,7 +100,7 @@ def answering(message: bytes) -> Handler:
 
 
 def refuse_threads(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Has the system refuse threads of this name from now on, as one does that has no other."""
+    """Makes starting a thread of this name fail from now on, as if the system had no more threads."""
     start = threading.Thread.start
 
     def start_others(thread: threading.Thread) -> None:

@@ -1,4 +1,4 @@
-"""Arrays, episodes and batches for the tests of the codec: strategies, fillers and comparisons to the bit."""
+"""Arrays, episodes and batches for the tests of the codec: strategies, fillers and bit-for-bit comparisons."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def episodes(draw: st.DrawFn) -> Episode:
 
 
 def bits(array: np.ndarray) -> tuple[np.dtype, tuple[int, ...], bytes]:
-    """What two arrays have in common if they are the same to the bit, however they lie in memory."""
+    """Returns a value that is equal for two arrays if they are the same bit for bit, whatever their memory layout."""
     little = array.dtype.newbyteorder("<")
     return little, array.shape, np.array(array, dtype=little, order="C").tobytes()
 

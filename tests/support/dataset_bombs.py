@@ -23,12 +23,12 @@ MIB = 1 << 20
 BOMB_BYTES = 512 * MIB
 LONG_BYTES = 128 * MIB
 TEXT_BYTES = LONG_BYTES + 0x1357
-"""A number that is found in a file where it is meant alone."""
+"""A number that occurs in a file only on purpose."""
 HUGE = 10**12
 
 
 def deflated_zeros(size_bytes: int) -> bytes:
-    """Returns a zlib stream of so many zeros, a multiple of 16 MiB: one flushed block, over and over."""
+    """Returns a zlib stream of ``size_bytes`` zeros, a multiple of 16 MiB: one flushed block, over and over."""
     compressor = zlib.compressobj(9)
     begin = compressor.compress(b"") + compressor.flush(zlib.Z_FULL_FLUSH)
     block = compressor.compress(bytes(16 * MIB)) + compressor.flush(zlib.Z_FULL_FLUSH)
@@ -249,7 +249,7 @@ def jpeg_announcing(width: int, height: int) -> np.ndarray:
 
 
 def change_minari(folder: Path, number: int, name: str, **dataset: Any) -> Path:
-    """Puts another dataset in the place of an episode's."""
+    """Replaces a dataset of an episode."""
     with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
         group = file[f"episode_{number}"]
         del group[name]

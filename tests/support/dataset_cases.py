@@ -67,7 +67,7 @@ def write_hdf5(path: Path, episodes: Sequence[Mapping[str, np.ndarray]], name: s
 
 
 def write_npz(path: Path, episodes: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Writes an NPZ file with numpy alone, as docs/datasets.md says."""
+    """Writes an NPZ file with only numpy, as docs/datasets.md describes it."""
     np.savez(path, **{f"{number}/{name}": value for number, columns in enumerate(episodes) for name, value in columns.items()})
 
 

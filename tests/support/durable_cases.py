@@ -1,4 +1,4 @@
-"""Durable buffers for tests, and what is in them: episodes that their key determines, so that each can be told whole."""
+"""Durable buffers for tests, filled with episodes that follow from their key, so that each can be verified as a whole."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def keyed_episode(client: int, sequence: int, *, incarnation: int = 1) -> Episod
 
 
 def client_of(actor: str) -> int:
-    """The client that an actor's name tells of."""
+    """Returns the number of the client in an actor's name."""
     return int(actor.removeprefix("actor-"))
 
 
@@ -63,7 +63,7 @@ def bits(episode: Episode) -> dict[str, Any]:
 
 
 def assert_whole(found: dict[int, tuple[str, int, dict[str, Any]]]) -> None:
-    """Every episode is the one that its provenance names, to the bit, and none is there twice."""
+    """Asserts that every episode is the one that its provenance names, bit for bit, and that none is stored twice."""
     assert len({(actor, sequence) for actor, sequence, _ in found.values()}) == len(found)
     for actor, sequence, columns in found.values():
         assert columns == bits(keyed_episode(client_of(actor), sequence)), (actor, sequence)

@@ -1,7 +1,7 @@
-"""A disk that fails when a test wants it to: under SQLite, by a VFS around its own (https://www.sqlite.org/vfs.html), and under ``os``.
+"""A disk that fails on request: below SQLite, by a VFS that wraps its own (https://www.sqlite.org/vfs.html), and below ``os``.
 
-The VFS is made with ctypes, so it needs no compiler; it does need an ``_sqlite3`` that was linked to a shared libsqlite3, as those of Linux
-distributions are. Everything else goes to the real disk.
+The VFS is made with ctypes and needs no compiler, but an ``_sqlite3`` that is linked to a shared libsqlite3, as Linux distributions build
+it. Everything that does not fail reaches the real disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 SUFFIXES = ("-wal", "-shm", "acknowledged", "mark")
-"""Of the files that are told apart; every other name is the database's."""
+"""Suffixes of the files that faults distinguish; any other name is the database's."""
 RULES_VARIABLE = "FAILING_DISK_RULES"
 """Environment variable with the file that a server in a process of its own takes its faults from."""
 
@@ -33,17 +33,17 @@ class Fault:
     """One call that fails."""
 
     call: str
-    """``write``, ``sync``, ``truncate``, ``shm`` (room for the index of the log) or ``read``."""
+    """``write``, ``sync``, ``truncate``, ``shm`` (space for the index of the log) or ``read``."""
     file: str
     """``db``, or the end of the file's name: ``-wal``, ``-shm``, ``acknowledged``, ``mark``."""
     full: bool = False
-    """The disk says that it is full, and not that it is broken."""
+    """Whether the disk reports that it is full, instead of an I/O error."""
     done: bool = False
-    """The call fails after it has done what it was to do."""
+    """Whether the call fails after it has done its work."""
     skip: int = 0
-    """So many such calls go well before."""
+    """Calls that succeed before the first failure."""
     times: int = 1 << 30
-    """So many fail."""
+    """Calls that fail."""
 
 
 class _Vfs(ctypes.Structure):
@@ -108,7 +108,7 @@ class FailingDisk:
             self.failed.clear()
 
     def mend(self) -> None:
-        """Has every call go well from now on."""
+        """Makes every call succeed from now on."""
         self.fail()
 
     def cut_power(self, folder: Path, target: Path) -> None:
@@ -152,7 +152,7 @@ class FailingDisk:
 
 
 def write_rules(path: Path, *faults: Fault) -> None:
-    """Tells a process that was started with :data:`RULES_VARIABLE` what fails from now on."""
+    """Sets the faults of a process that was started with :data:`RULES_VARIABLE`, from now on."""
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps([asdict(fault) for fault in faults]), encoding="utf-8")
     fresh.rename(path)
@@ -230,7 +230,7 @@ _shims: list[_Shim] = []
 
 @contextlib.contextmanager
 def failing_disk() -> Iterator[FailingDisk]:
-    """Gives the disk of this process; connections that are opened meanwhile use it for as long as they live."""
+    """Yields the disk of this process; connections that are opened meanwhile use it for as long as they live."""
     if not _shims:
         library = _library()
         if library is None:

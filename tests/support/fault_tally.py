@@ -22,7 +22,7 @@ EPISODES = int(os.environ.get("FAULT_EPISODES", "6"))
 SCHEDULED = int(os.environ.get("FAULT_SCHEDULE", "12"))
 """Faults of a schedule in which all kinds come together."""
 SEED = int(os.environ["FAULT_SEED"]) if os.environ.get("FAULT_SEED") else None
-"""Of that schedule; None: another one in each run, which is printed."""
+"""Seed of that schedule; None draws a new one for each run and prints it."""
 LONG = bool(os.environ.get("FAULT_LONG"))
 """Whether the tests run that wait for a long time."""
 
@@ -39,6 +39,6 @@ def note(**counts: int) -> None:
 
 
 def summary() -> str:
-    """Returns the sums as one line; empty where nothing was counted."""
+    """Returns the sums as one line; empty if nothing was counted."""
     names = [name for name in _ORDER if name in sums] + sorted(sums.keys() - set(_ORDER))
     return ", ".join(f"{sums[name]:,} {name.replace('_', ' ')}" for name in names)

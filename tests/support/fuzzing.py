@@ -1,5 +1,5 @@
-"""Targets for fuzzing: what takes bytes from the network, each held against protobuf's own parser and the rules of the .proto, written
-here a second time. A target gets an input and raises, with anything but what it stands for, if the input is read wrongly.
+"""Targets for fuzzing: everything that takes bytes from the network, each compared with protobuf's own parser and with the rules of the
+.proto, implemented here a second time. A target takes an input, and raises if the product reads it wrongly.
 
 An input is bytes. Where a target reads a stream, the input is several messages, each after its length in two bytes (:func:`frame`).
 """
@@ -62,7 +62,7 @@ def unframe(data: bytes) -> list[bytes]:
 
 
 def parse(kind: type[Message], data: bytes) -> Any:
-    """Returns what protobuf reads, None where it refuses."""
+    """Returns what protobuf reads; None if it refuses."""
     try:
         return kind.FromString(data)
     except DecodeError:
@@ -381,7 +381,7 @@ def receiving(data: bytes) -> bool:
 
 
 def reading(data: bytes) -> bool:
-    """A stream of GetEpisodesResponse, as whoever reads episodes back does."""
+    """Reads a stream of GetEpisodesResponse as a client does that reads episodes back."""
     decoder, assembler, number, last, accepted = EpisodeDecoder(LIMITS), _Assembler(), 0, -1, False
     for message in unframe(data):
         reference = parse(pb.GetEpisodesResponse, message)
@@ -423,7 +423,7 @@ class _Ended(grpc.aio.AbortError):
 
 
 class _Learner:
-    """The other side of a sampling stream, in the place of gRPC: gives the service what was sent and holds what comes against it."""
+    """The learner's side of a sampling stream, without gRPC: feeds the service the requests and checks its answers against them."""
 
     MOST_BATCHES = 40
 

@@ -1,5 +1,5 @@
-"""Actors and learners for fault tests, by the real client: episodes that their key determines go out by EpisodeWriter, and every batch
-that comes in is held against them.
+"""Actors and learners for fault tests, on the real client: episodes that follow from their key go out by EpisodeWriter, and every batch
+that comes in is compared with them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Players:
     """Some actors, each with a client and a writer of its own. A context manager.
 
     Args:
-        address: of the server.
-        count: of the actors.
+        address: the server's address.
+        count: number of actors.
         timeout_s: the deadline of their calls.
-        spool_dir: each has a spool in it; None keeps episodes in memory.
+        spool_dir: folder for the spools, one for each actor; None keeps episodes in memory.
     """
 
     def __init__(self, address: str, *, count: int = 4, timeout_s: float = 30.0, spool_dir: Path | None = None) -> None:
@@ -46,10 +46,10 @@ class Players:
         ]
         self._pool = ThreadPoolExecutor(count)
         self.played = 0
-        """Episodes that each has played."""
+        """Episodes that each actor has played."""
 
     def play(self, episodes: int) -> None:
-        """Has every actor play so many episodes more; whether they are sent is another matter."""
+        """Makes every actor play ``episodes`` more, without waiting until they are sent."""
         numbers = range(self.played, self.played + episodes)
         self.played += episodes
         list(self._pool.map(lambda actor: self._play(actor, numbers), range(len(self.writers))))
@@ -59,7 +59,7 @@ class Players:
         list(self._pool.map(lambda writer: writer.flush(WAIT_S), self.writers))
 
     def pending_errors(self, timeout_s: float) -> list[Exception]:
-        """Waits ``timeout_s`` and returns why the episodes that wait then are not acknowledged, one error for each."""
+        """Waits ``timeout_s``; returns one error for each episode that is still unacknowledged then."""
         errors: list[Exception] = []
         for found in self._pool.map(lambda writer: _why_unacknowledged(writer, timeout_s), self.writers):
             errors += found
@@ -100,7 +100,7 @@ def _why_unacknowledged(writer: EpisodeWriter, timeout_s: float) -> list[Excepti
 
 
 class Learner:
-    """Reads a stream of batches in a thread of its own, and holds each against the episodes. A context manager."""
+    """Reads a stream of batches in a thread of its own and compares each with the episodes. A context manager."""
 
     def __init__(self, address: str, *, ring: bool = False, **options: Any) -> None:
         self._client = ReplayClient(address, as_numpy=True)
@@ -109,10 +109,10 @@ class Learner:
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._learn, daemon=True)
         self.batches = 0
-        """Read and found right so far."""
+        """Batches that were read and found right."""
 
     def wait_for(self, more: int) -> None:
-        """Waits for so many batches more."""
+        """Waits for ``more`` further batches."""
         with self._news:
             wanted = self.batches + more
             assert self._news.wait_for(lambda: self._fault is not None or self.batches >= wanted, WAIT_S), f"{self.batches} of {wanted}"
@@ -154,7 +154,7 @@ def _known(client: int, sequence: int) -> Episode:
 
 
 def assert_right(batch: Batch) -> None:
-    """Every slice of a batch is the piece of the episode that its provenance names, to the bit."""
+    """Asserts that every slice of a batch is, bit for bit, the piece of the episode that its provenance names."""
     for index in range(len(batch.start)):
         name, number, start = batch.actor_names[int(batch.actor[index])], int(batch.policy_version[index]), int(batch.start[index])
         columns, end = _known(client_of(name), number).columns, start + len(batch.reward) + 1
@@ -171,7 +171,7 @@ def assert_right(batch: Batch) -> None:
 
 
 def assert_stored_once(data_dir: Path, expected: set[tuple[str, int]]) -> None:
-    """A server's folder, once it has ended, has exactly these episodes, each once and bit for bit."""
+    """Asserts that the folder of a server that has ended holds exactly these episodes, each once and bit for bit."""
     buffer = ReplayBuffer(durable_config(data_dir, capacity=1_000_000))
     try:
         found = contents(buffer)

@@ -14,9 +14,9 @@ from touchline import EpisodeWriter, ReplayClient
 
 ROWS = 50_000
 EPISODES = 16
-"""More than fits into what gRPC reads ahead: a reader that pauses holds the server's answer up."""
+"""Episodes on the server: more than gRPC reads ahead, so that a pausing reader holds the server's answer up."""
 PAUSE_S = 0.1
-"""Between two batches of a learner that goes on working."""
+"""Pause between two batches of a learner that keeps working."""
 
 
 class QuietConnections:
@@ -25,9 +25,9 @@ class QuietConnections:
     Each has a client, and so a connection, of its own. A context manager.
 
     Args:
-        address: of a server.
+        address: address of a server.
         rings: whether learners get rings there.
-        options: of the clients.
+        options: options of the clients.
     """
 
     def __init__(self, address: str, *, rings: bool, **options: Any) -> None:
@@ -67,7 +67,7 @@ class QuietConnections:
         self._stack.close()
 
     def check(self) -> None:
-        """Has every connection go on, and asserts that none was interrupted meanwhile."""
+        """Uses every connection again and asserts that none was interrupted meanwhile."""
         for name in ("ring", "stream"):
             for _ in range(100):
                 next(self.learners[name])

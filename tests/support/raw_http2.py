@@ -15,7 +15,7 @@ END_STREAM, ACK, END_HEADERS = 1, 1, 4
 INITIAL_WINDOW_SIZE = 4
 MAX_FRAME_BYTES = 16_384
 QUIET_S = 0.5
-"""A server that lets nothing more through for so long is taken to have had enough."""
+"""Silence after which a server is considered to accept nothing more."""
 
 
 class Stream:
@@ -75,7 +75,7 @@ class RawConnection:
         return stream
 
     def begin(self, stream: Stream, *, announced: int) -> None:
-        """Begins a message of so many bytes, all but the last of which go out with :meth:`pump`."""
+        """Begins a message of ``announced`` bytes, all but the last of which go out with :meth:`pump`."""
         self._data(stream, struct.pack(">BI", 0, announced))
         stream.left = announced - 1
 

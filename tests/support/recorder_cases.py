@@ -74,7 +74,7 @@ class TransformAction(gymnasium.ActionWrapper[Any, Any, Any]):
 
 
 def check_episode(stored: dict[str, np.ndarray], played: Played, *, obs: str = "obs") -> None:
-    """The stored episode is the played one, to the bit: rows, convention, and what row 0 leaves undefined."""
+    """Asserts that the stored episode is the played one, bit for bit: rows, convention, and what row 0 leaves undefined."""
     assert np.array_equal(stored[obs], np.stack(played.obs))
     assert np.array_equal(stored["action"][1:], np.stack(played.action))
     assert np.array_equal(stored["reward"][1:], np.array(played.reward, dtype=np.float32))

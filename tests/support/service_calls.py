@@ -75,7 +75,7 @@ def flatten(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def assert_same_batch(found: Batch, expected: Batch) -> None:
-    """To the bit, dtypes and shapes included."""
+    """Asserts that two batches are equal bit for bit, dtypes and shapes included."""
     one, other = flatten(found), flatten(expected)
     assert one.keys() == other.keys()
     for name in one:
@@ -86,7 +86,7 @@ def assert_same_batch(found: Batch, expected: Batch) -> None:
 
 
 def eventually(condition: Callable[[], bool], what: str, *, timeout_s: float = DEADLINE_S, every_s: float = 0.0) -> None:
-    """Looks again and again, for what another process or thread does at a time of its own choice."""
+    """Polls until a condition holds that another process or thread fulfils at a time of its own."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {timeout_s} s"

@@ -1,7 +1,7 @@
 """A server for tests of the client, and only what a client can ask of it.
 
-Where the server is installed, it runs in this process. The environments of ``tests/environments`` have the client alone, as those of its
-users do: there the interpreter that ``$SERVER_PYTHON`` names runs it, in one process for all tests (``server_host.py``).
+If the server is installed, it runs in this process. The environments of ``tests/environments`` have only the client, as those of its
+users do: there the interpreter that ``$SERVER_PYTHON`` names runs the server, in one process for all tests (``server_host.py``).
 """
 
 from __future__ import annotations

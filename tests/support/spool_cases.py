@@ -1,4 +1,4 @@
-"""What the tests of a spool's upkeep share: spools with episodes that wait, were refused, or are damaged."""
+"""Spools for the tests of their maintenance: with episodes that wait, were refused, or are damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An actor that plays what it is told to, for tests that kill it: ``python spooling_actor.py ADDRESS NAME TIMEOUT_S SPOOL_DIR``.
+"""An actor that plays on request, for tests that kill it: ``python spooling_actor.py ADDRESS NAME TIMEOUT_S SPOOL_DIR``.
 
 Each line on its input is the number of an episode. It prints ``row`` after each row, ``ended NUMBER`` once ``end_episode`` has returned,
 and when its input ends it closes its writer and prints the counters.

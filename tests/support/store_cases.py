@@ -43,7 +43,7 @@ def traced_columns(number: int, length: int) -> dict[str, np.ndarray]:
 
 
 def traced(number: int, length: int, *, key: EpisodeKey | None = None, actor: str = "") -> Episode:
-    """A traced episode; its number is its policy version too, so that a batch tells it independently of its rows."""
+    """A traced episode; its number is also its policy version, so that a batch identifies it independently of its rows."""
     return Episode(traced_columns(number, length), key, actor, number)
 
 
@@ -84,7 +84,7 @@ def plain_columns(length: int, **others: Any) -> dict[str, Any]:
 
 
 def as_bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
-    """What two values have in common if they are equal to the bit: numpy arrays, or torch tensors on any device."""
+    """Returns a value that is equal for two arrays, or torch tensors on any device, if they are equal bit for bit."""
     if hasattr(array, "detach"):
         array = as_array(array.detach().cpu())
     return "bfloat16" if array.dtype == BFLOAT16 else array.dtype.name, array.shape, array.tobytes()

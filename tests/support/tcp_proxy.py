@@ -17,26 +17,26 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 PIECE_BYTES = 1 << 14
-"""Most bytes that are forwarded at once."""
+"""Largest piece that is forwarded in one go."""
 UNDER_WAY_BYTES = 1 << 18
-"""Most bytes of one direction that are on the line: beyond that, the sender is held up."""
+"""Most bytes of one direction on the line; beyond that, the sender is held up."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What a line is like. Each direction of each connection for itself."""
+    """Behaviour of a network line, applied to each direction of each connection separately."""
 
     delay_s: float = 0.0
-    """From one end to the other."""
+    """Latency from one end to the other."""
     bytes_per_s: float = 0.0
-    """The most that it carries; 0 for no limit."""
+    """Maximum rate; 0 for no limit."""
     stall_share: float = 0.0
-    """Of the pieces, those that wait ``stall_s`` more, and all behind them with them."""
+    """Share of pieces that wait another ``stall_s``, and hold up all pieces after them."""
     stall_s: float = 0.0
     reset_share: float = 0.0
-    """Of the pieces, those at which the connection is reset instead."""
+    """Share of pieces at which the connection is reset instead."""
 
 
 class TcpProxy:
@@ -44,17 +44,17 @@ class TcpProxy:
 
     Args:
         target: ``HOST:PORT`` of the server.
-        line: what the line is like at first.
-        seed: of what happens by chance.
+        line: initial behaviour of the line.
+        seed: seed of everything random.
     """
 
     def __init__(self, target: str, line: Line | None = None, *, seed: int = 0) -> None:
         self.target = target
-        """Where new connections are forwarded to; may be changed."""
+        """Address that new connections are forwarded to; may be changed."""
         self.connections = 0
-        """Ever accepted."""
+        """Connections accepted so far."""
         self.resets = 0
-        """Connections that ended with a reset, for whatever reason."""
+        """Connections that ended with a reset, for any reason."""
         self._line = line or Line()
         self._rng = random.Random(seed)
         self._links: set[_Link] = set()
@@ -78,7 +78,7 @@ class TcpProxy:
         self._line = line
 
     def pause(self) -> None:
-        """The cable is pulled: nothing arrives any more, nobody is told. What is sent meanwhile arrives after :meth:`resume`."""
+        """Pulls the cable: nothing arrives and no side is notified. What is sent meanwhile arrives after :meth:`resume`."""
         self._run(self._set_flowing(False))
 
     def resume(self) -> None:
@@ -204,7 +204,7 @@ class _Link:
             self.ended.set()
 
     async def _carry(self, source: socket.socket, target: socket.socket) -> None:
-        """Carries one direction: reads as long as there is room on the line, delivers each piece when it is due."""
+        """Carries one direction: reads as long as the line takes more, delivers each piece when it is due."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(UNDER_WAY_BYTES // PIECE_BYTES)
 

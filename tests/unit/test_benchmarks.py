@@ -1,4 +1,4 @@
-"""The benchmarks: figures that mean what they say, and checks that notice wrong data."""
+"""The benchmarks: statistics that mean what they say, and checks that notice wrong data."""
 
 from __future__ import annotations
 

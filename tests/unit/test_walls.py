@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of each distribution, as docs/design.md names them, and no circle between files."""
+"""Which package may import which: the packages of each distribution, as docs/design.md names them, and no import cycle between files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "errors": set(),
     },
 }
-"""Room by room, those that it may import from; "" is the distribution's own ``__init__``."""
+"""Packages (or modules) that each package of a distribution may import; "" is the distribution's own ``__init__``."""
 
 LIBRARIES = {
     ("touchline_server", "grpc"): {"service", "cli"},
@@ -72,12 +72,12 @@ LIBRARIES = {
     ("touchline", "typer"): {"_cli"},
     ("touchline_server", "typer"): {"cli"},
 }
-"""Libraries that one room alone imports at run time or for its types."""
+"""Packages that may import a library, at run time or for its types; no other may."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module's name and what it imports, lazily or for its types as well."""
+    """A module's name and what it imports, including lazily and for its types."""
 
     name: str
     imports: frozenset[str]
@@ -87,11 +87,11 @@ class Module:
         return self.name.partition(".")[0]
 
     @property
-    def room(self) -> str:
-        return _room(self.name)
+    def package(self) -> str:
+        return _package(self.name)
 
 
-def _room(module: str) -> str:
+def _package(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
@@ -104,7 +104,7 @@ def _imported(source: str) -> Iterator[str]:
 
 
 def read_modules(sources: Mapping[str, str]) -> list[Module]:
-    """Returns the modules of these texts by name. What is imported from one of them is that module, whatever the name in it."""
+    """Returns the modules of these sources, by name. An import of a name from a module counts as an import of the module."""
 
     def known(name: str) -> str:
         parent = name.rpartition(".")[0]
@@ -114,24 +114,26 @@ def read_modules(sources: Mapping[str, str]) -> list[Module]:
 
 
 def faults_of(modules: list[Module]) -> list[str]:
-    """Returns a line for each import that goes through a wall, and one for a circle of files."""
+    """Returns a line for each import that is not allowed, and one for an import cycle."""
     faults = []
     for module in modules:
-        rooms = MAY_IMPORT[module.distribution]
-        if module.room not in rooms:
-            faults.append(f"{module.name}: no such room; add {module.room!r} to MAY_IMPORT and docs/design.md")
+        packages = MAY_IMPORT[module.distribution]
+        if module.package not in packages:
+            faults.append(f"{module.name}: unknown package; add {module.package!r} to MAY_IMPORT and docs/design.md")
             continue
         for imported in sorted(module.imports):
-            distribution, room = imported.partition(".")[0], _room(imported)
-            if distribution == module.distribution and room not in rooms[module.room] | {module.room}:
-                faults.append(f"{module.name} imports {imported}: {module.room or '__init__'} may import {sorted(rooms[module.room])}")
+            distribution, package = imported.partition(".")[0], _package(imported)
+            if distribution == module.distribution and package not in packages[module.package] | {module.package}:
+                faults.append(
+                    f"{module.name} imports {imported}: {module.package or '__init__'} may import {sorted(packages[module.package])}"
+                )
             allowed = LIBRARIES.get((module.distribution, distribution))
-            if allowed is not None and module.room not in allowed:
-                faults.append(f"{module.name} imports {imported}: {sorted(allowed)} alone may")
+            if allowed is not None and module.package not in allowed:
+                faults.append(f"{module.name} imports {imported}: only {sorted(allowed)} may")
     try:
         TopologicalSorter({module.name: module.imports for module in modules}).prepare()
     except CycleError as error:
-        faults.append("a circle of files: " + " -> ".join(error.args[1]))
+        faults.append("an import cycle: " + " -> ".join(error.args[1]))
     return faults
 
 
@@ -145,28 +147,28 @@ def sources() -> dict[str, str]:
     return found
 
 
-def test_no_import_goes_through_a_wall_and_no_files_import_in_a_circle() -> None:
+def test_every_import_is_allowed_and_no_files_import_in_a_cycle() -> None:
     assert faults_of(read_modules(sources())) == []
 
 
 @pytest.mark.parametrize(
-    ("module", "line", "told"),
+    ("module", "line", "expected"),
     [
         ("touchline_server.store.schema", "from touchline_server.durability import journal", "store may import"),
-        ("touchline_server.store.index", "import grpc", "['cli', 'service'] alone may"),
+        ("touchline_server.store.index", "import grpc", "only ['cli', 'service'] may"),
         ("touchline_server.durability.plan", "from touchline_server.service.app import ReplayServer", "durability may import"),
         ("touchline_server.store.columns", "def f():\n    from touchline_server.torchrl import internals", "store may import"),
         ("touchline._actor.rows", "from touchline.client import ReplayClient", "_actor may import"),
         ("touchline._learner.stream", "if TYPE_CHECKING:\n    from touchline import ReplayClient", "_learner may import"),
         ("touchline.datasets.npz", "from touchline._cli.terminal import say", "datasets may import"),
         ("touchline_protos.types.batch", "from touchline_protos.codec import wire", "types may import"),
-        ("touchline_server.store.schema", "from touchline_server.store import columns", "a circle of files"),
-        ("touchline.corner.utils", "", "no such room"),
+        ("touchline_server.store.schema", "from touchline_server.store import columns", "an import cycle"),
+        ("touchline.corner.utils", "", "unknown package"),
     ],
 )
-def test_planted_import_is_found(module: str, line: str, told: str) -> None:
+def test_planted_import_is_found(module: str, line: str, expected: str) -> None:
     texts = sources()
 
     faults = faults_of(read_modules(texts | {module: f"{texts.get(module, '')}\n{line}\n"}))
 
-    assert any(told in fault for fault in faults), faults
+    assert any(expected in fault for fault in faults), faults
