@@ -27,7 +27,7 @@ CAPACITY = 16_000
 
 
 class ActorProcess:
-    """An actor in a process of its own that plays what it is told to. A context manager: what is left of it is killed at the end."""
+    """An actor in a process of its own that plays on request. A context manager: kills the process at the end if it still runs."""
 
     def __init__(self, address: str, spool_dir: Path | str, *, name: str = "left", timeout_s: float = 5.0) -> None:
         self.process = subprocess.Popen(
@@ -40,7 +40,7 @@ class ActorProcess:
         self._expect("open")
 
     def begin(self, number: int, *, rows: int) -> None:
-        """Has it play an episode, and returns after so many of its rows."""
+        """Starts an episode; returns after its first ``rows`` rows."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
@@ -48,7 +48,7 @@ class ActorProcess:
             self._expect("row")
 
     def play(self, number: int) -> None:
-        """Has it play a whole episode; ``end_episode`` has returned when this does."""
+        """Plays a whole episode; returns once ``end_episode`` has returned."""
         self.begin(number, rows=len(played(number)["obs"]))
         self._expect(f"ended {number}")
 
@@ -61,7 +61,7 @@ class ActorProcess:
         return [int(line.split()[1]) for line in rest if line.startswith("ended")]
 
     def finish(self) -> dict[str, int]:
-        """Has it close its writer; returns the counters."""
+        """Closes its writer; returns the counters."""
         out, log = self.process.communicate(timeout=300)
         assert self.process.returncode == 0, log
         counters: dict[str, int] = json.loads(out.splitlines()[-1])
@@ -89,7 +89,7 @@ def serve(folder: Path, *options: str) -> ServerProcess:
 
 
 def stored(folder: Path) -> list[tuple[str, int]]:
-    """The actor and the number of each episode that a server left, oldest first, each compared to the bit with what was played."""
+    """The actor and the number of each episode that a server left, oldest first, each compared bit for bit with what was played."""
     buffer = ReplayBuffer(durable_config(folder / "data", capacity=CAPACITY))
     found = contents(buffer)
     buffer.close()
@@ -168,7 +168,7 @@ def test_server_away_for_longer_than_the_deadline_holds_no_spooled_actor_up_and_
 
     with actors["left"], actors["right"]:
         away = time.monotonic()
-        # The server is not back before this is over: an actor that waited for an answer would wait for ever. Actors play at a pace, so
+        # The server is not back before this is over: an actor that waited for an answer would wait forever. Actors play at a pace, so
         # that the ring holds all on the quickest machine.
         pace = threading.Event()
         while time.monotonic() - away < 4 * timeout_s or min(while_away.values()) < 10:

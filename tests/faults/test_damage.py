@@ -1,4 +1,4 @@
-"""Files are damaged while nobody looks: never a wrong episode, always a message that says what to do."""
+"""Files that are damaged at rest: never a wrong episode, always a message that says what to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CAPACITY = 1_000
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that was closed in order."""
+    """A folder that was closed cleanly."""
     folder = tmp_path_factory.mktemp("good") / "data"
     buffer = ReplayBuffer(durable_config(folder, capacity=CAPACITY, durability="sync"))
     for sequence in range(EPISODES):
@@ -36,7 +36,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unclosed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder as a killed server leaves it: what was committed last is in the log alone."""
+    """A folder as a killed server leaves it: the last commits are only in the log."""
     root = tmp_path_factory.mktemp("unclosed")
     buffer = ReplayBuffer(durable_config(root / "living", capacity=CAPACITY, durability="sync"))
     for sequence in range(EPISODES):
@@ -93,7 +93,7 @@ def test_flipped_bit_never_gives_a_wrong_episode(state: str, request: pytest.Fix
             assert found == whole, what
         shutil.rmtree(folder)
     note(flipped_bits=FLIPS)
-    # A bit in a free page or in what the log replaces harms nobody.
+    # A bit in a free page or in what the log replaces does no harm.
     assert refused > FLIPS // 4
 
 

@@ -1,4 +1,4 @@
-"""The disk fills under a running server: adding is refused, sampling goes on, adding resumes when there is room."""
+"""The disk fills under a running server: adding is refused, sampling goes on, adding resumes once there is space."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_start_on_a_disk_without_a_byte_left_samples_and_adding_goes_on_once_the
     assert buffer.storage_monitor is not None and buffer.storage_monitor.state.value == "full"
 
     ballast.unlink()
-    eventually(lambda: buffer.storage_monitor is not None and buffer.storage_monitor.state.value == "ok", "room is noticed")
+    eventually(lambda: buffer.storage_monitor is not None and buffer.storage_monitor.state.value == "ok", "the free space is noticed")
     buffer.add_episode(keyed_episode(0, 5))
     found = contents(buffer)
     buffer.close()

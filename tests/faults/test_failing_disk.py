@@ -343,7 +343,7 @@ def test_health_and_info_say_that_adding_is_refused_and_goes_on_by_itself(disk: 
         assert client.info().storage_state == "full" and "disk that is full" in client.info().storage_reason
 
         disk.mend()
-        until(lambda: health(caller, "touchline.v1.Replay/AddEpisode") == (serving, ""), "health once there is room, though nobody adds")
+        until(lambda: health(caller, "touchline.v1.Replay/AddEpisode") == (serving, ""), "health once there is space, without any add")
         assert client.info().storage_state == "ok"
 
         disk.fail(Fault("sync", "-wal", times=1))

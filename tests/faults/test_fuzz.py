@@ -91,7 +91,7 @@ EXTRA_NAMES = st.sampled_from(("done", "task", "x", "y.z", "obs.b", "obs.b.c", "
 
 @st.composite
 def odd_columns(draw: st.DrawFn, name: str, rows: int) -> pb.Column:
-    """A column that is right but for what happens seldom."""
+    """A column that is valid except for rare faults."""
     dtype = draw(st.integers(-1, 12)) if draw(SELDOM) else draw(st.sampled_from(sorted(ITEM_BYTES)))
     inner = [[], [1]] if name in ("reward", "done", "task") and not draw(SELDOM) else [[], [1], [3], [2, 2], [0], [-1]]
     shape = [draw(st.integers(-1, 6)) if draw(SELDOM) else rows, *draw(st.sampled_from(inner))]
@@ -164,7 +164,7 @@ EXPECTED = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 WAITS = {grpc.StatusCode.DEADLINE_EXCEEDED}
-"""What a call answers that was told to wait, and was."""
+"""Status of a call that asked to wait and timed out waiting."""
 
 
 class Stranger:

@@ -24,7 +24,7 @@ LONGEST = 50
 
 
 class ActorPool:
-    """Four actors that add without end, send what was not acknowledged again, and note every acknowledgement."""
+    """Four actors that add without end, resend what was not acknowledged, and record every acknowledgement."""
 
     def __init__(self) -> None:
         self.acknowledged: dict[tuple[int, int], int] = {}
@@ -35,7 +35,7 @@ class ActorPool:
         self._news = threading.Condition()
 
     def play(self, address: str) -> None:
-        """Has the actors add until each call fails or :meth:`stop` is called."""
+        """Adds by all actors until each one's call fails or :meth:`stop` is called."""
         self._stopping.clear()
         with ThreadPoolExecutor(ACTORS) as pool:
             list(pool.map(lambda client: self._act(client, address), range(ACTORS)))
@@ -44,7 +44,7 @@ class ActorPool:
         self._stopping.set()
 
     def wait_for(self, more: int) -> None:
-        """Waits for so many acknowledgements."""
+        """Waits for ``more`` further acknowledgements."""
         with self._news:
             wanted = len(self.acknowledged) + more
             assert self._news.wait_for(lambda: len(self.acknowledged) >= wanted, DEADLINE_S)
@@ -74,7 +74,7 @@ def serve(folder: Path, data_dir: Path, durability: str) -> ServerProcess:
 
 
 def note_sampled(caller: Caller, seen: dict[int, tuple[int, int]]) -> None:
-    """Draws batches and notes which episode each id stands for: the same one for ever."""
+    """Draws batches and asserts that each id stands for the same episode as in all earlier batches."""
     for _ in range(5):
         batch = caller.sample(batch_size=64)
         for episode_id, actor, version in zip(batch.episode_id, batch.actor, batch.policy_version, strict=True):
@@ -102,7 +102,7 @@ def check_store(snapshot_dir: Path, acknowledged: dict[tuple[int, int], int], *,
 
 
 def check_newest_lost(snapshot_dir: Path, ids: set[int]) -> None:
-    """Of the episodes that were acknowledged before one kill, those that are lost are the newest."""
+    """Asserts that the lost ones of the episodes acknowledged before one kill are the newest."""
     stored = stored_keys(snapshot_dir / "touchline.db")
     kept = sorted(episode_id for episode_id in ids if episode_id in stored)
     lost = [episode_id for episode_id in ids if episode_id not in stored and episode_id >= min(stored)]

@@ -22,7 +22,7 @@ from support.tcp_proxy import TcpProxy
 from touchline_protos.shm.ring import shared_memory_id
 
 KEEPALIVE_S = 30.0 + 10.0
-"""After so long the server takes a peer that does not answer for gone."""
+"""Time after which the server considers a silent peer gone."""
 LEAK_BYTES = 16 << 20
 """Memory that may be held more than before, by what a whole test did. The C library and gRPC keep some for the next connections, which the
 round before the comparison cannot make quite the same; in `make test-faults`, 56 KiB for each connection that came and went would
@@ -205,7 +205,7 @@ def test_peers_behind_a_pulled_cable_are_let_go(process: ServerProcess) -> None:
             proxy.pause()
             assert process.open_files > before.files
 
-            eventually(lambda: process.open_files <= before.files, "the silent peer is let go", timeout_s=2 * KEEPALIVE_S, every_s=0.2)
+            eventually(lambda: process.open_files <= before.files, "the silent peer is closed", timeout_s=2 * KEEPALIVE_S, every_s=0.2)
 
             proxy.reset()
             proxy.resume()

@@ -36,7 +36,7 @@ def serve(folder: Path, **environment: str) -> ServerProcess:
 
 
 def stop_and_verify(process: ServerProcess, players: Players, folder: Path) -> None:
-    """Ends the server and holds what it stored against what was played."""
+    """Stops the server and compares what it stored with what was played."""
     with Caller(process.address) as caller:
         counts = caller.counts()
     process.signal(signal.SIGTERM)

@@ -50,7 +50,7 @@ class Store:
     folder: Path
     episodes: dict[int, Any]
     pages: dict[int, set[int]]
-    """Of each episode, once the log is in the file."""
+    """Pages of each episode, once the log is in the file."""
     frames: list[tuple[int, bool]]
     """Page, and whether a transaction ends with it, of each frame of the log."""
 
@@ -93,7 +93,7 @@ def find_pages(file: Path, episodes: dict[int, Any]) -> dict[int, set[int]]:
 
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store that was closed in order."""
+    """A store that was closed cleanly."""
     folder = tmp_path_factory.mktemp("closed") / "data"
     with closing(fill(folder)) as buffer:
         episodes = contents(buffer)
@@ -102,7 +102,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """A store as a killed server leaves it: what was committed last is in the log alone."""
+    """A store as a killed server leaves it: the last commits are only in the log."""
     root = tmp_path_factory.mktemp("killed")
     with closing(fill(root / "living")) as buffer:
         episodes = contents(buffer)
@@ -277,7 +277,7 @@ def damage_log(rng: random.Random, store: Store, folder: Path) -> tuple[str, set
         case _:
             chosen = set(rng.sample(range(len(frames)), rng.randint(1, 10)))
             for frame in chosen:
-                # At times all of the frame, at times its page alone.
+                # At times all of the frame, at times only its page.
                 head = rng.choice([0, 24])
                 overwrite(log, 32 + frame * FRAME + head, bytes(FRAME - head))
             pages = {frames[frame][0] for frame in chosen if newest[frames[frame][0]] == frame}

@@ -42,19 +42,19 @@ DISK_BYTES = 160 << 20
 TESTS = Path(__file__).parents[1]
 LIBC = ctypes.CDLL(None, use_errno=True)
 ANSWER_S = 5.0
-"""The longest wait for an answer: a network that is silent would otherwise hold up whoever waits for a caller to rest."""
+"""The longest wait for an answer: a silent network would otherwise hold up a test that waits for a caller to finish."""
 TRY_AGAIN = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
 )
-"""As the client does: what reaches a server in the last moment of its stop is cancelled."""
+"""Statuses after which a call is retried, as the client does: a stopping server cancels the last calls that reach it."""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path | None]:
-    """A small file system of its own; None where none may be mounted, and no disk is filled then."""
+    """A small file system of its own; None if none may be mounted, in which case no disk is filled."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={DISK_BYTES}".encode()) != 0:
@@ -83,7 +83,7 @@ class Callers:
         self._news = threading.Condition()
 
     def wait_for(self, more: int) -> None:
-        """Waits for so many acknowledgements."""
+        """Waits for ``more`` further acknowledgements."""
         with self._news:
             wanted = self.total + more
             assert self._news.wait_for(lambda: self.total >= wanted or self._fault() is not None, DEADLINE_S), "nothing is acknowledged"
@@ -161,7 +161,7 @@ class SpoolingActor:
         self._process = self._start()
 
     def play(self, episodes: int) -> None:
-        """Has it play, and waits until each has ended."""
+        """Plays episodes and waits until each has ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
         for _ in range(episodes):
             self._process.stdin.write("\n")
@@ -176,7 +176,7 @@ class SpoolingActor:
         self._process = self._start()
 
     def finish(self) -> str:
-        """Has it send everything; returns what it says."""
+        """Sends everything; returns the actor's report."""
         out, _ = self._process.communicate(timeout=2 * scheduled_actor.CLOSING_S)
         assert self._process.returncode == 0
         return out.strip()
@@ -192,7 +192,7 @@ class SpoolingActor:
 
 
 class Schedule:
-    """What goes wrong, one thing after the other and some at once. A context manager: what it started is ended with it."""
+    """A random schedule of faults, in sequence and at the same time. A context manager that stops what it started."""
 
     def __init__(self, folder: Path, disk: Path | None, rng: random.Random) -> None:
         self._rng = rng
@@ -201,7 +201,7 @@ class Schedule:
         self.data_dir = (disk or folder) / "data"
         self.durability = rng.choice(["sync", "batch"])
         self.counts: dict[str, int] = {}
-        """Of each kind of fault."""
+        """Number of faults of each kind."""
         self._full = False
         self._rules = folder / "rules.json"
         self._can_fail = failing_disk._library() is not None
@@ -256,11 +256,11 @@ class Schedule:
 
     @property
     def faults(self) -> int:
-        """So far."""
+        """Faults so far."""
         return sum(self.counts.values())
 
     def finish(self) -> pb.Counts:
-        """Lets everything arrive and ends all in order; returns the server's last counts."""
+        """Waits until everything has arrived and stops all processes cleanly; returns the server's last counts."""
         assert self.actor.finish() == "left 0 refused 0 dropped 0"
         self.callers.__exit__(None, None, None)
         self.callers.wait_for(0)
@@ -301,7 +301,7 @@ class Schedule:
         self._start()
 
     def _fail_disk(self) -> None:
-        """A call of the system fails, once or for good, and whoever operates it kills the server, mends the disk and starts it again."""
+        """Makes a system call fail, once or for good; as an operator would, kills the server, repairs the disk and starts it again."""
         rng = self._rng
         fault = failing_disk.Fault(
             rng.choice(["write", "sync"]), rng.choice(["-wal", "db"]), done=rng.random() < 0.3, times=rng.choice([1, 1, 1 << 30])
@@ -341,7 +341,7 @@ class Schedule:
         # The actor with a spool goes on; what it stores meanwhile is in the counts.
         with self.callers.resting(), Caller(self.server.address) as caller:
             if self._full or self._locked:
-                return  # refused, as adds are; or nobody could look what was cleared
+                return  # refused, as adds are; or it would be unknown what was cleared
             caller.stub.Clear(pb.ClearRequest(), timeout=DEADLINE_S)
             self.callers.acknowledged.clear()
             with contextlib.closing(Database(self.data_dir / FILE_NAME, read_only=True)) as database:
@@ -424,7 +424,7 @@ class Schedule:
 
 
 def check_store(data_dir: Path, acknowledged: dict[tuple[int, int], int]) -> None:
-    """Every acknowledged episode that was not evicted is there under its id, to the bit, and none is there twice."""
+    """Asserts that every acknowledged episode that was not evicted is stored under its id, bit for bit, and none twice."""
     keys = [key for key in stored_keys(data_dir / "touchline.db").values() if key is not None]
     assert len(keys) == len(set(keys))
     buffer = ReplayBuffer(durable_config(data_dir, capacity=CAPACITY))
@@ -451,7 +451,7 @@ def test_all_faults_together_lose_and_double_nothing(tmp_path: Path, disk: Path 
         counts = schedule.finish()
 
         check_store(schedule.data_dir, schedule.callers.acknowledged)
-        # What was cleared or evicted meanwhile counts too: each episode was stored once, whoever sent it how often.
+        # What was cleared or evicted meanwhile counts too: each episode was stored once, however often and by whichever actor it was sent.
         assert counts.episodes_added == schedule.callers.total + schedule.actor.ended
     kinds = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(schedule.counts.items()))
     print(

@@ -34,7 +34,7 @@ FAULTS = [
 
 
 class Server:
-    """Stores each key once; answers nobody while it is away."""
+    """Stores each key once; does not answer while it is away."""
 
     def __init__(self) -> None:
         self.away = True
@@ -86,7 +86,7 @@ def test_full_disk_keeps_nothing_from_being_sent_and_restarts_send_each_episode_
         assert [number for number in server.received if number >= 0] == list(range(60))
         writer.close(60)
 
-        # The restart has less than a page: even SQLite's index of the log has no room.
+        # The restart has less than a page: even SQLite's index of the log does not fit.
         fill_disk(ballast)
         before = len(server.received)
         again = EpisodeWriter(client, spool_dir=folder, when_full="drop-newest")

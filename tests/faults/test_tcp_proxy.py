@@ -87,7 +87,7 @@ def test_pause_is_silence_and_resume_delivers_what_was_sent_meanwhile(echo: str)
         connection.settimeout(SILENCE_S)
         with pytest.raises(TimeoutError):
             connection.recv(100)
-        # Whoever connects meanwhile is heard afterwards, too.
+        # A peer that connects meanwhile is heard afterwards, too.
         with connect(proxy) as newcomer:
             newcomer.sendall(b"new")
             proxy.resume()

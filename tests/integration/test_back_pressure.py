@@ -27,7 +27,7 @@ from touchline_server.service.budgets import HEALTH_QUESTIONS
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
 MIB = 1 << 20
 ONE_MESSAGE = {"max_message_bytes": MIB, "max_episode_bytes": MIB, "max_receive_bytes": 2 * MIB, "max_send_bytes": 2 * MIB}
-"""Room for one message with an episode, one episode in chunks, and two MiB of batches."""
+"""Budgets for one message with an episode, one episode in chunks, and two MiB of batches."""
 
 
 class OpenCall:
@@ -58,13 +58,13 @@ def in_use(server: Any) -> int:
 
 
 def impatient(server: Any) -> None:
-    """Has nobody wait for room."""
+    """Makes every budget refuse immediately instead of waiting."""
     for budget in budgets(server):
         budget._wait_s = 0.0
 
 
 def patient(server: Any) -> None:
-    """Has everybody wait for room for as long as it takes."""
+    """Makes every budget wait indefinitely instead of refusing."""
     for budget in budgets(server):
         budget._wait_s = DEADLINE_S
 
@@ -140,7 +140,7 @@ def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         holder = OpenCall(caller, method)
-        eventually(lambda: in_use(server) == MIB, "the first call holds the room")
+        eventually(lambda: in_use(server) == MIB, "the first call holds the budget")
 
         refusals = [refusal_of(OpenCall(caller, one)) for one in ("AddEpisode", "LoadEpisodes")]
 
@@ -156,7 +156,7 @@ def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
 def test_call_that_waits_for_room_gets_it_when_another_ends() -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         holder = OpenCall(caller, "AddEpisode")
-        eventually(lambda: in_use(server) == MIB, "the first call holds the room")
+        eventually(lambda: in_use(server) == MIB, "the first call holds the budget")
         second = OpenCall(caller, "AddEpisode")
         second.send(encode_add_episode(make_episode()))
         eventually(lambda: len(budgets(server).messages._waiters) == 1, "the second waits")
@@ -172,7 +172,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
     message = encode_add_episode(make_episode(100, obs=400))
     with serving(server={"port": 0, "add_workers": 1}) as (server, caller), ThreadPoolExecutor(1) as keeper:
         caller.add(make_episode(obs=400))
-        # Somebody else adds for a long time: one of these waits for him on the only thread, the others for the thread.
+        # Another add takes a long time: one of these waits for it on the only thread, the others for the thread.
         keeper.submit(server.buffer.store.write_lock.acquire).result()
         try:
             left = [OpenCall(caller, method) for _ in range(4)]
@@ -191,7 +191,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
             keeper.submit(server.buffer.store.write_lock.release).result()
 
         assert held == len(message)
-        eventually(lambda: in_use(server) == 0, "its room is free")
+        eventually(lambda: in_use(server) == 0, "its reservation is released")
         assert caller.counts().episodes_stored == 2
 
 
@@ -199,7 +199,7 @@ def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> N
     with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         holder = OpenCall(caller, "AddEpisode")
-        eventually(lambda: in_use(server) == MIB, "the first call holds the room")
+        eventually(lambda: in_use(server) == MIB, "the first call holds the budget")
         sleeps: list[float] = []
 
         with ReplayClient(server.address, timeout_s=20.0) as client:
@@ -207,7 +207,7 @@ def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> N
             def sleep(delay_s: float) -> None:
                 sleeps.append(delay_s)
                 holder.cancel()
-                eventually(lambda: in_use(server) == 0, "the room is free")
+                eventually(lambda: in_use(server) == 0, "the reservation is released")
 
             client._calls._sleep = sleep
             with EpisodeWriter(client) as writer:
@@ -225,7 +225,7 @@ def test_room_for_adds_and_for_sampling_are_apart() -> None:
         caller.add(make_episode())
         impatient(server)
         holder = OpenCall(caller, "AddEpisode")
-        eventually(lambda: in_use(server) == MIB, "the adds' room is taken")
+        eventually(lambda: in_use(server) == MIB, "the adds' budget is used up")
 
         assert caller.sample().episode_id.shape == (8,)
         assert len(caller.stream().open(credits=2).read(2)) == 2
@@ -245,11 +245,11 @@ def test_room_for_adds_and_for_sampling_are_apart() -> None:
 def test_call_that_breaks_off_gives_its_room_back(method: str) -> None:
     with serving() as (server, caller):
         call = OpenCall(caller, method)
-        eventually(lambda: in_use(server) == MAX_REQUEST_BYTES, "it holds room for its message")
+        eventually(lambda: in_use(server) == MAX_REQUEST_BYTES, "it has reserved bytes for its message")
 
         call.cancel()
 
-        eventually(lambda: in_use(server) == 0, "its room is free")
+        eventually(lambda: in_use(server) == 0, "its reservation is released")
 
 
 def test_unary_call_without_a_message_is_an_invalid_argument() -> None:
@@ -260,7 +260,7 @@ def test_unary_call_without_a_message_is_an_invalid_argument() -> None:
         refusal = refused(call.call.result)
 
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
-        eventually(lambda: in_use(server) == 0, "its room is free")
+        eventually(lambda: in_use(server) == 0, "its reservation is released")
 
 
 def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,11 +272,11 @@ def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_ot
         callers = [stack.enter_context(Caller(server.address)) for _ in range(HEALTH_QUESTIONS)]
         asked = other.channel.unary_unary(check).future
         health = budgets(server).health
-        # All of them have asked, in this order, before the first gets its room: so they have it together, however slow the machine.
+        # All of them have asked, in this order, before the first gets its bytes: so they hold them together, however slow the machine.
         health._wait_s = DEADLINE_S
         assert health.try_reserve(health.total)
         calls = [caller.channel.stream_unary(check).future(iter(never.get, None), timeout=DEADLINE_S) for caller in callers]
-        eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS, "all of them wait for room")
+        eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS, "all of them wait for bytes")
         answer = asked(b"", timeout=DEADLINE_S)
         eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS + 1, "who asks waits behind them")
 
@@ -287,13 +287,13 @@ def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_ot
         assert {(refusal.code, refusal.details) for refusal in refusals} == {
             (grpc.StatusCode.INVALID_ARGUMENT, "no message within 0.2 s, expected one")
         }
-        eventually(lambda: in_use(server) == 0, "its room is free")
+        eventually(lambda: in_use(server) == 0, "its reservation is released")
         for _ in calls:
             never.put(None)
 
 
 FOUR_MESSAGES = ONE_MESSAGE | {"max_receive_bytes": 8 * MIB}
-"""Room for four messages with episodes and four episodes in chunks; a connection gets one of each."""
+"""Budgets for four messages with episodes and four episodes in chunks; a connection gets one of each."""
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Info"])
@@ -321,11 +321,11 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
         patient(server)
         callers = [stack.enter_context(Caller(server.address)) for _ in range(4)]
         idle = [OpenCall(caller, method) for caller in callers]
-        eventually(lambda: in_use(server) == 4 * MIB, "all the room is taken")
+        eventually(lambda: in_use(server) == 4 * MIB, "the whole budget is used up")
 
         assert other.add(make_episode()).counts.episodes_stored == 1
 
-        # What was in nobody's way goes on.
+        # What blocked no other call goes on.
         eventually(lambda: any(call.call.done() for call in idle), "one is ended")
         (ended,) = [call for call in idle if call.call.done()]
         assert refusal_of(ended) == OVER_LIMIT
@@ -349,7 +349,7 @@ def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_r
         idle = [OpenCall(stack.enter_context(Caller(server.address)), "LoadEpisodes") for _ in range(4)]
         for call in idle:
             call.send(header)
-        eventually(lambda: budgets(server).assembling.used == 4 * big_episode().size_bytes, "all the room is announced")
+        eventually(lambda: budgets(server).assembling.used == 4 * big_episode().size_bytes, "announced episodes use up the budget")
 
         honest = OpenCall(other, "LoadEpisodes")
         honest.send(header, *chunks)
@@ -373,8 +373,8 @@ def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_ba
         first = OpenCall(caller, "LoadEpisodes")
         first.send(header)
         announced = big_episode().size_bytes
-        eventually(lambda: budgets(server).assembling.used == announced, "the announced episode has its room")
-        # The stream that waits for chunks holds the messages' room as well, until they came.
+        eventually(lambda: budgets(server).assembling.used == announced, "the announced episode has its reservation")
+        # The stream that waits for chunks also holds bytes for their messages until they arrive.
         first.send(*chunks)
         eventually(lambda: budgets(server).assembling.used == 0, "the whole episode is stored")
         first.end()
@@ -400,7 +400,7 @@ def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call
         assert caller.add(make_episode()).counts.episodes_stored == 1
         for holder in holders:
             holder.cancel()
-        eventually(lambda: in_use(server) == 0, "their room is free")
+        eventually(lambda: in_use(server) == 0, "their reservations are released")
 
 
 # Batches on their way out
@@ -436,7 +436,7 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeyp
         assert caller.add(make_episode(obs=2000)).counts.episodes_stored == 2
         for stream in (*slow, quick):
             stream.cancel()
-        eventually(lambda: in_use(server) == 0, "their room is free")
+        eventually(lambda: in_use(server) == 0, "their reservations are released")
 
 
 def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_room() -> None:
@@ -529,7 +529,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
             waiting = silent.stub.Ready.future(pb.ReadyRequest(min_steps=2_000, wait_s=600))
             service, admission = server._server._service, server._server.admission
             eventually(lambda: service._streams == 2 and admission._calls.now == 3, "three calls are in progress")
-            eventually(lambda: budgets(server).assembling.used > 0 and budgets(server).sending.used > 0, "they hold room")
+            eventually(lambda: budgets(server).assembling.used > 0 and budgets(server).sending.used > 0, "they hold reservations")
 
             proxy.pause()
 

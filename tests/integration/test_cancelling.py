@@ -38,7 +38,7 @@ SCARCE: dict[str, dict[str, Any]] = {
     "server": {"add_workers": 1, "sample_workers": 2},
     "ring": {"max_rings": 2},
 }
-"""So little of everything that calls wait for each other, and some are refused."""
+"""Limits so small that calls wait for each other and some are refused."""
 
 Messages = list[bytes]
 
@@ -65,7 +65,7 @@ class Requests:
                 lambda: [reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()],
             ),
         }
-        """With the kind of call, which on the wire is the same for a single message and for a stream of one."""
+        """Method and kind of call, which on the wire is the same for a single message and for a stream of one."""
 
     def _episode(self) -> Any:
         self._sequence += 1
@@ -136,7 +136,7 @@ def break_off(caller: Caller, random: Random, requests: Requests) -> str:
 
 
 def ask(caller: Caller, times: int) -> None:
-    """Gives the server so many turns: as long as so many answers take."""
+    """Waits until the server has answered ``times`` calls, so that its event loop had as many turns."""
     for _ in range(times):
         with contextlib.suppress(grpc.RpcError):
             caller.counts()
@@ -179,7 +179,7 @@ def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """The server logs no error: no trace, and no task or callback that failed unseen."""
     yield
     errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
-    # gRPC's own line for a caller who left just before it heard of that: on a busy machine one in some thousand calls.
+    # gRPC's own line for a caller that disconnected just before it heard of that: on a busy machine one in some thousand calls.
     errors = [record for record in errors if not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")]
     assert [record.getMessage() for record in errors if str(record.threadName).startswith("touchline-")] == []
 

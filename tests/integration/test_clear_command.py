@@ -21,7 +21,7 @@ TOKENS = {role: f"{role}-token-0123456789" for role in ("actor", "admin")}
 
 
 def run(*arguments: str, answer: str | None = None, **environment: str) -> tuple[int, str, str]:
-    """Runs the command, on a terminal where there is an answer to type."""
+    """Runs the command, on a terminal if there is an answer to type."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TOUCHLINE_")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": inherited | {"COLUMNS": "200"} | environment}
     command = [sys.executable, "-m", "touchline", "clear", *arguments]

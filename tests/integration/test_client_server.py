@@ -444,7 +444,7 @@ def test_learner_and_actor_survive_a_restart_of_the_server(caplog: pytest.LogCap
             patient.add(_episode(0))
         stream = client.batches(prefetch=2, ring=ring)
         _check_rows(next(stream))
-    for number in range(3):  # while nobody is there
+    for number in range(3):  # while the server is away
         for row in zip(*_episode(number).values(), strict=True):
             writer.append(dict(zip(("obs", "action", "reward"), row, strict=True)))
         writer.end_episode()

@@ -175,7 +175,7 @@ def test_format_without_its_package_says_what_to_install(tmp_path: Path, package
 
 
 def _wait_until(server: ServerThread, episodes: int, process: subprocess.Popen[str]) -> None:
-    """Returns once so many episodes were added, or the process has ended."""
+    """Returns once ``episodes`` were added or the process has ended."""
     with ReplayClient(server.address) as client:
         while client.counts().episodes_added < episodes and process.poll() is None:
             pass

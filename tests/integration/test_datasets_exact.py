@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "no rows": ({name: value[:0] for name, value in make_episode(1).items()}, "obs: zero rows"),
     "a wide reward": (make_episode(1) | {"reward": np.zeros((11, 2))}, "reward: shape"),
     "a reserved name": (make_episode(1) | {"index": np.zeros(11)}, "index: a reserved column name"),
-    "a dtype that is none": (make_episode(1) | {"c": np.zeros(11, np.uint32)}, "c: dtype uint32 is not supported"),
+    "an unsupported dtype": (make_episode(1) | {"c": np.zeros(11, np.uint32)}, "c: dtype uint32 is not supported"),
     "text": (make_episode(1) | {"c": np.array(["x"] * 11)}, "c: text"),
 }
 

@@ -148,7 +148,7 @@ def test_pt_files_hold_the_newest_episodes_by_their_numbers_of_rows(server: Serv
 
     arguments = (str(tmp_path / "chunks"), "--address", server.address)
     _run("export_pt.py", *arguments)
-    told = _run("export_pt.py", *arguments, "--newest", "3")  # in the place of the four
+    told = _run("export_pt.py", *arguments, "--newest", "3")  # replaces the four
 
     columns = ["action", "obs", "reward", "terminated"]
     assert told == [

@@ -1,4 +1,4 @@
-"""Exports, read by the formats' own libraries, and loaded into an empty server again: the same episodes to the bit."""
+"""Exports, read by the formats' own libraries, and loaded into an empty server again: the same episodes, bit for bit."""
 
 from __future__ import annotations
 

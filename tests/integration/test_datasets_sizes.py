@@ -27,9 +27,9 @@ from touchline.datasets import Changes, DatasetError
 MIB = 1 << 20
 MAX_EPISODE_BYTES = 32 * MIB
 CEILING_BYTES = 400 * MIB
-"""Of address space, for all files one after the other, on top of what the packages take."""
+"""Address space for reading all files in sequence, on top of what the packages take."""
 GROWTH_BYTES = 100 * MIB
-"""Of memory that is really used."""
+"""Limit of resident memory."""
 
 CHILD = """
 import json, resource, sys
@@ -149,7 +149,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], int, str]] = {
 
 @pytest.fixture(scope="module")
 def surveyed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Surveys all bombs in one child that may take no more than so much memory; returns what it printed for each."""
+    """Inspects all bombs in one child with a memory limit; returns what it printed for each."""
     folder = tmp_path_factory.mktemp("bombs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
@@ -200,7 +200,7 @@ def test_tensor_without_a_value_for_every_element_is_refused_with_trust_too(tmp_
 
 
 def test_limit_counts_what_would_be_stored(tmp_path: Path) -> None:
-    """Of 11 rows: 8 float64 that become float32, and no camera; one byte less is too little."""
+    """For 11 rows: 8 float64 that become float32, and no camera; one byte less is too little."""
     columns = make_episode(0) | {"obs": np.zeros((11, 8)), "camera": np.zeros((11, 64, 64, 3), np.uint8)}
     write_hdf5(tmp_path / "demos.h5", [columns])
     write_npz(tmp_path / "demos.npz", [columns])

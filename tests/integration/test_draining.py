@@ -68,7 +68,7 @@ class Served:
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """Has the server stop meanwhile."""
+        """Stops the server while the block runs."""
         thread = threading.Thread(target=self.stop)
         thread.start()
         eventually(lambda: self.service._drain.begun, "it drains")
@@ -195,7 +195,7 @@ def test_peers_that_do_not_read_hold_nobody_up() -> None:
 
 
 def test_writer_of_a_server_that_stops_loses_nothing(tmp_path: Path) -> None:
-    """Its calls with many episodes are never idle; whatever they are told, each episode is stored once."""
+    """Calls with many episodes are never idle; whatever answers they get, each episode is stored once."""
     config = durable_config(tmp_path / "data", capacity=100_000)
     with ServerThread(config) as server:
         client = ReplayClient(server.address, actor="keeper")

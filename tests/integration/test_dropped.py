@@ -29,7 +29,7 @@ rings_only = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of shared memory for the rings of a test alone."""
+    """A folder of shared memory for only this test's rings."""
     with tempfile.TemporaryDirectory(prefix="rings-", dir=SHARED_MEMORY_DIR) as name:
         monkeypatch.setattr("touchline_protos.shm.ring.SHARED_MEMORY_DIR", Path(name))
         yield Path(name)

@@ -113,7 +113,7 @@ def test_actor_stopped_in_a_match_sends_what_it_played(start: Start) -> None:
 @pytest.mark.slow
 def test_actor_with_a_spool_leaves_its_episodes_there_and_the_next_one_sends_them(start: Start, tmp_path: Path) -> None:
     arguments = ("--match-seconds", "1", "--matches", "1", "--spool-dir", str(tmp_path / "spool"))
-    with socket.create_server(("127.0.0.1", 0)) as unanswered:  # nobody takes its connections
+    with socket.create_server(("127.0.0.1", 0)) as unanswered:  # no process accepts its connections
         actor = start("actor.py", "--address", f"127.0.0.1:{unanswered.getsockname()[1]}", *arguments)
         next(_lines(actor))  # the match is over and its episodes are on the disk
         actor.kill()

@@ -101,7 +101,7 @@ def test_connection_whose_questions_never_come_leaves_the_service_to_the_others(
         silent = [connection.call(method) for _ in range(MAX_HEALTH_CALLS)]
         share = MAX_HEALTH_CALLS // STANDARD_SHARE
 
-        # Those over its share are refused at once, before they wait for anything.
+        # Calls over its share are refused immediately, before they wait for anything.
         assert connection.wait_ended(silent[share:], limit_s=DEADLINE_S)
         for _ in range(30):
             assert other.channel.unary_unary(CHECK)(b"", timeout=DEADLINE_S) == b"\x08\x01"

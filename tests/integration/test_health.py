@@ -20,7 +20,7 @@ from touchline_server.service.healthcheck import check_at
     ids=["full disk", "failed fsync"],
 )
 def test_health_check_of_a_server_that_cannot_store_says_why_while_sampling_goes_on(full: bool, said: str, tmp_path: Path) -> None:
-    """And of a disk that has room again, that it can: with no restart."""
+    """Once the disk has space again, health says so without a restart."""
     config = make_config(1000, storage={"data_dir": str(tmp_path), "durability": "sync"}, server={"port": 0})
     with failing_disk() as disk, ServerThread(config) as server, ReplayClient(server.address, timeout_s=1) as client:
         client.add(plain_columns(10))

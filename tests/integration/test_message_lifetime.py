@@ -63,7 +63,7 @@ def test_messages_are_gone_once_their_call_has_ended(call: Callable[[Caller, int
         try:
             for number in range(4, 4 + CALLS):
                 call(caller, number)
-            eventually(lambda: tracemalloc.get_traced_memory()[0] < CALLS * MESSAGE_BYTES // 3, "messages that are let go of", every_s=0.02)
+            eventually(lambda: tracemalloc.get_traced_memory()[0] < CALLS * MESSAGE_BYTES // 3, "the messages are freed", every_s=0.02)
         finally:
             tracemalloc.stop()
             gc.enable()

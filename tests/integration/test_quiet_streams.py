@@ -24,7 +24,7 @@ PING_S = 0.15
 """A client's keepalive here, a two hundredth of the real one; what the server allows is shortened as much. The time to answer is not."""
 QUIET_S = 20 * PING_S
 POLLS_WITHOUT_PYTHON = (1, 73)
-"""From this version on, a client's connection lives on while a thread of the learner holds the interpreter's lock."""
+"""First version of gRPC in which a client's connection survives a learner's thread that holds the interpreter's lock."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""GetEpisodes on a real server: refusals, limits, draining, restarts, and what reading leaves to those who sample and add."""
+"""GetEpisodes on a real server: refusals, limits, draining, restarts, and what reading leaves to callers that sample and add."""
 
 from __future__ import annotations
 

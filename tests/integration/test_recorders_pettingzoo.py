@@ -46,7 +46,7 @@ def _play(env: PettingZooRecorder, *, seed: int, played: dict[str, list[Played]]
     """Plays an episode into ``played`` and returns how each agent's ended: terminated or not.
 
     Args:
-        time_limit: for the generated agents' world, which reads its clock but never moves it on.
+        time_limit: time limit for the generated agents' world, which reads its clock but never advances it.
     """
     endings = []
     obs, _ = env.reset(seed=seed)

@@ -23,7 +23,7 @@ MAX_STEPS = 18
 """Random play of CartPole ends by itself after about 20 steps: some episodes are terminated, some truncated."""
 
 HAS_MODES = hasattr(gymnasium.vector, "AutoresetMode")
-"""From Gymnasium 1.1 on. Before, each version resets in its one way."""
+"""Whether Gymnasium has reset modes (from 1.1 on); each earlier version resets in its own single way."""
 MODES = [{"autoreset_mode": mode} for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)] if HAS_MODES else [{}]
 """Keywords of a vector environment that resets itself."""
 
@@ -199,8 +199,8 @@ def test_wrapper_that_final_observations_do_not_pass_is_refused(server: ServerTh
         check_episodes(lines, account.played)
 
 
-@pytest.mark.skipif(not HAS_MODES, reason="before Gymnasium 1.1 none tells its mode")
-def test_environment_that_does_not_tell_its_mode_needs_the_argument(client: ReplayClient) -> None:
+@pytest.mark.skipif(not HAS_MODES, reason="before Gymnasium 1.1 no environment declares its mode")
+def test_environment_that_does_not_declare_its_mode_needs_the_argument(client: ReplayClient) -> None:
     class Silent(SyncVectorEnv):
         def __init__(self) -> None:
             super().__init__([lambda: gymnasium.make("CartPole-v1")])

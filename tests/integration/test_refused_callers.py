@@ -1,4 +1,4 @@
-"""Callers without the right token, and metadata that is none, in the server's log: who, from where, what, why, and nothing secret."""
+"""Callers without the right token, and malformed metadata, in the server's log: who, from where, what, why, and nothing secret."""
 
 from __future__ import annotations
 

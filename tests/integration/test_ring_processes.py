@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of shared memory for the rings of a test alone: servers that others run on this machine neither see nor sweep it."""
+    """A folder of shared memory for only this test's rings: other servers on this machine neither see nor sweep it."""
     with tempfile.TemporaryDirectory(prefix="rings-", dir=SHARED_MEMORY_DIR) as name:
         monkeypatch.setattr("touchline_protos.shm.ring.SHARED_MEMORY_DIR", Path(name))
         monkeypatch.setenv("RINGS", name)
@@ -364,7 +364,7 @@ def test_caller_that_holds_every_batch_does_not_stall_the_ring() -> None:
             held = [next(batches) for _ in range(500)]
             assert batches.transport == "ring"
     for batch in held:
-        # The obs tells the episode it is from, so a batch that was overwritten would contradict its provenance.
+        # The obs identifies its episode, so a batch that was overwritten would contradict its provenance.
         assert (batch.obs[0, :, 0] == batch.episode_id).all()
 
 
@@ -414,6 +414,6 @@ def test_closed_stream_unmaps_its_ring_without_a_collection() -> None:
                     assert batches.transport == "ring"
                     assert mapped_rings() > before
                 del batches
-            eventually(lambda: mapped_rings() <= before, "both sides let go")
+            eventually(lambda: mapped_rings() <= before, "both sides have unmapped it")
         finally:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Who gets in: real servers with real certificates and tokens, every role with every method, and where no secret may be seen."""
+"""Who gets in: real servers with real certificates and tokens, every role with every method, and places where no secret may appear."""
 
 from __future__ import annotations
 

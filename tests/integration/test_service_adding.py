@@ -240,7 +240,7 @@ def test_load_says_of_each_episode_what_became_of_it(send: Callable[[list[Episod
 
 
 def test_load_of_many_small_episodes_while_learners_sample_stores_each_once_in_order(served: Served) -> None:
-    """The event loop stores what it can at once and leaves to threads what is in the way of gathers: the order stays."""
+    """The event loop stores what it can inline and leaves to threads what would delay gathers; the order stays the same."""
     server, caller = served
     episodes = [make_episode(5, seed=number, key=key(number), policy_version=number) for number in range(3000)]
     sampling = threading.Event()

@@ -115,7 +115,7 @@ def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path
         permits.release(100)
 
     assert rounds >= 3
-    assert list(dict.fromkeys(arrived)) == list(range(9))  # the server drops what comes again under its key
+    assert list(dict.fromkeys(arrived)) == list(range(9))  # the server drops what is sent again under the same key
 
 
 def test_refused_episodes_are_all_kept_with_the_reason_and_go_out_once_the_server_takes_them(server: ServerThread, tmp_path: Path) -> None:

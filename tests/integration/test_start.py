@@ -24,7 +24,7 @@ from touchline_server.store import cuda_device
 HEAVY = {"torch", "torchrl", "tensordict", "torch._dynamo"}
 
 PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}
-"""Has Python write a line to stderr for each module that it has imported."""
+"""Environment that makes Python write a line to stderr for each module that it imports."""
 
 
 def imported(log: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Many threads on one real server, with rows that carry their own checksum: no batch mixes rows, and the figures add up."""
+"""Many threads on one real server, with rows that carry their own checksum: no batch mixes rows, and the counts add up."""
 
 from __future__ import annotations
 

@@ -388,7 +388,7 @@ def test_stream_closed_before_it_was_opened_ends_with_ok(served: Served) -> None
 
 OPENING = pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString()
 PADDING = len_field(100, bytes(1 << 16))
-"""A field that nobody knows; as part of a message a stream would hold it for as long as it lasts."""
+"""An unknown field; a stream that kept its message would hold it for as long as it lasts."""
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_streams_that_learners_cancel_are_freed(state: str) -> None:
                 stream.cancel()
 
         def opens() -> bool:
-            """Whether all of them can be opened at once."""
+            """Returns whether all of them can be open at the same time."""
             again = [caller.stream().open(credits=0) for _ in range(streams)]
             caller.counts()
             for stream in again:
@@ -502,7 +502,7 @@ def test_slow_learner_costs_its_credits_and_nobody_waits_for_it(served: Served) 
     slow = caller.stream().open(credits=40, batch_size=100)
     read = slow.read(1)
 
-    # The ring has room for 40 of these, so every row is overwritten while the slow learner does not read.
+    # The ring holds 40 of these, so every row is overwritten while the slow learner does not read.
     for number in range(80):
         caller.add(make_episode(50, seed=number, obs=700))
     quick, _ = read_all(caller, 5, batch_size=100)

@@ -59,7 +59,7 @@ def buffer(request: pytest.FixtureRequest, server: ServerThread) -> Iterator[Buf
 
 
 def make_episode(number: int, length: int, *, terminated: bool = True, task: bool = False, nested: bool = False) -> TensorDict:
-    """An episode as TD-MPC2's trainer puts it together; a value tells its episode and row: ``number * 100 + row``."""
+    """An episode as TD-MPC2's trainer puts it together; a value encodes its episode and row: ``number * 100 + row``."""
     rows = number * 100.0 + torch.arange(length, dtype=torch.float32)
     obs: Any = torch.stack([rows, -rows], dim=1)
     if nested:
@@ -183,7 +183,7 @@ def test_law_is_that_of_tdmpc2s_own(buffer: Buffer) -> None:
     expected = [400 * BATCH / weight for weight in starts.values()]
     assert scipy.stats.chisquare([ours[start] for start in starts], expected).pvalue > 1e-3
     assert _p_of_one_law(ours, theirs) > 1e-3
-    # The same comparison tells the other law, which is the one that this server is configured for, from TD-MPC2's.
+    # The same comparison distinguishes TD-MPC2's law from the other one, which this server is configured for.
     assert _p_of_one_law(Counter({start: 400 * BATCH // len(starts) for start in starts}), theirs) < 1e-12
 
 

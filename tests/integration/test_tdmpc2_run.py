@@ -41,7 +41,7 @@ def server() -> Iterator[ServerThread]:
 
 
 def make_episode(number: int, length: int) -> TensorDict:
-    """An episode of TD-MPC2's; a value tells its episode and row: ``number * 100 + row``."""
+    """An episode as TD-MPC2 makes it; a value encodes its episode and row: ``number * 100 + row``."""
     rows = number * 100.0 + torch.arange(length, dtype=torch.float32)
     columns = {"obs": torch.stack([rows, -rows], dim=1), "action": torch.stack([rows, rows / 2], dim=1), "reward": rows / 8}
     columns["action"][0] = columns["reward"][0] = torch.nan

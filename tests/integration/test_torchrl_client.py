@@ -1,4 +1,4 @@
-"""TorchRL's face of the client, on what TorchRL's own collectors give, against TorchRL's own buffer."""
+"""The client's TorchRL adapter, on the output of TorchRL's own collectors, compared with TorchRL's own buffer."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def listening(stack: ExitStack) -> tuple[socket.socket, str]:
 
 
 def away(stack: ExitStack) -> str:
-    """Returns an address at which connections are refused: bound, and nobody listens."""
+    """Returns an address at which connections are refused: bound, without a listener."""
     taken = stack.enter_context(socket.socket())
     taken.bind(("127.0.0.1", 0))
     return f"127.0.0.1:{taken.getsockname()[1]}"
