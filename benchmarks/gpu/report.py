@@ -118,8 +118,8 @@ def _card(sections: Sections, name: str) -> str:
     lines = [
         f"- The card copies within its memory at {_span(rate)} GB/s (2 GiB, bytes read plus bytes written),",
         f"  pinned host memory to the device at {short(up.median)} GB/s and back at {short(down.median)}.",
-        f"- The gather's four kernels by themselves take {device_s * 1e6:.1f} µs a batch: {short(gather.median)} GB/s counted the same way,",
-        f"  each byte of the batch read once and written once, or {part.median:.3f} ({part.low:.3f} to {part.high:.3f}) of the copy.",
+        f"- The gather's four kernels by themselves take {device_s * 1e6:.1f} µs a batch: {short(gather.median)} GB/s counted the same",
+        f"  way, each byte of the batch read once and written once, or {part.median:.3f} ({part.low:.3f} to {part.high:.3f}) of the copy.",
         f"  At `sample()`'s rate they take {busy:.0%} of the time: the rest is the host's, drawing and launching.",
     ]
     return "\n".join(lines)
