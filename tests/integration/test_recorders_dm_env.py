@@ -142,5 +142,5 @@ def test_action_of_several_arrays_is_refused(client: ReplayClient) -> None:
         def action_spec(self) -> Any:
             return {"left": dm_env.specs.Array((2,), np.float32)}
 
-    with pytest.raises(InvalidArgumentError, match="action: a spec of type dict, expected one array"):
+    with pytest.raises(InvalidArgumentError, match="action: spec dict, expected a single array"):
         DmEnvRecorder(TwoArms(), client)

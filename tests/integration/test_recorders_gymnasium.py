@@ -151,9 +151,9 @@ def test_dict_and_tuple_observations_nest(server: ServerThread, client: ReplayCl
 def test_spaces_that_are_no_columns_are_refused(client: ReplayClient) -> None:
     env = gymnasium.make("CartPole-v1")
 
-    with pytest.raises(InvalidArgumentError, match=r"obs\.word: a space of type Text, expected Box"):
+    with pytest.raises(InvalidArgumentError, match=r"obs\.word: space Text, expected Box"):
         GymnasiumRecorder(TransformObservation(env, lambda obs: {"word": "a"}, spaces.Dict({"word": spaces.Text(4)})), client)
-    with pytest.raises(InvalidArgumentError, match="action: a space of type Dict, expected one array"):
+    with pytest.raises(InvalidArgumentError, match="action: space Dict, expected a single array"):
         GymnasiumRecorder(TransformAction(env, lambda action: action["a"], spaces.Dict({"a": env.action_space})), client)
 
 

@@ -114,7 +114,7 @@ def test_step_that_cannot_be_stored_ends_the_episode_and_the_next_begins_at_a_re
     first, second = stored(client)
     assert first["obs"].tolist() == [[0], [1], [2]] and not first["done"][1:].any()
     assert second["obs"][:, 0].tolist() == list(range(LENGTH + 1)) and second["done"].tolist()[1:] == [0] * (LENGTH - 1) + [1]
-    assert ended or "3 steps behind a row that was refused are not recorded" in caplog.text
+    assert ended or "3 steps after a refused row were not recorded" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_step_that_cannot_be_stored_ends_the_episode_and_the_next_begins_at_a_re
         (spaces.MultiBinary(1), np.array([-129]), "obs: -129, which is 127 as int8"),
         (spaces.Box(-1, 1, (1,), np.float16), np.array([0.1], np.float32), "obs: 0.1.*, which is .* as float16"),
         (spaces.Box(-1, 1, (1,), np.float32), np.array([2**24 + 1]), "obs: 16777217, which is 16777216.0 as float32"),
-        (spaces.Dict(a=spaces.Discrete(2)), {"a": 1, "b": 2}, r"obs: the keys \['a', 'b'\], expected the keys \['a'\]"),
-        (spaces.Dict(a=spaces.Discrete(2)), {}, r"obs: the keys \[\], expected the keys \['a'\]"),
-        (spaces.Dict(a=spaces.Discrete(2)), 1, "obs: of type int, expected the keys"),
-        (spaces.Tuple([spaces.Discrete(2)]), (1, 0), "obs: 2 parts, expected the 1 parts"),
+        (spaces.Dict(a=spaces.Discrete(2)), {"a": 1, "b": 2}, r"obs: keys \['a', 'b'\], expected the keys \['a'\]"),
+        (spaces.Dict(a=spaces.Discrete(2)), {}, r"obs: keys \[\], expected the keys \['a'\]"),
+        (spaces.Dict(a=spaces.Discrete(2)), 1, "obs: type int, expected the keys"),
+        (spaces.Tuple([spaces.Discrete(2)]), (1, 0), "obs: 2 items, expected the 1 items"),
     ],
 )
 def test_first_observation_that_is_none_of_the_space_is_refused(
@@ -147,7 +147,7 @@ def test_first_observation_that_is_none_of_the_space_is_refused(
 
 @pytest.mark.parametrize("space", [spaces.Dict({"a.b": spaces.Discrete(2)}), spaces.Dict({"": spaces.Discrete(2)})])
 def test_space_whose_keys_are_no_names_is_refused(client: ReplayClient, space: spaces.Space[Any]) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"^obs: the key '.*', expected a name without a dot"):
+    with pytest.raises(InvalidArgumentError, match=r"^obs: key '.*', expected a name without a dot"):
         GymnasiumRecorder(Script(space=space), client)
 
 
@@ -354,8 +354,8 @@ class Players(dm_env.Environment):
     ("bad", "message"),
     [
         ({"reward": [1.0, None]}, "reward: None, expected numbers"),
-        ({"observation": [{"x": np.zeros(1)}, {"x": np.zeros(1), "y": 1}]}, r"obs: the keys \['x', 'y'\]"),
-        ({"observation": [{"x": np.zeros(1)}]}, "what the environment gave cannot be read: IndexError"),
+        ({"observation": [{"x": np.zeros(1)}, {"x": np.zeros(1), "y": 1}]}, r"obs: keys \['x', 'y'\]"),
+        ({"observation": [{"x": np.zeros(1)}]}, "cannot read what the environment returned: IndexError"),
     ],
 )
 def test_player_of_dm_env_whose_step_cannot_be_stored_leaves_the_other_whole(
@@ -419,11 +419,11 @@ class Arena(pettingzoo.ParallelEnv):
 @pytest.mark.parametrize(
     ("bad", "message", "ended"),
     [
-        (lambda answer: answer[1].pop("x"), "reward: none for agent 'x'", False),
-        (lambda answer: answer[2].pop("x"), "terminated: none for agent 'x'", False),
-        (lambda answer: answer[3].pop("x"), "truncated: none for agent 'x'", False),
+        (lambda answer: answer[1].pop("x"), "reward: the environment returned none for agent 'x'", False),
+        (lambda answer: answer[2].pop("x"), "terminated: the environment returned none for agent 'x'", False),
+        (lambda answer: answer[3].pop("x"), "truncated: the environment returned none for agent 'x'", False),
         (lambda answer: answer[0].update(x=np.full(1, 0.1)), "obs: 0.1, which is", False),
-        (lambda answer: answer[0].pop("x"), "obs: none for agent 'x'", True),
+        (lambda answer: answer[0].pop("x"), "obs: the environment returned none for agent 'x'", True),
     ],
 )
 def test_agent_whose_step_cannot_be_stored_leaves_the_other_whole(
@@ -453,7 +453,7 @@ def test_agent_that_is_given_no_action_is_refused(client: ReplayClient) -> None:
     with PettingZooRecorder(Arena(lambda answer: None), client) as env:
         env.reset()
         env.step({"x": ACTION, "y": ACTION})
-        with pytest.raises(InvalidEpisodeError, match=r"^action: none for agent 'x', which has an observation"):
+        with pytest.raises(InvalidEpisodeError, match=r"^action: none for agent 'x', expected one for each"):
             env.step({"y": ACTION})
         for _ in range(LENGTH - 2):
             env.step({"x": ACTION, "y": ACTION})

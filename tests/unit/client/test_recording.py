@@ -1,4 +1,4 @@
-"""The sending side of recorders, without an environment."""
+"""Recording, the sending side of recorders, without an environment."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from touchline.recorders.track import Step
 
 
 def play(recording: Recording, tracks: int = 3) -> None:
-    """Two rows on each of some lines, whose episodes are not ended."""
+    """Records two rows on each track and leaves the episodes unfinished."""
     for number in range(tracks):
         track = recording.new_track(np.float32, number)
         track.begin(lambda: [1.0])
         track.add(lambda: Step([2.0], np.zeros(1, np.float32), 0.5, False), ended=False)
 
 
-def test_close_with_a_time_limit_ends_the_episodes_and_waits_for_all_lines() -> None:
+def test_close_with_a_time_limit_ends_the_episodes_and_waits_for_all_tracks() -> None:
     config = Config(config={"buffer_size": 100, "min_history": 0}, storage={"device": "cpu"}, server={"port": 0})
     with ServerThread(config) as server, ReplayClient(server.address, actor="arm") as client:
         recording = Recording(client)
@@ -33,7 +33,7 @@ def test_close_with_a_time_limit_ends_the_episodes_and_waits_for_all_lines() -> 
         assert [episode.actor for episode in client.episodes(actor="arm/1")] == ["arm/1"]
 
 
-def test_close_that_is_not_answered_in_time_tells_of_every_line_and_does_not_wait_again() -> None:
+def test_close_without_an_answer_in_time_reports_every_track_and_does_not_wait_again() -> None:
     absent = failing(grpc.StatusCode.UNAVAILABLE)
     with ScriptedServer(AddEpisode=absent) as server, ReplayClient(server.address, actor="arm", timeout_s=0.2) as client:
         recording = Recording(client)

@@ -1,16 +1,18 @@
-"""Recorders: wrap an environment, and every episode that it plays goes to a replay server.
-
-A recorder has the interface of what it wraps and changes nothing of it; what was played is collected in TD-MPC2's row convention and sent
-by an :class:`~touchline.EpisodeWriter` from the background. Row 0 of an episode holds the observation of the reset. Row t holds the
-observation that the t-th action led to, that action, its reward, and whether it *terminated* the episode (``done``). An episode that was
-truncated (by a time limit, or by a reset before its end) ends without ``done``. ::
+"""Recorders: wrap an environment, and every episode that is played in it goes to a replay server. ::
 
     with ReplayClient("replay-host:50051", actor="left-foot") as client, GymnasiumRecorder(gymnasium.make("Pendulum-v1"), client) as env:
         obs, info = env.reset(seed=1)
         ...
 
-Observations that are dicts are stored nested. Importing this loads none of the environments' libraries; each recorder loads its own, which
-comes with the extra ``touchline[recorders]``.
+A recorder has the interface of the environment that it wraps and changes nothing about it. An :class:`~touchline.EpisodeWriter` sends the
+episodes in the background.
+
+Episodes are stored in TD-MPC2's row convention. Row 0 holds the observation of the reset. Row t holds the observation that the t-th action
+led to, the action, its reward, and whether it *terminated* the episode (``done``). A truncated episode (by a time limit, or by a reset
+before its end) ends without ``done``. Observations that are dicts are stored as nested columns.
+
+Importing this package imports none of the environments' libraries; each recorder imports its own. The extra ``touchline[recorders]``
+installs them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ _MODULES = {
 }
 
 _PACKAGES = {"dm_env": "dm-env", "gymnasium": "gymnasium", "gymnasium_vector": "gymnasium", "pettingzoo": "pettingzoo"}
-"""What a module needs of the extra ``recorders``."""
+"""Package from the extra ``recorders`` that each module needs."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""dm_env: DeepMind's interface, of dm_control among others."""
+"""Recorder for dm_env, the interface of dm_control and other DeepMind environments."""
 
 from __future__ import annotations
 
@@ -21,36 +21,55 @@ if TYPE_CHECKING:
 
 
 class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
-    """Records what a dm_env environment plays.
+    """Records the episodes of a dm_env environment. ::
 
-    An environment of several players (specs, observations, actions and rewards are lists, as in dm_control's soccer) gives one episode a
-    player, each on a line of its own (``<actor>/<number>``). An episode is terminated where its last discount is 0, else truncated.
-    Observations are stored in the dtypes of the spec; float64, which dm_control has, as float32 if ``dtype="float32"`` asks for it.
+        import numpy as np
+        from dm_control import suite
 
-    Everything else that the environment has is there too (``physics``, ``task``, ...). ``close`` returns once everything is acknowledged.
-    For one thread.
+        from touchline import ReplayClient
+        from touchline.recorders import DmEnvRecorder
+
+        client = ReplayClient("127.0.0.1:50051", actor="cartpole")
+        cartpole = suite.load("cartpole", "swingup", task_kwargs={"time_limit": 1.0})
+        with client, DmEnvRecorder(cartpole, client, dtype="float32") as env:
+            step = env.reset()
+            while not step.last():
+                step = env.step(np.random.uniform(-1.0, 1.0, env.action_spec().shape))
+
+    **Players.** If specs, observations, actions and rewards are lists, as in dm_control's soccer, each player has a track of its own (actor
+    ``<actor>/<index>``).
+
+    **Episode ends.** An episode whose last discount is 0 has terminated (``done``); any other was truncated.
+
+    **Values.** Observations keep the dtypes of their spec. ``dtype="float32"`` rounds float64, which dm_control returns. Actions are
+    rounded to the spec's dtype; the reward and ``done`` are float32.
+
+    All other attributes are those of the environment (``physics``, ``task``, ...). Not thread-safe, except for what
+    :class:`~touchline.recorders.Recording` says.
 
     Args:
-        environment: its observations are arrays or mappings of arrays, an action is one array.
-        client: sends the episodes; close this environment before it.
+        environment: environment whose observations are arrays, mappings or tuples of arrays, and whose actions are single arrays.
+        client: client that sends the episodes; close the recorder first.
         options: see :class:`~touchline.recorders.RecordingOptions`.
 
     Raises:
-        InvalidArgumentError: an action that is not one array.
+        InvalidArgumentError: an action is not a single array.
     """
 
     def __init__(self, environment: dm_env.Environment, client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
         self._environment = environment
         observation_spec, action_spec = environment.observation_spec(), environment.action_spec()
-        self._several = isinstance(observation_spec, list | tuple) and isinstance(action_spec, list | tuple)
-        observation_specs = observation_spec if self._several else [observation_spec]
-        action_specs = action_spec if self._several else [action_spec]
+        self._multi_player = isinstance(observation_spec, list | tuple) and isinstance(action_spec, list | tuple)
+        observation_specs = observation_spec if self._multi_player else [observation_spec]
+        action_specs = action_spec if self._multi_player else [action_spec]
         float64_as = float64_dtype(client, options)
         converters = [_converter("obs", spec, float64_as) for spec in observation_specs]
         self._actions = [_action_converter(spec, float64_as) for spec in action_specs]
         self.recording = Recording(client, **options)
-        """The sending side: counters, flush, policy_version."""
-        self._tracks = [self.recording.new_track(observe, number if self._several else None) for number, observe in enumerate(converters)]
+        """Sending side of the recorder: ``counters``, ``flush()``, ``policy_version``."""
+        self._tracks = [
+            self.recording.new_track(observe, player if self._multi_player else None) for player, observe in enumerate(converters)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -58,23 +77,23 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         return getattr(self._environment, name)
 
     def reset(self) -> dm_env.TimeStep:
-        """Resets the environment and begins episodes; those under way are truncated."""
+        """Resets the environment and begins episodes; those in progress are truncated."""
         step = self._environment.reset()
         self._begin(step)
         return step
 
     def step(self, action: Any) -> dm_env.TimeStep:
-        """Steps the environment and records the transition; after the last step of an episode, resets it as dm_env says.
+        """Steps the environment and records the transition. After an episode's last step it resets instead, as dm_env specifies.
 
         Raises:
-            UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
-            InvalidEpisodeError: the action, or what the environment gave, cannot be stored as it is. An action is refused before the step;
-                otherwise the episode ends before this transition, and what is left of it is not recorded.
+            UnacknowledgedError: the server refused earlier episodes; this transition is recorded nevertheless.
+            InvalidEpisodeError: a value cannot be stored exactly. A bad action is refused before the environment steps. For other values,
+                the stored episode ends before this transition, and the rest of the environment's episode is not recorded.
         """
-        # Before the step, which may change an action in place. The action of a step that resets is ignored and may be anything.
+        # Before the step: the environment may modify an action in place. A step that resets ignores its action, which may be anything.
         taken = [
-            convert(self._part(action, number)) if track.recording else None
-            for number, (convert, track) in enumerate(zip(self._actions, self._tracks, strict=True))
+            convert(self._player_value(action, player)) if track.recording else None
+            for player, (convert, track) in enumerate(zip(self._actions, self._tracks, strict=True))
         ]
         in_progress = [track.in_progress for track in self._tracks]
         step = self._environment.step(action)
@@ -82,39 +101,41 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
             self._begin(step)
             return step
         failure: Exception | None = None
-        for number, track in enumerate(self._tracks):
+        for player, track in enumerate(self._tracks):
             try:
-                if in_progress[number]:
-                    track.add(partial(self._step, number, taken[number], step), ended=step.last())
+                if in_progress[player]:
+                    track.add(partial(self._step, player, taken[player], step), ended=step.last())
                 else:
-                    self._begin_one(number, step)
-            except Exception as error:  # the other players have made their step too
+                    self._begin_one(player, step)
+            except Exception as error:  # the other players have made their step, too: record it first
                 failure = error
         if failure is not None:
             raise failure
         return step
 
     def observation_spec(self) -> Any:
-        """Of the environment."""
+        """Returns the environment's observation spec."""
         return self._environment.observation_spec()
 
     def action_spec(self) -> Any:
-        """Of the environment."""
+        """Returns the environment's action spec."""
         return self._environment.action_spec()
 
     def reward_spec(self) -> Any:
-        """Of the environment."""
+        """Returns the environment's reward spec."""
         return self._environment.reward_spec()
 
     def discount_spec(self) -> Any:
-        """Of the environment."""
+        """Returns the environment's discount spec."""
         return self._environment.discount_spec()
 
     def close(self) -> None:
-        """Truncates the unfinished episodes, returns once everything is acknowledged, and closes the environment.
+        """Truncates episodes in progress, waits until all episodes are acknowledged, and closes the environment.
+
+        With a spool the wait ends after the client's ``timeout_s``; unacknowledged episodes then stay on the disk.
 
         Raises:
-            UnacknowledgedError: some episodes were refused.
+            UnacknowledgedError: the server refused some episodes.
         """
         try:
             self.recording.close()
@@ -128,38 +149,38 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
             self._environment.close()
 
     def _begin(self, step: dm_env.TimeStep) -> None:
-        for number in range(len(self._tracks)):
-            self._begin_one(number, step)
+        for player in range(len(self._tracks)):
+            self._begin_one(player, step)
 
-    def _begin_one(self, number: int, step: dm_env.TimeStep) -> None:
-        self._tracks[number].begin(lambda: self._part(step.observation, number), lambda: self._info(number, step))
+    def _begin_one(self, player: int, step: dm_env.TimeStep) -> None:
+        self._tracks[player].begin(lambda: self._player_value(step.observation, player), lambda: self._info(player, step))
 
-    def _step(self, number: int, action: Any, step: dm_env.TimeStep) -> Step:
-        terminated = step.last() and float(self._discount(step.discount, number)) == 0.0
-        reward = self._part(step.reward, number)
-        return Step(self._part(step.observation, number), action, reward, terminated, step.last(), self._info(number, step))
+    def _step(self, player: int, action: Any, step: dm_env.TimeStep) -> Step:
+        terminated = step.last() and float(self._discount(step.discount, player)) == 0.0
+        reward = self._player_value(step.reward, player)
+        return Step(self._player_value(step.observation, player), action, reward, terminated, step.last(), self._info(player, step))
 
-    def _info(self, number: int, step: dm_env.TimeStep) -> dict[str, Any]:
-        discount = None if step.discount is None else self._discount(step.discount, number)
+    def _info(self, player: int, step: dm_env.TimeStep) -> dict[str, Any]:
+        discount = None if step.discount is None else self._discount(step.discount, player)
         return {"discount": discount, "step_type": step.step_type}
 
-    def _part(self, value: Any, number: int) -> Any:
-        return value[number] if self._several else value
+    def _player_value(self, value: Any, player: int) -> Any:
+        return value[player] if self._multi_player else value
 
-    def _discount(self, discount: Any, number: int) -> Any:
-        """Players share a discount, or have one each."""
-        return np.ravel(discount)[number] if np.size(discount) > 1 else np.ravel(discount)[0]
+    def _discount(self, discount: Any, player: int) -> Any:
+        """Returns a player's discount; players share one, or have one each."""
+        return np.ravel(discount)[player] if np.size(discount) > 1 else np.ravel(discount)[0]
 
 
 def _converter(name: str, spec: Any, float64_as: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping):
-        return mapping_converter(name, {key: _converter(f"{name}.{key}", part, float64_as) for key, part in spec.items()})
+        return mapping_converter(name, {key: _converter(f"{name}.{key}", item, float64_as) for key, item in spec.items()})
     if isinstance(spec, list | tuple):
-        return tuple_converter(name, [_converter(f"{name}.{number}", part, float64_as) for number, part in enumerate(spec)])
+        return tuple_converter(name, [_converter(f"{name}.{index}", item, float64_as) for index, item in enumerate(spec)])
     return array_converter(name, spec.dtype, float64_as=float64_as)
 
 
 def _action_converter(spec: Any, float64_as: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping | list | tuple):
-        raise InvalidArgumentError(f"action: a spec of type {type(spec).__name__}, expected one array; wrap the environment to flatten it")
+        raise InvalidArgumentError(f"action: spec {type(spec).__name__}, expected a single array; flatten it with a wrapper")
     return array_converter("action", spec.dtype, float64_as=float64_as, rounding=True)

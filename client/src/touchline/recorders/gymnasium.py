@@ -1,4 +1,4 @@
-"""Gymnasium, one environment."""
+"""Recorder for a single Gymnasium environment."""
 
 from __future__ import annotations
 
@@ -18,21 +18,40 @@ if TYPE_CHECKING:
 
 
 class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Records what a Gymnasium environment plays. Put it outside of the wrappers whose observations, actions and rewards are meant.
+    """Records the episodes of a Gymnasium environment. ::
 
-    Observations are stored in the dtypes that the space declares; a value that would be another one in them (a fraction in uint8, a float64
-    that is no float32) is refused, unless ``dtype="float32"`` asks for rounding. Actions and rewards are rounded to their float dtype.
-    A reset before the end of an episode truncates it. ``gymnasium.wrappers.Autoreset`` may be inside: its resetting step is no transition.
-    (Before Gymnasium 1.0: ``AutoResetWrapper``, directly inside; its last observation is the one in ``info``.)
-    ``close`` returns once everything is acknowledged. For one thread.
+        import gymnasium
+
+        from touchline import ReplayClient
+        from touchline.recorders import GymnasiumRecorder
+
+        client = ReplayClient("127.0.0.1:50051", actor="arm-3")
+        with client, GymnasiumRecorder(gymnasium.make("Pendulum-v1"), client) as env:
+            obs, info = env.reset(seed=1)
+            over = False
+            while not over:
+                obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+                over = terminated or truncated
+
+    Make it the outermost wrapper, or put it directly around the wrappers whose observations, actions and rewards are to be stored.
+
+    **Values.** Observations keep the dtypes that the space declares. A value that its dtype cannot represent (a fraction in uint8, a
+    float64 with more digits than float32 has) is refused, unless ``dtype="float32"`` asks for rounding. Actions are rounded to the space's
+    dtype; the reward and ``done`` are float32.
+
+    **Episode ends.** A reset before the end of an episode truncates it. ``gymnasium.wrappers.Autoreset`` may be inside: the step in which
+    it resets is not recorded as a transition. (Before Gymnasium 1.0 that is ``AutoResetWrapper``, directly inside; the last observation
+    then comes from ``info``.)
+
+    Not thread-safe, except for what :class:`~touchline.recorders.Recording` says.
 
     Args:
-        env: of observation and action spaces with fixed shapes; the action is one array.
-        client: sends the episodes; close this environment before it.
+        env: environment whose spaces have fixed shapes, and whose actions are single arrays.
+        client: client that sends the episodes; close the recorder first.
         options: see :class:`~touchline.recorders.RecordingOptions`.
 
     Raises:
-        InvalidArgumentError: a space whose values cannot be columns, or a wrapper around AutoResetWrapper.
+        InvalidArgumentError: a space cannot be stored as columns, or another wrapper is around AutoResetWrapper.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
@@ -43,11 +62,11 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._mode = autoreset_mode(env)
         self._was_reset = False
         self.recording = Recording(client, **options)
-        """The sending side: counters, flush, policy_version."""
+        """Sending side of the recorder: ``counters``, ``flush()``, ``policy_version``."""
         self._track = self.recording.new_track(observe)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Resets the environment and begins an episode."""
+        """Resets the environment and begins an episode; one in progress is truncated."""
         obs, info = self.env.reset(seed=seed, options=options)
         self._was_reset = True
         self._track.begin(lambda: obs, lambda: info)
@@ -57,16 +76,16 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         """Steps the environment and records the transition.
 
         Raises:
-            gymnasium.error.ResetNeeded: no episode is under way.
-            UnacknowledgedError: earlier episodes were refused by the server; this transition is recorded.
-            InvalidEpisodeError: the action, or what the environment gave, cannot be stored as it is. An action is refused before the step;
-                otherwise the episode ends before this transition, and what is left of it is not recorded.
+            gymnasium.error.ResetNeeded: no episode is in progress.
+            UnacknowledgedError: the server refused earlier episodes; this transition is recorded nevertheless.
+            InvalidEpisodeError: a value cannot be stored exactly. A bad action is refused before the environment steps. For other values,
+                the stored episode ends before this transition, and the rest of the environment's episode is not recorded.
         """
         track = self._track
-        if not track.in_progress and not (self._mode is not AutoresetMode.DISABLED and self._was_reset):
-            raise gymnasium.error.ResetNeeded("no episode is under way: call reset() before step()")
         in_progress = track.in_progress
-        taken = self._action(action) if track.recording else None  # before the step, which may change the action in place
+        if not in_progress and (self._mode is AutoresetMode.DISABLED or not self._was_reset):
+            raise gymnasium.error.ResetNeeded("no episode is in progress: call reset() before step()")
+        taken = self._action(action) if track.recording else None  # before the step: the environment may modify the action in place
         obs, reward, terminated, truncated, info = self.env.step(action)
         if not in_progress:
             track.begin(lambda: obs, lambda: info)
@@ -81,10 +100,12 @@ class GymnasiumRecorder(gymnasium.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
     def close(self) -> None:
-        """Truncates the unfinished episode, returns once everything is acknowledged, and closes the environment.
+        """Truncates episodes in progress, waits until all episodes are acknowledged, and closes the environment.
+
+        With a spool the wait ends after the client's ``timeout_s``; unacknowledged episodes then stay on the disk.
 
         Raises:
-            UnacknowledgedError: some episodes were refused.
+            UnacknowledgedError: the server refused some episodes.
         """
         try:
             self.recording.close()

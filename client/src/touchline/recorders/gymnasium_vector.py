@@ -1,4 +1,4 @@
-"""Gymnasium, vector environments."""
+"""Recorder for Gymnasium vector environments."""
 
 from __future__ import annotations
 
@@ -18,21 +18,37 @@ if TYPE_CHECKING:
 
 
 class GymnasiumVectorRecorder(VectorBase):
-    """Records what each environment of a Gymnasium vector environment plays, one line of episodes each (``<actor>/<number>``).
+    """Records the episodes of each environment in a Gymnasium vector environment, on a track of its own (actor ``<actor>/<index>``). ::
 
-    The borders of episodes follow the environment's autoreset mode: ``NEXT_STEP``: the step after the last is a reset, its action and
-    reward belong to no episode. ``SAME_STEP``: the last observation is ``infos["final_obs"]`` (before Gymnasium 1.1:
-    ``"final_observation"``), what the step returned begins the next episode. ``DISABLED``: the caller resets, perhaps some environments
-    only (``options={"reset_mask": ...}``). Values and dtypes as with :class:`GymnasiumRecorder`. For one thread.
+        import gymnasium
+
+        from touchline import ReplayClient
+        from touchline.recorders import GymnasiumVectorRecorder
+
+        client = ReplayClient("127.0.0.1:50051", actor="arms")
+        with client, GymnasiumVectorRecorder(gymnasium.make_vec("Pendulum-v1", num_envs=2), client) as envs:
+            obs, infos = envs.reset(seed=1)
+            for _ in range(250):
+                obs, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())
+
+    **Episode ends** follow the environment's autoreset mode:
+
+    - ``NEXT_STEP``: the step after an episode's last is a reset; its action and reward belong to no episode.
+    - ``SAME_STEP``: the last observation is ``infos["final_obs"]`` (before Gymnasium 1.1: ``"final_observation"``), and the observation
+      that the step returned begins the next episode.
+    - ``DISABLED``: the caller resets, all environments or some (``options={"reset_mask": ...}``).
+
+    **Values** are stored as by :class:`GymnasiumRecorder`. Each track has a writer with a sending thread. Not thread-safe, except for what
+    :class:`~touchline.recorders.Recording` says.
 
     Args:
-        env: of single observation and action spaces with fixed shapes; the action is one array.
-        client: sends the episodes; close this environment before it.
-        autoreset_mode: for an environment whose metadata do not tell; of Gymnasium's own before 1.1 it is known.
+        env: vector environment whose single spaces have fixed shapes, and whose actions are single arrays.
+        client: client that sends the episodes; close the recorder first.
+        autoreset_mode: mode of an environment whose metadata do not name it; Gymnasium's own environments need none.
         options: see :class:`~touchline.recorders.RecordingOptions`.
 
     Raises:
-        InvalidArgumentError: a space whose values cannot be columns, or an unknown autoreset mode.
+        InvalidArgumentError: a space cannot be stored as columns, or the autoreset mode is unknown.
     """
 
     def __init__(
@@ -45,17 +61,17 @@ class GymnasiumVectorRecorder(VectorBase):
         self._action = action_converter(env.single_action_space, float64_as=float64_as)
         self._was_reset = False
         self.recording = Recording(client, **options)
-        """The sending side: counters, flush, policy_version."""
-        self._tracks = [self.recording.new_track(observe, number) for number in range(env.num_envs)]
+        """Sending side of the recorder: ``counters``, ``flush()``, ``policy_version``."""
+        self._tracks = [self.recording.new_track(observe, index) for index in range(env.num_envs)]
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Resets all environments, or those of ``options["reset_mask"]``, and begins their episodes."""
-        mask = None if options is None else options.get("reset_mask")  # the environment takes it out of the options
+        """Resets all environments, or those in ``options["reset_mask"]`` [num_envs] bool, and begins their episodes."""
+        mask = None if options is None else options.get("reset_mask")  # read before the reset, which removes it from the options
         obs, infos = self.env.reset(seed=seed, options=options)
         self._was_reset = True
-        for number, track in enumerate(self._tracks):
-            if mask is None or mask[number]:
-                self._begin(track, number, obs, infos)
+        for index, track in enumerate(self._tracks):
+            if mask is None or mask[index]:
+                self._begin(track, index, obs, infos)
         return obs, infos
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -63,34 +79,37 @@ class GymnasiumVectorRecorder(VectorBase):
 
         Raises:
             gymnasium.error.ResetNeeded: an episode is over, or none has begun, and the environment does not reset itself.
-            UnacknowledgedError: earlier episodes were refused by the server; the transitions are recorded.
-            InvalidEpisodeError: what the actions or an environment gave cannot be stored as it is. Actions are refused before the step;
-                otherwise the environment's episode ends before this transition, and what is left of it is not recorded.
+            UnacknowledgedError: the server refused earlier episodes; the transitions are recorded nevertheless.
+            InvalidEpisodeError: a value cannot be stored exactly. Bad actions are refused before the environments step. For other values,
+                that environment's stored episode ends before this transition, and the rest of its episode is not recorded; the other
+                environments' transitions are.
         """
         in_progress = [track.in_progress for track in self._tracks]
         if not self._was_reset or (self._mode is AutoresetMode.DISABLED and not all(in_progress)):
             raise gymnasium.error.ResetNeeded("an episode is over or has not begun: call reset() before step()")
-        # Before the step, which may change the actions in place.
-        taken = [self._action(env_value(actions, number)) if track.recording else None for number, track in enumerate(self._tracks)]
+        # Before the step: the environment may modify the actions in place.
+        taken = [self._action(env_value(actions, index)) if track.recording else None for index, track in enumerate(self._tracks)]
         answer = self.env.step(actions)
-        refused: Exception | None = None
-        for number, track in enumerate(self._tracks):
+        failure: Exception | None = None
+        for index, track in enumerate(self._tracks):
             try:
-                if in_progress[number]:
-                    self._add(track, number, taken[number], answer)
+                if in_progress[index]:
+                    self._add(track, index, taken[index], answer)
                 else:
-                    self._begin(track, number, answer[0], answer[4])
-            except Exception as error:  # the other environments have made their step too
-                refused = error
-        if refused is not None:
-            raise refused
+                    self._begin(track, index, answer[0], answer[4])
+            except Exception as error:  # the other environments have made their step, too: record it first
+                failure = error
+        if failure is not None:
+            raise failure
         return answer
 
     def close(self, **kwargs: Any) -> None:
-        """Truncates the unfinished episodes, returns once everything is acknowledged, and closes the environments.
+        """Truncates episodes in progress, waits until all episodes are acknowledged, and closes the environment.
+
+        With a spool the wait ends after the client's ``timeout_s``; unacknowledged episodes then stay on the disk.
 
         Raises:
-            UnacknowledgedError: some episodes were refused.
+            UnacknowledgedError: the server refused some episodes.
         """
         try:
             self.recording.close()
@@ -106,23 +125,23 @@ class GymnasiumVectorRecorder(VectorBase):
         finally:
             self.env.close()
 
-    def _begin(self, track: EpisodeTrack, number: int, obs: Any, infos: dict[str, Any]) -> None:
-        track.begin(lambda: env_value(obs, number), lambda: env_info(infos, number, len(self._tracks)))
+    def _begin(self, track: EpisodeTrack, index: int, obs: Any, infos: dict[str, Any]) -> None:
+        track.begin(lambda: env_value(obs, index), lambda: env_info(infos, index, len(self._tracks)))
 
-    def _add(self, track: EpisodeTrack, number: int, action: Any, answer: tuple[Any, Any, Any, Any, dict[str, Any]]) -> None:
-        """Adds one environment's transition, and begins its next episode where the same step has reset it."""
+    def _add(self, track: EpisodeTrack, index: int, action: Any, answer: tuple[Any, Any, Any, Any, dict[str, Any]]) -> None:
+        """Adds one environment's transition, and begins its next episode if the same step also reset it."""
         obs, rewards, terminated, truncated, infos = answer
-        ended = any_set(terminated[number], truncated[number])
+        ended = any_set(terminated[index], truncated[index])
         resets = self._mode is AutoresetMode.SAME_STEP and ended
 
         def step() -> Step:
-            last = env_value(final_obs(infos), number) if resets else env_value(obs, number)
-            info = env_info(infos, number, len(self._tracks)) if track.takes_info else {}
+            last = env_value(final_obs(infos), index) if resets else env_value(obs, index)
+            info = env_info(infos, index, len(self._tracks)) if track.takes_info else {}
             info = info.get("final_info", {}) if resets else info
-            return Step(last, action, rewards[number], terminated[number], truncated[number], info)
+            return Step(last, action, rewards[index], terminated[index], truncated[index], info)
 
         try:
             track.add(step, ended=ended)
         finally:
             if resets:
-                self._begin(track, number, obs, infos)
+                self._begin(track, index, obs, infos)

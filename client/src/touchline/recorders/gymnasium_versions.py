@@ -1,14 +1,15 @@
-"""What differs between the versions of Gymnasium, from 0.29 on.
+"""Differences between the versions of Gymnasium, from 0.29 on.
 
-======================  ======================================  =============================================================
-Gymnasium               vector environments reset themselves    the last observation of an episode that ended is in
-======================  ======================================  =============================================================
-0.29                    in the same step                        ``infos["final_observation"]``
-1.0                     in the next step                        what the step returns
-1.1 and later           as ``metadata["autoreset_mode"]`` says  ``infos["final_obs"]``, or what the step returns
-======================  ======================================  =============================================================
+======================  =====================================  ==============================================================
+Gymnasium               vector environments reset themselves   last observation of an episode
+======================  =====================================  ==============================================================
+0.29                    in the same step                       ``infos["final_observation"]``
+1.0                     in the next step                       returned by the step
+1.1 and later           by ``metadata["autoreset_mode"]``      ``infos["final_obs"]``, or returned by the step
+======================  =====================================  ==============================================================
 
-A single environment resets itself inside of ``AutoResetWrapper`` in 0.29 (in the same step), of ``Autoreset`` later (in the next step).
+A single environment resets itself if it is wrapped: in 0.29 by ``AutoResetWrapper`` (in the same step), later by ``Autoreset`` (in the
+next step).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gymnasium import vector, wrappers
 from touchline.errors import InvalidArgumentError, InvalidEpisodeError
 
 BEFORE_1 = not hasattr(vector, "VectorWrapper")
-"""Gymnasium 0.29: vector environments are environments, and so are their wrappers."""
+"""Whether this is Gymnasium 0.29, in which vector environments and their wrappers are ordinary environments and wrappers."""
 
 if TYPE_CHECKING:
     from gymnasium.vector import AutoresetMode as AutoresetMode
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
     VectorBase = vector.VectorWrapper
 else:
     VectorBase = gymnasium.Wrapper if BEFORE_1 else vector.VectorWrapper
-    """What a wrapper of vector environments derives from."""
+    """Base class of wrappers around vector environments."""
 
     if hasattr(vector, "AutoresetMode"):
         AutoresetMode = vector.AutoresetMode
     else:
 
         class AutoresetMode(enum.Enum):
-            """When an environment resets itself; as in Gymnasium 1.1."""
+            """Moment at which an environment resets itself, as in Gymnasium 1.1."""
 
             NEXT_STEP = "NextStep"
             SAME_STEP = "SameStep"
@@ -47,18 +48,18 @@ else:
 
 
 _KEEPS_OBSERVATIONS = (gymnasium.ActionWrapper, gymnasium.RewardWrapper, wrappers.RecordEpisodeStatistics)
-"""Wrappers that hand on a vector environment's observations as they are."""
+"""Wrappers that pass a vector environment's observations on unchanged."""
 
 
 def vector_autoreset_mode(env: Any, given: Any) -> AutoresetMode:
-    """Returns when a vector environment resets itself.
+    """Returns the autoreset mode of a vector environment.
 
     Args:
-        env: the vector environment, perhaps wrapped.
-        given: the mode that the caller names; None asks the environment.
+        env: vector environment, perhaps wrapped.
+        given: mode from the caller; None asks the environment.
 
     Raises:
-        InvalidArgumentError: unknown; or a wrapper of Gymnasium 0.29 that changes observations, but not those in ``infos``.
+        InvalidArgumentError: the mode is unknown; or, in Gymnasium 0.29, a wrapper changes observations but not those in ``infos``.
     """
     if BEFORE_1:
         _check_wrappers(env)
@@ -71,16 +72,16 @@ def vector_autoreset_mode(env: Any, given: Any) -> AutoresetMode:
         modes = ", ".join(repr(mode.value) for mode in AutoresetMode)
         raise InvalidArgumentError(
             f"autoreset_mode: {found!r} in the metadata of {env}, expected one of {modes} (gymnasium.vector.AutoresetMode); "
-            "give it as an argument"
+            "pass it as autoreset_mode="
         ) from None
 
 
 def autoreset_mode(env: Any) -> AutoresetMode:
-    """Returns when a single environment resets itself.
+    """Returns the autoreset mode of a single environment.
 
     Raises:
-        InvalidArgumentError: another wrapper is around Gymnasium 0.29's AutoResetWrapper. It may change observations, but does not change
-            the last one of an episode, which is in ``info``.
+        InvalidArgumentError: another wrapper is around Gymnasium 0.29's AutoResetWrapper. If it changes observations, it misses the last
+            one of each episode, which is in ``info``.
     """
     outermost = env
     while isinstance(env, gymnasium.Wrapper):
@@ -90,7 +91,7 @@ def autoreset_mode(env: Any) -> AutoresetMode:
             if env is not outermost:
                 raise InvalidArgumentError(
                     f"{type(outermost).__name__} around AutoResetWrapper: the last observation of an episode would not pass through it; "
-                    "put AutoResetWrapper directly inside of the recorder, or leave it out and call reset()"
+                    "put AutoResetWrapper directly inside the recorder, or remove it and call reset()"
                 )
             return AutoresetMode.SAME_STEP
         env = env.env
@@ -98,25 +99,25 @@ def autoreset_mode(env: Any) -> AutoresetMode:
 
 
 def final_obs(info: Mapping[str, Any]) -> Any:
-    """Returns the last observation of an episode whose end and the next one's reset were one step; of a vector environment, all of them.
+    """Returns the last observation of an episode that ended in the same step as the reset; for a vector environment, [num_envs] of them.
 
     Raises:
-        InvalidEpisodeError: it is not there.
+        InvalidEpisodeError: the environment did not return one.
     """
     for key in ("final_obs", "final_observation"):
         if key in info:
             return info[key]
     raise InvalidEpisodeError(
-        "obs: the environment gave no info['final_obs'] (before Gymnasium 1.1: 'final_observation') at an episode's end"
+        "obs: the environment returned no info['final_obs'] (before Gymnasium 1.1: 'final_observation') at the end of an episode"
     )
 
 
 def _of_gymnasium() -> tuple[type, ...]:
-    """Returns Gymnasium's own vector environments; those of ``make_vec`` are others than ``vector``'s before 1.0."""
-    places = [vector]
+    """Returns Gymnasium's own classes of vector environments; before 1.0, ``make_vec`` makes them from a module of its own."""
+    modules = [vector]
     if BEFORE_1:
-        places.append(import_module("gymnasium.experimental.vector"))
-    return tuple(kind for place in places for kind in (place.SyncVectorEnv, place.AsyncVectorEnv))
+        modules.append(import_module("gymnasium.experimental.vector"))
+    return tuple(kind for module in modules for kind in (module.SyncVectorEnv, module.AsyncVectorEnv))
 
 
 def _check_wrappers(env: Any) -> None:

@@ -1,4 +1,4 @@
-"""PettingZoo, parallel environments."""
+"""Recorder for PettingZoo parallel environments."""
 
 from __future__ import annotations
 
@@ -21,16 +21,32 @@ if TYPE_CHECKING:
 
 
 class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[misc]
-    """Records what the agents of a PettingZoo parallel environment play: one episode an agent, on lines of their own (``<actor>/<agent>``).
+    """Records the episodes of each agent in a PettingZoo parallel environment, on a track of its own (actor ``<actor>/<agent>``). ::
 
-    An agent's episode begins with its first observation, be it at the reset or later, and ends where it is terminated or truncated, or
-    where the environment has no more observations of it (truncated). Agents whose spaces differ do not fit one table: record some of them
-    (``agents``), or make their rows alike (``transform``). ``close`` returns once everything is acknowledged. For one thread.
+        from mpe2 import simple_spread_v3
+
+        from touchline import ReplayClient
+        from touchline.recorders import PettingZooRecorder
+
+        client = ReplayClient("127.0.0.1:50051", actor="spread")
+        with client, PettingZooRecorder(simple_spread_v3.parallel_env(), client) as env:
+            observations, infos = env.reset(seed=1)
+            while env.agents:
+                actions = {agent: env.action_space(agent).sample() for agent in env.agents}
+                observations, rewards, terminations, truncations, infos = env.step(actions)
+
+    **Episode ends.** An agent's episode begins with its first observation, at the reset or later. It ends when the agent is terminated or
+    truncated, or when the environment returns no further observation of it (truncated).
+
+    **Values** are stored as by :class:`~touchline.recorders.GymnasiumRecorder`. Agents whose spaces differ do not fit into one table:
+    record some of them (``agents``), or give them the same columns (``transform``).
+
+    Each track has a writer with a sending thread. Not thread-safe, except for what :class:`~touchline.recorders.Recording` says.
 
     Args:
-        env: its agents' observations have fixed shapes; an action is one array.
-        client: sends the episodes; close this environment before it.
-        agents: names of those to record; None records all.
+        env: environment whose agents' observations have fixed shapes, and whose actions are single arrays.
+        client: client that sends the episodes; close the recorder first.
+        agents: agents to record; None records all.
         options: see :class:`~touchline.recorders.RecordingOptions`.
     """
 
@@ -46,15 +62,15 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         self._float64_as = float64_dtype(client, options)
         self._recorded = None if agents is None else frozenset(agents)
         self.recording = Recording(client, **options)
-        """The sending side: counters, flush, policy_version."""
+        """Sending side of the recorder: ``counters``, ``flush()``, ``policy_version``."""
         self._tracks: dict[Any, EpisodeTrack] = {}
         self._actions: dict[Any, Convert] = {}
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
-        """Resets the environment and begins the agents' episodes; those under way are truncated.
+        """Resets the environment and begins the agents' episodes; those in progress are truncated.
 
         Raises:
-            InvalidArgumentError: a space of an agent whose values cannot be columns.
+            InvalidArgumentError: an agent's space cannot be stored as columns.
         """
         obs, infos = self.env.reset(seed=seed, options=options)
         for track in self._tracks.values():
@@ -70,13 +86,13 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         """Steps the environment and records each agent's transition.
 
         Raises:
-            UnacknowledgedError: earlier episodes were refused by the server; the transitions are recorded.
-            InvalidArgumentError: a space of a new agent whose values cannot be columns.
-            InvalidEpisodeError: what the actions or the environment gave for an agent cannot be stored as it is, or is not there. Actions
-                are refused before the step; otherwise the agent's episode ends before this transition, and what is left of it is not
-                recorded.
+            UnacknowledgedError: the server refused earlier episodes; the transitions are recorded nevertheless.
+            InvalidArgumentError: the space of a new agent cannot be stored as columns.
+            InvalidEpisodeError: an agent's value is missing or cannot be stored exactly. Bad actions are refused before the environment
+                steps. For any other value, the agent's stored episode ends before this transition, and the rest of its episode is not
+                recorded; the other agents' transitions are.
         """
-        # Before the step, which may change an action in place.
+        # Before the step: the environment may modify an action in place.
         taken = {
             agent: self._actions[agent](actions[agent])
             for agent, track in self._tracks.items()
@@ -95,7 +111,7 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
                     track.add(partial(_step, agent, taken.get(agent), answer), ended=ended)
                 elif not ended:
                     self._begin(agent, observation, infos)
-            except Exception as error:  # the other agents have made their step too
+            except Exception as error:  # the other agents have made their step, too: record it first
                 failure = error
         for agent, track in self._tracks.items():
             if agent in observations:
@@ -112,10 +128,12 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         return answer
 
     def close(self) -> None:
-        """Truncates the unfinished episodes, returns once everything is acknowledged, and closes the environment.
+        """Truncates episodes in progress, waits until all episodes are acknowledged, and closes the environment.
+
+        With a spool the wait ends after the client's ``timeout_s``; unacknowledged episodes then stay on the disk.
 
         Raises:
-            UnacknowledgedError: some episodes were refused.
+            UnacknowledgedError: the server refused some episodes.
         """
         try:
             self.recording.close()
@@ -135,7 +153,7 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         return self._recorded is None or agent in self._recorded
 
     def _begin(self, agent: Any, observation: Any, infos: dict[Any, dict[str, Any]]) -> None:
-        # Anew for each episode: an environment may change an agent's spaces at a reset.
+        # New converters for each episode: an environment may change an agent's spaces at a reset.
         observe = space_converter("obs", self.observation_space(agent), float64_as=self._float64_as)
         self._actions[agent] = action_converter(self.action_space(agent), float64_as=self._float64_as)
         if agent in self._tracks:
@@ -148,11 +166,9 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
 def _step(agent: Any, action: Any, answer: tuple[dict[Any, Any], ...]) -> Step:
     observations, rewards, terminations, truncations, infos = answer
     if action is None:
-        raise InvalidEpisodeError(f"action: none for agent {agent!r}, which has an observation; expected one for each agent that plays")
+        raise InvalidEpisodeError(f"action: none for agent {agent!r}, expected one for each agent in the episode")
     given = {"obs": observations, "reward": rewards, "terminated": terminations, "truncated": truncations}
     missing = [name for name, values in given.items() if agent not in values]
     if missing:
-        raise InvalidEpisodeError(
-            f"{missing[0]}: none for agent {agent!r} in a step that it had a part in; expected one of the environment"
-        )
+        raise InvalidEpisodeError(f"{missing[0]}: the environment returned none for agent {agent!r}, which took part in this step")
     return Step(observations[agent], action, rewards[agent], terminations[agent], truncations[agent], infos.get(agent, {}))

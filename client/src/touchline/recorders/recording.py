@@ -1,4 +1,4 @@
-"""What all recorders share: lines of episodes, each with a writer of its own."""
+"""The part that all recorders share: tracks of episodes, each with a writer of its own."""
 
 from __future__ import annotations
 
@@ -27,49 +27,53 @@ if TYPE_CHECKING:
 
 
 class RecordingOptions(TypedDict, total=False):
-    """Keywords that every recorder takes."""
+    """Keyword arguments of every recorder."""
 
     actor: str
-    """Name of the actor; the client's where left out. With several lines of episodes ``/<number or agent>`` is added to it."""
+    """Name of the actor; the client's if absent. A recorder with several tracks appends ``/<index or agent>``."""
     policy_version: int
-    """Of the policy that acts, 0 where left out; may be changed later by ``recording.policy_version``."""
+    """Version of the acting policy, 0 if absent; ``recording.policy_version`` changes it later."""
     max_steps: int | None
-    """Transitions after which an episode is cut in two, so that endless ones go out too; never, where left out."""
+    """Transitions after which an episode is cut, so that endless episodes are sent in pieces; if absent, episodes are not cut."""
     max_pending: int | None
-    """Episodes of a line that may wait to be sent; where left out 64, or, with a spool, as many as fit."""
+    """Episodes of a track that may wait to be sent; if absent 64, or, with a spool, as many as fit."""
     spool_dir: str | os.PathLike[str] | None
-    """Folder on the disk that keeps what is not acknowledged, see :class:`~touchline.EpisodeWriter`; in memory only, where left out. With
-    several lines of episodes each has a folder in it, named after its number or agent: what waits for a line goes out when a recorder
-    with that line starts on the folder again."""
+    """Folder on a local disk for episodes that are not acknowledged yet, see :class:`~touchline.EpisodeWriter`; if absent, they wait in
+    memory. A recorder with several tracks keeps a folder for each in it, named after its index or agent: a track's episodes are sent when a
+    recorder with that track opens the folder again."""
     spool_limit_bytes: int
-    """What the spool of a line may take on the disk; 1 GiB where left out."""
+    """Bytes that the spool of a track may take on the disk; 1 GiB if absent."""
     when_full: OverflowPolicy
-    """``"block"``, where left out: the environment is held up while too many episodes wait; ``"drop-oldest"`` or ``"drop-newest"``."""
+    """``"block"`` (if absent) blocks ``step`` and ``reset`` while too many wait; ``"drop-oldest"``, ``"drop-newest"`` drop one."""
     dtype: Any
-    """``"float32"`` stores float64 values as float32; where left out, what the client does."""
+    """``"float32"`` stores float64 values as float32; the client's setting if absent."""
     transform: Transform
-    """Makes of each row what is stored: to flatten observations, to add a ``task`` column, ... Row 0 has ``obs`` alone, the others have
-    ``obs``, ``action``, ``reward`` and ``done``. Where it has a parameter ``info``, ``transform(row, info=...)`` also gets what the
-    environment gave as info with that row: interventions, success. dm_env has no info: there it is ``discount`` and ``step_type``."""
+    """Maps each row to the row that is stored, for example to flatten observations or to add a ``task`` column. Row 0 has only ``obs``, the
+    others have ``obs``, ``action``, ``reward`` and ``done``. If it has a parameter ``info``, it is called as ``transform(row, info=...)``
+    with the environment's info for that row: interventions, success. dm_env has no info; there it is ``discount`` and ``step_type``."""
 
 
 def float64_dtype(client: ReplayClient, options: RecordingOptions) -> np.dtype[Any] | None:
-    """Returns the dtype that float64 is stored as; None for no cast.
+    """Returns the dtype that float64 is stored as; None keeps float64.
 
     Raises:
-        InvalidArgumentError: not float32.
+        InvalidArgumentError: ``dtype`` is not float32.
     """
     given = options.get("dtype")
     return client.dtype if given is None else check_dtype(given)
 
 
 class Recording:
-    """The sending side of a recorder, its attribute ``recording``.
+    """Sending side of a recorder: its attribute ``recording``. ::
 
-    One thread plays; ``flush`` and ``counters`` may be used from any.
+        env.recording.policy_version += 1  # counts from the next episode on
+        env.recording.flush(timeout_s=10.0)  # raises if episodes are not acknowledged by then
+        print(env.recording.counters.acknowledged)
+
+    ``flush`` and ``counters`` may be used from any thread, the rest from the thread that steps the environment.
 
     Args:
-        client: sends the episodes; close the recorder before it.
+        client: client that sends the episodes; close the recorder first.
         options: see :class:`RecordingOptions`.
     """
 
@@ -89,9 +93,15 @@ class Recording:
         self._closing = ExitStack()
 
     def new_track(self, observe: Convert, name: object = None) -> EpisodeTrack:
-        """Returns a new line of episodes; ``observe`` makes arrays of its observations, ``name`` is added to the actor's name."""
+        """Returns a new track of episodes.
+
+        Args:
+            observe: converts the track's observations to (nested) arrays.
+            name: appended to the actor's name; None appends nothing.
+        """
         spool_dir = self._spool_dir
         if spool_dir is not None and name is not None:
+            # "line-" stays: these folders are on disks, and hold episodes that are not sent yet.
             spool_dir /= f"line-{quote(str(name), safe='')}"
         writer = EpisodeWriter(
             self._client,
@@ -109,7 +119,7 @@ class Recording:
 
     @property
     def policy_version(self) -> int:
-        """Version of the policy that acts. A new value counts from the next episodes on."""
+        """Version of the acting policy. A new value applies from the next episodes on."""
         return self._policy_version
 
     @policy_version.setter
@@ -120,31 +130,32 @@ class Recording:
 
     @property
     def counters(self) -> WriterCounters:
-        """What was recorded and acknowledged so far, over all lines."""
+        """Counters of all tracks, summed."""
         each = [writer.counters for writer in self._writers]
         return WriterCounters(**{field.name: sum(getattr(one, field.name) for one in each) for field in fields(WriterCounters)})
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Waits until every ended episode is acknowledged, ``timeout_s`` for each line.
+        """Waits until every ended episode is acknowledged, up to ``timeout_s`` for each track.
 
         Raises:
-            UnacknowledgedError: some were refused, or are not acknowledged in time; those go on being sent.
+            UnacknowledgedError: episodes were refused, or are not acknowledged in time; the latter are still being sent.
         """
         for writer in self._writers:
             writer.flush(timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Ends the unfinished episodes and returns once everything is acknowledged, or, with a spool, waits there for the next start.
-        Closing again does nothing.
+        """Truncates the episodes in progress and waits until all episodes are acknowledged. Closing again does nothing.
+
+        With a spool, episodes that are not acknowledged in time stay on the disk for the next start.
 
         Args:
-            timeout_s: the longest wait, for all lines together; None waits as long as it takes, also for a server that is away; with a
-                spool, the client's ``timeout_s`` for each line.
+            timeout_s: longest wait, for all tracks together. None waits without limit, also for an absent server; with a spool, it waits
+                the client's ``timeout_s`` for each track.
 
         Raises:
-            UnacknowledgedError: some episodes were refused or, without a spool, are not acknowledged in time. The latter go on being sent
+            UnacknowledgedError: episodes were refused or, without a spool, are not acknowledged in time. The latter are still being sent
                 while the client is open.
-            SpoolError: an unfinished episode cannot be written to the spool. The other lines are closed all the same.
+            SpoolError: an episode in progress cannot be written to the spool. The other tracks are closed nevertheless.
         """
         if timeout_s is None:
             self._closing.close()
@@ -166,5 +177,5 @@ class Recording:
             raise UnacknowledgedError("; ".join(map(str, reports)), [result for report in reports for result in report.results])
 
     def close_on_exit(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes as the end of a ``with`` does: after an error in its body the unfinished episodes are discarded, and nothing hides it."""
+        """Closes at the end of a ``with``. After an error in its body, episodes in progress are discarded and the error stays visible."""
         self._closing.__exit__(kind, error, trace)

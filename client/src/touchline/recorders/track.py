@@ -1,4 +1,4 @@
-"""One line of episodes: what a recorder hands on to a writer, row by row."""
+"""A track: one sequence of episodes that a recorder passes to a writer, row by row."""
 
 from __future__ import annotations
 
@@ -19,74 +19,78 @@ Transform = Callable[..., Mapping[str, Any]]
 
 logger = get_logger(__name__)
 
-_reward = array_converter("reward", np.float32, rounding=True)
+_convert_reward = array_converter("reward", np.float32, rounding=True)
+_convert_flag = {name: array_converter(name, np.bool_) for name in ("terminated", "truncated")}
 
 
 class Step(NamedTuple):
-    """What an environment gave for an action."""
+    """What an environment returned for one action."""
 
     obs: Any
-    """That the action led to."""
+    """Observation that the action led to."""
     action: Any
-    """The one that was taken, as an array."""
+    """The action, already converted to an array."""
     reward: Any
-    """Stored as float32 []."""
+    """Reward; stored as float32 []."""
     terminated: Any
-    """Stored as ``done``, float32 []."""
+    """Whether the episode terminated; stored as ``done``, float32 []."""
     truncated: Any = False
-    """Ends the episode too, but is not ``done``."""
+    """Whether the episode was truncated. It ends the episode and is not stored."""
     info: Mapping[str, Any] = {}
-    """For a transform that takes it."""
+    """Info for a transform that takes it."""
 
 
 class _State(enum.Enum):
     IDLE = enum.auto()
+    """No episode is in progress."""
     RECORDING = enum.auto()
+    """An episode is in progress, and its rows are stored."""
     REFUSED = enum.auto()
-    """A row could not be stored: the episode ended before it, and the environment is still playing what is left."""
+    """A row could not be stored: the stored episode ended before it, and the environment is still playing the remainder."""
 
 
 class EpisodeTrack:
-    """One episode after the other, row by row. For one thread.
+    """One sequence of episodes, recorded row by row. Not thread-safe.
 
-    The environment has made its step when a row comes here, so a row is never left out in the middle of an episode: where one cannot be
-    stored, the episode ends before it, and what the environment plays until its own end belongs to no episode.
+    By the time a row arrives here, the environment has made its step, so a row cannot simply be skipped: that would join two transitions
+    that do not follow each other. If a row cannot be stored, the stored episode ends before it, and nothing is recorded until the
+    environment's own episode is over.
 
     Args:
-        writer: gets the rows.
-        observe: makes (nested) arrays of an observation.
-        transform: makes of each row what is stored; None changes nothing.
+        writer: writer of the rows.
+        observe: converts an observation to (nested) arrays.
+        transform: maps each row to the row that is stored; None stores rows as they are.
     """
 
     def __init__(self, writer: EpisodeWriter, observe: Convert, transform: Transform | None) -> None:
         self.observe = observe
-        """Makes (nested) arrays of an observation."""
+        """Converts an observation to (nested) arrays."""
         self._writer = writer
         self._transform = transform
         self.takes_info = transform is not None and takes_info(transform)
-        """Whether the transform takes what the environment gave as info."""
+        """Whether the transform takes the environment's info."""
         self._state = _State.IDLE
         self._unrecorded = 0
 
     @property
     def recording(self) -> bool:
-        """An episode is under way whose rows are stored."""
+        """Whether an episode is in progress and its rows are stored."""
         return self._state is _State.RECORDING
 
     @property
     def in_progress(self) -> bool:
-        """The environment is playing an episode that has begun here."""
+        """Whether the environment is playing an episode that began on this track."""
         return self._state is not _State.IDLE
 
     def begin(self, obs: Callable[[], Any], info: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Starts an episode with the observation of a reset. One that is still under way ends here, as truncated.
+        """Begins an episode with the observation of a reset. An episode that is still in progress ends here, truncated.
 
         Args:
-            obs: returns the observation. If it fails, the episode is refused as if the observation could not be stored.
-            info: returns the info of the reset; called if the transform takes it.
+            obs: function that returns the observation. If it raises, the episode is refused as if the observation could not be stored.
+            info: function that returns the info of the reset; called only if the transform takes it.
 
         Raises:
-            UnacknowledgedError: earlier episodes were refused. The episode has begun all the same.
+            UnacknowledgedError: earlier episodes were refused. The episode has begun nevertheless.
             InvalidEpisodeError: the observation cannot be stored. The episode is not recorded.
         """
         try:
@@ -96,54 +100,47 @@ class EpisodeTrack:
             self._append(lambda: ({"obs": self.observe(obs())}, info() if self.takes_info else {}))
 
     def add(self, step: Callable[[], Step], *, ended: bool) -> None:
-        """Adds the row of a transition, and ends the episode if that was its last.
+        """Adds the row of one transition, and ends the episode if this was its last.
 
         Args:
-            step: returns what the environment gave. If it fails, the row cannot be stored. Not called where a row before was refused.
-            ended: the environment's episode is over.
+            step: function that returns the environment's step. If it raises, the row is refused. Not called once an earlier row was
+                refused.
+            ended: whether the environment's episode is over.
 
         Raises:
-            UnacknowledgedError: earlier episodes were refused. The row is added all the same.
-            InvalidEpisodeError: the row cannot be stored. It is not added: the episode ends before it, and what follows until the
-                environment's episode is over is not recorded.
+            UnacknowledgedError: earlier episodes were refused. The row is added nevertheless.
+            InvalidEpisodeError: the row cannot be stored. The episode ends before it, and nothing is recorded until the environment's
+                episode is over.
         """
 
-        def row() -> tuple[Row, Mapping[str, Any]]:
+        def make_row() -> tuple[Row, Mapping[str, Any]]:
             made = step()
             done = np.float32(read_flag("terminated", made.terminated))
             read_flag("truncated", made.truncated)
-            return {"obs": self.observe(made.obs), "action": made.action, "reward": _reward(made.reward), "done": done}, made.info
+            return {"obs": self.observe(made.obs), "action": made.action, "reward": _convert_reward(made.reward), "done": done}, made.info
 
         try:
             if self._state is _State.REFUSED:
                 self._unrecorded += 1
             else:
-                self._append(row)
+                self._append(make_row)
         finally:
             if ended:
                 self.end()
 
     def end(self) -> None:
-        """Ends the episode that is under way, if one is."""
+        """Ends the episode in progress; does nothing if there is none."""
         state, self._state = self._state, _State.IDLE
         if state is _State.RECORDING:
             self._retry_after_report(self._writer.end_episode)
         elif state is _State.REFUSED:
             if self._unrecorded:
-                logger.warning("actor %r: %d steps behind a row that was refused are not recorded", self._writer.actor, self._unrecorded)
+                logger.warning("actor %r: %d steps after a refused row were not recorded", self._writer.actor, self._unrecorded)
             self._unrecorded = 0
 
     def _append(self, make: Callable[[], tuple[Row, Mapping[str, Any]]]) -> None:
         try:
-            row: Mapping[str, Any]
-            try:
-                row, info = make()
-            except TouchlineError:
-                raise
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise InvalidEpisodeError(f"what the environment gave cannot be read: {type(error).__name__}: {error}") from error
-            if self._transform is not None:
-                row = self._transform(row, info=info) if self.takes_info else self._transform(row)
+            row = self._stored_row(make)
             self._retry_after_report(lambda: self._writer.append(row))
         except UnacknowledgedError:
             raise
@@ -154,9 +151,24 @@ class EpisodeTrack:
                 self._state = _State.REFUSED
             raise
 
+    def _stored_row(self, make: Callable[[], tuple[Row, Mapping[str, Any]]]) -> Mapping[str, Any]:
+        try:
+            row, info = make()
+        except TouchlineError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidEpisodeError(f"cannot read what the environment returned: {type(error).__name__}: {error}") from error
+        if self._transform is None:
+            return row
+        return self._transform(row, info=info) if self.takes_info else self._transform(row)
+
     @staticmethod
     def _retry_after_report(call: Callable[[], object]) -> None:
-        """Makes a writer's call, again if all that it did was to report earlier episodes, and passes the report on afterwards."""
+        """Repeats a writer's call while it only reports earlier refusals, then raises all that it reported.
+
+        A writer reports refused episodes before it does anything else. The environment cannot repeat its step, so the call has to go
+        through before the report is passed on.
+        """
         results: list[EpisodeResult] = []
         report: UnacknowledgedError | None = None
         while True:
@@ -174,25 +186,22 @@ def takes_info(transform: Transform) -> bool:
     """Returns whether a transform has a parameter ``info``."""
     try:
         return "info" in inspect.signature(transform).parameters
-    except (TypeError, ValueError):  # one without a signature, written in C
+    except (TypeError, ValueError):  # callables written in C may have no signature
         return False
 
 
 def read_flag(name: str, value: Any) -> bool:
-    """Returns whether a flag of an environment is set.
+    """Returns an environment's flag, ``terminated`` or ``truncated``, as a bool.
 
     Raises:
-        InvalidEpisodeError: it is neither true nor false.
+        InvalidEpisodeError: it is not one boolean value.
     """
-    made = _flags[name](value)
+    made = _convert_flag[name](value)
     if made.size != 1:
         raise InvalidEpisodeError(f"{name}: shape {made.shape}, expected one value")
     return bool(made.reshape(()))
 
 
-_flags = {name: array_converter(name, np.bool_) for name in ("terminated", "truncated")}
-
-
-def any_set(*values: Any) -> bool:
-    """Returns whether one of some flags says that an episode is over, whatever it is made of."""
-    return any(bool(np.any(np.asarray(value, object))) for value in values)
+def any_set(*flags: Any) -> bool:
+    """Returns whether any of the flags is set; never raises, unlike :func:`read_flag`, so that an episode always ends."""
+    return any(bool(np.any(np.asarray(flag, object))) for flag in flags)
