@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from support.store_cases import sample_with
 from touchline import InvalidEpisodeError as ClientInvalidEpisodeError
 from touchline import NotReadyError as ClientNotReadyError
 from touchline import ReplayClient
@@ -55,7 +56,7 @@ def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
             if seed is None:
                 return [buffer.sample() for _ in range(n)]
             rng = buffer.seeds.stream(seed)
-            return [buffer.sample_with(rng) for _ in range(n)]
+            return [sample_with(buffer, rng) for _ in range(n)]
 
         return Subject(buffer, buffer, draw_here, "")
     server = stack.enter_context(ServerThread(config, buffer))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.store_cases import as_bits, check_traced, make_config, traced, traced_columns
+from support.store_cases import as_bits, check_traced, make_config, sample_with, traced, traced_columns
 from touchline import ReplayClient
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, NotReadyError, ReplayBuffer
@@ -112,10 +112,10 @@ def test_cuda_host_gather_is_the_device_gather() -> None:
     _, cuda = pair()
     cuda.add_episode(traced(3, 30))
 
-    with cuda.select(cuda.spec(), np.random.default_rng(0)) as ((selection,), plan):
-        tensors = plan.gather_tensors(selection)
-        arrays = {spec.name: np.empty(spec.shape, spec.dtype) for spec in plan.layout.specs}
-        plan.fill(selection, arrays)
+    with cuda.draw(cuda.spec(), np.random.default_rng(0)) as drawn:
+        tensors = drawn.gather_tensors()
+        arrays = {spec.name: np.empty(spec.shape, spec.dtype) for spec in drawn.layout.specs}
+        drawn.gather_into((arrays,))
 
     assert {name: as_bits(tensor) for name, tensor in tensors.items()} == {name: as_bits(array) for name, array in arrays.items()}
 
@@ -225,7 +225,7 @@ def test_cuda_batches_from_a_server_are_those_of_a_local_buffer(stored: str, siz
 
     assert transport == ("ring" if ring else "stream")
     for batch in found:
-        one = expected.sample_with(rng)
+        one = sample_with(expected, rng)
         assert batch.action.is_cuda and batch.obs["wide"].is_cuda
         assert [as_bits(tensor) for tensor in tensors_of(batch)] == [as_bits(tensor) for tensor in tensors_of(one)]
 

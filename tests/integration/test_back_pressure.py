@@ -21,7 +21,7 @@ from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import errors as server_errors
 from touchline_server.service.admission import MAX_HEALTH_WATCHES, STANDARD_SHARE
-from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.budgets import HEALTH_QUESTIONS
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
@@ -409,12 +409,12 @@ def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call
 def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     made: Counter[int] = Counter()
 
-    def counting(source: BatchSource, credits: int) -> tuple[int, list[bytes]]:
+    def counting(source: BatchFramer, credits: int) -> tuple[int, list[bytes]]:
         made[id(source)] += 1
         return frames(source, credits)
 
-    frames = BatchSource.frames
-    monkeypatch.setattr(BatchSource, "frames", counting)
+    frames = BatchFramer.frames
+    monkeypatch.setattr(BatchFramer, "frames", counting)
     with contextlib.ExitStack() as stack:
         server, caller = stack.enter_context(serving(limits={"max_send_bytes": 128 * MIB}))
         caller.add(make_episode(100, obs=2000))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from support.service_calls import Caller, eventually, key, make_episode, refused, serving
+from support.store_cases import sample_with
 from touchline_protos.codec import Episode, encode_load, encode_loads
 from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
@@ -250,7 +251,7 @@ def test_load_of_many_small_episodes_while_learners_sample_stores_each_once_in_o
         rng = np.random.default_rng(0)
         while not stop.is_set():
             if server.buffer.ready():
-                server.buffer.sample_with(rng)
+                sample_with(server.buffer, rng)
                 sampling.set()
 
     with ThreadPoolExecutor(2) as pool:

@@ -188,15 +188,15 @@ def test_small_batches_are_gathered_in_the_event_loop_and_what_takes_long_on_thr
     verb: str, device: str, obs: int, batch_size: int, in_loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[bool] = set()
-    select = ReplayBuffer.select
+    draw = ReplayBuffer.draw
 
     def noting(buffer: ReplayBuffer, *arguments: Any, **options: Any) -> Any:
         threads.add(threading.current_thread().name.startswith("touchline-sample"))
-        return select(buffer, *arguments, **options)
+        return draw(buffer, *arguments, **options)
 
     with serving(storage={"device": device, "scratch_dir": str(tmp_path)}) as (server, caller):
         fill(caller, obs=obs)
-        monkeypatch.setattr(ReplayBuffer, "select", noting)
+        monkeypatch.setattr(ReplayBuffer, "draw", noting)
 
         if verb == "Sample":
             batch = caller.sample(batch_size=batch_size, seed=6)

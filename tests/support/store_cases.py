@@ -10,7 +10,7 @@ import numpy as np
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.batch import Batch
 from touchline_protos.types.dtypes import BFLOAT16
-from touchline_server import Config
+from touchline_server import Config, ReplayBuffer
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.tensors import as_array
 
@@ -71,6 +71,11 @@ def check_traced(batch: Batch, *, horizon: int, incoming: bool = True) -> None:
     assert np.array_equal(batch.action, expected["action"][transition])
     assert np.array_equal(batch.reward, expected["reward"][transition][..., None])
     assert np.array_equal(batch.done, expected["done"][transition][..., None])
+
+
+def sample_with(buffer: ReplayBuffer, rng: np.random.Generator) -> Batch:
+    """A batch as configured, from a generator of the caller's: successive ones are those of a stream with its seed."""
+    return buffer._sample(buffer.spec(), rng)
 
 
 def plain_columns(length: int, **others: Any) -> dict[str, Any]:

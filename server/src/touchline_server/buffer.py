@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from touchline_protos import Batch, Counts
-from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
+from touchline_protos.codec import BatchLayout, Episode, EpisodeKey, StoredEpisode
 from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
@@ -21,8 +20,9 @@ from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, R
 from touchline_server.selectors.registry import check_law
 from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store import cuda_device
+from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.committer import Stored
-from touchline_server.store.episode_store import EpisodeStore, Selection
+from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.gather import GatherPlan
 from touchline_server.store.memory import give_back_freed_memory
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
@@ -39,7 +39,7 @@ MAX_IDLE_BYTES = 1 << 28
 """Memory of batches that have died, kept for the next ones."""
 
 MAX_PLANS = 64
-"""Gather plans kept: one for each batch size and horizon in use."""
+"""Gather plans kept: one for each schema and horizon in use."""
 
 
 class SampleSpec(NamedTuple):
@@ -75,7 +75,7 @@ class ReplayBuffer:
         self._rng = self.seeds.stream()
         self._rng_lock = threading.Lock()
         self._plans_lock = threading.Lock()
-        self._plans: OrderedDict[tuple[Schema, int, int], GatherPlan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Schema, int], GatherPlan] = OrderedDict()
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._torchrl: torchrl.data.ReplayBuffer | None = None
         self._committer: GroupCommitter | None = None
@@ -243,10 +243,6 @@ class ReplayBuffer:
         with self._rng_lock:
             return self._sample(spec, self._rng)
 
-    def sample_with(self, rng: np.random.Generator) -> Batch:
-        """Draws one batch as configured, from a generator of the caller's: successive draws are those of a stream with its seed."""
-        return self._sample(self.spec(), rng)
-
     def episodes(
         self,
         *,
@@ -338,45 +334,56 @@ class ReplayBuffer:
             raise InvalidArgumentError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
         return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law))
 
-    @contextmanager
-    def select(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> Iterator[tuple[list[Selection], GatherPlan]]:
-        """Draws batches, pins them until the block ends, and gives the plan by which to gather them. Raises as :meth:`sample` does."""
-        with self.store.select(spec.batch_size, spec.horizon, spec.law, rng, batches=batches) as selections:
-            yield selections, self.plan(selections[0].columns.schema, spec)
+    def draw(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> BatchDraw:
+        """Draws batches, and pins them until the end of a ``with`` block, in which they are gathered. Raises as :meth:`sample` does."""
+        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches)
+        try:
+            plan = self._plan(pinned.columns.schema, spec.horizon)
+            return BatchDraw(pinned, plan, plan.layout(spec.batch_size))
+        except BaseException:
+            pinned.release()
+            raise
 
-    def plan(self, schema: Schema, spec: SampleSpec) -> GatherPlan:
-        """Returns how batches of this schema and shape are gathered."""
-        key = (schema, spec.batch_size, spec.horizon)
+    def layout(self, spec: SampleSpec) -> BatchLayout | None:
+        """Returns how a batch looks at present; None while there is no schema."""
+        schema = self.store.schema
+        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size)
+
+    def fits_inline(self, spec: SampleSpec, *, batches: int = 1) -> bool:
+        """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
+        columns = self.store.columns
+        if columns is None:
+            return False
+        plan = self._plan(columns.schema, spec.horizon)
+        return plan.fits_inline(columns, plan.layout(spec.batch_size), batches=batches)
+
+    def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Returns the names of actors by their numbers."""
+        return {number: self.store.actor_name(number) for number in sorted(numbers)}
+
+    def _plan(self, schema: Schema, horizon: int) -> GatherPlan:
+        key = (schema, horizon)
         plan = self._plans.get(key)
         if plan is None:
-            incoming = self.config.sampling.row_convention == "incoming"
-            plan = GatherPlan.of(schema, batch_size=spec.batch_size, horizon=spec.horizon, incoming=incoming)
+            plan = GatherPlan(schema, horizon=horizon, incoming=self.store.incoming)
             with self._plans_lock:
                 while len(self._plans) >= MAX_PLANS:
                     self._plans.popitem(last=False)
                 self._plans[key] = plan
         return plan
 
-    def actor_names(self, numbers: np.ndarray) -> dict[int, str]:
-        """Returns the names of these actors, [B] int64 as in a batch."""
-        return {int(number): self.store.actor_name(int(number)) for number in np.unique(numbers)}
-
     def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
-        with self.select(spec, rng) as ((selection,), plan):
-            return self._gather(selection, plan)
+        with self.draw(spec, rng) as drawn:
+            if drawn.on_cuda:
+                tensors = drawn.gather_tensors()
+            else:
+                from touchline_server.store.tensors import as_tensor
 
-    def _gather(self, selection: Selection, plan: GatherPlan) -> Batch:
-        if selection.columns.on_cuda:
-            tensors = plan.gather_tensors(selection)
-        else:
-            # A fresh allocation of a big batch costs more in page faults than the gather itself.
-            lease = self._pool.lease(plan.layout.body_bytes)
-            from touchline_server.store.tensors import as_tensor
-
-            arrays = plan.layout.body_views(lease)
-            plan.fill(selection, arrays)
-            tensors = {name: as_tensor(array) for name, array in arrays.items()}
-        return assemble_batch(tensors, MappingProxyType(self.actor_names(selection.draw.actor)))
+                # Pooled: page faults of a fresh allocation cost more than the gather of a large batch itself.
+                arrays = drawn.layout.body_views(self._pool.lease(drawn.layout.body_bytes))
+                drawn.gather_into((arrays,))
+                tensors = {name: as_tensor(array) for name, array in arrays.items()}
+            return assemble_batch(tensors, MappingProxyType(self.actor_names(drawn.actors())))
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:

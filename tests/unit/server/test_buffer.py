@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from support.store_cases import STRIDE, check_traced, make_config, plain_columns, traced, traced_columns
+from support.store_cases import STRIDE, check_traced, make_config, plain_columns, sample_with, traced, traced_columns
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import Config, InvalidArgumentError, NotReadyError, ReplayBuffer
 
@@ -298,7 +298,7 @@ def test_sample_with_a_generator_goes_on_where_it_was() -> None:
     buffer.add_episode(traced(0, 40))
 
     one, other = (np.random.default_rng(3) for _ in range(2))
-    streams = [[buffer.sample_with(random).start.tolist() for _ in range(3)] for random in (one, other)]
+    streams = [[sample_with(buffer, random).start.tolist() for _ in range(3)] for random in (one, other)]
 
     assert streams[0] == streams[1]
     assert streams[0][0] != streams[0][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.store_cases import as_bits, make_config
-from touchline_protos.codec import Episode
+from support.store_cases import as_bits, make_config, traced
+from touchline_protos.codec import BatchLayout, Episode
 from touchline_protos.types.batch import PROVENANCE
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, ReplayBuffer
 from touchline_server.store.gather import GatherPlan
+from touchline_server.store.tensors import as_tensor
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
 INNER = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -130,6 +132,11 @@ def test_batch_of_any_schema_holds_the_rows_that_it_names(
         assert batch.probability[column] == pytest.approx(chance, rel=1e-12)
 
 
+def blank_body(layout: BatchLayout) -> dict[str, np.ndarray]:
+    """A body in which every byte is 7: what a gather did not write shows."""
+    return layout.body_views(bytearray(b"\7" * layout.body_bytes))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     schema=schemas(),
@@ -149,23 +156,23 @@ def test_every_way_of_gathering_gives_the_same_batch(
         buffer.add_episode(Episode(random_episode(schema, 6, random)))
     ring = buffer.store.columns
     assert ring is not None
-    plan = GatherPlan.of(ring.schema, batch_size=batch_size, horizon=horizon, incoming=incoming)
-    whole = {spec.name: np.full(spec.shape, 7, np.uint8).astype(spec.dtype) for spec in plan.layout.specs if spec.dtype.names is None}
-    whole |= {spec.name: np.empty(spec.shape, spec.dtype) for spec in plan.layout.specs if spec.dtype.names is not None}
+    plan = GatherPlan(ring.schema, horizon=horizon, incoming=incoming)
+    layout = plan.layout(batch_size)
+    whole = blank_body(layout)
 
-    with buffer.store.select(batch_size, horizon, buffer.spec().law, random) as (selection,):
-        plan.fill(selection, whole)
-        tensors = plan.gather_tensors(selection)
-        body = plan.layout.body_views(plan.host_bodies([selection])[0])
+    with buffer.store.draw(batch_size, horizon, buffer.spec().law, random) as (slices,):
+        plan.gather_into([slices], [whole])
+        tensors = plan.gather_tensors(slices)
+        body = layout.body_views(plan.host_bodies([slices])[0])
         pieces = []
-        for piece in plan.layout.chunk_plan(chunk_bytes):
-            _, out = plan.layout.chunk(piece, {})
-            plan.fill_piece(selection, piece, out)
+        for piece in layout.chunk_plan(chunk_bytes):
+            _, out = layout.chunk(piece, {})
+            plan.piece_gatherer(slices)(piece, out)
             pieces.append((piece, out))
 
     assert {name: as_bits(tensor) for name, tensor in tensors.items()} == {name: as_bits(array) for name, array in whole.items()}
     assert {name: array.tobytes() for name, array in body.items()} == {name: array.tobytes() for name, array in whole.items()}
-    seen = {spec.name: b"" for spec in plan.layout.specs}
+    seen = {spec.name: b"" for spec in layout.specs}
     for piece, out in pieces:
         for (name, _, _, _), array in zip(piece.segments, out, strict=True):
             seen[name] += array.tobytes()
@@ -178,9 +185,92 @@ def test_gather_tensors_are_fresh_memory() -> None:
     columns = {"obs": np.ones((20, 2)), "action": np.ones((20, 2)), "reward": np.ones(20)}
     buffer.add(columns)
 
-    with buffer.select(buffer.spec(), np.random.default_rng(0)) as ((selection,), plan):
-        tensors = plan.gather_tensors(selection)
+    with buffer.draw(buffer.spec(), np.random.default_rng(0)) as drawn:
+        tensors = drawn.gather_tensors()
     buffer.add({name: 2 * array for name, array in columns.items()})
 
     assert (tensors["obs"] == 1).all()
     assert tensors["done"].dtype == torch.float32
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    data=st.data(),
+    schema=schemas(),
+    horizon=st.integers(1, 4),
+    shares=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    incoming=st.booleans(),
+    chunk_bytes=st.integers(64, 400),
+    seed=st.integers(0, 999),
+)
+def test_body_that_is_gathered_in_ranges_from_several_stores_is_that_of_one_gather(
+    data: st.DataObject,
+    schema: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    horizon: int,
+    shares: list[int],
+    incoming: bool,
+    chunk_bytes: int,
+    seed: int,
+) -> None:
+    """Each range of slices is drawn from one of two stores of equal schema; the ranges are gathered in any order, and piece by piece."""
+    stores = [ReplayBuffer(make_config(20, storage={"allow_non_finite": True}, horizon=horizon)).store for _ in range(2)]
+    random = np.random.default_rng(seed)
+    for store in stores:
+        for _ in range(4):
+            store.add(Episode(random_episode(schema, 6, random)))
+    assert stores[0].schema == stores[1].schema and stores[0].schema is not None
+    plan = GatherPlan(stores[0].schema, horizon=horizon, incoming=incoming)
+    firsts = np.cumsum([0, *shares])[:-1].tolist()
+    batch_size = sum(shares)
+    layout = plan.layout(batch_size)
+    with ExitStack() as pins:
+        parts = []
+        for number, (first, size) in enumerate(zip(firsts, shares, strict=True)):
+            store = stores[data.draw(st.integers(0, 1), f"store of range {number}")]
+            (slices,) = pins.enter_context(store.draw(size, horizon, "episode", random))
+            parts.append((first, slices))
+
+        expected = layout.body_views(bytearray(layout.body_bytes))
+        for first, slices in parts:
+            alone = plan.layout(len(slices)).body_views(bytearray(plan.layout(len(slices)).body_bytes))
+            plan.gather_into([slices], [alone])
+            for name, array in alone.items():
+                axis = array.ndim > 1
+                expected[name][(slice(None),) * axis + (slice(first, first + len(slices)),)] = array
+
+        body, tensors = blank_body(layout), {}
+        for output in plan.outputs:
+            tensors[output.name] = as_tensor(np.ones(output.spec(batch_size).shape, np.uint8).astype(output.dtype))
+        for first, slices in data.draw(st.permutations(parts), "order of gathering"):
+            plan.gather_into([slices], [body], first=first)
+            plan.gather_into_tensors(slices, tensors, first=first)
+        seen = {spec.name: b"" for spec in layout.specs}
+        for piece in layout.chunk_plan(chunk_bytes):
+            _, targets = layout.chunk(piece, {})
+            for first, slices in data.draw(st.permutations(parts), "order of gathering a piece"):
+                plan.gather_piece_into(slices, piece, targets, batch_size=batch_size, first=first)
+            for (name, *_), target in zip(piece.segments, targets, strict=True):
+                seen[name] += target.tobytes()
+
+    wanted = {name: array.tobytes() for name, array in expected.items()}
+    assert {name: array.tobytes() for name, array in body.items()} == wanted
+    assert seen == wanted
+    assert {name: as_bits(tensor)[2] for name, tensor in tensors.items()} == {output.name: wanted[output.name] for output in plan.outputs}
+
+
+def test_gather_of_a_range_writes_nothing_else() -> None:
+    buffer = ReplayBuffer(make_config(40))
+    buffer.add_episode(traced(0, 20))
+    assert buffer.store.schema is not None
+    plan = GatherPlan(buffer.store.schema, horizon=3, incoming=True)
+    body = blank_body(plan.layout(9))
+
+    with buffer.store.draw(4, 3, "episode", np.random.default_rng(0)) as slices:
+        plan.gather_into(slices, [body], first=2)
+
+    blank = blank_body(plan.layout(9))
+    for name, array in body.items():
+        batch_axis = min(array.ndim, 2) - 1
+        for outside in (range(2), range(6, 9)):
+            assert array.take(outside, batch_axis).tobytes() == blank[name].take(outside, batch_axis).tobytes(), name
+        assert array.take(range(2, 6), batch_axis).tobytes() != blank[name].take(range(2, 6), batch_axis).tobytes(), name

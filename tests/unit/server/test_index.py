@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from support.store_cases import filled_index
 from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH
 from touchline_server.selectors.registry import LAWS
-from touchline_server.store.episode_store import physical_rows
 from touchline_server.store.index import EpisodeIndex
+from touchline_server.store.pinned_draw import physical_rows
 
 
 def test_index_episode_at_the_seam_wraps_and_the_next_follows_it() -> None:

@@ -258,7 +258,6 @@ VERBS: dict[str, Callable[[ReplayBuffer], object]] = {
     "size": lambda buffer: buffer.size,
     "ready": lambda buffer: buffer.ready(),
     "sample": lambda buffer: buffer.sample(),
-    "sample_with": lambda buffer: buffer.sample_with(np.random.default_rng(0)),
     "add": lambda buffer: buffer.add(keyed_episode(1, 0).columns),
     "load": lambda buffer: buffer.load({name: column[None] for name, column in keyed_episode(1, 0).columns.items()}),
     "add_episode": lambda buffer: buffer.add_episode(keyed_episode(1, 0)),

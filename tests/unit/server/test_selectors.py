@@ -15,8 +15,8 @@ from touchline_server.selectors.eligible import MAX_HORIZONS, EligibleEpisodes
 from touchline_server.selectors.entries import ENTRY_WIDTH, ID, LENGTH, Entry, EntryQueue
 from touchline_server.selectors.registry import LAWS, Selectors
 from touchline_server.selectors.selector import Selector
-from touchline_server.store.episode_store import physical_rows
 from touchline_server.store.index import EpisodeIndex
+from touchline_server.store.pinned_draw import physical_rows
 
 
 def test_entry_queue_many_appends_and_drops_keeps_order_in_bounded_memory() -> None:

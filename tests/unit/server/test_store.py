@@ -150,21 +150,21 @@ def stamps(store: EpisodeStore, rows: np.ndarray, columns: Columns) -> np.ndarra
     return out
 
 
-def test_pinned_selection_holds_back_the_writer_and_nobody_else() -> None:
+def test_pinned_draw_holds_back_the_writer_and_nobody_else() -> None:
     store, told = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
-        with store.select(50, 3, "episode", random) as (selection,):
-            before = stamps(store, selection.rows, selection.columns)
+        with store.draw(50, 3, "episode", random) as (slices,):
+            before = stamps(store, slices.rows, slices.columns)
             adding = pool.submit(store.add, traced(7, 10))
             assert told.waited.wait(60)
 
             assert not adding.done()
-            with store.select(20, 3, "episode", random) as (later,):
+            with store.draw(20, 3, "episode", random) as (later,):
                 assert set(later.draw.episode_id.tolist()) == {1, 2}
             assert store.counts().episodes_stored == 2
             assert not adding.done()
-            assert np.array_equal(stamps(store, selection.rows, selection.columns), before)
+            assert np.array_equal(stamps(store, slices.rows, slices.columns), before)
         adding.result(60)
 
     assert [entry[4] for entry in store.entries()] == [1, 2, 7]
@@ -177,10 +177,10 @@ def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> 
     store, told = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
-        with store.select(1, 3, "episode", random):
+        with store.draw(1, 3, "episode", random):
             adding = pool.submit(store.add, traced(7, 10))
             assert told.waited.wait(60)
-            later = store.select(1, 3, "episode", random)
+            later = store.draw(1, 3, "episode", random)
             later.__enter__()
         adding.result(60)
         later.__exit__(None, None, None)
@@ -191,7 +191,7 @@ def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> 
 def test_writer_that_evicts_nothing_does_not_wait() -> None:
     store, told = store_of(5, capacity=20)
 
-    with store.select(4, 3, "episode", np.random.default_rng(0)):
+    with store.draw(4, 3, "episode", np.random.default_rng(0)):
         store.add(traced(1, 15))
 
     assert not told.waited.is_set()
@@ -220,7 +220,7 @@ def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
     store, told = store_of(5, 8, capacity=20)
     before = store.counts()
 
-    with store.select(1, 3, "episode", np.random.default_rng(0)):
+    with store.draw(1, 3, "episode", np.random.default_rng(0)):
         assert store.try_add(traced(2, 6)) is None
     with ThreadPoolExecutor(1) as pool:
         store.write_lock.acquire()
@@ -239,7 +239,7 @@ def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_evicti
 
     def meanwhile(*arguments: Any) -> Any:
         schema = check(*arguments)
-        readers.enter_context(store.select(4, 3, "episode", np.random.default_rng(0)))
+        readers.enter_context(store.draw(4, 3, "episode", np.random.default_rng(0)))
         return schema
 
     monkeypatch.setattr(store, "check", meanwhile)
@@ -283,22 +283,22 @@ def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:
 def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:
     store, told = store_of(10, 5, capacity=20)
     with ThreadPoolExecutor(1) as pool:
-        with store.select(20, 3, "episode", np.random.default_rng(0)) as (selection,):
-            before = stamps(store, selection.rows, selection.columns)
+        with store.draw(20, 3, "episode", np.random.default_rng(0)) as (slices,):
+            before = stamps(store, slices.rows, slices.columns)
             clearing = pool.submit(store.clear)
             assert told.waited.wait(60)
 
             assert not clearing.done()
             assert not store.can_sample(3)
-            assert np.array_equal(stamps(store, selection.rows, selection.columns), before)
+            assert np.array_equal(stamps(store, slices.rows, slices.columns), before)
         counts = clearing.result(60)
 
     assert (counts.episodes_stored, counts.episodes_evicted) == (0, 2)
 
 
-def test_select_whose_block_raises_lets_go_of_its_rows() -> None:
+def test_draw_whose_block_raises_lets_go_of_its_rows() -> None:
     store, told = store_of(10, 10, capacity=20)
-    with pytest.raises(KeyError), store.select(4, 3, "episode", np.random.default_rng(0)):
+    with pytest.raises(KeyError), store.draw(4, 3, "episode", np.random.default_rng(0)):
         raise KeyError
 
     store.add(traced(2, 20))
@@ -307,27 +307,27 @@ def test_select_whose_block_raises_lets_go_of_its_rows() -> None:
     assert store.counts().episodes_stored == 1
 
 
-def test_select_of_several_batches_draws_them_one_after_the_other() -> None:
+def test_draw_of_several_batches_draws_them_one_after_the_other() -> None:
     store, _ = store_of(10, 7, capacity=20)
 
-    with store.select(16, 3, "episode", np.random.default_rng(5), batches=3) as together:
+    with store.draw(16, 3, "episode", np.random.default_rng(5), batches=3) as together:
         pass
     random = np.random.default_rng(5)
     alone = []
     for _ in range(3):
-        with store.select(16, 3, "episode", random) as (selection,):
-            alone.append(selection)
+        with store.draw(16, 3, "episode", random) as (slices,):
+            alone.append(slices)
 
     assert [one.rows.tolist() for one in together] == [one.rows.tolist() for one in alone]
     assert alone[0].rows.tolist() != alone[1].rows.tolist()
 
 
-def test_select_nothing_long_enough_raises_with_the_counts_and_pins_nothing() -> None:
+def test_draw_nothing_long_enough_raises_with_the_counts_and_pins_nothing() -> None:
     store, told = store_of(3, 2, capacity=6)
 
     with (
         pytest.raises(NotReadyError, match="5 steps in 2 episodes are stored, none of the episodes has the 4 steps that horizon 3 needs"),
-        store.select(1, 3, "step", np.random.default_rng(0)),
+        store.draw(1, 3, "step", np.random.default_rng(0)),
     ):
         pass
 

@@ -1,6 +1,6 @@
-"""Feeding a learner on this host through a ring in shared memory: batches are gathered straight into its slots.
+"""Rings in shared memory for learners on this host: batches are gathered straight into a ring's slots.
 
-Each ring has a thread of its own, which sleeps while the ring is full; there are at most ``ring.max_rings`` of them. Learners beyond
+Each ring has a thread of its own, which sleeps while the ring is full. There are at most ``ring.max_rings`` of them; learners beyond
 that get frames.
 """
 
@@ -12,107 +12,107 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from touchline_protos.codec import BatchLayout
 from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
 from touchline_protos.shm.ring_slots import PinnedRegion
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.buffer import ReplayBuffer
+from touchline_server.config.sections import RingConfig
 from touchline_server.errors import NotReadyError, SchemaChangedError
-from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.throttle import AddThrottle
-from touchline_server.store.episode_store import Selection
-from touchline_server.store.gather import GatherPlan
+from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.memory import available_host_bytes
 
 logger = get_logger(__name__)
 
 SPARE_SLOTS = 2
-"""Slots beyond the batches that are to be under way: one that the learner holds and one that is being filled."""
+"""Slots beyond the batches that the learner wants ready: one that it holds and one that is being filled."""
 MIN_SLOTS = 3
 
-SMALL_AHEAD = 14
-SMALL_AHEAD_BYTES = 1 << 23
-"""Small batches are kept under way up to this many and this size, also where fewer are asked for: each sleep costs as much as a batch."""
+MIN_AHEAD = 14
+MIN_AHEAD_BYTES = 1 << 23
+"""Small batches kept ready, up to this number and size, even if the learner asks for fewer: each sleep costs as much as a batch."""
 
 MEMORY_SHARE = 0.5
-"""Of the memory that is available, a new ring takes no more."""
+"""Largest share of the available memory that a new ring may take."""
 
-MAX_TOLD = 64
-"""Reasons that are told, each once."""
+MAX_REASONS = 64
+"""Reasons that are logged as warnings, each once."""
 _NUMBER = re.compile(r"[0-9a-f]*[0-9][0-9a-f]*")
-"""Also a name of hexadecimal digits: what differs in the same reason from one time to the next."""
+"""Numbers, and names of hexadecimal digits: what differs in the same reason from one time to the next."""
 
-AT_ONCE_BYTES = 1 << 22
-"""Batches are drawn together up to this size."""
+GROUP_BYTES = 1 << 22
+"""Largest group of batches that are drawn together."""
 
 
 class RingPool:
     """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
 
-    def __init__(self, buffer: ReplayBuffer) -> None:
-        self._config = buffer.config.ring
+    def __init__(self, config: RingConfig) -> None:
+        self._config = config
         self._identity = shared_memory_id()
         self._rings = 0
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
-    def open(self, learner_id: str, plan: GatherPlan, batches: int) -> RingWriter:
+    def open(self, learner_id: str, layout: BatchLayout, batches: int) -> RingWriter:
         """Returns a ring for a learner.
 
         Args:
-            learner_id: the ``shared_memory_id`` that it sent.
-            plan: of its batches.
-            batches: how many it wants under way.
+            learner_id: the ``shared_memory_id`` that the learner sent.
+            layout: the layout of its batches.
+            batches: the number of batches that it wants ready.
 
         Raises:
-            RingError: frames have to do; the text says why.
+            RingError: the learner gets frames instead; the text says why.
         """
         if not self._identity:
             raise RingError("the server is not on Linux on x86-64, or has no /dev/shm")
         if learner_id != self._identity:
-            # Nothing to put right: most learners are on hosts of their own.
+            # Not logged: most learners are on hosts of their own.
             raise RingError("the server is on another host, or in a container with another /dev/shm")
         try:
-            return self._make(plan, batches)
+            return self._make(layout, batches)
         except RingError as error:
-            self.tell_once(str(error))
+            self.log_once(str(error))
             raise
 
-    def tell_once(self, reason: str) -> None:
-        """Says in the log why a learner on this host has no ring; each reason the first time only."""
+    def log_once(self, reason: str) -> None:
+        """Logs why a learner on this host has no ring: as a warning the first time, for debugging after that."""
         kind = _NUMBER.sub("#", reason)
-        new = kind not in self._told and len(self._told) < MAX_TOLD
+        new = kind not in self._logged and len(self._logged) < MAX_REASONS
         logger.log(logging.WARNING if new else logging.DEBUG, "messages instead of a ring: %s", reason)
         if new:
-            self._told.add(kind)
+            self._logged.add(kind)
 
-    def _make(self, plan: GatherPlan, batches: int) -> RingWriter:
+    def close(self, ring: RingWriter) -> None:
+        """Closes a ring."""
+        self._rings -= 1
+        ring.close()
+
+    def _make(self, layout: BatchLayout, batches: int) -> RingWriter:
         config = self._config
         if not config.max_rings:
             raise RingError("ring.max_rings is 0: rings are turned off")
         if self._rings >= config.max_rings:
             raise RingError(f"all {config.max_rings} rings are in use (ring.max_rings)")
-        body_bytes = max(plan.layout.body_bytes, 1)
+        body_bytes = max(layout.body_bytes, 1)
         fitting = config.max_ring_bytes // body_bytes
-        ahead = max(batches, min(SMALL_AHEAD, SMALL_AHEAD_BYTES // body_bytes))
+        ahead = max(batches, min(MIN_AHEAD, MIN_AHEAD_BYTES // body_bytes))
         slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
         if slots < MIN_SLOTS:
             raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into ring.max_ring_bytes, {config.max_ring_bytes}")
-        geometry = RingGeometry.of(slots, plan.layout.body_bytes)
+        geometry = RingGeometry.of(slots, layout.body_bytes)
         available = available_host_bytes()
-        # The kernel would rather end a process than refuse it the memory.
+        # Asked beforehand: the kernel does not refuse the memory but kills a process once it is used.
         if geometry.size_bytes > available * MEMORY_SHARE:
             raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
         ring = RingWriter(geometry)
         self._rings += 1
         return ring
 
-    def close(self, ring: RingWriter) -> None:
-        """Takes a ring down."""
-        self._rings -= 1
-        ring.close()
 
-
-def ring_offer(ring: RingWriter, plan: GatherPlan) -> bytes:
+def ring_offer(ring: RingWriter, layout: BatchLayout) -> bytes:
     """Returns the message that offers a ring."""
     geometry = ring.geometry
     setup = pb.RingSetup(
@@ -120,7 +120,7 @@ def ring_offer(ring: RingWriter, plan: GatherPlan) -> bytes:
         size_bytes=geometry.size_bytes,
         slots=geometry.slots,
         slot_size_bytes=geometry.slot_size_bytes,
-        layout=pb.Batch.FromString(plan.layout.header()),
+        layout=pb.Batch.FromString(layout.header()),
         token=ring.token,
     )
     return pb.SampleStreamResponse(ring=setup).SerializeToString()
@@ -130,94 +130,98 @@ class RingProducer:
     """Keeps one ring full, in a thread of its own.
 
     Args:
-        source: of the learner's batches.
-        ring: to fill.
-        plan: that the ring was made for; once batches look otherwise the feeder ends with SchemaChangedError.
-        gate: holds adds back while the ring has free slots.
-        tell: sends a message to the learner; called from the feeder's thread, must not block.
-        ended: called from the feeder's thread as its last act, with what ended it, None where :meth:`stop` did.
+        framer: the source of the learner's batches.
+        ring: the ring to fill.
+        layout: the layout that the ring was made for. Once batches have another one, the producer ends with SchemaChangedError.
+        throttle: holds adds back while the ring has free slots.
+        send: sends a message to the learner; called from the producer's thread, must not block.
+        on_end: called by the producer's thread as its last act, with the error that ended it, or None after :meth:`stop`.
     """
 
     def __init__(
         self,
-        source: BatchSource,
+        framer: BatchFramer,
         ring: RingWriter,
-        plan: GatherPlan,
-        gate: AddThrottle,
+        layout: BatchLayout,
+        throttle: AddThrottle,
         *,
-        tell: Callable[[bytes], None],
-        ended: Callable[[Exception | None], None],
+        send: Callable[[bytes], None],
+        on_end: Callable[[Exception | None], None],
     ) -> None:
-        self._source = source
+        self._framer = framer
         self._ring = ring
-        self._plan = plan
-        self._gate = gate
-        self._tell = tell
-        self._ended = ended
+        self._layout = layout
+        self._throttle = throttle
+        self._send = send
+        self._on_end = on_end
         self._stopping = False
-        slots = range(ring.geometry.slots)
-        self._views = [plan.layout.body_views(ring.slots.array(slot)) for slot in slots]
-        # Batches that are drawn together cost less; big ones would keep their rows pinned for long.
-        self._at_once = max(AT_ONCE_BYTES // plan.layout.body_bytes, 1)
-        self._actors_told = 0
+        self._bodies = [layout.body_views(ring.slots.array(slot)) for slot in range(ring.geometry.slots)]
+        # Drawing batches together costs less, but the rows of large ones would stay pinned for long.
+        self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
+        self._actors_sent = 0
         self._pinned: PinnedRegion | None = None
-        self._thread = threading.Thread(target=self._work, name="touchline-ring", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="touchline-ring", daemon=True)
 
     def start(self) -> None:
-        """Begins to fill."""
+        """Begins to fill the ring."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Has the thread end, within one batch or one nap."""
+        """Ends the thread, after the batches it is gathering at most."""
         self._stopping = True
-        with suppress(ValueError):
+        with suppress(ValueError):  # the ring is closed already
             self._ring.control.interrupt()
 
-    def _work(self) -> None:
-        fault: Exception | None = None
+    def _run(self) -> None:
+        error: Exception | None = None
         try:
             while not self._stopping:
                 slots = self._ring.control.free_slots()
                 if slots:
-                    with self._gate.sampler_waiting():
-                        self._fill(slots[: self._at_once])
+                    with self._throttle.sampler_waiting():
+                        self._fill(slots[: self._group])
         except NotReadyError:
-            fault = SchemaChangedError("the table was cleared; open the stream again")
-        except Exception as error:
-            fault = error
+            error = SchemaChangedError("the table was cleared; open the stream again")
+        except Exception as raised:
+            error = raised
         finally:
             try:
                 if self._pinned is not None:
                     self._pinned.close()
             finally:
-                self._ended(fault)
+                self._on_end(error)
 
     def _fill(self, slots: list[int]) -> None:
-        with self._source.select(len(slots)) as (selections, plan):
-            if plan.layout is not self._plan.layout and plan.layout.specs != self._plan.layout.specs:
+        with self._framer.draw(len(slots)) as drawn:
+            if drawn.layout is not self._layout and drawn.layout.specs != self._layout.specs:
                 raise SchemaChangedError("the table has another schema now; open the stream again")
-            names = self._source.new_actors(selections)
-            if names:
-                self._actors_told += len(names)
-                actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
-                self._tell(pb.SampleStreamResponse(actors=actors).SerializeToString())
-            if selections[0].columns.on_cuda:
-                self._fill_from_device(slots, selections, plan)
-                return
-            for slot, selection in zip(slots, selections, strict=True):
-                plan.fill(selection, self._views[slot])
-                self._ring.control.publish(slot, self._actors_told)
+            self._send_names(drawn)
+            if drawn.on_cuda:
+                self._gather_from_device(slots, drawn)
+                for slot in slots:
+                    self._ring.control.publish(slot, self._actors_sent)
+            else:
+                for batch, slot in enumerate(slots):
+                    drawn.gather_one_into(batch, self._bodies[slot])
+                    self._ring.control.publish(slot, self._actors_sent)
 
-    def _fill_from_device(self, slots: list[int], selections: list[Selection], plan: GatherPlan) -> None:
-        """The device copies into the slots by itself, where their memory can be pinned; all of them are waited for at once."""
+    def _send_names(self, drawn: BatchDraw) -> None:
+        """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""
+        names = self._framer.new_actors(drawn)
+        if names:
+            self._actors_sent += len(names)
+            actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
+            self._send(pb.SampleStreamResponse(actors=actors).SerializeToString())
+
+    def _gather_from_device(self, slots: list[int], drawn: BatchDraw) -> None:
+        """Gathers on the device, which copies straight into the slots if their memory can be pinned; waits for it once."""
         if self._pinned is None:
             import torch
 
             self._pinned = PinnedRegion(torch, self._ring.slots.whole_array())
         if self._pinned.pinned:
+            memory, size = self._pinned.tensor, drawn.layout.body_bytes
             begins = [self._ring.geometry.offset(slot) for slot in slots]
-            plan.fill_pinned(selections, [self._pinned.tensor[begin : begin + plan.layout.body_bytes] for begin in begins])
+            drawn.gather_into_pinned([memory[begin : begin + size] for begin in begins])
         else:
-            plan.fill_all(selections, [self._views[slot] for slot in slots])
-        for slot in slots:
-            self._ring.control.publish(slot, self._actors_told)
+            drawn.gather_into([self._bodies[slot] for slot in slots])

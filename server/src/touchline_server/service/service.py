@@ -29,7 +29,7 @@ from touchline_server.errors import (
     UnknownTableError,
 )
 from touchline_server.service import convert, tasks
-from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.budgets import Budgets, Reservation
 from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.drain import Drain
@@ -78,7 +78,7 @@ class ReplayService:
         self._changes = ChangeNotifier(asyncio.get_running_loop())
         self._drain = Drain(self._changes.notify)
         self._unsubscribe = buffer.store.subscribe(self._changes.notify)
-        self._rings = RingPool(buffer)
+        self._rings = RingPool(buffer.config.ring)
         self._gate = AddThrottle(config.sample_share)
         self._intake = EpisodeIngest(buffer, self._adding, self._gate)
         self._streams = 0
@@ -227,8 +227,9 @@ class ReplayService:
         # What cannot be sampled yet is not ready, however large it would be.
         if columns is not None and self._buffer.store.can_sample(spec.horizon):
             # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
-            plan = self._buffer.plan(columns.schema, spec)
-            size, quick = plan.layout.message_bytes(unary=True), plan.fits_inline(columns)
+            layout = self._buffer.layout(spec)
+            assert layout is not None
+            size, quick = layout.message_bytes(unary=True), self._buffer.fits_inline(spec)
             self._check_message_size(size)
         await self._budgets.sending.reserve(size)
         # gRPC calls this once it has handed the answer to the transport, or given the call up.
@@ -236,11 +237,11 @@ class ReplayService:
         return self._sample_message(spec, rng) if quick else await tasks.run(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
-        with self._buffer.select(spec, rng) as ((selection,), plan):
-            actors = self._buffer.actor_names(selection.draw.actor)
-            self._check_message_size(plan.layout.message_bytes(actors=actors, unary=True))
-            message, arrays = plan.layout.sample_response(actors)
-            plan.fill(selection, arrays)
+        with self._buffer.draw(spec, rng) as drawn:
+            actors = self._buffer.actor_names(drawn.actors())
+            self._check_message_size(drawn.layout.message_bytes(actors=actors, unary=True))
+            message, body = drawn.layout.sample_response(actors)
+            drawn.gather_into((body,))
         return message
 
     def _check_message_size(self, size: int) -> None:
@@ -260,7 +261,7 @@ class ReplayService:
             return
         if first.WhichOneof("request") != "open":
             raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
-        source = BatchSource(
+        source = BatchFramer(
             self._buffer,
             self._spec(first.open.sample),
             self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),

@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
+from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidArgumentError, NotReadyError
-from touchline_server.service.batch_framer import BatchSource
+from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.budgets import ByteBudget, Reservation
 from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.ring_producer import RingPool, RingProducer, ring_offer
 from touchline_server.service.tasks import Job, consume_exception
 from touchline_server.service.throttle import AddThrottle
-from touchline_server.store.gather import GatherPlan
 
 MAX_CREDITS = 1 << 20
 """Credits that a learner may hold."""
@@ -48,14 +48,14 @@ class SampleSession:
 
     def __init__(
         self,
-        source: BatchSource,
+        framer: BatchFramer,
         changes: ChangeNotifier,
         pool: ThreadPoolExecutor,
         rings: RingPool,
         gate: AddThrottle,
         sending: ByteBudget,
     ) -> None:
-        self._source = source
+        self._framer = framer
         self._changes = changes
         self._pool = pool
         self._rings = rings
@@ -77,15 +77,15 @@ class SampleSession:
         with self._changes.waiter() as wake:
             reader = asyncio.create_task(self._read(requests, wake))
             try:
-                if opening.shared_memory_id and await self._may_push(wake) and (plan := self._source.plan()) is not None:
+                if opening.shared_memory_id and await self._may_push(wake) and (layout := self._framer.layout()) is not None:
                     try:
-                        ring = self._rings.open(opening.shared_memory_id, plan, self._credits)
+                        ring = self._rings.open(opening.shared_memory_id, layout, self._credits)
                     except RingError as error:
                         await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())
                     else:
                         try:
-                            if await self._offer(ring, plan, write, wake):
-                                await self._feed(ring, plan, write, wake)
+                            if await self._offer(ring, layout, write, wake):
+                                await self._feed(ring, layout, write, wake)
                                 return
                         finally:
                             self._rings.close(ring)
@@ -100,7 +100,7 @@ class SampleSession:
             while making is not None or await self._may_push(wake):
                 if making is None:
                     # Here it holds no room, so that sessions never wait for each other in a circle.
-                    size = self._source.size_bytes(self._credits)
+                    size = self._framer.reserve_bytes(self._credits)
                     await self._sending.reserve(size)
                     making = self._make(size)
                 made, making = making, None
@@ -112,8 +112,8 @@ class SampleSession:
                             continue  # cleared since it was looked at
                         self._credits -= count
                         self._check()
-                        if self._credits and self._source.can_sample():
-                            size = self._source.size_bytes(self._credits)
+                        if self._credits and self._framer.can_sample():
+                            size = self._framer.reserve_bytes(self._credits)
                             making = self._make(size) if self._sending.try_reserve(size) else None
                         await self._write(frames, write, made.room)
                 finally:
@@ -137,9 +137,9 @@ class SampleSession:
         frames: asyncio.Future[tuple[int, list[bytes]]] = asyncio.get_running_loop().create_future()
         job: Job[tuple[int, list[bytes]]] | None = None
         try:
-            made = self._source.frames_at_once(self._credits)
+            made = self._framer.try_frames(self._credits)
             if made is None:
-                job = Job(self._pool, self._source.frames, self._credits)
+                job = Job(self._pool, self._framer.frames, self._credits)
                 frames = job.result
             else:
                 frames.set_result(made)
@@ -152,18 +152,18 @@ class SampleSession:
         while True:
             wake.clear()
             self._check()
-            if self._credits and self._source.can_sample():
+            if self._credits and self._framer.can_sample():
                 return True
             if self._closed and not self._credits:
                 return False
             await wake.wait()
 
-    async def _offer(self, ring: RingWriter, plan: GatherPlan, write: Write, wake: asyncio.Event) -> bool:
+    async def _offer(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> bool:
         """Offers a ring; returns whether the learner has mapped it."""
         loop = asyncio.get_running_loop()
         loop.add_reader(ring.handover, ring.handover.serve)
         try:
-            await write(ring_offer(ring, plan))
+            await write(ring_offer(ring, layout))
             while self._attached is None and not self._closed:
                 wake.clear()
                 self._check()
@@ -172,10 +172,10 @@ class SampleSession:
             loop.remove_reader(ring.handover)
             ring.handover.close()
         if self._attached is not None and not self._attached.attached:
-            self._rings.tell_once(f"the learner could not use the ring, and says {self._attached.reason[:200]!r}")
+            self._rings.log_once(f"the learner could not use the ring, and says {self._attached.reason[:200]!r}")
         return self._attached is not None and self._attached.attached
 
-    async def _feed(self, ring: RingWriter, plan: GatherPlan, write: Write, wake: asyncio.Event) -> None:
+    async def _feed(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> None:
         """Keeps a ring full until the learner leaves; the stream itself only tells actors' names."""
         loop = asyncio.get_running_loop()
         messages: list[bytes] = []
@@ -187,12 +187,12 @@ class SampleSession:
                 loop.call_soon_threadsafe(wake.set)
 
         feeder = RingProducer(
-            self._source,
+            self._framer,
             ring,
-            plan,
+            layout,
             self._gate,
-            tell=lambda message: hand_over(messages, message),
-            ended=lambda fault: hand_over(ends, fault),
+            send=lambda message: hand_over(messages, message),
+            on_end=lambda fault: hand_over(ends, fault),
         )
         feeder.start()
         try:

@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, KeyConflictError, NotReadyError, TooLargeError
-from touchline_server.selectors.draw import Draw
 from touchline_server.store.allocation import allocate_columns
 from touchline_server.store.catalogue import Catalogue, Entry
 from touchline_server.store.columns import Columns
@@ -31,38 +30,12 @@ from touchline_server.store.committer import CommitFuture, Committer, Stored
 from touchline_server.store.dedup import DedupLedger, payload_digest
 from touchline_server.store.epochs import ReaderEpochs
 from touchline_server.store.index import Fill
+from touchline_server.store.pinned_draw import PinnedDraw, locate_batches
 from touchline_server.store.refused_episodes import RefusedEpisodes, identify
 from touchline_server.store.schema import EpisodeValidator, FirstRowCheck, Schema
 from touchline_server.store.scratch import ScratchDir
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Slices that are drawn and pinned, valid inside ``with store.select(...)``."""
-
-    draw: Draw
-    rows: np.ndarray
-    """[H+1, B] int64: physical rows."""
-    columns: Columns
-
-
-def physical_rows(first_row: np.ndarray, steps: int, capacity: int) -> np.ndarray:
-    """Returns the physical rows of slices: logical rows ``first_row`` + 0, 1, ... ``steps`` - 1, wrapped at the end of the ring.
-
-    Args:
-        first_row: [batches, B] int64, in [0, 2 x capacity).
-        steps: rows of a slice: H + 1, at most ``capacity``.
-        capacity: rows of the ring.
-
-    Returns:
-        [batches, H+1, B] int64, in [0, capacity).
-    """
-    rows = first_row[:, None, :] + np.arange(steps, dtype=np.int64)[:, None]
-    # An episode begins in [0, capacity) and is not longer than the ring, so a row is at most one turn too far: one conditional
-    # subtraction wraps it. A remainder would take three times as long.
-    return np.subtract(rows, capacity, out=rows, where=rows >= capacity)
 
 
 def new_lineage() -> int:
@@ -237,27 +210,25 @@ class EpisodeStore:
         self.notify()
         return self.counts()
 
-    @contextmanager
-    def select(self, batch_size: int, horizon: int, law: str, rng: np.random.Generator, *, batches: int = 1) -> Iterator[list[Selection]]:
-        """Draws batches, one after the other from the same episodes, and keeps their rows from being overwritten until the block ends.
+    def draw(self, batch_size: int, horizon: int, law: str, rng: np.random.Generator, *, batches: int = 1) -> PinnedDraw:
+        """Draws batches, one after the other from the same episodes, and pins their rows until the draw is released.
 
         Raises:
             NotReadyError: no episode has horizon + 1 rows.
         """
         with self._lock:
-            index = self._catalogue.index
-            eligible = index.eligible(horizon)
-            columns = self._columns
-            if not len(eligible) or columns is None:
+            index, columns = self._catalogue.index, self._columns
+            if columns is None or not len(index.eligible(horizon)):
                 raise NotReadyError(index.fill(horizon).explain_not_ready())
             draw = index.selectors.of(law).draw(batch_size, horizon, rng, batches=batches)
             pin = self._pins.pin()
         try:
-            rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, self.capacity)
-            yield [Selection(draw.between(batch * batch_size, (batch + 1) * batch_size), rows[batch], columns) for batch in range(batches)]
-        finally:
+            located = locate_batches(draw, columns, batches=batches, horizon=horizon)
+        except BaseException:  # there may be no memory for the rows of a large batch
             with self._lock:
                 self._pins.unpin(pin)
+            raise
+        return PinnedDraw(located, self._lock, self._pins, pin)
 
     def entries_of(self, episode_ids: Sequence[int]) -> list[Entry]:
         """Returns those of these episodes that are stored."""

@@ -1,211 +1,293 @@
-"""From drawn rows to a batch: which rows of which column go where, by the row convention, and the one gather.
+"""From drawn slices to a batch: phase two. Which steps of which column go where, by the row convention, and the one gather.
 
-Row conventions (a slice has rows 0..H):
-    incoming (TD-MPC2): row t holds the observation that the action in row t led to, so action, reward and done are those of rows 1..H.
-    outgoing: row t holds the observation and the action taken from it, so they are those of rows 0..H-1.
+Row conventions (a slice has steps 0..H):
+    incoming (TD-MPC2): row t holds the observation that the action in row t led to, so action, reward and done are those of steps 1..H.
+    outgoing: row t holds the observation and the action taken from it, so they are those of steps 0..H-1.
+
+A gather does not know how large the batch is: it fills a range of the slices of a body, which is somebody else's memory (a message, a
+slot of a ring, tensors). So one batch may come from several tables, each of which fills a range of its own.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from touchline_protos.codec import BatchLayout, Piece, TensorSpec
+from touchline_protos.codec import BatchLayout, Piece
 from touchline_protos.types.batch import PROVENANCE
-from touchline_server.selectors.draw import Draw
 from touchline_server.store.columns import Columns
-from touchline_server.store.episode_store import Selection
 from touchline_server.store.output_tensor import OutputTensor
-from touchline_server.store.schema import Schema
+from touchline_server.store.pinned_draw import DrawnSlices
+from touchline_server.store.schema import ColumnSpec, Schema
 
 if TYPE_CHECKING:
     import torch
 
-    from touchline_server.store.transfer import DeviceToHostGather
+    from touchline_server.store.transfer import DeviceGathers
+
+Body = Mapping[str, np.ndarray]
+"""A batch's tensors and provenance by the names and shapes of ``BatchLayout.specs``: writable, on the host."""
 
 TRANSITION_COLUMNS = ("action", "reward", "done")
 """Columns of a transition: [H, B, ...] in a batch, where those of a step are [H+1, B, ...]."""
 
-MAX_AT_ONCE_BYTES = 1 << 21
-MAX_AT_ONCE_ROWS = 1 << 14
-"""Batches of together so many bytes and rows are gathered in an event loop: a millisecond or two. A thread's hand-over to the loop
+MAX_INLINE_BYTES = 1 << 21
+MAX_INLINE_ROWS = 1 << 14
+"""Batches of together this many bytes and rows are gathered in an event loop: it takes a millisecond or two. Handing work to a thread
 costs as much as a small batch, and the two then share the interpreter lock."""
 
-MAX_IDLE_TRANSFERS = 4
-"""Ways to host memory that are kept for the next batches of a CUDA store; each has a batch of device memory."""
+MAX_LAYOUTS = 64
+"""Layouts that a plan keeps, one for each batch size in use."""
 
 
-@dataclass(frozen=True, slots=True)
 class GatherPlan:
-    """How batches of one schema, batch size and horizon are gathered, and how they look on the wire. Immutable, so thread-safe."""
+    """How slices of one schema and horizon become tensors. Thread-safe.
 
-    parts: tuple[OutputTensor, ...]
-    layout: BatchLayout
-    steps: int
-    """Of a slice: horizon + 1."""
-    _idle: WeakKeyDictionary[Columns, deque[DeviceToHostGather]] = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
-    """Kept as long as the columns are: they hold on to their memory."""
+    Args:
+        schema: the columns'.
+        horizon: H, transitions in a slice.
+        incoming: the row convention.
+    """
 
-    @classmethod
-    def of(cls, schema: Schema, *, batch_size: int, horizon: int, incoming: bool) -> GatherPlan:
-        """Plans batches of ``batch_size`` slices of ``horizon`` + 1 rows."""
-        transition = slice(1, None) if incoming else slice(None, -1)
-        parts, specs = [], []
+    def __init__(self, schema: Schema, *, horizon: int, incoming: bool) -> None:
+        transitions = slice(1, None) if incoming else slice(None, -1)
+        self.steps = horizon + 1
+        """Steps of a slice."""
         stored = {spec.name: spec for spec in schema.columns}
-        # Within a group in the schema's order, which is that of episodes and of TorchRL's samples too.
-        for name in sorted(dict.fromkeys((*stored, "done")), key=_group_order):
-            inner = stored[name].shape if name in stored else ()
-            dtype = stored[name].dtype if name in stored else np.dtype("<f4")
-            if name == "task":
-                rows, shape = slice(0, 1), _shape(batch_size)
-            elif name in TRANSITION_COLUMNS:
-                rows, shape = transition, _shape(horizon, batch_size, *(inner if name == "action" else (1,)))
-            else:
-                rows, shape = slice(None), _shape(horizon + 1, batch_size, *inner)
-            gathered = (len(range(horizon + 1)[rows]), batch_size, *inner)
-            parts.append(OutputTensor(name, rows, inner, gathered, shape, name in stored))
-            specs.append(TensorSpec(name, dtype, shape))
-        return cls(tuple(parts), BatchLayout(specs, batch_size), horizon + 1)
+        # Within a group the order is the schema's, which is that of episodes and of TorchRL's samples too.
+        names = sorted(dict.fromkeys((*stored, "done")), key=_group_order)
+        self.outputs = tuple(_output(name, stored.get(name), transitions, horizon) for name in names)
+        """The tensors of a batch, in wire order."""
+        self._output_of = {output.name: output for output in self.outputs}
+        self._layouts: dict[int, BatchLayout] = {}
+        self._device_gathers: DeviceGathers | None = None
 
-    def fits_inline(self, columns: Columns, *, batches: int = 1) -> bool:
-        """Returns whether an event loop may gather so many batches by itself: they are small, and neither on a disk nor on a device."""
-        rows = batches * self.layout.batch_size * self.steps
-        return columns.in_host_memory and rows <= MAX_AT_ONCE_ROWS and batches * self.layout.body_bytes <= MAX_AT_ONCE_BYTES
+    def layout(self, batch_size: int) -> BatchLayout:
+        """Returns how a batch of this many slices looks on the wire and in a body."""
+        layout = self._layouts.get(batch_size)
+        if layout is None:
+            layout = BatchLayout([output.spec(batch_size) for output in self.outputs], batch_size)
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            # Threads may make a layout twice. Whichever is kept: layouts of one batch size are alike.
+            self._layouts[batch_size] = layout
+        return layout
 
-    def fill(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
-        """Gathers a whole batch into host arrays, by the names and shapes of ``layout.specs``. Every element is written."""
-        self.fill_all([selection], [out])
+    def fits_inline(self, columns: Columns, layout: BatchLayout, *, batches: int = 1) -> bool:
+        """Returns whether an event loop may gather batches by itself: they are small, and neither on a disk nor on a device."""
+        rows = batches * layout.batch_size * self.steps
+        return columns.in_host_memory and rows <= MAX_INLINE_ROWS and batches * layout.body_bytes <= MAX_INLINE_BYTES
 
-    def fill_all(self, selections: Sequence[Selection], outs: Sequence[Mapping[str, np.ndarray]]) -> None:
-        """Does what :meth:`fill` does for batches that were selected together; a CUDA device is waited for once."""
-        if selections[0].columns.on_cuda:
-            for body, out in zip(self.host_bodies(selections), outs, strict=True):
-                for name, array in self.layout.body_views(body).items():
-                    out[name][...] = array
+    def gather_into(self, batches: Sequence[DrawnSlices], bodies: Sequence[Body], *, first: int = 0) -> None:
+        """Gathers slices into bodies on the host.
+
+        Args:
+            batches: one or more draws of the same columns. A CUDA device is waited for once for all of them.
+            bodies: one for each draw, with at least ``first`` plus its number of slices. Every element of these slices is written,
+                and nothing else.
+            first: slice of the body at which the drawn ones begin.
+        """
+        if batches[0].columns.on_cuda:
+            for slices, body, gathered in zip(batches, bodies, self.host_bodies(batches), strict=True):
+                for name, array in self.layout(len(slices)).body_views(gathered).items():
+                    _range(body[name], first, first + len(slices))[...] = array
             return
-        for selection, out in zip(selections, outs, strict=True):
-            self._fill_from_host(selection, out)
+        for slices, body in zip(batches, bodies, strict=True):
+            self._gather_from_host(slices, body, first)
 
-    def _fill_from_host(self, selection: Selection, out: Mapping[str, np.ndarray]) -> None:
-        columns, rows = selection.columns, selection.rows
-        for part in self.parts:
-            target = out[part.name]
-            if part.stored:
-                columns.gather(part.name, rows[part.rows], target.reshape(part.gathered_shape))
+    def gather_piece_into(
+        self, slices: DrawnSlices, piece: Piece, targets: Sequence[np.ndarray], *, batch_size: int, first: int = 0
+    ) -> None:
+        """Gathers what one piece of a large batch holds of these slices, from columns on the host.
+
+        Args:
+            slices: drawn.
+            piece: of ``layout(batch_size).chunk_plan()``.
+            targets: an array for each segment, [rows, *inner]. Nothing but the rows of these slices is written.
+            batch_size: B, slices of the whole batch.
+            first: slice of the batch at which the drawn ones begin.
+        """
+        for (name, begin, end, _), target in zip(piece.segments, targets, strict=True):
+            output = self._output_of.get(name)
+            if output is None:
+                values = getattr(slices.draw, name.removeprefix("provenance."))
+                for source, at, count in _runs(begin, end, first=first, slices=len(slices), batch_size=batch_size):
+                    target[at : at + count] = values[source : source + count]
             else:
-                target.fill(0)
-        fill_provenance(selection.draw, out)
+                self._gather_rows(output, slices, target, begin=begin, first=first, batch_size=batch_size)
 
-    def fill_piece(self, selection: Selection, piece: Piece, out: Sequence[np.ndarray]) -> None:
-        """Gathers one piece of a big batch, segment by segment, into host arrays of shape [rows, *inner]."""
-        parts = {part.name: part for part in self.parts}
-        for (name, first, last, _), target in zip(piece.segments, out, strict=True):
-            part = parts.get(name)
-            if part is None:
-                field = name.removeprefix("provenance.")
-                target[...] = getattr(selection.draw, field)[first:last]
-            elif part.stored:
-                rows = np.ascontiguousarray(selection.rows[part.rows]).reshape(-1)[first:last]
-                selection.columns.gather(name, rows, target.reshape(len(rows), *part.inner_shape))
-            else:
-                target.fill(0)
+    def piece_gatherer(self, slices: DrawnSlices) -> Callable[[Piece, Sequence[np.ndarray]], None]:
+        """Returns what gathers the pieces of one whole batch, into an array for each segment. A CUDA device sends it in one transfer."""
+        if not slices.columns.on_cuda:
+            return partial(self.gather_piece_into, slices, batch_size=len(slices))
+        body = self.layout(len(slices)).body_views(self.host_bodies([slices])[0])
 
-    def piece_filler(self, selection: Selection) -> Callable[[Piece, Sequence[np.ndarray]], None]:
-        """Returns what fills the pieces of one batch, as :meth:`fill_piece` does; from a CUDA device it all comes in one transfer."""
-        if not selection.columns.on_cuda:
-            return partial(self.fill_piece, selection)
-        body = self.layout.body_views(self.host_bodies([selection])[0])
-
-        def copy(piece: Piece, out: Sequence[np.ndarray]) -> None:
-            for (name, first, last, _), target in zip(piece.segments, out, strict=True):
-                target[...] = body[name].reshape(-1, *target.shape[1:])[first:last]
+        def copy(piece: Piece, targets: Sequence[np.ndarray]) -> None:
+            for (name, begin, end, _), target in zip(piece.segments, targets, strict=True):
+                target[...] = body[name].reshape(-1, *target.shape[1:])[begin:end]
 
         return copy
 
-    def host_bodies(self, selections: Sequence[Selection]) -> list[np.ndarray]:
-        """Gathers batches on the columns' device and moves each to the host in one transfer.
+    def host_bodies(self, batches: Sequence[DrawnSlices]) -> list[np.ndarray]:
+        """Gathers whole batches on the columns' device and moves each to the host in one transfer.
 
         Returns:
-            Their bodies, [layout.body_bytes] uint8: fresh, pinned where the columns are on a CUDA device.
+            Their bodies, [body_bytes] uint8: fresh memory, pinned if the columns are on a CUDA device.
         """
         import torch
 
-        pinned = selections[0].columns.on_cuda
-        memory = torch.empty((len(selections), self.layout.body_bytes), dtype=torch.uint8, pin_memory=pinned)
+        size = self.layout(len(batches[0])).body_bytes
+        memory = torch.empty((len(batches), size), dtype=torch.uint8, pin_memory=batches[0].columns.on_cuda)
         bodies = list(memory)
-        self.fill_pinned(selections, bodies)
+        self.gather_into_pinned(batches, bodies)
         return [body.numpy() for body in bodies]
 
-    def fill_pinned(self, selections: Sequence[Selection], bodies: Sequence[torch.Tensor]) -> None:
-        """Gathers batches, selected together, on the columns' device and straight into host memory.
+    def gather_into_pinned(self, batches: Sequence[DrawnSlices], bodies: Sequence[torch.Tensor]) -> None:
+        """Gathers whole batches on the columns' device and copies each straight into host memory.
 
         Args:
-            selections: one or more.
-            bodies: [layout.body_bytes] uint8 each: pinned where the columns are on a CUDA device. Filled.
+            batches: equally large draws of the same columns.
+            bodies: [body_bytes] uint8 each, filled; pinned if the columns are on a CUDA device.
         """
-        with self._transfer(selections[0]) as transfer:
-            transfer.run(selections, bodies)
-        for selection, body in zip(selections, bodies, strict=True):
-            fill_provenance(selection.draw, self.layout.body_views(body.numpy()))
+        layout = self.layout(len(batches[0]))
+        if self._device_gathers is None:
+            from touchline_server.store.transfer import DeviceGathers
 
-    def gather_tensors(self, selection: Selection) -> dict[str, torch.Tensor]:
-        """Returns a batch as fresh tensors on the columns' device, in the order of the current stream; provenance on the host."""
+            # Two threads may make one each: both work, and the one that is lost goes with its batch.
+            self._device_gathers = DeviceGathers(self.outputs)
+        with self._device_gathers.lend(layout, batches[0]) as gather:
+            gather.run(batches, bodies)
+        for slices, body in zip(batches, bodies, strict=True):
+            _write_provenance(slices, layout.body_views(body.numpy()), 0)
+
+    def gather_tensors(self, slices: DrawnSlices) -> dict[str, torch.Tensor]:
+        """Returns a whole batch as fresh tensors on the columns' device, in the order of the current stream; provenance on the host."""
+        import torch
+
+        device, size = slices.columns.device, len(slices)
+        stored = slices.columns.tensors
+        tensors = {}
+        for output in self.outputs:
+            dtype = stored[output.name].dtype if output.stored else torch.float32
+            tensors[output.name] = torch.empty(output.spec(size).shape, dtype=dtype, device=device)
+        self.gather_into_tensors(slices, tensors)
+        for name, _ in PROVENANCE:
+            tensors[f"provenance.{name}"] = torch.from_numpy(getattr(slices.draw, name))
+        return tensors
+
+    def gather_into_tensors(self, slices: DrawnSlices, tensors: Mapping[str, torch.Tensor], *, first: int = 0) -> None:
+        """Gathers slices into tensors on the columns' device, in the order of the current stream.
+
+        Args:
+            slices: drawn.
+            tensors: the columns' tensors by name, in a batch's shapes. Written from slice ``first`` on; provenance is not.
+            first: slice of the batch at which the drawn ones begin.
+        """
         import torch
 
         from touchline_server.store.transfer import rows_on_device
 
-        columns = selection.columns
-        steps, size = selection.rows.shape
-        rows = rows_on_device(selection.rows, columns.device)
-        indices: dict[tuple[int, int], torch.Tensor] = {}
-        stored, tensors = columns.tensors, {}
-        for part in self.parts:
-            if part.stored:
-                first, last, _ = part.rows.indices(steps)
-                index = indices.get((first, last))
-                if index is None:
-                    index = indices[first, last] = rows[first * size : last * size]
-                tensors[part.name] = stored[part.name].index_select(0, index).view(part.out_shape)
+        columns, size = slices.columns, len(slices)
+        rows = rows_on_device(slices.rows, columns.device)
+        stored = columns.tensors
+        for output in self.outputs:
+            target = tensors[output.name]
+            batch_size = target.shape[0 if output.trailing_shape is None else 1]
+            if not output.stored:
+                _range(target, first, first + size).zero_()
+                continue
+            begin, end, _ = output.steps.indices(self.steps)
+            index = rows[begin * size : end * size]
+            if size == batch_size:
+                flat = target.view(len(index), *output.inner_shape)
+                torch.index_select(stored[output.name], 0, index, out=flat)
             else:
-                tensors[part.name] = torch.zeros(part.out_shape, device=columns.device)
+                gathered = stored[output.name].index_select(0, index).view(output.gathered_shape(size))
+                target.view(output.gathered_shape(batch_size))[:, first : first + size] = gathered
         columns.note_reads()
-        for name, _ in PROVENANCE:
-            tensors[f"provenance.{name}"] = torch.from_numpy(getattr(selection.draw, name))
-        return tensors
 
-    @contextmanager
-    def _transfer(self, selection: Selection) -> Iterator[DeviceToHostGather]:
-        """Lends a way to host memory, for one thread at a time."""
-        idle = self._idle.setdefault(selection.columns, deque(maxlen=MAX_IDLE_TRANSFERS))
-        try:
-            transfer = idle.pop()
-        except IndexError:
-            from touchline_server.store.transfer import DeviceToHostGather
+    def _gather_from_host(self, slices: DrawnSlices, body: Body, first: int) -> None:
+        columns, rows = slices.columns, slices.rows
+        batch_size = len(body["provenance.start"])
+        whole = len(slices) == batch_size
+        for output in self.outputs:
+            target = body[output.name]
+            if not output.stored:
+                _range(target, first, first + len(slices)).fill(0)
+            elif whole:
+                columns.gather(output.name, rows[output.steps], target.reshape(output.gathered_shape(batch_size)))
+            else:
+                flat = target.reshape(output.step_count * batch_size, *output.inner_shape)
+                self._gather_rows(output, slices, flat, begin=0, first=first, batch_size=batch_size)
+        _write_provenance(slices, body, first)
 
-            transfer = DeviceToHostGather(self.parts, self.layout, selection.columns, selection.rows.shape)
-        yield transfer
-        # Not after an error, which may have left work under way in it.
-        idle.append(transfer)
+    def _gather_rows(
+        self, output: OutputTensor, slices: DrawnSlices, target: np.ndarray, *, begin: int, first: int, batch_size: int
+    ) -> None:
+        """Gathers what ``target``, [rows, *inner], holds of these slices: flat rows ``begin`` and on of one tensor of the batch."""
+        if not output.stored:
+            target = target.reshape(len(target), -1)
+        else:
+            target = target.reshape(len(target), *output.inner_shape)
+            rows = slices.rows[output.steps].reshape(-1)
+        for source, at, count in _runs(begin, begin + len(target), first=first, slices=len(slices), batch_size=batch_size):
+            if output.stored:
+                slices.columns.gather(output.name, rows[source : source + count], target[at : at + count])
+            else:
+                target[at : at + count] = 0
 
 
-def fill_provenance(draw: Draw, out: Mapping[str, np.ndarray]) -> None:
-    """Copies where each slice came from into host arrays, [B] each."""
+def _runs(begin: int, end: int, *, first: int, slices: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the runs of consecutive flat rows of a tensor, within ``begin`` to ``end`` - 1, that belong to a range of its slices.
+
+    A tensor [T, B, ...] has the flat rows ``t * B + b``. The range is slices ``first`` to ``first + slices`` - 1; what is gathered for it
+    is [T, slices], with the flat rows ``t * slices + (b - first)``.
+
+    Yields:
+        The flat row in what is gathered, the position after ``begin`` in the tensor, and the number of rows.
+    """
+    if slices == batch_size:
+        yield begin, 0, end - begin  # both have the same flat rows: all steps are one run
+        return
+    for step in range(begin // batch_size, -(-end // batch_size)):
+        # The range's rows of this step, cut to what is asked for.
+        run_begin = max(begin, step * batch_size + first)
+        run_end = min(end, step * batch_size + first + slices)
+        if run_begin < run_end:
+            column = run_begin - step * batch_size
+            yield step * slices + column - first, run_begin - begin, run_end - run_begin
+
+
+def _range(array: Any, first: int, end: int) -> Any:
+    """Returns slices ``first`` to ``end`` - 1 of a batch's array or tensor, [B] or [T, B, ...]: a view."""
+    return array[first:end] if array.ndim == 1 else array[:, first:end]
+
+
+def _write_provenance(slices: DrawnSlices, body: Body, first: int) -> None:
+    """Copies where each slice came from into a body, [B] each."""
+    end = first + len(slices)
     for name, _ in PROVENANCE:
-        out[f"provenance.{name}"][...] = getattr(draw, name)
+        body[f"provenance.{name}"][first:end] = getattr(slices.draw, name)
+
+
+def _output(name: str, column: ColumnSpec | None, transitions: slice, horizon: int) -> OutputTensor:
+    """Returns how one tensor of a batch is made from its column; without a column (only ``done``) it is float32 zeros."""
+    inner = column.shape if column is not None else ()
+    steps = slice(None)
+    trailing: tuple[int, ...] | None = inner
+    if name == "task":
+        steps, trailing = slice(0, 1), None
+    elif name in TRANSITION_COLUMNS:
+        # A reward or done may be stored as [] or [1]; in a batch it is [1].
+        steps, trailing = transitions, inner if name == "action" else (1,)
+    dtype = column.dtype if column is not None else np.dtype("<f4")
+    return OutputTensor(name, steps, len(range(horizon + 1)[steps]), inner, dtype, column is not None, trailing)
 
 
 def _group_order(name: str) -> int:
     group = name.partition(".")[0]
     named = ("obs", "action", "reward", "done", "task")
     return named.index(group) if group in named else len(named)
-
-
-def _shape(*sizes: int) -> tuple[int, ...]:
-    return sizes

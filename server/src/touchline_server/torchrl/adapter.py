@@ -139,17 +139,17 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         random = self._random
         if self._rng is not None:
             random = np.random.default_rng(int(torch.randint(2**62, (), generator=self._rng)))
-        with self._store.select(slices, steps - 1, self._law, random) as (selection,):
-            selection.columns.note_foreign_reads()
-            rows = torch.from_numpy(np.ascontiguousarray(selection.rows.T).reshape(-1))
+        with self._store.draw(slices, steps - 1, self._law, random) as (drawn,):
+            drawn.columns.note_foreign_reads()
+            rows = torch.from_numpy(np.ascontiguousarray(drawn.rows.T).reshape(-1))
             truncated = torch.zeros(slices, steps, dtype=torch.bool)
             truncated[:, -1] = True
             info = {
-                "episode": torch.from_numpy(selection.draw.episode_id).repeat_interleave(steps),
-                "probability": torch.from_numpy(selection.draw.probability).repeat_interleave(steps),
+                "episode": torch.from_numpy(drawn.draw.episode_id).repeat_interleave(steps),
+                "probability": torch.from_numpy(drawn.draw.probability).repeat_interleave(steps),
                 self.truncated_key: truncated.view(-1, 1),
             }
-        return (rows.to(selection.columns.device),), info
+        return (rows.to(drawn.columns.device),), info
 
     def _sampleable_count(self, storage: Storage, batch_size: int) -> int:
         steps, _ = self._adjusted_batch_size(batch_size)

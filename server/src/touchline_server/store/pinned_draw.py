@@ -1,0 +1,88 @@
+"""Drawn slices whose rows stay as they are until they are gathered: phase one of a batch. Phase two is in :mod:`.gather`."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from touchline_server.selectors.draw import Draw
+from touchline_server.store.columns import Columns
+from touchline_server.store.epochs import ReaderEpochs
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSlices:
+    """Slices of one table that are gathered together: a batch, or the part of one that this table provides."""
+
+    draw: Draw
+    rows: np.ndarray
+    """[H+1, slices] int64: physical rows."""
+    columns: Columns
+    """What the rows are rows of."""
+
+    def __len__(self) -> int:
+        return self.rows.shape[1]
+
+
+class PinnedDraw:
+    """Batches that were drawn together. Their rows are not overwritten until :meth:`release`, or the end of a ``with`` block.
+
+    A writer that evicts waits for pins that are older, so a draw is gathered soon, and released by the thread that gathered it.
+
+    Args:
+        batches: in the order in which they were drawn.
+        lock: the store's, which :meth:`release` takes.
+        epochs: where the rows are pinned.
+        pin: what ``epochs.pin`` returned.
+    """
+
+    __slots__ = ("_epochs", "_lock", "_pin", "batches")
+
+    def __init__(self, batches: list[DrawnSlices], lock: threading.Lock, epochs: ReaderEpochs, pin: int) -> None:
+        self.batches = batches
+        self._lock = lock
+        self._epochs = epochs
+        self._pin = pin
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that all batches are gathered from."""
+        return self.batches[0].columns
+
+    def release(self) -> None:
+        """Lets the rows be overwritten; once."""
+        with self._lock:
+            self._epochs.unpin(self._pin)
+
+    def __enter__(self) -> list[DrawnSlices]:
+        return self.batches
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+def locate_batches(draw: Draw, columns: Columns, *, batches: int, horizon: int) -> list[DrawnSlices]:
+    """Returns a draw of equally large batches, each with its physical rows."""
+    rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity)
+    size = rows.shape[2]
+    return [DrawnSlices(draw.between(batch * size, (batch + 1) * size), rows[batch], columns) for batch in range(batches)]
+
+
+def physical_rows(first_row: np.ndarray, steps: int, capacity: int) -> np.ndarray:
+    """Returns the physical rows of slices: logical rows ``first_row`` + 0, 1, ... ``steps`` - 1, wrapped at the end of the ring.
+
+    Args:
+        first_row: [batches, B] int64, in [0, 2 x capacity).
+        steps: H + 1, rows of a slice: at most ``capacity``.
+        capacity: rows of the ring.
+
+    Returns:
+        [batches, H+1, B] int64, in [0, capacity).
+    """
+    rows = first_row[:, None, :] + np.arange(steps, dtype=np.int64)[:, None]
+    # An episode begins in [0, capacity) and is at most as long as the ring, so each row is less than 2 x capacity: one conditional
+    # subtraction wraps it. A remainder takes three times as long.
+    return np.subtract(rows, capacity, out=rows, where=rows >= capacity)
