@@ -24,9 +24,9 @@ if __name__ == "__main__":
     arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
-    changes = datasets.Changes(task=options.task, drop=tuple(options.drop), float32=True)
+    transforms = datasets.ColumnTransforms(task=options.task, drop=tuple(options.drop), float32=True)
     with ReplayClient(options.address) as client:
-        report = datasets.load(client, options.path, actor=options.actor, changes=changes)
+        report = datasets.load(client, options.path, actor=options.actor, transforms=transforms)
         for reason, refusals in report.reasons.items():
             print(json.dumps({"refused": refusals.count, "reason": reason, "first_at": refusals.examples[0][0]}))
         print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "columns": list(client.info().columns)}))

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
     with ReplayClient(options.address, actor=options.dataset) as client:
         # D4RL's data is float64; TD-MPC2 and the recorders store float32.
-        report = datasets.load(client, f"minari:{options.dataset}", changes=datasets.Changes(float32=True))
+        report = datasets.load(client, f"minari:{options.dataset}", transforms=datasets.ColumnTransforms(float32=True))
         for reason, refusals in report.reasons.items():
             print(json.dumps({"refused": refusals.count, "reason": reason}))
         print(json.dumps({"stored": report.stored, "duplicates": report.duplicates, "episodes_on_the_server": client.num_eps}))

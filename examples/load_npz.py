@@ -21,7 +21,7 @@ if __name__ == "__main__":
     arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
-    found, columns = datasets.survey(options.path)  # needs no server
+    found, columns = datasets.inspect(options.path)  # needs no server
     for name, column in columns.items():
         print(json.dumps({"column": name, "dtype": column.dtype, "shape": column.shape}))
     for reason, refusals in found.reasons.items():

@@ -143,7 +143,7 @@ def test_data_set_keeps_the_order(client: ReplayClient, tmp_path: Path, target: 
 
     assert (report.stored, report.duplicates) in ((1, 0), (0, 1)), report
     if report.duplicates:
-        datasets.load(client, str(tmp_path / target), again="once more")
+        datasets.load(client, str(tmp_path / target), reload_label="once more")
     found = next(iter(client.episodes())).columns
     groups = ("obs", "alpha")
     for group in groups:

@@ -61,8 +61,8 @@ def test_clear_shows_what_goes_and_leaves_a_server_for_other_columns(answer: str
     assert status == 0, err
     assert f"{server.address}: 12 episodes, {steps} steps" in out
     assert "obs.state  float32 [17]" in out
-    assert f"{server.address}: cleared, 12 episodes gone; the next episode fixes the columns anew" in out
-    assert ("Forget all of it, for good?" in err) == (answer is not None)
+    assert f"{server.address}: cleared, 12 episodes removed; the next episode defines the columns anew" in out
+    assert ("Remove all of it? This cannot be undone." in err) == (answer is not None)
     assert (cleared.episodes_stored, cleared.episodes_added) == (0, 12)
     assert (after.episodes_stored, after.episodes_added) == (1, 13)
 

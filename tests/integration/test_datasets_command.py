@@ -102,7 +102,7 @@ def test_source_that_cannot_be_read_does_not_stop_the_others(server: ServerThrea
     status, output, errors = run("load", "broken.npz", "gone.h5", "demos.npz", "--address", server.address)
 
     assert status == 1
-    assert "touchline: broken.npz: no NPZ file" in errors and "touchline: gone.h5: no such file or folder" in errors
+    assert "touchline: broken.npz: not an NPZ file" in errors and "touchline: gone.h5: no such file or folder" in errors
     assert "stored               1" in output
     assert "Traceback" not in errors
 
@@ -213,7 +213,7 @@ def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread
     _, errors = process.communicate(timeout=300)
 
     assert process.returncode == 130
-    assert "touchline: interrupted; the same command again goes on, and stores nothing twice\n" in errors
+    assert "touchline: interrupted; run the same command again to continue, nothing is stored twice\n" in errors
 
 
 def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: ServerThread, tmp_path: Path) -> None:
@@ -223,21 +223,22 @@ def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: S
     code = """
 import os, signal, sys, weakref
 from touchline import datasets
-from touchline._cli import load as commands
-plain = commands.datasets.export
+from touchline import datasets
+from touchline._cli import app as commands
+plain = datasets.export
 
 class Referent:
     pass
 
-def export(*arguments, watch, **options):
-    def watch_and_press(*told):
+def export(*arguments, progress, **options):
+    def report_and_press(*told):
         referent = Referent()
         reference = weakref.ref(referent, lambda _: (os.kill(os.getpid(), signal.SIGINT), sum(range(1000))))
         del referent
-        watch(*told)
-    return plain(*arguments, watch=watch_and_press, **options)
+        progress(*told)
+    return plain(*arguments, progress=report_and_press, **options)
 
-commands.datasets.export = export
+datasets.export = export
 sys.argv = ["touchline", "export", "all.npz", "--address", sys.argv[1]]
 commands.app()
 """

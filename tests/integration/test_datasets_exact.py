@@ -16,7 +16,7 @@ import pytest
 from support.dataset_cases import make_episode, serve, stored, write_hdf5, write_npz
 from support.serving import ServerThread
 from touchline import ReplayClient, datasets
-from touchline.datasets import Changes
+from touchline.datasets import ColumnTransforms
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "load_npz.py"
 NAN = np.full((11, 4), np.nan, np.float32)
@@ -51,7 +51,7 @@ def server() -> Iterator[ServerThread]:
 def test_survey_refuses_what_a_server_refuses(server: ServerThread, tmp_path: Path, columns: dict[str, np.ndarray], message: str) -> None:
     write_npz(tmp_path / "bad.npz", [columns, make_episode(2), columns])
 
-    found, _ = datasets.survey(str(tmp_path / "bad.npz"))
+    found, _ = datasets.inspect(str(tmp_path / "bad.npz"))
     with ReplayClient(server.address) as client:
         report = datasets.load(client, str(tmp_path / "bad.npz"))
 
@@ -83,7 +83,7 @@ def test_example_exits_with_1_where_the_server_refuses(server: ServerThread, tmp
 def test_float32_that_would_be_infinite_is_refused(server: ServerThread, tmp_path: Path) -> None:
     write_npz(tmp_path / "wide.npz", [make_episode(0), make_episode(1) | {"value": np.full(11, 1e300)}])
 
-    found, _ = datasets.survey(str(tmp_path / "wide.npz"), changes=Changes(float32=True))
+    found, _ = datasets.inspect(str(tmp_path / "wide.npz"), transforms=ColumnTransforms(float32=True))
 
     assert found.refused == 1 and "inf as float" in next(iter(found.reasons))
 
@@ -94,7 +94,7 @@ def test_npz_member_that_is_there_twice_is_refused(server: ServerThread, tmp_pat
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
         file.writestr("0/obs.npy", file.read("0/obs.npy"))
 
-    found, _ = datasets.survey(str(path))
+    found, _ = datasets.inspect(str(path))
 
     assert found.refused == 1 and "given twice" in next(iter(found.reasons))
 
@@ -105,7 +105,7 @@ def test_hdf5_dotted_name_below_obs_is_refused(tmp_path: Path) -> None:
     with h5py.File(path, "a") as file:
         file["episodes/episode_0/obs/observation.state"] = np.zeros((11, 3), np.float32)
 
-    found, _ = datasets.survey(str(path))
+    found, _ = datasets.inspect(str(path))
 
     assert found.refused == 1 and "a dot in the name" in next(iter(found.reasons))
 
@@ -127,6 +127,6 @@ def test_order_of_columns_comes_back(server: ServerThread, tmp_path: Path) -> No
         client.add({name: columns[name] for name in ("reward", "obs", "done", "action")})
         datasets.export(client, str(tmp_path / "all.h5"))
         client.clear()
-        datasets.load(client, str(tmp_path / "all.h5"), again="once more")
+        datasets.load(client, str(tmp_path / "all.h5"), reload_label="once more")
 
     assert list(stored(server)[0]) == ["reward", "obs", "done", "action"]

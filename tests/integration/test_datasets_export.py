@@ -76,7 +76,7 @@ def _round_trip(pair: Pair, target: Path, episodes: list[Columns], format: str |
 
     exported = datasets.export(from_one, str(target), format=format, force=True, **options)
     # These files hold no keys, and cleared servers remember what they had.
-    report = datasets.load(to_other, str(target), format=format, again=secrets.token_hex() if target.suffix == ".pt" else "")
+    report = datasets.load(to_other, str(target), format=format, reload_label=secrets.token_hex() if target.suffix == ".pt" else "")
 
     assert (exported.written, exported.left_out, report.stored, report.refused) == (len(episodes), 0, len(episodes), 0)
     assert_same(stored(other), stored(one))
@@ -204,7 +204,7 @@ def test_episodes_of_several_lengths_need_a_folder_of_pt_files(empty: Pair, tmp_
     episodes = [make_episode(number, rows=5 + number % 2) for number in range(4)]
     _add(client, episodes)
 
-    with pytest.raises(DatasetError, match=r"episodes of 5 and of 6 rows, expected one number of rows in a file.*--format tdmpc2"):
+    with pytest.raises(DatasetError, match=r"episodes of 5 and of 6 rows, expected equal numbers of rows in one file.*--format tdmpc2"):
         datasets.export(client, str(tmp_path / "all.pt"))
     datasets.export(client, str(tmp_path / "all"), format="tdmpc2")
     datasets.load(into, str(tmp_path / "all"))
@@ -259,23 +259,23 @@ def test_single_rows_are_left_out_of_minari_and_told(empty: Pair, minari_folder:
 
     assert (report.written, report.left_out) == (2, 1)
     ((reason, ids),) = report.reasons.items()
-    assert "a single row is no transition" in reason and len(ids) == 1
+    assert "a single row, expected at least 2" in reason and len(ids) == 1
     assert minari.load_dataset("some-v0").total_episodes == 2
 
 
 @pytest.mark.parametrize(
     ("name", "columns", "message"),
     [
-        ("minari:a-v0", {"obs": np.zeros(3, BFLOAT16)}, "obs: bfloat16, which Minari does not have"),
-        ("minari:a-v0", {"obs": np.zeros((3, 0))}, r"obs: shape \(0,\) a row, Minari does not hold what is empty"),
-        ("minari:a", {"obs": np.zeros(3)}, "expected an id of Minari's: <name>-v<number>"),
+        ("minari:a-v0", {"obs": np.zeros(3, BFLOAT16)}, "obs: bfloat16; Minari has no such dtype"),
+        ("minari:a-v0", {"obs": np.zeros((3, 0))}, r"obs: shape \(0,\) per row; Minari cannot store empty arrays"),
+        ("minari:a", {"obs": np.zeros(3)}, "id 'a', expected <name>-v<number>"),
         (
             "a.pt",
             {"obs": np.zeros(3), "terminated": np.zeros(3), "done": np.zeros(3)},
             "terminated: a column of this name would be read back as done",
         ),
-        ("no/a.h5", {"obs": np.zeros(3)}, "no folder .*no to write to"),
-        ("a.csv", {"obs": np.zeros(3)}, "not told by its name"),
+        ("no/a.h5", {"obs": np.zeros(3)}, "the folder .*no does not exist"),
+        ("a.csv", {"obs": np.zeros(3)}, "unknown format, expected"),
     ],
 )
 def test_what_cannot_be_written_is_said_and_leaves_nothing(
@@ -293,7 +293,7 @@ def test_what_cannot_be_written_is_said_and_leaves_nothing(
 
 
 def test_empty_server_has_nothing_to_export(empty: Pair, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no episodes, so there is nothing to export"):
+    with pytest.raises(DatasetError, match="no episodes are stored, so there is nothing to export"):
         datasets.export(empty[0][1], str(tmp_path / "all.h5"))
 
     assert list(tmp_path.iterdir()) == []
@@ -306,7 +306,7 @@ def test_relative_path_will_do(empty: Pair, tmp_path: Path, monkeypatch: pytest.
     client.add(make_episode(0))
 
     datasets.export(client, name, format=format)
-    datasets.load(into, name, format=format, again=f"relative {name}")
+    datasets.load(into, name, format=format, reload_label=f"relative {name}")
 
     assert_same(stored(other), [make_episode(0)])
 
@@ -319,10 +319,10 @@ def test_what_is_there_is_replaced_by_force_alone(empty: Pair, tmp_path: Path, n
     datasets.export(client, target, format=format)
     client.add(make_episode(1))
 
-    with pytest.raises(DatasetError, match="is there already; --force"):
+    with pytest.raises(DatasetError, match="already exists; --force"):
         datasets.export(client, target, format=format)
     datasets.export(client, target, format=format, force=True)
-    datasets.load(into, target, again=f"replaced {name}")
+    datasets.load(into, target, reload_label=f"replaced {name}")
 
     assert_same(stored(other), [make_episode(0), make_episode(1)])
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -334,7 +334,7 @@ def test_folder_with_something_else_in_it_is_not_replaced(empty: Pair, tmp_path:
     (tmp_path / "mine-v0" / "thesis.tex").touch()
     empty[0][1].add(make_episode(0))
 
-    with pytest.raises(DatasetError, match="something else in it, which is not replaced"):
+    with pytest.raises(DatasetError, match="a folder that holds something else and is not replaced"):
         datasets.export(empty[0][1], str(tmp_path / "mine-v0"), format=format, force=True)
 
     assert (tmp_path / "mine-v0" / "thesis.tex").exists()
@@ -355,8 +355,8 @@ def test_export_that_fails_leaves_what_was_there(empty: Pair, tmp_path: Path, na
         raise Stopped
 
     with pytest.raises(Stopped):
-        datasets.export(client, str(tmp_path / name), format=format, force=True, watch=stop)
-    datasets.load(into, str(tmp_path / name), again=f"left {name}")
+        datasets.export(client, str(tmp_path / name), format=format, force=True, progress=stop)
+    datasets.load(into, str(tmp_path / name), reload_label=f"left {name}")
 
     assert_same(stored(other), [make_episode(0)])
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -368,7 +368,7 @@ def test_export_that_is_killed_leaves_no_file_that_looks_whole(empty: Pair, tmp_
     code = (
         "import os, signal, sys; from touchline import ReplayClient, datasets\n"
         "def die(done, total, report): os.kill(os.getpid(), signal.SIGKILL) if done == 2 else None\n"
-        "datasets.export(ReplayClient(sys.argv[1]), sys.argv[2], watch=die)"
+        "datasets.export(ReplayClient(sys.argv[1]), sys.argv[2], progress=die)"
     )
 
     killed = [

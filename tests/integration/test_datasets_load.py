@@ -13,7 +13,7 @@ import pytest
 from support.dataset_cases import assert_same, make_episode, serve, stored, write_hdf5, write_npz
 from support.serving import ServerThread
 from touchline import ReplayClient, datasets
-from touchline.datasets import Changes, DatasetEpisode
+from touchline.datasets import ColumnTransforms, DatasetEpisode
 from touchline.datasets.npz import NpzSource
 from touchline.errors import UnavailableError
 
@@ -83,12 +83,12 @@ def test_load_reads_no_more_ahead_than_one_call(client: ReplayClient, tmp_path: 
         read += 1
         return read_one(*arguments)
 
-    def watch(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
+    def progress(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
         if stage == "load" and done:
             ahead.append((done, read))
 
     monkeypatch.setattr(NpzSource, "_read", count)
-    datasets.load(client, str(tmp_path / "demos.npz"), watch=watch)
+    datasets.load(client, str(tmp_path / "demos.npz"), progress=progress)
 
     a_call = -(-10_000 // sum(column.nbytes for column in episodes[0].values()))
     assert len(ahead) >= 100 // a_call
@@ -99,12 +99,12 @@ def test_load_that_fails_half_way_reads_no_further(client: ReplayClient, tmp_pat
     monkeypatch.setattr("touchline.datasets.loader.CALL_BYTES", 10_000)
     write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50) for number in range(100)])
 
-    def watch(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
+    def progress(stage: str, done: int, total: int, report: datasets.LoadReport) -> None:
         if stage == "load" and done:
             raise UnavailableError("away")
 
     with pytest.raises(UnavailableError, match="away"):
-        datasets.load(client, str(tmp_path / "demos.npz"), watch=watch)
+        datasets.load(client, str(tmp_path / "demos.npz"), progress=progress)
     reading = [thread for thread in threading.enumerate() if thread.name == "touchline-read-ahead"]
     report = datasets.load(client, str(tmp_path / "demos.npz"))
 
@@ -125,7 +125,9 @@ def test_file_that_was_changed_is_another_source(server: ServerThread, client: R
 
 
 @pytest.mark.parametrize(
-    "other", [{"again": "more"}, {"changes": Changes(task=1)}, {"changes": Changes(drop=("extra",))}], ids=["again", "task", "drop"]
+    "other",
+    [{"reload_label": "more"}, {"transforms": ColumnTransforms(task=1)}, {"transforms": ColumnTransforms(drop=("extra",))}],
+    ids=["again", "task", "drop"],
 )
 def test_the_same_file_loaded_otherwise_is_other_episodes(client: ReplayClient, tmp_path: Path, other: dict[str, Any]) -> None:
     write_npz(tmp_path / "demos.npz", [make_episode(0) | {"extra": np.zeros(11), "task": np.zeros(11, np.int64)}])
@@ -144,7 +146,7 @@ def test_duplicate_of_an_evicted_episode_stays_one_and_again_brings_it_back(tmp_
         datasets.load(client, str(tmp_path / "demos.npz"))
 
         repeated = datasets.load(client, str(tmp_path / "demos.npz"))
-        more = datasets.load(client, str(tmp_path / "demos.npz"), again="2", limit=1)
+        more = datasets.load(client, str(tmp_path / "demos.npz"), reload_label="2", limit=1)
 
         assert (repeated.stored, repeated.duplicates, more.stored) == (0, 6, 1)
         assert_same(stored(server), [make_episode(number) for number in (4, 5, 0)])

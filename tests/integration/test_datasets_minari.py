@@ -18,7 +18,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from support.dataset_cases import serve, stored
 from support.serving import ServerThread
 from touchline import ReplayClient, datasets
-from touchline.datasets import Changes, DatasetError
+from touchline.datasets import ColumnTransforms, DatasetError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -100,7 +100,7 @@ def test_minari_termination_is_done_and_discrete_actions_are_kept(server: Server
     played = _play(env, 4)
     _create("cartpole/random-v0", played, env)
 
-    datasets.load(client, str(minari_folder / "cartpole" / "random-v0"), infos=True, changes=Changes(float32=True, task=7))
+    datasets.load(client, str(minari_folder / "cartpole" / "random-v0"), infos=True, transforms=ColumnTransforms(float32=True, task=7))
 
     for episode, buffer in zip(stored(server), played, strict=True):
         assert set(episode) == {"obs", "action", "reward", "done", "info.clock", "task"}

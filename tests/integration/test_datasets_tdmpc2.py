@@ -120,7 +120,7 @@ def test_file_of_an_early_tensordict_is_read_without_trust(
 def test_pt_file_is_read_without_tensordict(tmp_path: Path) -> None:
     """Which takes as long to import as torch itself."""
     torch.save(_multitask(2, 3), tmp_path / "chunk.pt")
-    code = "import sys; sys.modules['tensordict'] = None; from touchline import datasets; print(datasets.survey(sys.argv[1])[0].stored)"
+    code = "import sys; sys.modules['tensordict'] = None; from touchline import datasets; print(datasets.inspect(sys.argv[1])[0].stored)"
 
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "chunk.pt")], capture_output=True, text=True, check=False)
 

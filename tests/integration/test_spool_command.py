@@ -208,8 +208,8 @@ def test_show_tells_a_person_what_is_there(run: Run, tmp_path: Path) -> None:
     status, output, errors = run("show", "spool")
 
     assert (status, errors) == (0, "")
-    assert "spool: nobody uses it; " in output
-    assert "  waiting          1,494  16,434 steps, " in output and ", the oldest of 20" in output
+    assert "spool: not in use; " in output
+    assert "  pending          1,494  16,434 steps, " in output and ", oldest of 20" in output
     assert "  refused              5  55 steps, " in output
     assert "    5 × obs: as the test wants, for the #th time\n" in output
     assert "      episode 1: obs: as the test wants, for the 0th time\n" in output and "      and 2 more\n" in output
@@ -235,12 +235,12 @@ def test_retry_and_send_say_what_they_did(server: ServerThread, run: Run, tmp_pa
     rest = run("send", "spool", TOUCHLINE_ADDRESS=server.address)
 
     assert (retried[0], again[0], first[0], rest[0]) == (0, 0, 1, 0)
-    assert retried[1].startswith("spool: 2 refused episodes wait again\n") and "touchline spool send spool" in retried[1]
-    assert again[1] == "spool: none was refused\n"
+    assert retried[1].startswith("spool: 2 refused episodes pending again\n") and "touchline spool send spool" in retried[1]
+    assert again[1] == "spool: no refused episodes\n"
     assert f"spool to {server.address}: 8 episodes, 88 steps in " in first[1]
-    assert "  acknowledged         8\n" in first[1] and "  refused              1  kept in the spool" in first[1]
+    assert "  acknowledged         8\n" in first[1] and "  refused              1  still in the spool" in first[1]
     assert "1 × obs: " in first[1] and "episode 9: obs: " in first[1]
-    assert rest[1] == "spool: nothing waits\n"
+    assert rest[1] == "spool: nothing is pending\n"
     assert sorted(stored_keys(server)) == list(range(8))
 
 
@@ -264,8 +264,8 @@ def test_send_to_a_server_that_goes_away_says_what_is_left(run: Run, tmp_path: P
         status, output, errors = run("send", "spool", scripted.address, "--timeout-s", "0.5")
 
     assert status == 1
-    assert "  acknowledged         0\n" in output and "  left                 2  wait as before\n" in output
-    assert "touchline: tried again: " in errors and "touchline: given up: " in errors and "gone for lunch" in errors
+    assert "  acknowledged         0\n" in output and "  left                 2  still pending\n" in output
+    assert "touchline: retrying: " in errors and "touchline: gave up: " in errors and "gone for lunch" in errors
     assert keys_in(tmp_path / "spool") == [0, 1]
 
 
@@ -321,7 +321,7 @@ def test_send_that_is_interrupted_says_that_nothing_is_lost(server: ServerThread
         go_on.set()
 
     assert process.returncode == 130
-    assert "touchline: interrupted; what is not acknowledged waits as before, and the same command again goes on\n" in errors
+    assert "touchline: interrupted; what was not acknowledged is still pending, run the same command again to continue\n" in errors
     assert "Traceback" not in errors and output == ""
     assert maintenance.send(tmp_path / "spool", server.address).sent == 2
     assert_same(stored(server), [make_episode(0), make_episode(1)])

@@ -1,10 +1,8 @@
-"""Small files that announce gigabytes, or hold them compressed; each has one good episode before and behind the bomb where it can."""
+"""Small files that announce gigabytes, or hold them compressed, with a good episode before and after that one if the format permits."""
 
 from __future__ import annotations
 
 import io
-import json
-import pickle
 import struct
 import zipfile
 import zlib
@@ -22,13 +20,11 @@ from support.dataset_cases import make_episode
 MIB = 1 << 20
 BOMB_BYTES = 512 * MIB
 LONG_BYTES = 128 * MIB
-TEXT_BYTES = LONG_BYTES + 0x1357
-"""A number that occurs in a file only on purpose."""
 HUGE = 10**12
 
 
 def deflated_zeros(size_bytes: int) -> bytes:
-    """Returns a zlib stream of ``size_bytes`` zeros, a multiple of 16 MiB: one flushed block, over and over."""
+    """Returns a zlib stream of ``size_bytes`` zeros, a multiple of 16 MiB: one flushed block, repeated."""
     compressor = zlib.compressobj(9)
     begin = compressor.compress(b"") + compressor.flush(zlib.Z_FULL_FLUSH)
     block = compressor.compress(bytes(16 * MIB)) + compressor.flush(zlib.Z_FULL_FLUSH)
@@ -40,14 +36,14 @@ def deflated_zeros(size_bytes: int) -> bytes:
 # NPZ.
 
 
-def npy(shape: tuple[int, ...], *, version: int = 1, pad: int = 0) -> bytes:
+def npy(shape: tuple[int, ...]) -> bytes:
     """Returns the header of an ``.npy`` of float32."""
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode() + b" " * pad + b"\n"
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(header)) + header
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode() + b"\n"
+    return b"\x93NUMPY" + bytes([1, 0]) + struct.pack("<H", len(header)) + header
 
 
 def write_npz(path: Path, name: str, *content: bytes) -> Path:
-    """Writes a member of these pieces between two good episodes, deflated."""
+    """Writes a deflated member with this content between two good episodes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         _add_npz(file, 0)
         with file.open(f"1/{name}", "w") as member:
@@ -69,43 +65,28 @@ def npz_announcing(path: Path) -> Path:
 
 
 def npz_zeros(path: Path) -> Path:
-    """All of it is there: zeros enough for four episodes."""
+    """Writes zeros, which are really in it, for four times an episode's limit."""
     return write_npz(path, "obs.npy", npy((LONG_BYTES // 4,)), *[bytes(16 * MIB)] * (LONG_BYTES // (16 * MIB)))
 
 
 def npz_lying_about_a_member(path: Path) -> Path:
-    """Its header announces what an episode may have, of which it has a hundred bytes."""
+    """Writes a header that announces an episode within the limit, with only 100 bytes after it."""
     return write_npz(path, "obs.npy", npy((2 * MIB,)), bytes(100))
 
 
-def npz_long_header(path: Path) -> Path:
-    return write_npz(path, "obs.npy", npy((4,), version=2, pad=LONG_BYTES))
-
-
 def npz_long_text(path: Path) -> Path:
-    return write_npz(path, "episode.json", b" " * TEXT_BYTES)
-
-
-def npz_understated_text(path: Path) -> Path:
-    """The directory says that the text has 20 bytes, of which a hundred million would come out."""
-    content = npz_long_text(path).read_bytes()
-    return _overwrite(path, content.replace(struct.pack("<I", TEXT_BYTES), struct.pack("<I", 20)))
+    return write_npz(path, "episode.json", b" " * LONG_BYTES)
 
 
 def npz_rows_of_nothing(path: Path) -> Path:
     return write_npz(path, "obs.npy", npy((HUGE, 0)))
 
 
-def _overwrite(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 # HDF5.
 
 
 def write_hdf5(path: Path, bomb: Callable[[Any], Any]) -> Path:
-    """Writes two good episodes, and between them one that a function makes in its group."""
+    """Writes two good episodes, and between them one that ``bomb`` writes into its group."""
     with h5py.File(path, "w") as file:
         for number in (0, 2):
             for name, column in make_episode(number).items():
@@ -129,36 +110,6 @@ def hdf5_zeros(path: Path) -> Path:
     return write_hdf5(path, bomb)
 
 
-def hdf5_lying_chunk(path: Path) -> Path:
-    def bomb(group: Any) -> None:
-        group.create_dataset("obs", (1024,), "u1", chunks=(1024,), compression="gzip").id.write_direct_chunk(
-            (0,), deflated_zeros(BOMB_BYTES)
-        )
-
-    return write_hdf5(path, bomb)
-
-
-def hdf5_chunk_larger_than_its_dataset(path: Path) -> Path:
-    def bomb(group: Any) -> None:
-        dataset = group.create_dataset("obs", (4,), "u1", maxshape=(None,), chunks=(BOMB_BYTES,), compression="gzip")
-        dataset.id.write_direct_chunk((0,), deflated_zeros(BOMB_BYTES))
-
-    return write_hdf5(path, bomb)
-
-
-def hdf5_twice_compressed(path: Path) -> Path:
-    def bomb(group: Any) -> None:
-        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_chunk((1024,))
-        properties.set_deflate(9)
-        properties.set_deflate(9)
-        space = h5py.h5s.create_simple((1024,))
-        dataset = h5py.h5d.create(group.id, b"obs", h5py.h5t.NATIVE_UINT8, space, properties)
-        dataset.write_direct_chunk((0,), zlib.compress(deflated_zeros(BOMB_BYTES)))
-
-    return write_hdf5(path, bomb)
-
-
 def hdf5_filter_of_another_kind(path: Path) -> Path:
     return write_hdf5(path, lambda group: group.create_dataset("obs", data=np.zeros(11, np.int32), scaleoffset=0))
 
@@ -175,7 +126,7 @@ def hdf5_group_in_itself(path: Path) -> Path:
 
 
 def hdf5_groups_of_groups(path: Path) -> Path:
-    """Four levels of nine names each, all of them links to one group a level."""
+    """Writes four levels of nine links each, all to the same group of the next level: 6,561 groups by name."""
 
     def bomb(group: Any) -> None:
         below = group.create_group("level")
@@ -189,35 +140,11 @@ def hdf5_groups_of_groups(path: Path) -> Path:
     return write_hdf5(path, bomb)
 
 
-# .pt, of which one that is refused is refused whole: all its episodes are of one size.
+# .pt: all episodes of a file have the same size, so one that is refused is refused whole.
 
 
 def pt_expanded(path: Path) -> Path:
     torch.save({"obs": torch.zeros(1).expand(3, 10**6, 10**6), "action": torch.zeros(3, 10**6), "reward": torch.zeros(3, 10**6)}, path)
-    return path
-
-
-class _Bytes:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return bytearray, (BOMB_BYTES,)
-
-
-def pt_bytearray(path: Path) -> Path:
-    torch.save({"obs": _Bytes()}, path)
-    return path
-
-
-def pt_bytearray_of_before_zip_files(path: Path) -> Path:
-    torch.save({"obs": _Bytes()}, path, _use_new_zipfile_serialization=False)
-    return path
-
-
-def pt_deflated(path: Path) -> Path:
-    torch.save({"obs": torch.zeros(2, 8 * MIB), "action": torch.zeros(2, 8 * MIB), "reward": torch.zeros(2, 8 * MIB)}, path)
-    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(path.with_suffix(".new"), "w", zipfile.ZIP_DEFLATED, compresslevel=1) as deflated:
-        for record in stored.infolist():
-            deflated.writestr(record.filename, stored.read(record))
-    path.with_suffix(".new").replace(path)
     return path
 
 
@@ -227,20 +154,11 @@ def pt_sparse(path: Path) -> Path:
     return path
 
 
-def pt_storage_of_before_zip_files(path: Path) -> Path:
-    """Its pickle announces a storage of 2 GiB; it has 24 bytes."""
-    torch.save({name: torch.full((2, 3), 7.0) for name in ("obs", "action", "reward")}, path, _use_new_zipfile_serialization=False)
-    content = path.read_bytes()
-    announced = pickle.BININT1 + bytes([6])
-    assert content.count(announced) >= 3
-    return _overwrite(path, content.replace(announced, pickle.BININT + struct.pack("<i", 1 << 29), 1))
-
-
 # Minari.
 
 
 def jpeg_announcing(width: int, height: int) -> np.ndarray:
-    """Returns a JPEG of 64 by 64 whose header says something else."""
+    """Returns a JPEG of 64 by 64 pixels whose header announces another size."""
     content = io.BytesIO()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(content, format="JPEG")
     true, false = struct.pack(">HH", 64, 64), struct.pack(">HH", height, width)
@@ -249,15 +167,9 @@ def jpeg_announcing(width: int, height: int) -> np.ndarray:
 
 
 def change_minari(folder: Path, number: int, name: str, **dataset: Any) -> Path:
-    """Replaces a dataset of an episode."""
+    """Replaces a dataset of an episode by another one."""
     with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
         group = file[f"episode_{number}"]
         del group[name]
         group.create_dataset(name, **dataset)
-    return folder
-
-
-def announce_minari_episodes(folder: Path, count: int) -> Path:
-    metadata = folder / "data" / "metadata.json"
-    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"total_episodes": count}))
     return folder

@@ -190,7 +190,7 @@ EXPORTS = {
         "__version__",
     ],
     "touchline.datasets": [
-        "Changes",
+        "ColumnTransforms",
         "DatasetEpisode",
         "DatasetError",
         "ExportReport",
@@ -199,11 +199,11 @@ EXPORTS = {
         "Refusals",
         "Selection",
         "Source",
-        "UnholdableError",
+        "UnsupportedEpisodeError",
         "export",
+        "inspect",
         "load",
         "open_source",
-        "survey",
     ],
     "touchline_server": [
         "Batch",

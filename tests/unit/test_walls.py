@@ -160,7 +160,7 @@ def test_every_import_is_allowed_and_no_files_import_in_a_cycle() -> None:
         ("touchline_server.store.columns", "def f():\n    from touchline_server.torchrl import internals", "store may import"),
         ("touchline._actor.rows", "from touchline.client import ReplayClient", "_actor may import"),
         ("touchline._learner.stream", "if TYPE_CHECKING:\n    from touchline import ReplayClient", "_learner may import"),
-        ("touchline.datasets.npz", "from touchline._cli.terminal import say", "datasets may import"),
+        ("touchline.datasets.npz", "from touchline._cli.terminal import print_line", "datasets may import"),
         ("touchline_protos.types.batch", "from touchline_protos.codec import wire", "types may import"),
         ("touchline_server.store.schema", "from touchline_server.store import columns", "an import cycle"),
         ("touchline.corner.utils", "", "unknown package"),

@@ -1,4 +1,4 @@
-"""What a command shows of its progress, on a terminal and where there is none."""
+"""The progress that a command shows, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import io
 
 from rich.console import Console
 
-from touchline._cli.progress import Meter, progress_text
+from touchline._cli.progress import ProgressDisplay, format_progress
 
 
 class Clock:
-    """Seconds that go forward when they are told to."""
+    """A clock that stands still until the test advances it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -19,19 +19,19 @@ class Clock:
         return self.now_s
 
 
-def test_progress_text_says_how_much_and_how_fast() -> None:
-    assert progress_text(1200, 5000, unit="episodes", size_bytes=0, seconds=0.0) == "1,200 of 5,000 episodes"
-    assert progress_text(1200, 5000, unit="episodes", size_bytes=60_000_000, seconds=4.0) == (
+def test_format_progress_says_how_much_and_how_fast() -> None:
+    assert format_progress(1200, 5000, unit="episodes", size_bytes=0, seconds=0.0) == "1,200 of 5,000 episodes"
+    assert format_progress(1200, 5000, unit="episodes", size_bytes=60_000_000, seconds=4.0) == (
         "1,200 of 5,000 episodes, 300 episodes/s, 15.0 MB/s"
     )
-    assert progress_text(50_000_000, 200_000_000, unit="bytes", size_bytes=50_000_000, seconds=0.5) == "50 of 200 MB, 100.0 MB/s"
+    assert format_progress(50_000_000, 200_000_000, unit="bytes", size_bytes=50_000_000, seconds=0.5) == "50 of 200 MB, 100.0 MB/s"
 
 
-def test_meter_without_a_terminal_prints_a_line_every_few_seconds() -> None:
+def test_display_without_a_terminal_prints_a_line_every_few_seconds() -> None:
     output, clock = io.StringIO(), Clock()
-    with Meter(Console(file=output, force_terminal=False, width=40), clock) as meter:
+    with ProgressDisplay(Console(file=output, force_terminal=False, width=40), clock) as display:
         for done in range(13):
-            meter.show("load [red]demos.npz", done, 12, unit="episodes", size_bytes=done * 1_000_000)
+            display.show("load [red]demos.npz", done, 12, unit="episodes", size_bytes=done * 1_000_000)
             clock.now_s += 1
 
     assert output.getvalue().splitlines() == [
@@ -40,13 +40,13 @@ def test_meter_without_a_terminal_prints_a_line_every_few_seconds() -> None:
     ]
 
 
-def test_meter_on_a_terminal_draws_a_bar_and_takes_it_away() -> None:
+def test_display_on_a_terminal_draws_a_bar_and_takes_it_away() -> None:
     output, clock = io.StringIO(), Clock()
-    with Meter(Console(file=output, force_terminal=True, width=100, color_system=None), clock) as meter:
-        meter.show("load demos.npz", 0, 8, unit="episodes", size_bytes=0)
+    with ProgressDisplay(Console(file=output, force_terminal=True, width=100, color_system=None), clock) as display:
+        display.show("load demos.npz", 0, 8, unit="episodes", size_bytes=0)
         clock.now_s += 2
-        meter.show("load demos.npz", 4, 8, unit="episodes", size_bytes=6_000_000)
-        meter.rest()
+        display.show("load demos.npz", 4, 8, unit="episodes", size_bytes=6_000_000)
+        display.hide()
         after = output.getvalue()
         output.write("a line of its own\n")
 
@@ -55,13 +55,13 @@ def test_meter_on_a_terminal_draws_a_bar_and_takes_it_away() -> None:
     assert output.getvalue().endswith("a line of its own\n")
 
 
-def test_meter_begins_anew_with_another_label() -> None:
+def test_display_begins_anew_with_another_label() -> None:
     output, clock = io.StringIO(), Clock()
-    with Meter(Console(file=output, force_terminal=False), clock) as meter:
-        meter.show("fingerprint", 1, 2, unit="bytes", size_bytes=1)
+    with ProgressDisplay(Console(file=output, force_terminal=False), clock) as display:
+        display.show("fingerprint", 1, 2, unit="bytes", size_bytes=1)
         clock.now_s += 100
-        meter.show("load", 0, 2, unit="episodes", size_bytes=0)
+        display.show("load", 0, 2, unit="episodes", size_bytes=0)
         clock.now_s += 10
-        meter.show("load", 1, 2, unit="episodes", size_bytes=10_000_000)
+        display.show("load", 1, 2, unit="episodes", size_bytes=10_000_000)
 
     assert output.getvalue() == "load: 1 of 2 episodes, 0 episodes/s, 1.0 MB/s\n"

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from touchline._actor.keys import Identity
-from touchline._cli.terminal import complain, say
+from touchline._cli.terminal import print_error, print_line
 from touchline._rpc.calls import translate
 from touchline._rpc.convert import check_actor
 from touchline.errors import InvalidArgumentError
@@ -132,13 +132,13 @@ def test_error_texts_of_either_side_are_one_line(text: str, code: grpc.StatusCod
 def test_terminal_shows_a_peers_text_on_one_line_and_without_markup(text: str) -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        say(text)
+        print_line(text)
 
     assert out.getvalue() == escape(text) + "\n"
 
 
 def test_complaint_is_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    complain(escape(FORGED))
+    print_error(escape(FORGED))
 
     assert capsys.readouterr().err.count("\n") == 1
 

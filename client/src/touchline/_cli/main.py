@@ -1,4 +1,4 @@
-"""The command ``touchline``: says what to install where its packages are missing, else hands over to the commands."""
+"""Entry point of the command ``touchline``: says what to install if its packages are missing, otherwise runs the commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("typer", "rich")
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
     try:
-        from touchline._cli.load import app
+        from touchline._cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in PACKAGES:
             raise

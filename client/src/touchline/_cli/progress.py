@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, a line every few seconds where there is none."""
+"""Progress of a command on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,68 +12,68 @@ from rich.text import Text
 
 from touchline_protos.log_lines import escape
 
-PLAIN_EVERY_S = 5.0
-"""Between two lines where there is no terminal."""
+LINE_INTERVAL_S = 5.0
+"""Time between two lines if stderr is not a terminal."""
 
 
-class Meter:
-    """Shows one piece of work after the other, on stderr. Also a context manager that ends the showing.
+class ProgressDisplay:
+    """Shows the progress of one piece of work after another. A context manager that hides it at the end. Not thread-safe.
 
     Args:
-        console: of stderr.
-        clock: seconds that only go forward.
+        console: the console to draw on.
+        clock: a function that returns monotonic time in seconds.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._label = ""
-        self._begun_s = self._told_s = clock()
+        self._started_s = self._printed_s = clock()
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.rest()
+        self.hide()
 
-    def rest(self) -> None:
-        """Takes the bar away, so that something else can be printed."""
+    def hide(self) -> None:
+        """Removes the bar, so that something else can be printed."""
         self._label = ""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def show(self, label: str, done: int, total: int | None, *, unit: str, size_bytes: int) -> None:
-        """Tells how far a piece of work is.
+        """Shows how far a piece of work is.
 
         Args:
-            label: names it; another label begins another piece.
-            done: of ``total``.
-            total: of ``unit``; None where it is not known.
-            unit: ``"episodes"`` or ``"bytes"``.
-            size_bytes: that went by so far.
+            label: name of the piece of work; another name than in the last call starts another piece.
+            done: amount done.
+            total: amount to do; None if unknown.
+            unit: unit of both, ``"episodes"`` or ``"bytes"``.
+            size_bytes: number of bytes processed, for the throughput.
         """
         now_s, label = self._clock(), escape(label)
         if label != self._label:
-            self.rest()
-            self._label, self._begun_s, self._told_s = label, now_s, now_s
+            self.hide()
+            self._label, self._started_s, self._printed_s = label, now_s, now_s
             if self._console.is_terminal:
-                self._bar = self._make_bar()
-                self._task = self._bar.add_task(label, total=total, told="")
-        told = progress_text(done, total, unit=unit, size_bytes=size_bytes, seconds=now_s - self._begun_s)
+                self._bar = self._start_bar()
+                self._task = self._bar.add_task(label, total=total, amounts="")
+        amounts = format_progress(done, total, unit=unit, size_bytes=size_bytes, seconds=now_s - self._started_s)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, told=told)
-        elif now_s - self._told_s >= PLAIN_EVERY_S:
-            self._told_s = now_s
-            self._console.print(Text(f"{label}: {told}"), soft_wrap=True)
+            self._bar.update(self._task, completed=done, total=total, amounts=amounts)
+        elif now_s - self._printed_s >= LINE_INTERVAL_S:
+            self._printed_s = now_s
+            self._console.print(Text(f"{label}: {amounts}"), soft_wrap=True)
 
-    def _make_bar(self) -> Progress:
+    def _start_bar(self) -> Progress:
         bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[told]}", markup=False),
+            TextColumn("{task.fields[amounts]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
@@ -82,14 +82,14 @@ class Meter:
         return bar
 
 
-def progress_text(done: int, total: int | None, *, unit: str, size_bytes: int, seconds: float) -> str:
-    """Returns how much is done, and how fast, in words."""
+def format_progress(done: int, total: int | None, *, unit: str, size_bytes: int, seconds: float) -> str:
+    """Returns the amount done and the throughput as text; see :meth:`ProgressDisplay.show`."""
     if unit == "bytes":
-        return f"{done / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB{_rate(None, size_bytes, seconds)}"
-    return f"{done:,}{'' if total is None else f' of {total:,}'} {unit}{_rate(done, size_bytes, seconds)}"
+        return f"{done / 1e6:,.0f} of {(total or 0) / 1e6:,.0f} MB{_throughput(None, size_bytes, seconds)}"
+    return f"{done:,}{'' if total is None else f' of {total:,}'} {unit}{_throughput(done, size_bytes, seconds)}"
 
 
-def _rate(done: int | None, size_bytes: int, seconds: float) -> str:
+def _throughput(done: int | None, size_bytes: int, seconds: float) -> str:
     if seconds <= 0 or not size_bytes:
         return ""
     return ("" if done is None else f", {done / seconds:,.0f} episodes/s") + f", {size_bytes / seconds / 1e6:,.1f} MB/s"

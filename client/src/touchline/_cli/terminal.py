@@ -1,4 +1,4 @@
-"""What the commands say, on stdout and stderr, and how they end."""
+"""What the commands print on stdout and stderr, and how they exit."""
 
 from __future__ import annotations
 
@@ -15,91 +15,107 @@ from touchline._actor.rejections import Refusals
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError
 from touchline.errors import DeadlineError, SpoolError, TouchlineError, UnavailableError
+from touchline.types import ColumnInfo
 from touchline_protos.log_lines import escape
 
 EXIT_FAILED = 1
-"""Something was refused, or could not be done."""
+"""Exit status if something was refused or failed."""
 EXIT_USAGE = 2
-"""The command line cannot be used."""
+"""Exit status if the command line is wrong."""
 EXIT_INTERRUPTED = 130
-"""Ctrl-C."""
-PROBE_S = 3.0
-"""How long a server may take to say that it is there, before anything is read."""
+"""Exit status after Ctrl-C."""
+PROBE_TIMEOUT_S = 3.0
+"""How long a server may take to answer before anything is read."""
 
 
-def speed(episodes: int, size_bytes: int, seconds: float) -> str:
-    """Returns how fast it went, to stand behind what was done; empty where nothing was."""
+def format_rate(episodes: int, size_bytes: int, seconds: float) -> str:
+    """Returns duration and throughput, to append to what was done; empty if nothing was."""
     if seconds <= 0 or not episodes:
         return ""
     return f" in {seconds:,.1f} s ({episodes / seconds:,.0f} episodes/s, {size_bytes / seconds / 1e6:,.1f} MB/s)"
 
 
-def amount(count: int, unit: str) -> str:
-    """Returns a number of things in words."""
+def pluralize(count: int, unit: str) -> str:
+    """Returns a count with its unit, in the plural unless it is 1."""
     return f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
-def say(text: str, style: str = "") -> None:
-    """Prints one line as it is: rich's markup, highlighting and wrapping are not for data, and what is not printable is escaped."""
+def print_line(text: str, style: str = "") -> None:
+    """Prints one line on stdout, verbatim except that unprintable characters are escaped.
+
+    Data must not be interpreted, so rich's markup, highlighting and wrapping are off.
+    """
     Console(soft_wrap=True).print(Text(escape(text), style=style), soft_wrap=True)
 
 
-def say_reasons(reasons: Mapping[str, Refusals]) -> None:
+def print_columns(columns: Mapping[str, ColumnInfo]) -> None:
+    """Prints the dtype and the shape of one row of each column."""
+    width = max((len(name) for name in columns), default=0)
+    for name, column in columns.items():
+        print_line(f"  {name:<{width}}  {column.dtype} {list(column.shape)}")
+
+
+def print_reasons(reasons: Mapping[str, Refusals]) -> None:
     """Prints why episodes were refused, the most common reason first."""
     for reason, refusals in sorted(reasons.items(), key=lambda item: -item[1].count):
-        say(f"    {refusals.count:,} × {reason}")
+        print_line(f"    {refusals.count:,} × {reason}")
         for position, message in refusals.examples:
-            say(f"      episode {position}: {message}")
+            print_line(f"      episode {position}: {message}")
         if refusals.count > len(refusals.examples):
-            say(f"      and {refusals.count - len(refusals.examples):,} more")
+            print_line(f"      and {refusals.count - len(refusals.examples):,} more")
 
 
-def probe(address: str) -> None:
-    """Asks the server whether it is there, before a source is read for nothing."""
-    with ReplayClient(address, timeout_s=PROBE_S) as client:
-        try:
-            client.info()
-        except (UnavailableError, DeadlineError) as error:
-            hint = "Is it up (touchline-server serve), and is --address or TOUCHLINE_ADDRESS right?"
-            fail(f"no server: {escape(str(error))}\n{hint}", EXIT_FAILED)
-
-
-@contextmanager
-def failing_well(interrupted: str) -> Iterator[Callable[[], None]]:
-    """Ends the command with a message in the place of a traceback; gives what raises KeyboardInterrupt after Ctrl-C, to be called often."""
-    pressed = False
-
-    def press(number: int, frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        # Where Python runs this in a callback of a weak reference, it prints the exception and goes on: so it is kept as well.
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield check
-    except KeyboardInterrupt:
-        fail(interrupted, EXIT_INTERRUPTED)
-    except (UnavailableError, DeadlineError) as error:
-        fail(f"no answer: {escape(str(error))}\nThe same command may be run again.", EXIT_FAILED)
-    except (DatasetError, SpoolError) as error:
-        fail(escape(str(error)), EXIT_FAILED)
-    except TouchlineError as error:
-        fail(f"{type(error).__name__}: {escape(str(error))}", EXIT_FAILED)
-    except OSError as error:
-        fail(escape(str(error)), EXIT_FAILED)
-
-
-def complain(message: str) -> None:
-    """Prints what is wrong on stderr."""
+def print_error(message: str) -> None:
+    """Prints an error on stderr. Text from a server or a file must be escaped by the caller."""
     typer.echo(f"touchline: {message}", err=True)
 
 
-def fail(message: str, status: int) -> NoReturn:
-    """Says what is wrong and ends the command."""
-    complain(message)
+def exit_with(message: str, status: int) -> NoReturn:
+    """Prints an error and ends the command with an exit status."""
+    print_error(message)
     raise typer.Exit(status)
+
+
+def check_reachable(address: str) -> None:
+    """Ends the command if the server does not answer, before any source is read."""
+    with ReplayClient(address, timeout_s=PROBE_TIMEOUT_S) as client:
+        try:
+            client.info()
+        except (UnavailableError, DeadlineError) as error:
+            hint = "Check that it is running (touchline-server serve) and that --address or TOUCHLINE_ADDRESS is right."
+            exit_with(f"no server: {escape(str(error))}\n{hint}", EXIT_FAILED)
+
+
+@contextmanager
+def report_errors(interrupted: str) -> Iterator[Callable[[], None]]:
+    """Prints an error in place of a traceback and ends the command with the exit status that belongs to it.
+
+    Args:
+        interrupted: what to print after Ctrl-C.
+
+    Yields:
+        A function that raises KeyboardInterrupt once Ctrl-C was pressed; call it often.
+    """
+    pressed = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal pressed
+        # Python prints an exception that is raised while it runs the callback of a weak reference, and continues. So remember it as well.
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check_interrupted() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield check_interrupted
+    except KeyboardInterrupt:
+        exit_with(interrupted, EXIT_INTERRUPTED)
+    except (UnavailableError, DeadlineError) as error:
+        exit_with(f"no answer: {escape(str(error))}\nRun the same command again to retry.", EXIT_FAILED)
+    except (DatasetError, SpoolError, OSError) as error:
+        exit_with(escape(str(error)), EXIT_FAILED)
+    except TouchlineError as error:
+        exit_with(f"{type(error).__name__}: {escape(str(error))}", EXIT_FAILED)

@@ -1,4 +1,4 @@
-"""Data sets in and out: TD-MPC2's ``.pt`` files, Minari's data sets, HDF5 and NPZ files of episodes. ::
+"""Import and export data sets: TD-MPC2's ``.pt`` files, Minari data sets, and HDF5 and NPZ files of episodes. ::
 
     from touchline import ReplayClient, datasets
 
@@ -6,22 +6,25 @@
         report = datasets.load(client, "minari:D4RL/door/human-v2")
         datasets.export(client, "everything.h5")
 
-The commands ``touchline load`` and ``touchline export`` do the same. A load may be interrupted and started again: each episode is stored
-once. Importing this loads none of the formats' packages; a format needs its own alone (``touchline[torch]``, ``touchline[minari]``,
-``touchline[hdf5]``; NPZ needs none). Layouts, and what survives in which: docs/datasets.md.
+The commands ``touchline load`` and ``touchline export`` do the same. An interrupted load can be started again: each episode is stored
+exactly once. Importing this package imports none of the formats' libraries; each format needs only its own extra (``touchline[torch]``,
+``touchline[minari]``, ``touchline[hdf5]``; NPZ needs none). The layouts, and what survives in which: docs/datasets.md.
 """
 
+import warnings
+from typing import Any
+
 from touchline._actor.rejections import Refusals
-from touchline.datasets.errors import DatasetError, UnholdableError
+from touchline.datasets.errors import DatasetError, UnsupportedEpisodeError
 from touchline.datasets.exporter import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
-from touchline.datasets.loader import LoadReport, load, survey
+from touchline.datasets.loader import LoadReport, inspect, load
 from touchline.datasets.source import DatasetEpisode, Source
-from touchline.datasets.transforms import Changes
+from touchline.datasets.transforms import ColumnTransforms
 
 __all__ = [
     "FORMATS",
-    "Changes",
+    "ColumnTransforms",
     "DatasetEpisode",
     "DatasetError",
     "ExportReport",
@@ -29,9 +32,20 @@ __all__ = [
     "Refusals",
     "Selection",
     "Source",
-    "UnholdableError",
+    "UnsupportedEpisodeError",
     "export",
+    "inspect",
     "load",
     "open_source",
-    "survey",
 ]
+
+_RENAMED = {"Changes": "ColumnTransforms", "UnholdableError": "UnsupportedEpisodeError", "survey": "inspect"}
+"""Names that this package had before, and what replaces each."""
+
+
+def __getattr__(name: str) -> Any:
+    """Returns what a former name stands for, with a DeprecationWarning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {__name__}.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -1,4 +1,4 @@
-"""From a server to a file or folder, which appears whole or not at all."""
+"""Export episodes from a server to a file or folder, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,72 +10,81 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 import numpy as np
 
 from touchline.client import ReplayClient
-from touchline.datasets.errors import DatasetError, UnholdableError
+from touchline.datasets.errors import DatasetError, UnsupportedEpisodeError
 from touchline.datasets.formats import check_format, format_of
 from touchline.datasets.provenance import Provenance
+from touchline.datasets.renamed_arguments import renamed_arguments
 from touchline_protos.codec import StoredEpisode
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # the standard library's from Python 3.11 on
+    from typing_extensions import Unpack  # in the standard library from Python 3.11 on
 
 
 class Selection(TypedDict, total=False):
-    """Which episodes, and what of them; as :meth:`touchline.ReplayClient.episodes` takes it. All where nothing is said."""
+    """Which episodes to export, and which of their columns. Keys that are left out select everything.
+
+    The same as the arguments of :meth:`touchline.ReplayClient.episodes`.
+    """
 
     ids: Iterable[int] | None
-    """Those of these ids alone, and none of the next four."""
+    """Ids of the episodes; excludes ``first``, ``last``, ``actor`` and ``newest``."""
     first: int | None
-    """From this id on."""
+    """Lowest id, inclusive."""
     last: int | None
-    """Up to this id, itself included."""
+    """Highest id, inclusive."""
     actor: str | None
-    """Of the actor of this name."""
+    """Name of the actor whose episodes are exported."""
     newest: int | None
-    """The newest so many of these."""
+    """Maximum number of episodes: only the most recent matching ones."""
     columns: Iterable[str] | None
-    """These columns alone; ``obs`` stands for all of ``obs.*`` too."""
+    """Names of the columns; ``obs`` also selects every ``obs.*``."""
 
 
 class Target(Protocol):
-    """Takes episodes, and is whole when it is finished. For one thread."""
+    """A data set that is being written. Not thread-safe."""
 
     def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
-        """Takes one episode, [rows, ...] a column.
+        """Writes one episode.
+
+        Args:
+            columns: [rows, ...] by name. Not kept after the call.
+            provenance: origin of the episode.
 
         Raises:
-            DatasetError: the format cannot hold what all episodes are like.
-            UnholdableError: it cannot hold this one.
+            DatasetError: the format cannot represent any episode of this kind.
+            UnsupportedEpisodeError: the format cannot represent this episode, but may represent others.
         """
 
     def finish(self) -> None:
-        """Puts everything into its place."""
+        """Completes the data set and moves it to its final path."""
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Removes everything that was written."""
 
 
 @dataclass(slots=True)
 class ExportReport:
-    """What became of the episodes of an export so far."""
+    """What has become of an export's episodes so far."""
 
     written: int = 0
-    """Episodes in the target."""
+    """Episodes written."""
     left_out: int = 0
-    """Episodes that the format cannot hold."""
+    """Episodes skipped because the format cannot represent them."""
     evicted: int = 0
-    """Episodes that were there when it began, and were evicted before their turn. Known at the end."""
+    """Episodes that the server evicted before they were read. Known only when the export is complete."""
     steps: int = 0
-    """Rows of those in the target."""
+    """Rows written."""
     size_bytes: int = 0
-    """Payload of those in the target."""
+    """Payload written, in bytes."""
     reasons: dict[str, list[int]] = field(default_factory=dict)
-    """Why, and the ids of the episodes that were left out for it."""
+    """Reasons for skipping episodes, and the ids of the episodes skipped for each."""
 
 
-Watch = Callable[[int, int, ExportReport], None]
-"""Called as an export goes on: episodes that were read, and that there are."""
+ProgressCallback = Callable[[int, int, ExportReport], None]
+"""Called after each episode: the number of episodes read, their total, the report so far."""
 
 
+@renamed_arguments(watch="progress")
 def export(
     client: ReplayClient,
     target: str,
@@ -83,45 +92,49 @@ def export(
     format: str | None = None,
     force: bool = False,
     compress: bool = False,
-    watch: Watch | None = None,
+    progress: ProgressCallback | None = None,
     **selection: Unpack[Selection],
 ) -> ExportReport:
-    """Writes a server's episodes to a file, a folder or a Minari data set, oldest first, and returns what was written.
+    """Writes a server's episodes to a file, a folder or a Minari data set, oldest first.
 
-    It is written under a hidden name beside its place and put there once it is whole; one that fails or is killed leaves the place as it
-    was. Episodes are read and written one by one.
+    The data set is written beside its path under a hidden name and renamed once it is complete. If the export fails or is killed, whatever
+    was at the path stays as it was. Episodes are read and written one at a time.
 
     Args:
-        client: of the server.
+        client: client of the server to read from.
         target: a path, or ``minari:<id>``.
-        format: ``tdmpc2``, ``minari``, ``hdf5`` or ``npz``; None goes by the name.
-        force: replace a data set that is there.
-        compress: HDF5 and NPZ: smaller and slower.
-        watch: told how far it is.
-        selection: which episodes; see :class:`Selection`.
+        format: ``tdmpc2``, ``minari``, ``hdf5`` or ``npz``; None derives it from ``target``.
+        force: whether to replace an existing data set.
+        compress: whether to compress (HDF5 and NPZ only): smaller and slower.
+        progress: called after each episode, in this thread.
+        selection: the episodes to export; see :class:`Selection`.
+
+    Returns:
+        The number of episodes written and skipped.
 
     Raises:
-        DatasetError: it cannot be written there, the format cannot hold the episodes, or there are none.
-        InvalidArgumentError: an id or a column that is not there.
-        UnavailableError, DeadlineError: the server was away for too long.
+        DatasetError: the target cannot be written, the format cannot represent the episodes, or none match.
+        InvalidArgumentError: a selected id or column does not exist.
+        UnavailableError, DeadlineError: the server was unreachable for too long.
     """
     report = ExportReport()
     with client.episodes(**selection) as episodes:
         total = episodes.total
         if not total:
-            what = "no episodes that were asked for" if any(selection.values()) else "no episodes"
-            raise DatasetError(f"{client.address}: {what}, so there is nothing to export")
+            found = "no episodes match the selection" if any(selection.values()) else "no episodes are stored"
+            raise DatasetError(f"{client.address}: {found}, so there is nothing to export")
         writer = open_target(target, client.info().row_convention, format=format, force=force, compress=compress)
         try:
             read = 0
             for episode in episodes:
                 read += 1
-                _add(writer, episode, report)
-                if watch is not None:
-                    watch(read, total, report)
+                _write(writer, episode, report)
+                if progress is not None:
+                    progress(read, total, report)
             report.evicted = total - read
             if not report.written:
-                raise DatasetError(f"{target}: none of the {total} episodes could be written: {'; '.join(report.reasons) or 'all evicted'}")
+                reasons = "; ".join(report.reasons) or "the server evicted all of them first"
+                raise DatasetError(f"{target}: none of the {total} episodes could be written: {reasons}")
             writer.finish()
         except BaseException:
             writer.discard()
@@ -130,24 +143,27 @@ def export(
 
 
 def open_target(target: str, row_convention: str, *, format: str | None, force: bool, compress: bool) -> Target:
-    """Returns what writes a format.
+    """Returns a writer for a target; see :func:`export` for the arguments.
+
+    Args:
+        row_convention: ``incoming`` or ``outgoing``, as the server stores rows.
 
     Raises:
-        DatasetError: it cannot be written there, or a package is missing.
+        DatasetError: the target cannot be written, or a package is missing.
     """
-    found = format_of(target) if format is None else check_format(format)
-    if compress and found not in ("hdf5", "npz"):
-        raise DatasetError(f"{target}: {found} is not compressed, hdf5 and npz are")
-    if found == "minari":
+    name = format_of(target) if format is None else check_format(format)
+    if compress and name not in ("hdf5", "npz"):
+        raise DatasetError(f"{target}: {name} files cannot be compressed; hdf5 and npz files can")
+    if name == "minari":
         from touchline.datasets.minari_target import MinariTarget
 
         return MinariTarget(target, row_convention, force=force)
     path = Path(target)
-    if found == "tdmpc2":
+    if name == "tdmpc2":
         from touchline.datasets.tdmpc2_target import TDMPC2Target
 
         return TDMPC2Target(path, row_convention, force=force)
-    if found == "hdf5":
+    if name == "hdf5":
         from touchline.datasets.hdf5 import Hdf5Target
 
         return Hdf5Target(path, row_convention, force=force, compress=compress)
@@ -156,11 +172,12 @@ def open_target(target: str, row_convention: str, *, format: str | None, force: 
     return NpzTarget(path, row_convention, force=force, compress=compress)
 
 
-def _add(writer: Target, episode: StoredEpisode, report: ExportReport) -> None:
+def _write(writer: Target, episode: StoredEpisode, report: ExportReport) -> None:
+    """Writes an episode, or counts why it was skipped."""
     provenance = Provenance(episode.id, episode.key, episode.actor, episode.policy_version)
     try:
         writer.add(episode.columns, provenance)
-    except UnholdableError as error:
+    except UnsupportedEpisodeError as error:
         report.left_out += 1
         report.reasons.setdefault(str(error), []).append(episode.id)
     else:

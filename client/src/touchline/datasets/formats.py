@@ -1,4 +1,4 @@
-"""Which format a source or a target has, by its name."""
+"""Which format a source or a target has."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from touchline.datasets.errors import DatasetError
 from touchline.datasets.source import Source
 
 FORMATS = ("tdmpc2", "minari", "hdf5", "npz")
-"""Names that ``format`` takes."""
+"""Values of ``format``."""
 MINARI_PREFIX = "minari:"
 _OF_SUFFIX = {".pt": "tdmpc2", ".pth": "tdmpc2", ".h5": "hdf5", ".hdf5": "hdf5", ".npz": "npz"}
 
 
 def format_of(place: str) -> str:
-    """Returns the format that a name tells: by ``minari:``, by its suffix, or by what a folder holds.
+    """Returns the format of a source or a target, derived from the prefix ``minari:``, the suffix, or the content of a folder.
 
     Raises:
-        DatasetError: it tells none.
+        DatasetError: the format cannot be derived.
     """
     if place.startswith(MINARI_PREFIX):
         return "minari"
@@ -31,16 +31,16 @@ def format_of(place: str) -> str:
         if any(path.glob("*.pt")):
             return "tdmpc2"
     raise DatasetError(
-        f"{place}: not told by its name what it is, expected .pt, .h5, .hdf5, .npz, minari:<id>, or a folder of one of Minari's data sets "
-        f"or of .pt files; --format ({', '.join(FORMATS)}) says it"
+        f"{place}: unknown format, expected .pt, .h5, .hdf5, .npz, minari:<id>, the folder of a Minari data set, or a folder of .pt files; "
+        f"or state the format with --format ({', '.join(FORMATS)})"
     )
 
 
 def check_format(name: str) -> str:
-    """Returns the format's name.
+    """Returns ``name`` if it is the name of a format.
 
     Raises:
-        DatasetError: there is none of this name.
+        DatasetError: it is not.
     """
     if name not in FORMATS:
         raise DatasetError(f"format: {name!r}, expected one of {', '.join(FORMATS)}")
@@ -48,33 +48,33 @@ def check_format(name: str) -> str:
 
 
 def open_source(place: str, *, format: str | None = None, trust_pickle: bool = False, infos: bool = False) -> Source:
-    """Returns the episodes of a file, a folder or one of Minari's data sets; close it.
+    """Opens a file, a folder or a Minari data set for reading; the caller closes it.
 
     Args:
         place: a path, or ``minari:<id>``.
-        format: one of :data:`FORMATS`; None goes by the name.
-        trust_pickle: unpickle anything that a ``.pt`` file holds. That runs whatever code is in it.
-        infos: the arrays of Minari's infos become columns too.
+        format: one of :data:`FORMATS`; None derives it from ``place``.
+        trust_pickle: whether to unpickle arbitrary objects in a ``.pt`` file. Doing so runs any code that the file contains.
+        infos: whether the arrays among Minari's infos become columns too.
 
     Raises:
-        DatasetError: there is nothing, it cannot be read, or a package that its format needs is missing.
+        DatasetError: the source does not exist or cannot be read, or a package that its format needs is missing.
     """
     if not place.startswith(MINARI_PREFIX) and not Path(place).exists():
-        hint = f"; one of Minari's is minari:{place}" if "/" in place and "-v" in place else ""
+        hint = f"; for a Minari data set, write minari:{place}" if "/" in place and "-v" in place else ""
         raise DatasetError(f"{place}: no such file or folder{hint}")
-    found = format_of(place) if format is None else check_format(format)
-    if found == "minari":
+    name = format_of(place) if format is None else check_format(format)
+    if name == "minari":
         from touchline.datasets.minari import MinariSource
 
         return MinariSource(place, infos=infos)
     path = Path(place)
-    if found == "tdmpc2":
+    if name == "tdmpc2":
         from touchline.datasets.tdmpc2 import TDMPC2Source
 
         return TDMPC2Source(_files(path, ["*.pt", "*.pth"]), trust_pickle=trust_pickle)
     if path.is_dir():
         raise DatasetError(f"{place}: a folder, expected a file")
-    if found == "hdf5":
+    if name == "hdf5":
         from touchline.datasets.hdf5 import Hdf5Source
 
         return Hdf5Source(path)
@@ -84,9 +84,10 @@ def open_source(place: str, *, format: str | None = None, trust_pickle: bool = F
 
 
 def _files(path: Path, patterns: Sequence[str]) -> list[Path]:
+    """Returns ``path`` if it is a file, otherwise the files in it that match a pattern, sorted by name."""
     if not path.is_dir():
         return [path]
     files = sorted(file for pattern in patterns for file in path.glob(pattern))
     if not files:
-        raise DatasetError(f"{path}: a folder without {' or '.join(patterns)}")
+        raise DatasetError(f"{path}: no {' or '.join(patterns)} in this folder")
     return files

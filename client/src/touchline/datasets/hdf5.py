@@ -1,4 +1,4 @@
-"""HDF5 files of episodes: one group an episode. Read and written a dataset at a time; the layout is in docs/datasets.md."""
+"""HDF5 files of episodes, one group per episode. Read and written one HDF5 dataset at a time; the layout is in docs/datasets.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.atomic_output import AtomicOutput
-from touchline.datasets.chunks import check_chunks
 from touchline.datasets.errors import DatasetError
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
@@ -26,16 +25,19 @@ except ImportError as error:
 
 FORMAT = "hdf5"
 EPISODES = "episodes"
-"""Group of the episodes' groups."""
+"""Name of the group that holds the episodes' groups."""
 MAX_DIGITS = 100
-"""Of a number in a name; a longer one is text."""
+"""Maximum length of a number in a name; a longer one is sorted as text, because int() takes quadratic time."""
 
 
 class Hdf5Source(SingleFileSource[Any]):
-    """Episodes of one HDF5 file, in the natural order of their groups' names: ``episode_2`` is before ``episode_10``.
+    """The episodes of one HDF5 file, in natural order of their names: ``episode_2`` comes before ``episode_10``. Not thread-safe.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        DatasetError: it is none, or not laid out so.
+        DatasetError: it is not an HDF5 file, or has another layout.
     """
 
     format = FORMAT
@@ -44,112 +46,105 @@ class Hdf5Source(SingleFileSource[Any]):
         try:
             file = h5py.File(path, "r")
         except OSError as error:
-            raise DatasetError(f"{path}: no HDF5 file, or a damaged one ({error})") from None
+            raise DatasetError(f"{path}: not an HDF5 file, or damaged ({error})") from None
         group = file.get(EPISODES)
         if not isinstance(group, h5py.Group):
             found = ", ".join(list(file)[:5]) or "nothing"
             file.close()
-            raise DatasetError(f"{path}: no group '{EPISODES}' with a group for each episode (found {found}); see docs/datasets.md")
+            raise DatasetError(f"{path}: found {found}, expected a group '{EPISODES}' with one group per episode; see docs/datasets.md")
         try:
-            _check_own(file, EPISODES, group)
+            _check_same_file(file, EPISODES, group)
         except DatasetError as error:
             file.close()
             raise DatasetError(f"{path}: {error}") from None
-        super().__init__(path, file, sorted(group, key=_natural))
+        super().__init__(path, file, sorted(group, key=_natural_key))
         self._episodes = group
         self.row_convention = str(file.attrs.get("row_convention", "incoming"))
 
-    def _read(self, position: int, name: str, tally: SizeCounter) -> DatasetEpisode:
+    def _read(self, position: int, name: str, counter: SizeCounter) -> DatasetEpisode:
         try:
             group = self._episodes[name]
             if not isinstance(group, h5py.Group):
                 raise DatasetError("not a group")
-            _check_own(self._file, name, group)
+            _check_same_file(self._file, name, group)
             provenance = Provenance.of_attributes(group.attrs)
-            columns = dict(_columns(self._file, group, "", tally))
+            columns = dict(_columns(self._file, group, "", counter))
         except (DatasetError, OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
             return DatasetEpisode(position, {}, error=DatasetError(f"{EPISODES}/{name}: cannot be read: {error}"))
         return DatasetEpisode(position, columns, provenance.key, provenance.actor, provenance.policy_version)
 
 
-def _columns(file: Any, group: Any, prefix: str, tally: SizeCounter, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _columns(file: Any, group: Any, prefix: str, counter: SizeCounter, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yields the columns of a group and of the groups in it, by dotted name."""
     if depth > MAX_NESTING:
         raise DatasetError(f"{prefix}: nested more than {MAX_NESTING} levels deep")
     for name in group:
         label = prefix + unescape(name)
         if "." in name and prefix.startswith("obs."):
-            raise DatasetError(f"{label}: a dot in the name, which batches would give back as nested; expected a group for each level")
-        # Other files are not the source: their content is not in its fingerprint, nor for whoever made it to choose.
+            raise DatasetError(f"{label}: a dot in the name, which batches would return as a nested mapping; expected a group per level")
+        # The fingerprint covers this file only, and a link must not make a load read a file that the user did not name.
         if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
             raise DatasetError(f"{label}: a link to another file, which is not followed")
         value = group[name]
-        _check_own(file, label, value)
+        _check_same_file(file, label, value)
         if isinstance(value, h5py.Dataset) and (value.external or value.is_virtual):
             raise DatasetError(f"{label}: its values are in another file, which is not read")
         if isinstance(value, h5py.Group):
-            tally.visit(label)
-            yield from _columns(file, value, f"{label}.", tally, depth + 1)
+            counter.add_name(label)
+            yield from _columns(file, value, f"{label}.", counter, depth + 1)
         elif isinstance(value, h5py.Dataset):
-            if announced(label, value, tally):
+            if count_dataset(label, value, counter):
                 yield label, value[()]
         else:
             raise DatasetError(f"{label}: {type(value).__name__}, expected a dataset")
 
 
-def announced(name: str, dataset: Any, tally: SizeCounter) -> bool:
-    """Counts a dataset before it is read, and returns whether it is wanted.
-
-    Args:
-        name: of its column.
-        dataset: an ``h5py.Dataset``.
-        tally: of its episode.
+def count_dataset(name: str, dataset: Any, counter: SizeCounter) -> bool:
+    """Adds an ``h5py.Dataset`` to its episode's counter, and returns whether it is to be read.
 
     Raises:
-        DatasetError: it is too large, or would take too much memory to read.
+        DatasetError: it has no shape, or the episode is too large with it.
     """
     if dataset.shape is None:
         raise DatasetError(f"{name}: no values, expected [rows, ...]")
-    if not tally.take(name, tuple(map(int, dataset.shape)), dataset.dtype):
-        return False
-    check_chunks(name, dataset, tally.max_bytes)
-    return True
+    return counter.add(name, tuple(map(int, dataset.shape)), dataset.dtype)
 
 
-def _check_own(file: Any, name: str, value: Any) -> None:
-    """Raises DatasetError where a value is another file's: a link of its own, or one that leads through another, can name one."""
+def _check_same_file(file: Any, name: str, value: Any) -> None:
+    """Raises DatasetError if a value is in another file, which a link may lead to through any number of others."""
     if h5py.h5o.get_info(value.id).fileno != h5py.h5o.get_info(file.id).fileno:
         raise DatasetError(f"{name}: in another file, which is not read")
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Returns a sort key by which numbers in a name count as numbers."""
+def _natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Returns a sort key that orders the numbers in a name by value, before any text, and breaks ties (``1``, ``01``) by the name."""
     return [
         (0, int(part), "") if part.isdecimal() and len(part) <= MAX_DIGITS else (1, 0, part) for part in re.split(r"(\d+)", name) if part
     ] + [(2, 0, name)]
 
 
 class Hdf5Target:
-    """One HDF5 file of episodes, under their ids.
+    """One HDF5 file of episodes, named by their ids. Not thread-safe.
 
     Args:
-        path: of the file.
-        row_convention: of the rows.
-        force: replace a file that is there.
-        compress: gzip the columns, their bytes shuffled before.
+        path: path of the file.
+        row_convention: convention of the rows.
+        force: whether to replace an existing file.
+        compress: whether to compress columns with gzip, after shuffling their bytes.
 
     Raises:
-        DatasetError: it cannot be written there.
+        DatasetError: the file cannot be written.
     """
 
     def __init__(self, path: Path, row_convention: str, *, force: bool, compress: bool) -> None:
-        self._placement = AtomicOutput(path, force=force)
+        self._output = AtomicOutput(path, force=force)
         self._compress = compress
-        self._file = h5py.File(self._placement.partial, "w")
+        self._file = h5py.File(self._output.partial, "w")
         self._file.attrs.update({"version": 1, "row_convention": row_convention})
         self._episodes = self._file.create_group(EPISODES)
 
     def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
-        # Groups that remember the order of what is put into them: it is the columns'.
+        # track_order keeps the columns in their order; by default HDF5 lists a group by name.
         group = self._episodes.create_group(str(provenance.id), track_order=True)
         group.attrs.update(provenance.attributes())
         for name, column in columns.items():
@@ -157,13 +152,13 @@ class Hdf5Target:
             parent = group
             for part in groups:
                 parent = parent[part] if part in parent else parent.create_group(part, track_order=True)
-            smaller = {"compression": "gzip", "shuffle": True} if self._compress and column.size else {}
-            parent.create_dataset(leaf, data=column, **smaller)
+            options = {"compression": "gzip", "shuffle": True} if self._compress and column.size else {}
+            parent.create_dataset(leaf, data=column, **options)
 
     def finish(self) -> None:
         self._file.close()
-        self._placement.commit()
+        self._output.commit()
 
     def discard(self) -> None:
         self._file.close()
-        self._placement.discard()
+        self._output.discard()

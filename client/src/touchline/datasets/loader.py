@@ -1,11 +1,11 @@
-"""From a source to a server, each episode exactly once however often the load is started."""
+"""Load episodes from a source into a server, each exactly once however often the load is started."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property
 from itertools import islice
 
 from touchline._actor.rejections import Refusals, add_refusal
@@ -15,9 +15,10 @@ from touchline.client import ReplayClient
 from touchline.datasets.errors import DatasetError
 from touchline.datasets.formats import open_source
 from touchline.datasets.read_ahead import ReadAhead
+from touchline.datasets.renamed_arguments import renamed_arguments
 from touchline.datasets.size_limit import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
 from touchline.datasets.source import DatasetEpisode, Digest, Source
-from touchline.datasets.transforms import Changes
+from touchline.datasets.transforms import ColumnTransforms
 from touchline.errors import EpisodeResult, InvalidEpisodeError, TouchlineError
 from touchline.types import ColumnInfo
 from touchline_protos.codec import Episode, EpisodeKey
@@ -26,177 +27,262 @@ from touchline_protos.types.casting import ColumnError
 from touchline_protos.types.dtypes import dtype_name
 
 CALL_BYTES = 32 << 20
-"""Payload of one call, and of what is read while it is under way: twice that is in memory. How often progress is told."""
+"""Payload of one call, and of the episodes read ahead meanwhile; so about twice this is in memory. Progress is reported once a call."""
 READERS_VERSION = 1
-"""Goes up when a reader makes other columns of the same file: those are other episodes, with other keys."""
+"""Part of every key. Raise it when a reader derives other columns from the same file, because those are other episodes."""
+_INT64_MAX = (1 << 63) - 1
 
 
 @dataclass(slots=True)
 class LoadReport:
-    """What became of the episodes of a load so far. Always ``read == stored + duplicates + refused``."""
+    """What has become of a load's episodes so far. ``read == stored + duplicates + refused`` at any moment."""
 
     read: int = 0
-    """Episodes that were read and answered."""
+    """Episodes read from the source and answered by the server."""
     stored: int = 0
-    """Of these, stored by this load."""
+    """Episodes that this load stored."""
     duplicates: int = 0
-    """Of these, stored before under the same key (by an earlier, interrupted load, say); not again, also where evicted since."""
+    """Episodes stored earlier under the same key, for example by an interrupted load, even if they have been evicted since."""
     refused: int = 0
-    """Of these, not stored: malformed, or not of the table's schema."""
+    """Episodes not stored: malformed, or not of the table's schema."""
     steps: int = 0
-    """Rows of those that were stored or are duplicates."""
+    """Rows of the episodes that were stored or are duplicates."""
     size_bytes: int = 0
-    """Payload of all that were sent."""
+    """Payload of all episodes sent, in bytes."""
     reasons: dict[str, Refusals] = field(default_factory=dict)
-    """Why, by the message with ``#`` for its numbers."""
+    """Refusals by reason. A reason is an error message with its numbers replaced by ``#``."""
 
     def refuse(self, position: int, error: Exception) -> None:
-        """Counts an episode that was refused."""
+        """Counts the episode at ``position`` as refused."""
         self.read += 1
         self.refused += 1
         add_refusal(self.reasons, position, str(error))
 
 
-Watch = Callable[[str, int, int, LoadReport], None]
-"""Called as a load goes on: what it does (``"fingerprint"``: bytes, ``"load"``: episodes), how much is done, how much there is."""
+ProgressCallback = Callable[[str, int, int, LoadReport], None]
+"""Called with the stage (``"fingerprint"``, ``"load"`` or ``"read"``), the amount done, its total, and the report so far.
+
+The amounts are bytes for ``"fingerprint"`` and episodes for the others.
+"""
 
 
+@renamed_arguments(changes="transforms", again="reload_label", watch="progress")
 def load(
     client: ReplayClient,
     source: str,
     *,
     format: str | None = None,
     actor: str | None = None,
-    changes: Changes | None = None,
+    transforms: ColumnTransforms | None = None,
     first: int = 0,
     limit: int | None = None,
-    again: str = "",
+    reload_label: str = "",
     infos: bool = False,
     trust_pickle: bool = False,
     max_episode_bytes: int | None = None,
-    watch: Watch | None = None,
+    progress: ProgressCallback | None = None,
 ) -> LoadReport:
-    """Stores the episodes of a file, folder or Minari data set, and returns what became of them. Refusing one does not stop the others.
+    """Stores the episodes of a file, a folder or a Minari data set. An episode that is refused does not stop the others.
 
-    An episode's key is the one that it was exported with, where the source has it and nothing is changed; else it is made of the content
-    of the source, the changes and the episode's position. So a load that was interrupted is simply started again, and a file that was
-    renamed is still the same; a file that was changed is another source, whose episodes are all new.
+    Every episode has a key, so starting an interrupted load again stores nothing twice. An exported episode keeps the key it was stored
+    under, unless it is transformed or reloaded; otherwise the key derives from the content of the source, the transforms and the
+    episode's position. So a renamed file is the same source, and an edited file is a new one.
 
     Args:
-        client: of the server.
+        client: client of the server to store on.
         source: a path, or ``minari:<id>``.
-        format: ``tdmpc2``, ``minari``, ``hdf5`` or ``npz``; None goes by the name.
-        actor: who played the episodes; None takes what the source says, else the client's.
-        changes: to the columns. None changes nothing.
-        first: position of the first episode to store.
-        limit: most episodes to store; None stores all.
-        again: a label that makes the same episodes new ones, to store them once more on purpose: once for each label.
-        infos: the arrays of Minari's infos become columns ``info.<name>``.
-        trust_pickle: unpickle anything that a ``.pt`` file holds. That runs whatever code is in it.
-        max_episode_bytes: an episode that announces more, as it would be stored, is refused before memory is taken for it. None: the
-            server's own limit, ``limits.max_episode_bytes``.
-        watch: told how far it is.
+        format: ``tdmpc2``, ``minari``, ``hdf5`` or ``npz``; None derives it from ``source``.
+        actor: name of the actor to store the episodes under; None takes the source's, or else the client's.
+        transforms: what to do to the columns; None stores them as they are.
+        first: position of the first episode to store, from 0.
+        limit: maximum number of episodes to store; None stores all.
+        reload_label: if not empty, episodes that were stored before are stored again, once for each label.
+        infos: whether the arrays among Minari's infos become columns ``info.<name>``.
+        trust_pickle: whether to unpickle arbitrary objects in a ``.pt`` file. Doing so runs any code that the file contains.
+        max_episode_bytes: maximum payload of an episode as stored; larger ones are refused before memory is allocated for them. None is
+            the server's limit.
+        progress: called about every 32 MiB, in this thread.
+
+    Returns:
+        The number of episodes stored, recognised as duplicates, and refused, with the reasons.
 
     Raises:
-        DatasetError: the source cannot be read, or its rows are in another convention than the server's.
-        UnavailableError, DeadlineError: a call failed. What was answered before is stored; start it again.
-        InvalidArgumentError: an argument out of range.
+        DatasetError: the source cannot be read, or its row convention differs from the server's.
+        UnavailableError, DeadlineError: a call failed. Everything acknowledged until then is stored; load again to continue.
+        InvalidArgumentError: an argument is out of range.
     """
+    if actor is not None:
+        check_actor(actor)
     with closing(open_source(source, format=format, trust_pickle=trust_pickle, infos=infos)) as opened:
         info = client.info()
         incoming = check_convention(source, opened, info.row_convention)
-        changes = changes or Changes()
-        size_limit = SizeLimit(info.max_episode_bytes if max_episode_bytes is None else max_episode_bytes, changes)
-        report = LoadReport()
-        total = _total(opened, first, limit)
-
-        def told(stage: str, done: int, of: int) -> None:
-            if watch is not None:
-                watch(stage, done, of, report)
-
-        @cache
-        def sender() -> tuple[str, int]:
-            sender = sender_of(opened, changes, again, lambda done, of: told("fingerprint", done, of))
-            told("load", report.read, total)
-            return sender
-
-        told("load", 0, total)
-        sent: list[tuple[int, int]] = []
-
-        def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-            for read in ahead:
-                own = read.key if not changes and not again else None
-                key = EpisodeKey(*sender(), read.position) if own is None else own
-                made = _make(read, key, client.actor if actor is None else actor, actor is None)
-                sent.append((read.position, made.length if isinstance(made, Episode) else 0))
-                report.size_bytes += made.size_bytes if isinstance(made, Episode) else 0
-                yield key, made
-
-        read_episodes = (_changed(read, changes) for read in islice(opened.episodes(first, incoming=incoming, limit=size_limit), total))
-        with ReadAhead(read_episodes, size_of=_size_of, max_bytes=CALL_BYTES) as ahead:
-            for results in client.deliver_all(items(), max_bytes=CALL_BYTES):
-                _account(report, results, sent)
-                told("load", report.read, total)
-        return report
+        transforms = transforms or ColumnTransforms()
+        size_limit = SizeLimit(info.max_episode_bytes if max_episode_bytes is None else max_episode_bytes, transforms)
+        total = _count_selected(opened, first, limit)
+        episodes = islice(opened.episodes(first, incoming=incoming, limit=size_limit), total)
+        run = _LoadRun(client, opened, transforms, actor=actor, reload_label=reload_label, total=total, progress=progress)
+        return run.send(_transform(episode, transforms) for episode in episodes)
 
 
-def survey(
+@renamed_arguments(changes="transforms", watch="progress")
+def inspect(
     source: str,
     *,
     format: str | None = None,
-    changes: Changes | None = None,
+    transforms: ColumnTransforms | None = None,
     first: int = 0,
     limit: int | None = None,
     infos: bool = False,
     trust_pickle: bool = False,
     max_episode_bytes: int | None = None,
-    watch: Watch | None = None,
+    progress: ProgressCallback | None = None,
 ) -> tuple[LoadReport, dict[str, ColumnInfo]]:
-    """Reads what :func:`load` would send, without a server, and returns what it found: nothing is stored, ``stored`` is what could be.
+    """Reads what :func:`load` would send and checks it, without a server.
+
+    Refuses episodes that differ in their columns from the first valid one, and those that every server refuses: without a required column,
+    for example, or with values that are not finite.
 
     Args:
-        source: and all others: as for :func:`load`; without a server that says its limit, ``max_episode_bytes`` is 1 GiB.
+        source: a path, or ``minari:<id>``.
+        format: the same as for :func:`load`; so are the arguments that follow.
+        transforms: what to do to the columns.
+        first: position of the first episode.
+        limit: maximum number of episodes.
+        infos: whether the arrays among Minari's infos become columns.
+        trust_pickle: whether to unpickle arbitrary objects.
+        max_episode_bytes: maximum payload of an episode as stored; None is 1 GiB, a server's default.
+        progress: called after each episode, in this thread.
 
     Returns:
-        The report, and dtype and shape of each column of a row, as in the first episode that could be stored. Refused are those that are
-        unlike it, and what every server refuses: required columns that are missing, say, or values that are not finite.
+        The report, whose ``stored`` counts what could be stored, and the dtype and shape of one row of each column, as in the first valid
+        episode.
 
     Raises:
         DatasetError: the source cannot be read.
     """
     with closing(open_source(source, format=format, trust_pickle=trust_pickle, infos=infos)) as opened:
         report, schema = LoadReport(), dict[str, ColumnInfo]()
-        total = _total(opened, first, limit)
-        changes = changes or Changes()
-        size_limit = SizeLimit(DEFAULT_MAX_EPISODE_BYTES if max_episode_bytes is None else max_episode_bytes, changes)
+        total = _count_selected(opened, first, limit)
+        transforms = transforms or ColumnTransforms()
+        size_limit = SizeLimit(DEFAULT_MAX_EPISODE_BYTES if max_episode_bytes is None else max_episode_bytes, transforms)
         incoming = opened.row_convention != "outgoing"
         for read in islice(opened.episodes(first, incoming=incoming, limit=size_limit), total):
-            made = _make(_changed(read, changes), EpisodeKey("survey", 0, read.position), "", True)
+            made = _make(_transform(read, transforms), EpisodeKey("inspect", 0, read.position), read.actor)
             if isinstance(made, Episode):
                 report.size_bytes += made.size_bytes
-                found = {name: ColumnInfo(dtype_name(column.dtype), column.shape[1:]) for name, column in made.columns.items()}
-                fault = (_difference(schema, found) if schema else None) or _broken_rule(made, first=not schema, incoming=incoming)
-                schema = schema or ({} if fault is not None else found)
-                made = fault or made
-            if isinstance(made, Episode):
-                report.read += 1
-                report.stored += 1
-                report.steps += made.length
+                columns = {name: ColumnInfo(dtype_name(column.dtype), column.shape[1:]) for name, column in made.columns.items()}
+                error = (_difference(schema, columns) if schema else None) or _broken_rule(made, first=not schema, incoming=incoming)
+                if error is None:
+                    schema = schema or columns
+                    report.read += 1
+                    report.stored += 1
+                    report.steps += made.length
+                else:
+                    report.refuse(read.position, error)
             else:
                 report.refuse(read.position, made)
-            if watch is not None:
-                watch("read", report.read, total, report)
+            if progress is not None:
+                progress("read", report.read, total, report)
         return report, schema
 
 
-def sender_of(source: Source, changes: Changes, again: str, progress: Callable[[int, int], None]) -> tuple[str, int]:
-    """Returns the client id and incarnation of a source's keys: made of its content, so reads all of it.
+class _LoadRun:
+    """One load: gives episodes their keys, sends them, and keeps the report. For one thread.
 
     Args:
-        source: of the episodes.
-        changes: to their columns, which make other episodes of them.
-        again: a label that makes them others, too.
-        progress: called with the bytes that were read, and that there are.
+        client: client of the server to store on.
+        source: origin of the episodes; read for its fingerprint when the first key is needed.
+        transforms: what was done to the columns.
+        actor: name to store the episodes under; None takes each episode's own, or else the client's.
+        reload_label: label that gives the same episodes new keys; empty for the first load.
+        total: number of episodes to send.
+        progress: the caller's callback, or None.
+    """
+
+    def __init__(
+        self,
+        client: ReplayClient,
+        source: Source,
+        transforms: ColumnTransforms,
+        *,
+        actor: str | None,
+        reload_label: str,
+        total: int,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._client = client
+        self._source = source
+        self._transforms = transforms
+        self._actor = actor
+        self._reload_label = reload_label
+        self._total = total
+        self._progress = progress
+        self._report = LoadReport()
+        self._unanswered: list[tuple[int, int]] = []  # position and rows of each episode sent, oldest first
+
+    def send(self, episodes: Iterable[DatasetEpisode]) -> LoadReport:
+        """Sends all episodes and returns the report."""
+        self._tell("load", 0, self._total)
+        with ReadAhead(episodes, size_of=_size_of, max_bytes=CALL_BYTES) as ahead:
+            for results in self._client.deliver_all(self._keyed(ahead), max_bytes=CALL_BYTES):
+                self._account(results)
+                self._tell("load", self._report.read, self._total)
+        return self._report
+
+    def _keyed(self, episodes: Iterable[DatasetEpisode]) -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
+        """Yields each episode, or the reason why it cannot be sent, with its key."""
+        for read in episodes:
+            # A transformed or reloaded episode is another one than the source's, so it cannot keep that one's key.
+            own = read.key if not self._transforms and not self._reload_label else None
+            key = EpisodeKey(*self._sender, read.position) if own is None else own
+            made = _make(read, key, self._actor_of(read))
+            rows, size_bytes = (made.length, made.size_bytes) if isinstance(made, Episode) else (0, 0)
+            self._unanswered.append((read.position, rows))
+            self._report.size_bytes += size_bytes
+            yield key, made
+
+    @cached_property
+    def _sender(self) -> tuple[str, int]:
+        """Client id and incarnation of the keys. Reads the whole source, so only when an episode has no key of its own."""
+        sender = sender_of(self._source, self._transforms, self._reload_label, lambda done, of: self._tell("fingerprint", done, of))
+        self._tell("load", self._report.read, self._total)
+        return sender
+
+    def _actor_of(self, read: DatasetEpisode) -> str:
+        if self._actor is not None:
+            return self._actor
+        return read.actor or self._client.actor
+
+    def _account(self, results: Iterable[EpisodeResult]) -> None:
+        """Counts the answers to the oldest episodes sent. An episode may already have been read for the next call; it stays unanswered."""
+        answered = 0
+        for (position, steps), result in zip(self._unanswered, results, strict=False):
+            answered += 1
+            if result.error is not None:
+                self._report.refuse(position, result.error)
+                continue
+            self._report.read += 1
+            self._report.steps += steps
+            self._report.duplicates += result.duplicate
+            self._report.stored += not result.duplicate
+        del self._unanswered[:answered]
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total, self._report)
+
+
+def sender_of(source: Source, transforms: ColumnTransforms, reload_label: str, progress: Callable[[int, int], None]) -> tuple[str, int]:
+    """Returns the client id and the incarnation of a source's keys. Reads the whole source.
+
+    The client id is a hash of the source's content and the transforms, the incarnation a hash of the label, so the same load always has
+    the same keys.
+
+    Args:
+        source: origin of the episodes.
+        transforms: what is done to their columns.
+        reload_label: distinguishes deliberate reloads; empty for the first load.
+        progress: called with the number of bytes read and their total.
     """
     size_bytes = source.size_bytes
     done = 0
@@ -208,34 +294,40 @@ def sender_of(source: Source, changes: Changes, again: str, progress: Callable[[
 
     progress(0, size_bytes)
     digest = Digest(add)
-    digest.add(f"{source.format} {READERS_VERSION} {changes!r}".encode())
+    digest.add(f"{source.format} {READERS_VERSION} {transforms.identity}".encode())
     source.fingerprint(digest)
     label = Digest(lambda _: None)
-    label.add(again.encode())
-    return f"dataset-{source.format}-{digest.hex()}", int(label.hex()[:15], 16) if again else 0
+    label.add(reload_label.encode())
+    # 15 hexadecimal digits, 60 bits, are the longest that fit an int64 whatever the digits.
+    return f"dataset-{source.format}-{digest.hex()}", int(label.hex()[:15], 16) if reload_label else 0
 
 
 def check_convention(name: str, source: Source, convention: str) -> bool:
-    """Returns whether rows are incoming ones.
+    """Returns whether rows are to be read under the convention ``incoming``.
+
+    Args:
+        name: the source's name, for the message.
+        source: the open source.
+        convention: the server's row convention.
 
     Raises:
-        DatasetError: the source's rows are of the other convention.
+        DatasetError: the source's rows are stored under the other convention.
     """
     found = source.row_convention
     if found is not None and found != convention:
         raise DatasetError(
-            f"{name}: rows of the convention {found!r}, expected {convention!r}, which is sampling.row_convention of the server; "
-            "load it into a server that is configured so"
+            f"{name}: row convention {found!r}, expected {convention!r} as configured on the server (sampling.row_convention); "
+            "load it into a server with the same convention"
         )
     return convention == "incoming"
 
 
-def _changed(read: DatasetEpisode, changes: Changes) -> DatasetEpisode:
-    """Returns an episode with flat columns as they are to be stored."""
+def _transform(read: DatasetEpisode, transforms: ColumnTransforms) -> DatasetEpisode:
+    """Returns an episode with its columns flat and transformed, or with the reason why they cannot be."""
     if read.error is not None:
         return read
     try:
-        return replace(read, columns=changes.of(read.columns))
+        return replace(read, columns=transforms.apply(read.columns))
     except TouchlineError as error:
         return replace(read, columns={}, error=error)
 
@@ -244,29 +336,28 @@ def _size_of(read: DatasetEpisode) -> int:
     return sum(column.nbytes for column in read.columns.values())
 
 
-def _make(read: DatasetEpisode, key: EpisodeKey, actor: str, take_own: bool) -> Episode | TouchlineError:
+def _make(read: DatasetEpisode, key: EpisodeKey, actor: str) -> Episode | TouchlineError:
+    """Returns the episode to send, or the reason why it cannot be sent."""
     if read.error is not None:
         return read.error
     try:
-        return make_episode(
-            read.columns,
-            key=key,
-            actor=check_actor(read.actor) if take_own and read.actor else actor,
-            policy_version=read.policy_version,
-        )
+        return make_episode(read.columns, key=key, actor=check_actor(actor), policy_version=read.policy_version)
     except TouchlineError as error:
         return error
 
 
-def _difference(schema: Mapping[str, ColumnInfo], found: Mapping[str, ColumnInfo]) -> InvalidEpisodeError | None:
-    for name in [*schema, *found]:
-        if schema.get(name) != found.get(name):
-            return InvalidEpisodeError(f"{name}: {_told(found.get(name))}, expected {_told(schema.get(name))} as in the first episode")
+def _difference(schema: Mapping[str, ColumnInfo], columns: Mapping[str, ColumnInfo]) -> InvalidEpisodeError | None:
+    """Returns the first column in which an episode differs from the schema, as an error; None if there is none."""
+    for name in [*schema, *columns]:
+        if schema.get(name) != columns.get(name):
+            return InvalidEpisodeError(
+                f"{name}: {_describe(columns.get(name))}, expected {_describe(schema.get(name))} as in the first episode"
+            )
     return None
 
 
 def _broken_rule(episode: Episode, *, first: bool, incoming: bool) -> InvalidEpisodeError | None:
-    """Returns why a server that is configured as usual would refuse an episode; None where it would not."""
+    """Returns why a server with the default configuration would refuse an episode, or None if it would accept it."""
     try:
         rules.check_episode(episode.columns)
         if first:
@@ -278,26 +369,16 @@ def _broken_rule(episode: Episode, *, first: bool, incoming: bool) -> InvalidEpi
     return None
 
 
-def _told(column: ColumnInfo | None) -> str:
+def _describe(column: ColumnInfo | None) -> str:
     return "no such column" if column is None else f"{column.dtype} {column.shape}"
 
 
-def _account(report: LoadReport, results: Iterable[EpisodeResult], sent: list[tuple[int, int]]) -> None:
-    answered = 0
-    for (position, steps), result in zip(sent, results, strict=False):
-        answered += 1
-        if result.error is not None:
-            report.refuse(position, result.error)
-            continue
-        report.read += 1
-        report.steps += steps
-        report.duplicates += result.duplicate
-        report.stored += not result.duplicate
-    # One more may have been read, for the next call.
-    del sent[:answered]
+def _count_selected(source: Source, first: int, limit: int | None) -> int:
+    """Returns the number of episodes that ``first`` and ``limit`` select.
 
-
-def _total(source: Source, first: int, limit: int | None) -> int:
-    whole_number("first", first, least=0, most=(1 << 63) - 1)
+    Raises:
+        InvalidArgumentError: one of them is out of range.
+    """
+    whole_number("first", first, least=0, most=_INT64_MAX)
     left = max(len(source) - first, 0)
-    return left if limit is None else min(left, whole_number("limit", limit, least=0, most=(1 << 63) - 1))
+    return left if limit is None else min(left, whole_number("limit", limit, least=0, most=_INT64_MAX))

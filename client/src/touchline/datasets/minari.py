@@ -1,8 +1,9 @@
-"""Minari's data sets (Younis et al. 2024): offline data of Gymnasium environments, in the local folder of Minari or any other.
+"""Read Minari data sets (Younis et al., 2024): offline data of Gymnasium environments.
 
-Minari keeps transitions: T + 1 observations beside T actions, rewards, terminations and truncations. Rows are made of them in the manner of
-the recorders: ``done`` is the termination, as float32. Where that and the episode's end do not tell the truncations (an episode that was
-both, say), all episodes of the data set get a column ``truncated`` as well, so that nothing is lost.
+Minari stores transitions: T + 1 observations, and T actions, rewards, terminations and truncations. They become rows as the recorders make
+them: ``done`` is the termination, as float32. Usually the truncations follow from that: an episode that ends without a termination was
+truncated. If any episode's do not (it was both terminated and truncated, for example), all episodes of the data set get a column
+``truncated`` too, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.minari_sizes import TOO_MANY_PIXELS, MinariSizes
+from touchline.datasets.minari_file import TOO_MANY_PIXELS, MinariFile
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.size_limit import SizeLimit
 from touchline.datasets.source import DatasetEpisode, Digest, escape, unescape
@@ -34,29 +35,29 @@ except ImportError as error:
 
 FORMAT = "minari"
 PREFIX = "minari:"
-"""Before the id of a data set in Minari's own folder."""
+"""Prefix of the id of a data set in Minari's own folder."""
 ABOUT = "touchline"
-"""Key of the metadata under which an export says what the columns were; and of the episodes'."""
+"""Metadata key of what an export adds: the columns in the data set's metadata, the origin in an episode's."""
 ROW0 = "row0_"
-"""Before a column's name, in an episode's metadata: what the row held that has no transition."""
-FAILURES = (
+"""Prefix of the keys, in an episode's metadata, of what each column held in the row without a transition."""
+READ_ERRORS = (
     *(OSError, KeyError, ValueError, TypeError, AssertionError, RuntimeError, IndexError, AttributeError, MemoryError),
     TOO_MANY_PIXELS,
 )
-"""What Minari may raise where a data set is damaged or not what it seems; it makes what its own code and tests rule out an assertion."""
+"""Exceptions that Minari raises for a damaged data set; for what its own code never writes, it relies on assertions."""
 IDENTITY_KEYS = ("observation_space", "action_space", "env_spec", "data_format", "jpeg_encoding", ABOUT)
-"""Metadata that the episodes depend on."""
+"""Metadata keys that decide what the episodes are, and so belong to the fingerprint."""
 
 
 class MinariSource:
-    """Episodes of one data set.
+    """The episodes of one Minari data set. Not thread-safe.
 
     Args:
-        place: ``minari:<id>``, or the data set's folder, or the ``data`` within it.
-        infos: store the infos that are arrays, too: as columns ``info.<name>``.
+        place: ``minari:<id>``, the folder of the data set, or the folder ``data`` in it.
+        infos: whether the arrays among the infos become columns ``info.<name>``.
 
     Raises:
-        DatasetError: there is none, or Minari cannot read it.
+        DatasetError: there is no such data set, or Minari cannot read it.
     """
 
     format = FORMAT
@@ -64,15 +65,14 @@ class MinariSource:
     def __init__(self, place: str, *, infos: bool = False) -> None:
         self._folder = folder_of(place).absolute()
         self._infos = infos
-        self._sizes: MinariSizes | None = None
+        self._file: MinariFile | None = None  # only data sets stored as HDF5 have one
         try:
-            self._check_count()
             self._dataset = MinariDataset(self._folder)
             self._about = _about(self._dataset.storage.metadata.get(ABOUT))
             if self._dataset.storage.FORMAT == "hdf5":
-                self._sizes = MinariSizes(self._folder, self._dataset.storage)
-        except (ImportError, *FAILURES) as error:
-            raise DatasetError(f"{place}: Minari cannot read it: {type(error).__name__}: {error}") from None
+                self._file = MinariFile(self._folder, self._dataset.storage)
+        except (ImportError, *READ_ERRORS) as error:
+            raise DatasetError(f"{place}: Minari cannot read it ({type(error).__name__}: {error})") from None
         self._needs_truncated: bool | None = None
 
     @property
@@ -90,12 +90,12 @@ class MinariSource:
         limit = limit or SizeLimit()
         for position in range(first, len(self)):
             try:
-                if self._sizes is not None:
-                    self._sizes.check(int(self._dataset.episode_indices[position]), limit)
+                if self._file is not None:
+                    self._file.check_size(int(self._dataset.episode_indices[position]), limit)
                 yield self._read(position, incoming, limit)
             except TouchlineError as error:
                 yield DatasetEpisode(position, {}, error=error)
-            except FAILURES as error:
+            except READ_ERRORS as error:
                 yield DatasetEpisode(position, {}, error=DatasetError(f"episode {position}: {type(error).__name__}: {error}"))
 
     def fingerprint(self, digest: Digest) -> None:
@@ -107,14 +107,8 @@ class MinariSource:
             digest.add_file(path)
 
     def close(self) -> None:
-        if self._sizes is not None:
-            self._sizes.close()
-
-    def _check_count(self) -> None:
-        """Raises ValueError where the metadata announces more episodes than the files could have: Minari makes a list of them."""
-        announced, size_bytes = MinariStorage.read_raw_metadata(self._folder)["total_episodes"], self.size_bytes
-        if announced > size_bytes:
-            raise ValueError(f"total_episodes: {announced}, expected no more than its files have bytes, {size_bytes}")
+        if self._file is not None:
+            self._file.close()
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self._folder.rglob("*") if path.is_file() and path != self._folder / METADATA_FILE_NAME)
@@ -130,66 +124,69 @@ class MinariSource:
         columns = {"obs": _nested("obs", episode.observations)}
         actions = _nested("action", episode.actions)
         if isinstance(actions, Mapping):
-            raise DatasetError("action: several (a Dict or Tuple space), expected one array")
+            raise DatasetError("action: a Dict or Tuple space, expected one array")
         terminations, truncations = _flags("terminations", episode.terminations), _flags("truncations", episode.truncations)
         columns["action"] = rows_of(actions, incoming=incoming)
         columns["reward"] = rows_of(_array("reward", episode.rewards), incoming=incoming)
         columns["done"] = rows_of(terminations.astype(np.float32), incoming=incoming)
-        if self._truncated_needed(limit):
+        if self._needs_truncated_column(limit):
             columns["truncated"] = rows_of(truncations, incoming=incoming)
         if self._infos and episode.infos:
             columns["info"] = dict(_infos(episode.infos, len(terminations) + 1))
         return DatasetEpisode(position, columns)
 
-    def _truncated_needed(self, limit: SizeLimit) -> bool:
-        """Returns whether some episode's truncations are not what its end tells. Reads the flags of all, once."""
+    def _needs_truncated_column(self, limit: SizeLimit) -> bool:
+        """Returns whether any episode's truncations do not follow from its terminations. Reads those of all episodes, once."""
         if self._needs_truncated is None:
-            self._needs_truncated = any(not _implied(terminations, truncations) for terminations, truncations in self._flags(limit))
+            self._needs_truncated = any(not _are_implied(terminations, truncations) for terminations, truncations in self._flags(limit))
         return self._needs_truncated
 
     def _flags(self, limit: SizeLimit) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if self._sizes is not None:
-            yield from self._sizes.flags(self._dataset.episode_indices, limit)
+        if self._file is not None:
+            yield from self._file.flags(self._dataset.episode_indices, limit)
         else:
             for episode in self._dataset:
                 yield np.asarray(episode.terminations), np.asarray(episode.truncations)
 
 
 def folder_of(place: str) -> Path:
-    """Returns the folder of a data set's data.
+    """Returns the folder that holds a data set's data.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: there is no such data set.
     """
     if place.startswith(PREFIX):
         name = place.removeprefix(PREFIX)
         folder = get_dataset_path(name) / "data"
         if not folder.is_dir() or not name:
             raise DatasetError(
-                f"{place}: not in Minari's folder {get_dataset_path()}; `minari download {name}`, or set MINARI_DATASETS_PATH"
+                f"{place}: not in Minari's folder {get_dataset_path()}; run `minari download {name}`, or set MINARI_DATASETS_PATH"
             )
         return folder
     folder = Path(place)
     for found in (folder / "data", folder):
         if (found / METADATA_FILE_NAME).is_file():
             return found
-    raise DatasetError(f"{place}: no Minari data set: neither data/{METADATA_FILE_NAME} nor {METADATA_FILE_NAME} is in it")
+    raise DatasetError(f"{place}: not a Minari data set, expected data/{METADATA_FILE_NAME} or {METADATA_FILE_NAME} in it")
 
 
 def implied_truncations(terminations: np.ndarray) -> np.ndarray:
-    """Returns the truncations that an episode's end tells: one that was not terminated was truncated with its last transition."""
+    """Returns [T] bool: the truncations that follow from the terminations [T].
+
+    An episode that did not end with a termination was truncated after its last transition.
+    """
     truncations = np.zeros(len(terminations), np.bool_)
     if len(terminations):
         truncations[-1] = not terminations[-1]
     return truncations
 
 
-def _implied(terminations: np.ndarray, truncations: np.ndarray) -> bool:
+def _are_implied(terminations: np.ndarray, truncations: np.ndarray) -> bool:
     return bool(np.array_equal(truncations.astype(np.bool_), implied_truncations(terminations)))
 
 
 def _about(value: Any) -> dict[str, Any]:
-    """Returns what an export wrote about its columns; empty where this is none."""
+    """Returns what an export wrote about the columns; empty if Touchline did not write the data set."""
     if value is None:
         return {}
     if value.get("version") != 1 or not isinstance(value.get("columns"), dict):
@@ -198,7 +195,7 @@ def _about(value: Any) -> dict[str, Any]:
 
 
 def _rebuild(episode: Any, kept: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the columns that were exported, in their order, to the bit."""
+    """Returns the columns of an exported episode: the same bits, in the same order."""
     incoming = about["row_convention"] == "incoming"
     infos = {unescape(name): value for name, value in (episode.infos or {}).items()}
     transitions = {"action": episode.actions, "reward": episode.rewards, "done": episode.terminations}
@@ -215,7 +212,7 @@ def _rebuild(episode: Any, kept: Mapping[str, Any], about: Mapping[str, Any]) ->
             values = values.astype(spec["dtype"]) if name == "done" else values
             column = rows_of(values.reshape(len(values), *shape), incoming=incoming)
             row0 = kept.get(f"{ROW0}{name}")
-            if row0 is not None:
+            if row0 is not None:  # not the usual NaN that rows_of() puts there
                 undefined_at = slice(0, 1) if incoming else slice(-1, None)
                 column[undefined_at] = np.asarray(row0).reshape(1, *shape)
             columns[name] = column
@@ -225,7 +222,7 @@ def _rebuild(episode: Any, kept: Mapping[str, Any], about: Mapping[str, Any]) ->
 
 
 def _nested(name: str, value: Any) -> Any:
-    """Returns observations or actions as the recorders nest them: a dict of a Dict, a dict ``0``, ``1``, ... of a Tuple."""
+    """Returns observations or actions nested as the recorders do: a dict for a Dict space, a dict ``"0"``, ``"1"``, ... for a Tuple."""
     if isinstance(value, Mapping):
         return {str(key): _nested(f"{name}.{key}", part) for key, part in value.items()}
     if isinstance(value, tuple):
@@ -242,12 +239,13 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 def _flags(name: str, value: Any) -> np.ndarray:
     try:
-        return cast(name, to_array(name, value), np.dtype(np.bool_), rounding=False, why="as Minari has them")
+        return cast(name, to_array(name, value), np.dtype(np.bool_), rounding=False, why="as Minari stores it")
     except ColumnError as error:
         raise DatasetError(str(error)) from None
 
 
 def _infos(infos: Mapping[str, Any], rows: int) -> Iterator[tuple[str, Any]]:
+    """Yields the infos that are arrays of numbers with ``rows`` rows, nested as they are."""
     for name, value in infos.items():
         if isinstance(value, Mapping):
             part = dict(_infos(value, rows))

@@ -1,7 +1,7 @@
-"""Writing Minari's data sets, which Minari loads like any other, and :mod:`touchline.datasets.minari` to the bit.
+"""Write Minari data sets, which Minari loads like any other and :mod:`touchline.datasets.minari` reads back bit for bit.
 
-Minari holds transitions, so columns that it has a place for go there: ``obs``, ``action``, ``reward``, ``done`` as terminations. The others
-become infos. What the one row without a transition held is kept with the episode's metadata where it is not the usual NaN.
+Minari stores transitions, so the columns that it has a place for go there: ``obs``, ``action``, ``reward``, and ``done`` as terminations.
+The others become infos. What a column holds in the row without a transition goes into the episode's metadata, unless it is the usual NaN.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from touchline.datasets.atomic_output import AtomicOutput
-from touchline.datasets.errors import DatasetError, UnholdableError
+from touchline.datasets.errors import DatasetError, UnsupportedEpisodeError
 from touchline.datasets.minari import ABOUT, PREFIX, ROW0, implied_truncations
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.source import escape
-from touchline.datasets.transitions import defined, undefined_row
+from touchline.datasets.transitions import transitions_of, unusual_undefined_row
 from touchline.installing import install_command
 from touchline_protos.types.dtypes import BFLOAT16, dtype_name
 
@@ -33,21 +33,21 @@ except ImportError as error:
     raise DatasetError(f"Minari data sets need minari ({error}): {install_command('minari')}") from error
 
 FLUSH_BYTES = 64 << 20
-"""Payload that is gathered before Minari is given it: it reads and writes its metadata each time."""
+"""Payload that is collected before it is passed to Minari, which rewrites its metadata each time."""
 FLUSH_EPISODES = 256
-"""And so many episodes."""
+"""Maximum number of episodes that are collected."""
 
 
 class MinariTarget:
-    """One Minari data set, of its format ``hdf5``, images without loss.
+    """One Minari data set, stored as HDF5, with lossless images. Not thread-safe.
 
     Args:
         place: ``minari:<id>``, or a folder whose name is an id: ``<name>-v<number>``.
-        row_convention: of the rows.
-        force: replace a data set that is there.
+        row_convention: convention of the rows.
+        force: whether to replace an existing data set.
 
     Raises:
-        DatasetError: it cannot be written there.
+        DatasetError: the data set cannot be written, or the id is malformed.
     """
 
     def __init__(self, place: str, row_convention: str, *, force: bool) -> None:
@@ -57,62 +57,60 @@ class MinariTarget:
         try:
             self._namespace = parse_dataset_id(self._id)[0]
         except (ValueError, TypeError):
-            raise DatasetError(
-                f"{place}: {self._id!r}, expected an id of Minari's: <name>-v<number>, perhaps with <namespace>/ before it"
-            ) from None
+            raise DatasetError(f"{place}: id {self._id!r}, expected <name>-v<number> or <namespace>/<name>-v<number>") from None
         self._named = named
         self._incoming = row_convention == "incoming"
-        # Minari joins a relative folder to itself.
+        # Minari resolves a relative folder against itself, so it is given an absolute one.
         folder = (get_dataset_path(self._id) if named else Path(place)).absolute()
         if named:
             folder.parent.mkdir(parents=True, exist_ok=True)
-        self._placement = AtomicOutput(folder, force=force, replaceable=lambda there: (there / "data" / METADATA_FILE_NAME).is_file())
+        self._output = AtomicOutput(folder, force=force, replaceable=lambda existing: (existing / "data" / METADATA_FILE_NAME).is_file())
         self._storage: Any = None
-        self._waiting: list[EpisodeBuffer] = []
+        self._pending: list[EpisodeBuffer] = []
         self._metadata: list[dict[str, Any]] = []
-        self._waiting_bytes = 0
+        self._pending_bytes = 0
 
     def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
         if self._storage is None:
             self._storage = self._create(columns)
         rows = len(columns["reward"])
         if rows < 2:
-            raise UnholdableError("a single row is no transition, which is what Minari holds")
-        self._waiting.append(self._buffer(columns))
+            raise UnsupportedEpisodeError("a single row, expected at least 2: Minari stores transitions")
+        self._pending.append(self._buffer(columns))
         kept = {f"{ABOUT}/{name}": value for name, value in provenance.attributes().items()}
         for name in ("action", "reward", "done"):
-            row0 = undefined_row(columns[name], incoming=self._incoming) if name in columns else None
+            row0 = unusual_undefined_row(columns[name], incoming=self._incoming) if name in columns else None
             if row0 is not None and not (name == "done" and columns[name].dtype == BFLOAT16):
                 kept[f"{ABOUT}/{ROW0}{name}"] = row0[0]
         self._metadata.append(kept)
-        self._waiting_bytes += sum(column.nbytes for column in columns.values())
-        if self._waiting_bytes >= FLUSH_BYTES or len(self._waiting) >= FLUSH_EPISODES:
+        self._pending_bytes += sum(column.nbytes for column in columns.values())
+        if self._pending_bytes >= FLUSH_BYTES or len(self._pending) >= FLUSH_EPISODES:
             self._flush()
 
     def finish(self) -> None:
         self._flush()
         if self._named and self._namespace is not None and self._namespace not in list_local_namespaces():
             create_namespace(self._namespace)
-        self._placement.commit()
+        self._output.commit()
 
     def discard(self) -> None:
-        self._placement.discard()
+        self._output.discard()
 
     def _create(self, columns: Mapping[str, np.ndarray]) -> Any:
         for required in ("action", "reward"):
             if required not in columns:
-                raise DatasetError(f"{self._place}: no column {required}, which Minari needs")
+                raise DatasetError(f"{self._place}: no column {required}, which a Minari data set must have")
         for name, column in columns.items():
             if not all(column.shape[1:]):
-                raise DatasetError(f"{self._place}: {name}: shape {column.shape[1:]} a row, Minari does not hold what is empty; hdf5 does")
+                raise DatasetError(f"{self._place}: {name}: shape {column.shape[1:]} per row; Minari cannot store empty arrays, use hdf5")
             if column.dtype == BFLOAT16 and (name in ("action", "reward") or name.partition(".")[0] == "obs"):
-                raise DatasetError(f"{self._place}: {name}: bfloat16, which Minari does not have; hdf5 does")
-        self._placement.partial.mkdir()
+                raise DatasetError(f"{self._place}: {name}: bfloat16; Minari has no such dtype, use hdf5")
+        self._output.partial.mkdir()
         observations = {name: _space(column) for name, column in columns.items() if name.partition(".")[0] == "obs"}
         if not observations:
-            raise DatasetError(f"{self._place}: no column obs, which Minari needs")
+            raise DatasetError(f"{self._place}: no column obs, which a Minari data set must have")
         storage = MinariStorage.new(
-            self._placement.partial / "data",
+            self._output.partial / "data",
             observation_space=_dict_space(_nested(observations)),
             action_space=_space(columns["action"]),
             data_format="hdf5",
@@ -127,23 +125,23 @@ class MinariTarget:
         return storage
 
     def _buffer(self, columns: Mapping[str, np.ndarray]) -> EpisodeBuffer:
-        """Returns the episode as Minari holds it; a column without a place of its own becomes an info, whole."""
+        """Returns the episode as Minari represents it; each column without a place of its own becomes an info, all rows of it."""
         infos = {
             name: column for name, column in columns.items() if name not in ("action", "reward", "done") and name.partition(".")[0] != "obs"
         }
-        rewards = defined(columns["reward"], incoming=self._incoming).reshape(-1)
+        rewards = transitions_of(columns["reward"], incoming=self._incoming).reshape(-1)
         terminations = np.zeros(len(rewards), np.bool_)
         if "done" in columns:
-            done = defined(columns["done"], incoming=self._incoming).reshape(-1)
+            done = transitions_of(columns["done"], incoming=self._incoming).reshape(-1)
             terminations = _is_set(done)
             if done.dtype == BFLOAT16 or terminations.astype(done.dtype).tobytes() != done.tobytes():
                 infos["done"] = columns["done"]
         truncations = implied_truncations(terminations)
         if "truncated" in columns and columns["truncated"][0].size == 1:
-            truncations = _is_set(defined(columns["truncated"], incoming=self._incoming).reshape(-1))
+            truncations = _is_set(transitions_of(columns["truncated"], incoming=self._incoming).reshape(-1))
         return EpisodeBuffer(
             observations=_nested({name: column for name, column in columns.items() if name.partition(".")[0] == "obs"}),
-            actions=defined(columns["action"], incoming=self._incoming),
+            actions=transitions_of(columns["action"], incoming=self._incoming),
             rewards=rewards,
             terminations=terminations,
             truncations=truncations,
@@ -151,16 +149,16 @@ class MinariTarget:
         )
 
     def _flush(self) -> None:
-        if not self._waiting:
+        if not self._pending:
             return
         first = self._storage.total_episodes
-        self._storage.update_episodes(self._waiting)
-        self._storage.update_episode_metadata(self._metadata, range(first, first + len(self._waiting)))
-        self._waiting, self._metadata, self._waiting_bytes = [], [], 0
+        self._storage.update_episodes(self._pending)
+        self._storage.update_episode_metadata(self._metadata, range(first, first + len(self._pending)))
+        self._pending, self._metadata, self._pending_bytes = [], [], 0
 
 
 def _nested(columns: Mapping[str, Any]) -> Any:
-    """Returns ``obs``, or what is below it as nested dicts."""
+    """Returns the column ``obs``, or nested dicts of the columns ``obs.*``."""
     if "obs" in columns:
         return columns["obs"]
     nested: dict[str, Any] = {}
@@ -178,7 +176,7 @@ def _dict_space(level: Any) -> Any:
 
 
 def _space(column: np.ndarray) -> Any:
-    """Returns a space that has every value of the column's dtype in it."""
+    """Returns a space of a row's shape that contains every value of the column's dtype."""
     dtype, shape = column.dtype, column.shape[1:]
     if dtype == np.bool_:
         return spaces.Box(0, 1, shape, np.bool_)
@@ -189,4 +187,5 @@ def _space(column: np.ndarray) -> Any:
 
 
 def _is_set(values: np.ndarray) -> np.ndarray:
+    """Returns bool: whether each value is not zero. A bfloat16 is zero if all its bits but the sign are."""
     return (values.view(np.uint16) & 0x7FFF) != 0 if values.dtype == BFLOAT16 else values != 0

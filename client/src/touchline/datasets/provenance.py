@@ -1,4 +1,4 @@
-"""Where an episode came from, as files say it."""
+"""The origin of an episode, as data sets store it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from touchline_protos.codec import EpisodeKey
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is kept of an episode beside its columns."""
+    """The origin of an episode: what is stored beside its columns."""
 
     id: int = -1
-    """The number that its server gave it; -1 where unknown. Not kept by a load: a server gives its own."""
+    """Id that the server gave it; -1 if unknown. For reference only: a load gives the episode a new id."""
     key: EpisodeKey | None = None
-    """That it was stored under; None where unknown."""
+    """Key under which it was stored; None if unknown."""
     actor: str = ""
-    """Who played it."""
+    """Name of the actor that played it."""
     policy_version: int = 0
-    """Of the policy that acted."""
+    """Version of the policy that acted."""
 
     def attributes(self) -> dict[str, Any]:
-        """Returns it as flat attributes, as HDF5 has them."""
+        """Returns the origin as a flat mapping of texts and integers."""
         flat: dict[str, Any] = {"id": self.id, "actor": escape(self.actor), "policy_version": self.policy_version}
         if self.key is not None:
             flat |= {
@@ -38,10 +38,10 @@ class Provenance:
 
     @classmethod
     def of_attributes(cls, flat: Mapping[str, Any]) -> Provenance:
-        """Returns what attributes say; all of them may be left out.
+        """Returns the origin that :meth:`attributes` made a mapping of. Each attribute may be missing.
 
         Raises:
-            DatasetError: they are of other types.
+            DatasetError: an attribute has the wrong type.
         """
         try:
             key = None
@@ -54,15 +54,16 @@ class Provenance:
             raise DatasetError(f"id, actor, policy_version or key_*: {error}") from None
 
     def json(self) -> str:
-        """Returns it as JSON."""
+        """Returns the origin as JSON."""
         return json.dumps(self.attributes())
 
     @classmethod
     def of_json(cls, text: str | bytes) -> Provenance:
-        """Returns what :meth:`json` made.
+        """Returns the origin that :meth:`json` encoded.
 
         Raises:
-            DatasetError: it is no such thing.
+            DatasetError: it is not a JSON object of such attributes.
+            ValueError: it is not JSON.
         """
         flat = json.loads(text)
         if not isinstance(flat, dict):

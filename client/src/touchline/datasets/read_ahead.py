@@ -1,4 +1,4 @@
-"""Reading while something else is done with what was read: a thread that is a bounded number of bytes ahead."""
+"""Read items on another thread while earlier ones are being used, up to a limit of bytes ahead."""
 
 from __future__ import annotations
 
@@ -10,51 +10,54 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from typing_extensions import Self  # the standard library's from Python 3.11 on
+    from typing_extensions import Self  # in the standard library from Python 3.11 on
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """Comes behind the last item."""
+    """Marks the end of the queue."""
 
     error: BaseException | None
+    """What ended the reading; None if the items were exhausted."""
 
 
 class ReadAhead(Generic[Item]):
-    """Items, taken on a thread of its own. A context manager, which begins and ends the thread; iterated once, by one thread.
+    """An iterable whose items are read on a background thread. A context manager, which starts and stops the thread.
+
+    One thread may iterate over it, once.
 
     Args:
-        items: what is read. Only the thread touches it; what it raises is raised behind the last item before.
-        size_of: bytes of an item.
-        max_bytes: once so many wait to be taken, nothing is read; so one item more than that may wait.
+        items: what to read. Only the background thread touches it; an exception from it is raised after the last item before it.
+        size_of: a function that returns the size of an item in bytes.
+        max_bytes: reading pauses while the items that are not yet taken have this many bytes; they may exceed it by one item.
     """
 
     def __init__(self, items: Iterable[Item], *, size_of: Callable[[Item], int], max_bytes: int) -> None:
         self._items = items
         self._size_of = size_of
         self._max_bytes = max_bytes
-        # Not a condition: Ctrl-C at the wrong moment would leave its lock with the thread that was interrupted.
-        self._waiting: SimpleQueue[Item | _End] = SimpleQueue()
+        # Queues and not a condition: Ctrl-C at the wrong moment would leave a condition's lock held by the interrupted thread.
+        self._read: SimpleQueue[Item | _End] = SimpleQueue()
         self._taken_bytes: SimpleQueue[int] = SimpleQueue()
         self._closed = False
-        # A daemon: whoever presses Ctrl-C twice does not wait for a long read.
-        self._thread = threading.Thread(target=self._read, name="touchline-read-ahead", daemon=True)
+        # A daemon, so that a second Ctrl-C does not wait for a long read.
+        self._thread = threading.Thread(target=self._run, name="touchline-read-ahead", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Waits for the read that is under way, so that its file can be closed."""
+        """Stops the thread after the read in progress, so that the source can be closed."""
         self._closed = True
-        self._taken_bytes.put(0)
+        self._taken_bytes.put(0)  # wakes the thread if it is paused
         self._thread.join()
 
     def __iter__(self) -> Iterator[Item]:
         while True:
-            item = self._waiting.get()
+            item = self._read.get()
             if isinstance(item, _End):
                 if item.error is not None:
                     raise item.error
@@ -62,17 +65,17 @@ class ReadAhead(Generic[Item]):
             self._taken_bytes.put(self._size_of(item))
             yield item
 
-    def _read(self) -> None:
+    def _run(self) -> None:
         error: BaseException | None = None
-        waiting_bytes = 0
+        ahead_bytes = 0
         try:
             for item in self._items:
-                waiting_bytes += self._size_of(item)
-                self._waiting.put(item)
-                while waiting_bytes >= self._max_bytes and not self._closed:
-                    waiting_bytes -= self._taken_bytes.get()
+                ahead_bytes += self._size_of(item)
+                self._read.put(item)
+                while ahead_bytes >= self._max_bytes and not self._closed:
+                    ahead_bytes -= self._taken_bytes.get()
                 if self._closed:
                     break
         except BaseException as raised:
             error = raised
-        self._waiting.put(_End(error))
+        self._read.put(_End(error))

@@ -1,4 +1,4 @@
-"""A source of episodes that is one open file, whatever its format."""
+"""Base class of sources that are one open file, whatever its format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from touchline.datasets.source import DatasetEpisode, Digest
 
 
 class Closable(Protocol):
-    """What a format's package has open."""
+    """An open file, as the format's package represents it."""
 
     def close(self) -> None: ...
 
@@ -21,12 +21,12 @@ File = TypeVar("File", bound=Closable)
 
 
 class SingleFileSource(ABC, Generic[File]):
-    """Episodes of one file, each under a name in it; see :class:`~touchline.datasets.source.Source`.
+    """The episodes of one file, each under its own name; see :class:`~touchline.datasets.source.Source`.
 
     Args:
-        path: of the file.
-        file: it, open; closed with the source.
-        names: of the episodes, in their order.
+        path: path of the file.
+        file: the open file; closed with the source.
+        names: names of the episodes, in order.
     """
 
     def __init__(self, path: Path, file: File, names: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class SingleFileSource(ABC, Generic[File]):
     def episodes(self, first: int = 0, *, incoming: bool = True, limit: SizeLimit | None = None) -> Iterator[DatasetEpisode]:
         limit = limit or SizeLimit()
         for position in range(first, len(self._names)):
-            yield self._read(position, self._names[position], limit.tally())
+            yield self._read(position, self._names[position], limit.counter())
 
     def fingerprint(self, digest: Digest) -> None:
         digest.add_file(self._path)
@@ -53,5 +53,11 @@ class SingleFileSource(ABC, Generic[File]):
         self._file.close()
 
     @abstractmethod
-    def _read(self, position: int, name: str, tally: SizeCounter) -> DatasetEpisode:
-        """Returns the episode of a name, with the error where it cannot be read; what it announces is counted before it is read."""
+    def _read(self, position: int, name: str, counter: SizeCounter) -> DatasetEpisode:
+        """Reads one episode, and returns it or the error that prevents it.
+
+        Args:
+            position: position of the episode.
+            name: name of the episode in the file.
+            counter: counts each column before it is read.
+        """

@@ -1,4 +1,4 @@
-"""What every format speaks of: a source of episodes, and its episodes."""
+"""What all formats have in common on the reading side: a source, its episodes, and a fingerprint of its content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from touchline.errors import TouchlineError
 from touchline_protos.codec import EpisodeKey
 
 BLOCK_BYTES = 1 << 22
-"""What is read of a file at a time."""
+"""Bytes of a file that are hashed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +21,24 @@ class DatasetEpisode:
     """One episode of a source."""
 
     position: int
-    """In the source, from 0."""
+    """Position in the source, from 0."""
     columns: Mapping[str, Any]
-    """Arrays or tensors [rows, ...] by name, perhaps nested. They may share the source's memory, until it is closed."""
+    """Arrays or tensors [rows, ...] by name, possibly nested. They may share the source's memory, so they are valid until it is closed."""
     key: EpisodeKey | None = None
-    """That it was stored under, where the source says so."""
+    """Key under which the episode was stored before; None if the source does not say."""
     actor: str = ""
-    """Who played it, where the source says so."""
+    """Name of the actor that played it; empty if the source does not say."""
     policy_version: int = 0
-    """Of the policy that acted, where the source says so."""
+    """Version of the policy that acted; 0 if the source does not say."""
     error: TouchlineError | None = None
-    """Why it could not be read; there are no columns then."""
+    """Reason why the episode cannot be read; ``columns`` is empty then. None if it was read."""
 
 
 class Digest:
-    """The fingerprint of what a source consists of, by its content alone: renaming changes nothing, changing a byte does.
+    """A fingerprint of a source's content. Renaming a file leaves it as it is; changing a byte changes it. Not thread-safe.
 
     Args:
-        progress: called with the number of bytes that went in since the last call.
+        progress: called with the number of file bytes hashed since the last call.
     """
 
     def __init__(self, progress: Callable[[int], None]) -> None:
@@ -46,12 +46,12 @@ class Digest:
         self._hash = blake2b(digest_size=16)
 
     def add(self, data: bytes) -> None:
-        """Takes a value in, apart from its neighbours."""
+        """Hashes a value. Its length goes in first, so ``b"ab", b"c"`` and ``b"a", b"bc"`` differ."""
         self._hash.update(len(data).to_bytes(8, "little"))
         self._hash.update(data)
 
     def add_file(self, path: Path) -> None:
-        """Takes a file's content in, block by block."""
+        """Hashes the content of a file, a block at a time."""
         self._hash.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
             while block := file.read(BLOCK_BYTES):
@@ -59,12 +59,12 @@ class Digest:
                 self._progress(len(block))
 
     def hex(self) -> str:
-        """Returns it, 32 digits."""
+        """Returns the fingerprint: 32 hexadecimal digits."""
         return self._hash.hexdigest()
 
 
 class Source(Protocol):
-    """Episodes in a file or folder. For one thread; closed by whoever opened it."""
+    """The episodes of a file, a folder or a data set, open for reading. Not thread-safe. The caller that opened it closes it."""
 
     @property
     def format(self) -> str:
@@ -72,34 +72,34 @@ class Source(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Of its files."""
+        """Size of all its files."""
 
     @property
     def row_convention(self) -> str | None:
-        """That its rows are in; None where they are made as they are wanted."""
+        """Convention of its rows, ``incoming`` or ``outgoing``; None if it holds transitions, which become rows of either."""
 
     def __len__(self) -> int:
-        """Number of episodes."""
+        """Returns the number of episodes."""
 
     def episodes(self, first: int = 0, *, incoming: bool = True, limit: SizeLimit | None = None) -> Iterator[DatasetEpisode]:
-        """Yields the episodes one by one from position ``first`` on; one that cannot be read is yielded with its error.
+        """Yields the episodes in order. One that cannot be read is yielded with its error.
 
         Args:
-            first: position of the first one.
-            incoming: the row convention that rows are made in, where they are made.
-            limit: an episode that announces more is yielded with an error, and not read; columns that its changes leave out need not be
-                read either. None: 1 GiB.
+            first: position of the first episode.
+            incoming: row convention for sources that hold transitions.
+            limit: maximum size of an episode; one that announces more is yielded with an error and not read. Columns that its transforms
+                drop need not be read either. None is 1 GiB.
         """
 
     def fingerprint(self, digest: Digest) -> None:
-        """Puts all content that its episodes come from into the digest."""
+        """Adds all content that the episodes are made of to ``digest``."""
 
     def close(self) -> None:
-        """Lets go of its files."""
+        """Closes its files."""
 
 
 def escape(name: str) -> str:
-    """Returns a name that has neither ``/`` nor NUL, which HDF5 gives a meaning of its own; see :func:`unescape`."""
+    """Returns ``name`` without ``/`` and NUL, which mean something else in HDF5. Inverse of :func:`unescape`."""
     return name.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
 
 

@@ -1,8 +1,8 @@
-"""TD-MPC2's multi-task data sets: ``.pt`` files of a TensorDict [episodes, rows], as Hansen et al. (2024) published them in chunks.
+"""Read TD-MPC2's multi-task data sets: ``.pt`` files of a TensorDict [episodes, rows], as published by Hansen et al. (2024).
 
-They are read without unpickling anything but tensors (``torch.load(weights_only=True)``): in the place of TensorDict's class and of
-what rebuilds one stands a holder of columns, so tensordict itself is not needed. Files are mapped into memory, not read into it; those
-written before torch 1.6 cannot be mapped, and are.
+Only tensors are unpickled (``torch.load(weights_only=True)``). A plain dict of columns stands in for TensorDict's class and for the
+function that rebuilds one, so tensordict itself is not needed. Files are memory-mapped, except those written before torch 1.6, which
+cannot be.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 from touchline._tdmpc2.column_names import columns_of
 from touchline.datasets.errors import DatasetError
-from touchline.datasets.pt_file import check_file
 from touchline.datasets.size_limit import SizeLimit
 from touchline.datasets.source import DatasetEpisode, Digest
 from touchline.errors import InvalidEpisodeError
@@ -29,40 +28,40 @@ except ImportError as error:
 FORMAT = "tdmpc2"
 
 
-class Holder(dict[str, Any]):
-    """What stands in a restricted unpickler's results where a TensorDict was saved: its columns, and nothing that runs."""
+class SavedColumns(dict[str, Any]):
+    """The columns of a TensorDict, in whose place the restricted unpickler creates it. Runs no code of the file's."""
 
     def __setstate__(self, state: Any) -> None:
-        # Saved by any version of tensordict since 0.1: the columns are under this one name.
+        # Every version of tensordict since 0.1 saves the columns under this name.
         columns = state.get("_tensordict") if isinstance(state, dict) else None
         if not isinstance(columns, dict):
             raise pickle.UnpicklingError("a TensorDict without columns")
         self.update(columns)
 
 
-def rebuild(kind: Any, state: Any) -> Holder:
-    """Stands for tensordict's own function of that place."""
-    holder = Holder()
-    holder.__setstate__(state)
-    return holder
+def rebuild(kind: Any, state: Any) -> SavedColumns:
+    """Replaces tensordict's function of the same purpose."""
+    columns = SavedColumns()
+    columns.__setstate__(state)
+    return columns
 
 
-_SAFE: list[Any] = [
-    (Holder, "tensordict._td.TensorDict"),
-    (Holder, "tensordict.tensordict.TensorDict"),
+_ALLOWED: list[Any] = [
+    (SavedColumns, "tensordict._td.TensorDict"),
+    (SavedColumns, "tensordict.tensordict.TensorDict"),
     (rebuild, "tensordict._reductions._make_td"),
 ]
 
 
 class TDMPC2Source:
-    """Episodes of one or several ``.pt`` files. A file is open while its episodes are read.
+    """The episodes of one or several ``.pt`` files. A file is open while its episodes are read. Not thread-safe.
 
     Args:
         paths: the files, in order.
-        trust_pickle: unpickle whatever a file holds, which runs any code in it: for files that the restricted unpickler does not take.
+        trust_pickle: whether to unpickle arbitrary objects, for files that the restricted unpickler refuses. Runs any code in them.
 
     Raises:
-        DatasetError: a file is none, or holds no [episodes, rows].
+        DatasetError: a file was not written by ``torch.save``, or its columns are not [episodes, rows, ...].
     """
 
     format = FORMAT
@@ -86,9 +85,9 @@ class TDMPC2Source:
         for path, length in zip(self._paths, self._lengths, strict=True):
             if first < position + length:
                 columns = dict(_leaves(path, self._open(path), ""))
-                wanted, error = _wanted(columns, limit)
+                names, error = _names_to_read(columns, limit)
                 for row in range(max(first - position, 0), length):
-                    yield DatasetEpisode(position + row, {name: columns[name][row] for name in wanted}, error=error)
+                    yield DatasetEpisode(position + row, {name: columns[name][row] for name in names}, error=error)
             position += length
 
     def fingerprint(self, digest: Digest) -> None:
@@ -107,44 +106,48 @@ class TDMPC2Source:
 
 
 def _load(path: Path, trust_pickle: bool) -> Any:
-    """Returns what a file holds, its tensors mapped where the file's layout permits (it does since torch 1.6)."""
-    if not trust_pickle:
-        check_file(path)
+    """Returns what a file contains, its tensors memory-mapped if the layout permits (since torch 1.6)."""
     for mmap in (True, False):
         try:
             if trust_pickle:
                 return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)
-            with torch.serialization.safe_globals(_SAFE):
+            with torch.serialization.safe_globals(_ALLOWED):
                 return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except pickle.UnpicklingError as error:
             if trust_pickle:
-                raise DatasetError(f"{path}: no file of torch.save ({_first_line(error)})") from None
+                raise DatasetError(f"{path}: not written by torch.save ({_first_line(error)})") from None
             raise DatasetError(
-                f"{path}: {_found_by(error)}, expected a TensorDict or a dict of tensors. If you trust whoever made the file, "
-                "--trust-pickle (trust_pickle=True) unpickles anything, which runs whatever code is in it"
+                f"{path}: {_found_by(error)}, expected a TensorDict or a dict of tensors. If you trust its author, --trust-pickle "
+                "(trust_pickle=True) unpickles anything, and runs whatever code the file contains"
             ) from None
         except RuntimeError as error:
             if mmap and "mmap" in str(error):
                 continue
-            raise DatasetError(f"{path}: no file of torch.save, or a damaged one ({_first_line(error)})") from None
+            raise DatasetError(f"{path}: not written by torch.save, or damaged ({_first_line(error)})") from None
         except (EOFError, ValueError, AttributeError, ImportError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
             raise DatasetError(f"{path}: cannot be read ({type(error).__name__}: {_first_line(error)})") from None
     raise AssertionError("unreachable")
 
 
 def _found_by(error: Exception) -> str:
+    """Returns what the restricted unpickler refused, as torch's message says it."""
     text = str(error)
     if "GLOBAL " in text:
         return f"it holds {text.split('GLOBAL ', 1)[1].split(' ', 1)[0]}"
-    return f"it is no file of torch.save, or a damaged one ({text.rsplit('WeightsUnpickler error: ', 1)[-1].splitlines()[0].strip()})"
+    return f"not written by torch.save, or damaged ({text.rsplit('WeightsUnpickler error: ', 1)[-1].splitlines()[0].strip()})"
 
 
 def _first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, without torch's advice to its developers."""
     return (str(error).splitlines() or [""])[0].partition("  (Could this")[0]
 
 
 def _count(path: Path, columns: Mapping[str, Any]) -> int:
-    """Returns how many episodes [episodes, rows] have."""
+    """Returns the number of episodes in columns [episodes, rows, ...].
+
+    Raises:
+        DatasetError: the columns do not all have that shape.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in _leaves(path, columns, ""):
         if name in shapes:
@@ -163,9 +166,10 @@ def _count(path: Path, columns: Mapping[str, Any]) -> int:
 
 
 def _leaves(path: Path, level: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors of nested mappings by dotted name."""
     if depth > MAX_NESTING:
         raise DatasetError(f"{path}: {prefix}: nested more than {MAX_NESTING} levels deep")
-    for name in level.keys():  # noqa: SIM118  perhaps a TensorDict
+    for name in level.keys():  # noqa: SIM118  a TensorDict iterates over its rows, not its keys
         value = level[name]
         label = f"{prefix}{name}"
         if not isinstance(name, str):
@@ -181,11 +185,11 @@ def _leaves(path: Path, level: Any, prefix: str, depth: int = 0) -> Iterator[tup
             yield label, value
 
 
-def _wanted(columns: Mapping[str, Any], limit: SizeLimit) -> tuple[list[str], DatasetError | None]:
-    """Returns the names of the columns that are wanted, and why no episode of a file can be taken, if so: all are of the same size."""
-    tally = limit.tally()
+def _names_to_read(columns: Mapping[str, Any], limit: SizeLimit) -> tuple[list[str], DatasetError | None]:
+    """Returns the names of the columns to read, and the error if the file's episodes are too large; all have the same size."""
+    counter = limit.counter()
     try:
-        # An expanded tensor has more values than its file.
-        return [name for name, value in columns.items() if tally.take(name, value.shape[1:], to_array(name, value[:0]).dtype)], None
+        # The shape decides, not the file's size: an expanded tensor has more values than the file.
+        return [name for name, value in columns.items() if counter.add(name, value.shape[1:], to_array(name, value[:0]).dtype)], None
     except (DatasetError, ColumnError, TypeError) as error:
         return [], error if isinstance(error, DatasetError) else DatasetError(str(error))

@@ -1,7 +1,7 @@
-"""Writing TD-MPC2's ``.pt`` files: TensorDicts [episodes, rows], which its own trainer loads.
+"""Write TD-MPC2's ``.pt`` files: TensorDicts [episodes, rows], which its own trainer loads.
 
-Columns are gathered in files first and mapped from there when they are saved, so the episodes are never all in memory. That takes the
-payload once more on the disk, for the time of the export.
+Columns are first collected in temporary files and memory-mapped from there when they are saved, so the episodes are never all in memory.
+During the export they take their size on the disk a second time.
 """
 
 from __future__ import annotations
@@ -26,56 +26,56 @@ except ImportError as error:
 
 
 class TDMPC2Target:
-    """One ``.pt`` file of episodes that have the same number of rows, or a folder with a file for each number of rows.
+    """One ``.pt`` file of episodes with equal numbers of rows, or a folder with one file per number of rows. Not thread-safe.
 
     Args:
-        path: of the file (``.pt``), or of the folder.
-        row_convention: of the rows; TD-MPC2's is ``incoming``.
-        force: replace a file, or a folder of ``.pt`` files alone, that is there.
+        path: path of the file (``.pt``) or of the folder.
+        row_convention: convention of the rows, which must be ``incoming``, TD-MPC2's.
+        force: whether to replace an existing file, or a folder that contains only ``.pt`` files.
 
     Raises:
-        DatasetError: it cannot be written there, or the rows are of another convention.
+        DatasetError: the path cannot be written, or the rows are of the other convention.
     """
 
     def __init__(self, path: Path, row_convention: str, *, force: bool) -> None:
         if row_convention != "incoming":
             raise DatasetError(
-                f"{path}: rows of the convention {row_convention!r}, expected 'incoming', which is TD-MPC2's; hdf5 holds both"
+                f"{path}: row convention {row_convention!r}, expected 'incoming' as in TD-MPC2; use hdf5, which supports both"
             )
         self._one_file = path.suffix.lower() in (".pt", ".pth")
-        self._placement = AtomicOutput(path, force=force, replaceable=_only_pt)
-        self._placement.partial.mkdir()
+        self._output = AtomicOutput(path, force=force, replaceable=_has_only_pt_files)
+        self._output.partial.mkdir()
         self._groups: dict[int, _Group] = {}
 
     def add(self, columns: Mapping[str, np.ndarray], provenance: Provenance) -> None:
         if "terminated" in columns:
-            raise DatasetError(f"{self._placement.place}: terminated: a column of this name would be read back as done; hdf5 holds it")
+            raise DatasetError(f"{self._output.place}: terminated: a column of this name would be read back as done; use hdf5")
         rows = len(next(iter(columns.values())))
         group = self._groups.get(rows)
         if group is None:
             if self._groups and self._one_file:
                 raise DatasetError(
-                    f"{self._placement.place}: episodes of {next(iter(self._groups))} and of {rows} rows, expected one number of rows in a "
-                    "file, as in TD-MPC2's; name a folder with --format tdmpc2 (format='tdmpc2') for a file each, or use hdf5"
+                    f"{self._output.place}: episodes of {next(iter(self._groups))} and of {rows} rows, expected equal numbers of rows "
+                    "in one file, as in TD-MPC2; name a folder with --format tdmpc2 (format='tdmpc2') for one file each, or use hdf5"
                 )
-            group = self._groups[rows] = _Group(self._placement.partial / f"rows_{rows:06d}", columns)
+            group = self._groups[rows] = _Group(self._output.partial / f"rows_{rows:06d}", columns)
         group.add(columns)
 
     def finish(self) -> None:
-        saved = self._placement.partial / "saved"
+        saved = self._output.partial / "saved"
         saved.mkdir()
         for rows, group in self._groups.items():
             group.save(saved / f"rows_{rows:06d}.pt")
-        self._placement.commit(next(saved.iterdir()) if self._one_file else saved)
+        self._output.commit(next(saved.iterdir()) if self._one_file else saved)
 
     def discard(self) -> None:
         for group in self._groups.values():
             group.close()
-        self._placement.discard()
+        self._output.discard()
 
 
 class _Group:
-    """Episodes of one number of rows: each column's bytes, one episode after the other, in a file."""
+    """The episodes with one number of rows: one temporary file per column, which holds the episodes' bytes one after another."""
 
     def __init__(self, folder: Path, columns: Mapping[str, np.ndarray]) -> None:
         folder.mkdir()
@@ -106,7 +106,7 @@ class _Group:
             file.close()
 
     def _tensor(self, name: str) -> Any:
-        """Returns a column [episodes, rows, ...], mapped from its file."""
+        """Returns a column [episodes, rows, ...], memory-mapped from its file."""
         like = self._like[name]
         shape = (self._count, self._rows, *like.shape[1:])
         dtype = torch.bfloat16 if like.dtype == BFLOAT16 else torch.from_numpy(np.empty(0, like.dtype)).dtype
@@ -116,5 +116,6 @@ class _Group:
         return torch.from_file(str(self._paths[name]), shared=False, size=size, dtype=dtype).view(shape)
 
 
-def _only_pt(folder: Path) -> bool:
+def _has_only_pt_files(folder: Path) -> bool:
+    """Returns whether a folder is one that an export has written."""
     return all(path.is_file() and path.suffix == ".pt" for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""What is done to the columns of a source before they are stored."""
+"""What a load does to the columns of a source's episodes before it stores them."""
 
 from __future__ import annotations
 
@@ -14,41 +14,49 @@ from touchline_protos.types.flatten import flatten_columns
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
-    """What is done to the columns of a source's episodes before they are stored."""
+class ColumnTransforms:
+    """What a load does to the columns of a source's episodes before it stores them. The default does nothing."""
 
     task: int | None = None
-    """Stored as the column ``task``, int64, in the place of one that is there."""
+    """Value of an added column ``task`` (int64), which replaces an existing one; None adds none."""
     drop: tuple[str, ...] = ()
-    """Columns that are left out; ``info`` leaves out ``info.<any>`` too."""
+    """Names of columns to leave out; ``info`` also leaves out every ``info.<name>``."""
     float32: bool = False
-    """Store float64 columns as float32, as TD-MPC2 and the recorders have them."""
+    """Whether float64 columns are stored as float32, the dtype that TD-MPC2 and the recorders use."""
 
     def __bool__(self) -> bool:
         return self.task is not None or bool(self.drop) or self.float32
 
-    def of(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns an episode's flat columns as they are to be stored.
+    @property
+    def identity(self) -> str:
+        """Text that stands for the transforms in the keys of episodes. It must never change, or repeated loads store episodes twice."""
+        return f"Changes(task={self.task!r}, drop={self.drop!r}, float32={self.float32!r})"
+
+    def apply(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns an episode's columns, flattened and transformed, as they will be stored.
+
+        Args:
+            columns: [rows, ...] by name, possibly nested. Not changed; the result may share their memory.
 
         Raises:
-            InvalidEpisodeError: it has no columns that could be stored, or a value that float32 lacks.
+            InvalidEpisodeError: a column cannot be stored, or has a value that float32 cannot represent.
         """
         dtype = np.dtype(np.float32) if self.float32 else None
         try:
             flat = flatten_columns(columns)
-            changed = {name: narrow(name, column, dtype) for name, column in flat.items() if not self.drops(name)}
+            stored = {name: narrow(name, column, dtype) for name, column in flat.items() if not self.drops(name)}
         except ColumnError as error:
             raise InvalidEpisodeError(str(error)) from None
-        if self.task is not None and changed:
-            # Where there are no rows, it is refused for that.
-            rows = next((len(column) for column in changed.values() if column.ndim), 1)
-            changed["task"] = np.full(rows, self.task, np.int64)
-        return changed
+        if self.task is not None and stored:
+            # An episode of scalars has no rows to count; the validator refuses it later, whatever length the task has.
+            rows = next((len(column) for column in stored.values() if column.ndim), 1)
+            stored["task"] = np.full(rows, self.task, np.int64)
+        return stored
 
     def drops(self, name: str) -> bool:
         """Returns whether a column is left out."""
-        return any(name == gone or name.startswith(f"{gone}.") for gone in self.drop)
+        return any(name == dropped or name.startswith(f"{dropped}.") for dropped in self.drop)
 
-    def dtype_of(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        """Returns the dtype that a column of this one is stored with."""
+    def stored_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Returns the dtype with which a column of dtype ``dtype`` is stored."""
         return np.dtype(np.float32) if self.float32 and dtype == np.float64 else dtype
