@@ -98,5 +98,5 @@ def test_clear_without_a_server_or_with_a_token_for_something_else_exits_1(data_
     away = run("--yes", "--address", "127.0.0.1:1")
 
     assert [status for status, _, _ in (refused, nobody, cleared, away)] == [1, 1, 0, 1]
-    assert "AccessDeniedError" in refused[2] and "AccessDeniedError" in nobody[2]
+    assert "AccessDeniedError" in refused[2] and "UnauthenticatedError" in nobody[2]
     assert "no server: " in away[2]
