@@ -209,7 +209,7 @@ def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> N
                 holder.cancel()
                 eventually(lambda: in_use(server) == 0, "the reservation is released")
 
-            client._calls._sleep = sleep
+            client._rpc._sleep = sleep
             with EpisodeWriter(client) as writer:
                 for number in range(3):
                     writer.append({"obs": np.float32(number), "action": np.float32(0), "reward": 0.0})

@@ -84,7 +84,7 @@ def test_client_copied_keeps_credentials_whatever_the_other_environment_says(mon
     made = pickle.dumps(ReplayClient("127.0.0.1:1"))
     monkeypatch.setenv("TOUCHLINE_TOKEN", "another-token-0123456789")
 
-    assert dict(pickle.loads(made)._transport.metadata)["authorization"] == f"Bearer {TOKEN}"
+    assert dict(pickle.loads(made)._channel.metadata)["authorization"] == f"Bearer {TOKEN}"
 
 
 @pytest.mark.parametrize("way", COPIES)

@@ -149,7 +149,7 @@ assert len(list(episodes)) == 2
 from touchline import UnavailableError
 from touchline._learner import stream as module
 
-real, failures, inside, parent = module._Session, [1, 1], threading.Event(), os.getpid()
+real, failures, inside, parent = module.StreamSession, [1, 1], threading.Event(), os.getpid()
 
 def open_session(*arguments, **options):
     if failures and os.getpid() == parent:
@@ -162,8 +162,8 @@ def delays():
     inside.set()
     threading.Event().wait()
 
-module._Session = open_session
-client._calls.delays = delays
+module.StreamSession = open_session
+client._rpc.delays = delays
 batches = client.batches()
 threading.Thread(target=lambda: next(batches), daemon=True).start()
 assert inside.wait(20)
@@ -184,7 +184,7 @@ next(episodes)
 held, parent = threading.Event(), os.getpid()
 
 def hold():
-    with writer._unsent.outbox._changed, client._transport._lock, batches._source._closed._cond, episodes._source._closed._cond:
+    with writer._unsent.outbox._changed, client._channel._lock, batches._source._closed._cond, episodes._source._closed._cond:
         held.set()
         threading.Event().wait()
 

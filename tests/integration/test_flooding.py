@@ -150,7 +150,7 @@ def test_episode_over_the_limit_of_a_request_goes_in_chunks_of_any_client() -> N
         client = stack.enter_context(ReplayClient(server.address))
         # As a client from before this limit was: it is refused, asks, and goes on in chunks.
         older = stack.enter_context(ReplayClient(server.address))
-        older._delivery._max_message_bytes = 64 * MIB
+        older._uploader._max_message_bytes = 64 * MIB
 
         client.add(columns)
         older.add(columns | {"reward": rng.standard_normal(400).astype(np.float32)})

@@ -163,7 +163,7 @@ def test_wrong_certificate_name_or_key_is_told_at_once_by_every_verb(
             tls = TlsConfig(authority.cert, authority.issue("one").cert, authority.issue("two").key)
         for verb, call in VERBS.items():
             client = stack.enter_context(ReplayClient(plain, tls=tls, timeout_s=3600.0))
-            client._calls.backoff = Backoff(first_s=1800.0)
+            client._rpc.backoff = Backoff(first_s=1800.0)
             with pytest.raises((TlsError, UnacknowledgedError)) as caught:
                 call(client)
             found = caught.value.results[0].error if isinstance(caught.value, UnacknowledgedError) else caught.value
@@ -186,7 +186,7 @@ def test_server_that_comes_back_with_its_certificate_is_waited_for(authority: Au
     with tls_server(pair) as server:
         port = int(server.address.rpartition(":")[2])
     with ReplayClient(f"127.0.0.1:{port}", tls=TlsConfig(authority.cert)) as client:
-        client._calls.backoff = Backoff(first_s=0.05, max_s=0.05)
+        client._rpc.backoff = Backoff(first_s=0.05, max_s=0.05)
         counting: list[int] = []
         asker = threading.Thread(target=lambda: counting.append(client.num_eps))
         asker.start()

@@ -96,7 +96,7 @@ VERBS: dict[str, Callable[[ReplayClient], Any]] = {
 
 def begin(verb: Callable[[ReplayClient], Any], client: ReplayClient, stack: ExitStack) -> None:
     """Calls a verb in a thread, which ends once the client is closed."""
-    client._calls.backoff = Backoff(first_s=0.01, max_s=0.05)
+    client._rpc.backoff = Backoff(first_s=0.01, max_s=0.05)
 
     def run() -> None:
         with suppress(TouchlineError):
@@ -232,7 +232,7 @@ def test_sampling_at_a_horizon_longer_than_every_episode_says_so_with_the_figure
 def test_wait_until_ready_says_how_far_min_history_is(
     waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline._learner.readiness.POLL_S", 0.1)
+    monkeypatch.setattr("touchline._learner.readiness.POLL_INTERVAL_S", 0.1)
     server = stack.enter_context(ServerThread(make_config()))
     client = ReplayClient(server.address)
     too_short(client)

@@ -70,7 +70,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
 
 def trying_once(client: ReplayClient) -> ReplayClient:
     """Makes a client's calls raise the first error they get instead of retrying, so that no deadline matters on a slow machine."""
-    client._calls.backoff = Backoff(first_s=3600.0)
+    client._rpc.backoff = Backoff(first_s=3600.0)
     return client
 
 

@@ -1,81 +1,82 @@
-"""The client: the in-process buffer's verbs, over the network."""
+"""The client: the verbs of the in-process buffer, over the network.
+
+A learner::
+
+    with ReplayClient("replay-host:50051") as client:
+        client.wait_until_ready()
+        for obs, action, reward, done in client.batches(batch_size=256, horizon=3):
+            ...  # obs [4, 256, *obs_shape], action [3, 256, A], reward and done [3, 256, 1]
+
+An actor that has whole episodes; one that has steps uses :class:`~touchline.EpisodeWriter`::
+
+    with ReplayClient("replay-host:50051", actor="left-foot") as client:
+        client.add({"obs": obs, "action": action, "reward": reward})  # [T+1, ...] each
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from touchline._actor.episode_factory import EpisodeFactory
 from touchline._actor.keys import Identity
-from touchline._actor.upload import MAX_LOAD_BYTES, EpisodeUploader, episodes_of, make_episode
+from touchline._actor.upload import MAX_LOAD_BYTES, EpisodeUploader
 from touchline._learner.episodes import EpisodeSource, EpisodeStream
 from touchline._learner.readiness import Readiness
-from touchline._learner.stream import BatchSource, BatchStream, StreamSource
-from touchline._learner.torch_batch import load_torch, to_tensors
+from touchline._learner.single_batch import SingleBatchSampler
+from touchline._learner.stream import RECONNECT_S, BatchSource, BatchStream, StreamSource
+from touchline._learner.torch_batch import batch_converter, same_batch
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.channel import Transport, check_address
+from touchline._rpc.channel import ServerChannel, check_address
 from touchline._rpc.convert import (
     check_actor,
     check_dtype,
-    check_policy_version,
     counts_of,
     episodes_request,
     sample_request,
     seconds,
+    seconds_or_none,
     server_info_of,
     whole_number,
 )
 from touchline._rpc.credentials import Credentials, TlsConfig
-from touchline._rpc.outcomes import outcome_told
-from touchline._rpc.waits import waiting
-from touchline.errors import (
-    ClosedError,
-    EpisodeResult,
-    InvalidArgumentError,
-    InvalidEpisodeError,
-    NotReadyError,
-    ServerError,
-    TooLargeError,
-    TouchlineError,
-)
+from touchline._rpc.outcomes import add_key_if_outcome_unknown
+from touchline.errors import ClosedError, EpisodeResult, TouchlineError
 from touchline.types import ReadyState, ServerInfo
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
-from touchline_protos.codec import BatchDecoder, CodecError, Episode, EpisodeKey
+from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
-
-RECONNECT_S = 60.0
-"""How long the server may be away before a stream of batches gives up."""
 
 
 class ReplayClient:
     """A replay buffer on a server: episodes in, batches of slices out. Also a context manager that closes it.
 
-    The channel opens with the first call, and opens anew in a forked child, which also becomes another sender of episodes. Every call has
-    a deadline; all but ``clear`` may be repeated without harm (an episode carries a key) and are retried with backoff, within that
-    deadline, while the server is unavailable or over a limit (then after the delay that it asks for). Episodes that are larger than a
-    message travel in chunks by themselves.
+    The connection opens with the first call. Every call has a deadline; all but :meth:`clear` can be repeated without harm, since an
+    episode carries a key, and are retried with backoff until that deadline while the server is unavailable or over a limit (in the latter
+    case after the delay that it asks for). Episodes larger than a message travel in chunks.
 
-    Safe to use from many threads. May be pickled and copied, as an argument of a spawned process is: address, settings and credentials (the
-    token, and the paths of TLS files) travel, the copy opens a channel of its own and is another sender of episodes.
+    Thread-safe. A client can be pickled and copied, for example as an argument of a spawned process: address, settings and credentials (the
+    token, and the paths of TLS files) travel with it, and the copy opens its own connection and becomes another sender of episodes. A
+    forked child of the process becomes one as well; streams and writers that were open at the fork stay the parent's.
 
     Args:
         address: ``"host:50051"`` or ``"unix:/path"``.
-        timeout_s: deadline of a call, its retries included, up to a year. What the server is asked to wait (``wait_s``), and a second for
-            every 4 MiB that are sent, come on top.
-        client_id: names the sender in the keys of episodes, 1 to 128 characters; None makes ``<hostname>-<random>``.
-        actor: name of the actor for episodes that are given none, up to 128 characters.
-        max_message_bytes: of one request or response, of a request 2 MiB at most; the server's own limit holds besides.
-        as_numpy: batches as numpy arrays even where torch is installed.
-        dtype: ``"float32"`` stores float64 columns of what is added, loaded and written as float32; None stores them as they are.
-        table: of the server; empty is the default one.
-        tls: how to speak TLS, ``TlsConfig(ca="ca.pem")``; True trusts the roots that gRPC brings along, False is plain. None: by the
-            environment, where ``TOUCHLINE_TLS_CA`` (and ``_CERT``, ``_KEY``, ``_SERVER_NAME``) turn it on.
-        token: that the server knows this client by; None takes ``TOUCHLINE_TOKEN`` of the environment, empty is none. Never logged.
-        allow_plaintext: lets the token go to another machine without TLS; None: only if ``TOUCHLINE_ALLOW_PLAINTEXT`` is 1.
+        timeout_s: deadline of a call, its retries included, up to a year. Time that the server is asked to wait (``wait_s``) comes on
+            top, and a second for every 4 MiB that are sent.
+        client_id: name of the sender in the keys of episodes, 1 to 128 characters; None makes ``<hostname>-<random>``.
+        actor: name of the actor for episodes that are added without one, up to 128 characters.
+        max_message_bytes: size limit of one request or response, at most 2 MiB for a request. The server's own limit applies as well.
+        as_numpy: return batches as numpy arrays even if torch is installed.
+        dtype: ``"float32"`` stores float64 columns as float32; None stores them as they are.
+        table: table on the server; empty for the default one.
+        tls: TLS settings, for example ``TlsConfig(ca="ca.pem")``. True trusts gRPC's built-in roots, False turns TLS off. None reads the
+            environment: ``TOUCHLINE_TLS_CA`` turns it on (with ``_CERT``, ``_KEY``, ``_SERVER_NAME``).
+        token: token that identifies this client to the server; None reads ``TOUCHLINE_TOKEN``, empty sends none. Never logged.
+        allow_plaintext: send the token to another machine even without TLS; None does so only if ``TOUCHLINE_ALLOW_PLAINTEXT`` is 1.
 
     Raises:
-        InvalidArgumentError: an argument out of range, a file that cannot be read, or a token that would go out in the clear.
+        InvalidArgumentError: an argument is out of range, a file cannot be read, or the token would be sent in plain text.
     """
 
     def __init__(
@@ -93,9 +94,8 @@ class ReplayClient:
         token: str | None = None,
         allow_plaintext: bool | None = None,
     ) -> None:
-        seconds("timeout_s", timeout_s)
+        self.timeout_s = seconds("timeout_s", timeout_s)
         whole_number("max_message_bytes", max_message_bytes, least=1 << 16)
-        self.timeout_s = timeout_s
         self.actor = check_actor(actor)
         self.dtype = check_dtype(dtype)
         self._as_numpy = as_numpy
@@ -103,25 +103,26 @@ class ReplayClient:
         self._table = table
         self._identity = Identity(client_id)
         credentials = Credentials(check_address(address), tls=tls, token=token, allow_plaintext=allow_plaintext)
-        self._transport = Transport(address, max_message_bytes=max_message_bytes, credentials=credentials)
-        self._calls = RpcClient(self._transport, timeout_s=timeout_s)
-        self._delivery = EpisodeUploader(self._calls, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
-        self._readiness = Readiness(self._calls, table=table)
-        self._decoders = threading.local()
+        self._channel = ServerChannel(address, max_message_bytes=max_message_bytes, credentials=credentials)
+        self._rpc = RpcClient(self._channel, timeout_s=timeout_s)
+        self._factory = EpisodeFactory(self._identity, dtype=self.dtype)
+        self._uploader = EpisodeUploader(self._rpc, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
+        self._readiness = Readiness(self._rpc, table=table)
+        self._sampler = SingleBatchSampler(self._rpc, self._readiness)
 
     @property
     def address(self) -> str:
-        """Of the server, as given."""
-        return self._transport.address
+        """The server's address, as given."""
+        return self._channel.address
 
     @property
     def client_id(self) -> str:
-        """Names this sender in the keys of its episodes."""
+        """Name of this sender in the keys of its episodes."""
         return self._identity.client_id
 
     @property
     def table(self) -> str:
-        """Of the server, that episodes go to and batches come from; empty is the default one."""
+        """Table on the server that episodes go to and batches come from; empty for the default one."""
         return self._table
 
     def next_key(self) -> EpisodeKey:
@@ -134,33 +135,25 @@ class ReplayClient:
         """Stores one episode and returns the number of episodes in the buffer.
 
         Args:
-            episode: mapping or TensorDict of arrays or tensors ``[rows, ...]``: ``obs`` (or nested, or ``obs.<name>``), ``action`` and
-                ``reward``, perhaps ``done``, ``task`` and others. Not changed; not needed afterwards. Nested observations come back in the
-                order of the first episode's keys.
-            actor: who played it; None takes the client's.
-            policy_version: of the policy that acted; 0 where unknown.
-            key: to send an episode again that was perhaps stored; None takes a fresh one.
+            episode: mapping or TensorDict of arrays or tensors [T+1, ...], a row for each step: ``obs`` (or nested, or ``obs.<name>``),
+                ``action``, ``reward``, optionally ``done``, ``task`` and other columns. Not changed, and not needed after the call.
+                Nested observations come back in the order of the first episode's keys.
+            actor: name of the actor that played it; None takes the client's.
+            policy_version: version of the policy that acted; 0 if unknown.
+            key: key of an earlier attempt, to send an episode again that may have been stored; None takes a new one.
 
         Raises:
-            InvalidEpisodeError: malformed, or not of the schema. Nothing is stored.
-            InvalidArgumentError: ``actor``, ``policy_version`` or ``key`` is none.
+            InvalidEpisodeError: the episode is malformed or does not match the schema. Nothing is stored.
+            InvalidArgumentError: ``actor``, ``policy_version`` or ``key`` is out of range.
             KeyConflictError: the key was used before for another payload.
-            TooLargeError: over the server's limit of an episode.
-            UnavailableError, DeadlineError, ServerError: not known to be stored; add it again with the error's ``key``, and it is once.
-            TouchlineError: another of the tree.
+            TooLargeError: the episode is over the server's size limit.
+            UnavailableError, DeadlineError, ServerError: the episode may or may not be stored. Add it again with the error's ``key``, which
+                stores it once.
+            TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
-        if key is not None and not isinstance(key, EpisodeKey):
-            raise InvalidArgumentError(f"key: {key!r}, expected an EpisodeKey, such as next_key() gives")
-        made = make_episode(
-            episode,
-            key=self.next_key() if key is None else key,
-            actor=self.actor if actor is None else check_actor(actor),
-            policy_version=check_policy_version(policy_version),
-            dtype=self.dtype,
-        )
-        assert made.key is not None
-        with outcome_told(made.key):
-            return self._delivery.add(made)[1].episodes_stored
+        made_key, made = self._factory.make(episode, actor=self._actor_or_own(actor), policy_version=policy_version, key=key)
+        with add_key_if_outcome_unknown(made_key):
+            return self._uploader.add(made)[1].episodes_stored
 
     def load(
         self,
@@ -173,59 +166,47 @@ class ReplayClient:
     ) -> int:
         """Stores many episodes and returns the number of episodes in the buffer.
 
-        They go in calls of up to 1,000 episodes or 256 MiB, each retried whole while the server is unavailable.
+        They are sent in calls of up to 1,000 episodes or 256 MiB. A call is retried as a whole while the server is unavailable.
 
         Args:
-            episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes as ``add``
-                takes them, of any lengths. Not changed; the arrays must stay as they are until this returns.
-            actor: who played them; None takes the client's.
-            policy_version: of the policy that acted.
+            episodes: one mapping or TensorDict of arrays [num_episodes, T+1, ...], or an iterable of episodes as :meth:`add` takes them, of
+                any lengths. Not changed; the arrays must not change until the call returns.
+            actor: name of the actor that played them; None takes the client's.
+            policy_version: version of the policy that acted; 0 if unknown.
             timeout_s: deadline of each call; None takes the client's.
-            progress: called after each call with the number of episodes answered so far.
+            progress: callback that gets the number of episodes answered so far, after each call.
 
         Raises:
-            LoadError: some were refused; all others are stored. Its ``results`` say what became of each.
+            LoadError: some episodes were refused, all others are stored. Its ``results`` has the outcome of each.
             InvalidEpisodeError: the arrays of one mapping do not fit each other. Nothing is stored.
-            UnavailableError, DeadlineError: a call failed; a note on the error says how many episodes were answered before.
+            UnavailableError, DeadlineError: a call failed. A note on the error says how many episodes were answered before.
         """
-        name = self.actor if actor is None else check_actor(actor)
-        version = check_policy_version(policy_version)
-        if timeout_s is not None:
-            seconds("timeout_s", timeout_s)
-
-        def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-            for episode in episodes_of(episodes):
-                key = self.next_key()
-                try:
-                    yield key, make_episode(episode, key=key, actor=name, policy_version=version, dtype=self.dtype)
-                except InvalidEpisodeError as error:
-                    yield key, error
-
-        counts = self._delivery.load(items(), timeout_s=timeout_s, progress=progress)
-        return (self.counts() if counts is None else counts).episodes_stored
+        made = self._factory.make_all(episodes, actor=self._actor_or_own(actor), policy_version=policy_version)
+        counts = self._uploader.load(made, timeout_s=seconds_or_none("timeout_s", timeout_s), progress=progress)
+        return (counts or self.counts()).episodes_stored
 
     def deliver(self, episode: Episode) -> None:
-        """Stores an episode that already carries its key and everything else; what :class:`~touchline.EpisodeWriter` sends with.
+        """Stores an episode that already carries its key, actor and policy version; :class:`~touchline.EpisodeWriter` sends with it.
 
         Raises:
             TouchlineError: as :meth:`add`.
         """
-        self._delivery.add(episode)
+        self._uploader.add(episode)
 
     def deliver_all(
         self, episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]], *, max_bytes: int = MAX_LOAD_BYTES
     ) -> Iterator[list[EpisodeResult]]:
-        """Stores episodes that already carry their keys, and yields what became of them, call by call.
+        """Stores episodes that already carry their keys, and yields their outcomes, call by call.
 
         Args:
-            episodes: each with its key; an error stands for an episode that could not be made, and becomes its result. Taken as the
-                calls need them, so that no more than one call's episodes are in memory.
-            max_bytes: payload of a call, unless one episode alone has more.
+            episodes: episodes with their keys; an error in the place of an episode becomes its result. The iterable is read as calls need
+                episodes, so at most one call's episodes are in memory.
+            max_bytes: payload limit of a call; an episode above it gets a call of its own.
 
         Raises:
-            TouchlineError: a call failed. The episodes of the results that were yielded are answered; sending all again is harmless.
+            TouchlineError: a call failed. Episodes whose results were yielded are answered; sending all of them again is harmless.
         """
-        for results, _ in self._delivery.send(episodes, max_bytes=max_bytes):
+        for results, _ in self._uploader.send(episodes, max_bytes=max_bytes):
             yield results
 
     # Sampling.
@@ -240,44 +221,30 @@ class ReplayClient:
         wait_s: float = 0.0,
         as_numpy: bool | None = None,
     ) -> Batch:
-        """Returns one batch: ``obs, action, reward, done = client.sample()``. To train, :meth:`batches` is faster.
+        """Returns one batch: ``obs, action, reward, done = client.sample()``. For training, :meth:`batches` is faster.
 
-        A batch that is over the message limit comes, by itself, over a sampling stream.
+        A batch larger than a message comes over a sampling stream.
 
         Args:
-            batch_size: slices; None takes the server's configuration, as for the next two.
-            horizon: transitions of a slice.
-            law: ``"episode"`` or ``"step"``.
-            seed: the same seed, adds and draws give the same batches.
-            wait_s: how long to wait until something can be sampled.
-            as_numpy: numpy arrays or torch tensors; None takes the client's setting.
+            batch_size: number of slices B; None takes the server's configuration, as it does for ``horizon`` and ``law``.
+            horizon: transitions H in a slice.
+            law: sampling law, ``"episode"`` or ``"step"``.
+            seed: seed of the draw; the same seed on the same stored episodes gives the same batch.
+            wait_s: longest wait for something to sample.
+            as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
 
         Returns:
-            Tensors, or writable arrays, that are the caller's; see :class:`~touchline.Batch`.
+            A :class:`~touchline.Batch` of writable arrays or tensors in host memory, which are the caller's: obs [H+1, B, ...],
+            action [H, B, ...], reward and done [H, B, 1], all of the dtypes as stored, and the provenance of each slice [B].
 
         Raises:
-            NotReadyError: nothing can be sampled, also not after ``wait_s``; carries the counts.
-            InvalidArgumentError: an argument that the server does not take.
-            TouchlineError: another of the tree.
+            NotReadyError: nothing could be sampled within ``wait_s``; carries the counts.
+            InvalidArgumentError: the server does not accept an argument.
+            TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
-        deliver = self._delivery_of_batches(as_numpy)
+        convert = self._converter(as_numpy)
         request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, wait_s=wait_s)
-        try:
-            with waiting("sample()", self.address, lambda: self._readiness.explain(horizon)):
-                message = self._calls.unary("Sample", request.SerializeToString(), wait_s=wait_s)
-        except TooLargeError:
-            timeout_s = self.timeout_s + wait_s
-            source = StreamSource(self._calls, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=False)
-            try:
-                return deliver(source.take())
-            finally:
-                source.close()
-        except NotReadyError as error:
-            raise self._with_counts(error) from error.__cause__
-        try:
-            return deliver(self._decoder.sample_response(message))
-        except CodecError as error:
-            raise ServerError(f"{self.address}: a batch that is none: {error}") from error
+        return convert(self._sampler.sample(request))
 
     def batches(
         self,
@@ -292,39 +259,38 @@ class ReplayClient:
         timeout_s: float | None = None,
         ring: bool = True,
     ) -> BatchStream:
-        """Returns an endless iterator of batches that the server pushes ahead of their use.
+        """Returns an endless iterator of batches that the server sends ahead of their use.
 
-        The session opens with the first ``next``. It waits while nothing can be sampled. If the server goes away (a restart, say), it is
-        opened anew for 60 s; a stream with a seed then starts its sequence again.
+        The session opens with the first ``next`` and waits while nothing can be sampled. If the server goes away, for example to restart,
+        the stream tries for 60 s to open another session; a stream with a seed then starts its sequence again. Batches are as
+        :meth:`sample` returns them, and the caller's however long they are held.
 
         Args:
-            prefetch: batches that the server may have under way. A ring keeps up to 14 small ones.
+            prefetch: batches that the server may have in flight. A ring keeps up to 14 small ones.
             device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` copies through pinned memory on a side stream, one batch
                 ahead. All tensors of such a batch share one allocation on the device.
-            batch_size: slices; None takes the server's configuration, as for the next two.
-            horizon: transitions of a slice.
-            law: ``"episode"`` or ``"step"``.
-            seed: the same seed, adds and draws give the same batches.
-            as_numpy: numpy arrays or torch tensors; None takes the client's setting.
-            timeout_s: the longest wait for a batch, be it that the server is away or that nothing can be sampled; None: as long as it takes
-                while the server is there, and 60 s while it is away.
-            ring: on the server's own host (Linux on x86-64; containers need the same /dev/shm and user), batches come through a ring
-                in shared memory, without a message for each; False takes messages there too. Where there is none, the stream's
-                ``transport_reason`` says why.
+            batch_size: number of slices B; None takes the server's configuration, as it does for ``horizon`` and ``law``.
+            horizon: transitions H in a slice.
+            law: sampling law, ``"episode"`` or ``"step"``.
+            seed: seed of the draws; the same seed, adds and draws give the same batches.
+            as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
+            timeout_s: longest wait for a batch, whether the server is away or nothing can be sampled. None waits without limit while the
+                server is there, and 60 s while it is away.
+            ring: take batches through a ring in shared memory, without a message for each, if the server runs on the same host (Linux on
+                x86-64; containers must share /dev/shm and the user). If there is no ring, the stream's ``transport_reason`` says why.
 
         Raises:
-            InvalidArgumentError: an argument out of range, or a device that is not there.
+            InvalidArgumentError: an argument is out of range, or the device does not exist.
         """
         whole_number("prefetch", prefetch, least=1)
-        if timeout_s is not None:
-            seconds("timeout_s", timeout_s)
         request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed)
-        source: BatchSource = StreamSource(self._calls, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring)
+        limit_s = seconds_or_none("timeout_s", timeout_s)
+        source: BatchSource = StreamSource(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
-            return BatchStream(source, self._delivery_of_batches(as_numpy))
+            return BatchStream(source, self._converter(as_numpy))
         from touchline._learner.cuda import on_device
 
-        return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), lambda batch: batch)
+        return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), same_batch)
 
     # Reading back.
 
@@ -340,27 +306,25 @@ class ReplayClient:
         skip_missing: bool = False,
         timeout_s: float | None = None,
     ) -> EpisodeStream:
-        """Returns an iterator of stored episodes, each whole and to the bit as it was added, in the order of their ids.
+        """Returns an iterator of stored episodes, each whole and bit for bit as it was added, in ascending order of their ids.
 
-        What is stored when the server begins, at the first ``next``, is what is read; an episode that is evicted before its turn is left
-        out. If the server goes away, reading goes on behind the last whole episode; a connection that keeps breaking off within one
-        episode, for ``timeout_s`` and five times at least, ends it with an UnavailableError.
+        It reads what is stored at the first ``next``; an episode that is evicted before its turn is left out. If the server goes away,
+        reading resumes after the last whole episode. If the connection keeps breaking within one episode, at least five times and for
+        ``timeout_s``, reading ends with an UnavailableError.
 
         Args:
-            ids: these alone, in any order, each once; none of the next four with it. None: all, or what those leave.
-            first: from this id on, itself included.
-            last: up to this id, itself included.
-            actor: of the actor of this name alone.
-            newest: of those that the three above leave, so many of the newest.
-            columns: these alone; ``obs`` stands for ``obs.*`` as well. None: all.
-            skip_missing: leaves out ids that are not stored, instead of an InvalidArgumentError.
-            timeout_s: the longest wait for the next piece, be it that the server is away; None takes the client's.
+            ids: ids of the episodes to read, in any order, each once; excludes the next four arguments. None reads all that those match.
+            first: lowest id to read.
+            last: highest id to read.
+            actor: name of the actor whose episodes to read.
+            newest: read only the ``newest`` most recent of the episodes that match.
+            columns: names of the columns to read; ``obs`` includes every ``obs.*``. None reads all.
+            skip_missing: leave out ids that are not stored, instead of raising UnknownEpisodeError.
+            timeout_s: longest wait for the next message, also while the server is away; None takes the client's.
 
         Raises:
-            InvalidArgumentError: an argument out of range, or some that do not go together.
+            InvalidArgumentError: an argument is out of range, or arguments exclude each other.
         """
-        if timeout_s is not None:
-            seconds("timeout_s", timeout_s)
         request = episodes_request(
             table=self._table,
             ids=None if ids is None else tuple(ids),
@@ -372,41 +336,42 @@ class ReplayClient:
             skip_missing=skip_missing,
             max_frame_bytes=self._max_message_bytes,
         )
-        none = ids is not None and not request.episode_ids
-        return EpisodeStream(EpisodeSource(self._calls, request, timeout_s=timeout_s or self.timeout_s, empty=none))
+        limit_s = seconds_or_none("timeout_s", timeout_s) or self.timeout_s
+        nothing_asked = ids is not None and not request.episode_ids
+        return EpisodeStream(EpisodeSource(self._rpc, request, timeout_s=limit_s, empty=nothing_asked))
 
     # Asking.
 
     def ready(self, *, horizon: int | None = None) -> bool:
-        """Returns whether batches can be sampled now; with this horizon, or if None the server's."""
+        """Returns whether a batch can be sampled now, with this horizon; None takes the server's."""
         return self.ready_state(horizon=horizon).can_sample
 
     def ready_state(self, *, horizon: int | None = None) -> ReadyState:
         """Returns how far the table is from being sampled with this horizon; None takes the server's."""
-        return self._readiness.ask(0, 0.0, self.timeout_s, horizon)
+        return self._readiness.ask(horizon=horizon)
 
     def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None, *, horizon: int | None = None) -> ReadyState:
-        """Waits until batches can be sampled and enough is stored; a server that is not there yet, or restarts, is waited for.
+        """Waits until batches can be sampled and enough is stored, also for a server that is not up yet or restarts.
 
         Args:
-            min_steps: rows to wait for; None takes the server's ``min_history``, 1 waits for the first batch only. A full buffer is
-                always enough: whole episodes may never fill it to the last row.
-            timeout_s: the longest wait; None has no limit.
-            horizon: transitions of the slices to come; None takes the server's.
+            min_steps: rows to wait for; None takes the server's ``min_history``, 1 waits for the first batch only. A full buffer always
+                suffices, since whole episodes may never fill it to the last row.
+            timeout_s: longest wait; None has no limit.
+            horizon: transitions in the slices to come; None takes the server's.
 
         Raises:
             NotReadyError: not ready in time; carries the counts.
-            UnavailableError: no server in time.
+            UnavailableError: no server answered in time.
         """
         return self._readiness.wait(min_steps, timeout_s, horizon)
 
     def counts(self) -> Counts:
-        """Returns the table's figures."""
+        """Returns the table's counts."""
         return self.ready_state().counts
 
     @property
     def num_eps(self) -> int:
-        """Episodes stored now. Asks the server, as the next two do."""
+        """Episodes stored now. Asks the server, as ``size`` and ``capacity`` do."""
         return self.counts().episodes_stored
 
     @property
@@ -420,26 +385,26 @@ class ReplayClient:
         return self.info().capacity
 
     def info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """Returns what the server says about itself: version, configuration in force, schema, sizes and counts.
+        """Returns the server's version, the configuration in force, the table's schema, sizes and counts.
 
         Args:
-            timeout_s: the call's deadline, retries included; None takes the client's.
+            timeout_s: deadline of the call, its retries included; None takes the client's.
         """
         request = pb.InfoRequest(table=self._table).SerializeToString()
-        return server_info_of(self._calls.unary("Info", request, timeout_s=timeout_s))
+        return server_info_of(self._rpc.unary("Info", request, timeout_s=timeout_s))
 
     def clear(self) -> Counts:
         """Empties the table, its schema included, and returns the counts. Not retried: a second attempt could clear newer episodes.
 
         Raises:
-            UnavailableError, DeadlineError: not known whether it was done.
+            UnavailableError, DeadlineError: the table may or may not have been cleared.
         """
         request = pb.ClearRequest(table=self._table).SerializeToString()
-        return counts_of(pb.ClearResponse.FromString(self._calls.unary("Clear", request, retry=False)).counts)
+        return counts_of(pb.ClearResponse.FromString(self._rpc.unary("Clear", request, retry=False)).counts)
 
     def close(self) -> None:
-        """Closes the channel; calls and streams under way end with an error. Closing again does nothing."""
-        self._transport.close()
+        """Closes the connection; calls and streams in progress end with an error. Closing again does nothing."""
+        self._channel.close()
 
     def __enter__(self) -> ReplayClient:
         return self
@@ -450,7 +415,7 @@ class ReplayClient:
     # Inside.
 
     def __reduce__(self) -> tuple[Callable[[], ReplayClient], tuple[()]]:
-        if self._transport.closed:
+        if self._channel.closed:
             raise ClosedError(f"the client of {self.address} was closed, expected an open one to pickle or copy")
         options: dict[str, Any] = {
             "timeout_s": self.timeout_s,
@@ -461,26 +426,10 @@ class ReplayClient:
             "dtype": self.dtype,
             "table": self._table,
         }
-        return partial(type(self), self.address, **options, **self._transport.credentials.arguments), ()
+        return partial(type(self), self.address, **options, **self._channel.credentials.arguments), ()
 
-    @property
-    def _decoder(self) -> BatchDecoder:
-        """One a thread, since a decoder is for one."""
-        decoder: BatchDecoder | None = getattr(self._decoders, "decoder", None)
-        if decoder is None:
-            decoder = self._decoders.decoder = BatchDecoder()
-        return decoder
+    def _actor_or_own(self, actor: str | None) -> str:
+        return self.actor if actor is None else actor
 
-    def _delivery_of_batches(self, as_numpy: bool | None) -> Callable[[Batch], Batch]:
-        if self._as_numpy if as_numpy is None else as_numpy:
-            return lambda batch: batch
-        torch = load_torch()
-        if torch is None:
-            return lambda batch: batch
-        return lambda batch: to_tensors(torch, batch)
-
-    def _with_counts(self, error: NotReadyError) -> NotReadyError:
-        try:
-            return NotReadyError(str(error), self.counts())
-        except TouchlineError:
-            return error
+    def _converter(self, as_numpy: bool | None) -> Callable[[Batch], Batch]:
+        return batch_converter(as_numpy=self._as_numpy if as_numpy is None else as_numpy)

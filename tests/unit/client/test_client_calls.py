@@ -33,7 +33,7 @@ from touchline import (
     UnavailableError,
 )
 from touchline._rpc.calls import Backoff, RpcClient
-from touchline._rpc.channel import Transport
+from touchline._rpc.channel import ServerChannel
 from touchline_protos.codec import Episode, LoadDecoder, encode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -43,7 +43,7 @@ EPISODE = {"obs": np.zeros((5, 2), np.float32), "action": np.zeros((5, 1), np.fl
 
 
 def _calls(server: ScriptedServer, sleeps: list[float], *, timeout_s: float = 20.0) -> RpcClient:
-    return RpcClient(Transport(server.address, max_message_bytes=1 << 20), timeout_s=timeout_s, sleep=sleeps.append)
+    return RpcClient(ServerChannel(server.address, max_message_bytes=1 << 20), timeout_s=timeout_s, sleep=sleeps.append)
 
 
 class Clock:
@@ -155,7 +155,7 @@ def test_clear_that_is_over_a_limit_is_not_retried() -> None:
 def test_unavailable_until_the_deadline_says_so(clock: Clock) -> None:
     with ScriptedServer(Ready=failing(UNAVAILABLE, details="gone for lunch")) as server:
         with pytest.raises(UnavailableError, match="gone for lunch"):
-            RpcClient(Transport(server.address, max_message_bytes=1 << 20), timeout_s=20.0, sleep=clock.sleep).unary("Ready", b"")
+            RpcClient(ServerChannel(server.address, max_message_bytes=1 << 20), timeout_s=20.0, sleep=clock.sleep).unary("Ready", b"")
 
         assert 100.0 + 20.0 - 2.0 <= clock.now < 100.0 + 20.0
         assert server.count("Ready") > 10
@@ -200,7 +200,7 @@ def test_deadline_covers_all_attempts_together(clock: Clock) -> None:
         fail(context, UNAVAILABLE)
 
     with ScriptedServer(Ready=note) as server, pytest.raises(UnavailableError):
-        RpcClient(Transport(server.address, max_message_bytes=1 << 20), timeout_s=60.0, sleep=clock.sleep).unary("Ready", b"")
+        RpcClient(ServerChannel(server.address, max_message_bytes=1 << 20), timeout_s=60.0, sleep=clock.sleep).unary("Ready", b"")
 
     assert 30.0 < left[0] < 61.0  # gRPC rounds
     assert left[-1] < 4.0

@@ -72,7 +72,7 @@ def test_token_goes_with_every_call_and_shows_nowhere() -> None:
         client.ready()
         client.ready()
 
-        shown = repr(client) + repr(client._transport) + repr(client._calls) + repr(client._transport.credentials)
+        shown = repr(client) + repr(client._channel) + repr(client._rpc) + repr(client._channel.credentials)
 
     assert [metadata["authorization"] for _, metadata in server.calls] == [f"Bearer {SECRET}"] * 2
     assert SECRET not in shown

@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from tensordict import TensorDict, lazy_stack, tensorclass
 
 from touchline import InvalidArgumentError, InvalidEpisodeError, ReplayClient
-from touchline._actor.upload import make_episode
+from touchline._actor.episode_factory import make_episode
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.casting import ColumnError, cast, narrow
 from touchline_protos.types.dtypes import BFLOAT16

@@ -9,7 +9,7 @@ import pytest
 from touchline import ForkError
 from touchline._actor.keys import Identity
 from touchline._rpc import fork
-from touchline._rpc.channel import Transport
+from touchline._rpc.channel import ServerChannel
 from touchline._rpc.fork import ForkGate
 
 
@@ -71,7 +71,7 @@ def test_gate_gives_a_fork_way_after_its_longest_wait(monkeypatch: pytest.Monkey
 
 def test_transport_in_a_child_opens_a_channel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "SUPPORTED", True)  # whatever this test process loaded first
-    transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
+    transport = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
     parents = transport.method("unary_unary", "Ready")
 
     transport.after_fork_in_child()
@@ -82,7 +82,7 @@ def test_transport_in_a_child_opens_a_channel_of_its_own(monkeypatch: pytest.Mon
 
 def test_transport_in_a_child_without_fork_support_says_so_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "SUPPORTED", False)
-    transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
+    transport = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
     transport.method("unary_unary", "Ready")
 
     transport.after_fork_in_child()
@@ -93,7 +93,7 @@ def test_transport_in_a_child_without_fork_support_says_so_instead_of_hanging(mo
 
 def test_transport_never_used_in_the_parent_works_in_a_child_without_fork_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "SUPPORTED", False)
-    transport = Transport("127.0.0.1:1", max_message_bytes=1 << 20)
+    transport = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
 
     transport.after_fork_in_child()
 

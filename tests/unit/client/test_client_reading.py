@@ -121,7 +121,7 @@ class Clock:
     def client(self, handler: Handler) -> Iterator[tuple[ScriptedServer, ReplayClient]]:
         """A server and its client, which does not wait between attempts."""
         with ScriptedServer(GetEpisodes=handler) as self._server, ReplayClient(self._server.address) as client:
-            client._calls.backoff = Backoff(first_s=0.0)
+            client._rpc.backoff = Backoff(first_s=0.0)
             yield self._server, client
 
     def monotonic(self) -> float:

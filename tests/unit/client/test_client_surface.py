@@ -53,7 +53,10 @@ def test_export_list_is_frozen() -> None:
         "TooLargeError",
         "TouchlineError",
         "UnacknowledgedError",
+        "UnauthenticatedError",
         "UnavailableError",
+        "UnknownEpisodeError",
+        "UnknownTableError",
         "WriterCounters",
         "__version__",
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from touchline import Batch, InvalidEpisodeError
-from touchline._actor.upload import episodes_of, make_episode
+from touchline._actor.episode_factory import make_episode, split_load
 from touchline._learner.torch_batch import as_tensor, to_tensors
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.dtypes import BFLOAT16
@@ -104,7 +104,7 @@ def test_what_is_no_episode_is_refused(episode: Any) -> None:
 def test_mapping_of_stacked_arrays_splits_into_episodes() -> None:
     stacked = {"obs": {"rgb": np.arange(24).reshape(2, 4, 3)}, "reward": np.arange(8).reshape(2, 4)}
 
-    first, second = episodes_of(stacked)
+    first, second = split_load(stacked)
 
     assert first["obs.rgb"].tolist() == np.arange(12).reshape(4, 3).tolist()
     assert second["reward"].tolist() == [4, 5, 6, 7]
@@ -113,7 +113,7 @@ def test_mapping_of_stacked_arrays_splits_into_episodes() -> None:
 def test_tensordict_of_stacked_tensors_splits_into_episodes() -> None:
     tensordict = pytest.importorskip("tensordict")
 
-    episodes = list(episodes_of(tensordict.TensorDict({"obs": torch.zeros(3, 5, 2)}, batch_size=[3, 5])))
+    episodes = list(split_load(tensordict.TensorDict({"obs": torch.zeros(3, 5, 2)}, batch_size=[3, 5])))
 
     assert [episode["obs"].shape for episode in episodes] == [(5, 2)] * 3
 
@@ -128,7 +128,7 @@ def test_tensordict_of_stacked_tensors_splits_into_episodes() -> None:
 )
 def test_load_of_what_does_not_split_is_refused(stacked: Any, message: str) -> None:
     with pytest.raises(InvalidEpisodeError, match=message):
-        list(episodes_of(stacked))
+        list(split_load(stacked))
 
 
 def _batch(**change: Any) -> Batch:

@@ -29,9 +29,9 @@ def test_session_that_failed_to_end_is_ended_after_all_and_so_is_the_next(caplog
     watchdog = Watchdog(0.1)
     first, second = Session(failures=2), Session()
 
-    watchdog.watch(first, 0.0)
+    watchdog.arm(first, 0.0)
     assert first.ended.wait(30)
-    watchdog.watch(second, 0.0)
+    watchdog.arm(second, 0.0)
     assert second.ended.wait(30)
 
     watchdog.stop()
@@ -50,10 +50,10 @@ def test_session_that_is_set_while_another_is_being_ended_is_watched(monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("touchline._rpc.deadline.time", type("Clock", (), {"monotonic": staticmethod(monotonic)}))
         first, second = Session(), Session()
-        watchdog.watch(first, 0.0)
+        watchdog.arm(first, 0.0)
         assert looked.wait(30)  # the first one's time is over, and it is about to be ended
-        watchdog.rest()
-        watchdog.watch(second, 0.0)
+        watchdog.disarm()
+        watchdog.arm(second, 0.0)
         go_on.set()
 
         assert second.ended.wait(30)
@@ -64,9 +64,9 @@ def test_session_that_rests_is_not_ended() -> None:
     watchdog = Watchdog(0.1)
     resting, watched = Session(), Session()
 
-    watchdog.watch(resting, time.monotonic() + 3600)
-    watchdog.rest()
-    watchdog.watch(watched, 0.0)
+    watchdog.arm(resting, time.monotonic() + 3600)
+    watchdog.disarm()
+    watchdog.arm(watched, 0.0)
 
     assert watched.ended.wait(30) and not resting.ended.is_set()
     watchdog.stop()
@@ -77,9 +77,9 @@ def test_watch_without_a_thread_is_told_and_the_next_one_tries_again(monkeypatch
     with monkeypatch.context() as patch:
         refuse_threads(patch, "touchline-watchdog")
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            watchdog.watch(session, 0.0)
+            watchdog.arm(session, 0.0)
 
-    watchdog.watch(session, 0.0)
+    watchdog.arm(session, 0.0)
 
     assert session.ended.wait(30)
     watchdog.stop()

@@ -22,12 +22,12 @@ class FirstRowCheck:
     """Warns once of an action in row 0 under the row convention ``incoming``, where it is never drawn. May be used from any thread.
 
     Args:
-        calls: to the server.
+        rpc: makes the calls.
         table: that the episodes go to.
     """
 
-    def __init__(self, calls: RpcClient, *, table: str) -> None:
-        self._calls = calls
+    def __init__(self, rpc: RpcClient, *, table: str) -> None:
+        self._rpc = rpc
         self._table = table
         self._done = False
 
@@ -41,9 +41,9 @@ class FirstRowCheck:
         self._done = True
         request = pb.InfoRequest(table=self._table).SerializeToString()
         try:
-            convention = server_info_of(self._calls.unary("Info", request, timeout_s=ASK_S)).row_convention
+            convention = server_info_of(self._rpc.unary("Info", request, timeout_s=ASK_S)).row_convention
         except (TouchlineError, KeyError, ValueError) as error:
-            logger.debug("the row convention of %s is not known: %s", self._calls.transport.address, error)
+            logger.debug("the row convention of %s is not known: %s", self._rpc.channel.address, error)
             return
         if convention == "incoming":
             logger.warning("an episode of actor %r: %s", found.actor, rules.ACTION_IN_ROW_0)

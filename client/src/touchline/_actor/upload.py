@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
-
-import numpy as np
 
 from touchline._actor.first_row import FirstRowCheck
 from touchline._rpc.calls import RpcClient, reason_of
@@ -23,9 +20,6 @@ from touchline_protos.codec import (
     encode_loads,
 )
 from touchline_protos.log_lines import get_logger
-from touchline_protos.types.casting import narrow
-from touchline_protos.types.dtypes import to_wire
-from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_protos.v1 import replay_pb2 as pb
 
 logger = get_logger(__name__)
@@ -40,68 +34,21 @@ SLOWEST_BYTES_PER_S = 4 << 20
 """Rate that an upload's deadline allows for, on top of the call's own."""
 
 
-def make_episode(episode: Any, *, key: EpisodeKey, actor: str, policy_version: int, dtype: np.dtype[Any] | None = None) -> Episode:
-    """Returns a caller's episode as one that can be sent.
-
-    Args:
-        episode: mapping or TensorDict of arrays or tensors ``[rows, ...]``; not changed, and its memory is shared.
-        key: makes sending it again harmless.
-        actor: who played it.
-        policy_version: of the policy that acted.
-        dtype: that float64 columns are rounded to; None leaves them.
-
-    Raises:
-        InvalidEpisodeError: it is no mapping of arrays of one length and of supported dtypes.
-    """
-    try:
-        columns = {name: narrow(name, column, dtype) for name, column in flatten_columns(episode).items()}
-    except ColumnError as error:
-        raise InvalidEpisodeError(str(error)) from None
-    if not columns:
-        raise InvalidEpisodeError("episode: no columns, expected at least obs, action and reward")
-    try:
-        for name, column in columns.items():
-            if not column.ndim:
-                raise InvalidEpisodeError(f"{name}: a scalar, expected one value a row")
-            to_wire(column.dtype)
-    except InvalidEpisodeError:
-        raise
-    except ValueError as error:
-        raise InvalidEpisodeError(f"{name}: {error}") from None
-    first = next(iter(columns))
-    for name, column in columns.items():
-        if len(column) != len(columns[first]):
-            raise InvalidEpisodeError(f"{name}: {len(column)} rows, expected {len(columns[first])} to match {first}")
-    return Episode(columns, key=key, actor=actor, policy_version=policy_version)
-
-
-def episodes_of(episodes: Any) -> Iterator[Any]:
-    """Yields the episodes of a load; see :func:`~touchline_protos.types.flatten.split_episodes`.
-
-    Raises:
-        InvalidEpisodeError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
-    """
-    try:
-        yield from split_episodes(episodes)
-    except ColumnError as error:
-        raise InvalidEpisodeError(str(error)) from None
-
-
 class EpisodeUploader:
     """Sends episodes. Safe to use from many threads.
 
     Args:
-        calls: to the server.
+        rpc: makes the calls.
         table: that gets the episodes.
         max_message_bytes: an episode above it goes in chunks.
     """
 
-    def __init__(self, calls: RpcClient, *, table: str, max_message_bytes: int) -> None:
-        self._calls = calls
+    def __init__(self, rpc: RpcClient, *, table: str, max_message_bytes: int) -> None:
+        self._rpc = rpc
         self._table = table
         self._max_message_bytes = max_message_bytes
         self._chunk_bytes = min(CHUNK_BYTES, max_message_bytes // 2)
-        self._first_row = FirstRowCheck(calls, table=table)
+        self._first_row = FirstRowCheck(rpc, table=table)
 
     def add(self, episode: Episode, *, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
         """Sends one episode, in one message if that is not over the limit of either side, else in chunks.
@@ -112,7 +59,7 @@ class EpisodeUploader:
         message = self._encode(episode)
         if message is not None:
             try:
-                answer = pb.AddEpisodeResponse.FromString(self._calls.unary("AddEpisode", message, timeout_s=timeout_s))
+                answer = pb.AddEpisodeResponse.FromString(self._rpc.unary("AddEpisode", message, timeout_s=timeout_s))
             except TooLargeError as error:
                 if reason_of(error):
                     raise  # the message came through: it is the episode that is too large, in chunks as well
@@ -215,15 +162,15 @@ class EpisodeUploader:
         def requests() -> Iterator[bytes]:
             return encode_loads(episodes, table=self._table, chunk_bytes=self._chunk_bytes)
 
-        base_s = self._calls.timeout_s if timeout_s is None else timeout_s
+        base_s = self._rpc.timeout_s if timeout_s is None else timeout_s
         bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_BYTES_PER_S
         try:
             try:
-                message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+                message = self._rpc.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
             except TooLargeError:
                 if not self._learn_limit():
                     raise
-                message = self._calls.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
+                message = self._rpc.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
         except CodecError as error:
             raise to_client_error(error) from None
         self._first_row.check(episodes)
@@ -231,10 +178,10 @@ class EpisodeUploader:
 
     def _learn_limit(self) -> bool:
         """Takes the server's limit on messages over, where it is the lower one; returns whether that changed anything."""
-        answer = pb.InfoResponse.FromString(self._calls.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
+        answer = pb.InfoResponse.FromString(self._rpc.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
         if not 0 < answer.max_message_bytes < self._max_message_bytes:
             return False
-        logger.info("messages to %s: at most %d bytes, its limit", self._calls.transport.address, answer.max_message_bytes)
+        logger.info("messages to %s: at most %d bytes, its limit", self._rpc.channel.address, answer.max_message_bytes)
         self._max_message_bytes = answer.max_message_bytes
         self._chunk_bytes = min(CHUNK_BYTES, answer.max_message_bytes // 2)
         return True

@@ -102,14 +102,14 @@ class EpisodeSource:
     """Episodes from GetEpisodes; a call that breaks off is followed by one for what is left. One thread takes, any closes.
 
     Args:
-        calls: to the server.
+        rpc: makes the calls.
         request: which episodes; never changed.
         timeout_s: the longest wait for the next message, retries included.
         empty: no episode is asked for, and so the server is not.
     """
 
-    def __init__(self, calls: RpcClient, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
-        self._calls = calls
+    def __init__(self, rpc: RpcClient, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
+        self._rpc = rpc
         self._request = request
         self._timeout_s = timeout_s
         self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
@@ -117,7 +117,7 @@ class EpisodeSource:
         self._seen_id = -1
         self._fruitless = 0
         self._fruitless_since = 0.0
-        self._delays = calls.delays()
+        self._delays = rpc.delays()
         self._session: _Session | None = None
         self._finished = False
         self._watchdog = Watchdog(timeout_s)
@@ -147,13 +147,13 @@ class EpisodeSource:
 
     def _advance(self) -> None:
         """Takes what brings the reading forward, or notes its end; calls anew where the server was away."""
-        with waiting("episodes()", self._calls.transport.address, lambda: "nothing has come yet") as wait:
+        with waiting("episodes()", self._rpc.channel.address, lambda: "nothing has come yet") as wait:
             self._advance_within(wait)
 
     def _advance_within(self, wait: Wait) -> None:
         ends = time.monotonic() + self._timeout_s
         if not self._fruitless:
-            self._delays = self._calls.delays()
+            self._delays = self._rpc.delays()
         last: TouchlineError | None = None
         while not self._finished:
             if self._closed.is_set():
@@ -163,7 +163,7 @@ class EpisodeSource:
                 return
             session = self._session or self._open()
             try:
-                self._watchdog.watch(session, ends)
+                self._watchdog.arm(session, ends)
                 episodes = session.receive()
             except TouchlineError as error:
                 self._drop()
@@ -175,7 +175,7 @@ class EpisodeSource:
                 self._drop()  # who knows how far a message was read: another call begins behind the last whole episode
                 raise
             finally:
-                self._watchdog.rest()
+                self._watchdog.disarm()
             if self._take_over(session, episodes):
                 return
 
@@ -186,7 +186,7 @@ class EpisodeSource:
         if time.monotonic() >= ends and session.ended:
             if last is not None:
                 raise last from error
-            raise DeadlineError(f"{self._calls.transport.address}: nothing came within {self._timeout_s} s") from error
+            raise DeadlineError(f"{self._rpc.channel.address}: nothing came within {self._timeout_s} s") from error
         if not is_passing(error):
             raise error
         delay_s = delay_before_retry(error, next(self._delays))
@@ -209,7 +209,7 @@ class EpisodeSource:
             return
         count, self._fruitless = self._fruitless, 0  # whoever goes on after this error gets as many again
         raise UnavailableError(
-            f"{self._calls.transport.address}: the connection broke off within an episode {count} times in {lost_s:.1f} s (after "
+            f"{self._rpc.channel.address}: the connection broke off within an episode {count} times in {lost_s:.1f} s (after "
             f"{session.size_bytes / 1e6:,.1f} MB the last time), and none arrived whole; one that breaks off is read from its start. A "
             f"steadier network helps, or fewer columns (columns=), or shorter episodes (max_steps of the writer): {error}"
         ) from error
@@ -226,7 +226,7 @@ class EpisodeSource:
         if selection.lineage != self._selection.lineage:
             self._drop()
             raise UnavailableError(
-                f"{self._calls.transport.address}: the server came back without the episodes that were being read; read them from the start"
+                f"{self._rpc.channel.address}: the server came back without the episodes that were being read; read them from the start"
             )
         if session.decoder.seen_id > self._seen_id:
             self._fruitless, session.fruitful = 0, True
@@ -240,7 +240,7 @@ class EpisodeSource:
         self._watchdog.stop()
 
     def _open(self) -> _Session:
-        session = self._session = _Session(self._calls, self._what_is_left())
+        session = self._session = _Session(self._rpc, self._what_is_left())
         if self._closed.is_set():  # closed by another thread before it could see the session
             session.end()
         return session
@@ -269,8 +269,8 @@ class EpisodeSource:
 class _Session:
     """One call of GetEpisodes."""
 
-    def __init__(self, calls: RpcClient, request: pb.GetEpisodesRequest) -> None:
-        self._calls = calls
+    def __init__(self, rpc: RpcClient, request: pb.GetEpisodesRequest) -> None:
+        self._rpc = rpc
         self.decoder = EpisodeDecoder()
         self.frames = 0
         """Messages so far."""
@@ -280,7 +280,7 @@ class _Session:
         """Whether they brought the reading forward by an episode at least."""
         self.ended = False
         """Whether this side ended it."""
-        self._call: Any = calls.download("GetEpisodes", request.SerializeToString())
+        self._call: Any = rpc.download("GetEpisodes", request.SerializeToString())
 
     def receive(self) -> list[StoredEpisode] | None:
         """Returns the episodes that the next message completes, None at the end.
@@ -288,7 +288,7 @@ class _Session:
         Raises:
             TouchlineError: the call broke off, or brought what is no answer.
         """
-        address = self._calls.transport.address
+        address = self._rpc.channel.address
         try:
             message = next(self._call)
             self.frames += 1
@@ -301,7 +301,7 @@ class _Session:
         except CodecError as error:
             raise ServerError(f"{address}: a frame that is none: {error}") from error
         except Exception as error:
-            raise self._calls.translate(error) from error
+            raise self._rpc.translate(error) from error
 
     def end(self) -> None:
         """Ends the call, from any thread."""

@@ -1,19 +1,26 @@
-"""The sampling stream: batches that the server pushes ahead of their use."""
+"""The sampling stream: batches that the server sends ahead of their use.
+
+:class:`BatchStream` is what a user iterates. It takes batches from a :class:`BatchSource`: :class:`StreamSource`, which opens sessions
+(:mod:`~touchline._learner.stream_session`) and opens another one after the server was away, or one that copies those batches to a CUDA
+device (:mod:`~touchline._learner.cuda`).
+"""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from touchline._learner.readiness import PROBE_TIMEOUT_S, Readiness
-from touchline._learner.ring_reader import RingBatches, RingEndedError, attach
+from touchline._learner.ring_reader import RingBatches
+from touchline._learner.stream_session import NO_REASON, StreamSession
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
+from touchline._rpc.convert import horizon_of
 from touchline._rpc.credentials import is_local
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
@@ -24,53 +31,56 @@ from touchline.errors import (
     DeadlineError,
     NotReadyError,
     OverLimitError,
-    ServerError,
     TlsError,
     TouchlineError,
     UnavailableError,
 )
 from touchline_protos import Batch
-from touchline_protos.codec import BatchDecoder, CodecError
 from touchline_protos.log_lines import get_logger
-from touchline_protos.shm.ring import RingError, shared_memory_id
+from touchline_protos.shm.ring import shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 
+RECONNECT_S = 60.0
+"""Longest time that the server may be away before a stream of batches gives up."""
 LASTING_S = 5.0
-"""A session of this length was no failed attempt to open one."""
-
-NO_REASON = "the server offered none and did not say why, as older ones do"
-"""Why there is no ring, where only the server knows."""
+"""Duration from which on a session counts as a success: its end is a new outage, and not another failed attempt of the same one."""
 
 logger = get_logger(__name__)
 
 
 class BatchSource(Protocol):
-    """Where batches come from, one after the other."""
+    """A source of batches, one after another. One thread takes; any thread may close."""
 
     def take(self) -> Batch:
         """Returns the next batch, waiting for it."""
 
     def close(self) -> None:
-        """Ends it; a ``take`` under way raises ClosedError."""
+        """Ends the source; a ``take`` in progress raises ClosedError."""
 
     @property
     def transport(self) -> str:
-        """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
+        """How batches come: ``ring``, ``stream``, or empty while there is no session."""
 
     @property
     def transport_reason(self) -> str:
-        """Why they do not come by a ring; ``""`` while they do or there is no session."""
+        """Why batches do not come through a ring; empty while they do or there is no session."""
 
     @property
     def ring(self) -> RingBatches | None:
-        """The ring that the last batch came through; None where it came in messages."""
+        """The ring that the last batch came through; None if it came in a message."""
 
 
 class BatchStream(ProcessBound):
-    """An endless iterator of batches; also a context manager that closes it.
+    """An endless iterator of batches; also a context manager that closes it. Made by :meth:`~touchline.ReplayClient.batches`.
 
-    One thread iterates, any thread may close; one that is dropped ends its session once it is collected. The batches are the caller's:
-    nothing overwrites them, however long they are held.
+    ::
+
+        with client.batches(batch_size=256, horizon=3) as stream:
+            for obs, action, reward, done in stream:
+                ...  # obs [4, 256, *obs_shape], action [3, 256, A], reward and done [3, 256, 1]
+
+    The batches are the caller's: nothing overwrites them, however long they are held. One thread iterates; any thread may close. A stream
+    that is dropped without being closed ends its session once it is collected.
 
     In a forked child the stream is still the parent's: using it there raises ForkError, closing it does nothing. Limit: if one thread forks
     while another takes a batch that comes in messages (not through a ring), gRPC itself may be caught half-way and hang in the child. Fork
@@ -79,10 +89,10 @@ class BatchStream(ProcessBound):
 
     _instead = "call batches() there, on the client, which may be forked, pickled and copied"
 
-    def __init__(self, source: BatchSource, deliver: Callable[[Batch], Batch]) -> None:
+    def __init__(self, source: BatchSource, convert: Callable[[Batch], Batch]) -> None:
         super().__init__()
         self._source = source
-        self._deliver = deliver
+        self._convert = convert
         self._closed = False
         when_dropped(self, source.close)
 
@@ -90,13 +100,13 @@ class BatchStream(ProcessBound):
         return self
 
     def __next__(self) -> Batch:
-        """Returns the next batch, waiting for it.
+        """Returns the next batch, waiting for it. After an error the next call tries again.
 
         Raises:
             StopIteration: the stream was closed here.
-            UnavailableError: the server could not be reached for as long as it may be away.
-            OverLimitError: it had too much to do for as long as that.
-            NotReadyError: nothing could be sampled within ``timeout_s``.
+            UnavailableError: the server could not be reached for 60 s, or for ``timeout_s``.
+            OverLimitError: the server was over a limit for as long.
+            NotReadyError: nothing could be sampled within ``timeout_s``; carries the counts.
             DeadlineError: no batch came within ``timeout_s`` for another reason.
             ForkError: the stream was opened by the parent of this forked child.
             TouchlineError: the server refused the request.
@@ -105,7 +115,7 @@ class BatchStream(ProcessBound):
             raise StopIteration
         self._check_process()
         try:
-            return self._deliver(self._source.take())
+            return self._convert(self._source.take())
         except ClosedError:
             if self._closed:
                 raise StopIteration from None
@@ -113,12 +123,12 @@ class BatchStream(ProcessBound):
 
     @property
     def transport(self) -> str:
-        """How batches come: ``ring`` (shared memory, on the server's own host), ``stream`` (messages), or ``""`` before the first."""
+        """How batches come: ``ring`` (shared memory, on the server's own host), ``stream`` (messages), or empty before the first."""
         return self._source.transport
 
     @property
     def transport_reason(self) -> str:
-        """Why batches come in messages and not by a ring, in words; ``""`` if they come by a ring, or before the first."""
+        """Why batches come in messages instead of a ring, in words; empty if they come through a ring, or before the first."""
         return self._source.transport_reason
 
     def close(self) -> None:
@@ -134,45 +144,55 @@ class BatchStream(ProcessBound):
         self.close()
 
 
+@dataclass(slots=True)
+class _Outage:
+    """A time during which the server is away, up to the next batch."""
+
+    since: float
+    """Moment of the first failure, by the monotonic clock."""
+    answered_at: float | None = None
+    """Moment at which the server answered again, with no batch since; None if it has not answered."""
+
+
 class StreamSource:
-    """Batches as numpy arrays from SampleStream; opens the session anew when the server was away. One thread takes, any closes.
+    """Batches as numpy arrays from SampleStream; opens another session after the server was away. One thread takes, any closes.
 
     Args:
-        calls: to the server.
+        rpc: opens the sessions.
         request: what to draw.
-        prefetch: batches that the server may have under way.
-        timeout_s: the longest wait for a batch, for whatever reason; None waits without limit while the server lives.
-        reconnect_s: the longest time that the server may be away.
-        ring: whether a ring in shared memory is taken where the server offers one.
+        prefetch: batches that the server may have in flight.
+        timeout_s: longest wait for a batch, for whatever reason; None waits without limit while the server is there.
+        reconnect_s: longest time that the server may be away, if there is no ``timeout_s``.
+        ring: whether to take batches through a ring in shared memory if the server offers one.
     """
 
     def __init__(
-        self, calls: RpcClient, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float, ring: bool
+        self, rpc: RpcClient, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float, ring: bool
     ) -> None:
-        self._calls = calls
-        self._use_ring = ring
+        self._rpc = rpc
         self._request = request
         self._prefetch = prefetch
-        # One message grants several credits: a message costs as much as a small batch.
+        # One message grants several credits, since a message costs as much as a small batch.
         self._grant = max(1, prefetch // 2)
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
-        self._readiness = Readiness(calls, table=request.table)
-        self._horizon = request.horizon if request.HasField("horizon") else None
-        # Of this object it must hold nothing: that would keep a dropped stream alive.
-        self._wait = waiting("batches()", calls.transport.address, partial(self._readiness.explain, self._horizon))
-        self._session: _Session | None = None
-        self._no_ring_told = False
+        self._use_ring = ring
+        self._readiness = Readiness(rpc, table=request.table)
+        self._horizon = horizon_of(request)
+        # Must not refer to this object, which would keep a dropped stream alive.
+        self._wait = waiting("batches()", rpc.channel.address, partial(self._readiness.explain, self._horizon))
+        self._watchdog = Watchdog(timeout_s) if timeout_s is not None else None
         self._closed = threading.Event()
+        self._session: StreamSession | None = None
         self._ready: deque[Batch] = deque()
         self._taken = 0
-        self._delays = self._calls.delays()
-        self._away_since: float | None = None
-        self._returned_at: float | None = None
-        self._watchdog = Watchdog(self._timeout_s) if self._timeout_s is not None else None
+        """Batches taken since the last grant."""
+        self._delays = rpc.delays()
+        self._outage: _Outage | None = None
+        self._no_ring_logged = False
 
     def take(self) -> Batch:
-        """Returns the next batch; see :class:`BatchStream` for what it raises."""
+        """Returns the next batch; raises as :meth:`BatchStream.__next__` does."""
         while not self._ready:
             self._receive()
         batch = self._ready.popleft()
@@ -184,24 +204,24 @@ class StreamSource:
 
     @property
     def transport(self) -> str:
-        """How batches come: ``ring``, ``stream``, or ``""`` while there is no session."""
+        """How batches come: ``ring``, ``stream``, or empty while there is no session."""
         session = self._session
         return session.transport if session is not None else ""
 
     @property
     def transport_reason(self) -> str:
-        """Why they do not come by a ring; ``""`` while they do or there is no session."""
+        """Why batches do not come through a ring; empty while they do or there is no session."""
         session = self._session
         return session.transport_reason if session is not None else ""
 
     @property
     def ring(self) -> RingBatches | None:
-        """The ring that the last batch came through; None where it came in messages."""
+        """The ring that the last batch came through; None if it came in a message."""
         session = self._session
         return session.ring if session is not None else None
 
     def close(self) -> None:
-        """Ends the session; a ``take`` under way raises ClosedError."""
+        """Ends the session; a ``take`` in progress raises ClosedError."""
         self._closed.set()
         session = self._session
         if session is not None:
@@ -210,183 +230,108 @@ class StreamSource:
             self._watchdog.stop()
 
     def _receive(self) -> None:
-        """Reads frames until a batch is complete."""
+        """Receives until a batch is complete."""
         with self._wait:
-            self._read_frames()
-
-    def _read_frames(self) -> None:
-        ends = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        while not self._ready:
-            if self._closed.is_set():
-                raise ClosedError("the stream was closed")
-            if ends is not None and time.monotonic() >= ends:
-                raise self._late()
-            try:
-                session = self._session or self._open()
-                if self._watchdog is not None and ends is not None:
-                    self._watchdog.watch(session, ends)
-                batches = session.receive()
-            except TouchlineError as error:
-                self._drop()
-                if self._closed.is_set() or (ends is not None and time.monotonic() >= ends):
-                    continue
-                if not isinstance(error, UnavailableError | OverLimitError) or not is_passing(error):
-                    raise
-                self._wait.note(str(error))
-                self._wait_for_return(error, ends)
-            except BaseException:
-                self._drop()  # who knows how far a message was read
-                raise
-            else:
-                self._ready.extend(batches)
-                self._say_why_there_is_no_ring(session)
+            ends = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+            while not self._ready:
+                if self._closed.is_set():
+                    raise ClosedError("the stream was closed")
+                if ends is not None and time.monotonic() >= ends:
+                    raise self._timeout_error()
+                self._receive_once(ends)
         if self._watchdog is not None:
-            self._watchdog.rest()
-        if self._away_since is not None:
-            logger.info("%s is back: sampling goes on", self._calls.transport.address)
-            self._away_since = self._returned_at = None
+            self._watchdog.disarm()
+        if self._outage is not None:
+            logger.info("%s is back: sampling goes on", self._rpc.channel.address)
+            self._outage = None
 
-    def _say_why_there_is_no_ring(self, session: _Session) -> None:
-        """Says once why batches come in messages, where a ring was wanted."""
-        if self._use_ring and not self._no_ring_told and session.transport_reason not in ("", NO_REASON):
-            self._no_ring_told = True
-            address = self._calls.transport.address
-            # Elsewhere there is nothing to put right.
+    def _receive_once(self, ends: float | None) -> None:
+        """Receives one message, or waits until the server is back."""
+        try:
+            session = self._session or self._open()
+            if self._watchdog is not None and ends is not None:
+                self._watchdog.arm(session, ends)
+            self._ready.extend(session.receive())
+        except TouchlineError as error:
+            self._drop_session()
+            if self._closed.is_set() or (ends is not None and time.monotonic() >= ends):
+                return  # the caller raises what there is to raise
+            if not isinstance(error, UnavailableError | OverLimitError) or not is_passing(error):
+                raise
+            self._wait.note(str(error))
+            self._wait_for_return(error, ends)
+        except BaseException:
+            self._drop_session()  # it is unknown how much of a message was read
+            raise
+        else:
+            self._log_missing_ring(session)
+
+    def _log_missing_ring(self, session: StreamSession) -> None:
+        """Logs once why batches come in messages although a ring was asked for."""
+        if self._use_ring and not self._no_ring_logged and session.transport_reason not in ("", NO_REASON):
+            self._no_ring_logged = True
+            address = self._rpc.channel.address
+            # With a server on another host there is nothing to fix.
             level = logging.WARNING if is_local(address) and shared_memory_id() else logging.INFO
             logger.log(level, "%s: batches come in messages instead of a ring: %s", address, session.transport_reason)
 
-    def _open(self) -> _Session:
+    def _open(self) -> StreamSession:
         self._taken = 0
-        session = _Session(self._calls, self._request, self._prefetch, ring=self._use_ring)
+        session = StreamSession(self._rpc, self._request, self._prefetch, ring=self._use_ring)
         self._session = session
-        if self._closed.is_set():  # closed by another thread before it could see the session
+        if self._closed.is_set():  # close() ran in another thread before it could see the session
             session.end()
         return session
 
-    def _drop(self) -> None:
+    def _drop_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.end()
 
     def _wait_for_return(self, error: UnavailableError | OverLimitError, ends: float | None) -> None:
-        """Waits a little, then asks whether the server is there; the session is opened only after it was."""
-        now = time.monotonic()
-        # A session that lasted was one with a server that was there, though nothing could be sampled: this is another outage.
-        if self._away_since is None or (self._returned_at is not None and now - self._returned_at > LASTING_S):
-            self._away_since, self._returned_at = now, None
-            self._delays = self._calls.delays()
-            logger.warning("sampling was interrupted, trying again: %s", error)
-        limit = min(self._away_since + self._reconnect_s, ends if ends is not None else float("inf"))
+        """Waits until the server answers a probe, so that a session is only opened with a server that is there.
+
+        Raises:
+            UnavailableError, OverLimitError: the server was away for too long.
+        """
+        outage = self._continue_outage(error)
+        limit = min(outage.since + self._reconnect_s, ends if ends is not None else float("inf"))
         while True:
             delay_s = delay_before_retry(error, next(self._delays))
             if self._closed.wait(max(0.0, min(delay_s, limit - time.monotonic()))):
                 return
             if time.monotonic() >= limit:
-                away_s = time.monotonic() - self._away_since
-                self._away_since = None  # whoever goes on after this error gets the whole time again
-                told = f"no batch for {away_s:.1f} s: {error}"
-                raise (
-                    OverLimitError(told, error.retry_after_s) if isinstance(error, OverLimitError) else UnavailableError(told)
-                ) from error
+                self._outage = None  # a caller that goes on after this error has the whole time again
+                message = f"no batch for {time.monotonic() - outage.since:.1f} s: {error}"
+                if isinstance(error, OverLimitError):
+                    raise OverLimitError(message, error.retry_after_s) from error
+                raise UnavailableError(message) from error
             try:
                 self._readiness.probe(self._horizon, min(PROBE_TIMEOUT_S, max(limit - time.monotonic(), 0.1)))
             except TlsError:
                 raise
             except (UnavailableError, DeadlineError, OverLimitError):
                 continue
-            self._returned_at = time.monotonic()
+            outage.answered_at = time.monotonic()
             return
 
-    def _late(self) -> TouchlineError:
-        waited = f"no batch within {self._timeout_s} s"
-        self._drop()
+    def _continue_outage(self, error: TouchlineError) -> _Outage:
+        """Returns the outage that a failure belongs to: the present one, or a new one if the last session lasted."""
+        now = time.monotonic()
+        outage = self._outage
+        # A session that lasted was one with a server that was there, even if nothing could be sampled.
+        if outage is None or (outage.answered_at is not None and now - outage.answered_at > LASTING_S):
+            outage = self._outage = _Outage(since=now)
+            self._delays = self._rpc.delays()
+            logger.warning("sampling was interrupted, trying again: %s", error)
+        return outage
+
+    def _timeout_error(self) -> TouchlineError:
+        """Ends the session and returns the error that says why no batch came in time."""
+        message = f"no batch within {self._timeout_s} s"
+        self._drop_session()
         try:
             state = self._readiness.probe(self._horizon, PROBE_TIMEOUT_S)
         except TouchlineError as error:
-            return UnavailableError(f"{waited}: {error}")
-        return DeadlineError(waited) if state.can_sample else NotReadyError(f"{waited}: {state.describe()}", state.counts)
-
-
-class _Session:
-    """One call of SampleStream: batches in its messages, or in a ring that the server offers on the same host."""
-
-    def __init__(self, calls: RpcClient, request: pb.SampleRequest, prefetch: int, *, ring: bool) -> None:
-        self._calls = calls
-        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        identity = shared_memory_id() if ring else ""
-        self.transport_reason = ""
-        """Why batches do not come by a ring; ``""`` while they do, or that is not known yet."""
-        if not identity:
-            self.transport_reason = "this machine is not Linux on x86-64, or has no /dev/shm" if ring else "turned off by ring=False"
-        opening = pb.SampleStreamOpen(sample=request, credits=prefetch, shared_memory_id=identity)
-        self._requests.put(pb.SampleStreamRequest(open=opening).SerializeToString())
-        self._offers = bool(opening.shared_memory_id)
-        self.ring: RingBatches | None = None
-        self._decoder = BatchDecoder()
-        self._grants: dict[int, bytes] = {}
-        self._call: Any = calls.stream("SampleStream", iter(self._requests.get, None))
-
-    def receive(self) -> list[Batch]:
-        """Returns the batches that the next frame completes.
-
-        Raises:
-            TouchlineError: the session ended.
-        """
-        try:
-            if self.ring is not None:
-                batch = self.ring.take()
-                return [] if batch is None else [batch]
-            message = next(self._call)
-            return [] if self._offers and self._answer(message) else self._decoder.feed(message)
-        except RingEndedError as error:
-            if isinstance(error.reason, Exception) and not isinstance(error.reason, StopIteration):
-                raise self._calls.translate(error.reason) from error.reason
-            raise UnavailableError(f"{self._calls.transport.address}: the server ended the stream") from None
-        except StopIteration:
-            raise UnavailableError(f"{self._calls.transport.address}: the server ended the stream") from None
-        except (CodecError, RingError) as error:
-            raise ServerError(f"{self._calls.transport.address}: a frame that is none: {error}") from error
-        except Exception as error:
-            raise self._calls.translate(error) from error
-
-    @property
-    def transport(self) -> str:
-        """How batches come: ``ring`` or ``stream``."""
-        return "stream" if self.ring is None else "ring"
-
-    def _answer(self, message: bytes) -> bool:
-        """Takes the server's offer of a ring, if its first message is one; returns whether it was."""
-        self._offers = False
-        try:
-            ring = attach(message, self._call)
-            if ring is None:
-                self.transport_reason = NO_REASON
-                return False
-            if isinstance(ring, str):
-                self.transport_reason = ring
-                return True
-            ring.start()
-        except (CodecError, RingError, RuntimeError) as error:  # the last where the system has no other thread
-            self.transport_reason = f"the server's ring cannot be used here: {error}"
-        else:
-            self.ring = ring
-        answer = pb.RingAttachment(attached=self.ring is not None, reason=self.transport_reason)
-        self._requests.put(pb.SampleStreamRequest(ring=answer).SerializeToString())
-        return True
-
-    def grant(self, batches: int) -> None:
-        """Lets the server push so many batches more."""
-        if self.ring is not None:
-            return  # the ring's free slots are its credits
-        message = self._grants.get(batches)
-        if message is None:
-            credit = pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=batches))
-            message = self._grants[batches] = credit.SerializeToString()
-        self._requests.put(message)
-
-    def end(self) -> None:
-        """Ends the call, from any thread."""
-        self._requests.put(None)  # releases gRPC's thread that waits for requests
-        self._call.cancel()
-        if self.ring is not None:
-            self.ring.interrupt()
+            return UnavailableError(f"{message}: {error}")
+        return DeadlineError(message) if state.can_sample else NotReadyError(f"{message}: {state.describe()}", state.counts)

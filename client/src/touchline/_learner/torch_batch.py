@@ -1,4 +1,4 @@
-"""Batches as torch tensors. Torch is loaded here and only when a batch is asked for."""
+"""Batches as torch tensors. Importing this does not import torch; a batch of tensors does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from touchline_protos.types.dtypes import BFLOAT16
 
 
 def load_torch() -> Any:
-    """Returns the torch module, or None where it is not installed."""
+    """Returns the torch module, or None if it is not installed."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -23,10 +23,23 @@ def load_torch() -> Any:
     return torch
 
 
+def batch_converter(*, as_numpy: bool) -> Callable[[Batch], Batch]:
+    """Returns the function that turns a batch of numpy arrays into what the caller asked for: tensors, if torch is installed, or arrays."""
+    torch = None if as_numpy else load_torch()
+    if torch is None:
+        return same_batch
+    return lambda batch: to_tensors(torch, batch)
+
+
+def same_batch(batch: Batch) -> Batch:
+    """Returns the batch as it is."""
+    return batch
+
+
 def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """Returns a batch whose arrays are what ``change`` makes of the given one's."""
+    """Returns a batch of the results of ``change``, called with each array of the given batch in a fixed order."""
     return Batch(
-        obs=_changed(batch.obs, change),
+        obs=_map_nested(batch.obs, change),
         action=change(batch.action),
         reward=change(batch.reward),
         done=change(batch.done),
@@ -37,13 +50,14 @@ def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     )
 
 
-def _changed(level: Any, change: Callable[[Any], Any]) -> Any:
-    # Not a function inside: one that calls itself is a cycle, which would hold what ``change`` holds until the next collection.
-    return {name: _changed(value, change) for name, value in level.items()} if isinstance(level, dict) else change(level)
+def _map_nested(level: Any, change: Callable[[Any], Any]) -> Any:
+    # Not a nested function: one that calls itself is a reference cycle, which would keep alive what ``change`` holds until the next
+    # collection of cycles, and with it a slot of the ring.
+    return {name: _map_nested(value, change) for name, value in level.items()} if isinstance(level, dict) else change(level)
 
 
 def as_tensor(torch: Any, array: np.ndarray) -> Any:
-    """Returns a tensor that shares the array's memory and keeps it alive; bits of bfloat16 become ``torch.bfloat16``."""
+    """Returns a tensor that shares the array's memory and keeps it alive; an array of bfloat16 bits becomes ``torch.bfloat16``."""
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

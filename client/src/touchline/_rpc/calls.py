@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from touchline._rpc.channel import Transport
+from touchline._rpc.channel import ServerChannel
 from touchline._rpc.fork import gate
 from touchline._rpc.tls_failures import explain
 from touchline._rpc.waits import Wait, waiting
@@ -178,13 +178,13 @@ class RpcClient:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: ServerChannel,
         *,
         timeout_s: float,
         backoff: Backoff | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.transport = transport
+        self.channel = transport
         self._metadata = (*METADATA, *transport.metadata)
         self.timeout_s = timeout_s
         self.backoff = backoff or Backoff()
@@ -211,7 +211,7 @@ class RpcClient:
         """
 
         def attempt(left_s: float) -> bytes:
-            method: Any = self.transport.method("unary_unary", name)
+            method: Any = self.channel.method("unary_unary", name)
             if not wait_s:
                 # The quicker way of the two: this thread itself waits inside gRPC, and a fork waits for it.
                 with gate:
@@ -245,7 +245,7 @@ class RpcClient:
                 raise
 
         def attempt(left_s: float) -> bytes:
-            method: Any = self.transport.method("stream_unary", name)
+            method: Any = self.channel.method("stream_unary", name)
             with gate:
                 call = method.future(guarded(), timeout=left_s, metadata=self._metadata)
             try:
@@ -259,13 +259,13 @@ class RpcClient:
 
     def stream(self, name: str, requests: Iterator[bytes]) -> Any:
         """Returns an open bidirectional call: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
-        method: Any = self.transport.method("stream_stream", name)
+        method: Any = self.channel.method("stream_stream", name)
         with gate:
             return method(requests, metadata=self._metadata)
 
     def download(self, name: str, request: bytes) -> Any:
         """Returns an open call with one request: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
-        method: Any = self.transport.method("unary_stream", name)
+        method: Any = self.channel.method("unary_stream", name)
         with gate:
             return method(request, metadata=self._metadata)
 
@@ -275,14 +275,14 @@ class RpcClient:
         Raises:
             Exception: the given one, where it is none of gRPC's.
         """
-        if self.transport.closed:
-            return ClosedError(f"the client of {self.transport.address} was closed")
+        if self.channel.closed:
+            return ClosedError(f"the client of {self.channel.address} was closed")
         if isinstance(error, grpc.RpcError):
-            return translate(error, self.transport.address, tls=self.transport.tls, server_name=self.transport.server_name)
+            return translate(error, self.channel.address, tls=self.channel.tls, server_name=self.channel.server_name)
         raise error
 
     def _run(self, name: str, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:
-        with waiting(VERBS.get(name, name), self.transport.address, lambda: f"no answer yet, the call ends after {timeout_s:g} s") as wait:
+        with waiting(VERBS.get(name, name), self.channel.address, lambda: f"no answer yet, the call ends after {timeout_s:g} s") as wait:
             return self._attempts(attempt, time.monotonic() + timeout_s, retry, wait)
 
     def _attempts(self, attempt: Callable[[float], bytes], ends: float, retry: bool, wait: Wait) -> bytes:

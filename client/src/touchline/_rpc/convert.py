@@ -68,6 +68,15 @@ def seconds(name: str, value: float, *, or_zero: bool = False) -> float:
     return value
 
 
+def seconds_or_none(name: str, value: float | None) -> float | None:
+    """Returns the value; None stays None.
+
+    Raises:
+        InvalidArgumentError: the value is not a number of seconds above 0 and up to a year.
+    """
+    return None if value is None else seconds(name, value)
+
+
 def check_actor(actor: str) -> str:
     """Returns the name of an actor.
 
@@ -129,6 +138,11 @@ def sample_request(
     if seed is not None:
         request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
     return request
+
+
+def horizon_of(request: pb.SampleRequest) -> int | None:
+    """Returns the request's horizon; None if it leaves that to the server."""
+    return request.horizon if request.HasField("horizon") else None
 
 
 def episodes_request(

@@ -1,4 +1,4 @@
-"""Errors after which it is not known whether an episode is stored."""
+"""Errors after which it is unknown whether an episode is stored."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from touchline_protos.codec import EpisodeKey
 
 
 @contextlib.contextmanager
-def outcome_told(key: EpisodeKey) -> Iterator[None]:
-    """Has an error after which it is not known whether an episode is stored say so, and under which key to add it again."""
+def add_key_if_outcome_unknown(key: EpisodeKey) -> Iterator[None]:
+    """Adds the episode's key, and the advice to send it again, to an error after which the episode may or may not be stored."""
     try:
         yield
     except TlsError:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
+from touchline._actor.episode_factory import make_episode
 from touchline._actor.rejections import Refusals, add_refusal
-from touchline._actor.upload import make_episode
 from touchline._rpc.convert import check_actor, whole_number
 from touchline.client import ReplayClient
 from touchline.datasets.errors import DatasetError

@@ -1,0 +1,72 @@
+"""One batch a call: the unary ``Sample``, or a sampling stream of one batch if that is larger than a message."""
+
+from __future__ import annotations
+
+import threading
+
+from touchline._learner.readiness import Readiness
+from touchline._learner.stream import RECONNECT_S, StreamSource
+from touchline._rpc.calls import RpcClient
+from touchline._rpc.convert import horizon_of
+from touchline._rpc.waits import waiting
+from touchline.errors import NotReadyError, ServerError, TooLargeError, TouchlineError
+from touchline_protos import Batch
+from touchline_protos.codec import BatchDecoder, CodecError
+from touchline_protos.v1 import replay_pb2 as pb
+
+
+class SingleBatchSampler:
+    """Draws batches, one call each. Thread-safe: every thread decodes into buffers of its own.
+
+    Args:
+        rpc: makes the calls.
+        readiness: says why a call waits, and how much is stored if it fails.
+    """
+
+    def __init__(self, rpc: RpcClient, readiness: Readiness) -> None:
+        self._rpc = rpc
+        self._readiness = readiness
+        self._local = threading.local()
+
+    def sample(self, request: pb.SampleRequest) -> Batch:
+        """Returns one batch of writable numpy arrays, which are the caller's.
+
+        Raises:
+            NotReadyError: nothing could be sampled within the request's ``wait_s``; carries the counts.
+            ServerError: the answer is malformed.
+            TouchlineError: the call failed.
+        """
+        address, horizon = self._rpc.channel.address, horizon_of(request)
+        try:
+            with waiting("sample()", address, lambda: self._readiness.explain(horizon)):
+                message = self._rpc.unary("Sample", request.SerializeToString(), wait_s=request.wait_s)
+        except TooLargeError:
+            return self._sample_over_stream(request)
+        except NotReadyError as error:
+            raise self._with_counts(error) from error.__cause__
+        try:
+            return self._decoder.sample_response(message)
+        except CodecError as error:
+            raise ServerError(f"{address}: malformed batch: {error}") from error
+
+    @property
+    def _decoder(self) -> BatchDecoder:
+        # A decoder may only be used by one thread at a time, so each thread has its own.
+        decoder: BatchDecoder | None = getattr(self._local, "decoder", None)
+        if decoder is None:
+            decoder = self._local.decoder = BatchDecoder()
+        return decoder
+
+    def _sample_over_stream(self, request: pb.SampleRequest) -> Batch:
+        timeout_s = self._rpc.timeout_s + request.wait_s
+        source = StreamSource(self._rpc, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=False)
+        try:
+            return source.take()
+        finally:
+            source.close()
+
+    def _with_counts(self, error: NotReadyError) -> NotReadyError:
+        try:
+            return NotReadyError(str(error), self._readiness.ask().counts)
+        except TouchlineError:
+            return error

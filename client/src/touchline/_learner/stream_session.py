@@ -1,0 +1,124 @@
+"""One call of SampleStream: batches in its messages, or in a ring in shared memory that the server offers on the same host."""
+
+from __future__ import annotations
+
+import queue
+from enum import Enum, auto
+from typing import Any
+
+from touchline._learner.ring_reader import RingBatches, RingEndedError, attach
+from touchline._rpc.calls import RpcClient
+from touchline.errors import ServerError, UnavailableError
+from touchline_protos import Batch
+from touchline_protos.codec import BatchDecoder, CodecError
+from touchline_protos.shm.ring import RingError, shared_memory_id
+from touchline_protos.v1 import replay_pb2 as pb
+
+NO_REASON = "the server offered none and did not say why, as older ones do"
+"""Reason for having no ring if only the server knows it."""
+
+
+class _State(Enum):
+    """How the batches of a session come."""
+
+    AWAITING_OFFER = auto()
+    """A ring was asked for, and the server's first message, which may offer one, is still to come."""
+    MESSAGES = auto()
+    RING = auto()
+
+
+class StreamSession:
+    """An open call of SampleStream. One thread receives and grants; any thread may end it.
+
+    Args:
+        rpc: opens the call.
+        request: what to draw.
+        credits: batches that the server may send before the first grant.
+        ring: whether to ask for a ring.
+    """
+
+    def __init__(self, rpc: RpcClient, request: pb.SampleRequest, credits: int, *, ring: bool) -> None:
+        self._rpc = rpc
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        identity = shared_memory_id() if ring else ""
+        self._state = _State.AWAITING_OFFER if identity else _State.MESSAGES
+        self.transport_reason = ""
+        """Why batches come in messages; empty while they come through a ring or the server's offer is still to come."""
+        if not identity:
+            self.transport_reason = "this machine is not Linux on x86-64, or has no /dev/shm" if ring else "turned off by ring=False"
+        self.ring: RingBatches | None = None
+        """The ring that batches come through; None while they come in messages."""
+        self._decoder = BatchDecoder()
+        self._grants: dict[int, bytes] = {}
+        opening = pb.SampleStreamOpen(sample=request, credits=credits, shared_memory_id=identity)
+        self._requests.put(pb.SampleStreamRequest(open=opening).SerializeToString())
+        self._call: Any = rpc.stream("SampleStream", iter(self._requests.get, None))
+
+    @property
+    def transport(self) -> str:
+        """How batches come: ``ring`` or ``stream``."""
+        return "ring" if self._state is _State.RING else "stream"
+
+    def receive(self) -> list[Batch]:
+        """Returns the batches that the next message completes, or the ring's next batch; none after a short wait for the ring.
+
+        Raises:
+            TouchlineError: the session ended.
+        """
+        address = self._rpc.channel.address
+        try:
+            if self.ring is not None:
+                batch = self.ring.take()
+                return [] if batch is None else [batch]
+            message = next(self._call)
+            if self._state is _State.AWAITING_OFFER and self._take_offer(message):
+                return []
+            return self._decoder.feed(message)
+        except RingEndedError as error:
+            if isinstance(error.reason, Exception) and not isinstance(error.reason, StopIteration):
+                raise self._rpc.translate(error.reason) from error.reason
+            raise UnavailableError(f"{address}: the server ended the stream") from None
+        except StopIteration:
+            raise UnavailableError(f"{address}: the server ended the stream") from None
+        except (CodecError, RingError) as error:
+            raise ServerError(f"{address}: malformed frame: {error}") from error
+        except Exception as error:
+            raise self._rpc.translate(error) from error
+
+    def grant(self, batches: int) -> None:
+        """Allows the server to send ``batches`` more. Does nothing on a ring, whose free slots are its credits."""
+        if self._state is _State.RING:
+            return
+        message = self._grants.get(batches)
+        if message is None:
+            credit = pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=batches))
+            message = self._grants[batches] = credit.SerializeToString()
+        self._requests.put(message)
+
+    def end(self) -> None:
+        """Ends the call, from any thread."""
+        self._requests.put(None)  # releases gRPC's thread that waits for requests
+        self._call.cancel()
+        if self.ring is not None:
+            self.ring.interrupt()
+
+    def _take_offer(self, message: bytes) -> bool:
+        """Attaches the ring that the server's first message offers, and answers the offer; returns False if the message is a batch."""
+        self._state = _State.MESSAGES
+        try:
+            ring = attach(message, self._call)
+            if ring is None:
+                self.transport_reason = NO_REASON
+                return False
+            if isinstance(ring, str):
+                self.transport_reason = ring
+                return True
+            ring.start()
+        except (CodecError, RingError, RuntimeError) as error:  # RuntimeError: the system has no thread left
+            self.transport_reason = f"the server's ring cannot be used here: {error}"
+        else:
+            self.ring = ring
+            self._state = _State.RING
+        answer = pb.RingAttachment(attached=self.ring is not None, reason=self.transport_reason)
+        self._requests.put(pb.SampleStreamRequest(ring=answer).SerializeToString())
+        return True
