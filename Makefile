@@ -41,7 +41,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu stubs clean
+.PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu configuration stubs clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -134,6 +134,9 @@ $(PEERS_INSTALLED): benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install -r benchmarks/peers/requirements.txt
 	touch $@
+
+configuration: $(INSTALLED) ## writes default.toml, docs/configuration.md and compose's variables from the configuration's sections
+	$(BIN)/python server/generate_configuration.py
 
 stubs: ## generates the stubs of the .proto again
 	$(PYTHON) protos/generate_stubs.py

@@ -20,8 +20,6 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text("utf-8")
 GPU = (ROOT / "docker-compose.gpu.yml").read_text("utf-8")
 
-FIXED_BY_THE_IMAGE = {"server.host", "server.port", "server.unix_socket", "storage.scratch_dir"}
-
 
 def _keys_named_in(text: str) -> set[str]:
     found = re.findall(r"\bTOUCHLINE_([A-Z]+)__([A-Z_]+)", text)
@@ -30,10 +28,6 @@ def _keys_named_in(text: str) -> set[str]:
 
 def _all_keys() -> set[str]:
     return {f"{table}.{key}" for table, keys in Config().model_dump().items() for key in keys}
-
-
-def test_compose_passes_on_every_key_that_the_image_does_not_fix() -> None:
-    assert _keys_named_in(COMPOSE) == _all_keys() - FIXED_BY_THE_IMAGE
 
 
 def test_every_key_named_by_image_and_gpu_file_exists() -> None:

@@ -20,7 +20,7 @@ import torch
 from support.service_calls import ServerProcess
 from touchline import ReplayClient
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
-from touchline_server import Config, read_cfg
+from touchline_server import read_cfg
 from touchline_server.service.grpc_status import INTERNAL, STATUS_OF
 
 ROOT = Path(__file__).parents[2]
@@ -153,16 +153,6 @@ def test_actor_and_learner_run_as_written(address: str) -> None:
 
 
 # Configuration
-
-
-def test_configuration_table_has_every_key_with_its_default() -> None:
-    found = {code_of(key): default for key, default, *_ in table(README, "configuration table")}
-    expected = {f"{table}.{key}": value for table, keys in Config().model_dump().items() for key, value in keys.items()}
-
-    defaults = {key: None if cell == "not set" else tomllib.loads(f"value = {code_of(cell)}")["value"] for key, cell in found.items()}
-
-    assert defaults == expected
-    assert list(found) == list(expected)
 
 
 def test_environment_variables_of_the_readme_override_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,7 +341,7 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
 def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
-    monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_BYTES_PER_S", 1 << 40)
+    monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_UPLOAD_BYTES_PER_S", 1 << 40)
     header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 8)
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving(limits=FOUR_MESSAGES | {"max_message_bytes": MIB // 4}))

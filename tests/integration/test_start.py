@@ -70,8 +70,8 @@ def test_first_line_comes_before_anything_heavy_and_names_file_and_variables(tmp
     before, _, after = server.log.partition("is starting")
     first_line = f"{before.splitlines()[-1]}{after.splitlines()[0]}"
 
-    assert imported(before) & {*HEAVY, "grpc", "pydantic_settings", "numpy", "google.protobuf"} == set()
-    assert {"grpc", "pydantic_settings", "numpy"} <= imported(after)
+    assert imported(before) & {*HEAVY, "grpc", "touchline_server.config.settings", "numpy", "google.protobuf"} == set()
+    assert {"grpc", "touchline_server.config.settings", "numpy"} <= imported(after)
     assert f"configuration file: {file}; environment variables in force: " in first_line
     assert "TOUCHLINE_CONFIG__BATCH_SIZE=8" in first_line
     assert "config.horizon = 5" in after

@@ -54,12 +54,6 @@ def test_versions_of_the_three_distributions_agree() -> None:
     assert installed == versions
 
 
-def test_packaged_default_toml_is_identical() -> None:
-    packaged = ROOT / "server" / "src" / "touchline_server" / "config" / "default.toml"
-
-    assert packaged.read_bytes() == (ROOT / "cfg" / "default.toml").read_bytes()
-
-
 @pytest.mark.parametrize("dist", FOLDERS)
 def test_distribution_says_that_it_is_typed(dist: str) -> None:
     assert (ROOT / FOLDERS[dist] / "src" / dist.replace("-", "_") / "py.typed").is_file()

@@ -22,7 +22,7 @@ TouchlineError
 ├── UnacknowledgedError (.results)  episodes of an EpisodeWriter were refused, or not acknowledged in time
 └── ServerError                     something went wrong inside the server, or between it and the client
 
-Every error can be pickled and copied, for example by ``multiprocessing``: it can be made from its message alone, and what else it carries
+Every error can be pickled and copied, for example by ``multiprocessing``: its message is enough to make one, and what else it carries
 travels in its ``__dict__``.
 """
 

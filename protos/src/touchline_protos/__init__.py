@@ -4,6 +4,7 @@ have in common."""
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from touchline_protos.types.limits import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from touchline_protos.types.metadata import PROTOCOL_METADATA_KEY
 
 if TYPE_CHECKING:
@@ -14,12 +15,6 @@ __version__ = "0.1.0"
 
 PROTOCOL_VERSION = "1.0"
 """MAJOR.MINOR. Ends of different major versions refuse each other."""
-
-DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""The one limit of a message, the same on both sides; what is larger travels in chunks."""
-
-MAX_REQUEST_BYTES = 2 * 1024 * 1024
-"""Largest message to a server: every server takes it, unless its limit of a message is less, and none has room for much larger ones."""
 
 __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "MAX_REQUEST_BYTES", "PROTOCOL_METADATA_KEY", "PROTOCOL_VERSION", "Batch", "Counts", "__version__"]
 

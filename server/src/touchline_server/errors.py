@@ -96,7 +96,7 @@ class UnauthenticatedError(AccessDeniedError):
 
 
 class UnavailableError(ReplayError):
-    """The server cannot serve the call now. Try again later, or once the fault that the message names is mended."""
+    """The server cannot serve the call now. Try again later, or once the fault that the message names is repaired."""
 
 
 class RestoringError(UnavailableError):

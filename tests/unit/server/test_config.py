@@ -162,11 +162,11 @@ def test_variable_with_one_underscore_has_no_effect_and_is_told(monkeypatch: pyt
     ("variable", "value", "expected"),
     [
         ("TOUCHLINE_CONFIG__BACTH_SIZE", "64", "unknown key, expected one of buffer_size, batch_size"),
-        ("TOUCHLINE_CONFIGS__BATCH_SIZE", "64", "unknown table 'configs', expected one of config, storage"),
+        ("TOUCHLINE_CONFIGS__BATCH_SIZE", "64", "unknown section 'configs', expected one of config, storage"),
         ("TOUCHLINE_CONFIG__BATCH_SIZE", "many", "'many', expected an integer"),
         ("TOUCHLINE_CONFIG__BATCH_SIZE", "", "'', expected an integer"),
         ("TOUCHLINE_CONFIG__BATCH_SIZE", "0", "'0', expected at least 1"),
-        ("TOUCHLINE_CONFIG__BATCH_SIZE__X", "1", "expected an integer"),
+        ("TOUCHLINE_CONFIG__BATCH_SIZE__X", "1", "unknown key, expected one of buffer_size, batch_size"),
         ("TOUCHLINE_SAMPLING__LAW", "uniform", "'uniform', expected 'episode' or 'step'"),
     ],
 )
@@ -206,7 +206,7 @@ def test_config_in_code_ignores_the_environment(monkeypatch: pytest.MonkeyPatch,
         ("sampling", "seed", True, "True, expected a number"),
         ("sampling", "law", "uniform", "'uniform', expected 'episode' or 'step'"),
         ("sampling", "row_convention", "both", "'both', expected 'incoming' or 'outgoing'"),
-        ("server", "host", "", "'', expected some text"),
+        ("server", "host", "", "'', expected a non-empty string"),
         ("server", "port", 65_536, "65536, expected at most 65535"),
         ("server", "drain_timeout_s", float("nan"), "nan, expected"),
         ("server", "drain_timeout_s", float("inf"), "inf, expected a finite number"),
@@ -244,9 +244,9 @@ def test_config_long_value_is_shortened() -> None:
     [
         ("[config]\nbacth_size = 64\n", "config.bacth_size (in {file}): unknown key, expected one of buffer_size"),
         ("[config]\nbatch_size = -5\n", "config.batch_size (in {file}): -5, expected at least 1"),
-        ("[konfig]\nbatch_size = 64\n", "konfig (in {file}): unknown table, expected one of config, storage"),
-        ("batch_size = 64\n", "batch_size (in {file}): unknown table, expected one of config, storage"),
-        ("config = 64\n", "config (in {file}): 64, expected a table"),
+        ("[konfig]\nbatch_size = 64\n", "konfig (in {file}): unknown section, expected one of config, storage"),
+        ("batch_size = 64\n", "batch_size (in {file}): unknown section, expected one of config, storage"),
+        ("config = 64\n", "config (in {file}): 64, expected a section"),
     ],
 )
 def test_read_cfg_mistake_in_the_file_names_key_and_file(text: str, expected: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Requests:
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every message is late at once, and looks whether its room is wanted in each turn of the loop."""
     monkeypatch.setattr(receiving, "RECEIVE_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(receiving, "SLOWEST_BYTES_PER_S", 1 << 50)
+    monkeypatch.setattr(receiving, "SLOWEST_UPLOAD_BYTES_PER_S", 1 << 50)
     monkeypatch.setattr(receiving, "LOOK_S", 0.0)
 
 

@@ -20,6 +20,7 @@ from touchline_protos.codec import (
     encode_loads,
 )
 from touchline_protos.log_lines import get_logger
+from touchline_protos.types.limits import SLOWEST_UPLOAD_BYTES_PER_S
 from touchline_protos.v1 import replay_pb2 as pb
 
 logger = get_logger(__name__)
@@ -30,8 +31,6 @@ MAX_LOAD_BYTES = 256 << 20
 """Payload of one call of a load, unless one episode alone has more."""
 CHUNK_BYTES = 1 << 20
 """Payload of a message of a load; measured to be better than 256 KiB and 4 MiB."""
-SLOWEST_BYTES_PER_S = 4 << 20
-"""Rate that an upload's deadline allows for, on top of the call's own."""
 
 
 class EpisodeUploader:
@@ -163,7 +162,7 @@ class EpisodeUploader:
             return encode_loads(episodes, table=self._table, chunk_bytes=self._chunk_bytes)
 
         base_s = self._rpc.timeout_s if timeout_s is None else timeout_s
-        bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_BYTES_PER_S
+        bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_UPLOAD_BYTES_PER_S
         try:
             try:
                 message = self._rpc.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)

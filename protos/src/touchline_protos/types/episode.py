@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from touchline_protos.types.limits import DEFAULT_MAX_COLUMNS, DEFAULT_MAX_EPISODE_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeKey:
@@ -50,9 +52,9 @@ class OversizeError(CodecError):
 class CodecLimits:
     """What a receiver takes of one episode; checked before anything is allocated."""
 
-    max_episode_bytes: int = 1 << 30
+    max_episode_bytes: int = DEFAULT_MAX_EPISODE_BYTES
     """Payload of all columns together."""
-    max_columns: int = 256
+    max_columns: int = DEFAULT_MAX_COLUMNS
     """Columns of an episode."""
     max_name_chars: int = 256
     """Characters of a column's or table's name."""

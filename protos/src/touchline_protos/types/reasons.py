@@ -21,7 +21,7 @@ class Reason(str, enum.Enum):
     TOO_LARGE = "too-large"
     """Over a size limit."""
     OVER_LIMIT = "over-limit"
-    """As much is in progress as the server allows, or its disk is full; try again later."""
+    """A limit on what may be in progress is reached, or the server's disk is full; try again later."""
     NOT_READY = "not-ready"
     """Nothing can be sampled yet."""
     INCOMPATIBLE_VERSION = "incompatible-version"

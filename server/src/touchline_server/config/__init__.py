@@ -1,1 +1,1 @@
-"""The configuration: its keys and bounds, and how they are read and put together."""
+"""The configuration: its keys and bounds, and how they are read and combined."""

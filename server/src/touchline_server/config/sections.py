@@ -1,4 +1,8 @@
-"""The sections of the configuration: their keys, defaults and bounds. :mod:`.settings` reads them and puts them together."""
+"""The sections of the configuration: each key's type, default, bounds and description, the only place where they stand.
+
+:mod:`.settings` reads and combines them. ``server/generate_configuration.py`` writes from them ``cfg/default.toml`` and its packaged copy,
+the tables of ``docs/configuration.md``, and the variables that ``docker-compose.yml`` passes on.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,21 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from touchline_protos.types.limits import DEFAULT_MAX_COLUMNS, DEFAULT_MAX_EPISODE_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+
 _INT64_MAX = 2**63 - 1
 _INT32_MAX = 2**31 - 1
 
 
 def _refuse_bool(value: object) -> object:
-    # pydantic takes true for 1, and nobody means that.
+    # pydantic would accept true as 1, which is always a mistake.
     if isinstance(value, bool):
         raise ValueError("expected a number")  # not TypeError, which pydantic would let through
     return value
 
 
 def _unset_if_empty(value: object) -> object:
-    # The environment has no null: an empty variable takes a seed of the file away.
+    # The environment has no null, so an empty variable unsets a seed that the file sets.
     return None if value == "" else value
 
 
@@ -30,7 +36,7 @@ def _check_device(value: str) -> str:
 
 
 def _check_law(value: str) -> str:
-    # Imported when a law is checked: the laws need numpy, and not all that reads a configuration does.
+    # Imported here because the laws need numpy, which not every reader of a configuration does.
     from touchline_server.selectors.registry import LAWS
 
     if value not in LAWS:
@@ -45,116 +51,146 @@ _Seed = Annotated[Annotated[int, Field(ge=0, le=_INT64_MAX)] | None, BeforeValid
 
 
 class Section(BaseModel):
-    """A section: immutable, and without keys that it does not know."""
+    """A section of the configuration: immutable; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BufferConfig(Section):
-    """Section ``[config]``: what the buffer holds and what a batch is."""
+    """What the buffer holds, and what a batch is."""
 
     buffer_size: _Count = 1_000_000
-    """Most steps (stored rows) that the buffer holds."""
+    """Capacity in steps (stored rows). Whole episodes are evicted, oldest first, to stay within it."""
     batch_size: _Count = 256
-    """Slices in a batch."""
+    """Slices in a batch, unless a request asks for another number."""
     min_history: Annotated[_Int, Field(ge=0, le=_INT64_MAX)] = 100_000
-    """Steps stored before training should start; sampling works earlier."""
+    """Steps stored before training should start: ``wait_until_ready()`` waits for them, or for a full buffer. Sampling works earlier, as
+    soon as one episode is long enough."""
     horizon: _Count = 3
-    """Transitions in a slice: a slice is horizon + 1 consecutive steps of one episode."""
+    """Transitions in a slice, unless a request asks for another number: a slice is horizon + 1 consecutive steps of one episode."""
 
 
 class StorageConfig(Section):
-    """Section ``[storage]``: where the steps live."""
+    """Where the steps live, and whether they outlive the server."""
 
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
-    """``cuda``, ``cuda:N``, ``cpu``, ``disk``, or ``auto``: CUDA if 2.5 times the buffer fits in its free memory,
-    else host memory."""
+    """Device of the columns: ``"auto"`` (CUDA if 2.5 times the buffer fits in its free memory, otherwise host memory), ``"cuda"``,
+    ``"cuda:N"``, ``"cpu"`` or ``"disk"`` (memory-mapped files in scratch_dir)."""
     scratch_dir: str = ""
-    """Folder of the memory-mapped files, for device ``disk``."""
+    """Folder of the memory-mapped files, for device ``"disk"``. It needs space for the whole buffer and belongs to one server. The files
+    are working memory: a restart does not read them back."""
     allow_non_finite: bool = False
-    """Whether observations, actions, rewards and dones that are NaN or infinite are stored; otherwise their episode is refused."""
+    """Whether to store observations, actions, rewards and dones that are NaN or infinite. Otherwise an episode that contains one is
+    refused."""
     data_dir: str = ""
-    """Folder in which the episodes outlive the server; empty: nothing does."""
+    """Folder of the durable store: a server that starts on it has the stored episodes again. Empty: episodes live as long as the server."""
     durability: Literal["sync", "batch", "memory"] = "batch"
-    """What an acknowledgement says, with a data_dir. ``sync``: the episode is on the disk. ``batch``: it is in the write-ahead
-    log, which outlives the server's death, and on the disk after sync_interval_ms. ``memory``: it is in memory, and written
-    behind."""
+    """Promise of an acknowledgement, with a data_dir. ``"sync"``: the episode is on disk. ``"batch"``: it survives a crash of the server,
+    and after sync_interval_ms one of the machine. ``"memory"``: it is in memory and will be written later. See
+    docs/guarantees.md."""
     sync_interval_ms: Annotated[_Int, Field(ge=1, le=60_000)] = 100
-    """Longest time in milliseconds between an acknowledgement and the disk, for ``batch``."""
+    """Longest time in milliseconds from an acknowledgement until the episode is on disk, for durability ``"batch"``."""
     accept_eviction: bool = False
-    """Whether a start may evict stored episodes for which ``config.buffer_size`` has become too small; otherwise it is refused."""
+    """Whether a start may evict, for good, the oldest stored episodes if buffer_size has become too small for them. Otherwise such a start
+    is refused."""
 
 
 class SamplingConfig(Section):
-    """Section ``[sampling]``: how slices are drawn and what their rows mean."""
+    """How slices are drawn, and what their rows mean."""
 
     law: Annotated[str, AfterValidator(_check_law)] = "episode"
-    """``episode``: an eligible episode uniformly, then a start in it uniformly. ``step``: every valid start alike."""
+    """Law of the draws. ``"episode"``: an episode that is long enough, uniformly, then a start within it, uniformly, as TorchRL's
+    SliceSampler and TD-MPC2 draw. ``"step"``: every possible start with the same probability."""
     seed: _Seed = None
-    """Seed of the draws, at least 0; None is fresh entropy."""
+    """Seed of the draws, an integer of at least 0: the same seed, episodes and draws give the same batches. Unset: fresh entropy."""
     row_convention: Literal["incoming", "outgoing"] = "incoming"
-    """``incoming``: row t holds observation t and the action, reward and done that led to it. ``outgoing``: the action
-    taken from it, with its reward and done."""
+    """Meaning of row t of an episode. ``"incoming"``: observation t, and the action, reward and done that led to it (TD-MPC2; row 0 is the
+    reset observation). ``"outgoing"``: observation t, and the action taken from it with its reward and done."""
 
 
 class ServerConfig(Section):
-    """Section ``[server]``: where the server listens, and how it works."""
+    """Where the server listens, and how it works."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on."""
+    """Address to listen on. ``"0.0.0.0"`` accepts other machines: without [tls] and [auth], everyone who reaches the port can read, add and
+    clear episodes."""
     port: Annotated[_Int, Field(ge=0, le=65_535)] = 50_051
-    """TCP port; 0 takes a free one."""
+    """TCP port. 0 takes a free one, which the server prints."""
     unix_socket: str = ""
-    """Path of a Unix socket to listen on instead of host and port; empty: none."""
+    """Path of a Unix socket to listen on instead of host and port. Empty: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much the server's process logs, on stderr."""
+    """Lowest level that the server logs, on stderr: ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``."""
     keepalive_s: Annotated[_Seconds, Field(ge=1)] = 30.0
-    """Silence in seconds after which a peer is asked whether it is there; without an answer for a third of it, it is gone."""
+    """Seconds of silence after which the server pings a peer. A peer that does not answer within a third of that time is disconnected, and
+    everything it held is released."""
     drain_timeout_s: _Seconds = 10.0
-    """Time that calls in progress get to end after SIGTERM, in seconds."""
+    """Seconds that calls in progress get to finish after SIGTERM."""
     add_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
     """Threads that store episodes."""
     sample_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
     """Threads that gather batches."""
     sample_share: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=0.95, allow_inf_nan=False)] = 0.5
-    """Share of the time that sampling keeps while learners wait for batches: adds are answered later for it. 0: adds never wait."""
+    """Share of the time, 0 to 0.95, that sampling keeps while learners wait for batches; adds are answered later in return. 0: adds never
+    wait."""
 
 
 class LimitsConfig(Section):
-    """Section ``[limits]``: the largest messages, episodes and batches, and how much may be in progress at a time."""
+    """The largest messages, episodes and requests, and how much may be in progress at a time."""
 
-    max_message_bytes: Annotated[_Int, Field(ge=1024, le=_INT32_MAX)] = 67_108_864
-    """Largest message, either way; what is larger travels in chunks."""
-    max_request_bytes: Annotated[_Int, Field(ge=2_097_152, le=_INT32_MAX)] = 2_097_152
-    """Largest message to the server, if max_message_bytes is not less. Touchline's clients send larger episodes in chunks; raise it for a
-    client of another make that does not. Each call that is being read has room for it."""
-    max_episode_bytes: _Count = 1_073_741_824
-    """Largest episode, summed over its columns."""
-    max_columns: _Count = 256
-    """Most columns of an episode."""
+    max_message_bytes: Annotated[_Int, Field(ge=1024, le=_INT32_MAX)] = DEFAULT_MAX_MESSAGE_BYTES
+    """Largest message in either direction, in bytes. Larger episodes and batches travel in chunks."""
+    max_request_bytes: Annotated[_Int, Field(ge=MAX_REQUEST_BYTES, le=_INT32_MAX)] = MAX_REQUEST_BYTES
+    """Largest message to the server, in bytes, at least 2 MiB; max_message_bytes limits it too. Touchline's clients send larger episodes in
+    chunks: raise it for another client that does not. Each call that is being read reserves this much memory."""
+    max_episode_bytes: _Count = DEFAULT_MAX_EPISODE_BYTES
+    """Largest episode in bytes, summed over its columns."""
+    max_columns: _Count = DEFAULT_MAX_COLUMNS
+    """Largest number of columns in an episode."""
     max_batch_size: _Count = 65_536
     """Largest batch size that a request may ask for."""
     max_horizon: _Count = 1_024
     """Largest horizon that a request may ask for."""
     max_streams: _Count = 1_024
-    """Most sampling, loading and reading streams open at a time."""
+    """Largest number of sampling, loading and reading streams open at a time. The next one is refused."""
     max_calls: _Count = 4_096
-    """Most calls in progress, streams included."""
+    """Largest number of calls in progress, streams included. The next one is refused, to be tried again later."""
     max_connection_calls: Annotated[_Int, Field(ge=1, le=_INT32_MAX)] = 256
-    """Most calls in progress on one connection; the next ones wait at the client."""
+    """Largest number of calls in progress on one connection. The next one waits at the client."""
     max_receive_bytes: _Count = 4_294_967_296
-    """Bytes of episodes that may be on their way in: half for messages, half for episodes that come in chunks."""
+    """Largest number of bytes of episodes on their way in: half for messages, half for episodes in chunks. At least twice max_message_bytes
+    and twice max_episode_bytes."""
     max_send_bytes: _Count = 4_294_967_296
-    """Bytes of batches and episodes that may be made and not taken yet by the transport."""
+    """Largest number of bytes of batches and episodes that the transport has not taken yet. At least max_message_bytes."""
 
 
 class RingConfig(Section):
-    """Section ``[ring]``: shared memory for learners on the server's host."""
+    """Shared memory for learners on the server's host."""
 
     max_rings: Annotated[_Int, Field(ge=0, le=1_024)] = 16
-    """Most shared-memory rings, one a learner on this host; 0: none, learners get messages."""
+    """Largest number of shared-memory rings, one for each learner on this host. Further learners get messages; 0: all learners do."""
     max_ring_bytes: _Count = 536_870_912
-    """Largest ring; a learner whose batches do not fit three times gets messages."""
+    """Largest ring, in bytes. A learner gets messages if three of its batches do not fit."""
+
+
+class TlsConfig(Section):
+    """The server's certificate. Paths of PEM files, read when the server starts."""
+
+    cert: str = ""
+    """Server certificate, followed by its intermediate certificates. Empty: no TLS."""
+    key: str = ""
+    """Private key of the server certificate."""
+    client_ca: str = ""
+    """CA bundle for client certificates; if set, clients must authenticate with one (mutual TLS). Empty: clients need none."""
+
+
+class AuthConfig(Section):
+    """Who may call what. Contains no token, so it may be logged and reported."""
+
+    tokens_file: str = ""
+    """TOML file with the tokens and their roles, readable only by the server's user. Tokens may also come from the environment variable
+    TOUCHLINE_SERVER_TOKENS; without any, everyone may call everything. See docs/security.md."""
+    allow_plaintext: bool = False
+    """Whether to accept tokens without TLS from other machines. Safe only if the network itself is private."""
 
 
 MOVED_KEYS = {
@@ -175,25 +211,4 @@ MOVED_KEYS = {
         "max_ring_bytes",
     )
 }
-"""Where a (section, key) of former versions is now. The former name is refused by an error that says the new one."""
-
-
-class TlsConfig(Section):
-    """Section ``[tls]``: the server's certificate. Paths of PEM files, read when the server starts."""
-
-    cert: str = ""
-    """Server certificate, followed by the intermediate ones; empty: no TLS."""
-    key: str = ""
-    """The certificate's private key."""
-    client_ca: str = ""
-    """CA bundle for client certificates; if set, clients must authenticate with one (mutual TLS). Empty: clients need none."""
-
-
-class AuthConfig(Section):
-    """Section ``[auth]``: who may call what. There is no token in it, so it may be logged and told."""
-
-    tokens_file: str = ""
-    """TOML file with tokens and their roles, which nobody else may read. Empty: those of the environment; without any, everybody may call
-    everything."""
-    allow_plaintext: bool = False
-    """Whether tokens are taken without TLS from other machines."""
+"""Present place of each (section, key) that has moved. The former name is refused with an error that gives the new one."""

@@ -1,7 +1,7 @@
-"""Where the configuration comes from: which file, and which environment variables. Reads them without checking their values.
+"""Sources of the configuration: which file, and which environment variables. Values are read here and checked in :mod:`.settings`.
 
-:mod:`.settings` checks. This module costs a few milliseconds, for what must be known before that: the log level, and what to ask a health
-check.
+Importing this module takes a few milliseconds, unlike that one, so it also serves what has to be known before: the log level, and which
+server a health check asks.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ CONFIG_PATH_VARIABLE = "TOUCHLINE_CFG"
 """Environment variable that names the configuration file."""
 
 ENV_PREFIX = "TOUCHLINE_"
-"""``TOUCHLINE_<TABLE>__<KEY>`` overrides one key."""
+"""``TOUCHLINE_<SECTION>__<KEY>`` overrides one key."""
 
 ENV_DELIMITER = "__"
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the key, where it stands, what was found and expected."""
+    """The configuration cannot be used. The message names the key, its source, what was found and what was expected."""
 
 
 def read_text(path: str | os.PathLike[str] | None) -> tuple[str, str]:
     """Returns the name and the text of the configuration file to use.
 
+    Args:
+        path: the file. None: the file that ``$TOUCHLINE_CFG`` names, otherwise ``./cfg/default.toml``, otherwise its packaged copy.
+
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     variable = os.environ.get(CONFIG_PATH_VARIABLE)
     if path is not None:
@@ -49,10 +52,14 @@ def read_text(path: str | os.PathLike[str] | None) -> tuple[str, str]:
 
 
 def parse_toml(name: str, text: str) -> dict[str, Any]:
-    """Returns what a TOML text holds.
+    """Returns the content of a TOML text.
+
+    Args:
+        name: the file's name, for the error.
+        text: the file's text.
 
     Raises:
-        ConfigError: it is not TOML; the message names the file and the line.
+        ConfigError: the text is not TOML; the message names the file and the line.
     """
     try:
         return tomllib.loads(text)
@@ -62,17 +69,24 @@ def parse_toml(name: str, text: str) -> dict[str, Any]:
 
 
 def variables_in_force() -> dict[tuple[str, str], str]:
-    """Returns the environment variables of the form ``TOUCHLINE_<TABLE>__<KEY>``, by table and key."""
+    """Returns the environment variables of the form ``TOUCHLINE_<SECTION>__<KEY>``, by section and key.
+
+    ``TOUCHLINE_SERVER``, which has the name of a section but no key, is a client's address and not among them.
+    """
     found = {}
     for variable in os.environ:
-        table, delimiter, key = variable.removeprefix(ENV_PREFIX).lower().partition(ENV_DELIMITER)
+        section, delimiter, key = variable.removeprefix(ENV_PREFIX).lower().partition(ENV_DELIMITER)
         if variable.startswith(ENV_PREFIX) and delimiter:
-            found[table, key.partition(ENV_DELIMITER)[0]] = variable
+            found[section, key] = variable
     return found
 
 
 def glance(path: str | os.PathLike[str] | None, *keys: str) -> dict[str, Any]:
-    """Returns the values that keys, as in ``server.port``, will have, unchecked: a variable's is text.
+    """Returns the values of a few keys, unchecked; the value of an environment variable is text.
+
+    Args:
+        path: the configuration file, as for :func:`read_text`.
+        keys: their dotted names, for example ``server.port``.
 
     Raises:
         ConfigError: the file cannot be read or is not TOML.
@@ -81,17 +95,17 @@ def glance(path: str | os.PathLike[str] | None, *keys: str) -> dict[str, Any]:
     variables = variables_in_force()
     values: dict[str, Any] = {}
     for dotted in keys:
-        table, _, key = dotted.partition(".")
+        section, _, key = dotted.partition(".")
         for layer in layers:
-            if isinstance(layer.get(table), dict) and key in layer[table]:
-                values[dotted] = layer[table][key]
-        if (table, key) in variables:
-            values[dotted] = os.environ[variables[table, key]]
+            if isinstance(layer.get(section), dict) and key in layer[section]:
+                values[dotted] = layer[section][key]
+        if (section, key) in variables:
+            values[dotted] = os.environ[variables[section, key]]
     return values
 
 
 def sources_of(path: str | os.PathLike[str] | None = None) -> str:
-    """Returns, for messages, where the configuration comes from: the file, and the variables in force.
+    """Returns the file and the environment variables of the configuration, for messages.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -102,16 +116,16 @@ def sources_of(path: str | os.PathLike[str] | None = None) -> str:
 
 
 def why_unreadable(error: OSError) -> str:
-    """Returns why a file could not be read, and as whom: in a container the user is rarely the one who made the file."""
-    return _as_whom(error, "make it readable by")
+    """Returns why a file could not be read, and by which user: in a container it is rarely the user who made the file."""
+    return _with_user(error, "make it readable by")
 
 
 def why_unwritable(error: OSError) -> str:
-    """Returns why a folder could not be made or written to, and as whom."""
-    return _as_whom(error, "make it (or, if it does not exist, the folder it is in) writable by")
+    """Returns why a folder could not be created or written, and by which user."""
+    return _with_user(error, "make it (or its parent folder, if it does not exist) writable by")
 
 
-def _as_whom(error: OSError, advice: str) -> str:
+def _with_user(error: OSError, advice: str) -> str:
     reason = error.strerror or str(error)
     if isinstance(error, PermissionError) and hasattr(os, "geteuid"):
         reason += f"; {advice} user {os.geteuid()}, which this process runs as"

@@ -12,6 +12,7 @@ import math
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from touchline_protos.types.limits import SLOWEST_UPLOAD_BYTES_PER_S
 from touchline_server.errors import InvalidArgumentError, OverLimitError
 from touchline_server.service.budgets import ByteBudget, PerConnectionBudget, Reservation
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 RECEIVE_TIMEOUT_S = 5.0
 """Time that a message gets to come in while others wait for its room, beside that for its bytes."""
-
-SLOWEST_BYTES_PER_S = 4 << 20
-"""Rate that a peer's time allows for, of the largest message or the announced episode; the client's deadlines allow for the same."""
 
 FIRST_MESSAGE_S = 60.0
 """How long a call may take to send its first message: until then it does nothing but take a place among the calls."""
@@ -256,7 +254,7 @@ class UploadReservation:
 
 def receive_timeout_s(size: int) -> float:
     """Returns the time that so many bytes may take while others wait for their room, in seconds."""
-    return RECEIVE_TIMEOUT_S + size / SLOWEST_BYTES_PER_S
+    return RECEIVE_TIMEOUT_S + size / SLOWEST_UPLOAD_BYTES_PER_S
 
 
 def _give_back(ended: asyncio.Future[bytes | None], room: Reservation) -> None:
