@@ -152,13 +152,13 @@ def traced(number: int) -> Episode:
 def waiting(folder: Path) -> list[int]:
     """The numbers of what a spool has after a start on it, each whole."""
     spool = Spool(folder, limit_bytes=LIMIT)
-    found, taken = [], spool.take()
+    found, taken = [], spool.peek()
     while taken is not None:
         assert isinstance(taken[1], Episode)
         number = taken[1].policy_version
         assert all(np.array_equal(taken[1].columns[name], column) for name, column in traced(number).columns.items())
         found.append(number)
-        taken = spool.take(taken[0])
+        taken = spool.peek(taken[0])
     spool.close()
     return found
 
@@ -191,10 +191,10 @@ def test_failed_call_ends_keeping_and_what_was_kept_is_sent(fault: Fault, times:
         disk.cut_power(folder, tmp_path / "unpowered")
 
         sent = []
-        while (taken := spool.take()) is not None:
+        while (taken := spool.peek()) is not None:
             assert isinstance(taken[1], Episode)
             sent.append(taken[1].policy_version)
-            spool.remove(taken[0])
+            spool.acknowledge(taken[0])
         assert sent == kept
         spool.close()
         disk.mend()

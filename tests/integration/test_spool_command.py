@@ -60,9 +60,9 @@ def test_what_waits_is_sent_under_its_keys_oldest_first_and_to_the_bit(server: S
     fill(tmp_path, *episodes)
     seen: list[tuple[int, int, int]] = []
 
-    report = maintenance.send(tmp_path, server.address, watch=lambda told: seen.append((told.sent, told.left, told.size_bytes)))
+    report = maintenance.send(tmp_path, server.address, progress=lambda told: seen.append((told.sent, told.pending, told.size_bytes)))
 
-    assert (report.total, report.sent, report.steps, report.refused, report.left, report.trouble) == (40, 40, 440, 0, 0, None)
+    assert (report.total, report.sent, report.steps, report.refused, report.pending, report.error) == (40, 40, 440, 0, 0, None)
     assert seen[-1] == (40, 0, report.size_bytes) and report.size_bytes > 40 * 300
     with ReplayClient(server.address) as client:
         found = list(client.episodes())
@@ -70,7 +70,7 @@ def test_what_waits_is_sent_under_its_keys_oldest_first_and_to_the_bit(server: S
         (episode.key, "left", episode.policy_version) for episode in episodes
     ]
     assert_same([episode.columns for episode in found], [episode.columns for episode in episodes])
-    assert maintenance.survey(tmp_path).waiting == []
+    assert maintenance.inspect(tmp_path).waiting == []
 
 
 def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: ServerThread, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: Se
 
 
 def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._actor.sender.TOGETHER_EPISODES", 1)
-    monkeypatch.setattr(maintenance, "LOOK_S", 0.01)
+    monkeypatch.setattr("touchline._actor.sender.GROUP_EPISODES", 1)
+    monkeypatch.setattr(maintenance, "POLL_INTERVAL_S", 0.01)
     permits = threading.Semaphore(0)
     arrived: list[int] = []
 
@@ -107,11 +107,11 @@ def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path
     fill(tmp_path, *(spooled(number) for number in range(9)))
     rounds = 0
     with ScriptedServer(AddEpisode=add) as scripted:
-        while maintenance.survey(tmp_path).waiting:
+        while maintenance.inspect(tmp_path).waiting:
             rounds += 1
             permits.release(3)
             with contextlib.suppress(KeyboardInterrupt):
-                maintenance.send(tmp_path, scripted.address, watch=interrupt)
+                maintenance.send(tmp_path, scripted.address, progress=interrupt)
         permits.release(100)
 
     assert rounds >= 3
@@ -123,12 +123,12 @@ def test_refused_episodes_are_all_kept_with_the_reason_and_go_out_once_the_serve
     fill(tmp_path, spooled(0), *(spooled(number, obs=7) for number in range(1, count + 1)), spooled(count + 1))
 
     report = maintenance.send(tmp_path, server.address)
-    aside = maintenance.survey(tmp_path)
+    aside = maintenance.inspect(tmp_path)
     with serve() as other:
         retried = maintenance.retry(tmp_path)
         again = maintenance.send(tmp_path, other.address)
 
-    assert (report.total, report.sent, report.refused, report.left) == (count + 2, 2, count, 0)
+    assert (report.total, report.sent, report.refused, report.pending) == (count + 2, 2, count, 0)
     (reason,) = report.reasons
     assert "obs" in reason and report.reasons[reason].count == count
     assert len(aside.refused) == retried == again.sent == count and aside.waiting == []
@@ -152,7 +152,7 @@ def test_server_that_stays_away_ends_the_sending_and_everything_waits_as_before(
 
     report = maintenance.send(tmp_path, address, timeout_s=0.5)
 
-    assert (report.sent, report.left, type(report.trouble).__name__) == (0, 2, "UnavailableError")
+    assert (report.sent, report.pending, type(report.error).__name__) == (0, 2, "UnavailableError")
     assert keys_in(tmp_path) == [0, 1]
 
 
@@ -163,7 +163,7 @@ def test_client_that_is_not_let_in_ends_the_sending_at_once(tmp_path: Path, monk
     with serve() as guarded:
         report = maintenance.send(tmp_path, guarded.address, timeout_s=3600)
 
-    assert (report.left, type(report.trouble).__name__) == (1, "AccessDeniedError")
+    assert (report.pending, type(report.error).__name__) == (1, "UnauthenticatedError")
     assert keys_in(tmp_path) == [0]
 
 
@@ -174,7 +174,7 @@ def test_folder_stays_within_its_writers_limit_while_it_is_emptied(server: Serve
     spool.close()
     most = []
 
-    report = maintenance.send(tmp_path, server.address, watch=lambda _: most.append(_disk_bytes(tmp_path)))
+    report = maintenance.send(tmp_path, server.address, progress=lambda _: most.append(_disk_bytes(tmp_path)))
 
     assert report.sent == count > 20
     assert max(most) <= LIMIT and _disk_bytes(tmp_path) < LIMIT // 8

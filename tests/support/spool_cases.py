@@ -25,7 +25,7 @@ def fill(folder: Path, *episodes: Episode, refused: int = 0, table: str = "") ->
     for episode in episodes:
         assert spool.put(spool.pack(episode), drop_oldest=False).kept
     for number in range(refused):
-        taken = spool.take()
+        taken = spool.peek()
         assert taken is not None
         spool.dead_letter(taken[0], InvalidEpisodeError(f"obs: as the test wants, for the {number}th time"))
     spool.close()

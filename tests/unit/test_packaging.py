@@ -190,7 +190,7 @@ EXPORTS = {
         "ExportReport",
         "FORMATS",
         "LoadReport",
-        "Refusals",
+        "RefusalSummary",
         "Selection",
         "Source",
         "UnsupportedEpisodeError",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from touchline._actor import exit_hooks
 from touchline._actor.queue import MAX_PENDING, EpisodeQueue, MemoryQueue, OverflowPolicy
 from touchline._actor.rows import row_columns
-from touchline._actor.unsent import Unsent
+from touchline._actor.writer_state import WriterState
 from touchline._rpc.convert import check_actor, check_dtype, check_policy_version, whole_number
 from touchline._rpc.dropping import when_dropped
 from touchline._rpc.process_bound import ProcessBound
@@ -122,9 +122,9 @@ class EpisodeWriter(ProcessBound):
         queue: EpisodeQueue = MemoryQueue(max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
         if spool_dir is not None:
             queue = self._open_spool(Path(spool_dir))
-        self._unsent = Unsent(client, queue, actor=self._actor, when_full=when_full)
-        exit_hooks.watch(self._unsent)
-        when_dropped(self, self._unsent.end)
+        self._state = WriterState(client, queue, actor=self._actor, when_full=when_full)
+        exit_hooks.register(self._state)
+        when_dropped(self, self._state.end)
 
     def _open_spool(self, folder: Path) -> EpisodeQueue:
         from touchline._spool.queue import Spool  # the standard library's sqlite3 may be missing where nobody wants a spool
@@ -151,7 +151,7 @@ class EpisodeWriter(ProcessBound):
     def counters(self) -> WriterCounters:
         """What was done so far; all figures are of one moment."""
         self._check_process()
-        return self._unsent.outbox.counters
+        return self._state.sender.counters
 
     def append(self, step: Mapping[str, Any]) -> None:
         """Adds one row; may block, while too many episodes wait, where it cuts the episode.
@@ -172,16 +172,16 @@ class EpisodeWriter(ProcessBound):
         """
         self._check()
         self._hand_on()
-        if self._unsent.refused:
-            raise InvalidEpisodeError(f"the episode was refused before: {self._unsent.refused}; call end_episode() and begin another")
+        if self._state.refused:
+            raise InvalidEpisodeError(f"the episode was refused before: {self._state.refused}; call end_episode() and begin another")
         try:
-            row = row_columns(step, known=self._unsent.rows.names, dtype=self._dtype)
-            if not len(self._unsent.rows):
+            row = row_columns(step, known=self._state.rows.names, dtype=self._dtype)
+            if not len(self._state.rows):
                 self._rows_version = self._policy_version
-            self._unsent.rows.append(row)
+            self._state.rows.append(row)
         except InvalidEpisodeError as error:
             raise self._refuse(error) from None
-        if len(self._unsent.rows) == self._max_rows:
+        if len(self._state.rows) == self._max_rows:
             self._finish(overlap=True)
             try:
                 self._hand_on()
@@ -214,7 +214,7 @@ class EpisodeWriter(ProcessBound):
             ClosedError: closed before, and episodes wait in the spool.
         """
         self._check_process()
-        self._unsent.outbox.flush(timeout_s)
+        self._state.sender.flush(timeout_s)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Ends the unfinished episode and waits until everything is acknowledged. Closing again waits for what is left.
@@ -236,17 +236,17 @@ class EpisodeWriter(ProcessBound):
             return
         if not self._closing:
             wait_s = math.inf if timeout_s is None else timeout_s
-            if timeout_s is None and self._unsent.outbox.durable:
+            if timeout_s is None and self._state.sender.durable:
                 wait_s = self._client.timeout_s
             ends = time.monotonic() + wait_s
             self._end(ends=ends, force=True)
             self._closing = True
             timeout_s = None if timeout_s is None else max(0.0, ends - time.monotonic())
         try:
-            self._unsent.outbox.close(timeout_s)
+            self._state.sender.close(timeout_s)
         finally:
-            if self._unsent.outbox.idle:
-                exit_hooks.forget(self._unsent)
+            if self._state.sender.idle:
+                exit_hooks.unregister(self._state)
 
     def __enter__(self) -> EpisodeWriter:
         return self
@@ -257,10 +257,10 @@ class EpisodeWriter(ProcessBound):
         if kind is None or error is None or self._inherited:
             self.close()
             return
-        if len(self._unsent.rows):
-            self._unsent.discard("the body of its `with` failed")
+        if len(self._state.rows):
+            self._state.discard("the body of its `with` failed")
         grace_s = self._client.timeout_s if isinstance(error, Exception) else exit_hooks.grace_after(error)
-        pending = self._unsent.outbox.counters.pending
+        pending = self._state.sender.counters.pending
         if pending:
             logger.warning(
                 "episode writer of actor %r: %s ended the body of its `with`; %d episodes have %.0f s to go out",
@@ -274,7 +274,7 @@ class EpisodeWriter(ProcessBound):
         except (UnacknowledgedError, SpoolError) as trouble:
             logger.error("episode writer of actor %r, closed because of %s: %s", self._actor, kind.__name__, trouble)
             if not isinstance(error, Exception):
-                exit_hooks.forget(self._unsent)  # it has had its grace, and the log says what is lost
+                exit_hooks.unregister(self._state)  # it has had its grace, and the log says what is lost
 
     # Inside.
 
@@ -282,50 +282,50 @@ class EpisodeWriter(ProcessBound):
         self._check_process()
         if self._closing:
             raise ClosedError("the episode writer was closed")
-        self._unsent.outbox.report()
+        self._state.sender.raise_unreported()
 
     def _end(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:
         key = self._hand_on(ends=ends, force=force)
-        cut = self._unsent.cut
-        self._unsent.cut = False
-        self._unsent.refused = ""
-        if len(self._unsent.rows) < 2:
-            if len(self._unsent.rows) and not cut:
-                self._unsent.discard("one row holds no transition")
-            self._unsent.rows.clear()
+        cut = self._state.cut
+        self._state.cut = False
+        self._state.refused = ""
+        if len(self._state.rows) < 2:
+            if len(self._state.rows) and not cut:
+                self._state.discard("one row holds no transition")
+            self._state.rows.clear()
             return key
         self._finish(overlap=False)
         return self._hand_on(ends=ends, force=force)
 
     def _refuse(self, error: InvalidEpisodeError) -> InvalidEpisodeError:
         """Ends the episode before a row that cannot be stored, and returns the error to raise."""
-        number = len(self._unsent.rows)
-        row = f"row {number} since the last cut" if self._unsent.cut else f"row {number}"
+        number = len(self._state.rows)
+        row = f"row {number} since the last cut" if self._state.cut else f"row {number}"
         hint = "; row 0 needs only obs: leave out what a reset does not have" if not number else ""
-        self._unsent.refused = f"{error} ({row}{hint})"
+        self._state.refused = f"{error} ({row}{hint})"
         if number > 1:
             self._finish(overlap=False)
-        elif number and not self._unsent.cut:
-            self._unsent.discard("one row holds no transition")
-        self._unsent.rows.clear()
-        self._unsent.cut = False
+        elif number and not self._state.cut:
+            self._state.discard("one row holds no transition")
+        self._state.rows.clear()
+        self._state.cut = False
         kept = f"the {number} rows before it are kept as an episode, " if number > 1 else ""
-        return InvalidEpisodeError(f"{self._unsent.refused}; {kept}further rows are refused until end_episode()")
+        return InvalidEpisodeError(f"{self._state.refused}; {kept}further rows are refused until end_episode()")
 
     def _finish(self, *, overlap: bool) -> None:
         """Makes an episode of the rows. The last one was handed on before."""
-        assert self._unsent.due is None
+        assert self._state.due is None
         key = self._client.next_key()
-        self._unsent.due = Episode(self._unsent.rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
-        self._unsent.cut = overlap
+        self._state.due = Episode(self._state.rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
+        self._state.cut = overlap
         self._rows_version = self._policy_version
 
     def _hand_on(self, *, ends: float = math.inf, force: bool = False) -> EpisodeKey | None:
         """Gives the episode that ended to the outbox, if there is one; returns its key unless it was dropped."""
-        episode = self._unsent.due
+        episode = self._state.due
         if episode is None:
             return None
-        exit_hooks.watch(self._unsent)
-        kept = self._unsent.outbox.put(episode, ends=ends, force=force)
-        self._unsent.due = None
+        exit_hooks.register(self._state)
+        kept = self._state.sender.put(episode, ends=ends, force=force)
+        self._state.due = None
         return episode.key if kept else None

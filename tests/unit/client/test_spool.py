@@ -37,8 +37,8 @@ def put(spool: Spool, episode: Episode, *, drop_oldest: bool = False) -> PutResu
     return spool.put(spool.pack(episode), drop_oldest=drop_oldest)
 
 
-def take(spool: Spool) -> tuple[QueueTicket, Episode]:
-    taken = spool.take()
+def peek(spool: Spool) -> tuple[QueueTicket, Episode]:
+    taken = spool.peek()
     assert taken is not None
     waiting, episode = taken
     assert isinstance(episode, Episode), episode
@@ -84,7 +84,7 @@ def test_any_episode_comes_back_to_the_bit_in_another_process_life(
     first.close()
 
     second = Spool(folder, limit_bytes=LIMIT)
-    _, found = take(second)
+    _, found = peek(second)
     second.close()
 
     assert second.resumed == (1, episode.length)
@@ -95,9 +95,9 @@ def test_oldest_goes_first_and_is_forgotten_once_acknowledged(spool: Spool) -> N
     for number in range(3):
         put(spool, traced(number))
 
-    waiting, first = take(spool)
-    assert take(spool)[0] == waiting, "it stays until it is acknowledged"
-    spool.remove(waiting)
+    waiting, first = peek(spool)
+    assert peek(spool)[0] == waiting, "it stays until it is acknowledged"
+    spool.acknowledge(waiting)
 
     assert first.policy_version == 0
     assert numbers(spool) == [1, 2]
@@ -108,8 +108,8 @@ def test_episode_longer_than_a_blob_is_kept_in_parts(spool: Spool, monkeypatch: 
     episode = traced(7, 500)
 
     put(spool, episode)
-    waiting, found = take(spool)
-    spool.remove(waiting)
+    waiting, found = peek(spool)
+    spool.acknowledge(waiting)
 
     assert same_episode(found, episode)
     assert spool._connection is not None
@@ -128,7 +128,7 @@ def test_only_what_must_outlive_a_power_loss_waits_for_the_disk(spool: Spool) ->
     spool._connection.set_trace_callback(note)
     put(spool, traced(0))
     synchronous["put"] = spool._connection.execute("PRAGMA synchronous").fetchone()[0]
-    spool.remove(take(spool)[0])
+    spool.acknowledge(peek(spool)[0])
     synchronous["remove"] = spool._connection.execute("PRAGMA synchronous").fetchone()[0]
 
     assert synchronous == {"put": 2, "remove": 1}  # FULL, NORMAL
@@ -148,7 +148,7 @@ def test_bool_column_that_no_server_takes_is_an_invalid_episode_and_no_damage(sp
     column = np.array([0, 1, 2], np.uint8).view(np.bool_)
     put(spool, Episode({"flag": column}, key=EpisodeKey("robot", 1, 0)))
 
-    taken = spool.take()
+    taken = spool.peek()
 
     assert taken is not None and type(taken[1]) is InvalidEpisodeError
 
@@ -163,8 +163,8 @@ def test_folder_never_takes_more_than_the_limit_whatever_is_put_and_removed(fold
     for number in range(300):
         kept += put(spool, traced(number, rng.choice([2, 50, 800, 5000])), drop_oldest=number % 3 == 0).kept
         largest = max(largest, sum(file.stat().st_size for file in folder.iterdir()))
-        if rng.random() < 0.3 and (taken := spool.take()) is not None:
-            spool.remove(taken[0])
+        if rng.random() < 0.3 and (taken := spool.peek()) is not None:
+            spool.acknowledge(taken[0])
             largest = max(largest, sum(file.stat().st_size for file in folder.iterdir()))
     spool.close()
 
@@ -184,8 +184,8 @@ def test_full_spool_keeps_most_of_its_limit_and_takes_nothing_more(spool: Spool)
 def test_acknowledged_episodes_make_room_again(spool: Spool) -> None:
     count = fill(spool)
 
-    spool.remove(take(spool)[0])
-    spool.remove(take(spool)[0])
+    spool.acknowledge(peek(spool)[0])
+    spool.acknowledge(peek(spool)[0])
 
     assert put(spool, traced(count, 500)).kept
     assert numbers(spool) == list(range(2, count + 1))
@@ -193,7 +193,7 @@ def test_acknowledged_episodes_make_room_again(spool: Spool) -> None:
 
 def test_drop_oldest_makes_room_and_spares_the_one_being_sent(spool: Spool) -> None:
     count = fill(spool)
-    take(spool)
+    peek(spool)
 
     admission = put(spool, traced(count, 500), drop_oldest=True)
 
@@ -206,7 +206,7 @@ def test_drop_oldest_makes_room_and_spares_the_one_being_sent(spool: Spool) -> N
 
 def test_drop_oldest_drops_nothing_where_that_would_not_be_enough(spool: Spool) -> None:
     put(spool, traced(0, 20_000))
-    take(spool)
+    peek(spool)
     put(spool, traced(1, 500))
 
     admission = put(spool, traced(2, 20_000), drop_oldest=True)
@@ -252,7 +252,7 @@ def test_drained_spool_gives_its_room_back(spool: Spool) -> None:
     full = spool.size_bytes
 
     for _ in range(count):
-        spool.remove(take(spool)[0])
+        spool.acknowledge(peek(spool)[0])
 
     assert spool.size_bytes < full // 4
 
@@ -265,7 +265,7 @@ def test_smaller_limit_keeps_what_is_there_and_takes_nothing_until_there_is_room
     smaller = Spool(folder, limit_bytes=LIMIT // 2)
     refused = put(smaller, traced(count, 500))
     while not put(smaller, traced(count, 500)).kept:
-        smaller.remove(take(smaller)[0])
+        smaller.acknowledge(peek(smaller)[0])
     left = numbers(smaller)
     size = smaller.size_bytes
     smaller.close()
@@ -310,7 +310,7 @@ def test_refused_episode_leaves_the_queue_and_is_kept_with_the_reason(spool: Spo
     put(spool, traced(0))
     put(spool, traced(1))
 
-    spool.dead_letter(take(spool)[0], InvalidEpisodeError("obs: not of the schema"))
+    spool.dead_letter(peek(spool)[0], InvalidEpisodeError("obs: not of the schema"))
     spool.close()
     again = Spool(folder, limit_bytes=LIMIT)
     left = numbers(again)
@@ -324,7 +324,7 @@ def test_refused_episode_leaves_the_queue_and_is_kept_with_the_reason(spool: Spo
 def test_refused_episodes_are_kept_up_to_a_number(spool: Spool) -> None:
     for number in range(MAX_REFUSED + 3):
         put(spool, traced(number))
-        spool.dead_letter(take(spool)[0], InvalidEpisodeError("no"))
+        spool.dead_letter(peek(spool)[0], InvalidEpisodeError("no"))
 
     assert spool._connection is not None
     kept = [number for (number,) in spool._connection.execute("SELECT sequence FROM episodes ORDER BY id")]
@@ -335,7 +335,7 @@ def test_refused_episodes_go_before_there_is_no_room(spool: Spool) -> None:
     put(spool, traced(0, 500))
     put(spool, traced(1, 500))
     for _ in range(2):
-        spool.dead_letter(take(spool)[0], InvalidEpisodeError("no"))
+        spool.dead_letter(peek(spool)[0], InvalidEpisodeError("no"))
 
     count = fill(spool)
 
@@ -390,7 +390,7 @@ def test_forked_child_cannot_use_the_spool_and_leaves_it_whole(spool: Spool, fol
         code = 1
         try:
             refusals = 0
-            for use in (spool.take, lambda: Spool(folder, limit_bytes=LIMIT)):
+            for use in (spool.peek, lambda: Spool(folder, limit_bytes=LIMIT)):
                 try:
                     use()
                 except SpoolError as error:
@@ -412,7 +412,7 @@ def test_closed_spool_says_so(spool: Spool) -> None:
     spool.close()
 
     with pytest.raises(SpoolError, match="was closed"):
-        spool.take()
+        spool.peek()
 
 
 # Files that are not as they should be
@@ -508,11 +508,11 @@ def test_damaged_episode_is_reported_set_aside_and_the_others_go_on(folder: Path
 
     spool = Spool(folder, limit_bytes=LIMIT)
     seen = []
-    while (taken := spool.take()) is not None:
+    while (taken := spool.peek()) is not None:
         waiting, found = taken
         seen.append((waiting.key.sequence, type(found)))
         if isinstance(found, Episode):
-            spool.remove(waiting)
+            spool.acknowledge(waiting)
         else:
             spool.dead_letter(waiting, found)
     spool.close()

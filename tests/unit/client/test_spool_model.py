@@ -61,20 +61,20 @@ class QueueAgainstList(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model)
     @rule()
-    def take(self) -> None:
-        self.taken = [self.check_taken(self.queue().take(), 0)]
+    def peek(self) -> None:
+        self.taken = [self.check_taken(self.queue().peek(), 0)]
         self.sending = 1
 
     @precondition(lambda self: 0 < self.sending < len(self.model))
     @rule()
     def take_another(self) -> None:
-        self.taken.append(self.check_taken(self.queue().take(self.taken[-1]), self.sending))
+        self.taken.append(self.check_taken(self.queue().peek(self.taken[-1]), self.sending))
         self.sending += 1
 
     @precondition(lambda self: self.sending and self.sending == len(self.model))
     @rule()
     def take_another_where_there_is_none(self) -> None:
-        assert self.queue().take(self.taken[-1]) is None
+        assert self.queue().peek(self.taken[-1]) is None
 
     def check_taken(self, taken: tuple[QueueTicket, Episode | TouchlineError] | None, position: int) -> QueueTicket:
         assert taken is not None
@@ -87,7 +87,7 @@ class QueueAgainstList(RuleBasedStateMachine):
     @precondition(lambda self: self.sending)
     @rule()
     def acknowledge(self) -> None:
-        self.queue().remove(self.taken.pop(0))
+        self.queue().acknowledge(self.taken.pop(0))
 
         del self.model[0]
         self.sending -= 1

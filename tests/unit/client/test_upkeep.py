@@ -58,9 +58,9 @@ def test_survey_tells_what_waits_what_was_refused_and_why_and_what_is_damaged(tm
     fill(tmp_path, *(spooled(number) for number in range(9)), refused=2, table="pitch")
     damage(tmp_path, 5)
 
-    report = maintenance.survey(tmp_path)
+    report = maintenance.inspect(tmp_path)
 
-    assert (report.table, report.user, report.missing) == ("pitch", None, 0)
+    assert (report.table, report.holder, report.missing) == ("pitch", None, 0)
     assert [episode.number for episode in report.waiting] == [3, 4, 6, 7, 8, 9]
     assert [(episode.number, episode.reason) for episode in report.refused] == [
         (1, "obs: as the test wants, for the 0th time"),
@@ -76,7 +76,7 @@ def test_survey_changes_nothing(tmp_path: Path) -> None:
     fill(tmp_path / "closed", spooled(0), spooled(1), refused=1)
     before = _content(tmp_path / "closed")
 
-    maintenance.survey(tmp_path / "closed")
+    maintenance.inspect(tmp_path / "closed")
 
     assert {name: data for name, data in _content(tmp_path / "closed").items() if not name.endswith(("-wal", "-shm"))} == before
 
@@ -86,16 +86,16 @@ def test_survey_of_a_spool_in_use_disturbs_nobody(tmp_path: Path) -> None:
     counts = []
     for number in range(5):
         assert spool.put(spool.pack(spooled(number)), drop_oldest=False).kept
-        report = maintenance.survey(tmp_path)
-        counts.append((len(report.waiting), report.user, report.missing))
-    taken = spool.take()
+        report = maintenance.inspect(tmp_path)
+        counts.append((len(report.waiting), report.holder, report.missing))
+    taken = spool.peek()
     assert taken is not None
-    spool.remove(taken[0])
-    counts.append((len(maintenance.survey(tmp_path).waiting), maintenance.survey(tmp_path).user, 0))
+    spool.acknowledge(taken[0])
+    counts.append((len(maintenance.inspect(tmp_path).waiting), maintenance.inspect(tmp_path).holder, 0))
     spool.close()
 
     assert counts == [(number, os.getpid(), 0) for number in (1, 2, 3, 4, 5, 4)]
-    assert maintenance.survey(tmp_path).user is None
+    assert maintenance.inspect(tmp_path).holder is None
 
 
 def test_survey_sees_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_survey_sees_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "killed", tmp_path / "log lost", ignore=shutil.ignore_patterns("*-wal"))
     spool.close()
 
-    killed, log_lost = maintenance.survey(tmp_path / "killed"), maintenance.survey(tmp_path / "log lost")
+    killed, log_lost = maintenance.inspect(tmp_path / "killed"), maintenance.inspect(tmp_path / "log lost")
 
     assert (len(killed.waiting), killed.missing) == (3, 0)
     assert (len(log_lost.waiting), log_lost.missing) == (0, 3)
@@ -115,13 +115,13 @@ def test_survey_sees_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> Non
 def test_survey_of_a_file_that_a_writer_had_just_begun_finds_nothing(tmp_path: Path) -> None:
     _make(tmp_path, b"")
 
-    report = maintenance.survey(tmp_path)
+    report = maintenance.inspect(tmp_path)
 
     assert (report.waiting, report.refused, report.damaged, report.missing) == ([], [], [], 0)
 
 
 @pytest.mark.parametrize("name", list(PLACES))
-@pytest.mark.parametrize("act", [maintenance.survey, maintenance.retry, lambda folder: maintenance.send(folder, "127.0.0.1:1")])
+@pytest.mark.parametrize("act", [maintenance.inspect, maintenance.retry, lambda folder: maintenance.send(folder, "127.0.0.1:1")])
 def test_folder_that_is_no_whole_spool_is_refused_with_what_to_do(tmp_path: Path, name: str, act: Callable[[Path], object]) -> None:
     make, words = PLACES[name]
     folder = tmp_path / "spool"
@@ -143,15 +143,15 @@ def test_retried_episodes_wait_again_at_their_old_places(tmp_path: Path) -> None
 
     assert keys_in(tmp_path) == [3, 4, 5]
     assert maintenance.retry(tmp_path) == 2
-    report = maintenance.survey(tmp_path)
+    report = maintenance.inspect(tmp_path)
     assert maintenance.retry(tmp_path) == 0
 
     assert (len(report.refused), [episode.number for episode in report.damaged]) == (0, [2])
     spool, found = Spool(tmp_path, limit_bytes=LIMIT), []
-    while (taken := spool.take()) is not None:
+    while (taken := spool.peek()) is not None:
         assert isinstance(taken[1], Episode)
         found.append(taken[1].key)
-        spool.remove(taken[0])
+        spool.acknowledge(taken[0])
     spool.close()
     assert found == [episodes[number].key for number in (0, 2, 3, 4, 5)]
 
@@ -165,7 +165,7 @@ def test_spool_in_use_is_not_changed_from_outside(tmp_path: Path, act: Callable[
         act(tmp_path)
 
     spool.close()
-    assert len(maintenance.survey(tmp_path).refused) == 1
+    assert len(maintenance.inspect(tmp_path).refused) == 1
 
 
 def test_writer_that_starts_while_somebody_looks_waits_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -452,9 +452,9 @@ def test_writer_forgotten_at_exit_neither_hangs_nor_loses_in_silence(tmp_path: P
 class _SlowlyCounted(MemoryQueue):
     """Has the last of three episodes answered before who put it knows that it was kept."""
 
-    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
-        admission = super().put(parcel, drop_oldest=drop_oldest, force=force)
-        if parcel.key.sequence == 2:
+    def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
+        admission = super().put(item, drop_oldest=drop_oldest, force=force)
+        if item.key.sequence == 2:
             self.sending.set()
             eventually(lambda: not self.waiting_keys(), "all three are answered")
         return admission
@@ -468,23 +468,23 @@ def test_episode_that_is_answered_before_it_is_counted_leaves_the_thread_at_rest
     queue = _SlowlyCounted(max_pending=8, max_bytes=1 << 20)
     monkeypatch.setattr(client, "deliver", lambda episode: queue.sending.wait(60))
     monkeypatch.setattr(client, "deliver_all", lambda episodes: iter([[EpisodeResult(key) for key, _ in episodes]]))
-    outbox = EpisodeSender(client, queue, name="keeper", when_full="block")
+    sender = EpisodeSender(client, queue, name="keeper", when_full="block")
     pauses: list[int] = []
-    sleep = outbox._sleep
+    sleep = sender._sleep
 
     def noted(delay_s: float) -> None:
-        pauses.append(outbox.counters.pending)
+        pauses.append(sender.counters.pending)
         sleep(delay_s)
 
-    monkeypatch.setattr(outbox, "_sleep", noted)
+    monkeypatch.setattr(sender, "_sleep", noted)
     columns = {name: np.zeros(2, np.float32) for name in ("obs", "action", "reward")}
 
     for sequence in range(4):
-        outbox.put(Episode(columns, key=EpisodeKey("keeper", 1, sequence)))
+        sender.put(Episode(columns, key=EpisodeKey("keeper", 1, sequence)))
         if sequence == 0:
             eventually(lambda: queue._sending == 0, "the first is being sent")
-    outbox.flush(60)
+    sender.flush(60)
 
     assert [pending for pending in pauses if pending <= 0] == []
-    assert outbox.counters.acknowledged == outbox.counters.appended == 4
-    outbox.close(60)
+    assert sender.counters.acknowledged == sender.counters.appended == 4
+    sender.close(60)

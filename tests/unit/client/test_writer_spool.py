@@ -19,7 +19,6 @@ import pytest
 from support.client_faults import ScriptedServer, fail, trying_once
 from support.service_calls import eventually
 from touchline import (
-    AccessDeniedError,
     ClosedError,
     EpisodeWriter,
     InvalidArgumentError,
@@ -29,6 +28,7 @@ from touchline import (
     SpoolError,
     TooLargeError,
     UnacknowledgedError,
+    UnauthenticatedError,
     WriterCounters,
 )
 from touchline._actor.sender_log import SenderLog
@@ -296,7 +296,7 @@ def test_client_that_is_not_let_in_loses_nothing_and_goes_on_once_it_is(client: 
     shelf.failures.clear()
     writer.close(60)
 
-    assert [type(result.error) for result in caught.value.results] == [AccessDeniedError]
+    assert [type(result.error) for result in caught.value.results] == [UnauthenticatedError]
     assert shelf.firsts == [0] and writer.counters.refused == 0
 
 
@@ -396,7 +396,7 @@ def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_roo
 
     with pytest.raises(SpoolError, match="no room"):
         writer.close(0.1)
-    loss = writer._unsent.describe_loss()
+    loss = writer._state.describe_loss()
     shelf.away.clear()
     writer.close(60)
     writer.close(60)
@@ -411,7 +411,7 @@ def test_spool_that_cannot_be_written_is_told_and_nothing_is_lost_once_it_can(
 ) -> None:
     shelf.away.set()
     writer = EpisodeWriter(client, spool_dir=tmp_path, max_steps=1 if ended_by == "cut" else None)
-    connection = writer._unsent.outbox._queue._connection  # type: ignore[attr-defined]
+    connection = writer._state.sender._queue._connection  # type: ignore[attr-defined]
     connection.execute("PRAGMA query_only = ON")
     rows = [{"obs": np.float32(number), "action": np.float32(0), "reward": 0.0} for number in range(3)]
     writer.append(rows[0])

@@ -53,11 +53,11 @@ def forget_writers() -> Iterator[None]:
     """Those that failed have something to lose for ever, of which the end of the tests' process would speak."""
     yield
     for writer in list(exit_hooks._open):
-        exit_hooks.forget(writer)
+        exit_hooks.unregister(writer)
 
 
 @pytest.fixture(params=["memory", "spool"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+def spool_dir(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """Where a writer keeps its episodes."""
     return {"spool_dir": tmp_path / "spool"} if request.param == "spool" else {}
 
@@ -66,12 +66,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def bug(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Ends the thread of every writer when it looks for an episode; undone within the test where a later writer is to work."""
 
-    def take(*_: object) -> None:
+    def peek(*_: object) -> None:
         raise BUG
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryQueue, "take", take)
-        patch.setattr(Spool, "take", take)
+        patch.setattr(MemoryQueue, "peek", peek)
+        patch.setattr(Spool, "peek", peek)
         yield patch
 
 
@@ -98,9 +98,9 @@ def check(error: UnacknowledgedError, keys: list[EpisodeKey | None]) -> None:
 
 @pytest.mark.parametrize("wait", [EpisodeWriter.flush, EpisodeWriter.close])
 def test_who_waits_for_a_thread_that_died_is_told(
-    client: ReplayClient, place: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wait: Callable[..., None]
+    client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wait: Callable[..., None]
 ) -> None:
-    writer = EpisodeWriter(client, **place)
+    writer = EpisodeWriter(client, **spool_dir)
     key = play(writer, 0)
 
     with pytest.raises(UnacknowledgedError) as caught:
@@ -110,24 +110,24 @@ def test_who_waits_for_a_thread_that_died_is_told(
     assert len(failures(caplog)) == 1 and "the thread that sends the episodes ended unexpectedly" in failures(caplog)[0]
 
 
-def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, place: dict[str, Any], bug: pytest.MonkeyPatch) -> None:
+def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch) -> None:
     waiting = threading.Event()
 
-    def take(*_: object) -> None:
+    def peek(*_: object) -> None:
         assert waiting.wait(30)
         raise BUG
 
-    bug.setattr(MemoryQueue, "take", take)
-    bug.setattr(Spool, "take", take)
-    writer = EpisodeWriter(client, **place)
+    bug.setattr(MemoryQueue, "peek", peek)
+    bug.setattr(Spool, "peek", peek)
+    writer = EpisodeWriter(client, **spool_dir)
     key = play(writer, 0)
-    wait_for = writer._unsent.outbox._changed.wait_for
+    wait_for = writer._state.sender._changed.wait_for
 
     def wait_for_and_say_so(*arguments: Any) -> bool:
         waiting.set()
         return wait_for(*arguments)
 
-    bug.setattr(writer._unsent.outbox._changed, "wait_for", wait_for_and_say_so)
+    bug.setattr(writer._state.sender._changed, "wait_for", wait_for_and_say_so)
     with pytest.raises(UnacknowledgedError) as caught:
         writer.flush()
 
@@ -135,19 +135,19 @@ def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, pl
 
 
 def test_actor_that_is_held_up_when_the_thread_dies_is_let_go(
-    client: ReplayClient, place: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     held_up = threading.Event()
 
-    def take(*_: object) -> None:
+    def peek(*_: object) -> None:
         assert held_up.wait(30)
         raise BUG
 
-    bug.setattr(MemoryQueue, "take", take)
-    bug.setattr(Spool, "take", take)
-    writer = EpisodeWriter(client, max_pending=1, **place)
+    bug.setattr(MemoryQueue, "peek", peek)
+    bug.setattr(Spool, "peek", peek)
+    writer = EpisodeWriter(client, max_pending=1, **spool_dir)
     key = play(writer, 0)
-    bug.setattr(writer._unsent.outbox._log, "held_up", lambda waiting: held_up.set())
+    bug.setattr(writer._state.sender._log, "held_up", lambda waiting: held_up.set())
 
     with pytest.raises(UnacknowledgedError) as caught:
         play(writer, 10)
@@ -215,12 +215,12 @@ def test_append_that_cuts_an_episode_after_the_thread_died_adds_its_row_once(
     with pytest.raises(UnacknowledgedError):
         writer.append(row(13))  # the cut piece has to go first
 
-    assert len(writer._unsent.rows) == 1 and writer._unsent.due is not None and writer._unsent.due.columns["obs"].tolist() == [10, 11, 12]
+    assert len(writer._state.rows) == 1 and writer._state.due is not None and writer._state.due.columns["obs"].tolist() == [10, 11, 12]
 
 
-def test_thread_that_cannot_be_started_is_told(client: ReplayClient, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_that_cannot_be_started_is_told(client: ReplayClient, spool_dir: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_threads(monkeypatch, "touchline-writer")
-    writer = EpisodeWriter(client, **place)
+    writer = EpisodeWriter(client, **spool_dir)
     key = play(writer, 0)
 
     with pytest.raises(UnacknowledgedError, match="can't start new thread") as caught:
@@ -230,7 +230,7 @@ def test_thread_that_cannot_be_started_is_told(client: ReplayClient, place: dict
 
 
 def test_want_of_memory_while_sending_is_tried_again(
-    client: ReplayClient, shelf: Shelf, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: ReplayClient, shelf: Shelf, spool_dir: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     deliver, left = client.deliver, [MemoryError(), MemoryError()]
 
@@ -240,7 +240,7 @@ def test_want_of_memory_while_sending_is_tried_again(
         deliver(*arguments)
 
     monkeypatch.setattr(client, "deliver", deliver_where_there_is_memory)
-    with EpisodeWriter(client, **place) as writer:
+    with EpisodeWriter(client, **spool_dir) as writer:
         play(writer, 5)
 
     assert shelf.firsts == [5] and writer.counters.acknowledged == 1

@@ -40,7 +40,7 @@ class Flushable(Protocol):
         """Returns what waits where the next process finds it; None for nothing."""
 
 
-def watch(leaver: Flushable) -> None:
+def register(leaver: Flushable) -> None:
     """Keeps a writer alive, and speaks of it at exit, until it is forgotten."""
     _open[leaver] = os.getpid()
     if os.getpid() in _registered_in:
@@ -56,7 +56,7 @@ def watch(leaver: Flushable) -> None:
         Finalize(None, _leave, exitpriority=10)
 
 
-def forget(leaver: Flushable) -> None:
+def unregister(leaver: Flushable) -> None:
     """Says that a writer has nothing to lose any more."""
     _open.pop(leaver, None)
 

@@ -59,7 +59,7 @@ class EpisodeQueue(Protocol):
     """
 
     @property
-    def place(self) -> str:
+    def spool_dir(self) -> str:
         """The folder that keeps the episodes beyond this process; empty where nothing does."""
 
     @property
@@ -78,7 +78,7 @@ class EpisodeQueue(Protocol):
             TooLargeError: it would not fit even if nothing else were there.
         """
 
-    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
+    def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         """Appends an episode if there is room.
 
         Args:
@@ -87,7 +87,7 @@ class EpisodeQueue(Protocol):
             force: beyond the bounds; only a queue in memory does that.
         """
 
-    def take(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
+    def peek(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         """Returns the oldest episode, which stays; or why it cannot be sent. None where there is none.
 
         Args:
@@ -97,7 +97,7 @@ class EpisodeQueue(Protocol):
             SpoolError: reading failed.
         """
 
-    def remove(self, waiting: QueueTicket) -> None:
+    def acknowledge(self, waiting: QueueTicket) -> None:
         """Forgets an episode that was taken: it is acknowledged.
 
         Raises:
@@ -130,7 +130,7 @@ class MemoryQueue:
         max_bytes: payload that fits; an episode above it waits alone.
     """
 
-    place = ""
+    spool_dir = ""
     size_bytes = 0
     resumed = (0, 0)
 
@@ -148,26 +148,26 @@ class MemoryQueue:
         assert episode.key is not None
         return QueueItem(episode.key, episode.length, episode.size_bytes, episode)
 
-    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
+    def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         """Appends an episode if there is room."""
-        assert isinstance(parcel.content, Episode)
+        assert isinstance(item.content, Episode)
         with self._lock:
             dropped: list[QueueTicket] = []
-            if not force and not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
+            if not force and not self._has_room(item.size_bytes, len(self._episodes), self._bytes):
                 sizes = [size_bytes for waiting, _, size_bytes in self._episodes if waiting.number <= self._sending]
-                if not drop_oldest or not self._has_room(parcel.size_bytes, len(sizes), sum(sizes)):
+                if not drop_oldest or not self._has_room(item.size_bytes, len(sizes), sum(sizes)):
                     return PutResult(False)
-                while not self._has_room(parcel.size_bytes, len(self._episodes), self._bytes):
+                while not self._has_room(item.size_bytes, len(self._episodes), self._bytes):
                     waiting, _, size_bytes = self._episodes[len(sizes)]
                     del self._episodes[len(sizes)]
                     self._bytes -= size_bytes
                     dropped.append(waiting)
-            self._episodes.append((QueueTicket(self._next, parcel.key, parcel.length), parcel.content, parcel.size_bytes))
+            self._episodes.append((QueueTicket(self._next, item.key, item.length), item.content, item.size_bytes))
             self._next += 1
-            self._bytes += parcel.size_bytes
+            self._bytes += item.size_bytes
             return PutResult(True, dropped)
 
-    def take(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
+    def peek(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         """Returns the oldest episode, which stays; or the oldest behind ``after``."""
         with self._lock:
             for waiting, episode, _ in self._episodes:
@@ -176,7 +176,7 @@ class MemoryQueue:
                     return waiting, episode
             return None
 
-    def remove(self, waiting: QueueTicket) -> None:
+    def acknowledge(self, waiting: QueueTicket) -> None:
         """Forgets an episode that was taken; those go in their order."""
         with self._lock:
             assert waiting.number <= self._sending and self._episodes[0][0] == waiting
@@ -184,7 +184,7 @@ class MemoryQueue:
 
     def dead_letter(self, waiting: QueueTicket, error: TouchlineError) -> None:
         """Forgets an episode that was taken: whoever took it reports it."""
-        self.remove(waiting)
+        self.acknowledge(waiting)
 
     def waiting_keys(self) -> list[EpisodeKey]:
         """Returns the keys of all that wait, oldest first."""

@@ -35,11 +35,11 @@ from touchline_protos.log_lines import get_logger
 
 SERVER_ERROR_ATTEMPTS = 5
 """How often an episode is sent where server or client fail on it, before it counts as refused."""
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 """How often a blocked writer looks for room that nobody tells it of, such as on a disk that others fill."""
-TOGETHER_EPISODES = 64
+GROUP_EPISODES = 64
 """Most episodes of one call."""
-TOGETHER_BYTES = 1 << 20
+GROUP_BYTES = 1 << 20
 """Most payload of one call that several share; little enough for a slow link to carry within the deadline."""
 logger = get_logger(__name__)
 
@@ -64,7 +64,7 @@ class EpisodeSender:
         self._client = client
         self._queue = queue
         self._name = name
-        self._log = SenderLog(name, queue.place)
+        self._log = SenderLog(name, queue.spool_dir)
         self._when_full = when_full
         self._changed = threading.Condition()
         self._counters = WriterCounters(resumed=queue.resumed[0], pending=queue.resumed[0])
@@ -91,12 +91,12 @@ class EpisodeSender:
     @property
     def durable(self) -> bool:
         """What waits outlives the process."""
-        return bool(self._queue.place)
+        return bool(self._queue.spool_dir)
 
     @property
-    def place(self) -> str:
+    def spool_dir(self) -> str:
         """The spool's folder; empty without one."""
-        return self._queue.place
+        return self._queue.spool_dir
 
     @property
     def idle(self) -> bool:
@@ -118,7 +118,7 @@ class EpisodeSender:
         with self._changed:
             self._count(discarded=1)
 
-    def report(self) -> None:
+    def raise_unreported(self) -> None:
         """Raises UnacknowledgedError where episodes were refused since the last report, or the thread has failed since."""
         if self._unreported:
             with self._changed:
@@ -147,7 +147,7 @@ class EpisodeSender:
         if self._failure is not None and not self.durable and not force:
             raise self._failed(self._failure)
         try:
-            parcel = self._queue.pack(episode)
+            item = self._queue.pack(episode)
         except TouchlineError as error:
             self._log.refused(episode.key, episode.length, error)
             with self._changed:
@@ -156,7 +156,7 @@ class EpisodeSender:
             return True
         while True:
             settled = self._settled
-            admission = self._queue.put(parcel, drop_oldest=self._when_full == "drop-oldest", force=force)
+            admission = self._queue.put(item, drop_oldest=self._when_full == "drop-oldest", force=force)
             dropped = len(admission.dropped)
             if dropped:
                 with self._changed:
@@ -186,7 +186,7 @@ class EpisodeSender:
         """
         with self._changed:
             if self._stopped and self._counters.pending:
-                raise ClosedError(f"the episode writer was closed; {self._counters.pending} episodes wait in {self._queue.place}")
+                raise ClosedError(f"the episode writer was closed; {self._counters.pending} episodes wait in {self._queue.spool_dir}")
             answered = self._wait_for_all("flush()", timeout_s) and not self._counters.pending
             results, self._unreported = self._unreported, []
             reason = self._trouble or DeadlineError(f"no acknowledgement within {timeout_s} s")
@@ -241,7 +241,7 @@ class EpisodeSender:
             left_s = ends - time.monotonic()
             if left_s <= 0:
                 raise SpoolError("the queue has no room for another episode, and got none in time")
-            self._changed.wait_for(lambda: self._settled != settled or self._halted, min(left_s, LOOK_S))
+            self._changed.wait_for(lambda: self._settled != settled or self._halted, min(left_s, POLL_INTERVAL_S))
 
     def _wait_for_all(self, verb: str, timeout_s: float | None) -> bool:
         """Waits until nothing is to be sent any more, or will not be before somebody changes a setting; under the lock."""
@@ -252,7 +252,7 @@ class EpisodeSender:
                 if left_s <= 0:
                     return False
                 # In pieces: a Ctrl-C that comes just before a wait does not end it.
-                self._changed.wait(min(left_s, LOOK_S))
+                self._changed.wait(min(left_s, POLL_INTERVAL_S))
             return True
 
     @property
@@ -286,7 +286,7 @@ class EpisodeSender:
                     if self._stopped:
                         return
                 with waits.waiting(self._name, self._client.address, self._why):
-                    self._send_some()
+                    self._send_next()
         except _StoppedError:
             with self._changed:
                 self._halted = True
@@ -296,19 +296,19 @@ class EpisodeSender:
             with self._changed:
                 self._fail(error)
 
-    def _send_some(self) -> None:
+    def _send_next(self) -> None:
         """Sends the oldest episodes and deals with what becomes of them."""
-        taken = self._take_some()
+        taken = self._next_group()
         if not taken:
             return
-        if len(taken) > 1 and (answers := self._send_together([episode for _, episode in taken])) is not None:
+        if len(taken) > 1 and (answers := self._send_group([episode for _, episode in taken])) is not None:
             for (waiting, episode), answer in zip(taken, answers, strict=True):
                 # What says nothing of the episode itself is tried again.
-                self._settle(waiting, answer if isinstance(answer, InvalidArgumentError | None) else self._send_one(episode))
+                self._settle(waiting, answer if isinstance(answer, InvalidArgumentError | None) else self._send_or_refuse(episode))
         else:
             self._send_singly_left = max(self._send_singly_left - 1, 0)
             waiting, found = taken[0]
-            self._settle(waiting, self._send_one(found))
+            self._settle(waiting, self._send_or_refuse(found))
 
     def _why(self) -> str:
         """Returns why episodes wait. Takes no lock: whoever waits for them may hold it."""
@@ -316,7 +316,7 @@ class EpisodeSender:
 
     def _fail(self, error: BaseException) -> None:
         """Notes that nothing is sent any more, and says so; under the lock."""
-        rest = f"which sends what waits in {self._queue.place}" if self.durable else "what waits is lost with this one"
+        rest = f"which sends what waits in {self._queue.spool_dir}" if self.durable else "what waits is lost with this one"
         self._failure = ServerError(
             f"the thread that sends the episodes ended unexpectedly ({error!r}): close this writer and make another, {rest}"
         )
@@ -324,23 +324,23 @@ class EpisodeSender:
         logger.error("%s: %s", self._name, self._failure, exc_info=error)
         self._changed.notify_all()
 
-    def _take_some(self) -> list[tuple[QueueTicket, Episode | TouchlineError]]:
+    def _next_group(self) -> list[tuple[QueueTicket, Episode | TouchlineError]]:
         """Returns the oldest episode, and where things go well those behind it that a call may share with it; none where none waits."""
-        oldest = self._take()
+        oldest = self._peek()
         if oldest is None:
             return []
         taken = [oldest]
         # What is being sent cannot be dropped: under that policy it is one at a time.
         if self._when_full == "drop-oldest" or self._trouble is not None or self._send_singly_left:
             return taken
-        room = TOGETHER_BYTES
-        while len(taken) < TOGETHER_EPISODES:
+        room = GROUP_BYTES
+        while len(taken) < GROUP_EPISODES:
             waiting, found = taken[-1]
-            room -= found.size_bytes if isinstance(found, Episode) else TOGETHER_BYTES
+            room -= found.size_bytes if isinstance(found, Episode) else GROUP_BYTES
             if room <= 0:
                 break
             try:
-                following = self._queue.take(waiting)
+                following = self._queue.peek(waiting)
             except SpoolError:
                 break
             if following is None or not isinstance(following[1], Episode) or following[1].size_bytes > room:
@@ -348,7 +348,7 @@ class EpisodeSender:
             taken.append(following)
         return taken
 
-    def _send_together(self, found: Sequence[Episode | TouchlineError]) -> list[TouchlineError | None] | None:
+    def _send_group(self, found: Sequence[Episode | TouchlineError]) -> list[TouchlineError | None] | None:
         """Sends episodes in one call.
 
         Returns:
@@ -365,15 +365,15 @@ class EpisodeSender:
         self._send_singly_left = len(found)
         return None
 
-    def _send_one(self, found: Episode | TouchlineError) -> TouchlineError | None:
+    def _send_or_refuse(self, found: Episode | TouchlineError) -> TouchlineError | None:
         """Returns None once an episode is acknowledged, or why it never will be."""
         return self._send(found) if isinstance(found, Episode) else found
 
-    def _take(self) -> tuple[QueueTicket, Episode | TouchlineError] | None:
+    def _peek(self) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         delays = self._delays()
         while True:
             try:
-                taken = self._queue.take()
+                taken = self._queue.peek()
             except SpoolError as error:
                 self._pause(error, next(delays))
                 continue
@@ -429,7 +429,7 @@ class EpisodeSender:
         while True:
             try:
                 if error is None:
-                    self._queue.remove(waiting)
+                    self._queue.acknowledge(waiting)
                 else:
                     self._queue.dead_letter(waiting, error)
                 break

@@ -27,10 +27,10 @@ class SenderLog:
         clock: seconds that never go back; for tests.
     """
 
-    def __init__(self, name: str, place: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, spool_dir: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._name = name
-        self._place = place
+        self._place = spool_dir
         self._troubles: dict[type[TouchlineError], float] = {}
         self._held_up_at = -math.inf
         self._drops, self._drops_at = 0, -math.inf

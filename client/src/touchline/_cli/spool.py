@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from touchline._actor.rejections import Refusals, add_refusal
+from touchline._actor.refusal_summary import RefusalSummary, add_refusal
 from touchline._cli.options import SERVER, GroupedCommand
 from touchline._cli.progress import ProgressDisplay
 from touchline._cli.terminal import (
@@ -67,7 +67,7 @@ def show(folder: Folder) -> None:
     from touchline._spool import maintenance
 
     with report_errors("interrupted"):
-        _print_spool(maintenance.survey(folder))
+        _print_spool(maintenance.inspect(folder))
 
 
 @app.command(cls=GroupedCommand)
@@ -135,22 +135,22 @@ def send(
         check_reachable(address)
         retrying = False
 
-        def watch(report: SendReport) -> None:
+        def show_progress(report: SendReport) -> None:
             nonlocal retrying
             check_interrupted()
-            if (report.trouble is not None) != retrying:
+            if (report.error is not None) != retrying:
                 retrying = not retrying
                 display.hide()
-                print_error(f"retrying: {escape(str(report.trouble))}" if retrying else "the server answers again")
+                print_error(f"retrying: {escape(str(report.error))}" if retrying else "the server answers again")
             done = report.sent + report.refused
             display.show(f"send {folder}", done, report.total, unit="episodes", size_bytes=report.size_bytes)
 
-        report = maintenance.send(folder, address, timeout_s=timeout_s, watch=watch)
+        report = maintenance.send(folder, address, timeout_s=timeout_s, progress=show_progress)
         display.hide()
         _print_sent(folder, address, report, time.monotonic() - started_s)
-    if report.trouble is not None:
-        exit_with(f"gave up: {escape(str(report.trouble))}\nRun the same command again to continue.", EXIT_FAILED)
-    if report.refused or report.left:
+    if report.error is not None:
+        exit_with(f"gave up: {escape(str(report.error))}\nRun the same command again to continue.", EXIT_FAILED)
+    if report.refused or report.pending:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -163,7 +163,7 @@ class _Traces(logging.Handler):
 
 
 def _print_spool(report: SpoolReport) -> None:
-    user = "not in use" if report.user is None else f"in use by process {report.user}" if report.user else "in use"
+    user = "not in use" if report.holder is None else f"in use by process {report.holder}" if report.holder else "in use"
     table = f", for the table {report.table!r}" if report.table else ""
     print_line(f"{report.folder}: {user}; {_size(report.disk_bytes)} on the disk{table}")
     _print_count("pending", report.waiting)
@@ -204,12 +204,12 @@ def _print_sent(folder: Path, address: str, report: SendReport, seconds: float) 
 
         if report.refused > MAX_REFUSED:
             print_line(f"    a writer that uses this spool keeps only the newest {MAX_REFUSED} of them: put them back first")
-    if report.left:
-        print_line(f"  left        {report.left:>10,}  still pending", style="bold red")
+    if report.pending:
+        print_line(f"  left        {report.pending:>10,}  still pending", style="bold red")
 
 
-def _reasons(episodes: list[SpooledEpisode]) -> dict[str, Refusals]:
-    reasons: dict[str, Refusals] = {}
+def _reasons(episodes: list[SpooledEpisode]) -> dict[str, RefusalSummary]:
+    reasons: dict[str, RefusalSummary] = {}
     for episode in episodes:
         add_refusal(reasons, episode.number, episode.reason)
     return reasons

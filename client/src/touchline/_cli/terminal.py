@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from touchline._actor.rejections import Refusals
+from touchline._actor.refusal_summary import RefusalSummary
 from touchline.client import ReplayClient
 from touchline.datasets import DatasetError
 from touchline.errors import DeadlineError, SpoolError, TouchlineError, UnavailableError
@@ -55,7 +55,7 @@ def print_columns(columns: Mapping[str, ColumnInfo]) -> None:
         print_line(f"  {name:<{width}}  {column.dtype} {list(column.shape)}")
 
 
-def print_reasons(reasons: Mapping[str, Refusals]) -> None:
+def print_reasons(reasons: Mapping[str, RefusalSummary]) -> None:
     """Prints why episodes were refused, the most common reason first."""
     for reason, refusals in sorted(reasons.items(), key=lambda item: -item[1].count):
         print_line(f"    {refusals.count:,} × {reason}")

@@ -25,13 +25,13 @@ LOCK_NAME = "lock"
 MARK_NAME = "mark"
 """File with the number of the last episode that was taken over, beside the database so that the log's end cannot be lost unnoticed."""
 PAGE_BYTES = 4096
-PARTS = 16
+PARTS_PER_EPISODE = 16
 """A part's number in ``payloads`` is the episode's id times this, plus its place: protobuf's 2 GiB are 8 parts."""
 
 WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
 """States of an episode: to be sent; refused by the server for good; not what was written. No flipped bit makes one of another."""
 
-TABLES = SqliteFormat(
+FORMAT = SqliteFormat(
     application_id=0x746C7370,
     version=1,
     page_bytes=PAGE_BYTES,
@@ -49,7 +49,7 @@ COLUMNS = "id, client_id, incarnation, sequence, length, size_bytes, time, state
 """Of ``episodes``, all that ``row_checksum`` is made of, in its order."""
 
 LOOKS = 10
-LOOK_S = 0.02
+POLL_INTERVAL_S = 0.02
 """A folder that is taken is looked at so often, so far apart: who shows a spool takes a share of the lock for a moment."""
 
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
@@ -61,7 +61,7 @@ _inherited: set[Path] = set()
 """Folders whose spool the parent process had open at a fork: SQLite must not open the same file again in the child."""
 
 
-def inherit(folder: Path) -> None:
+def mark_inherited(folder: Path) -> None:
     """In a forked child: says that a folder is the parent's."""
     _inherited.add(folder)
 
@@ -87,7 +87,7 @@ class FolderLock:
         try:
             _lock(self._handle)
         except BlockingIOError:
-            holder = _number_in(self._handle)
+            holder = _read_number(self._handle)
             os.close(self._handle)
             raise SpoolError(
                 f"spool_dir: {folder} is in use by another writer{f' (process {holder})' if holder else ''}; close it, or give each writer "
@@ -114,11 +114,11 @@ class FolderLock:
             if parent == missing:
                 break
 
-    def marked(self) -> int:
+    def read_mark(self) -> int:
         """Returns the number of the last episode that was taken over; 0 where none was, or where the mark cannot be read."""
-        return _number_in(self._mark)
+        return _read_number(self._mark)
 
-    def mark(self, number: int) -> None:
+    def write_mark(self, number: int) -> None:
         """Notes the number of an episode that is on the disk. Not synced: a loss of power may take it, and with it a check."""
         with contextlib.suppress(OSError):
             os.pwrite(self._mark, f"{number:020d}\n".encode(), 0)
@@ -138,17 +138,17 @@ def _lock(handle: int) -> None:
     for _ in range(LOOKS - 1):
         with contextlib.suppress(BlockingIOError):
             return lock(handle)
-        time.sleep(LOOK_S)
+        time.sleep(POLL_INTERVAL_S)
     lock(handle)
 
 
-def _number_in(handle: int) -> int:
+def _read_number(handle: int) -> int:
     """Returns the number that a file begins with; 0 where there is none."""
     text = os.pread(handle, 40, 0).split()
     return int(text[0]) if text and text[0].isdigit() else 0
 
 
-def number_in(path: Path) -> int:
+def read_number(path: Path) -> int:
     """Returns the number that the lock's or the mark's file has; 0 where there is none.
 
     Raises:
@@ -159,12 +159,12 @@ def number_in(path: Path) -> int:
     except FileNotFoundError:
         return 0
     try:
-        return _number_in(handle)
+        return _read_number(handle)
     finally:
         os.close(handle)
 
 
-def check_there(folder: Path) -> None:
+def require_spool(folder: Path) -> None:
     """Refuses a folder without a spool, before anything is made in it.
 
     Raises:
@@ -181,7 +181,7 @@ def check_there(folder: Path) -> None:
     raise SpoolError(f"{folder} is no spool: {found}; name the spool_dir of an EpisodeWriter")
 
 
-def in_use(folder: Path) -> bool:
+def is_in_use(folder: Path) -> bool:
     """Returns whether a writer, or another command, holds a folder."""
     try:
         return HAS_LOCKS and is_locked(folder / LOCK_NAME)
@@ -189,7 +189,7 @@ def in_use(folder: Path) -> bool:
         return False
 
 
-def open_file(folder: Path, *, table: str | None) -> sqlite3.Connection:
+def open_database(folder: Path, *, table: str | None) -> sqlite3.Connection:
     """Opens the file in a folder that is locked, and makes it where there is none.
 
     Args:
@@ -219,7 +219,7 @@ def open_file(folder: Path, *, table: str | None) -> sqlite3.Connection:
             logger.warning("%s is full: `touchline spool show` cannot look into the spool before this writer is closed", folder)
     except SQLITE_ERRORS as error:
         connection.close()
-        raise translate(error, path) from error
+        raise to_spool_error(error, path) from error
     except SpoolError:
         connection.close()
         raise
@@ -228,7 +228,7 @@ def open_file(folder: Path, *, table: str | None) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def read_file(folder: Path) -> Iterator[sqlite3.Connection | None]:
+def open_readonly(folder: Path) -> Iterator[sqlite3.Connection | None]:
     """Opens the file in a folder that a writer may be using, to read it alone; gives None where nothing was ever written to it.
 
     Raises:
@@ -238,11 +238,11 @@ def read_file(folder: Path) -> Iterator[sqlite3.Connection | None]:
     with contextlib.closing(_connect(f"file:{quote(str(path))}?mode=ro", path)) as connection:
         try:
             _set_up(connection)
-            yield connection if TABLES.check(connection) else None
+            yield connection if FORMAT.check(connection) else None
         except FormatError as error:
-            raise _foreign(error, path) from None
+            raise _to_format_error(error, path) from None
         except SQLITE_ERRORS as error:
-            raise translate(error, path) from error
+            raise to_spool_error(error, path) from error
 
 
 def table_of(connection: sqlite3.Connection) -> str | None:
@@ -260,14 +260,14 @@ def set_state(connection: sqlite3.Connection, number: int, state: int, reason: s
     )
 
 
-def translate(error: Exception, path: Path) -> SpoolError:
+def to_spool_error(error: Exception, path: Path) -> SpoolError:
     """Returns what a failure of SQLite means."""
     if isinstance(error, UnicodeDecodeError) or code_of(error) in (CORRUPT, NOTADB):
-        return SpoolError(f"{path}: damaged ({error}); {advice(path)}")
+        return SpoolError(f"{path}: damaged ({error}); {recovery_advice(path)}")
     return SpoolError(f"{path}: {error}")
 
 
-def advice(path: Path) -> str:
+def recovery_advice(path: Path) -> str:
     """Returns what to do about a damaged spool."""
     return (
         f"move the folder {path.parent} away to start with an empty one (what waits in it is then not sent; "
@@ -285,7 +285,7 @@ def _connect(name: str, path: Path) -> sqlite3.Connection:
     try:
         return sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=10.0, uri=name.startswith("file:"))
     except sqlite3.Error as error:
-        raise translate(error, path) from error
+        raise to_spool_error(error, path) from error
 
 
 def _set_up(connection: sqlite3.Connection) -> None:
@@ -293,11 +293,13 @@ def _set_up(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
 
 
-def _foreign(error: FormatError, path: Path) -> SpoolError:
+def _to_format_error(error: FormatError, path: Path) -> SpoolError:
     if error.version is None:
-        return SpoolError(f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {advice(path)}")
+        return SpoolError(
+            f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {recovery_advice(path)}"
+        )
     return SpoolError(
-        f"{path}: written in format {error.version}, this touchline reads format {TABLES.version}; install one that reads it, or name "
+        f"{path}: written in format {error.version}, this touchline reads format {FORMAT.version}; install one that reads it, or name "
         "another spool_dir"
     )
 
@@ -310,16 +312,16 @@ def check_structure(connection: sqlite3.Connection, path: Path) -> None:
     """
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
-        raise SpoolError(f"{path}: damaged ({' '.join(verdict.split())}); {advice(path)}")
+        raise SpoolError(f"{path}: damaged ({' '.join(verdict.split())}); {recovery_advice(path)}")
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, table: str | None) -> None:
     _set_up(connection)
     connection.execute("PRAGMA synchronous = FULL")
     try:
-        TABLES.prepare(connection, lambda: connection.execute("INSERT INTO meta VALUES ('table', ?)", (table or "",)))
+        FORMAT.prepare(connection, lambda: connection.execute("INSERT INTO meta VALUES ('table', ?)", (table or "",)))
     except FormatError as error:
-        raise _foreign(error, path) from None
+        raise _to_format_error(error, path) from None
     check_structure(connection, path)
     found = table_of(connection)
     if table is not None and found is not None and found != table:

@@ -79,13 +79,13 @@ class SpoolJournal:
             begun = True
             self._connection.execute("COMMIT")
         except BaseException as error:
-            self._note(error, begun=begun)
+            self._record_failure(error, begun=begun)
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
         self._logged_bytes += size_bytes + COMMIT_BYTES
 
-    def tidy(self, *, shrink: bool) -> None:
+    def trim(self, *, shrink: bool) -> None:
         """Keeps the log short, and gives free pages back where ``shrink`` says so. What is committed stays so, whatever becomes of this."""
         if self.failure:
             return
@@ -108,7 +108,7 @@ class SpoolJournal:
                 self._checkpoint("TRUNCATE")
         self._checkpoint("TRUNCATE")
 
-    def make_room(self) -> None:
+    def reuse_log(self) -> None:
         """Has the log begin anew in the room that its file has already, as far as the main file has room."""
         with contextlib.suppress(*SQLITE_ERRORS):
             self._checkpoint("PASSIVE")
@@ -146,11 +146,11 @@ class SpoolJournal:
         try:
             self._connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
         except sqlite3.Error as error:
-            self._note(error, begun=False)
+            self._record_failure(error, begun=False)
             raise
         self._logged_bytes = 0
 
-    def _note(self, error: BaseException, *, begun: bool) -> None:
+    def _record_failure(self, error: BaseException, *, begun: bool) -> None:
         """Notes what a failure says of the disk."""
         if has_no_room(error, self._path) or not (begun or code_of(error) in (IOERR, CORRUPT, NOTADB)):
             return

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from touchline._actor.rejections import Refusals, add_refusal
+from touchline._actor.refusal_summary import RefusalSummary, add_refusal
 from touchline._actor.sender import EpisodeSender
 from touchline._spool.file import (
     COLUMNS,
@@ -26,14 +26,14 @@ from touchline._spool.file import (
     WAITING,
     FolderLock,
     check_structure,
-    check_there,
-    in_use,
-    number_in,
-    open_file,
-    read_file,
+    is_in_use,
+    open_database,
+    open_readonly,
+    read_number,
+    require_spool,
     set_state,
     table_of,
-    translate,
+    to_spool_error,
 )
 from touchline._spool.queue import Spool
 from touchline.client import ReplayClient
@@ -42,7 +42,7 @@ from touchline_protos.files.sqlite import row_checksum
 
 LEAST_LIMIT_BYTES = 1 << 20
 """As of a writer's spool."""
-LOOK_S = 0.2
+POLL_INTERVAL_S = 0.2
 """How often it is told how far sending is."""
 
 CALL_TIMEOUT_S = 30.0
@@ -77,7 +77,7 @@ class SpoolReport:
     folder: Path
     table: str = ""
     """Of the server, that the episodes are for; empty is the default one."""
-    user: int | None = None
+    holder: int | None = None
     """Process that uses it, 0 where its number is not known; None where nobody does."""
     waiting: list[SpooledEpisode] = field(default_factory=list)
     """To be sent."""
@@ -93,7 +93,7 @@ class SpoolReport:
 
 @dataclass(slots=True)
 class SendReport:
-    """What became of the episodes that waited in a spool. Always ``total == sent + refused + left``."""
+    """What became of the episodes that waited in a spool. Always ``total == sent + refused + pending``."""
 
     total: int = 0
     """Episodes that waited."""
@@ -103,38 +103,38 @@ class SendReport:
     """Rows of those."""
     refused: int = 0
     """Of these, refused for good, or damaged; they stay in the spool, with the reason."""
-    left: int = 0
+    pending: int = 0
     """Of these, not answered; they wait as before."""
     size_bytes: int = 0
     """Of the messages that were answered."""
-    reasons: dict[str, Refusals] = field(default_factory=dict)
+    reasons: dict[str, RefusalSummary] = field(default_factory=dict)
     """Why, by the message with ``#`` for its numbers; known at the end."""
-    trouble: TouchlineError | None = None
+    error: TouchlineError | None = None
     """Why sending is being tried again or, at the end, why it was given up."""
 
 
-def survey(folder: Path) -> SpoolReport:
+def inspect(folder: Path) -> SpoolReport:
     """Returns what lies in a spool; changes nothing, and may be called while a writer uses it.
 
     Raises:
         SpoolError: it is no spool, damaged as a whole, or of a newer format.
     """
-    check_there(folder)
+    require_spool(folder)
     report = SpoolReport(folder)
     try:
-        if in_use(folder):
-            report.user = number_in(folder / LOCK_NAME)
-        marked = number_in(folder / MARK_NAME)  # before the rows, which may get more meanwhile
+        if is_in_use(folder):
+            report.holder = read_number(folder / LOCK_NAME)
+        marked = read_number(folder / MARK_NAME)  # before the rows, which may get more meanwhile
         report.disk_bytes = _disk_bytes(folder)
     except OSError as error:
         raise SpoolError(f"{folder}: {error.strerror}") from error
     last = 0
-    with read_file(folder) as connection:
+    with open_readonly(folder) as connection:
         if connection is not None:
-            if report.user is None:  # who uses it has read all of it, and should not wait for this
+            if report.holder is None:  # who uses it has read all of it, and should not wait for this
                 check_structure(connection, folder / FILE_NAME)
             report.table = table_of(connection) or ""
-            _sort(connection, report)
+            _classify(connection, report)
             last = connection.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0]
     report.missing = max(0, marked - (last if isinstance(last, int) else 0))
     return report
@@ -150,21 +150,21 @@ def retry(folder: Path) -> int:
     folder = folder.resolve()
     holder = FolderLock(folder)
     try:
-        with contextlib.closing(open_file(folder, table=None)) as connection:
+        with contextlib.closing(open_database(folder, table=None)) as connection:
             report = SpoolReport(folder)
-            _sort(connection, report)
+            _classify(connection, report)
             connection.execute("BEGIN IMMEDIATE")
             for episode in report.refused:
                 set_state(connection, episode.number, WAITING, "")
             connection.execute("COMMIT")
     except SQLITE_ERRORS as error:
-        raise translate(error, folder / FILE_NAME) from error
+        raise to_spool_error(error, folder / FILE_NAME) from error
     finally:
         holder.release()
     return len(report.refused)
 
 
-def send(folder: Path, address: str, *, timeout_s: float = 60.0, watch: Callable[[SendReport], None] | None = None) -> SendReport:
+def send(folder: Path, address: str, *, timeout_s: float = 60.0, progress: Callable[[SendReport], None] | None = None) -> SendReport:
     """Sends what waits in a spool, oldest first, under the keys that the episodes were given when they ended.
 
     What the server refuses for good stays in the spool with the reason, all of it. What is not answered waits as before.
@@ -187,21 +187,21 @@ def send(folder: Path, address: str, *, timeout_s: float = 60.0, watch: Callable
     # What it takes now is within its writer's limit, whatever that is, and so is a log in proportion to it.
     spool = Spool(folder, limit_bytes=max(LEAST_LIMIT_BYTES, _disk_bytes(folder)), table=None, max_refused=None)
     try:
-        before = _sorted(folder)
-        report = SendReport(total=spool.resumed[0], left=spool.resumed[0])
+        before = _read_episodes(folder)
+        report = SendReport(total=spool.resumed[0], pending=spool.resumed[0])
         with ReplayClient(address, table=spool.table, timeout_s=min(timeout_s, CALL_TIMEOUT_S)) as client:
-            outbox = EpisodeSender(client, spool, name=f"sending of {folder}", when_full="block")
+            sender = EpisodeSender(client, spool, name=f"sending of {folder}", when_full="block")
             sizes = [0, *accumulate(episode.size_bytes for episode in before.waiting)]
             try:
-                _follow(outbox, report, sizes, timeout_s=timeout_s, watch=watch or (lambda _: None))
+                _wait_until_sent(sender, report, sizes, timeout_s=timeout_s, progress=progress or (lambda _: None))
             finally:
                 with contextlib.suppress(UnacknowledgedError):  # the file says which, and why
-                    outbox.close(0)
-                _update(report, outbox, sizes)
+                    sender.close(0)
+                _update(report, sender, sizes)
     finally:
         spool.close()
     told = {episode.number for episode in (*before.refused, *before.damaged) if episode.reason != DAMAGED_ROW}
-    after = _sorted(folder)
+    after = _read_episodes(folder)
     for episode in (*after.refused, *after.damaged):
         if episode.number not in told:
             add_refusal(report.reasons, episode.number, episode.reason)
@@ -214,9 +214,9 @@ def check_free(folder: Path) -> None:
     Raises:
         SpoolError: it is no spool, or somebody uses it.
     """
-    check_there(folder)
-    if in_use(folder):
-        process = number_in(folder / LOCK_NAME)
+    require_spool(folder)
+    if is_in_use(folder):
+        process = read_number(folder / LOCK_NAME)
         raise SpoolError(
             f"{folder} is in use{f' by process {process}' if process else ''}: end that program first. While it runs, it sends what waits "
             "by itself"
@@ -227,7 +227,7 @@ def _disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob(f"{FILE_NAME}*"))
 
 
-def _sort(connection: sqlite3.Connection, report: SpoolReport) -> None:
+def _classify(connection: sqlite3.Connection, report: SpoolReport) -> None:
     """Notes each episode where it belongs."""
     for *row, checksum in connection.execute(f"SELECT {COLUMNS}, row_checksum FROM episodes ORDER BY id"):
         number, state = row[0], row[7]
@@ -238,34 +238,36 @@ def _sort(connection: sqlite3.Connection, report: SpoolReport) -> None:
         kind.append(SpooledEpisode(number, row[4], row[5], row[6], row[8]))
 
 
-def _sorted(folder: Path) -> SpoolReport:
+def _read_episodes(folder: Path) -> SpoolReport:
     report = SpoolReport(folder)
-    with read_file(folder) as connection:
+    with open_readonly(folder) as connection:
         if connection is not None:
-            _sort(connection, report)
+            _classify(connection, report)
     return report
 
 
-def _follow(outbox: EpisodeSender, report: SendReport, sizes: list[int], *, timeout_s: float, watch: Callable[[SendReport], None]) -> None:
+def _wait_until_sent(
+    sender: EpisodeSender, report: SendReport, sizes: list[int], *, timeout_s: float, progress: Callable[[SendReport], None]
+) -> None:
     """Waits until everything is answered, or what is in the way does not pass."""
     settled, since = 0, time.monotonic()
     while True:
-        done = outbox.wait(LOOK_S)
-        _update(report, outbox, sizes)
-        watch(report)
+        done = sender.wait(POLL_INTERVAL_S)
+        _update(report, sender, sizes)
+        progress(report)
         if done:
             return
         now = time.monotonic()
-        if report.trouble is None or report.sent + report.refused != settled:
+        if report.error is None or report.sent + report.refused != settled:
             settled, since = report.sent + report.refused, now
-        elif not isinstance(report.trouble, _PASSING) or now - since >= timeout_s:
+        elif not isinstance(report.error, _PASSING) or now - since >= timeout_s:
             return
 
 
-def _update(report: SendReport, outbox: EpisodeSender, sizes: list[int]) -> None:
-    counters = outbox.counters
+def _update(report: SendReport, sender: EpisodeSender, sizes: list[int]) -> None:
+    counters = sender.counters
     report.sent, report.steps = counters.acknowledged, counters.steps_acknowledged
-    report.refused, report.left = counters.refused, counters.pending
+    report.refused, report.pending = counters.refused, counters.pending
     # They are answered in their order.
     report.size_bytes = sizes[min(report.sent + report.refused, len(sizes) - 1)]
-    report.trouble = outbox.trouble if report.left else None
+    report.error = sender.trouble if report.pending else None

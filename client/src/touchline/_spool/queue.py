@@ -24,16 +24,16 @@ from touchline._spool.file import (
     DAMAGED,
     FILE_NAME,
     PAGE_BYTES,
-    PARTS,
+    PARTS_PER_EPISODE,
     REFUSED,
     SQLITE_ERRORS,
     WAITING,
     FolderLock,
-    inherit,
-    open_file,
+    mark_inherited,
+    open_database,
     set_state,
     table_of,
-    translate,
+    to_spool_error,
 )
 from touchline._spool.journal import FRAME_BYTES, SpoolJournal
 from touchline._spool.sqlite_codes import has_no_room
@@ -101,7 +101,7 @@ class Spool:
         with gate:
             self._holder = FolderLock(self._folder)
             try:
-                self._connection: sqlite3.Connection | None = open_file(self._folder, table=table)
+                self._connection: sqlite3.Connection | None = open_database(self._folder, table=table)
                 self._journal = SpoolJournal(self._connection, self._path, log_bytes=self._log_bytes)
                 self._next, self._count, rows = self._survey(self._connection)
                 self.table = table_of(self._connection) or "" if table is None else table
@@ -109,11 +109,11 @@ class Spool:
             except BaseException as error:
                 self._holder.release()
                 if isinstance(error, SQLITE_ERRORS):
-                    raise translate(error, self._path) from error
+                    raise to_spool_error(error, self._path) from error
                 raise
         register_after_fork(self)
         self.resumed = (self._count, rows)
-        self.missing = max(0, self._holder.marked() - self._next + 1)
+        self.missing = max(0, self._holder.read_mark() - self._next + 1)
         """Episodes of earlier writers, the newest, that were taken over and are not in the file; perhaps acknowledged since."""
         if self.missing:
             logger.error(
@@ -124,7 +124,7 @@ class Spool:
             self._next += self.missing
 
     @property
-    def place(self) -> str:
+    def spool_dir(self) -> str:
         """The folder."""
         return str(self._folder)
 
@@ -146,18 +146,18 @@ class Spool:
             )
         return QueueItem(episode.key, episode.length, len(message), message)
 
-    def put(self, parcel: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
+    def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         """Appends an episode if there is room; where it returns that it is kept, it is on the disk."""
-        assert isinstance(parcel.content, bytes)
+        assert isinstance(item.content, bytes)
         dropped: list[QueueTicket] = []
         try:
             with self._open() as connection:
                 self._journal.check()
                 self._write_settled(connection)
-                if not self._make_room(connection, parcel, dropped if drop_oldest else None):
+                if not self._make_room(connection, item, dropped if drop_oldest else None):
                     return PutResult(False, dropped)
-                self._insert(connection, parcel, parcel.content)
-                self._journal.tidy(shrink=not self._count)
+                self._insert(connection, item, item.content)
+                self._journal.trim(shrink=not self._count)
         except SpoolError as error:
             if has_no_room(error.__cause__, self._path):
                 logger.error("%s: the disk is full", self._path)
@@ -165,7 +165,7 @@ class Spool:
             return PutResult(False, dropped, error)
         return PutResult(True, dropped)
 
-    def take(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
+    def peek(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
         """Returns the oldest episode, or the oldest behind ``after``, its columns views of the message that was read; or why it cannot be
         sent."""
         with self._open() as connection:
@@ -195,7 +195,7 @@ class Spool:
             return waiting, InvalidEpisodeError(str(error))
         return waiting, episode
 
-    def remove(self, waiting: QueueTicket) -> None:
+    def acknowledge(self, waiting: QueueTicket) -> None:
         """Forgets an episode that was taken."""
         self._settle(waiting, None)
 
@@ -229,7 +229,7 @@ class Spool:
             leak_parent_object(self._connection)
             self._connection = None
             self._holder.release()
-            inherit(self._folder)
+            mark_inherited(self._folder)
         self._lock = threading.Lock()
 
     # Inside, under the lock. A fork waits until no thread is inside SQLite, whose own locks a child would find taken for ever.
@@ -242,7 +242,7 @@ class Spool:
             try:
                 yield self._connection
             except SQLITE_ERRORS as error:
-                raise translate(error, self._path) from error
+                raise to_spool_error(error, self._path) from error
             except MemoryError as error:
                 raise SpoolError(f"{self._path}: this process has no memory left to read or write an episode with") from error
 
@@ -262,7 +262,7 @@ class Spool:
                 self._settled_told = True
             else:
                 self._settled_told = False
-                self._journal.tidy(shrink=not self._count)
+                self._journal.trim(shrink=not self._count)
 
     def _write_settled(self, connection: sqlite3.Connection) -> None:
         """Notes in the file what is answered. What cannot be written stays in memory; raises why."""
@@ -272,7 +272,7 @@ class Spool:
             except SQLITE_ERRORS as error:
                 if not has_no_room(error, self._path):
                     raise
-                self._journal.make_room()
+                self._journal.reuse_log()
         while self._settled and not self._journal.failure:
             self._write_first_settled(connection)
 
@@ -315,14 +315,14 @@ class Spool:
         rows = connection.execute(f"SELECT {COLUMNS}, row_checksum FROM episodes WHERE ({which}) AND id > ? ORDER BY id", (after,))
         return next((row for row in rows if not self._is_out(row[0])), None)
 
-    def _insert(self, connection: sqlite3.Connection, parcel: QueueItem, message: bytes) -> None:
-        key = (parcel.key.client_id, parcel.key.incarnation, parcel.key.sequence)
-        row = (self._next, *key, parcel.length, len(message), time.time(), WAITING, "", zlib.crc32(message))
+    def _insert(self, connection: sqlite3.Connection, item: QueueItem, message: bytes) -> None:
+        key = (item.key.client_id, item.key.incarnation, item.key.sequence)
+        row = (self._next, *key, item.length, len(message), time.time(), WAITING, "", zlib.crc32(message))
         with self._journal.transaction(sync=True, size_bytes=len(message)):
             connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(row) + 1))})", (*row, row_checksum(*row)))
             for part, data in enumerate(parts(message)):
-                connection.execute("INSERT INTO payloads VALUES (?, ?)", (self._next * PARTS + part, data))
-        self._holder.mark(self._next)
+                connection.execute("INSERT INTO payloads VALUES (?, ?)", (self._next * PARTS_PER_EPISODE + part, data))
+        self._holder.write_mark(self._next)
         self._next += 1
         self._count += 1
 
@@ -343,9 +343,9 @@ class Spool:
 
     # Room.
 
-    def _make_room(self, connection: sqlite3.Connection, parcel: QueueItem, dropped: list[QueueTicket] | None) -> bool:
+    def _make_room(self, connection: sqlite3.Connection, item: QueueItem, dropped: list[QueueTicket] | None) -> bool:
         """Returns whether there is room; deletes refused episodes for it and, where a list is given, drops waiting ones into it."""
-        pages = _pages_for(parcel.size_bytes)
+        pages = _pages_for(item.size_bytes)
         if (self._max_pending is None or self._count < self._max_pending) and self._fits(connection, pages):
             return True
         droppable = list(self._droppable(connection)) if dropped is not None else []
@@ -398,7 +398,7 @@ def _size(path: Path) -> int:
 
 
 def _parts(number: int) -> tuple[int, int]:
-    return number * PARTS, number * PARTS + PARTS - 1
+    return number * PARTS_PER_EPISODE, number * PARTS_PER_EPISODE + PARTS_PER_EPISODE - 1
 
 
 def _pages_for(size_bytes: int) -> int:

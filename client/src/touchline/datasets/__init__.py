@@ -14,7 +14,7 @@ exactly once. Importing this package imports none of the formats' libraries; eac
 import warnings
 from typing import Any
 
-from touchline._actor.rejections import Refusals
+from touchline._actor.refusal_summary import RefusalSummary
 from touchline.datasets.errors import DatasetError, UnsupportedEpisodeError
 from touchline.datasets.exporter import ExportReport, Selection, export
 from touchline.datasets.formats import FORMATS, open_source
@@ -29,7 +29,7 @@ __all__ = [
     "DatasetError",
     "ExportReport",
     "LoadReport",
-    "Refusals",
+    "RefusalSummary",
     "Selection",
     "Source",
     "UnsupportedEpisodeError",
@@ -39,7 +39,7 @@ __all__ = [
     "open_source",
 ]
 
-_RENAMED = {"Changes": "ColumnTransforms", "UnholdableError": "UnsupportedEpisodeError", "survey": "inspect"}
+_RENAMED = {"Refusals": "RefusalSummary", "Changes": "ColumnTransforms", "UnholdableError": "UnsupportedEpisodeError", "survey": "inspect"}
 """Names that this package had before, and what replaces each."""
 
 

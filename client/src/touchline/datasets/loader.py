@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import islice
 
 from touchline._actor.episode_factory import make_episode
-from touchline._actor.rejections import Refusals, add_refusal
+from touchline._actor.refusal_summary import RefusalSummary, add_refusal
 from touchline._rpc.convert import check_actor, whole_number
 from touchline.client import ReplayClient
 from touchline.datasets.errors import DatasetError
@@ -49,7 +49,7 @@ class LoadReport:
     """Rows of the episodes that were stored or are duplicates."""
     size_bytes: int = 0
     """Payload of all episodes sent, in bytes."""
-    reasons: dict[str, Refusals] = field(default_factory=dict)
+    reasons: dict[str, RefusalSummary] = field(default_factory=dict)
     """Refusals by reason. A reason is an error message with its numbers replaced by ``#``."""
 
     def refuse(self, position: int, error: Exception) -> None:

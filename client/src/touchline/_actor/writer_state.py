@@ -14,7 +14,7 @@ from touchline_protos.log_lines import get_logger
 logger = get_logger(__name__)
 
 
-class Unsent:
+class WriterState:
     """The rows of a writer's unfinished episode, an episode that ended and was not taken yet, and the outbox of those that were.
 
     Args:
@@ -41,7 +41,7 @@ class Unsent:
         """Why further rows are refused until the episode is ended; empty if they are not."""
         self.due: Episode | None = None
         """That ended, and is not in the outbox yet."""
-        self.outbox = EpisodeSender(client, queue, name=f"episode writer of actor {actor!r}", when_full=when_full)
+        self.sender = EpisodeSender(client, queue, name=f"episode writer of actor {actor!r}", when_full=when_full)
         """Of those that ended before."""
 
     def discard(self, why: str) -> None:
@@ -49,7 +49,7 @@ class Unsent:
         logger.warning("episode writer of actor %r discarded %d rows of an unfinished episode: %s", self._actor, len(self.rows), why)
         self.rows.clear()
         self.cut = False
-        self.outbox.count_discarded()
+        self.sender.count_discarded()
 
     def end(self) -> None:
         """The writer was dropped without being closed: gives its unfinished episode up, and ends once all others are dealt with.
@@ -57,7 +57,7 @@ class Unsent:
         They are sent as long as it takes, those of a spool for the client's timeout; what is then left in that waits for the next writer.
         """
         told = self.describe_loss() or self.describe_rest()
-        if self.outbox.idle:
+        if self.sender.idle:
             return
         if told is not None:
             logger.warning("%s, and nothing refers to it any more; call close(), or use `with`", told)
@@ -65,32 +65,34 @@ class Unsent:
             self.discard("its writer was dropped without being closed")
         try:
             if self.due is not None:
-                self.outbox.put(self.due, ends=0.0, force=True)
+                self.sender.put(self.due, ends=0.0, force=True)
                 self.due = None
-            self.outbox.close()
+            self.sender.close()
         except (UnacknowledgedError, SpoolError) as error:
             logger.error("episode writer of actor %r, dropped without being closed: %s", self._actor, error)
         finally:
-            exit_hooks.forget(self)
+            exit_hooks.unregister(self)
 
     # At the process's exit.
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until every ended episode is acknowledged, and raises what :meth:`EpisodeSender.flush` does."""
-        self.outbox.flush(timeout_s)
+        self.sender.flush(timeout_s)
 
     def describe_loss(self) -> str | None:
         """Returns what would be lost if the process ended now; None for nothing."""
-        pending = 0 if self.outbox.durable else self.outbox.counters.pending
+        pending = 0 if self.sender.durable else self.sender.counters.pending
         rows = len(self.rows) + (self.due.length if self.due is not None else 0)
         if not pending and not rows:
             return None
-        waiting = "" if self.outbox.durable else f"{pending} episodes not acknowledged, "
+        waiting = "" if self.sender.durable else f"{pending} episodes not acknowledged, "
         return f"episode writer of actor {self._actor!r} was not closed: {waiting}{rows} rows of an unfinished one"
 
     def describe_rest(self) -> str | None:
         """Returns what waits in the spool for the next start; None for nothing."""
-        pending = self.outbox.counters.pending
-        if not pending or not self.outbox.durable:
+        pending = self.sender.counters.pending
+        if not pending or not self.sender.durable:
             return None
-        return f"episode writer of actor {self._actor!r} was not closed: {pending} episodes wait in {self.outbox.place} for its next start"
+        return (
+            f"episode writer of actor {self._actor!r} was not closed: {pending} episodes wait in {self.sender.spool_dir} for its next start"
+        )

@@ -12,7 +12,7 @@ EXAMPLES = 3
 
 
 @dataclass(slots=True)
-class Refusals:
+class RefusalSummary:
     """The episodes that were refused for one reason."""
 
     count: int = 0
@@ -21,9 +21,9 @@ class Refusals:
     """Position and full message of the first few."""
 
 
-def add_refusal(reasons: dict[str, Refusals], position: int, message: str) -> None:
+def add_refusal(reasons: dict[str, RefusalSummary], position: int, message: str) -> None:
     """Counts an episode among those of its reason, which is the message with ``#`` for its numbers."""
-    refusals = reasons.setdefault(NUMBER.sub("#", message), Refusals())
+    refusals = reasons.setdefault(NUMBER.sub("#", message), RefusalSummary())
     refusals.count += 1
     if len(refusals.examples) < EXAMPLES:
         refusals.examples.append((position, message))
