@@ -48,7 +48,7 @@ class LocalSubject:
 
     def draw(self) -> None:
         """Draws the rows of a batch, with its provenance, and gathers nothing."""
-        with self.buffer.draw(self.buffer.spec(), self._rng):
+        with self.buffer.table.draw(self.buffer.spec(), self._rng):
             pass
 
     def noted(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

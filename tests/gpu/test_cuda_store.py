@@ -112,7 +112,7 @@ def test_cuda_host_gather_is_the_device_gather() -> None:
     _, cuda = pair()
     cuda.add_episode(traced(3, 30))
 
-    with cuda.draw(cuda.spec(), np.random.default_rng(0)) as drawn:
+    with cuda.table.draw(cuda.spec(), np.random.default_rng(0)) as drawn:
         tensors = drawn.gather_tensors()
         arrays = {spec.name: np.empty(spec.shape, spec.dtype) for spec in drawn.layout.specs}
         drawn.gather_into((arrays,))

@@ -61,7 +61,7 @@ def test_load_answers_each_episode_in_order_refused_ones_too(tmp_path: Path) -> 
 def test_many_waiting_adds_take_no_thread_each_and_share_commits(tmp_path: Path) -> None:
     with ServerThread(durable_config(tmp_path / "data", capacity=100_000, durability="sync")) as server, Caller(server.address) as caller:
         caller.add(keyed_episode(0, 0))
-        committer = server.buffer._committer
+        committer = server.buffer.table._committer
         assert committer is not None
         before = committer._journal._database.commits
         with server.buffer.store.write_lock:  # the disk takes its time

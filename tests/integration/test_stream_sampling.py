@@ -17,10 +17,10 @@ from support.service_calls import DEADLINE_S, Caller, Stream, assert_same_batch,
 from touchline_protos.codec import encode_load
 from touchline_protos.codec.wire import len_field
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server import ReplayBuffer
 from touchline_server.service import service as service_module
 from touchline_server.service.app import ServerThread
 from touchline_server.service.session import SampleSession
+from touchline_server.tables.table import Table
 
 INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit")
@@ -188,15 +188,15 @@ def test_small_batches_are_gathered_in_the_event_loop_and_what_takes_long_on_thr
     verb: str, device: str, obs: int, batch_size: int, in_loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[bool] = set()
-    draw = ReplayBuffer.draw
+    draw = Table.draw
 
-    def noting(buffer: ReplayBuffer, *arguments: Any, **options: Any) -> Any:
+    def noting(table: Table, *arguments: Any, **options: Any) -> Any:
         threads.add(threading.current_thread().name.startswith("touchline-sample"))
-        return draw(buffer, *arguments, **options)
+        return draw(table, *arguments, **options)
 
     with serving(storage={"device": device, "scratch_dir": str(tmp_path)}) as (server, caller):
         fill(caller, obs=obs)
-        monkeypatch.setattr(ReplayBuffer, "draw", noting)
+        monkeypatch.setattr(Table, "draw", noting)
 
         if verb == "Sample":
             batch = caller.sample(batch_size=batch_size, seed=6)

@@ -290,7 +290,7 @@ def test_plans_of_many_shapes_and_threads_stay_bounded_and_right() -> None:
         for job in [pool.submit(sample) for _ in range(4)]:
             job.result()
 
-    assert len(buffer._plans) <= 64
+    assert len(buffer.table._plans) <= 64
 
 
 def test_sample_with_a_generator_goes_on_where_it_was() -> None:

@@ -63,8 +63,8 @@ Opener = Callable[..., ReplayBuffer]
 
 
 def committer(buffer: ReplayBuffer) -> group_commit.GroupCommitter:
-    assert buffer._committer is not None
-    return buffer._committer
+    assert buffer.table._committer is not None
+    return buffer.table._committer
 
 
 def limit_pages(buffer: ReplayBuffer, more: int) -> None:

@@ -185,7 +185,7 @@ def test_gather_tensors_are_fresh_memory() -> None:
     columns = {"obs": np.ones((20, 2)), "action": np.ones((20, 2)), "reward": np.ones(20)}
     buffer.add(columns)
 
-    with buffer.draw(buffer.spec(), np.random.default_rng(0)) as drawn:
+    with buffer.table.draw(buffer.spec(), np.random.default_rng(0)) as drawn:
         tensors = drawn.gather_tensors()
     buffer.add({name: 2 * array for name, array in columns.items()})
 

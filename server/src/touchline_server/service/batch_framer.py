@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from touchline_protos.codec import BatchLayout
-from touchline_server.buffer import ReplayBuffer, SampleSpec
 from touchline_server.errors import InvalidArgumentError, NotReadyError, TooLargeError
 from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.tables.table import SampleSpec, Table
 
 CHUNK_BYTES = 1 << 20
 """Size of a chunk; 256 KiB and 4 MiB were both measured to be slower."""
@@ -39,7 +39,7 @@ class BatchFramer:
     """Draws the batches of one stream, and makes frames of them. One thread at a time.
 
     Args:
-        buffer: the buffer that batches are drawn from.
+        table: the table that batches are drawn from.
         spec: what to draw.
         rng: the stream's own random numbers.
         max_batches: most batches in a frame; 0 leaves it to the server.
@@ -48,29 +48,29 @@ class BatchFramer:
         InvalidArgumentError: ``max_batches`` is negative.
     """
 
-    def __init__(self, buffer: ReplayBuffer, spec: SampleSpec, rng: np.random.Generator, *, max_batches: int) -> None:
+    def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator, *, max_batches: int) -> None:
         if max_batches < 0:
             raise InvalidArgumentError(f"max_batches_per_frame: {max_batches}, expected 0 or more")
-        self._buffer = buffer
+        self._table = table
         self.spec = spec
         self._rng = rng
         self._max_batches = max_batches or DEFAULT_GROUP
         self._sent_actors: set[int] = set()
-        self._max_message_bytes = buffer.config.limits.max_message_bytes
+        self._max_message_bytes = table.config.limits.max_message_bytes
         self._group_bytes = min(GROUP_BYTES, self._max_message_bytes // 2)
         self._chunked_above = min(CHUNKED_ABOVE_BYTES, self._group_bytes // 2)
 
     def can_sample(self) -> bool:
         """Returns whether anything can be drawn."""
-        return self._buffer.store.can_sample(self.spec.horizon)
+        return self._table.store.can_sample(self.spec.horizon)
 
     def draw(self, batches: int) -> BatchDraw:
-        """Draws batches from the stream's own random numbers; see :meth:`ReplayBuffer.draw`."""
-        return self._buffer.draw(self.spec, self._rng, batches=batches)
+        """Draws batches from the stream's own random numbers; see :meth:`Table.draw`."""
+        return self._table.draw(self.spec, self._rng, batches=batches)
 
     def layout(self) -> BatchLayout | None:
         """Returns how a batch looks at present; None while there is no schema."""
-        return self._buffer.layout(self.spec)
+        return self._table.layout(self.spec)
 
     def reserve_bytes(self, credits: int) -> int:
         """Returns the bytes to reserve for the next frames, given this many credits.
@@ -114,13 +114,13 @@ class BatchFramer:
             None, and nothing was done, if it would take long: see :meth:`GatherPlan.fits_inline`.
         """
         layout = self.layout()
-        if layout is None or not self._buffer.fits_inline(self.spec, batches=self._group_size(layout, credits)):
+        if layout is None or not self._table.fits_inline(self.spec, batches=self._group_size(layout, credits)):
             return None
         return self.frames(credits)
 
     def new_actors(self, drawn: BatchDraw) -> dict[int, str]:
         """Returns the names of the actors whose names this stream has not sent yet, and takes them as sent."""
-        store = self._buffer.store
+        store = self._table.store
         new = drawn.actors() - self._sent_actors
         if new and len(self._sent_actors) > 2 * len(store.actors) + MAX_STALE_ACTORS:
             # Numbers are never reused, so an actor whose name the table has forgotten does not come back.

@@ -136,6 +136,6 @@ class EpisodeIngest:
             self._buffer.store.count_refused(str(episode))
             return IngestResult(episode.key, episode)
         try:
-            return IngestResult(episode.key, self._buffer.submit_episode(episode))
+            return IngestResult(episode.key, self._buffer.table.submit(episode))
         except ReplayError as error:
             return IngestResult(episode.key, error)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder, decode_add_episode
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.buffer import ReplayBuffer, SampleSpec
+from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import (
     IncompatibleVersionError,
     InvalidArgumentError,
@@ -42,6 +42,7 @@ from touchline_server.service.session import SampleSession, Write
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.index import Fill
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
+from touchline_server.tables.table import SampleSpec
 
 SERVICE_NAME = "touchline.v1.Replay"
 
@@ -227,9 +228,9 @@ class ReplayService:
         # What cannot be sampled yet is not ready, however large it would be.
         if columns is not None and self._buffer.store.can_sample(spec.horizon):
             # Before anything is drawn: the rows alone of the largest batch that may be asked for take half a gigabyte.
-            layout = self._buffer.layout(spec)
+            layout = self._buffer.table.layout(spec)
             assert layout is not None
-            size, quick = layout.message_bytes(unary=True), self._buffer.fits_inline(spec)
+            size, quick = layout.message_bytes(unary=True), self._buffer.table.fits_inline(spec)
             self._check_message_size(size)
         await self._budgets.sending.reserve(size)
         # gRPC calls this once it has handed the answer to the transport, or given the call up.
@@ -237,8 +238,8 @@ class ReplayService:
         return self._sample_message(spec, rng) if quick else await tasks.run(self._sampling, self._sample_message, spec, rng)
 
     def _sample_message(self, spec: SampleSpec, rng: np.random.Generator) -> bytes:
-        with self._buffer.draw(spec, rng) as drawn:
-            actors = self._buffer.actor_names(drawn.actors())
+        with self._buffer.table.draw(spec, rng) as drawn:
+            actors = self._buffer.table.actor_names(drawn.actors())
             self._check_message_size(drawn.layout.message_bytes(actors=actors, unary=True))
             message, body = drawn.layout.sample_response(actors)
             drawn.gather_into((body,))
@@ -262,7 +263,7 @@ class ReplayService:
         if first.WhichOneof("request") != "open":
             raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
         source = BatchFramer(
-            self._buffer,
+            self._buffer.table,
             self._spec(first.open.sample),
             self._buffer.seeds.stream(first.open.sample.seed if first.open.sample.HasField("seed") else None),
             max_batches=first.open.max_batches_per_frame,

@@ -1,0 +1,30 @@
+"""Word of changes to whoever waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class ChangeSignal:
+    """Calls its listeners after every change of what a table holds or allows. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._listeners: tuple[Callable[[], None], ...] = ()
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Calls ``listener`` after every change from now on, in the thread that made it; it must not block.
+
+        Returns:
+            What ends the subscription.
+        """
+        self._listeners += (listener,)
+
+        def unsubscribe() -> None:
+            self._listeners = tuple(other for other in self._listeners if other is not listener)
+
+        return unsubscribe
+
+    def notify(self) -> None:
+        """Calls every listener."""
+        for listener in self._listeners:
+            listener()

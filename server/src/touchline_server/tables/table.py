@@ -1,0 +1,256 @@
+"""One table: everything that belongs to a name."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from touchline_protos import Counts
+from touchline_protos.codec import BatchLayout, Episode
+from touchline_server.config.settings import Config
+from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError
+from touchline_server.limiters.limiter import RateLimiter
+from touchline_server.limiters.unlimited import UNLIMITED
+from touchline_server.selectors.registry import check_law
+from touchline_server.selectors.seeds import SeedSource
+from touchline_server.store import cuda_device
+from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.committer import Stored
+from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.gather import GatherPlan
+from touchline_server.store.memory import give_back_freed_memory
+from touchline_server.store.schema import Schema
+
+if TYPE_CHECKING:
+    from touchline_server.durability.group_commit import GroupCommitter
+    from touchline_server.durability.storage_state import StorageMonitor
+    from touchline_server.store.committer import CommitFuture
+
+MAX_PLANS = 64
+"""Gather plans kept: one for each schema and horizon in use."""
+
+Outcome = TypeVar("Outcome", bound="Stored | CommitFuture | None")
+
+
+class SampleSpec(NamedTuple):
+    """What to draw: checked, and with the table's values for what the request left out."""
+
+    batch_size: int
+    horizon: int
+    law: str
+
+
+class Table:
+    """A named store with its own configuration, selectors, rate limiter, seeds, change signal and, if durable, folder.
+
+    Tables share nothing: adding to one never waits for another. Every method may be called from any thread.
+
+    Args:
+        name: the table's name; empty for the default table.
+        config: the table's configuration.
+        limiter: the table's rate limit.
+        accept_eviction: whether opening a durable store may evict stored episodes for which ``config.buffer_size`` has become too small,
+            as ``storage.accept_eviction`` allows; without either that is a StoreMismatchError.
+    """
+
+    def __init__(self, name: str, config: Config, *, limiter: RateLimiter = UNLIMITED, accept_eviction: bool = False) -> None:
+        self.name = name
+        self.config = config
+        self.store = EpisodeStore(config)
+        """The stored episodes."""
+        self.limiter = limiter
+        """The rate limit. Streams, calls and adds ask it; nobody else does."""
+        self.seeds = SeedSource(config.sampling.seed)
+        """The random generators of this table's streams of batches."""
+        self.restored = not config.storage.data_dir
+        """Whether the durable store, if there is to be one, has been read. Until then every other method raises RestoringError."""
+        self._accept_eviction = accept_eviction or config.storage.accept_eviction
+        self._restore_progress = (0, 0)
+        self._committer: GroupCommitter | None = None
+        self._plans_lock = threading.Lock()
+        self._plans: OrderedDict[tuple[Schema, int], GatherPlan] = OrderedDict()
+
+    def restore(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Opens ``storage.data_dir``, if one is configured, and puts its episodes into the ring.
+
+        Args:
+            progress: called again and again with the rows read so far and all rows.
+
+        Raises:
+            ConfigError: a CUDA device that this machine does not have.
+            StoreInUseError: another server uses the folder.
+            StoreMismatchError: it is of another format or configuration, or the buffer is too small for its episodes.
+            DamagedStoreError: something in it is not as it was written.
+            StorageFailedError: it cannot be read or written.
+            TooLargeError: there is no memory for the columns.
+        """
+        cuda_device.prepare(self.config.storage.device)
+        if not self.restored:
+            from touchline_server.durability.restore import open_durable
+
+            def note_progress(read: int, total: int) -> None:
+                self._restore_progress = read, total
+                if progress is not None:
+                    progress(read, total)
+
+            self._committer = open_durable(self.store, self.config, note_progress, accept_eviction=self._accept_eviction)
+            self.restored = True
+
+    def check_restored(self) -> None:
+        """Raises RestoringError until the durable store has been read: what the table holds is not known before."""
+        if not self.restored:
+            read, total = self._restore_progress
+            progress = f" ({read} of {total} rows, {100 * read // total} %)" if total else ""
+            raise RestoringError(f"the durable store in {self.config.storage.data_dir} is being read{progress}; try again when it is")
+
+    def close(self) -> None:
+        """Commits what is under way, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
+        if self._committer is not None:
+            self._committer.close()
+        self.store.close()
+
+    @property
+    def storage_monitor(self) -> StorageMonitor | None:
+        """State of the disk under the durable store; None without one, or before it is read."""
+        return self._committer.monitor if self._committer is not None else None
+
+    def counts(self) -> Counts:
+        """Returns the counts at this moment."""
+        self.check_restored()
+        return self.store.counts()
+
+    def ready(self) -> bool:
+        """Returns whether at least one episode can be sampled at the configured horizon."""
+        self.check_restored()
+        return self.store.can_sample(self.config.horizon)
+
+    # Adding. Raises as EpisodeStore.add does.
+
+    def add(self, episode: Episode) -> Stored:
+        """Stores one episode, whole or not at all, and waits for the disk. Its arrays are copied.
+
+        Raises:
+            OverLimitError: the rate limit does not allow it now. There may be nobody else who could change that, so this does not wait.
+        """
+        self.check_restored()
+        if not self.limiter.reserve_insert(episode.length):
+            raise OverLimitError(f"the rate limit holds adds back: {self.limiter.explain()}")
+        return self._insert(self.store.add, episode)
+
+    def submit(self, episode: Episode) -> Stored | CommitFuture:
+        """Stores one episode without waiting for the disk, see :meth:`EpisodeStore.submit`. Its steps are reserved with the limiter."""
+        self.check_restored()
+        return self._insert(self.store.submit, episode)
+
+    def try_add(self, episode: Episode) -> Stored | None:
+        """Stores one episode, or returns None if that means waiting: for the limiter, or see :meth:`EpisodeStore.try_add`."""
+        if not self.limiter.reserve_insert(episode.length):
+            return None
+        return self._insert(self.store.try_add, episode)
+
+    def clear(self) -> Counts:
+        """Evicts all episodes and forgets the schema. Episode ids and the counts of what was ever added continue."""
+        self.check_restored()
+        counts = self.store.clear()
+        give_back_freed_memory()
+        return counts
+
+    # Sampling
+
+    def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
+        """Returns what to draw, with the configured values for what is None.
+
+        Raises:
+            InvalidArgumentError: a value is out of range.
+        """
+        self.check_restored()
+        limits = self.config.limits
+        batch_size = self.config.batch_size if batch_size is None else batch_size
+        horizon = self.config.horizon if horizon is None else horizon
+        if not 1 <= batch_size <= limits.max_batch_size:
+            raise InvalidArgumentError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
+        if not 1 <= horizon <= limits.max_horizon:
+            raise InvalidArgumentError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
+        return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law))
+
+    def draw(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> BatchDraw:
+        """Draws batches, and pins them until the end of a ``with`` block, in which they are gathered.
+
+        The rate limit is not asked: whoever hands the batches over does that.
+
+        Args:
+            spec: what to draw.
+            rng: the random numbers; by the same ones, ``batches`` draws in a row give the same batches.
+            batches: number of batches.
+
+        Raises:
+            NotReadyError: no stored episode has horizon + 1 steps.
+        """
+        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches)
+        try:
+            plan = self._plan(pinned.columns.schema, spec.horizon)
+            return BatchDraw(pinned, plan, plan.layout(spec.batch_size))
+        except BaseException:
+            pinned.release()
+            raise
+
+    def layout(self, spec: SampleSpec) -> BatchLayout | None:
+        """Returns how a batch looks at present; None while there is no schema."""
+        schema = self.store.schema
+        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size)
+
+    def fits_inline(self, spec: SampleSpec, *, batches: int = 1) -> bool:
+        """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
+        columns = self.store.columns
+        if columns is None:
+            return False
+        plan = self._plan(columns.schema, spec.horizon)
+        return plan.fits_inline(columns, plan.layout(spec.batch_size), batches=batches)
+
+    def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Returns the names of actors by their numbers."""
+        return {number: self.store.actor_name(number) for number in sorted(numbers)}
+
+    def _plan(self, schema: Schema, horizon: int) -> GatherPlan:
+        key = (schema, horizon)
+        plan = self._plans.get(key)
+        if plan is None:
+            incoming = self.config.sampling.row_convention == "incoming"
+            plan = GatherPlan(schema, horizon=horizon, incoming=incoming)
+            with self._plans_lock:
+                while len(self._plans) >= MAX_PLANS:
+                    self._plans.popitem(last=False)
+                self._plans[key] = plan
+        return plan
+
+    def _insert(self, insert: Callable[[Episode], Outcome], episode: Episode) -> Outcome:
+        """Stores an episode whose steps are reserved, and reports to the limiter how it ended."""
+        if self.limiter is UNLIMITED:
+            return insert(episode)
+        steps = episode.length
+        try:
+            outcome = insert(episode)
+        except BaseException:
+            self.limiter.cancel_insert(steps)
+            raise
+        if isinstance(outcome, Future):
+            outcome.add_done_callback(lambda future: self._report_insert(_result(future), steps))
+        else:
+            self._report_insert(outcome, steps)
+        return outcome
+
+    def _report_insert(self, stored: Stored | None, steps: int) -> None:
+        if stored is None or stored.duplicate:
+            self.limiter.cancel_insert(steps)
+        else:
+            self.limiter.inserted(steps)
+
+
+def _result(future: Future[Stored]) -> Stored | None:
+    """Returns the answer to an add that is done; None if it failed or was cancelled."""
+    return None if future.cancelled() or future.exception() is not None else future.result()
