@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from support.service_calls import flatten, make_config, make_episode
+from support.store_cases import read_episode
 from touchline_protos import Batch
 from touchline_server.service.app import ServerThread
 
@@ -76,7 +77,7 @@ def test_node_client_adds_asks_and_samples(client: Path) -> None:
         assert result.returncode == 0, result.stderr
         answers = json.loads(result.stdout)
 
-        stored = server.buffer.store.read(server.buffer.store.entries()[0])
+        stored = read_episode(server.buffer.store, server.buffer.store.entries()[0])
         assert stored.keys() == episode.columns.keys()
         for name, column in episode.columns.items():
             assert stored[name].tobytes() == column.tobytes(), name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.store_cases import as_bits, check_traced, make_config, sample_with, traced, traced_columns
+from support.store_cases import as_bits, check_traced, make_config, read_episode, sample_with, traced, traced_columns
 from touchline import ReplayClient
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, NotReadyError, ReplayBuffer
@@ -54,7 +54,7 @@ def test_cuda_columns_of_every_dtype_give_back_the_bits_over_the_seam() -> None:
             columns[wire.name.lower()] = np.frombuffer((raw & 1 if dtype == np.bool_ else raw).tobytes(), dtype).reshape(9, 3)
         cuda.add(columns)
 
-    stored = cuda.store.read(cuda.store.entries()[-1])
+    stored = read_episode(cuda.store, cuda.store.entries()[-1])
 
     assert cuda.store.columns is not None
     assert cuda.store.columns.where == f"cuda:{torch.cuda.current_device()}"

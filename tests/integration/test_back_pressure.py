@@ -173,7 +173,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
     with serving(server={"port": 0, "add_workers": 1}) as (server, caller), ThreadPoolExecutor(1) as keeper:
         caller.add(make_episode(obs=400))
         # Another add takes a long time: one of these waits for it on the only thread, the others for the thread.
-        keeper.submit(server.buffer.store.write_lock.acquire).result()
+        keeper.submit(server.buffer.store.writes.lock.acquire).result()
         try:
             left = [OpenCall(caller, method) for _ in range(4)]
             for call in left:
@@ -188,7 +188,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
                 caller.counts()  # behind the cancellations, on their connection
             held = in_use(server)
         finally:
-            keeper.submit(server.buffer.store.write_lock.release).result()
+            keeper.submit(server.buffer.store.writes.lock.release).result()
 
         assert held == len(message)
         eventually(lambda: in_use(server) == 0, "its reservation is released")

@@ -166,8 +166,8 @@ def held_by(server: ServerThread) -> dict[str, Any]:
         "reading": service._reading.locked(),
         "hungry": len(service._gate._hungry),
         "turn": service._gate._turn.locked(),
-        "pins": server.buffer.store._pins.held,
-        "writing": not server.buffer.store.write_lock.acquire(blocking=False) or server.buffer.store.write_lock.release(),
+        "pins": server.buffer.store._ring.epochs.active,
+        "writing": not server.buffer.store.writes.lock.acquire(blocking=False) or server.buffer.store.writes.lock.release(),
         "work": service._adding._work_queue.qsize() + service._sampling._work_queue.qsize(),
         "rings' threads": sum(thread.name == "touchline-ring" for thread in threading.enumerate()),
     }

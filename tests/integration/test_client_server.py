@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 
 from support.client_faults import refuse_threads
+from support.store_cases import read_episode
 from touchline import (
     ColumnInfo,
     EpisodeKey,
@@ -178,7 +179,7 @@ def test_deliver_all_answers_for_each_episode_in_order_and_may_be_repeated(rows:
         assert [result.duplicate for result in again] == [True, True, False, True]
         assert client.counts().episodes_added == 3
         for entry, number in zip(server.buffer.store.entries(), (0, 1, 3), strict=True):
-            stored = server.buffer.store.read(entry)
+            stored = read_episode(server.buffer.store, entry)
             assert all(np.array_equal(stored[name], column) for name, column in episodes[number].columns.items())
 
 

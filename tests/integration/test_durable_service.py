@@ -63,8 +63,8 @@ def test_many_waiting_adds_take_no_thread_each_and_share_commits(tmp_path: Path)
         caller.add(keyed_episode(0, 0))
         committer = server.buffer.table._committer
         assert committer is not None
-        before = committer._journal._database.commits
-        with server.buffer.store.write_lock:  # the disk takes its time
+        before = committer._sqlite._database.commits
+        with server.buffer.store.writes.lock:  # the disk takes its time
             calls = [
                 caller.channel.unary_unary("/touchline.v1.Replay/AddEpisode").future(
                     encode_add_episode(keyed_episode(0, sequence)), timeout=DEADLINE_S
@@ -74,7 +74,7 @@ def test_many_waiting_adds_take_no_thread_each_and_share_commits(tmp_path: Path)
             eventually(lambda: len(committer._queue) == 64, "all are queued, though two threads add")
         for call in calls:
             call.result()
-        commits = committer._journal._database.commits - before
+        commits = committer._sqlite._database.commits - before
 
     assert commits <= 2
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from support.service_calls import Caller, eventually, key, make_episode, refused, serving
-from support.store_cases import sample_with
+from support.store_cases import read_episode, sample_with
 from touchline_protos.codec import Episode, encode_load, encode_loads
 from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
@@ -36,7 +36,7 @@ def served() -> Iterator[Served]:
 
 def stored_episode(server: ServerThread, position: int) -> dict[str, np.ndarray]:
     """The columns of the nth oldest stored episode."""
-    return server.buffer.store.read(server.buffer.store.entries()[position])
+    return read_episode(server.buffer.store, server.buffer.store.entries()[position])
 
 
 def assert_stored(server: ServerThread, position: int, episode: Episode) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from support.store_cases import as_bits
+from support.store_cases import as_bits, read_episode
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import Config, ReplayBuffer
 from touchline_server.durability.database import Database
@@ -51,7 +51,7 @@ def contents(buffer: ReplayBuffer) -> dict[int, tuple[str, int, dict[str, Any]]]
         int(entry[0]): (
             buffer.store.actor_name(int(entry[3])),
             int(entry[4]),
-            {name: as_bits(column) for name, column in buffer.store.read(entry).items()},
+            {name: as_bits(column) for name, column in read_episode(buffer.store, entry).items()},
         )
         for entry in buffer.store.entries()
     }

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
+from support.store_cases import read_episode
 from touchline_protos import Batch
 from touchline_protos.codec import (
     BatchDecoder,
@@ -32,7 +33,7 @@ from touchline_server import Config, ReplayBuffer, ReplayError
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.service import SERVICE_NAME, ReplayService
-from touchline_server.store.committer import Stored
+from touchline_server.store.inserts import Stored
 
 Target = Callable[[bytes], bool]
 """Returns whether anything of the input was accepted."""
@@ -177,7 +178,7 @@ class FuzzedStore:
         entry = self.buffer.store.entries()[-1]
         assert int(entry[0]) == stored.episode_id and self.buffer.counts().steps_stored <= CAPACITY
         assert self.buffer.store.actor_name(int(entry[3])) == message.actor
-        found = self.buffer.store.read(entry)
+        found = read_episode(self.buffer.store, entry)
         assert found.keys() == {column.name for column in message.columns}
         for column in message.columns:
             assert_tensor(found[column.name], column.tensor)

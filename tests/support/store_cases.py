@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.batch import Batch
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import Config, ReplayBuffer
+from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.tensors import as_array
 
@@ -78,6 +79,29 @@ def sample_with(buffer: ReplayBuffer, rng: np.random.Generator) -> Batch:
     return buffer._sample(buffer.spec(), rng)
 
 
+def read_episode(store: EpisodeStore, entry: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """A stored episode's columns as fresh arrays, by its row of ``entries()``. The caller makes sure that no add runs meanwhile."""
+    columns = store.columns
+    if columns is None:
+        return {}
+    _, first_row, length, _, _ = (int(number) for number in entry)
+    rows = np.remainder(np.arange(first_row, first_row + length), store.capacity)
+    episode = {}
+    for spec in columns.schema.columns:
+        if names is None or spec.name in names:
+            episode[spec.name] = np.empty((length, *spec.shape), spec.dtype)
+            columns.gather(spec.name, rows, episode[spec.name])
+    return episode
+
+
+def evict_for(index: EpisodeIndex, length: int) -> tuple[int, int]:
+    """Evicts the oldest episodes until this many rows are free; returns how many episodes and steps they were."""
+    before = len(index), index.steps
+    while index.capacity - index.steps < length:
+        index.evict_through(index.oldest_id)
+    return before[0] - len(index), before[1] - index.steps
+
+
 def plain_columns(length: int, **others: Any) -> dict[str, Any]:
     """The smallest episode that is one, and more columns where given."""
     return {
@@ -103,10 +127,11 @@ def filled_index(capacity: int, lengths: list[int]) -> EpisodeIndex:
     return index
 
 
-def append_episode(index: EpisodeIndex, number: int, length: int) -> None:
-    """Evicts what is in the way, and appends an episode."""
-    index.evict_for(length)
-    index.append(episode_id=number, length=length, actor=number % 3, policy_version=10 * number)
+def append_episode(index: EpisodeIndex, number: int, length: int) -> tuple[int, int]:
+    """Evicts the oldest episodes until an episode fits, and appends it; returns how many episodes and steps were evicted."""
+    evicted = evict_for(index, length)
+    index.append(Episode({}, actor=str(number % 3), policy_version=10 * number), episode_id=number, length=length)
+    return evicted
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torchrl.data
 
     from touchline_server.durability.storage_state import StorageMonitor
-    from touchline_server.store.committer import CommitFuture, Stored
+    from touchline_server.store.inserts import CommitFuture, Stored
 
 MAX_IDLE_BYTES = 1 << 28
 """Bytes of batches that nobody holds any more, kept for the next batches."""
@@ -264,7 +264,7 @@ class ReplayBuffer:
         self.check_restored()
         from touchline_server.torchrl.adapter import make_torchrl_buffer
 
-        with self.store.write_lock:
+        with self.store.writes.lock:
             if self._torchrl is None:
                 self._torchrl = make_torchrl_buffer(self.store, self.config, self.seeds)
             return self._torchrl

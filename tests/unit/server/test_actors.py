@@ -49,7 +49,7 @@ def test_names_of_evicted_episodes_are_forgotten(store: EpisodeStore) -> None:
 
     stored = store.counts().episodes_stored
     assert stored == 100
-    assert len(store.actors) == len(store._catalogue._clients) == stored
+    assert len(store.actors) == len(store._ring.index._clients) == stored
     assert {store.actor_name(int(entry[3])) for entry in store.entries()} == {f"actor {number}" for number in range(400, 500)}
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from support.store_cases import STRIDE, check_traced, make_config, plain_columns, sample_with, traced, traced_columns
+from support.store_cases import STRIDE, check_traced, make_config, plain_columns, read_episode, sample_with, traced, traced_columns
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import Config, InvalidArgumentError, NotReadyError, ReplayBuffer
 
@@ -36,7 +36,7 @@ def test_add_takes_a_tensordict_a_dict_of_tensors_or_of_arrays_alike() -> None:
     counts = [buffer.add(episode) for episode in (arrays, tensors, TensorDict(tensors, [6]))]
 
     assert counts == [1, 2, 3]
-    stored = [buffer.store.read(entry) for entry in buffer.store.entries()]
+    stored = [read_episode(buffer.store, entry) for entry in buffer.store.entries()]
     assert all(episode[name].tobytes() == arrays[name].tobytes() for episode in stored for name in arrays)
 
 
@@ -58,7 +58,7 @@ def test_add_views_of_other_layouts_are_stored_right() -> None:
 
     buffer.add({"obs": obs, "action": action, "reward": reward})
 
-    stored = buffer.store.read(buffer.store.entries()[0])
+    stored = read_episode(buffer.store, buffer.store.entries()[0])
     assert stored["obs"].tolist() == obs.tolist()
     assert stored["action"].tolist() == action.tolist()
     assert stored["reward"].tolist() == [0, 2, 4, 6, 8, 10]
@@ -83,7 +83,7 @@ def test_load_stores_each_episode_of_a_stack() -> None:
     assert count == buffer.num_eps == 4
     assert (stack == before).all()
     for number, entry in enumerate(buffer.store.entries()):
-        stored = buffer.store.read(entry)
+        stored = read_episode(buffer.store, entry)
         assert all(stored[name].tobytes() == array.tobytes() for name, array in episodes[number].items())
     batch = buffer.sample()
     assert set(batch.policy_version.tolist()) == {3}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.store_cases import make_config, plain_columns, traced, traced_columns
+from support.store_cases import make_config, plain_columns, read_episode, traced, traced_columns
 from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError
@@ -193,7 +193,7 @@ def test_disk_columns_hold_the_values_in_preallocated_files(tmp_path: Path) -> N
             status = ring.files[spec.name].stat()
             assert status.st_size == 1000 * spec.row_bytes
             assert status.st_blocks * 512 >= status.st_size
-    episode = buffer.store.read(buffer.store.entries()[0])
+    episode = read_episode(buffer.store, buffer.store.entries()[0])
     assert episode["int64"].tobytes() == many_dtypes(9, seed=3)["int64"].tobytes()
 
 

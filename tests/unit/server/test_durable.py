@@ -32,7 +32,8 @@ from touchline_server import (
     StoreMismatchError,
 )
 from touchline_server.cli import main as cli
-from touchline_server.durability import group_commit, maintenance, recovery
+from touchline_server.durability import background, journal, maintenance, recovery, write_behind
+from touchline_server.durability.background import BackgroundCommitter
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import FILE_NAME
 from touchline_server.durability.storage_state import StorageState
@@ -62,22 +63,22 @@ def opened(tmp_path: Path) -> Any:
 Opener = Callable[..., ReplayBuffer]
 
 
-def committer(buffer: ReplayBuffer) -> group_commit.GroupCommitter:
+def committer(buffer: ReplayBuffer) -> BackgroundCommitter:
     assert buffer.table._committer is not None
     return buffer.table._committer
 
 
 def limit_pages(buffer: ReplayBuffer, more: int) -> None:
     """Leaves the database room for so many pages more than it has."""
-    with buffer.store.write_lock:
-        connection = committer(buffer)._journal._database.connection
+    with buffer.store.writes.lock:
+        connection = committer(buffer)._sqlite._database.connection
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
         connection.execute(f"PRAGMA max_page_count = {pages + more}")
 
 
 def give_room(buffer: ReplayBuffer) -> None:
-    with buffer.store.write_lock:
-        committer(buffer)._journal._database.connection.execute("PRAGMA max_page_count = 1000000")
+    with buffer.store.writes.lock:
+        committer(buffer)._sqlite._database.connection.execute("PRAGMA max_page_count = 1000000")
 
 
 # Restart
@@ -87,7 +88,7 @@ def test_restart_restores_ring_counts_schema_and_ids(durability: str, opened: Op
     buffer = opened(durability=durability)
     for sequence in range(60):
         buffer.add_episode(keyed_episode(sequence % 3, sequence))
-    before, counts, next_id = contents(buffer), buffer.counts(), buffer.store.next_id
+    before, counts, next_id = contents(buffer), buffer.counts(), buffer.store.writes.next_id
     buffer.close()
 
     buffer = opened(durability=durability)
@@ -97,7 +98,7 @@ def test_restart_restores_ring_counts_schema_and_ids(durability: str, opened: Op
     assert_whole(before)
     assert buffer.counts() == counts
     assert counts.episodes_evicted > 0
-    assert buffer.store.next_id == next_id
+    assert buffer.store.writes.next_id == next_id
     with pytest.raises(InvalidEpisodeError, match="obs: an unknown column"):
         buffer.add({"obs": np.zeros((5, 2)), "action": np.zeros((5, 1)), "reward": np.zeros(5)})
 
@@ -171,7 +172,7 @@ def test_retry_after_restart_and_eviction_is_a_duplicate(durability: str, opened
 
 
 def ledger_state(buffer: ReplayBuffer) -> tuple[list[Any], list[Any]]:
-    return list(buffer.store._ledger.senders()), list(buffer.store._ledger.recent())
+    return list(buffer.store._ring.ledger.senders()), list(buffer.store._ring.ledger.recent())
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(durability: s
         except KeyConflictError:
             continue  # too far behind a forgotten gap
     kept = ledger_state(buffer)
-    forgotten = buffer.store._ledger.forgotten_senders, buffer.store._ledger.forgotten_runs
+    forgotten = buffer.store._ring.ledger.forgotten_senders, buffer.store._ring.ledger.forgotten_runs
     buffer.close()
 
     assert ledger_state(opened()) == kept
@@ -203,7 +204,7 @@ def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(durability: s
 def test_sender_that_a_group_forgets_and_hears_again_is_known_by_what_is_new(opened: Opener) -> None:
     buffer = opened(durability="sync")
     buffer.add_episode(keyed_episode(0, 0))
-    with buffer.store.write_lock:
+    with buffer.store.writes.lock:
         receipts = [buffer.submit_episode(keyed_episode(client, 1)) for client in (1, 2, 3, 4, 0)]
     assert not any(receipt.result(30).duplicate for receipt in receipts)  # type: ignore[union-attr]
     kept = ledger_state(buffer)
@@ -255,7 +256,7 @@ def test_recover_puts_stored_episodes_into_a_ledger_that_lost_them(opened: Opene
 def test_same_key_in_one_group_is_stored_once(opened: Opener) -> None:
     buffer = opened(durability="sync")
     episode = keyed_episode(0, 0)
-    with buffer.store.write_lock:  # nothing is committed before all are queued
+    with buffer.store.writes.lock:  # nothing is committed before all are queued
         receipts = [buffer.submit_episode(episode) for _ in range(5)]
         other = buffer.submit_episode(replace(keyed_episode(0, 1), key=episode.key))
 
@@ -291,7 +292,7 @@ def test_threads_share_transactions_and_every_episode_is_there(durability: str, 
 
 def test_group_larger_than_the_ring_evicts_its_own_oldest(opened: Opener, tmp_path: Path) -> None:
     buffer = opened(durability="sync", capacity=100)
-    with buffer.store.write_lock:
+    with buffer.store.writes.lock:
         receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in range(40)]
     assert [receipt.result(60).episode_id for receipt in receipts] == list(range(40))  # type: ignore[union-attr]
     before = contents(buffer)
@@ -377,7 +378,7 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
         raise MemoryError("as the test wants")
 
     with monkeypatch.context() as patch:
-        patch.setattr(group_commit, "make_insert", fail)
+        patch.setattr(write_behind if durability == "memory" else journal, "change_of", fail)
         with pytest.raises(MemoryError):
             buffer.add_episode(keyed_episode(0, 0))
     other = Episode({name: np.zeros((12, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(12, np.float32)})
@@ -388,8 +389,8 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
 
 
 def test_full_disk_in_memory_mode_keeps_what_it_acknowledged_and_bounds_it(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_commit, "MAX_QUEUED_EPISODES", 20)
-    monkeypatch.setattr(group_commit, "RETRY_S", 0.01)
+    monkeypatch.setattr(write_behind, "MAX_UNWRITTEN_PLANS", 20)
+    monkeypatch.setattr(background, "RETRY_S", 0.01)
     buffer = opened(durability="memory", capacity=100_000)
     buffer.add_episode(keyed_episode(0, 0))
     limit_pages(buffer, 0)
@@ -417,7 +418,7 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
         write_rows(columns, name, first_row, source)
 
     monkeypatch.setattr(Columns, "_write_rows", fail)
-    with buffer.store.write_lock:
+    with buffer.store.writes.lock:
         receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in (10, 11, 12, 12)]
     receipts[0].result(60)  # type: ignore[union-attr]
     for receipt in receipts[1:]:
@@ -567,7 +568,7 @@ def test_snapshot_of_a_store_in_use_is_a_store_of_one_moment(opened: Opener, tmp
     copy = ReplayBuffer(durable_config(tmp_path / "copy", capacity=2_000))
     assert contents(copy) == before
     assert copy.add_episode(keyed_episode(0, 12)).duplicate
-    assert copy.store.next_id >= 30
+    assert copy.store.writes.next_id >= 30
     copy.close()
     with pytest.raises(StorageFailedError, match="is there already"):
         maintenance.snapshot(tmp_path / "data", tmp_path / "copy")
@@ -581,7 +582,7 @@ def test_snapshot_has_a_lineage_of_its_own_for_both_go_on_with_the_same_ids(open
 
     copy = ReplayBuffer(durable_config(tmp_path / "copy"))
     try:
-        assert copy.store.lineage not in (buffer.store.lineage, 0)
+        assert copy.store.store_generation not in (buffer.store.store_generation, 0)
         assert contents(copy) == contents(buffer)
     finally:
         copy.close()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from support.store_cases import filled_index
+from support.store_cases import append_episode, evict_for, filled_index
 from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH
 from touchline_server.selectors.registry import LAWS
 from touchline_server.store.index import EpisodeIndex
@@ -17,10 +17,9 @@ from touchline_server.store.pinned_draw import physical_rows
 def test_index_episode_at_the_seam_wraps_and_the_next_follows_it() -> None:
     index = filled_index(10, [6, 3])
 
-    evicted = index.evict_for(4)
-    index.append(episode_id=2, length=4, actor=0, policy_version=0)
+    evicted = append_episode(index, 2, 4)
 
-    assert (evicted.episodes, evicted.steps) == (1, 6)
+    assert evicted == (1, 6)
     assert index.entries[:, [ID, FIRST_ROW, LENGTH]].tolist() == [[1, 6, 3], [2, 9, 4]]
     assert index.cursor == 3
 
@@ -28,9 +27,9 @@ def test_index_episode_at_the_seam_wraps_and_the_next_follows_it() -> None:
 def test_index_episode_of_the_whole_capacity_evicts_all_others() -> None:
     index = filled_index(10, [2, 3, 4])
 
-    evicted = index.evict_for(10)
+    evicted = evict_for(index, 10)
 
-    assert (evicted.episodes, evicted.steps) == (3, 9)
+    assert evicted == (3, 9)
     assert len(index) == index.steps == 0
 
 
@@ -44,8 +43,7 @@ def test_fill_whole_episodes_of_any_lengths_have_any_min_steps_in_the_end(data: 
     enough_after = None
     for number in range(before + capacity**2 + capacity):
         length = lengths[number % len(lengths)]
-        index.evict_for(length)
-        index.append(episode_id=number, length=length, actor=0, policy_version=0)
+        append_episode(index, number, length)
         if number >= before and index.fill(1).has(steps):
             enough_after = number
             break
@@ -84,10 +82,9 @@ class IndexAgainstList(RuleBasedStateMachine):
             gone.append(self.model.pop(0))
             free += gone[-1][1]
 
-        evicted = self.index.evict_for(length)
-        self.index.append(episode_id=self.next_id, length=length, actor=1, policy_version=2)
+        evicted = append_episode(self.index, self.next_id, length)
 
-        assert (evicted.episodes, evicted.steps) == (len(gone), sum(rows for _, rows in gone))
+        assert evicted == (len(gone), sum(rows for _, rows in gone))
         self.model.append((self.next_id, length))
         for step in range(length):
             self.rows[self.next_row] = (self.next_id, step)

@@ -108,7 +108,7 @@ def test_episode_added_with_a_key_has_it_and_another_has_none() -> None:
 def test_keys_and_ids_outlive_a_restart_and_so_does_the_lineage(durability: str, tmp_path: Path) -> None:
     def read() -> tuple[list[tuple[int, EpisodeKey | None, str, dict[str, Any]]], int]:
         stored = [(e.id, e.key, e.actor, {name: bits(column) for name, column in e.columns.items()}) for e in buffer.episodes()]
-        return stored, buffer.store.lineage
+        return stored, buffer.store.store_generation
 
     buffer = ReplayBuffer(durable_config(tmp_path / "data", durability=durability))
     for sequence in range(25):
@@ -125,7 +125,7 @@ def test_keys_and_ids_outlive_a_restart_and_so_does_the_lineage(durability: str,
 
 
 def test_lineage_of_two_buffers_in_memory_differs() -> None:
-    assert ReplayBuffer(make_config()).store.lineage != ReplayBuffer(make_config()).store.lineage
+    assert ReplayBuffer(make_config()).store.store_generation != ReplayBuffer(make_config()).store.store_generation
 
 
 # Which come
@@ -150,7 +150,7 @@ def test_selectors_choose_what_a_plain_list_would(data: st.DataObject) -> None:
 
 
 def test_many_episodes_of_a_rare_actor_are_found_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline_server.store.index.SCAN", 4)
+    monkeypatch.setattr("touchline_server.store.index.SCAN_ENTRIES", 4)
     monkeypatch.setattr(reading_module, "AHEAD", 3)
     buffer = filled(600, episodes=60)
 

@@ -18,9 +18,8 @@ from support.durable_cases import MODES, contents, durable_config, keyed_episode
 from support.service_calls import DEADLINE_S, ServerProcess
 from touchline_protos.codec import Episode
 from touchline_server import Config, InvalidEpisodeError, ReplayBuffer, StoreMismatchError
-from touchline_server.durability import restore
 from touchline_server.errors import RestoringError
-from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.episode_ring import EpisodeRing
 
 EPISODES = 40
 
@@ -230,16 +229,16 @@ def half_restored(filled: tuple[Path, dict[int, Any]], monkeypatch: pytest.Monke
     """A buffer that has read a part of its store and reads on once the test is over."""
     buffer = ReplayBuffer(durable_config(filled[0], capacity=2_000), restore=False)
     reached, go_on = threading.Event(), threading.Event()
-    publish, published = EpisodeStore.publish, []
+    apply, applied = EpisodeRing.apply, []
 
-    def publish_until_the_tenth(store: EpisodeStore, *arguments: Any, **options: Any) -> Any:
-        if len(published) == 10:
+    def apply_until_the_tenth(ring: EpisodeRing, *arguments: Any) -> Any:
+        if len(applied) == 10:
             reached.set()
             assert go_on.wait(DEADLINE_S)
-        published.append(arguments)
-        return publish(store, *arguments, **options)
+        applied.append(arguments)
+        return apply(ring, *arguments)
 
-    monkeypatch.setattr(restore.EpisodeStore, "publish", publish_until_the_tenth)
+    monkeypatch.setattr(EpisodeRing, "apply", apply_until_the_tenth)
     thread = threading.Thread(target=buffer.restore)
     thread.start()
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from support.store_cases import make_config, plain_columns
+from support.store_cases import make_config, plain_columns, read_episode
 from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import InvalidEpisodeError, ReplayBuffer
@@ -121,7 +121,7 @@ ALWAYS_MALFORMED = [
 def refused(buffer: ReplayBuffer, columns: Any, message: str) -> None:
     """Asserts that an episode is refused with this in the message, counted, and that nothing else has changed."""
     before = buffer.counts()
-    rows = [buffer.store.read(entry) for entry in buffer.store.entries()]
+    rows = [read_episode(buffer.store, entry) for entry in buffer.store.entries()]
 
     with pytest.raises(InvalidEpisodeError, match=re.escape(message)):
         buffer.add(columns)
@@ -133,7 +133,7 @@ def refused(buffer: ReplayBuffer, columns: Any, message: str) -> None:
     }
     assert changed == {"episodes_refused": 1}
     assert all(
-        buffer.store.read(entry)[name].tobytes() == array.tobytes()
+        read_episode(buffer.store, entry)[name].tobytes() == array.tobytes()
         for entry, episode in zip(buffer.store.entries(), rows, strict=True)
         for name, array in episode.items()
     )
@@ -199,7 +199,7 @@ def test_add_non_finite_values_where_configured_are_stored_to_the_bit() -> None:
 
     buffer.add(columns)
 
-    stored = buffer.store.read(buffer.store.entries()[0])
+    stored = read_episode(buffer.store, buffer.store.entries()[0])
     assert all(stored[name].tobytes() == columns[name].tobytes() for name in columns)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.store_cases import check_traced, make_config, traced, traced_columns
+from support.store_cases import check_traced, make_config, read_episode, traced, traced_columns
 from touchline_protos.codec import EpisodeKey
 from touchline_server import InvalidEpisodeError, NotReadyError, ReplayBuffer
 from touchline_server.store.columns import Columns
@@ -81,7 +81,7 @@ def test_add_and_sample_from_many_threads_gives_no_torn_batch(eager_switching: N
     assert len(set(buffer.store.entries()[:, 0].tolist())) == buffer.num_eps
     for entry in buffer.store.entries():
         expected = traced_columns(int(entry[4]), int(entry[2]))
-        assert all(np.array_equal(array, expected[name]) for name, array in buffer.store.read(entry).items())
+        assert all(np.array_equal(array, expected[name]) for name, array in read_episode(buffer.store, entry).items())
 
 
 def test_retries_from_many_threads_store_each_episode_once(eager_switching: None) -> None:
@@ -117,10 +117,11 @@ def test_copy_that_fails_leaves_nothing_visible_and_later_adds_work(monkeypatch:
             buffer.add_episode(traced(3, 8, key=EpisodeKey("robot", 1, 3)))
 
     counts = buffer.counts()
-    assert (counts.episodes_added, counts.episodes_stored, counts.episodes_evicted) == (3, 2, 1)
+    assert (counts.episodes_added, counts.episodes_stored, counts.episodes_evicted, counts.episodes_refused) == (3, 2, 1, 1)
     assert set(buffer.sample(batch_size=100).policy_version.tolist()) == {1, 2}
     assert not buffer.add_episode(traced(3, 8, key=EpisodeKey("robot", 1, 3))).duplicate
-    assert buffer.store.entries()[:, [0, 4]].tolist() == [[1, 1], [2, 2], [3, 3]]
+    # The id of the failed copy is not used again.
+    assert buffer.store.entries()[:, [0, 4]].tolist() == [[1, 1], [2, 2], [4, 3]]
     check_traced(buffer.sample(batch_size=100), horizon=3)
 
 
@@ -140,7 +141,7 @@ def store_of(*lengths: int, capacity: int) -> tuple[EpisodeStore, Told]:
     store = EpisodeStore(make_config(capacity))
     for number, length in enumerate(lengths):
         store.add(traced(number, length))
-    told = store._pins._unpinned = Told(store._lock)
+    told = store._ring.epochs._unpinned = Told(store._ring.lock)
     return store, told
 
 
@@ -211,7 +212,10 @@ def test_add_at_once_stores_as_add_does() -> None:
 
     assert np.array_equal(one.entries(), other.entries()) and one.counts() == other.counts()
     for entry in one.entries():
-        assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one.read(entry).values(), other.read(entry).values(), strict=True))
+        assert all(
+            np.array_equal(a, b, equal_nan=True)
+            for a, b in zip(read_episode(one, entry).values(), read_episode(other, entry).values(), strict=True)
+        )
 
 
 def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
@@ -223,11 +227,11 @@ def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
     with store.draw(1, 3, "episode", np.random.default_rng(0)):
         assert store.try_add(traced(2, 6)) is None
     with ThreadPoolExecutor(1) as pool:
-        store.write_lock.acquire()
+        store.writes.lock.acquire()
         try:
             assert pool.submit(store.try_add, traced(2, 6)).result(60) is None
         finally:
-            store.write_lock.release()
+            store.writes.lock.release()
 
     assert store.counts() == before and not told.waited.is_set()
     assert store.try_add(traced(2, 6)) is not None
@@ -235,14 +239,14 @@ def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
 
 def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = store_of(10, 10, capacity=20)
-    check, readers = store.check, ExitStack()
+    check, readers = store._ring.check, ExitStack()
 
     def meanwhile(*arguments: Any) -> Any:
         schema = check(*arguments)
         readers.enter_context(store.draw(4, 3, "episode", np.random.default_rng(0)))
         return schema
 
-    monkeypatch.setattr(store, "check", meanwhile)
+    monkeypatch.setattr(store._ring, "check", meanwhile)
     with ThreadPoolExecutor(1) as pool, readers:
         assert pool.submit(store.try_add, traced(2, 6)).result(60) is None
 
@@ -268,7 +272,7 @@ def test_add_at_once_does_not_allocate_where_the_table_is_cleared_before_its_tur
         def release(self) -> None:
             self._lock.release()
 
-    monkeypatch.setattr(store, "write_lock", Overtaken(store.write_lock))
+    monkeypatch.setattr(store.writes, "lock", Overtaken(store.writes.lock))
     assert store.try_add(traced(2, 6)) is None
     assert store.columns is None
 
@@ -352,6 +356,6 @@ def test_subscribe_tells_of_every_change_until_it_ends() -> None:
 def test_read_names_only_gives_those_columns() -> None:
     store, _ = store_of(5, capacity=20)
 
-    episode = store.read(store.entries()[0], ["reward", "stamp"])
+    episode = read_episode(store, store.entries()[0], ["reward", "stamp"])
 
     assert set(episode) == {"reward", "stamp"}

@@ -13,7 +13,7 @@ import torch
 import torchrl.data
 from tensordict import TensorDict, TensorDictBase
 
-from support.store_cases import STRIDE, check_traced, make_config, plain_columns, traced, traced_columns
+from support.store_cases import STRIDE, check_traced, make_config, plain_columns, read_episode, traced, traced_columns
 from touchline_server import InvalidArgumentError, InvalidEpisodeError, NotReadyError, ReplayBuffer
 
 HORIZON = 3
@@ -75,7 +75,7 @@ def test_extend_one_episode_is_stored_like_an_add(buffer: ReplayBuffer) -> None:
 
     assert rows.tolist() == list(range(17, 29))
     assert (buffer.num_eps, buffer.size) == (3, 29)
-    stored = buffer.store.read(buffer.store.entries()[-1])
+    stored = read_episode(buffer.store, buffer.store.entries()[-1])
     assert all(stored[name].tobytes() == array.tobytes() for name, array in traced_columns(5, 12).items())
 
 
@@ -327,7 +327,7 @@ def test_no_episode_can_be_stored_in_the_middle_of(buffer: ReplayBuffer, monkeyp
     with ThreadPoolExecutor(1) as pool:
 
         def observed(*arguments: object) -> object:
-            could_write.append(pool.submit(buffer.store.write_lock.acquire, blocking=False).result())
+            could_write.append(pool.submit(buffer.store.writes.lock.acquire, blocking=False).result())
             return original(*arguments)
 
         monkeypatch.setattr(storage, step, observed)

@@ -71,7 +71,7 @@ class DataDir:
         """Returns what was acknowledged; None where there is no mark, or none that can be read: it only ever adds to the checks."""
         return read_mark(self.path)
 
-    def acknowledge(self, commits: int, *, synced: bool) -> None:
+    def record_commit(self, commits: int, *, synced: bool) -> None:
         """Notes that so many transactions are committed. Not synced: it is to be there after the server's death, not the machine's.
 
         Raises:

@@ -1,7 +1,7 @@
 """The durable store's file: its tables, and the statements on them. SQLite in WAL mode keeps it; nothing here knows of threads.
 
 ``episodes`` has one row an episode, ``payloads`` its columns, ``senders``, ``runs`` and ``keys`` the ledger of
-:mod:`touchline_server.store.dedup`, ``counts`` the figures, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over
+:mod:`touchline_server.store.dedup`, ``counts`` the counts, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over
 its payload too: any flipped bit, and any damage within 32 bits in a row, is noticed; other damage escapes once in 4 billion times.
 """
 
@@ -12,8 +12,10 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.files.sqlite import FormatError, SqliteFormat, parts, pragma, row_checksum
 from touchline_protos.log_lines import get_logger
@@ -25,6 +27,9 @@ from touchline_server.errors import DamagedStoreError, StorageFullError, StoreMi
 from touchline_server.store.schema import Schema
 
 FILE_NAME = "touchline.db"
+COUNT_NAMES = tuple(field.name for field in fields(Counts))
+GENERATION_KEY = "lineage"
+"""In ``meta``: the store's generation."""
 OLDEST_KEY = "oldest_id"
 """In ``meta``: no episode with a lower id is stored."""
 CHECKPOINT_BYTES = 32 << 20
@@ -142,16 +147,17 @@ class Database:
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedStoreError(f"{self.path}: the schema is not readable ({error}); {advice(self.path)}") from None
 
-    def counts(self) -> dict[str, int]:
-        """Returns the figures by name, also where :meth:`damaged_values` names one."""
-        return dict(self._connection.execute("SELECT name, value FROM counts"))
+    def counts(self) -> Counts:
+        """Returns the counts as they are in the file, even if :meth:`damaged_values` lists one; 0 for those that are not there."""
+        found = dict(self._connection.execute("SELECT name, value FROM counts"))
+        return Counts(**{name: found[name] for name in COUNT_NAMES if name in found})
 
-    def commit(self, changes: Sequence[Change], *, figures: Mapping[str, int], meta: Mapping[str, object], sync: bool) -> None:
+    def commit(self, changes: Sequence[Change], *, counts: Counts, meta: Mapping[str, object], sync: bool) -> None:
         """Stores episodes and forgets those that they evict, all or none.
 
         Args:
             changes: in order.
-            figures: the counts after them.
+            counts: the counts after them.
             meta: values of ``meta`` that change with them.
             sync: whether they are on the disk, and not only with the operating system, when this returns.
 
@@ -163,18 +169,17 @@ class Database:
 
         def write() -> None:
             for change in changes:
-                self._forget(change.evicted)
-                self._insert(change)
-            self._note(figures, meta)
+                self._apply(change)
+            self._note(counts, meta)
 
-        self._transact(write, sync=sync, size_bytes=sum(len(payload.data) for change in changes for payload in change.payloads))
+        self._transact(write, sync=sync, size_bytes=sum(change.size_bytes for change in changes))
 
-    def forget(self, episode_ids: Iterable[int], *, figures: Mapping[str, int], keys: Iterable[tuple[EpisodeKey, int]] = ()) -> None:
+    def forget(self, episode_ids: Iterable[int], *, counts: Counts, keys: Iterable[tuple[EpisodeKey, int]] = ()) -> None:
         """Forgets episodes, in a transaction of its own. Raises as :meth:`commit` does.
 
         Args:
             episode_ids: of the episodes.
-            figures: the counts after it.
+            counts: the counts after it.
             keys: with their episodes' ids, those to forget too: of episodes that nobody was told are stored. Other keys stay known.
         """
 
@@ -182,16 +187,16 @@ class Database:
             self._forget(episode_ids)
             for key, episode_id in keys:
                 self.ledger.forget(key, episode_id)
-            self._note(figures, {})
+            self._note(counts, {})
 
         self._transact(write, sync=True)
 
-    def clear(self, unwritten: Iterable[Change], *, figures: Mapping[str, int]) -> None:
+    def clear(self, unwritten: Iterable[Change], *, counts: Counts) -> None:
         """Forgets every episode and the schema, keys and counts not. Raises as :meth:`commit` does.
 
         Args:
             unwritten: episodes that were acknowledged and are not in the database: their keys are remembered.
-            figures: the counts after it.
+            counts: the counts after it.
         """
 
         def write() -> None:
@@ -200,9 +205,10 @@ class Database:
             self._connection.execute("DELETE FROM episodes")
             self._connection.execute("DELETE FROM meta WHERE name = 'schema'")
             for change in unwritten:
-                if change.row.key is not None:
-                    self.ledger.remember(change.row.key, change.row.digest, change.row.id)
-            self._note(figures, {} if newest is None else {OLDEST_KEY: newest + 1})
+                row = change.insert.row if change.insert is not None else None
+                if row is not None and row.key is not None:
+                    self.ledger.remember(row.key, row.digest, row.id)
+            self._note(counts, {} if newest is None else {OLDEST_KEY: newest + 1})
 
         self._transact(write, sync=True, size_bytes=CHECKPOINT_BYTES)
 
@@ -267,9 +273,9 @@ class Database:
         """Writes values of ``meta``, inside a transaction of the caller's or as one of its own."""
         self._set("meta", meta)
 
-    def set_counts(self, figures: Mapping[str, int]) -> None:
-        """Writes the figures, inside a transaction of the caller's."""
-        self._set("counts", figures)
+    def set_counts(self, counts: Counts) -> None:
+        """Writes the counts, inside a transaction of the caller's."""
+        self._set("counts", asdict(counts))
 
     def close(self) -> None:
         """Closes the file, which moves what is left of the log into it; not after a failure, which would make of it what nobody knows."""
@@ -354,8 +360,8 @@ class Database:
         rows = [(name, value, row_checksum(name, value)) for name, value in values.items()]
         self._connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", rows)
 
-    def _note(self, figures: Mapping[str, int], meta: Mapping[str, object]) -> None:
-        self.set_counts(figures)
+    def _note(self, counts: Counts, meta: Mapping[str, object]) -> None:
+        self.set_counts(counts)
         (oldest,) = self._connection.execute("SELECT min(id) FROM episodes").fetchone()
         if oldest is not None:
             # What is deleted may be found in the file's free pages by whoever recovers.
@@ -367,9 +373,13 @@ class Database:
             self._connection.execute("DELETE FROM payloads WHERE episode_id = ?", (episode_id,))
             self._connection.execute("DELETE FROM episodes WHERE id = ?", (episode_id,))
 
-    def _insert(self, change: Change) -> None:
+    def _apply(self, change: Change) -> None:
+        self._forget(change.evicted)
         if change.schema is not None:
             self.set_meta({"schema": schema_text(change.schema)})
-        self.insert_episode(change.row, change.payloads)
-        if change.row.key is not None:
-            self.ledger.remember(change.row.key, change.row.digest, change.row.id)
+        if change.insert is None:
+            return
+        row = change.insert.row
+        self.insert_episode(row, change.insert.payloads)
+        if row.key is not None:
+            self.ledger.remember(row.key, row.digest, row.id)

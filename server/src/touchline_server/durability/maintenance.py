@@ -12,14 +12,14 @@ import numpy as np
 from touchline_protos.files.locks import sync
 from touchline_protos.files.sqlite import row_checksum
 from touchline_server.durability.data_dir import MARK_NAME, DataDir, read_mark
-from touchline_server.durability.database import FILE_NAME, Database, connect
+from touchline_server.durability.database import FILE_NAME, GENERATION_KEY, Database, connect
 from touchline_server.durability.records import EpisodeRow
 from touchline_server.durability.recovery import Progress, existing, whole_episodes
 from touchline_server.durability.restore import as_row, read_columns
 from touchline_server.durability.sqlite_errors import translate
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
 from touchline_server.store.dedup import DedupLedger
-from touchline_server.store.episode_store import new_lineage
+from touchline_server.store.episode_store import new_store_generation
 from touchline_server.store.schema import Schema
 
 MAX_FINDINGS = 20
@@ -91,8 +91,10 @@ def snapshot(data_dir: Path, target: Path) -> Path:
             # All pages in one step: what is committed meanwhile goes to the log and does not start the copy again.
             source.backup(copy, pages=-1)
             # From here on the two give the same ids to different episodes.
-            lineage = new_lineage()
-            copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", ("lineage", lineage, row_checksum("lineage", lineage)))
+            generation = new_store_generation()
+            copy.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (GENERATION_KEY, generation, row_checksum(GENERATION_KEY, generation))
+            )
             copy.execute("PRAGMA journal_mode = DELETE")
         finally:
             copy.close()
@@ -132,7 +134,7 @@ def _check_episodes(database: Database, findings: CheckReport, progress: Progres
 def _check_rest(database: Database, findings: CheckReport) -> None:
     try:
         database.ledger.load(DedupLedger())
-        damage, figures = database.damaged_values(), database.counts()
+        damage, counts = database.damaged_values(), database.counts()
     except (ReplayError, sqlite3.Error, TypeError, ValueError) as error:
         findings.damage.append(str(error))
         return
@@ -140,8 +142,8 @@ def _check_rest(database: Database, findings: CheckReport) -> None:
         findings.damage += damage
         return
     for name, found in (("episodes", findings.episodes), ("steps", findings.steps)):
-        stored = figures.get(f"{name}_stored", 0)
-        if not found == stored == figures.get(f"{name}_added", 0) - figures.get(f"{name}_evicted", 0):
+        added, evicted, stored = (getattr(counts, f"{name}_{what}") for what in ("added", "evicted", "stored"))
+        if not found == stored == added - evicted:
             findings.damage.append(f"{found} whole {name}, expected {stored} by the counts")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from touchline_protos import Counts
 from touchline_protos.files.locks import sync
 from touchline_protos.files.sqlite import row_checksum
 from touchline_server.durability.data_dir import MARK_NAME, DataDir, DurabilityMark, boot_id
-from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, TABLES, Database
+from touchline_server.durability.database import COUNT_NAMES, FILE_NAME, GENERATION_KEY, OLDEST_KEY, TABLES, Database
 from touchline_server.durability.group_commit import MAX_GROUP_BYTES
 from touchline_server.durability.journal import ID_BLOCK
 from touchline_server.durability.pages import MAGIC, Cell, PageFile, Value
@@ -33,8 +33,7 @@ from touchline_server.store.schema import Schema
 
 MAX_COMBINATIONS = 64
 """Ways to put an episode together that are tried, where an older copy of one of its rows is found too."""
-_FIGURES = frozenset(figure.name for figure in fields(Counts))
-_SETTINGS = ("commits", "next_id", "row_convention", "lineage")
+_SETTINGS = ("commits", "next_id", "row_convention", GENERATION_KEY)
 """What every store has in ``meta``."""
 _RETURN, _TIME = 7, 8
 """Columns of ``episodes`` that are numbers with a point: SQLite stores 3.0 as 3."""
@@ -137,7 +136,7 @@ class _Found:
         self._payloads: dict[int, dict[int, list[Cell]]] = {}
         """Of each episode, the cells of each row number: more than one where an older copy is there too."""
         self.meta: dict[str, Value] = {}
-        self.figures: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
         self.senders: dict[int, tuple[str, int, int, int]] = {}
         """Client id, incarnation, the number below which it is forgotten and its newest episode, by number."""
         self.runs: dict[tuple[int, int], int] = {}
@@ -160,7 +159,7 @@ class _Found:
             raise StoreMismatchError(
                 f"{self.path}: written in format {version}, this touchline-server reads format {TABLES.version}; install one that reads it"
             )
-        if not (ours or self._rows or self.meta or self.figures or self.senders):
+        if not (ours or self._rows or self.meta or self.counts or self.senders):
             raise DamagedStoreError(
                 f"{self.path}: nothing of a store of touchline-server's is left in it; put a copy back, or remove {self.path.parent} or "
                 "choose another storage.data_dir to start with nothing"
@@ -184,7 +183,7 @@ class _Found:
         oldest = self.meta.get(OLDEST_KEY)
         if isinstance(oldest, int):
             return [row for row in rows if row.id >= oldest]
-        stored = self.figures.get("episodes_stored")
+        stored = self.counts.get("episodes_stored")
         return rows if stored is None else rows[len(rows) - min(stored, len(rows)) :]
 
     def columns(self, row: EpisodeRow) -> dict[str, np.ndarray] | None:
@@ -244,8 +243,8 @@ class _Found:
         match values:
             case [int(sender), int(first), int(after), _]:
                 self.runs[sender, first] = max(after, self.runs.get((sender, first), 0))
-            case [str(name), int(value), _] if name in _FIGURES:
-                self.figures[name] = max(value, self.figures.get(name, 0))
+            case [str(name), int(value), _] if name in COUNT_NAMES:
+                self.counts[name] = max(value, self.counts.get(name, 0))
             case [str(name), value, _]:
                 known = self.meta.get(name)
                 # They only ever grow; of an older copy the smaller ones are found.
@@ -280,15 +279,15 @@ def _write(found: _Found, target: Path, mark: DurabilityMark | None, progress: P
             if progress is not None:
                 progress(position + 1, len(rows))
         ledger.write(fresh)
-        fresh.set_counts(_figures(found, recovery, rows_lost=len(recovery.lost)))
+        fresh.set_counts(_counts(found, recovery, rows_lost=len(recovery.lost)))
         _tell_settings(found, mark, recovery)
-        if found.figures.get("episodes_evicted", 1) and not _ledger_is_whole(found.path):
+        if found.counts.get("episodes_evicted", 1) and not _ledger_is_whole(found.path):
             recovery.lost.append("the ledger may lack rows: an episode that was evicted may be taken for new if it is sent again")
         # Far enough that no id is given out again, whatever the lost ones were.
         newest = max((*(row.id for row in rows), *found.keys), default=-1)
         reserved = max(found.number("next_id"), newest + 1) + ID_BLOCK
         meta: dict[str, object] = {"commits": 1, "next_id": reserved}
-        meta |= {name: found.meta[name] for name in ("row_convention", "lineage", "capacity") if found.meta.get(name) is not None}
+        meta |= {name: found.meta[name] for name in ("row_convention", GENERATION_KEY, "capacity") if found.meta.get(name) is not None}
         if schema is not None:
             meta["schema"] = schema_text(schema)
         fresh.set_meta(meta)
@@ -304,19 +303,19 @@ def _begin_next(fresh: Database) -> None:
     fresh.connection.execute("BEGIN IMMEDIATE")
 
 
-def _figures(found: _Found, recovery: Recovery, *, rows_lost: int) -> Mapping[str, int]:
+def _counts(found: _Found, recovery: Recovery, *, rows_lost: int) -> Counts:
     """Returns the counts of what is kept; notes what the old ones say is missing."""
-    figures = dict(found.figures)
-    if figures.keys() != _FIGURES:
+    counts = {name: found.counts.get(name, 0) for name in COUNT_NAMES}
+    if found.counts.keys() != counts.keys():
         recovery.lost.append("counts: they begin again with what is kept, and how many episodes there were is not known")
     else:
-        without_row = figures["episodes_stored"] - recovery.episodes - rows_lost
+        without_row = counts["episodes_stored"] - recovery.episodes - rows_lost
         if without_row > 0:
-            recovery.lost.append(f"{without_row} of {figures['episodes_stored']} episodes: nothing of them is left but their number")
+            recovery.lost.append(f"{without_row} of {counts['episodes_stored']} episodes: nothing of them is left but their number")
     for name, stored in (("episodes", recovery.episodes), ("steps", recovery.steps)):
-        added = max(figures.get(f"{name}_added", 0), stored)
-        figures |= {f"{name}_added": added, f"{name}_evicted": added - stored, f"{name}_stored": stored}
-    return figures
+        added = max(counts[f"{name}_added"], stored)
+        counts |= {f"{name}_added": added, f"{name}_evicted": added - stored, f"{name}_stored": stored}
+    return Counts(**counts)
 
 
 def _tell_settings(found: _Found, mark: DurabilityMark | None, recovery: Recovery) -> None:

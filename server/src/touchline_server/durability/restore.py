@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from touchline_protos import Counts
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.files.sqlite import row_checksum
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
+from touchline_server.durability.background import BackgroundCommitter
 from touchline_server.durability.data_dir import DataDir, boot_id
-from touchline_server.durability.database import Database
+from touchline_server.durability.database import GENERATION_KEY, Database
 from touchline_server.durability.group_commit import GroupCommitter
+from touchline_server.durability.journal import SqliteJournal
 from touchline_server.durability.records import EpisodeRow, numpy_dtype
 from touchline_server.durability.sqlite_errors import advice, translate
+from touchline_server.durability.write_behind import WriteBehindCommitter
 from touchline_server.errors import DamagedStoreError, InvalidEpisodeError, StoreMismatchError
 from touchline_server.store.dedup import DedupLedger, payload_digest
 from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.inserts import AddRequest, PlannedInsert
 from touchline_server.store.schema import Schema
 
 logger = get_logger(__name__)
@@ -34,20 +39,22 @@ Progress = Callable[[int, int], None]
 """Is told how many of how many rows are read."""
 
 
-def open_durable(store: EpisodeStore, config: Config, progress: Progress | None = None, *, accept_eviction: bool = False) -> GroupCommitter:
-    """Takes ``storage.data_dir`` for this process, puts what is in it into the ring, and has the store go on in it.
+def open_durable(
+    store: EpisodeStore, config: Config, progress: Progress | None = None, *, accept_eviction: bool = False
+) -> BackgroundCommitter:
+    """Locks ``storage.data_dir`` for this process, restores what is in it into the ring, and makes the store durable there.
 
     Args:
-        store: the empty ring.
+        store: the empty store.
         config: the configuration.
-        progress: told how many of how many rows are read.
-        accept_eviction: whether stored episodes that the ring has no room for may be evicted.
+        progress: called with how many of how many rows are read.
+        accept_eviction: whether stored episodes that do not fit into the ring may be evicted.
 
     Returns:
-        What commits; its ``close`` ends it.
+        The committer, which the caller closes.
 
     Raises:
-        StoreInUseError: another process has the folder.
+        StoreInUseError: another process uses the folder.
         StoreMismatchError: it was written in another format or under another row convention, or holds more than the ring does and
             eviction is not accepted. Nothing was changed.
         DamagedStoreError: something in it is not as it was written. Nothing was changed.
@@ -69,28 +76,40 @@ def open_durable(store: EpisodeStore, config: Config, progress: Progress | None 
             _note_capacity(database, store.capacity)
         except sqlite3.Error as error:
             raise translate(error, database.path) from error
-        committer = GroupCommitter(
-            store,
-            database,
-            data_dir,
-            durability=config.storage.durability,
-            sync_interval_s=config.storage.sync_interval_ms / 1000,
-        )
+        return _attach(store, config, database, data_dir)
     except BaseException:
         if database is not None:
             database.close()
         data_dir.close()
         raise
-    store.attach(committer)
-    return committer
+
+
+def _attach(store: EpisodeStore, config: Config, database: Database, data_dir: DataDir) -> BackgroundCommitter:
+    """Puts the journal and the committer of the configured durability behind the store."""
+    storage, writes = config.storage, store.writes
+    journal = SqliteJournal(
+        database,
+        data_dir,
+        durability=storage.durability,
+        sync_interval_s=storage.sync_interval_ms / 1000,
+        incoming=store.incoming,
+        next_id=writes.next_id,
+    )
+    if storage.durability == "memory":
+        committer = WriteBehindCommitter(writes, journal, count_refused=store.count_refused)
+        store.attach(committer, committer.journal)
+        return committer
+    group_committer = GroupCommitter(writes, journal)
+    store.attach(group_committer, journal)
+    return group_committer
 
 
 def restore(store: EpisodeStore, database: Database, progress: Progress | None = None, *, accept_eviction: bool = False) -> None:
-    """Puts the stored episodes, the counts, the keys and the next id into an empty store. Raises as :func:`open_durable` does."""
-    begun_s = time.monotonic()
-    schema, figures, ledger = database.schema(), database.counts(), restored_ledger(database)
+    """Restores episodes, counts, keys and the next id into an empty store. Raises as :func:`open_durable` does."""
+    begin_s = time.monotonic()
+    schema, counts, ledger = database.schema(), database.counts(), restored_ledger(database)
     rows = list(episode_rows(database.connection, database.path))
-    _check_counts(database.path, figures, rows)
+    _check_counts(database.path, counts, rows)
     reserved = database.meta("next_id", 0)
     if not isinstance(reserved, int):
         raise DamagedStoreError(f"{database.path}: the next id is not readable; {advice(database.path)}")
@@ -100,23 +119,33 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
     dropped = rows[: len(rows) - len(kept)]
     if dropped and not accept_eviction:
         raise StoreMismatchError(_eviction_text(database, rows, dropped, store.capacity))
-    total, read = sum(row.length for row in kept), 0
-    if kept and schema is not None:
-        schema = replace(schema, restored_from=str(database.path.parent))
-        columns = store.allocate(schema)
-    else:
-        columns = None
-    for row in kept:
-        arrays = read_columns(database.connection, row, database.path)
-        _check_fits(arrays, row, schema, database.path)
-        store.publish(Episode(arrays, row.key, row.actor, row.policy_version), columns, digest=row.digest, episode_id=row.id)
+    schema = replace(schema, restored_from=str(database.path.parent)) if kept and schema is not None else None
+    counts = _without(counts, dropped)
+    store.writes.restore(
+        _stored_episodes(database, kept, schema, progress),
+        schema,
+        counts=counts,
+        ledger=ledger,
+        next_id=max(reserved, rows[-1].id + 1 if rows else 0),
+    )
+    if dropped:
+        _drop(database, dropped, counts, store.capacity)
+    _log_restored(database.path, schema, counts, seconds=time.monotonic() - begin_s)
+
+
+def _stored_episodes(
+    database: Database, rows: Sequence[EpisodeRow], schema: Schema | None, progress: Progress | None
+) -> Iterator[PlannedInsert]:
+    """Yields the episodes of these rows, each verified, in the form in which the write path applies them."""
+    total, read = sum(row.length for row in rows), 0
+    for row in rows:
+        columns = read_columns(database.connection, row, database.path)
+        _check_fits(columns, row, schema, database.path)
+        episode = Episode(columns, row.key, row.actor, row.policy_version)
+        yield PlannedInsert(AddRequest(episode, row.digest), row.id, row.length, (), None)
         read += row.length
         if progress is not None:
             progress(read, total)
-    if dropped:
-        _drop_oldest(database, dropped, figures, store.capacity)
-    store.resume(figures, ledger, next_id=max(reserved, rows[-1].id + 1 if rows else 0))
-    _tell_restored(database.path, schema, episodes=len(kept), steps=total, seconds=time.monotonic() - begun_s)
 
 
 def restored_ledger(database: Database) -> DedupLedger:
@@ -199,28 +228,36 @@ def _eviction_text(database: Database, rows: list[EpisodeRow], dropped: list[Epi
     )
 
 
-def _drop_oldest(database: Database, dropped: list[EpisodeRow], figures: dict[str, int], capacity: int) -> None:
+def _without(counts: Counts, dropped: Sequence[EpisodeRow]) -> Counts:
+    """Returns the counts after these episodes are evicted."""
     steps = sum(row.length for row in dropped)
+    return replace(
+        counts,
+        steps_stored=counts.steps_stored - steps,
+        episodes_stored=counts.episodes_stored - len(dropped),
+        steps_evicted=counts.steps_evicted + steps,
+        episodes_evicted=counts.episodes_evicted + len(dropped),
+    )
+
+
+def _drop(database: Database, dropped: Sequence[EpisodeRow], counts: Counts, capacity: int) -> None:
     logger.warning(
         "config.buffer_size is %d rows, less than what is stored: the newest episodes are kept, the %d oldest (%d rows) are evicted, as "
         "accepted",
         capacity,
         len(dropped),
-        steps,
+        sum(row.length for row in dropped),
     )
-    figures["steps_evicted"] += steps
-    figures["episodes_evicted"] += len(dropped)
-    figures["steps_stored"] -= steps
-    figures["episodes_stored"] -= len(dropped)
-    database.forget([row.id for row in dropped], figures=figures)
+    database.forget([row.id for row in dropped], counts=counts)
 
 
-def _tell_restored(path: Path, schema: Schema | None, *, episodes: int, steps: int, seconds: float) -> None:
-    if not episodes or schema is None:
+def _log_restored(path: Path, schema: Schema | None, counts: Counts, *, seconds: float) -> None:
+    if schema is None:
         logger.info("%s holds no episodes: starting empty", path)
         return
     columns = ", ".join(f"{spec.name} {spec}" for spec in schema.columns)
-    logger.info("restored %d episodes, %d steps from %s in %.1f s; columns: %s", episodes, steps, path, seconds, columns)
+    stored = counts.episodes_stored, counts.steps_stored
+    logger.info("restored %d episodes, %d steps from %s in %.1f s; columns: %s", *stored, path, seconds, columns)
 
 
 def _note_capacity(database: Database, capacity: int) -> None:
@@ -233,9 +270,9 @@ def _note_capacity(database: Database, capacity: int) -> None:
         logger.warning("%s: the buffer size was not noted: %s", database.path, error)  # a full disk: adding is what says so
 
 
-def _check_counts(path: Path, figures: dict[str, int], rows: list[EpisodeRow]) -> None:
+def _check_counts(path: Path, counts: Counts, rows: Sequence[EpisodeRow]) -> None:
     for name, found in (("episodes", len(rows)), ("steps", sum(row.length for row in rows))):
-        added, evicted, stored = (figures.get(f"{name}_{what}", 0) for what in ("added", "evicted", "stored"))
+        added, evicted, stored = (getattr(counts, f"{name}_{what}") for what in ("added", "evicted", "stored"))
         if not found == stored == added - evicted:
             raise DamagedStoreError(
                 f"{path}: {found} {name} are there, {stored} were stored ({added} added, {evicted} evicted); {advice(path)}"
@@ -273,11 +310,11 @@ def _check_convention(database: Database, wanted: str, store: EpisodeStore) -> N
     """Refuses a database of another row convention, and has its ids be the store's; a new one takes both."""
     found = database.meta("row_convention")
     if found is None:
-        database.set_meta({"row_convention": wanted, "lineage": store.lineage})
+        database.set_meta({"row_convention": wanted, GENERATION_KEY: store.store_generation})
     elif found != wanted:
         raise StoreMismatchError(
             f'{database.path}: written with sampling.row_convention = "{found}", configured is "{wanted}"; set it so, or choose another '
             "storage.data_dir"
         )
-    lineage = database.meta("lineage")
-    store.lineage = lineage if isinstance(lineage, int) else 0
+    generation = database.meta(GENERATION_KEY)
+    store.store_generation = generation if isinstance(generation, int) else 0

@@ -17,7 +17,7 @@ from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, KeyConflictError, ReplayError, TooLargeError
 from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
-from touchline_server.store.committer import Stored
+from touchline_server.store.inserts import Stored
 from touchline_server.store.reader import EpisodeQuery
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None} | {pb.Law.Value(f"LAW_{law.upper()}"): law for law in LAWS}

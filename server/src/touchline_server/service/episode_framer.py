@@ -8,7 +8,7 @@ from touchline_protos.codec import EpisodeSelection
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.upload import chunk_message
 from touchline_server.errors import InvalidArgumentError, TooLargeError
-from touchline_server.store.catalogue import Entry
+from touchline_server.store.index import IndexEntry
 from touchline_server.store.reader import PIECE_BYTES, EpisodeReader, pieces
 
 MIN_FRAME_BYTES = 4096
@@ -61,7 +61,7 @@ class EpisodeFramer:
             else:
                 yield from self._groups(entries)
 
-    def _groups(self, entries: list[Entry]) -> Iterator[bytes]:
+    def _groups(self, entries: list[IndexEntry]) -> Iterator[bytes]:
         while entries:
             message, outs = group_message([self._outline(entry) for entry in entries])
             if len(message) > self._limit and len(entries) > 1:
@@ -75,7 +75,7 @@ class EpisodeFramer:
             else:
                 entries = self._reader.still_stored(entries)
 
-    def _chunks(self, entry: Entry) -> Iterator[bytes]:
+    def _chunks(self, entry: IndexEntry) -> Iterator[bytes]:
         yield self._checked(encode_stored_header(self._outline(entry), entry.length))
         for column, spec in enumerate(self._reader.specs(entry)):
             for offset, size in pieces(spec.size_bytes, self._payload_bytes):
@@ -85,7 +85,7 @@ class EpisodeFramer:
                     return
                 yield message
 
-    def _outline(self, entry: Entry) -> EpisodeOutline:
+    def _outline(self, entry: IndexEntry) -> EpisodeOutline:
         return EpisodeOutline(entry.episode_id, entry.origin, self._reader.specs(entry))
 
     def _checked(self, message: bytes) -> bytes:

@@ -14,10 +14,10 @@ from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
 from touchline_server.service import tasks
 from touchline_server.service.throttle import AddThrottle
-from touchline_server.store.committer import Stored
+from touchline_server.store.inserts import Stored
 
 if TYPE_CHECKING:
-    from touchline_server.store.committer import CommitFuture
+    from touchline_server.store.inserts import CommitFuture
 
 MAX_AT_ONCE_BYTES = 1 << 19
 """Largest message whose episodes are stored in the event loop."""

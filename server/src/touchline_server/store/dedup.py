@@ -53,6 +53,13 @@ def payload_digest(columns: Mapping[str, np.ndarray]) -> int:
     return digest
 
 
+def key_conflict(key: EpisodeKey) -> KeyConflictError:
+    """Returns the error for a key that was used for another payload."""
+    return KeyConflictError(
+        f"key ({key.client_id}, {key.incarnation}, {key.sequence}): was used for another episode, expected a key of its own"
+    )
+
+
 def sender_name(client_id: str, incarnation: int) -> bytes:
     """Returns 16 bytes that stand for a sender, however long its client's id is: a BLAKE2b of both, which nobody finds two senders for."""
     return blake2b(client_id.encode(errors="surrogatepass"), digest_size=16, salt=incarnation.to_bytes(8, "little", signed=True)).digest()
@@ -192,8 +199,8 @@ class DedupLedger:
             raise InvalidEpisodeError(f"key.client_id: {fault}")
         if not -(2**63) <= key.incarnation < 2**63:
             raise InvalidEpisodeError(f"key.incarnation: {key.incarnation}, expected a 64-bit integer")
-        if not 0 <= key.sequence < 2**63:
-            raise InvalidEpisodeError(f"key.sequence: {key.sequence}, expected 0 or more, below 2**63")
+        if not 0 <= key.sequence < 2**63 - 1:  # an interval's stop is a 64-bit integer too
+            raise InvalidEpisodeError(f"key.sequence: {key.sequence}, expected 0 or more, below 2**63 - 1")
         name = sender_name(key.client_id, key.incarnation)
         numbers = self._senders.get(name)
         if numbers is None:
@@ -204,9 +211,7 @@ class DedupLedger:
         known = self._recent.find(name, key.sequence)
         if known is not None:
             if known[0] != digest:
-                raise KeyConflictError(
-                    f"key ({key.client_id}, {key.incarnation}, {key.sequence}): was used for another episode, expected a key of its own"
-                )
+                raise key_conflict(key)
             return KnownEpisode(known[1])
         if forgotten:
             raise KeyConflictError(

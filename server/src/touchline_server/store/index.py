@@ -7,25 +7,35 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import numpy as np
 
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.types.names import name_fault
+from touchline_server.errors import InvalidEpisodeError
 from touchline_server.selectors.eligible import EligibleEpisodes
 from touchline_server.selectors.entries import ACTOR, ID, LENGTH, Entry, EntryQueue
 from touchline_server.selectors.registry import Selectors
+from touchline_server.store.actors import NameTable
 
-SCAN = 4096
-"""Entries that are looked at together for one actor's."""
+SCAN_ENTRIES = 4096
+"""Entries searched at a time for those of one actor."""
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted:
-    """What made room."""
+class IndexEntry:
+    """A stored episode without its rows."""
 
-    episodes: int
-    steps: int
+    episode_id: int
+    first_row: int
+    """Physical row of its first step, valid while the episode is stored."""
+    length: int
+    """Rows."""
+    origin: Episode
+    """Key, actor and policy version; no columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +75,12 @@ class Fill:
 
 
 class EpisodeIndex:
-    """Where every stored episode lies in a ring of ``capacity`` rows. Not thread-safe: the store holds its lock around every call.
+    """Where every stored episode lies in a ring of ``capacity`` rows, who played it, and under which key it was added.
 
     An episode occupies ``length`` consecutive rows modulo the capacity, directly after the one before it, so the free rows are always
     one run that begins at the write cursor.
+
+    Not thread-safe: the store holds its lock around every call, except for looking up actor names.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -77,11 +89,17 @@ class EpisodeIndex:
         """Physical row at which the next episode begins."""
         self.steps = 0
         """Rows in use."""
+        self.actors = NameTable("actor names")
+        self._clients = NameTable("client ids")
         self._episodes = EntryQueue()
+        self._keys: deque[EpisodeKey | None] = deque()
+        """Key of each entry, in the same order; keys of one client share the string of its id."""
         self.selectors = Selectors(self._episodes)
         """The sampling laws over these episodes."""
         self._longest: deque[tuple[int, int]] = deque()
-        """Id and rows of each episode that is longer than all after it: the first is the longest of all (a monotonic queue)."""
+        """Id and length of each episode that is longer than all newer ones: the first is the longest of all (a monotonic queue)."""
+        self._evicted_actors: list[int] = []
+        """Actor number of each evicted episode whose name an earlier reader may still look up."""
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -93,60 +111,128 @@ class EpisodeIndex:
 
     @property
     def oldest_id(self) -> int:
-        """Id of the oldest episode; there must be one."""
+        """Id of the oldest episode; at least one must be stored."""
         return int(self._episodes.oldest[ID])
 
-    def position(self, episode_id: int) -> int | None:
-        """Returns where in :attr:`entries` an episode is, None where it is not stored."""
-        position = self._following(episode_id)
-        return position if position < len(self) and self.entries[position, ID] == episode_id else None
+    # Changes
 
-    def positions(self, first_id: int, last_id: int, *, actor: int | None, limit: int) -> list[int]:
-        """Returns where in :attr:`entries` the first ``limit`` episodes of a range of ids are, of one actor where one is given."""
-        begin, end = self._following(first_id), self._following(last_id + 1)
-        if actor is None:
-            return list(range(begin, min(end, begin + limit)))
-        found: list[int] = []
-        while begin < end and len(found) < limit:
-            block = self.entries[begin : min(end, begin + SCAN), ACTOR]
-            found += (begin + np.flatnonzero(block == actor)).tolist()
-            begin += SCAN
-        return found[:limit]
+    def check_names(self, episode: Episode) -> None:
+        """Checks an episode's actor name and client id before it is stored.
 
-    def evict_for(self, length: int) -> Evicted:
-        """Forgets the oldest episodes, whole, until ``length`` rows are free."""
-        episodes = steps = 0
-        while self.capacity - self.steps < length:
-            entry: Entry = tuple(self._episodes.oldest.tolist())
-            self._episodes.drop_oldest()
-            if self._longest[0][0] == entry[ID]:
-                self._longest.popleft()
-            self.selectors.evict(entry)
-            self.steps -= entry[LENGTH]
-            episodes += 1
-            steps += entry[LENGTH]
-        return Evicted(episodes, steps)
+        Raises:
+            InvalidEpisodeError: the actor name is malformed.
+            OverLimitError: the name is new, and the names of stored episodes already take all the memory they may.
+        """
+        fault = name_fault(episode.actor)
+        if fault is not None:
+            raise InvalidEpisodeError(f"actor: {fault}")
+        self.actors.check_room(episode.actor)
+        if episode.key is not None:
+            self._clients.check_room(episode.key.client_id)
 
-    def append(self, *, episode_id: int, length: int, actor: int, policy_version: int) -> None:
-        """Makes an episode visible that was written at the cursor; :meth:`evict_for` made room for it before."""
-        entry = (episode_id, self.cursor, length, actor, policy_version)
+    def append(self, episode: Episode, *, episode_id: int, length: int) -> None:
+        """Makes an episode visible whose ``length`` rows were written at the cursor, into rows that were free."""
+        entry = (episode_id, self.cursor, length, self.actors.hold(episode.actor), episode.policy_version)
         self._episodes.append(entry)
+        self._keys.append(episode.key and self._with_shared_id(episode.key))
         while self._longest and self._longest[-1][1] <= length:
             self._longest.pop()
         self._longest.append((episode_id, length))
         self.selectors.append(entry)
         self.steps += length
+        # The next logical row, wrapped to a physical one where the ring closes.
         self.cursor = (self.cursor + length) % self.capacity
+
+    def evict_through(self, episode_id: int) -> int:
+        """Forgets the episodes with this id or a smaller one, except for their actors' names: see :meth:`release_names`.
+
+        Returns:
+            The number of episodes forgotten.
+        """
+        episodes = 0
+        while len(self._episodes) and self._episodes.oldest[ID] <= episode_id:
+            entry: Entry = tuple(self._episodes.oldest.tolist())
+            self.steps -= entry[LENGTH]
+            self._evicted_actors.append(entry[ACTOR])
+            self._episodes.drop_oldest()
+            if self._longest[0][0] == entry[ID]:
+                self._longest.popleft()
+            self.selectors.evict(entry)
+            key = self._keys.popleft()
+            if key is not None:
+                self._clients.release(self._clients.number(key.client_id))
+            episodes += 1
+        return episodes
+
+    def release_names(self) -> None:
+        """Forgets the names of actors without stored episodes. No reader may still use entries drawn before the eviction."""
+        for number in self._evicted_actors:
+            self.actors.release(number)
+        self._evicted_actors.clear()
+
+    def reset(self) -> None:
+        """Starts again at physical row 0. Every episode must be evicted, and no reader active. Actor numbers are never reused."""
+        self.release_names()
+        self._episodes.clear()
+        self.selectors.clear()
+        self.cursor = 0
+
+    # Queries
 
     def fill(self, horizon: int) -> Fill:
         """Returns how much can be sampled at this horizon."""
         longest = self._longest[0][1] if self._longest else 0
         return Fill(horizon, len(self), self.steps, len(self.eligible(horizon)), longest, self.capacity)
 
-    def _following(self, episode_id: int) -> int:
-        """Returns how many stored episodes have a smaller id: ids grow with age."""
-        return bisect_left(self.entries, episode_id, key=itemgetter(ID))
-
     def eligible(self, horizon: int) -> EligibleEpisodes:
         """Returns the episodes that can be sampled with this horizon: a live view. The first use of a horizon is O(episodes)."""
         return self.selectors.eligible.at(horizon)
+
+    def find(self, episode_ids: Iterable[int]) -> list[IndexEntry]:
+        """Returns the entries of those of these episodes that are stored."""
+        positions = ((self._count_before(episode_id), episode_id) for episode_id in episode_ids)
+        return [self._entry(at) for at, episode_id in positions if at < len(self) and self.entries[at, ID] == episode_id]
+
+    def between(self, first_id: int, last_id: int, *, actor: str | None, limit: int) -> list[IndexEntry]:
+        """Returns the first ``limit`` episodes of a range of ids, both ends included, oldest first.
+
+        Args:
+            first_id: smallest id.
+            last_id: largest id.
+            actor: only episodes of this actor; None for all.
+            limit: most entries to return.
+        """
+        if actor is None:
+            start = self._count_before(first_id)
+            return [self._entry(at) for at in range(start, min(self._count_before(last_id + 1), start + limit))]
+        number = self.actors.find(actor)
+        return [] if number is None else [self._entry(at) for at in self._positions(first_id, last_id, number, limit)]
+
+    def still_stored(self, entries: Sequence[IndexEntry]) -> list[IndexEntry]:
+        """Returns those entries whose episodes were not evicted since they were looked up."""
+        if not len(self):
+            return []
+        # Episodes are evicted in the order of their ids.
+        oldest_id = self.oldest_id
+        return [entry for entry in entries if entry.episode_id >= oldest_id]
+
+    def _count_before(self, episode_id: int) -> int:
+        """Returns how many stored episodes have a smaller id. Ids grow with age, so it is also the position of the id, if stored."""
+        return bisect_left(self.entries, episode_id, key=itemgetter(ID))
+
+    def _positions(self, first_id: int, last_id: int, actor: int, limit: int) -> list[int]:
+        start, stop = self._count_before(first_id), self._count_before(last_id + 1)
+        found: list[int] = []
+        while start < stop and len(found) < limit:
+            block = self.entries[start : min(stop, start + SCAN_ENTRIES), ACTOR]
+            found += (start + np.flatnonzero(block == actor)).tolist()
+            start += SCAN_ENTRIES
+        return found[:limit]
+
+    def _entry(self, position: int) -> IndexEntry:
+        episode_id, first_row, length, actor, policy_version = self.entries[position].tolist()
+        return IndexEntry(episode_id, first_row, length, Episode({}, self._keys[position], self.actors.name(actor), policy_version))
+
+    def _with_shared_id(self, key: EpisodeKey) -> EpisodeKey:
+        client_id = self._clients.name(self._clients.hold(key.client_id))
+        return key if key.client_id is client_id else replace(key, client_id=client_id)

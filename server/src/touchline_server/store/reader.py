@@ -15,8 +15,8 @@ import numpy as np
 from touchline_protos.codec import EpisodeSelection, StoredEpisode, TensorSpec
 from touchline_server.errors import InvalidArgumentError, UnknownEpisodeError
 from touchline_server.selectors.entries import ACTOR, ID, LENGTH
-from touchline_server.store.catalogue import Entry
 from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.index import IndexEntry
 from touchline_server.store.schema import ColumnSpec, Schema
 
 PIECE_BYTES = 1 << 20
@@ -98,7 +98,7 @@ class EpisodeReader:
     def __init__(self, store: EpisodeStore, query: EpisodeQuery) -> None:
         self._store = store
         self._actor = query.actor
-        self._ahead: deque[Entry] = deque()
+        self._ahead: deque[IndexEntry] = deque()
         entries = store.entries()
         schema = store.schema
         self.columns: tuple[ColumnSpec, ...] = chosen_columns(schema, query.columns or ()) if schema is not None else ()
@@ -109,16 +109,16 @@ class EpisodeReader:
         chosen = entries[self._chosen(entries, query)]
         self._ids: deque[int] | None = deque(chosen[:, ID].tolist()) if query.ids is not None else None
         self.selection = (
-            EpisodeSelection(int(chosen[0, ID]), int(chosen[-1, ID]), len(chosen), int(chosen[:, LENGTH].sum()), store.lineage)
+            EpisodeSelection(int(chosen[0, ID]), int(chosen[-1, ID]), len(chosen), int(chosen[:, LENGTH].sum()), store.store_generation)
             if len(chosen)
-            else EpisodeSelection(lineage=store.lineage)
+            else EpisodeSelection(lineage=store.store_generation)
         )
         """What there is to read."""
         self._next = self.selection.first_episode_id
 
-    def take(self, room_bytes: int, limit: int = AHEAD) -> list[Entry]:
+    def take(self, room_bytes: int, limit: int = AHEAD) -> list[IndexEntry]:
         """Returns the next episodes, as many as fit into so many bytes and at most ``limit``, but one at least; none at the end."""
-        taken: list[Entry] = []
+        taken: list[IndexEntry] = []
         while len(taken) < limit and (self._ahead or self._locate()):
             size_bytes = self._ahead[0].length * self.row_bytes
             if taken and size_bytes > room_bytes:
@@ -127,7 +127,7 @@ class EpisodeReader:
             taken.append(self._ahead.popleft())
         return taken
 
-    def copy(self, entry: Entry, column: int, offset_bytes: int, out: np.ndarray) -> bool:
+    def copy(self, entry: IndexEntry, column: int, offset_bytes: int, out: np.ndarray) -> bool:
         """Copies a piece of a column's bytes.
 
         Args:
@@ -145,7 +145,7 @@ class EpisodeReader:
             columns.copy_bytes(self.columns[column].name, entry.first_row, offset_bytes, out)
             return True
 
-    def copy_whole(self, entries: Sequence[Entry], outs: Sequence[Sequence[np.ndarray]]) -> bool:
+    def copy_whole(self, entries: Sequence[IndexEntry], outs: Sequence[Sequence[np.ndarray]]) -> bool:
         """Copies episodes at once, as small ones are.
 
         Args:
@@ -163,11 +163,11 @@ class EpisodeReader:
                     columns.copy_bytes(spec.name, entry.first_row, 0, out)
             return True
 
-    def still_stored(self, entries: Sequence[Entry]) -> list[Entry]:
+    def still_stored(self, entries: Sequence[IndexEntry]) -> list[IndexEntry]:
         """Returns those that were not evicted meanwhile."""
         return self._store.entries_of([entry.episode_id for entry in entries])
 
-    def specs(self, entry: Entry) -> list[TensorSpec]:
+    def specs(self, entry: IndexEntry) -> list[TensorSpec]:
         """Returns what an episode's chosen columns hold, their shapes with its rows."""
         return [TensorSpec(spec.name, spec.dtype, (entry.length, *spec.shape)) for spec in self.columns]
 
@@ -178,7 +178,7 @@ class EpisodeReader:
             if episode is not None:
                 yield episode
 
-    def _read(self, entry: Entry) -> StoredEpisode | None:
+    def _read(self, entry: IndexEntry) -> StoredEpisode | None:
         arrays = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self.specs(entry)}
         outs = [array.reshape(-1).view(np.uint8) for array in arrays.values()]
         if entry.length * self.row_bytes <= PIECE_BYTES:

@@ -20,16 +20,16 @@ from touchline_server.selectors.registry import check_law
 from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store import cuda_device
 from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.store.committer import Stored
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.gather import GatherPlan
+from touchline_server.store.inserts import Stored
 from touchline_server.store.memory import give_back_freed_memory
 from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
-    from touchline_server.durability.group_commit import GroupCommitter
+    from touchline_server.durability.background import BackgroundCommitter
     from touchline_server.durability.storage_state import StorageMonitor
-    from touchline_server.store.committer import CommitFuture
+    from touchline_server.store.inserts import CommitFuture
 
 MAX_PLANS = 64
 """Gather plans kept: one for each schema and horizon in use."""
@@ -71,7 +71,7 @@ class Table:
         """Whether the durable store, if there is to be one, has been read. Until then every other method raises RestoringError."""
         self._accept_eviction = accept_eviction or config.storage.accept_eviction
         self._restore_progress = (0, 0)
-        self._committer: GroupCommitter | None = None
+        self._committer: BackgroundCommitter | None = None
         self._plans_lock = threading.Lock()
         self._plans: OrderedDict[tuple[Schema, int], GatherPlan] = OrderedDict()
 

@@ -40,14 +40,13 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
     def register_storage(self, storage: Storage) -> None:
         """Attaches to the store's storage and catches up with what it holds."""
         super().register_storage(storage)
-        with self._store.write_lock:
+        with self._store.writes.lock:
             columns = self._store.columns
             if columns is not None:
                 for entry in self._store.entries():
                     rows = np.arange(entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH])
                     self._follow(columns, np.remainder(rows, self._store.capacity))
-            self._store.on_written = self._follow
-            self._store.on_cleared = self._forget
+            self._store.follow_writes(self._follow, self._forget)
 
     def add(self, data: Any) -> int:
         """Refused: the ring holds whole episodes.
@@ -166,11 +165,11 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     def __init__(self, store: EpisodeStore, *, sampler: EpisodeSliceSampler, batch_size: int) -> None:
         super().__init__(storage=make_storage(store.capacity), writer=EpisodeRingWriter(store), sampler=sampler, batch_size=batch_size)
         self._episodes = store
-        exclude_writes(self, store.write_lock)
+        exclude_writes(self, store.writes.lock)
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Forgets every episode and the schema, as ``clear`` does, and TorchRL's count of written rows unless told otherwise."""
-        with self._episodes.write_lock:
+        with self._episodes.writes.lock:
             super().empty(empty_write_count)
 
 
