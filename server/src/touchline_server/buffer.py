@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from touchline_server.store.inserts import CommitFuture, Stored
 
 MAX_IDLE_BYTES = 1 << 28
-"""Bytes of batches that nobody holds any more, kept for the next batches."""
+"""Bytes kept for the next batches, of batches that no caller holds any more."""
 
 
 class ReplayBuffer:
-    """A ring of whole episodes that gives batches of contiguous slices, in the manner of TD-MPC2's buffer (Hansen et al. 2024).
+    """A ring of whole episodes and batches of contiguous slices of them, like TD-MPC2's buffer (Hansen et al. 2024).
 
-    It is the in-process face of one table. Every method may be called from any thread. Adding copies what it is given; batches are
+    It is the in-process interface to one table. Every method may be called from any thread. Adding copies what it is given; batches are
     the caller's.
     """
 
@@ -44,7 +44,7 @@ class ReplayBuffer:
             restore: False leaves opening the folder and finding the device to :meth:`restore`, which must be called before anything else.
             accept_eviction: whether stored episodes for which ``config.buffer_size`` has become too small may be evicted, as
                 ``storage.accept_eviction`` allows for the server; without either that is a StoreMismatchError.
-            table: the table to be the face of; a new one by default.
+            table: the table to work on; a new one by default.
 
         Raises:
             ConfigError, ReplayError: as :meth:`restore`.
@@ -131,7 +131,7 @@ class ReplayBuffer:
                 ``reward``, optionally ``done``, ``task`` and any others. Its rows follow the configured row convention. Not changed.
             actor: name of the actor that played the episode.
             policy_version: version of the policy that played it.
-            key: makes adding idempotent: an episode whose key is stored already is not stored again.
+            key: key of the episode: one whose key is stored already is not stored again. None: it is stored each time.
 
         Returns:
             The number of episodes in the buffer.
@@ -154,11 +154,11 @@ class ReplayBuffer:
         return self.add_episode(episode).counts.episodes_stored
 
     def load(self, td: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, actor: str = "", policy_version: int = 0) -> int:
-        """Stores many episodes at once.
+        """Stores many episodes.
 
         Args:
-            td: as in :meth:`add`, of shape (num_episodes, episode_length, ...); or an iterable of episodes as :meth:`add` takes
-                them, of any lengths. Not changed.
+            td: a TensorDict or mapping as in :meth:`add`, of shape (num_episodes, episode_length, ...); or an iterable of episodes as
+                in :meth:`add`, of any lengths. Not changed.
             actor: name of the actor that played them.
             policy_version: version of the policy that played them.
 
@@ -218,7 +218,7 @@ class ReplayBuffer:
         columns: Iterable[str] | None = None,
         skip_missing: bool = False,
     ) -> Iterator[StoredEpisode]:
-        """Reads stored episodes back, each whole and to the bit as it was added, in the order of their ids.
+        """Reads stored episodes back, each whole and bit for bit as it was added, in the order of their ids.
 
         The episodes stored at the time of the call are read; one that is evicted before its turn is left out. Adding continues
         meanwhile and waits for a copy of at most 1 MiB.

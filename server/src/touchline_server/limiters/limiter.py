@@ -9,16 +9,16 @@ class RateLimiter(Protocol):
     """Holds a table's adds and batches in proportion. Thread-safe; no method blocks.
 
     Both sides *reserve* before they act, and then report how it ended. What is reserved counts as if it had been added or delivered, so
-    that neither several callers at once nor batches that are made ahead pass the limit. Each reservation ends in exactly one report:
+    that neither concurrent callers nor batches that are made ahead pass the limit. Each reservation ends in exactly one report:
 
         reserve_insert      → inserted, or cancel_insert (a refused episode, a duplicate, a call that ended)
-        reserve_batches     → delivered, or cancel_batches (not ready, a learner that left)
+        reserve_batches     → delivered, or cancel_batches (not ready, a learner that disconnected)
 
     A batch is *delivered* when its learner has it: the answer to ``Sample`` was made, a frame of a stream was written, a slot of a ring
     was freed. Batches that were only drawn ahead are not.
 
-    Whoever is refused waits for the table's change signal and asks again; in process there may be nobody else to change anything, so the
-    call fails instead. A limiter calls the table's change signal when a report may let others go on.
+    A caller that gets nothing waits for the table to change and asks again. In process no other thread may be there to change it, so the
+    call fails instead. A limiter notifies the table's subscribers when a report may allow more to waiting callers.
     """
 
     def reserve_insert(self, steps: int) -> bool:

@@ -61,7 +61,7 @@ class EligibleEpisodes:
         self._queue.append(entry)
 
     def evict(self, entry: Entry) -> None:
-        """Forgets the oldest episode if it is this one."""
+        """Removes the oldest episode if it is this one."""
         if len(self._queue) and self._queue.oldest[ID] == entry[ID]:
             self._queue.drop_oldest()
             self._head += 1
@@ -71,7 +71,7 @@ class EligibilityIndex:
     """The eligible episodes for each horizon in use, shared by all laws that need them. Fed like a selector; not thread-safe.
 
     Args:
-        stored: all stored episodes. Whoever changes them feeds the change to this index as well.
+        stored: the queue of all stored episodes. Their owner feeds every change to this index as well.
     """
 
     def __init__(self, stored: EntryQueue) -> None:
@@ -92,15 +92,15 @@ class EligibilityIndex:
         return eligible
 
     def append(self, entry: Entry) -> None:
-        """Takes in the newest episode."""
+        """Adds the newest episode."""
         for eligible in self._by_horizon.values():
             eligible.append(entry)
 
     def evict(self, entry: Entry) -> None:
-        """Forgets the oldest episode."""
+        """Removes the oldest episode."""
         for eligible in self._by_horizon.values():
             eligible.evict(entry)
 
     def clear(self) -> None:
-        """Forgets all episodes."""
+        """Removes all episodes."""
         self._by_horizon.clear()

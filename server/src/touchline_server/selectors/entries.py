@@ -52,11 +52,11 @@ class EntryQueue:
         self._tail += 1
 
     def drop_oldest(self) -> None:
-        """Forgets the oldest entry."""
+        """Removes the oldest entry."""
         self._head += 1
 
     def clear(self) -> None:
-        """Forgets all entries."""
+        """Removes all entries."""
         self._head = self._tail = 0
 
 

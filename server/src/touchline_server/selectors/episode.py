@@ -20,7 +20,7 @@ class EpisodeSelector(Selector):
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:
         """See :meth:`Selector.draw`."""
         eligible = self._eligible.at(horizon)
-        # [batches, 2, B]: so a batch takes the same numbers from the generator whether it is drawn alone or with others.
+        # [batches, 2, B]: so a batch takes the same numbers from the generator whether it is drawn by itself or with others.
         uniform = rng.random((batches, 2, batch_size))
         chosen = (uniform[:, 0].reshape(-1) * len(eligible)).astype(np.int64)
         entries = eligible.entries.take(chosen, axis=0)

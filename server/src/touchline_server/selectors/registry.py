@@ -31,7 +31,7 @@ class Selectors:
     """The selectors of one table: made on the first use of their law, and fed from then on. Not thread-safe, as a selector.
 
     Args:
-        stored: all stored episodes. Whoever changes them feeds the change to the selectors, right after it.
+        stored: the queue of all stored episodes. Their owner feeds every change to the selectors, right after it.
     """
 
     def __init__(self, stored: EntryQueue) -> None:
@@ -53,19 +53,19 @@ class Selectors:
         return selector
 
     def append(self, entry: Entry) -> None:
-        """Takes in the newest episode, which ``stored`` has already."""
+        """Adds the newest episode, which ``stored`` has already."""
         self.eligible.append(entry)
         for selector in self._fed:
             selector.append(entry)
 
     def evict(self, entry: Entry) -> None:
-        """Forgets the oldest episode, which ``stored`` has no more."""
+        """Removes the oldest episode, which ``stored`` no longer has."""
         self.eligible.evict(entry)
         for selector in self._fed:
             selector.evict(entry)
 
     def clear(self) -> None:
-        """Forgets all episodes, of which ``stored`` has none any more."""
+        """Removes all episodes; ``stored`` is empty already."""
         self.eligible.clear()
         for selector in self._fed:
             selector.clear()

@@ -35,13 +35,13 @@ class Selector(ABC):
         self._eligible = eligible
 
     def append(self, entry: Entry) -> None:  # noqa: B027  a law without state has nothing to do
-        """Takes in the newest episode, which is visible from now on."""
+        """Adds the newest episode, which is visible from now on."""
 
     def evict(self, entry: Entry) -> None:  # noqa: B027
-        """Forgets the oldest episode. Removal is oldest first by whole episodes, whatever the law: the ring's arithmetic rests on it."""
+        """Removes the oldest episode. Removal is oldest first by whole episodes, whatever the law: the ring's arithmetic rests on it."""
 
     def clear(self) -> None:  # noqa: B027
-        """Forgets all episodes."""
+        """Removes all episodes."""
 
     @abstractmethod
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:

@@ -104,7 +104,7 @@ class RingPool:
             raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into ring.max_ring_bytes, {config.max_ring_bytes}")
         geometry = RingGeometry.of(slots, layout.body_bytes)
         available = available_host_bytes()
-        # Asked beforehand: the kernel does not refuse the memory but kills a process once it is used.
+        # Checked in advance: the kernel does not refuse the memory but kills a process once it is used.
         if geometry.size_bytes > available * MEMORY_SHARE:
             raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
         ring = RingWriter(geometry)
@@ -134,8 +134,8 @@ class RingProducer:
         ring: the ring to fill.
         layout: the layout that the ring was made for. Once batches have another one, the producer ends with SchemaChangedError.
         throttle: holds adds back while the ring has free slots.
-        send: sends a message to the learner; called from the producer's thread, must not block.
-        on_end: called by the producer's thread as its last act, with the error that ended it, or None after :meth:`stop`.
+        send: callback that sends a message to the learner, from the producer's thread; must not block.
+        on_end: callback that the producer's thread calls last, with the error that ended it, or None after :meth:`stop`.
     """
 
     def __init__(

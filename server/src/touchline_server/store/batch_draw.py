@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class BatchDraw:
     """Batches of one table, drawn together and pinned until the end of a ``with`` block.
 
-    Whoever fills messages, slots and tensors goes by this class only, and neither by the store nor by the plan: batches that are mixed
-    from several tables are another class of the same methods, whose parts each gather a range of the slices (``first`` of
+    Code that fills messages, slots and tensors uses this class only, and neither the store nor the plan. Batches that are mixed from
+    several tables are another class with the same methods, whose parts each gather a range of the slices (``first`` of
     :meth:`GatherPlan.gather_into`).
     """
 

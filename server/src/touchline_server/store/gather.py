@@ -4,8 +4,8 @@ Row conventions (a slice has steps 0..H):
     incoming (TD-MPC2): row t holds the observation that the action in row t led to, so action, reward and done are those of steps 1..H.
     outgoing: row t holds the observation and the action taken from it, so they are those of steps 0..H-1.
 
-A gather does not know how large the batch is: it fills a range of the slices of a body, which is somebody else's memory (a message, a
-slot of a ring, tensors). So one batch may come from several tables, each of which fills a range of its own.
+A gather does not know how large the batch is: it fills a range of the slices of a body, memory that the caller
+owns (a message, a slot of a ring, tensors). So one batch may come from several tables, each of which fills a range of its own.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class GatherPlan:
 
         Args:
             slices: drawn.
-            piece: of ``layout(batch_size).chunk_plan()``.
+            piece: a piece of ``layout(batch_size).chunk_plan()``.
             targets: an array for each segment, [rows, *inner]. Nothing but the rows of these slices is written.
             batch_size: B, slices of the whole batch.
             first: slice of the batch at which the drawn ones begin.
@@ -158,7 +158,7 @@ class GatherPlan:
 
             # Two threads may make one each: both work, and the one that is lost goes with its batch.
             self._device_gathers = DeviceGathers(self.outputs)
-        with self._device_gathers.lend(layout, batches[0]) as gather:
+        with self._device_gathers.borrow(layout, batches[0]) as gather:
             gather.run(batches, bodies)
         for slices, body in zip(batches, bodies, strict=True):
             _write_provenance(slices, layout.body_views(body.numpy()), 0)

@@ -33,10 +33,10 @@ class PinnedDraw:
     A writer that evicts waits for pins that are older, so a draw is gathered soon, and released by the thread that gathered it.
 
     Args:
-        batches: in the order in which they were drawn.
+        batches: the batches, in the order of drawing.
         lock: the store's, which :meth:`release` takes.
-        epochs: where the rows are pinned.
-        pin: what ``epochs.pin`` returned.
+        epochs: the store's reader epochs.
+        pin: the pin that ``epochs.pin`` returned.
     """
 
     __slots__ = ("_epochs", "_lock", "_pin", "batches")
@@ -53,7 +53,7 @@ class PinnedDraw:
         return self.batches[0].columns
 
     def release(self) -> None:
-        """Lets the rows be overwritten; once."""
+        """Unpins the rows, which may be overwritten from now on. Must be called once."""
         with self._lock:
             self._epochs.unpin(self._pin)
 

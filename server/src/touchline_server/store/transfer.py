@@ -91,7 +91,7 @@ class DeviceToHostGather:
 
 
 class DeviceGathers:
-    """Lends device-to-host gathers and keeps those that come back for the next batches, as long as their columns live. Thread-safe.
+    """A pool of device-to-host gathers, which keeps idle ones for the next batches as long as their columns live. Thread-safe.
 
     Args:
         outputs: the tensors of a batch.
@@ -102,8 +102,8 @@ class DeviceGathers:
         self._idle: WeakKeyDictionary[Columns, OrderedDict[int, deque[DeviceToHostGather]]] = WeakKeyDictionary()
 
     @contextmanager
-    def lend(self, layout: BatchLayout, slices: DrawnSlices) -> Iterator[DeviceToHostGather]:
-        """Lends a gather for batches like ``slices`` to the calling thread."""
+    def borrow(self, layout: BatchLayout, slices: DrawnSlices) -> Iterator[DeviceToHostGather]:
+        """Returns a gather for batches like ``slices``, for the calling thread only."""
         sizes = self._idle.setdefault(slices.columns, OrderedDict())
         idle = sizes.setdefault(len(slices), deque(maxlen=MAX_IDLE))
         if len(sizes) > MAX_SIZES:

@@ -1,1 +1,1 @@
-"""Tables: a name, a configuration, and a store with its selectors, limiter, seeds and change signal."""
+"""Tables: a name, a configuration, and a store with its selectors, limiter, and seeds."""

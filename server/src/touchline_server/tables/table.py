@@ -46,7 +46,7 @@ class SampleSpec(NamedTuple):
 
 
 class Table:
-    """A named store with its own configuration, selectors, rate limiter, seeds, change signal and, if durable, folder.
+    """A named store with its own configuration, selectors, rate limiter, seeds, subscribers and, if durable, folder.
 
     Tables share nothing: adding to one never waits for another. Every method may be called from any thread.
 
@@ -64,7 +64,7 @@ class Table:
         self.store = EpisodeStore(config)
         """The stored episodes."""
         self.limiter = limiter
-        """The rate limit. Streams, calls and adds ask it; nobody else does."""
+        """The rate limit, which streams, calls and adds ask."""
         self.seeds = SeedSource(config.sampling.seed)
         """The random generators of this table's streams of batches."""
         self.restored = not config.storage.data_dir
@@ -135,7 +135,7 @@ class Table:
         """Stores one episode, whole or not at all, and waits for the disk. Its arrays are copied.
 
         Raises:
-            OverLimitError: the rate limit does not allow it now. There may be nobody else who could change that, so this does not wait.
+            OverLimitError: the rate limit does not allow it now. No other thread may be there to change that, so this does not wait.
         """
         self.check_restored()
         if not self.limiter.reserve_insert(episode.length):
@@ -181,7 +181,7 @@ class Table:
     def draw(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> BatchDraw:
         """Draws batches, and pins them until the end of a ``with`` block, in which they are gathered.
 
-        The rate limit is not asked: whoever hands the batches over does that.
+        The rate limit is not asked: the caller that hands the batches over asks it.
 
         Args:
             spec: what to draw.

@@ -1,1 +1,1 @@
-"""The store as a ``torchrl.data.ReplayBuffer``: the one room that knows TorchRL's private state."""
+"""The store as a ``torchrl.data.ReplayBuffer``: the one package that uses TorchRL's private state."""

@@ -1,6 +1,6 @@
-"""TorchRL's face of the store: a writer and a sampler that make it a regular ``torchrl.data.ReplayBuffer``.
+"""A writer and a sampler that make the store a regular ``torchrl.data.ReplayBuffer``.
 
-The hot path does not go this way: indexing a TensorDict alone costs several times the gather.
+Batches for learners do not go this way: indexing a TensorDict costs several times the gather itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from touchline_server.torchrl.internals import adopt, exclude_writes, make_stora
 class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
     """Writes whole episodes into the ring and evicts whole ones, where TorchRL's round robin overwrites row by row.
 
-    Everything goes through the store, so TorchRL also sees the episodes that come by other ways.
+    Everything goes through the store, so TorchRL also sees the episodes that are added elsewhere.
     """
 
     def __init__(self, store: EpisodeStore) -> None:
@@ -68,7 +68,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         """Stores whole episodes.
 
         Args:
-            data: a TensorDict of shape [rows]: one episode, or several told apart by an ``episode`` column, which is not stored.
+            data: a TensorDict of shape [rows]: one episode, or several that an ``episode`` column distinguishes, which is not stored.
 
         Returns:
             The rows that they occupy, [rows] int64.
@@ -128,8 +128,8 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         """Returns the rows of ``batch_size // slice_len`` slices, one slice after the other, and where each row came from.
 
         Args:
-            storage: the store's.
-            batch_size: rows, a multiple of the slice's length.
+            storage: the storage of the store's columns.
+            batch_size: number of rows, a multiple of the slice's length.
 
         Raises:
             NotReadyError: no episode is long enough.
@@ -158,8 +158,8 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
 class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     """TorchRL's buffer over the store.
 
-    While it samples, extends or empties it holds the store's write lock: TorchRL gathers after its sampler has drawn, and nothing else
-    would keep the rows from being overwritten in between.
+    It holds the store's write lock while it samples, extends or empties: TorchRL gathers after its sampler has drawn, and without the
+    lock the rows could be overwritten in between.
     """
 
     def __init__(self, store: EpisodeStore, *, sampler: EpisodeSliceSampler, batch_size: int) -> None:
@@ -168,7 +168,7 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
         exclude_writes(self, store.writes.lock)
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Forgets every episode and the schema, as ``clear`` does, and TorchRL's count of written rows unless told otherwise."""
+        """Evicts all episodes and forgets the schema, as ``clear`` does; also resets TorchRL's count of written rows unless told not to."""
         with self._episodes.writes.lock:
             super().empty(empty_write_count)
 

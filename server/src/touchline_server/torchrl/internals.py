@@ -20,7 +20,7 @@ def make_storage(capacity: int) -> Storage:
 
 
 def adopt(storage: Storage, columns: Mapping[str, torch.Tensor]) -> None:
-    """Has a storage hold these columns, [capacity, ...] by dotted name, instead of allocating its own."""
+    """Makes a storage hold these columns, [capacity, ...] by dotted name, instead of allocating its own."""
     device = next(iter(columns.values())).device
     nested = {tuple(name.split(".")): column for name, column in columns.items()}
     storage._storage = TensorDict(nested, [storage.max_size], device=device)
@@ -29,14 +29,14 @@ def adopt(storage: Storage, columns: Mapping[str, torch.Tensor]) -> None:
 
 
 def note_written(storage: Storage, rows: np.ndarray) -> None:
-    """Tells a storage that these rows, [n] int64 in order of time, were written behind its back."""
+    """Records in a storage that these rows, [n] int64 in order of time, were written past it."""
     storage._len = max(storage._len, int(rows.max()) + 1)
     storage._set_last_cursor(int(rows[-1]))
     storage._bump_mutation_revision()
 
 
 def release(storage: Storage) -> None:
-    """Puts a storage back to before its first write; it lets go of the columns."""
+    """Resets a storage to before its first write; it releases the columns."""
     storage._storage = None
     storage.initialized = False
     storage._storage_keys = None
@@ -47,5 +47,5 @@ def release(storage: Storage) -> None:
 
 
 def exclude_writes(buffer: ReplayBuffer, lock: AbstractContextManager[bool]) -> None:
-    """Has a buffer hold ``lock``, which must be reentrant, while it samples or extends."""
+    """Makes a buffer hold ``lock``, which must be reentrant, while it samples or extends."""
     buffer._write_lock = lock

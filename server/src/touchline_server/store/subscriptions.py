@@ -1,12 +1,12 @@
-"""Word of changes to whoever waits for them."""
+"""Listeners that are called after changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 
-class ChangeSignal:
-    """Calls its listeners after every change of what a table holds or allows. Thread-safe."""
+class Subscriptions:
+    """The listeners to changes of what a table holds or allows. Thread-safe."""
 
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[], None], ...] = ()
