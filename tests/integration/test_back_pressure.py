@@ -20,9 +20,9 @@ from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import errors as server_errors
-from touchline_server.service.admission import MAX_HEALTH_WATCHES, STANDARD_SHARE
 from touchline_server.service.batch_framer import BatchFramer
-from touchline_server.service.budgets import HEALTH_QUESTIONS
+from touchline_server.service.budgets import HEALTH_MESSAGES, ByteBudget
+from touchline_server.service.call_counters import MAX_HEALTH_WATCHES, STANDARD_SHARE
 
 OVER_LIMIT = (grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", "1000")
 MIB = 1 << 20
@@ -50,22 +50,26 @@ class OpenCall:
 
 
 def budgets(server: Any) -> Any:
-    return server._server.budgets
+    return server._server.parts.budgets
+
+
+def all_budgets(server: Any) -> list[ByteBudget]:
+    return [budget for budget in vars(budgets(server)).values() if isinstance(budget, ByteBudget)]
 
 
 def in_use(server: Any) -> int:
-    return sum(budget.used for budget in budgets(server))
+    return sum(budget.used for budget in all_budgets(server))
 
 
 def impatient(server: Any) -> None:
     """Makes every budget refuse immediately instead of waiting."""
-    for budget in budgets(server):
+    for budget in all_budgets(server):
         budget._wait_s = 0.0
 
 
 def patient(server: Any) -> None:
     """Makes every budget wait indefinitely instead of refusing."""
-    for budget in budgets(server):
+    for budget in all_budgets(server):
         budget._wait_s = DEADLINE_S
 
 
@@ -87,7 +91,7 @@ def big_episode() -> Episode:
 def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers() -> None:
     with serving(limits={"max_calls": 2}) as (server, caller), Caller(server.address) as other:
         waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600)) for _ in range(2)]
-        count = server._server.admission._calls
+        count = server._server.parts.calls.replay
         eventually(lambda: count.now == 2, "two calls wait")
 
         refusal = refused(other.counts)
@@ -179,7 +183,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
             for call in left:
                 call.send(message)
             eventually(lambda: in_use(server) == 4 * len(message), "four messages are in the server")
-            waiting = server._server._service._adding._work_queue
+            waiting = server._server.parts.add_pool._work_queue
             eventually(lambda: waiting.qsize() == 3, "the thread has begun with one")
             for call in left:
                 call.cancel()
@@ -269,16 +273,16 @@ def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_ot
     never: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving())
-        callers = [stack.enter_context(Caller(server.address)) for _ in range(HEALTH_QUESTIONS)]
+        callers = [stack.enter_context(Caller(server.address)) for _ in range(HEALTH_MESSAGES)]
         asked = other.channel.unary_unary(check).future
         health = budgets(server).health
         # All of them have asked, in this order, before the first gets its bytes: so they hold them together, however slow the machine.
         health._wait_s = DEADLINE_S
         assert health.try_reserve(health.total)
         calls = [caller.channel.stream_unary(check).future(iter(never.get, None), timeout=DEADLINE_S) for caller in callers]
-        eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS, "all of them wait for bytes")
+        eventually(lambda: len(health._waiters) == HEALTH_MESSAGES, "all of them wait for bytes")
         answer = asked(b"", timeout=DEADLINE_S)
-        eventually(lambda: len(health._waiters) == HEALTH_QUESTIONS + 1, "who asks waits behind them")
+        eventually(lambda: len(health._waiters) == HEALTH_MESSAGES + 1, "who asks waits behind them")
 
         server._loop.call_soon_threadsafe(health.release, health.total)
 
@@ -299,7 +303,7 @@ FOUR_MESSAGES = ONE_MESSAGE | {"max_receive_bytes": 8 * MIB}
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Info"])
 def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: str) -> None:
     with serving(limits=FOUR_MESSAGES) as (server, caller), Caller(server.address) as other:
-        budget = budgets(server).messages if method in ("AddEpisode", "LoadEpisodes") else budgets(server).questions
+        budget = budgets(server).messages if method in ("AddEpisode", "LoadEpisodes") else budgets(server).control
         idle = [OpenCall(caller, method) for _ in range(8)]
         eventually(lambda: budget.used >= budget.total // 4, "the connection has its share")
 
@@ -315,7 +319,7 @@ def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
 def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
+    monkeypatch.setattr("touchline_server.service.receiver.POLL_INTERVAL_S", 0.05)
     with contextlib.ExitStack() as stack:
         server, other = stack.enter_context(serving(limits=FOUR_MESSAGES))
         patient(server)
@@ -340,7 +344,7 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
 
 def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("touchline_server.service.receiver.LOOK_S", 0.05)
+    monkeypatch.setattr("touchline_server.service.receiver.POLL_INTERVAL_S", 0.05)
     monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_UPLOAD_BYTES_PER_S", 1 << 40)
     header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 8)
     with contextlib.ExitStack() as stack:
@@ -349,7 +353,7 @@ def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_r
         idle = [OpenCall(stack.enter_context(Caller(server.address)), "LoadEpisodes") for _ in range(4)]
         for call in idle:
             call.send(header)
-        eventually(lambda: budgets(server).assembling.used == 4 * big_episode().size_bytes, "announced episodes use up the budget")
+        eventually(lambda: budgets(server).uploads.used == 4 * big_episode().size_bytes, "announced episodes use up the budget")
 
         honest = OpenCall(other, "LoadEpisodes")
         honest.send(header, *chunks)
@@ -373,10 +377,10 @@ def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_ba
         first = OpenCall(caller, "LoadEpisodes")
         first.send(header)
         announced = big_episode().size_bytes
-        eventually(lambda: budgets(server).assembling.used == announced, "the announced episode has its reservation")
+        eventually(lambda: budgets(server).uploads.used == announced, "the announced episode has its reservation")
         # The stream that waits for chunks also holds bytes for their messages until they arrive.
         first.send(*chunks)
-        eventually(lambda: budgets(server).assembling.used == 0, "the whole episode is stored")
+        eventually(lambda: budgets(server).uploads.used == 0, "the whole episode is stored")
         first.end()
         assert pb.LoadEpisodesResponse.FromString(first.call.result()).counts.episodes_stored == 1
         assert in_use(server) == 0
@@ -392,7 +396,7 @@ def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call
         for holder in holders:
             holder.send(header)
         announced = big_episode().size_bytes
-        eventually(lambda: budgets(server).assembling.used == 2 * announced, "two are announced")
+        eventually(lambda: budgets(server).uploads.used == 2 * announced, "two are announced")
         third = OpenCall(caller, "LoadEpisodes")
         third.send(header)
 
@@ -453,7 +457,7 @@ def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_roo
                 waits.append(delay_s)
                 if not taken.is_set():
                     taken.set()
-                    server._server._service._changes._loop.call_soon_threadsafe(budgets(server).sending.release, 2 * MIB)
+                    server._loop.call_soon_threadsafe(budgets(server).sending.release, 2 * MIB)
                 return False
 
             batches._source._closed.wait = wait  # type: ignore[attr-defined, method-assign]
@@ -527,13 +531,13 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
             actor = OpenCall(silent, "LoadEpisodes")
             actor.send(header)
             waiting = silent.stub.Ready.future(pb.ReadyRequest(min_steps=2_000, wait_s=600))
-            service, admission = server._server._service, server._server.admission
-            eventually(lambda: service._streams == 2 and admission._calls.now == 3, "three calls are in progress")
-            eventually(lambda: budgets(server).assembling.used > 0 and budgets(server).sending.used > 0, "they hold reservations")
+            calls = server._server.parts.calls
+            eventually(lambda: calls.streams.now == 2 and calls.replay.now == 3, "three calls are in progress")
+            eventually(lambda: budgets(server).uploads.used > 0 and budgets(server).sending.used > 0, "they hold reservations")
 
             proxy.pause()
 
-            eventually(lambda: service._streams == 0 and admission._calls.now == 0, "the calls are given up")
+            eventually(lambda: calls.streams.now == 0 and calls.replay.now == 0, "the calls are given up")
             eventually(lambda: in_use(server) == 0, "what they held is free")
             learner.cancel()
             actor.cancel()
@@ -545,7 +549,7 @@ def test_client_that_stays_over_a_limit_says_so_in_the_end(monkeypatch: pytest.M
     monkeypatch.setattr(server_errors.OverLimitError, "retry_after_s", 60.0)  # longer than the client tries
     with serving(limits={"max_calls": 1}) as (server, caller):
         waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600))
-        eventually(lambda: server._server.admission._calls.now == 1, "one call waits")
+        eventually(lambda: server._server.parts.calls.replay.now == 1, "one call waits")
 
         with ReplayClient(server.address, timeout_s=30.0) as client, pytest.raises(OverLimitError, match=r"limits\.max_calls") as caught:
             client.info()

@@ -22,6 +22,7 @@ from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.shm.ring import shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.app import ServerThread
+from touchline_server.service.budgets import ByteBudget
 
 CALLS = 400
 AT_ONCE = 16
@@ -149,26 +150,27 @@ def break_many_off(address: str, seed: int, calls: int) -> set[str]:
         return {break_off(caller, random, requests) for _ in range(calls)}
 
 
+def budgets_of(parts: Any) -> list[tuple[str, ByteBudget]]:
+    found = [(name, budget) for name, budget in vars(parts.budgets).items() if isinstance(budget, ByteBudget)]
+    assert len(found) == 6
+    return found
+
+
 def held_by(server: ServerThread) -> dict[str, Any]:
     """What a server holds at this moment that is not nothing, by name."""
-    inner: Any = server._server
-    service, admission, budgets = inner._service, inner.admission, inner.budgets
-    receptions = service._receptions
-    found = {f"budgets[{number}]": (budget.used, budget.wanted) for number, budget in enumerate(budgets)}
-    found |= {f"receptions.{name}": getattr(receptions, name).leaving for name in ("messages", "questions", "health")}
-    found |= {name: getattr(admission, name).now for name in ("_calls", "_health_calls", "_health_watches")}
+    parts: Any = server._server.parts  # type: ignore[attr-defined]
+    found: dict[str, Any] = {f"budgets.{name}": (budget.used, budget.has_waiters) for name, budget in budgets_of(parts)}
+    found |= {f"readers.{name}": getattr(parts.readers, name).evictions for name in ("messages", "control", "health", "reflection")}
+    found |= {f"calls.{name}": counter.now for name, counter in vars(parts.calls).items()}
     found |= {
-        "calls": service._calls,
-        "streams": service._streams,
-        "rings": service._rings._rings,
-        "guarded from the drain": len(service._drain._blocks),
-        "waiters": len(service._changes._waiters),
-        "reading": service._reading.locked(),
-        "hungry": len(service._gate._hungry),
-        "turn": service._gate._turn.locked(),
+        "rings": parts.rings._rings,
+        "blocks to cancel on drain": len(parts.drain._blocks),
+        "waiters": len(parts.changes._waiters),
+        "waiting samplers": len(parts.throttle._waiting_samplers),
+        "turn": parts.throttle._turn.locked(),
         "pins": server.buffer.store._ring.epochs.active,
         "writing": not server.buffer.store.writes.lock.acquire(blocking=False) or server.buffer.store.writes.lock.release(),
-        "work": service._adding._work_queue.qsize() + service._sampling._work_queue.qsize(),
+        "work": parts.add_pool._work_queue.qsize() + parts.sample_pool._work_queue.qsize(),
         "rings' threads": sum(thread.name == "touchline-ring" for thread in threading.enumerate()),
     }
     return {name: value for name, value in found.items() if value not in (None, 0, False, (0, False))}

@@ -20,7 +20,7 @@ from touchline_protos.codec import encode_load
 from touchline_protos.shm.ring import shared_memory_id
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config
-from touchline_server.service import service
+from touchline_server.service import add_calls
 from touchline_server.service.app import ServerThread
 
 FOR_EVER_S = 3600.0
@@ -52,8 +52,7 @@ class Served:
 
     def __enter__(self) -> Self:
         self.server.__enter__()
-        self.inner: Any = self.server._server
-        self.service = self.inner._service
+        self.parts: Any = self.server._server.parts
         self.caller = Caller(self.server.address)
         return self
 
@@ -71,7 +70,7 @@ class Served:
         """Stops the server while the block runs."""
         thread = threading.Thread(target=self.stop)
         thread.start()
-        eventually(lambda: self.service._drain.begun, "it drains")
+        eventually(lambda: self.parts.drain.begun, "it drains")
         yield
         thread.join()
 
@@ -92,7 +91,7 @@ def test_load_that_says_nothing_more_is_told_to_come_again(episodes: int) -> Non
         for number in range(episodes):
             load.send(*encode_load(make_episode(20, key=key(number)), chunk_bytes=200))
         store = served.server.buffer.store
-        eventually(lambda: store.counts().episodes_stored == episodes and served.service._streams == 1, "it is in progress")
+        eventually(lambda: store.counts().episodes_stored == episodes and served.parts.calls.streams.now == 1, "it is in progress")
 
         served.stop()
 
@@ -101,16 +100,16 @@ def test_load_that_says_nothing_more_is_told_to_come_again(episodes: int) -> Non
 
 
 def test_load_in_the_middle_of_an_episode_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "LOAD_REST_S", 0.0)
+    monkeypatch.setattr(add_calls, "LOAD_GRACE_S", 0.0)
     with serving() as served:
         load, (header, first, *others) = Load(served.caller), encode_load(make_episode(20, key=key(0)), chunk_bytes=100)
         load.send(header, first)
-        eventually(lambda: served.inner.budgets.assembling.used > 0, "an episode is announced")
+        eventually(lambda: served.parts.budgets.uploads.used > 0, "an episode is announced")
 
         with served.stopping():
             assert end_of(refused(served.caller.add, make_episode())) == DRAINING
             assert not load.call.done()
-            monkeypatch.setattr(service, "LOAD_REST_S", FOR_EVER_S)  # for its end, which comes behind the episode
+            monkeypatch.setattr(add_calls, "LOAD_GRACE_S", FOR_EVER_S)  # for its end, which comes behind the episode
             load.send(*others)
             load.end()
 
@@ -168,7 +167,7 @@ def test_sampling_stream_that_waits_for_its_learner_is_told_to_come_again(open_s
     with serving() as served:
         served.caller.add(make_episode())
         stream = open_stream(served.caller)
-        eventually(lambda: served.service._streams == 1, "the stream is in progress")
+        eventually(lambda: served.parts.calls.streams.now == 1, "the stream is in progress")
 
         served.stop()
 
@@ -184,12 +183,12 @@ def test_peers_that_do_not_read_hold_nobody_up() -> None:
         next(stream.call)
         episodes = reader.channel.unary_stream(SERVICE + "GetEpisodes")(b"", timeout=DEADLINE_S)
         next(episodes)
-        sending = served.inner.budgets.sending
-        eventually(lambda: sending.used > 0 and served.service._streams == 2, "both are written to")
+        sending = served.parts.budgets.sending
+        eventually(lambda: sending.used > 0 and served.parts.calls.streams.now == 2, "both are written to")
 
         served.stop()
 
-        assert (served.service._streams, sending.used) == (0, 0)
+        assert (served.parts.calls.streams.now, sending.used) == (0, 0)
         stream.cancel()
         episodes.cancel()
 

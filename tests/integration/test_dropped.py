@@ -55,11 +55,11 @@ def sockets() -> int:
 
 
 def streams_of(server: ServerThread) -> int:
-    return int(server._server._service._streams)
+    return int(server._server.parts.calls.streams.now)
 
 
 def rings_of(server: ServerThread) -> int:
-    return int(server._server._service._rings._rings)
+    return int(server._server.parts.rings._rings)
 
 
 def maps() -> int:

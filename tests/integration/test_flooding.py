@@ -17,7 +17,8 @@ from touchline import ReplayClient
 from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.access import ROLES_OF
-from touchline_server.service.admission import MAX_HEALTH_CALLS, MAX_STANDARD_BYTES, STANDARD_SHARE
+from touchline_server.service.admission import MAX_STANDARD_BYTES
+from touchline_server.service.call_counters import MAX_HEALTH_CALLS, STANDARD_SHARE
 
 MIB = 1 << 20
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
@@ -32,7 +33,7 @@ GROWTH_BYTES = 96 * MIB
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     limits = {"MAX_RECEIVE_BYTES": str(32 * MIB), "MAX_MESSAGE_BYTES": str(16 * MIB), "MAX_EPISODE_BYTES": str(16 * MIB)}
-    variables = {f"TOUCHLINE_SERVER__{name}": value for name, value in limits.items()}
+    variables = {f"TOUCHLINE_LIMITS__{name}": value for name, value in limits.items()}
     with ServerProcess(tmp_path_factory.mktemp("flooded"), **variables) as process:
         yield process
 
@@ -122,8 +123,9 @@ def test_call_that_sends_no_message_is_ended_and_its_place_is_free(monkeypatch: 
 
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
         assert refusal.details == "no message within 0.2 s, expected one"
-        admission = server._server.admission
-        eventually(lambda: not admission.calls_now, "its place is free")
+        calls = server._server.parts.calls
+        counters = (calls.replay, calls.health, calls.health_watches, calls.reflection)
+        eventually(lambda: not any(counter.now for counter in counters), "its place is free")
         never.put(None)
 
 

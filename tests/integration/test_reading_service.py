@@ -138,7 +138,7 @@ def test_stopping_server_ends_the_reading_with_draining() -> None:
         server.buffer.add_episode(make_episode(1_900))
         call = get(caller, max_frame_bytes=4096)
         next(call)
-        server._loop.call_soon_threadsafe(server._server._service.drain)
+        server._loop.call_soon_threadsafe(server._server.parts.drain.begin)
 
         refusal = refused(lambda: list(call))
 

@@ -88,7 +88,7 @@ def test_serve_on_a_socket_in_no_folder_exits_1_and_says_so(tmp_path: Path) -> N
     result = run("serve", "--unix-socket", str(tmp_path / "none" / "s"))
 
     assert (result.returncode, result.stdout) == (1, "")
-    assert f"touchline-server: cannot listen on unix:{tmp_path}/none/s: its folder is not there or not writable" in result.stderr
+    assert f"touchline-server: cannot listen on unix:{tmp_path}/none/s: its folder does not exist or is not writable" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -310,7 +310,7 @@ def test_garbage_for_a_message_is_an_invalid_argument(served: Served, method: st
     refusal = refused(caller.raw, method, b"\xff" * 9)
 
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid-argument")
-    assert refusal.details == f"9 bytes that are no message, expected one of type {method}Request"
+    assert refusal.details == f"9 bytes that are not a message, expected one of type {method}Request"
     assert caller.counts().episodes_stored == 1
 
 

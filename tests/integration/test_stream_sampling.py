@@ -93,7 +93,7 @@ def test_stream_refuses_credits_out_of_range_at_its_opening(filled: Served, cred
     refusal = refused(caller.stream().open(credits=credits).rest)
 
     assert (refusal.code, refusal.reason) == INVALID
-    assert f"credits: {credits} more on top of 0, expected 0 or more and at most 1048576 in all" in refusal.details
+    assert f"credits: {credits} more on top of 0, expected 0 or more and at most 1048576 in total" in refusal.details
 
 
 @pytest.mark.parametrize("credits", [-1, 1 << 20, (1 << 31) - 1])
@@ -367,7 +367,7 @@ def test_failure_to_write_to_a_learner_that_is_there_is_told_and_logged(
         raise cygrpc.ExecuteBatchError("for whatever reason")
 
     monkeypatch.setattr(SampleSession, "_write", write)
-    monkeypatch.setattr(service_module, "LEAVING_S", 0.0)
+    monkeypatch.setattr(service_module, "DISCONNECT_S", 0.0)
     with serving() as (_, caller):
         fill(caller)
         refusal = refused(caller.stream().open(credits=3).rest)
@@ -396,7 +396,7 @@ PADDING = len_field(100, bytes(1 << 16))
     [
         (pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=1)).SerializeToString(), "expected it to open the stream"),
         (b"", "expected it to open the stream"),
-        (b"\xff" * 5, "5 bytes that are no message, expected one of type SampleStreamRequest"),
+        (b"\xff" * 5, "5 bytes that are not a message, expected one of type SampleStreamRequest"),
         (OPENING + PADDING, "expected at most 65536"),
     ],
     ids=["credits", "empty", "garbage", "padded"],
@@ -416,7 +416,7 @@ def test_stream_with_a_bad_first_message_is_refused(filled: Served, first: bytes
     ("message", "words"),
     [
         (pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString(), "opened twice"),
-        (b"\xff" * 5, "5 bytes that are no message"),
+        (b"\xff" * 5, "5 bytes that are not a message"),
         (pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=0)).SerializeToString() + PADDING, "expected at most 65536"),
     ],
     ids=["open", "garbage", "padded"],
@@ -455,7 +455,7 @@ def test_streams_above_max_streams_are_refused_until_one_ends() -> None:
         streams[0].rest()
 
         assert (refusal.code, refusal.reason) == OVER_LIMIT
-        assert "3 streams are open, expected at most limits.max_streams" in refusal.details
+        assert "3 streams are in progress, the limit of limits.max_streams" in refusal.details
         assert len(read_all(caller, 1)[0]) == 1
 
 

@@ -30,8 +30,8 @@ from touchline_protos.codec import (
 from touchline_protos.codec.download import EpisodeDecoder
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import Config, ReplayBuffer, ReplayError
-from touchline_server.service.budgets import Budgets
-from touchline_server.service.receiver import MessageReaders
+from touchline_server.service.app import build_parts
+from touchline_server.service.parts import ServiceParts
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.store.inserts import Stored
 
@@ -440,6 +440,9 @@ class _Learner:
                 self.granted += request.open.credits + request.credit.batches
             yield message
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
@@ -473,15 +476,15 @@ class FuzzedSessions:
         rows = {"obs": np.zeros((20, 2), np.float32), "action": np.zeros((20, 1), np.float32), "reward": np.zeros(20, np.float32)}
         buffer.add(rows, actor="arm")
         self._loop = asyncio.new_event_loop()
-        self._service = self._loop.run_until_complete(self._serve(buffer))
+        self._parts = self._loop.run_until_complete(self._build(config, buffer))
         details = SimpleNamespace(method=f"/{SERVICE_NAME}/SampleStream", invocation_metadata=())
-        self._method: Any = self._service.handlers().service(details)
+        self._method: Any = ReplayService(self._parts).handlers().service(details)
 
     def __enter__(self) -> FuzzedSessions:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._service.close()
+        self._parts.close()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
@@ -490,9 +493,8 @@ class FuzzedSessions:
         return self._loop.run_until_complete(self._run(unframe(data)))
 
     @staticmethod
-    async def _serve(buffer: ReplayBuffer) -> ReplayService:
-        budgets = Budgets(buffer.config.limits)
-        return ReplayService(buffer, budgets, MessageReaders(budgets, buffer.config.limits))
+    async def _build(config: Config, buffer: ReplayBuffer) -> ServiceParts:
+        return build_parts(config, buffer)
 
     async def _run(self, messages: list[bytes]) -> bool:
         learner = _Learner(messages)

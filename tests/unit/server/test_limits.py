@@ -88,7 +88,7 @@ def test_budget_without_room_in_time_says_so_with_a_delay_and_takes_nothing() ->
 
 def test_budget_is_never_enough_for_more_than_it_has() -> None:
     async def test() -> None:
-        with pytest.raises(TooLargeError, match=r"101 bytes at a time, expected at most 100; see limits\.max_receive_bytes"):
+        with pytest.raises(TooLargeError, match=r"101 bytes at once, expected at most 100; see limits\.max_receive_bytes"):
             await budget().reserve(101)
 
     run(test)
@@ -136,7 +136,7 @@ def test_waiter_that_left_but_had_no_turn_yet_is_passed_over() -> None:
             await first
         await second
         assert lender.used == 30
-        assert not lender.wanted
+        assert not lender.has_waiters
 
     run(test)
 
@@ -156,7 +156,7 @@ STEPS = st.lists(
 def test_whatever_comes_and_goes_nothing_is_lent_twice_or_kept(steps: list[tuple[str, int]], share: int) -> None:
     async def test() -> None:
         total = budget()
-        lender = total.part(share) if share < total.total else total
+        lender = total.sub_budget(share) if share < total.total else total
         held: list[int] = []
         waiting: list[asyncio.Task[None]] = []
 
@@ -186,7 +186,7 @@ def test_whatever_comes_and_goes_nothing_is_lent_twice_or_kept(steps: list[tuple
         for size in held:
             lender.release(size)
         assert lender.used == total.used == 0
-        assert not lender.wanted
+        assert not lender.has_waiters
 
     run(test)
 

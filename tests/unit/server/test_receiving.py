@@ -43,7 +43,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every message is late at once, and looks whether its room is wanted in each turn of the loop."""
     monkeypatch.setattr(receiving, "RECEIVE_TIMEOUT_S", 0.0)
     monkeypatch.setattr(receiving, "SLOWEST_UPLOAD_BYTES_PER_S", 1 << 50)
-    monkeypatch.setattr(receiving, "LOOK_S", 0.0)
+    monkeypatch.setattr(receiving, "POLL_INTERVAL_S", 0.0)
 
 
 def run(test: Callable[[], Awaitable[Any]]) -> Any:
@@ -86,7 +86,7 @@ class Message(bytearray):
 @pytest.mark.parametrize("late", [False, True])
 def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the garbage collector."""
-    monkeypatch.setattr(receiving, "LOOK_S", 0.0)
+    monkeypatch.setattr(receiving, "POLL_INTERVAL_S", 0.0)
     kept: list[weakref.ref[Message]] = []
     come = asyncio.Event()
 
@@ -100,7 +100,7 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
     async def test() -> None:
         call = requests()
         reception = MessageReader(lender(1), SIZE)
-        receiving = asyncio.ensure_future(reception.receive(call, "ipv4:1", within_s=0.0 if late else 30.0))
+        receiving = asyncio.ensure_future(reception.receive(call, "ipv4:1", timeout_s=0.0 if late else 30.0))
         if late:
             with pytest.raises(InvalidArgumentError, match="no message within 0 s"):
                 await receiving
@@ -136,7 +136,7 @@ def test_late_message_is_waited_for_while_nobody_wants_its_room_and_no_longer() 
 
         other.send(b"here")
         wanting = asyncio.ensure_future(reception.receive(aiter(other), "ipv4:2"))
-        with pytest.raises(OverLimitError, match="did not come in time"):
+        with pytest.raises(OverLimitError, match="did not arrive in time"):
             await late
 
         # Until its call has ended, what it is to be written into may be written into: its room is not another's.
@@ -208,8 +208,8 @@ def test_connection_gets_its_share_and_what_it_wants_more_waits_for_itself_alone
         await one.reserve(2 * SIZE)
         waiting = asyncio.ensure_future(one.reserve(SIZE))
         await settle()
-        assert one.wanted
-        assert not other.wanted
+        assert one.has_waiters
+        assert not other.has_waiters
         assert other.try_reserve(2 * SIZE)
         assert budget.used == 4 * SIZE
         one.release(SIZE)
@@ -229,11 +229,11 @@ def test_share_that_waits_for_the_whole_gives_up_both_when_it_is_cancelled() -> 
         assert budget.try_reserve(8 * SIZE)
         waiting = asyncio.ensure_future(share.reserve(SIZE))
         await settle()
-        assert share.wanted
+        assert share.has_waiters
         waiting.cancel()
         await settle()
         assert (share.used, budget.used) == (0, 8 * SIZE)
-        assert not share.wanted
+        assert not share.has_waiters
 
     run(test)
 

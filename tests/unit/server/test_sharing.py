@@ -52,7 +52,7 @@ def test_gate_with_hungry_learners_leaves_sampling_its_share(clock: Clock, share
                 await gate.admit()
                 clock.now += 0.01 + MESSAGE_COST_S
                 busy += 0.01 + MESSAGE_COST_S
-                gate.charge(0.01)
+                gate.record_cost(0.01)
             await gate.admit()
         assert 1 - busy / (clock.now - begin) == pytest.approx(share, abs=0.02)
 
@@ -63,7 +63,7 @@ def test_gate_without_hungry_learners_lets_adds_pass_at_once(clock: Clock) -> No
     async def test() -> None:
         gate = AddThrottle(0.9)
         with gate.sampler_waiting():
-            gate.charge(10.0)
+            gate.record_cost(10.0)
         await gate.admit()
 
     run(test)
@@ -77,7 +77,7 @@ def test_gate_does_not_have_adds_wait_for_what_passed_while_nobody_was_hungry(cl
         for _ in range(1000):
             await gate.admit()
             clock.now += 0.05
-            gate.charge(0.1)
+            gate.record_cost(0.1)
         with gate.sampler_waiting():
             await gate.admit()
 
@@ -89,7 +89,7 @@ def test_gate_with_share_zero_never_waits(clock: Clock) -> None:
     async def test() -> None:
         gate = AddThrottle(0.0)
         with gate.sampler_waiting():
-            gate.charge(10.0)
+            gate.record_cost(10.0)
             await gate.admit()
 
     run(test)
@@ -102,7 +102,7 @@ def test_gate_does_not_hold_adds_back_for_a_learner_that_does_not_read(clock: Cl
     async def test() -> None:
         gate = AddThrottle(0.9)
         with gate.sampler_waiting():
-            gate.charge(10.0)
+            gate.record_cost(10.0)
             clock.now += STALLED_S + 0.1
             await gate.admit()
             assert clock.slept == []
@@ -119,7 +119,7 @@ def test_gate_lets_every_add_pass_however_many_wait_and_however_hungry_learners_
     async def add(gate: AddThrottle, number: int) -> None:
         await gate.admit()
         clock.now += 0.01
-        gate.charge(0.01)
+        gate.record_cost(0.01)
         passed.append(number)
 
     async def test() -> None:
@@ -138,7 +138,7 @@ def test_gate_stays_hungry_until_the_last_learner_is_served(clock: Clock) -> Non
         with gate.sampler_waiting():
             with gate.sampler_waiting():
                 pass
-            gate.charge(1.0)
+            gate.record_cost(1.0)
             await gate.admit()
 
     run(test)

@@ -1,4 +1,4 @@
-"""Puts the server together and runs it: the one place where buffer, service, health, reflection and sockets meet."""
+"""The composition root: builds the server from buffer, service, health, reflection and sockets, and runs it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,116 +21,105 @@ from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring import sweep_dead_rings
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config.settings import Config
-from touchline_server.service.access import check_exposure, read_access
+from touchline_server.service.access import Access, check_exposure, read_access
 from touchline_server.service.admission import Admission
 from touchline_server.service.budgets import Budgets
+from touchline_server.service.call_counters import CallCounters
+from touchline_server.service.change_notifier import ChangeNotifier
+from touchline_server.service.drain import Drain
 from touchline_server.service.health import HealthService
+from touchline_server.service.ingest import EpisodeIngest
+from touchline_server.service.parts import ServiceParts
 from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.refusal_log import DropUndecodable
+from touchline_server.service.ring_producer import RingPool
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.service.stop_signals import StoppedError, StopSignals
+from touchline_server.service.throttle import AddThrottle
 from touchline_server.service.tls import server_credentials
 from touchline_server.store.memory import keep_freed_memory
 
 logger = get_logger(__name__)
 
 CLOSING_S = 1.0
-"""Time for the last answers to leave. A client that watches the server's health would stay for ever."""
+"""Time for the last answers to be sent. Without a limit, a client that watches the server's health would keep the server from stopping."""
 
+LOOKAHEAD_BYTES = 65_535
+"""Bytes of a call's messages that a peer may send before the server reads them."""
+
+HANDSHAKE_MS = 20_000
+"""Time for a connection to be established, TLS included."""
+
+MIN_PING_INTERVAL_S = 5.0
+"""Shortest interval between two pings of an idle client; one that pings more often is disconnected. Clients of other languages ping every
+10 s at most."""
 
 _DROP_UNDECODABLE = DropUndecodable()
 
 
-LOOKAHEAD_BYTES = 65_535
-"""What a peer may send of a call's messages before they are read."""
-
-
-HANDSHAKE_MS = 20_000
-"""Time that a connection gets to be made."""
-
-
-MIN_PING_INTERVAL_S = 5.0
-"""Shortest time between two pings of a client that has nothing else to say; one that keeps pinging more often is hung up on. Clients of
-other languages ping every 10 s at most."""
-
-
 class AddressInUseError(OSError):
-    """The server cannot listen where it was told to."""
+    """The server cannot listen at the configured address."""
+
+
+def build_parts(config: Config, buffer: ReplayBuffer) -> ServiceParts:
+    """Builds the parts of a service. Call it in the event loop in which the service is to live.
+
+    Instruments (metrics) belong here too: made here, handed on in :class:`ServiceParts`, with a null object if there are none.
+    """
+    budgets = Budgets(config.limits)
+    changes = ChangeNotifier(asyncio.get_running_loop())
+    throttle = AddThrottle(config.server.sample_share)
+    add_pool = ThreadPoolExecutor(config.server.add_workers, thread_name_prefix="touchline-add")
+    return ServiceParts(
+        buffer=buffer,
+        budgets=budgets,
+        readers=MessageReaders(budgets, config.limits),
+        calls=CallCounters(config.limits),
+        changes=changes,
+        drain=Drain(changes.notify),
+        throttle=throttle,
+        ingest=EpisodeIngest(buffer, add_pool, throttle),
+        rings=RingPool(config.ring),
+        add_pool=add_pool,
+        sample_pool=ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample"),
+        unsubscribe=buffer.store.subscribe(changes.notify),
+    )
 
 
 class ReplayServer:
-    """A server on one buffer. Lives in one event loop."""
+    """A server on one buffer. Lives in one event loop.
+
+    Args:
+        config: the configuration; tokens come from ``auth.tokens_file`` and the environment.
+        buffer: the buffer to serve, which stays the caller's; None: a new one, closed by :meth:`stop`.
+
+    Raises:
+        ConfigError: certificates or tokens cannot be used, or tokens would be sent unencrypted.
+    """
 
     def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
-        """``buffer``: the one to serve; a new one where left out. Tokens come from ``auth.tokens_file`` and the environment.
-
-        Raises:
-            ConfigError: certificates or tokens that cannot be used, or that would travel in the clear.
-        """
-        self._config = config.server
-        self._limits = config.limits
+        self._config = config
         self._credentials = server_credentials(config.tls)
         self._access = read_access(config)
-        exposure = check_exposure(config, self._access)
-        if exposure:
-            logger.warning("%s", exposure)
-        if self._credentials is not None:
-            logger.info("TLS with %s; clients %s", config.tls.cert, "show a certificate" if config.tls.client_ca else "need no certificate")
-        if self._access is not None:
-            logger.info("tokens: %s", self._access.describe())
+        _log_access(config, self._access)
         self.buffer = buffer if buffer is not None else ReplayBuffer(config, restore=False)
         self._owns_buffer = buffer is None
         self.address = ""
-        """Where clients reach it once it was started: ``HOST:PORT`` or ``unix:PATH``."""
+        """Where clients reach the server once it has started: ``HOST:PORT`` or ``unix:PATH``."""
 
     async def start(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Listens, and reads the durable store where there is one: until that is done, health says NOT_SERVING and calls are told so.
+        """Listens, then restores the durable store if there is one. Until that is done, health says NOT_SERVING and calls are refused.
 
         Args:
-            progress: told from another thread how many of how many rows are read.
+            progress: called from another thread with the rows restored so far and the rows in all.
 
         Raises:
-            AddressInUseError: not possible there.
+            AddressInUseError: the server cannot listen at the configured address.
             ReplayError: the durable store cannot be used.
         """
-        self.budgets = budgets = Budgets(self._limits)
-        receptions = MessageReaders(budgets, self._limits)
-        logging.getLogger("grpc._cython.cygrpc").addFilter(_DROP_UNDECODABLE)
-        self.admission = Admission(self._access, max_calls=self._limits.max_calls, receptions=receptions)
-        self._server = grpc.aio.server(
-            options=(
-                # The core refuses a larger message by its head, and assembles none of it.
-                ("grpc.max_receive_message_length", budgets.request_bytes),
-                ("grpc.max_send_message_length", self._limits.max_message_bytes),
-                # What a peer may send ahead of being read, a call. Measured, it grows to tens of MiB, for which no room was taken; what is
-                # being read gets a window of its own, up to 1 MiB.
-                ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
-                ("grpc.http2.bdp_probe", 0),
-                # Otherwise a second server would silently share the port.
-                ("grpc.so_reuseport", 0),
-                # Who has not said what it wants by then, by TLS or in the clear, is hung up on.
-                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
-                # Beyond it a client's calls wait at the client.
-                ("grpc.max_concurrent_streams", self._limits.max_connection_calls),
-                # A peer that vanished is noticed, and clients may check an idle connection.
-                ("grpc.keepalive_time_ms", int(self._config.keepalive_s * 1000)),
-                ("grpc.keepalive_timeout_ms", int(self._config.keepalive_s * 1000 / 3)),
-                # Where nothing else is on its way gRPC goes by this one, a minute by default.
-                ("grpc.http2.ping_timeout_ms", int(self._config.keepalive_s * 1000 / 3)),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.max_pings_without_data", 0),
-                # A client that waits quietly pings every 30 s. The core's default, 5 minutes, takes that for abuse and hangs up on it.
-                ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_PING_INTERVAL_S * 1000)),
-            ),
-            interceptors=(self.admission,),
-        )
-        self._service = ReplayService(self.buffer, budgets, receptions)
+        self.parts = build_parts(self._config, self.buffer)
         self._health = HealthService(self.buffer)
-        self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), self._server
-        )
+        self._server = self._build_server()
         swept = sweep_dead_rings()
         if swept:
             logger.info("removed %d rings that killed servers left in shared memory", swept)
@@ -139,59 +129,99 @@ class ReplayServer:
             await asyncio.get_running_loop().run_in_executor(None, self.buffer.restore, progress)
         except BaseException:
             await self._server.stop(0)
-            self._service.close()
+            self.parts.close()
             raise
-        self._service.serve()
         await self._health.serve()
 
     async def stop(self) -> None:
-        """Drains: refuses new work, lets work in progress end within ``server.drain_timeout_s``, and stops."""
+        """Drains: refuses new work, gives calls in progress ``server.drain_timeout_s`` to end, and stops."""
         await self._health.enter_graceful_shutdown()
-        self._service.drain()
-        # gRPC cancels whatever arrives after its own stop has begun, so it comes last: until then newcomers are told to try again.
-        ended = await self._service.drained(self._config.drain_timeout_s)
+        self.parts.drain.begin()
+        calls = self.parts.calls.replay
+        # gRPC cancels whatever arrives once its own stop has begun, so that comes last: until then new calls are told to try again.
+        ended = await calls.wait_idle(self._config.server.drain_timeout_s)
         await self._server.stop(CLOSING_S if ended else 0)
-        # Not in the loop: calls that were broken off wait here until no thread works for them any more.
-        await asyncio.to_thread(self._service.close)
-        await self._service.drained(CLOSING_S)
+        # Not in the loop: cancelled calls wait there until no thread works for them any more.
+        await asyncio.to_thread(self.parts.close)
+        await calls.wait_idle(CLOSING_S)
         if self._owns_buffer:
             await asyncio.to_thread(self.buffer.close)
 
+    def _build_server(self) -> grpc.aio.Server:
+        parts = self.parts
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_DROP_UNDECODABLE)
+        admission = Admission(self._access, parts.calls, parts.readers, parts.drain)
+        server = grpc.aio.server(options=_options(self._config, parts.budgets), interceptors=(admission,))
+        server.add_generic_rpc_handlers((ReplayService(parts).handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((SERVICE_NAME, health_service, reflection.SERVICE_NAME), server)
+        return server
+
     def _listen(self) -> str:
-        wanted = f"unix:{self._config.unix_socket}" if self._config.unix_socket else _join(self._config.host, self._config.port)
-        if self._config.unix_socket and _is_alive(self._config.unix_socket):
-            raise AddressInUseError(f"cannot listen on {wanted}: another server does; stop it or choose another --unix-socket")
+        config = self._config.server
+        address = f"unix:{config.unix_socket}" if config.unix_socket else _join(config.host, config.port)
+        if config.unix_socket and _is_alive(config.unix_socket):
+            raise AddressInUseError(f"cannot listen on {address}: another server does; stop it or choose another --unix-socket")
         try:
             if self._credentials is None:
-                port = self._server.add_insecure_port(wanted)
+                port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(wanted, self._credentials)
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
-            if self._config.unix_socket:
-                what = "its folder is not there or not writable, or its path is over 107 characters; choose another --unix-socket"
+            if config.unix_socket:
+                what = "its folder does not exist or is not writable, or its path is over 107 characters; choose another --unix-socket"
             else:
                 what = (
                     "the address is in use or not this machine's; stop the other server or choose another --host, --port or --unix-socket"
                 )
-            raise AddressInUseError(f"cannot listen on {wanted}: {what} ({error})") from None
-        return wanted if self._config.unix_socket else _join(self._config.host, port)
+            raise AddressInUseError(f"cannot listen on {address}: {what} ({error})") from None
+        return address if config.unix_socket else _join(config.host, port)
+
+
+def _options(config: Config, budgets: Budgets) -> tuple[tuple[str, Any], ...]:
+    keepalive_ms = int(config.server.keepalive_s * 1000)
+    return (
+        # The core refuses a larger message when it has read its header, and assembles none of it.
+        ("grpc.max_receive_message_length", budgets.request_bytes),
+        ("grpc.max_send_message_length", config.limits.max_message_bytes),
+        # Bytes that a peer may send before they are read, per call. The default was measured to grow to tens of MiB, for which nothing is
+        # reserved; a message that is being read gets a window of its own, up to 1 MiB.
+        ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),
+        # Otherwise a second server would silently share the port.
+        ("grpc.so_reuseport", 0),
+        # A peer that has not finished its handshake by then is disconnected, with TLS or without.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        # A client's further calls wait on the client's side.
+        ("grpc.max_concurrent_streams", config.limits.max_connection_calls),
+        # So that a peer that vanished is noticed, and clients may check an idle connection.
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms // 3),
+        # gRPC uses this one if nothing else is being sent; its default is a minute.
+        ("grpc.http2.ping_timeout_ms", keepalive_ms // 3),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # An idle client pings every 30 s. With the core's default of 5 minutes that counts as abuse, and it would be disconnected.
+        ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_PING_INTERVAL_S * 1000)),
+    )
 
 
 def run(config: Config, progress: Callable[[int, int], None] | None = None, stop: StopSignals | None = None) -> int:
-    """Serves until SIGTERM or SIGINT, then drains. If one comes before it listens, it does not begin to; a second one changes nothing.
+    """Serves until SIGTERM or SIGINT, then drains. A signal before the server listens keeps it from starting; further ones are ignored.
 
-    Prints ``listening on HOST:PORT`` once it serves: after the durable store, where there is one, is read.
+    Prints ``listening on HOST:PORT`` once the server serves, that is, after the durable store (if any) is restored.
 
     Args:
         config: the configuration.
-        progress: told from another thread how many of how many rows are read.
-        stop: the signals, where they are noted already.
+        progress: called from another thread with the rows restored so far and the rows in all.
+        stop: the signals, if they are handled already; None: handle them from now on.
 
     Returns:
         The process's exit code.
 
     Raises:
-        AddressInUseError: the server cannot listen where it was told to.
+        AddressInUseError: the server cannot listen at the configured address.
         ReplayError: the durable store cannot be used.
     """
     keep_freed_memory()
@@ -202,8 +232,8 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None, stop
         asyncio.run(_serve(config, progress, stop))
     finally:
         stop.finish()
-    # The interpreter's last collection would go through all that torch made, where it was imported: most of a second of CPU, which a busy
-    # machine stretches beyond the time that a container gets to stop.
+    # Otherwise the interpreter's last collection visits all that torch has created, if it was imported: most of a second of CPU, which on a
+    # busy machine can exceed the time that a container gets to stop.
     gc.freeze()
     return 0
 
@@ -225,10 +255,10 @@ async def _serve(config: Config, progress: Callable[[int, int], None] | None, st
     except StoppedError:
         logger.info("stopped before it was ready")
         return
-    if "torch" in sys.modules:  # only where the columns may be on CUDA
+    if "torch" in sys.modules:  # imported only if the columns may be on CUDA
         import torch
 
-        # With two threads on a shared machine gathers were measured to collapse; the parallelism is that of the calls.
+        # With two threads, gathers were measured to become many times slower on a shared machine; calls run in parallel anyway.
         torch.set_num_threads(1)
     if not stop.came:
         print(f"listening on {server.address}", flush=True)
@@ -239,7 +269,7 @@ async def _serve(config: Config, progress: Callable[[int, int], None] | None, st
 
 
 class ServerThread:
-    """A real server in a thread of this process, for notebooks and tests; a context manager.
+    """A real server in a thread of this process, for notebooks and tests. A context manager.
 
     >>> with ServerThread(Config(server={"port": 0})) as server:
     ...     client = ReplayClient(server.address)
@@ -252,12 +282,12 @@ class ServerThread:
 
     @property
     def address(self) -> str:
-        """Where clients reach it."""
+        """Where clients reach the server."""
         return self._server.address
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """The buffer that it serves."""
+        """The buffer that the server serves."""
         return self._server.buffer
 
     def __enter__(self) -> Self:
@@ -279,12 +309,23 @@ class ServerThread:
         self._loop.close()
 
 
+def _log_access(config: Config, access: Access | None) -> None:
+    """Logs who can reach the server. Raises ConfigError if tokens would be sent unencrypted."""
+    exposure = check_exposure(config, access)
+    if exposure:
+        logger.warning("%s", exposure)
+    if config.tls.cert:
+        logger.info("TLS with %s; clients %s", config.tls.cert, "show a certificate" if config.tls.client_ca else "need no certificate")
+    if access is not None:
+        logger.info("tokens: %s", access.describe())
+
+
 def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_alive(path: str) -> bool:
-    """Returns whether somebody listens on a Unix socket; gRPC would take its path over."""
+    """Returns whether a process listens on a Unix socket. gRPC itself would replace the socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)

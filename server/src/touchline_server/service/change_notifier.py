@@ -1,4 +1,4 @@
-"""Waiting in the event loop for something to change in the store, without a thread for each waiter."""
+"""Waiting in the event loop for the store to change, without a thread per waiter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 
 
 class ChangeNotifier:
-    """Wakes coroutines when the store changed or the server drains.
+    """Wakes coroutines when the store has changed or the server drains.
 
-    :meth:`notify` may be called from any thread, everything else from the loop's. A waiter looks at its condition after it was registered
-    and a change is made before it is notified, so none is missed.
+    :meth:`notify` may be called from any thread, everything else from the event loop's. No change is missed: a waiter registers before it
+    checks its condition, and a change is made before it is notified.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -21,12 +21,12 @@ class ChangeNotifier:
     def notify(self) -> None:
         """Wakes every waiter; cheap while there are none."""
         if self._waiters:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
                 self._loop.call_soon_threadsafe(self._wake)
 
     @contextmanager
     def waiter(self) -> Iterator[asyncio.Event]:
-        """Gives an event that is set at every change while the block lasts; clear it before looking at the condition."""
+        """Yields an event that is set at every change while the block lasts. Clear it before checking the condition."""
         event = asyncio.Event()
         self._waiters.add(event)
         try:
@@ -35,11 +35,7 @@ class ChangeNotifier:
             self._waiters.discard(event)
 
     async def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Waits until the condition holds, ``timeout_s`` seconds at most.
-
-        Returns:
-            Whether it holds.
-        """
+        """Waits up to ``timeout_s`` seconds until the condition holds; returns whether it does."""
         if condition() or timeout_s <= 0:
             return condition()
         with self.waiter() as changed:

@@ -1,4 +1,4 @@
-"""The small messages: generated protobuf classes from and to the domain's values."""
+"""Messages without tensors: generated protobuf classes to and from the domain's values, and checks of what requests contain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.durability.storage_state import StorageState
-from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, KeyConflictError, ReplayError, TooLargeError
+from touchline_server.errors import (
+    InvalidArgumentError,
+    InvalidEpisodeError,
+    KeyConflictError,
+    ReplayError,
+    TooLargeError,
+    UnknownTableError,
+)
 from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
 from touchline_server.store.inserts import Stored
@@ -29,7 +36,7 @@ _OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
     KeyConflictError: pb.EpisodeResult.OUTCOME_KEY_CONFLICT,
     TooLargeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
 }
-"""Of what is an episode's own fault; the first that fits."""
+"""The outcome for each error that is the episode's own fault; the first class that fits counts."""
 
 _STORAGE_STATE_OF: dict[StorageState, pb.StorageState] = {
     StorageState.OK: pb.STORAGE_STATE_OK,
@@ -42,31 +49,34 @@ _COUNTS = [field.name for field in fields(Counts)]
 M = TypeVar("M", bound=Message)
 
 MAX_STREAM_REQUEST_BYTES = 1 << 16
-"""Largest message from a learner on a stream; its stream may hold it for as long as it lasts."""
+"""Size of the largest message from a learner on a sampling stream, which may keep it for as long as it lasts."""
+
+MAX_WAIT_S = 3600.0
+"""Longest time for which a call may wait for the store to fill."""
 
 
 def serialize(message: Message) -> bytes:
-    """Returns a message's bytes."""
+    """Returns a message as bytes."""
     return message.SerializeToString()
 
 
 def parse(kind: type[M], data: bytes) -> M:
-    """Reads a message.
+    """Returns the message that the bytes encode.
 
     Raises:
-        InvalidArgumentError: the bytes are no message of this kind.
+        InvalidArgumentError: the bytes are not a message of this type.
     """
     try:
         return kind.FromString(data)
     except DecodeError:
-        raise InvalidArgumentError(f"{len(data)} bytes that are no message, expected one of type {kind.DESCRIPTOR.name}") from None
+        raise InvalidArgumentError(f"{len(data)} bytes that are not a message, expected one of type {kind.DESCRIPTOR.name}") from None
 
 
 async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterator[M]:
-    """Reads the messages of a stream as they come.
+    """Yields the messages of a stream as they arrive.
 
     Raises:
-        InvalidArgumentError: as :func:`parse`; also for one that is over :data:`MAX_STREAM_REQUEST_BYTES`.
+        InvalidArgumentError: as :func:`parse`, or a message is larger than :data:`MAX_STREAM_REQUEST_BYTES`.
     """
     async for data in stream:
         if len(data) > MAX_STREAM_REQUEST_BYTES:
@@ -74,9 +84,22 @@ async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterato
         yield parse(kind, data)
 
 
-def counts(figures: Counts) -> pb.Counts:
-    """Returns the figures of a table as a message."""
-    return pb.Counts(**{name: getattr(figures, name) for name in _COUNTS})
+def check_table(table: str) -> None:
+    """Raises UnknownTableError unless the table exists."""
+    if table:
+        raise UnknownTableError(f"table: {table!r} does not exist, expected the empty name of the default table")
+
+
+def checked_wait(wait_s: float) -> float:
+    """Returns the time for which a call may wait; raises InvalidArgumentError if it is out of range."""
+    if not 0 <= wait_s <= MAX_WAIT_S:
+        raise InvalidArgumentError(f"wait_s: {wait_s}, expected 0 to {MAX_WAIT_S:.0f} seconds")
+    return wait_s
+
+
+def counts(values: Counts) -> pb.Counts:
+    """Returns the counts of a table as a message."""
+    return pb.Counts(**{name: getattr(values, name) for name in _COUNTS})
 
 
 def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:
@@ -87,16 +110,16 @@ def key(episode_key: EpisodeKey | None) -> pb.EpisodeKey | None:
 
 
 def acceptance(episode_key: EpisodeKey | None, stored: Stored) -> pb.EpisodeResult:
-    """Returns the result of an episode of a load that is stored."""
+    """Returns the result of a loaded episode that is stored."""
     outcome = pb.EpisodeResult.OUTCOME_DUPLICATE if stored.duplicate else pb.EpisodeResult.OUTCOME_ACCEPTED
     return pb.EpisodeResult(key=key(episode_key), outcome=outcome, episode_id=stored.episode_id)
 
 
 def refusal(episode_key: EpisodeKey | None, error: CodecError | ReplayError) -> pb.EpisodeResult:
-    """Returns the result of an episode of a load that was refused.
+    """Returns the result of a loaded episode that was refused.
 
     Raises:
-        CodecError, ReplayError: the given one, where it is not the episode's own fault: it ends the call.
+        CodecError, ReplayError: ``error`` itself if it is not the episode's own fault, so that it ends the call.
     """
     for kind, outcome in _OUTCOME_OF.items():
         if isinstance(error, kind):
@@ -105,7 +128,7 @@ def refusal(episode_key: EpisodeKey | None, error: CodecError | ReplayError) -> 
 
 
 def law(number: int) -> str | None:
-    """Returns the name of a law, None where the request left it to the configuration.
+    """Returns the name of a law; None if the request leaves it to the configuration.
 
     Raises:
         InvalidArgumentError: the number is unknown.
@@ -117,10 +140,10 @@ def law(number: int) -> str | None:
 
 
 def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
-    """Returns which episodes a request means.
+    """Returns which episodes a request selects.
 
     Raises:
-        InvalidArgumentError: its selectors do not go together, or are out of range.
+        InvalidArgumentError: its selectors cannot be combined, or are out of range.
     """
 
     def given(name: str) -> Any:
@@ -138,7 +161,7 @@ def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
 
 
 def info(buffer: ReplayBuffer) -> pb.InfoResponse:
-    """Returns what there is to say about a server's buffer."""
+    """Returns the description of a server's buffer."""
     from touchline_server import __version__
 
     columns = buffer.store.columns

@@ -1,4 +1,4 @@
-"""The end of a server's work: what is refused from then on, and what is broken off at once because it might never end by itself."""
+"""Stopping in order: new work is refused, and what might never end by itself is cancelled."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from touchline_server.errors import DrainingError
 
 
 class Drain:
-    """Whether the server stops. Lives in the event loop.
+    """Whether the server is stopping. Lives in the event loop.
 
     Args:
-        wake: wakes whoever waits for a condition that says so.
+        wake: wakes everyone who waits for a condition that includes :attr:`begun`.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._blocks: dict[asyncio.Timeout, float] = {}
         self.begun = False
-        """Whether it does."""
+        """Whether the server is stopping."""
 
     def begin(self) -> None:
-        """Refuses new work and breaks off what :meth:`breaking` guards; everything else ends by itself."""
+        """Refuses new work and cancels the blocks of :meth:`cancel_on_drain`; everything else ends by itself."""
         self.begun = True
-        for block, rests_at in self._blocks.items():
-            block.reschedule(rests_at)
+        for block, cancel_at in self._blocks.items():
+            block.reschedule(cancel_at)
         self._wake()
 
-    def refuse(self) -> None:
-        """Raises DrainingError where it has begun."""
+    def raise_if_draining(self) -> None:
+        """Raises DrainingError if the server is stopping."""
         if self.begun:
             raise DrainingError("the server is stopping and takes no new work; try again when it is back")
 
     @asynccontextmanager
-    async def breaking(self, *, rest_s: float = 0.0) -> AsyncIterator[None]:
-        """Breaks the block off, wherever it waits, once the server stops and the block has lasted for ``rest_s`` seconds.
+    async def cancel_on_drain(self, *, grace_s: float = 0.0) -> AsyncIterator[None]:
+        """Cancels the block, wherever it waits, once the server is stopping and the block has lasted for ``grace_s`` seconds.
 
         Raises:
-            DrainingError: it was broken off.
+            DrainingError: the block was cancelled.
         """
-        rests_at = asyncio.get_running_loop().time() + rest_s
+        cancel_at = asyncio.get_running_loop().time() + grace_s
         try:
-            async with asyncio.timeout_at(rests_at if self.begun else None) as block:
-                self._blocks[block] = rests_at
+            async with asyncio.timeout_at(cancel_at if self.begun else None) as block:
+                self._blocks[block] = cancel_at
                 try:
                     yield
                 finally:

@@ -1,10 +1,9 @@
-"""Stored episodes as the messages of one answer to GetEpisodes: small ones together in a frame, big ones a chunk at a time."""
+"""Stored episodes as the messages of one answer to GetEpisodes: small ones share a frame, large ones are sent in chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from touchline_protos.codec import EpisodeSelection
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.upload import chunk_message
 from touchline_server.errors import InvalidArgumentError, TooLargeError
@@ -12,19 +11,19 @@ from touchline_server.store.index import IndexEntry
 from touchline_server.store.reader import PIECE_BYTES, EpisodeReader, pieces
 
 MIN_FRAME_BYTES = 4096
-"""Smallest frame that may be asked for."""
+"""Smallest frame size that may be requested."""
 
 FRAME_SHARE = 2
-"""Payload takes one part in so many of a frame's limit: the rest is for names and numbers around it."""
+"""Payload gets 1 / FRAME_SHARE of a frame's limit; the rest is for the names and numbers around it."""
 
 
 class EpisodeFramer:
-    """Makes the messages of one call, one at a time, and holds none. One thread at a time.
+    """Makes the messages of one call, one at a time, and keeps none. Used by one thread at a time.
 
     Args:
-        reader: of the episodes.
-        max_message_bytes: the server's own limit.
-        max_frame_bytes: the caller's; 0 where it has none.
+        reader: reads the episodes.
+        max_message_bytes: the server's own limit to a message.
+        max_frame_bytes: the caller's limit to a message; 0 if it has none.
 
     Raises:
         InvalidArgumentError: the caller's limit is out of range.
@@ -36,20 +35,15 @@ class EpisodeFramer:
         self._reader = reader
         self._limit = min(max_message_bytes, max_frame_bytes or max_message_bytes)
         self._payload_bytes = min(PIECE_BYTES, self._limit // FRAME_SHARE)
-        self.room_bytes = self._payload_bytes
-        """What a frame takes in memory, but for the names and numbers in it."""
+        self.frame_bytes = self._payload_bytes
+        """Size of a frame, without the names and numbers in it."""
         self._frames = self._all()
-
-    @property
-    def selection(self) -> EpisodeSelection:
-        """What there is to read."""
-        return self._reader.selection
 
     def next(self) -> bytes | None:
         """Returns the next message; None at the end.
 
         Raises:
-            TooLargeError: the names of an episode's columns alone are over the limit.
+            TooLargeError: the names of one episode's columns already exceed the limit.
         """
         return next(self._frames, None)
 
@@ -65,7 +59,7 @@ class EpisodeFramer:
         while entries:
             message, outs = group_message([self._outline(entry) for entry in entries])
             if len(message) > self._limit and len(entries) > 1:
-                # Names outweigh the values: fewer at a time.
+                # The names take more than the payload: send fewer episodes at a time.
                 half = len(entries) // 2
                 yield from self._groups(entries[:half])
                 entries = entries[half:]

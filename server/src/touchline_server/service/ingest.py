@@ -1,4 +1,4 @@
-"""The way of received episodes into the buffer: each in its turn, small ones in the event loop itself, others on threads."""
+"""From a received message to the store: small messages in the event loop itself, others on a thread."""
 
 from __future__ import annotations
 
@@ -19,52 +19,54 @@ from touchline_server.store.inserts import Stored
 if TYPE_CHECKING:
     from touchline_server.store.inserts import CommitFuture
 
-MAX_AT_ONCE_BYTES = 1 << 19
-"""Largest message whose episodes are stored in the event loop."""
+MAX_INLINE_BYTES = 1 << 19
+"""Size of the largest message whose episodes are stored in the event loop."""
 
-MAX_AT_ONCE_S = 3e-3
-"""Time after which the event loop leaves what is left of a message to a thread: meanwhile it answers nobody else."""
+MAX_INLINE_S = 3e-3
+"""Time after which the event loop passes the rest of a message to a thread, since it answers nobody else meanwhile."""
 
 Decode = Callable[[bytes], Iterable[Episode | CodecError]]
-"""Reads the episodes that are complete with a message; one that is malformed stands as its error."""
+"""Returns the episodes that are complete with a message; a malformed one is returned as its error."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngestResult:
-    """An episode that was received, and what became of it."""
+    """What became of one received episode."""
 
     key: EpisodeKey | None
+    """The episode's key, if it has one."""
     outcome: Stored | CommitFuture | CodecError | ReplayError
+    """Stored, on its way to the disk, or refused."""
 
 
 class EpisodeIngest:
-    """Decodes messages and stores what they bring. Lives in the event loop.
+    """Decodes messages and stores their episodes. Lives in the event loop.
 
-    To hand work to a thread and back costs more than storing a small episode does, also because two threads then share the
-    interpreter lock. So what is small is stored at once where nothing is in the way: no other add, no gather, no disk, no device.
+    Passing work to a thread and back costs more than storing a small episode does, not least because two threads then compete for the
+    interpreter lock. So small messages are stored inline if nothing is in the way: no other add, no gather, no disk, no device.
 
     Args:
-        buffer: gets the episodes.
+        buffer: where episodes are stored.
         pool: threads for what may take longer.
-        gate: gives adds their turn.
+        throttle: delays adds while learners wait.
     """
 
-    def __init__(self, buffer: ReplayBuffer, pool: ThreadPoolExecutor, gate: AddThrottle) -> None:
+    def __init__(self, buffer: ReplayBuffer, pool: ThreadPoolExecutor, throttle: AddThrottle) -> None:
         self._buffer = buffer
         self._pool = pool
-        self._gate = gate
+        self._throttle = throttle
 
-    async def take(self, message: bytes, decode: Decode) -> list[IngestResult]:
-        """Stores the episodes that are complete with a message. One that is refused is counted, and does not stop the others.
+    async def ingest(self, message: bytes, decode: Decode) -> list[IngestResult]:
+        """Stores the episodes that are complete with a message. A refused episode is counted and does not stop the others.
 
-        Where it is cancelled it ends only once no thread has the message any more, so that its room is not another's before.
+        If it is cancelled, it ends once no thread uses the message any more, so that its bytes can be released then.
 
         Raises:
-            CodecError: the message as a whole is refused; counted.
-            ReplayError: what ``decode`` raises.
+            CodecError: the message as a whole is malformed; counted.
+            ReplayError: whatever ``decode`` raises.
         """
-        await self._gate.admit()
-        taken: list[IngestResult] = []
+        await self._throttle.admit()
+        results: list[IngestResult] = []
         cost_s = 0.0
 
         def submit(episodes: Iterator[Episode | CodecError] | None, first: Episode | None) -> None:
@@ -72,39 +74,39 @@ class EpisodeIngest:
             begin = time.thread_time()
             try:
                 if first is not None:
-                    taken.append(self._submitted(first))
+                    results.append(self._submit(first))
                 for episode in iter(decode(message)) if episodes is None else episodes:
-                    taken.append(self._submitted(episode))
+                    results.append(self._submit(episode))
             finally:
                 cost_s += time.thread_time() - begin
 
         try:
-            if len(message) > MAX_AT_ONCE_BYTES:
+            if len(message) > MAX_INLINE_BYTES:
                 await tasks.run(self._pool, submit, None, None)
-                return taken
+                return results
             begin = time.perf_counter()
             try:
                 episodes = iter(decode(message))
-                blocked = self._store_at_once(episodes, taken, begin + MAX_AT_ONCE_S)
+                blocked = self._store_inline(episodes, results, begin + MAX_INLINE_S)
             finally:
                 cost_s = time.perf_counter() - begin
             if blocked is not None:
                 await tasks.run(self._pool, submit, episodes, blocked)
-            return taken
+            return results
         except CodecError as error:
             self._buffer.store.count_refused(str(error))
             raise
         finally:
-            self._gate.charge(cost_s)
+            self._throttle.record_cost(cost_s)
 
-    async def stored(self, taken: IngestResult) -> Stored:
-        """Waits for the durable store, where there is one, without a thread.
+    async def wait_durable(self, result: IngestResult) -> Stored:
+        """Returns once the episode is as durable as configured, without using a thread; at once if there is no durable store.
 
         Raises:
             CodecError: the episode is malformed.
             ReplayError: it was refused.
         """
-        outcome = taken.outcome
+        outcome = result.outcome
         if isinstance(outcome, Stored):
             return outcome
         if isinstance(outcome, CodecError | ReplayError):
@@ -113,25 +115,25 @@ class EpisodeIngest:
             return await asyncio.wrap_future(outcome)
         finally:
             if outcome.done():
-                self._gate.charge(outcome.cost_s)
+                self._throttle.record_cost(outcome.cost_s)
 
-    def _store_at_once(self, episodes: Iterator[Episode | CodecError], taken: list[IngestResult], ends: float) -> Episode | None:
-        """Stores episodes up to the first that would have to wait or finds the time over, and returns that one; None for none."""
+    def _store_inline(self, episodes: Iterator[Episode | CodecError], results: list[IngestResult], ends_at: float) -> Episode | None:
+        """Stores episodes until one would have to wait or the time is up, and returns that one; None once all are stored."""
         for episode in episodes:
             if isinstance(episode, CodecError):
-                taken.append(self._submitted(episode))
+                results.append(self._submit(episode))
                 continue
             try:
-                stored = self._buffer.store.try_add(episode) if time.perf_counter() < ends else None
+                stored = self._buffer.store.try_add(episode) if time.perf_counter() < ends_at else None
             except ReplayError as error:
-                taken.append(IngestResult(episode.key, error))
+                results.append(IngestResult(episode.key, error))
                 continue
             if stored is None:
                 return episode
-            taken.append(IngestResult(episode.key, stored))
+            results.append(IngestResult(episode.key, stored))
         return None
 
-    def _submitted(self, episode: Episode | CodecError) -> IngestResult:
+    def _submit(self, episode: Episode | CodecError) -> IngestResult:
         if isinstance(episode, CodecError):
             self._buffer.store.count_refused(str(episode))
             return IngestResult(episode.key, episode)

@@ -1,8 +1,8 @@
-"""Receiving messages: room for each before its first byte, and a limit to how long others wait for one that does not come.
+"""Receiving messages: bytes are reserved before the first one is read, and a message that is overdue gives way to others.
 
-gRPC tells a message's size only once the whole message is there. So each that is awaited has room for the largest, and a peer that
-sends nothing would keep it. Where others want that room, a message gets the time that a slow link needs; then its call is ended, and
-told to come again.
+gRPC reveals a message's size only once the whole message is there. So each message that is awaited has bytes for the largest one reserved,
+and a peer that sends nothing would hold them for ever. If other calls wait for those bytes, a message gets the time that a slow link needs;
+after that its call is ended and its peer is told to try again.
 """
 
 from __future__ import annotations
@@ -24,240 +24,245 @@ if TYPE_CHECKING:
     from touchline_server.service.budgets import Budgets
 
 RECEIVE_TIMEOUT_S = 5.0
-"""Time that a message gets to come in while others wait for its room, beside that for its bytes."""
+"""Time for a message to arrive while others wait for its bytes, in addition to the time for the bytes themselves."""
 
 FIRST_MESSAGE_S = 60.0
-"""How long a call may take to send its first message: until then it does nothing but take a place among the calls."""
+"""Time for a call to send its first message: until then it only occupies a place among the calls."""
 
-LOOK_S = 1.0
-"""How often a message that is late looks whether its room is wanted."""
+POLL_INTERVAL_S = 1.0
+"""Interval at which an overdue message checks whether others wait for its bytes."""
 
 
 class MessageReader:
-    """Receives messages, each in room for the largest. Lives in the event loop.
+    """Receives messages, each with bytes for the largest one reserved. Lives in the event loop.
 
     Args:
-        budget: lends the room.
-        size: bytes of the largest message.
+        budget: where the bytes are reserved.
+        max_bytes: size of the largest message.
     """
 
-    def __init__(self, budget: ByteBudget, size: int) -> None:
-        self._shares = PerConnectionBudget(budget, largest=size)
-        self.size = size
-        """Bytes of the largest message."""
-        self.leaving = 0
-        """Calls that were ended because their room is wanted, and have not left yet."""
+    def __init__(self, budget: ByteBudget, max_bytes: int) -> None:
+        self._connections = PerConnectionBudget(budget, largest=max_bytes)
+        self.max_bytes = max_bytes
+        """Size of the largest message."""
+        self.evictions = 0
+        """Calls that were ended because others wait for their bytes, and whose bytes are not free yet."""
 
     async def receive(
-        self, requests: AsyncIterator[bytes], peer: str, *, episode: PendingUpload | None = None, within_s: float = math.inf
+        self, requests: AsyncIterator[bytes], peer: str, *, upload: PendingUpload | None = None, timeout_s: float = math.inf
     ) -> tuple[bytes | None, Reservation]:
-        """Returns a call's next message, None at the end, and the room that it takes, which the caller gives back.
+        """Returns a call's next message (None at the end) and the reservation of its bytes, which the caller releases.
 
         Args:
             requests: the call's messages.
-            peer: the connection's name.
-            episode: of which the message may bring a chunk.
-            within_s: time after which the call is ended, whether others want the room or not.
+            peer: gRPC's name of the connection.
+            upload: episode of which the message may bring a chunk.
+            timeout_s: time after which the call is ended even if nobody waits for its bytes.
 
         Raises:
-            InvalidArgumentError: the message did not come within ``within_s``.
-            OverLimitError: there is no room, or the message did not come in time and others want its room.
+            InvalidArgumentError: the message did not arrive within ``timeout_s``.
+            OverLimitError: no bytes became free, or the message is overdue and others wait for its bytes.
         """
-        budget = self._shares.of(peer)
-        await budget.reserve(self.size)
-        room = Reservation(budget, self.size)
-        # Never cancelled: gRPC goes on writing into what it reads to until the call has ended, and that long the room is taken.
+        budget = self._connections.of(peer)
+        await budget.reserve(self.max_bytes)
+        reservation = Reservation(budget, self.max_bytes)
+        # Never cancelled: gRPC writes into the memory that it reads to until the call has ended, so the bytes stay reserved until then.
         reading = asyncio.ensure_future(anext(aiter(requests), None))
-        wait = _Wait(self, reading, budget, episode=episode, within_s=within_s)
+        wait = _MessageWait(self, reading, budget, upload=upload, timeout_s=timeout_s)
         try:
             await wait.over
             message = reading.result()
         except BaseException:
-            reading.add_done_callback(lambda ended: _give_back(ended, room))
+            reading.add_done_callback(lambda ended: _release(ended, reservation))
             raise
         finally:
             wait.end()
-            del wait, reading  # an error that one of them holds has a traceback, which holds what is named here
-        room.resize(len(message) if message is not None else 0)
-        return message, room
+            # An exception in one of them has a traceback, whose frame refers to these names: a cycle that would keep the message.
+            del wait, reading
+        reservation.resize(len(message) if message is not None else 0)
+        return message, reservation
 
-    def left(self, _: asyncio.Future[bytes | None]) -> None:
-        """Is told that a call whose room was wanted has ended."""
-        self.leaving -= 1
+    def finish_eviction(self, _: asyncio.Future[bytes | None]) -> None:
+        """Records that the bytes of a call that was ended for others are free."""
+        self.evictions -= 1
 
 
-class _Wait:
+class _MessageWait:
     """The wait for one message.
 
-    Once it is over, it is part of no circle of references: in one, the message would stay in memory until the garbage collector comes by,
-    when its room has long been another's.
+    Once it is over it is part of no reference cycle. In a cycle, the message would stay in memory until the garbage collector runs,
+    although its bytes are no longer reserved.
 
     Args:
-        reception: for which it waits.
+        reader: the reader that waits.
         reading: the message.
-        budget: that lent its room.
-        episode: of which it may bring a chunk.
-        within_s: time after which the call is ended, whether others want the room or not.
+        budget: where its bytes are reserved.
+        upload: episode of which the message may bring a chunk.
+        timeout_s: time after which the call is ended even if nobody waits for its bytes.
     """
 
     def __init__(
         self,
-        reception: MessageReader,
+        reader: MessageReader,
         reading: asyncio.Future[bytes | None],
         budget: ByteBudget,
         *,
-        episode: PendingUpload | None,
-        within_s: float,
+        upload: PendingUpload | None,
+        timeout_s: float,
     ) -> None:
-        self._reception = reception
+        self._reader = reader
         self._reading = reading
         self._budget = budget
-        self._episode = episode
-        self._within_s = within_s
+        self._upload = upload
+        self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         now = self._loop.time()
-        self._ends_at, self._late_at = now + within_s, now + receive_timeout_s(reception.size)
+        self._ends_at, self._overdue_at = now + timeout_s, now + receive_timeout_s(reader.max_bytes)
         self.over: asyncio.Future[None] = self._loop.create_future()
-        """Done once the message is there, or with the error with which the call ends."""
+        """Done once the message is there, or with the error that ends the call."""
         reading.add_done_callback(self._arrive)
-        first_at = min(self._ends_at, self._late_at, math.inf if episode is None else episode.late_at)
-        self._timer = self._loop.call_at(first_at, self._look)
+        first_at = min(self._ends_at, self._overdue_at, math.inf if upload is None else upload.overdue_at)
+        self._timer = self._loop.call_at(first_at, self._check)
 
     def end(self) -> None:
-        """Looks no more."""
+        """Stops the timer."""
         self._timer.cancel()
 
     def _arrive(self, _: asyncio.Future[bytes | None]) -> None:
         if not self.over.done():
             self.over.set_result(None)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._loop.time()
         if self.over.done():
             return
         if now >= self._ends_at:
-            self.over.set_exception(InvalidArgumentError(f"no message within {self._within_s:g} s, expected one"))
-        elif not self._reception.leaving and self._is_in_the_way(now):
-            # One at a time: what waits for room mostly needs it for a moment.
-            self._reception.leaving += 1
-            self._reading.add_done_callback(self._reception.left)
-            self.over.set_exception(OverLimitError("the room for a message that did not come in time is wanted; try again later"))
+            self.over.set_exception(InvalidArgumentError(f"no message within {self._timeout_s:g} s, expected one"))
+        elif not self._reader.evictions and self._must_give_way(now):
+            # One at a time: most waiting calls need the bytes only for a moment, so one eviction usually serves them all.
+            self._reader.evictions += 1
+            self._reading.add_done_callback(self._reader.finish_eviction)
+            self.over.set_exception(OverLimitError("a message did not arrive in time, and other calls wait for its bytes; try again later"))
         else:
-            self._timer = self._loop.call_at(min(now + LOOK_S, self._ends_at), self._look)
+            self._timer = self._loop.call_at(min(now + POLL_INTERVAL_S, self._ends_at), self._check)
 
-    def _is_in_the_way(self, now: float) -> bool:
-        return (now >= self._late_at and self._budget.wanted) or (self._episode is not None and self._episode.is_late(now))
+    def _must_give_way(self, now: float) -> bool:
+        message_must = now >= self._overdue_at and self._budget.has_waiters
+        return message_must or (self._upload is not None and self._upload.must_give_way(now))
 
 
 class PendingUpload:
-    """An episode whose chunks are coming in, and the room that it took.
+    """An episode whose chunks are arriving, and the bytes reserved for it.
 
     Args:
-        room: that it took.
-        budget: that lent it.
+        reservation: its bytes.
+        budget: where they are reserved.
         now: the event loop's time.
     """
 
-    def __init__(self, room: Reservation, budget: ByteBudget, now: float) -> None:
-        self.room = room
+    def __init__(self, reservation: Reservation, budget: ByteBudget, now: float) -> None:
+        self.reservation = reservation
         self._budget = budget
-        self.late_at = now + receive_timeout_s(room.size)
-        """When it should be there, by the event loop's time."""
+        self.overdue_at = now + receive_timeout_s(reservation.size)
+        """Time of the event loop at which the episode should be complete."""
 
-    def is_late(self, now: float) -> bool:
-        """Returns whether it should be there, and others want its room."""
-        return now >= self.late_at and self._budget.wanted
+    def must_give_way(self, now: float) -> bool:
+        """Returns whether the episode is overdue and others wait for its bytes."""
+        return now >= self.overdue_at and self._budget.has_waiters
 
 
 class MessageReaders:
-    """How a server's messages are received.
+    """The message readers of a server.
 
     Args:
-        budgets: lend the room.
-        limits: says how large an episode may be.
+        budgets: where bytes are reserved.
+        limits: with the size of the largest episode.
     """
 
     def __init__(self, budgets: Budgets, limits: LimitsConfig) -> None:
         self.messages = MessageReader(budgets.messages, budgets.request_bytes)
-        """Of messages with episodes."""
-        self.assembling = PerConnectionBudget(budgets.assembling, largest=limits.max_episode_bytes)
-        """Of episodes that come in chunks."""
-        self.questions = MessageReader(budgets.questions, budgets.request_bytes)
-        """Of all other requests."""
+        """For messages with episodes."""
+        self.uploads = PerConnectionBudget(budgets.uploads, largest=limits.max_episode_bytes)
+        """Bytes for episodes in chunks, by connection."""
+        self.control = MessageReader(budgets.control, budgets.request_bytes)
+        """For all other requests to ``touchline.v1.Replay``."""
         self.health = MessageReader(budgets.health, budgets.request_bytes)
-        """Of requests to the health service."""
+        """For requests to the health service."""
         self.reflection = MessageReader(budgets.reflection, budgets.request_bytes)
-        """Of requests about the server's methods."""
+        """For requests to the reflection service."""
 
 
 class UploadReservation:
-    """The room of one call that loads episodes: that of its next message, and that of the episode whose chunks are coming in. A context
-    manager, which gives it back.
+    """What one LoadEpisodes call has reserved: bytes for its next message, and for the episode whose chunks are arriving.
+
+    An asynchronous context manager that releases both at its end.
 
     Args:
-        receptions: of the server.
-        decoder: of the call.
-        peer: the connection's name.
+        readers: the server's message readers.
+        decoder: the call's decoder.
+        peer: gRPC's name of the connection.
     """
 
-    def __init__(self, receptions: MessageReaders, decoder: LoadDecoder, peer: str) -> None:
-        self._reception = receptions.messages
-        self._budget = receptions.assembling.of(peer)
+    def __init__(self, readers: MessageReaders, decoder: LoadDecoder, peer: str) -> None:
+        self._reader = readers.messages
+        self._budget = readers.uploads.of(peer)
         self._decoder = decoder
         self._peer = peer
         self._message: Reservation | None = None
-        self._episode: PendingUpload | None = None
-        self._within_s = FIRST_MESSAGE_S
+        self._upload: PendingUpload | None = None
+        self._timeout_s = FIRST_MESSAGE_S
 
     async def receive(self, requests: AsyncIterator[bytes]) -> bytes | None:
-        """Returns the next message once there is room for it; None at the end.
+        """Returns the next message, once there are bytes for it; None at the end.
 
         Raises:
-            InvalidArgumentError: the first one did not come within FIRST_MESSAGE_S.
-            OverLimitError: there is none, or others want it, or the episode's, and what was to come is late.
+            InvalidArgumentError: the first message did not arrive within :data:`FIRST_MESSAGE_S`.
+            OverLimitError: no bytes became free, or a message or an episode is overdue and others wait for its bytes.
         """
-        self._drop_message()
-        if self._episode is not None and self._episode.is_late(asyncio.get_running_loop().time()):
-            raise OverLimitError("the room for an episode that did not come in time is wanted; try again later")
-        message, self._message = await self._reception.receive(requests, self._peer, episode=self._episode, within_s=self._within_s)
-        self._within_s = math.inf
+        self._release_message()
+        if self._upload is not None and self._upload.must_give_way(asyncio.get_running_loop().time()):
+            raise OverLimitError("an episode did not arrive in time, and other calls wait for its bytes; try again later")
+        message, self._message = await self._reader.receive(requests, self._peer, upload=self._upload, timeout_s=self._timeout_s)
+        self._timeout_s = math.inf
         return message
 
     async def settle(self) -> None:
-        """Takes room for the episode that a header announced, before its first chunk, and gives that of a complete one back.
+        """Reserves bytes for an episode that a header announced, before its first chunk, and releases those of a complete episode.
 
         Raises:
-            OverLimitError: there is none.
+            OverLimitError: no bytes became free.
         """
-        self._drop_message()
+        # Lock order: the message's bytes are released before the episode's are waited for; an episode's bytes are only ever held while
+        # waiting for the next message's.
+        self._release_message()
         needed = self._decoder.announced_bytes
-        if self._episode is not None and self._episode.room.size != needed:
-            self._episode.room.resize(0)
-            self._episode = None
-        if needed and self._episode is None:
+        if self._upload is not None and self._upload.reservation.size != needed:
+            self._upload.reservation.resize(0)
+            self._upload = None
+        if needed and self._upload is None:
             await self._budget.reserve(needed)
-            self._episode = PendingUpload(Reservation(self._budget, needed), self._budget, asyncio.get_running_loop().time())
+            self._upload = PendingUpload(Reservation(self._budget, needed), self._budget, asyncio.get_running_loop().time())
 
     async def __aenter__(self) -> UploadReservation:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._drop_message()
-        if self._episode is not None:
-            self._episode.room.resize(0)
+        self._release_message()
+        if self._upload is not None:
+            self._upload.reservation.resize(0)
 
-    def _drop_message(self) -> None:
+    def _release_message(self) -> None:
         if self._message is not None:
             self._message.resize(0)
             self._message = None
 
 
 def receive_timeout_s(size: int) -> float:
-    """Returns the time that so many bytes may take while others wait for their room, in seconds."""
+    """Returns the time in seconds that ``size`` bytes may take to arrive while others wait for them."""
     return RECEIVE_TIMEOUT_S + size / SLOWEST_UPLOAD_BYTES_PER_S
 
 
-def _give_back(ended: asyncio.Future[bytes | None], room: Reservation) -> None:
+def _release(ended: asyncio.Future[bytes | None], reservation: Reservation) -> None:
     if not ended.cancelled():
-        ended.exception()  # looked at: it ended with its call
-    room.resize(0)
+        ended.exception()  # marks it as retrieved: it ended with its call
+    reservation.resize(0)

@@ -1,145 +1,151 @@
-"""A sampling session: the learner grants credits, the server pushes frames or fills a ring on the same host."""
+"""A sampling session: the learner grants credits, and the server sends frames or fills a ring on the same host."""
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidArgumentError, NotReadyError
 from touchline_server.service.batch_framer import BatchFramer
-from touchline_server.service.budgets import ByteBudget, Reservation
-from touchline_server.service.change_notifier import ChangeNotifier
-from touchline_server.service.ring_producer import RingPool, RingProducer, ring_offer
+from touchline_server.service.budgets import Reservation
+from touchline_server.service.parts import ServiceParts
+from touchline_server.service.ring_producer import RingProducer, ring_offer
 from touchline_server.service.tasks import Job, consume_exception
-from touchline_server.service.throttle import AddThrottle
 
 MAX_CREDITS = 1 << 20
-"""Credits that a learner may hold."""
+"""Most credits that a learner may hold."""
+
+MAX_REASON_CHARS = 200
+"""Length up to which a learner's reason for refusing a ring is logged."""
 
 Write = Callable[[bytes], Awaitable[None]]
 
 
-class _FrameTask(NamedTuple):
-    """Frames that are being made."""
+class _Requests(enum.Enum):
+    """The learner's side of the stream."""
+
+    OPEN = enum.auto()
+    """It may grant more credits."""
+    CLOSED = enum.auto()
+    """It grants no more; what it has granted is still sent."""
+    INVALID = enum.auto()
+    """It sent a request that does not fit the session, which ends with that error."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FrameTask:
+    """Frames that are being made, inline or by a job on a thread."""
 
     frames: asyncio.Future[tuple[int, list[bytes]]]
-    """How many batches, and the frames that carry them."""
+    """How many batches, and the frames that carry them; done at once if they were made inline."""
     job: Job[tuple[int, list[bytes]]] | None
-    """That makes them; None where they are made."""
-    room: Reservation
-    """That they take."""
+    """The job that makes them; None if they were made inline."""
+    reservation: Reservation
+    """Bytes reserved for the frames."""
 
-    async def leave(self) -> None:
-        """Gives the room back, once no thread makes them any more."""
+    async def cancel_and_join(self) -> None:
+        """Releases the bytes, once no thread makes the frames any more."""
         consume_exception(self.frames)
         if self.job is not None:
-            await self.job.leave()
-        self.room.resize(0)
+            await self.job.cancel_and_join()
+        self.reservation.resize(0)
 
 
 class SampleSession:
-    """One learner's stream, from its first credits to its end. Lives in the event loop."""
+    """One learner's stream, from its first credits to its end. Lives in the event loop.
 
-    def __init__(
-        self,
-        framer: BatchFramer,
-        changes: ChangeNotifier,
-        pool: ThreadPoolExecutor,
-        rings: RingPool,
-        gate: AddThrottle,
-        sending: ByteBudget,
-    ) -> None:
+    Args:
+        framer: the learner's batches.
+        parts: the service's parts.
+    """
+
+    def __init__(self, framer: BatchFramer, parts: ServiceParts) -> None:
         self._framer = framer
-        self._changes = changes
-        self._pool = pool
-        self._rings = rings
-        self._gate = gate
-        self._sending = sending
+        self._parts = parts
+        self._sending = parts.budgets.sending
         self._credits = 0
-        self._closed = False
-        self._attached: pb.RingAttachment | None = None
-        self._fault: Exception | None = None
+        self._requests = _Requests.OPEN
+        self._error: InvalidArgumentError | None = None
+        self._attachment: pb.RingAttachment | None = None
 
     async def run(self, opening: pb.SampleStreamOpen, requests: AsyncIterator[pb.SampleStreamRequest], write: Write) -> None:
-        """Pushes batches until the learner closes its side and its credits are used up.
+        """Sends batches until the learner has closed its side and its credits are used up.
 
         Raises:
-            InvalidArgumentError: the learner says what does not fit the session.
-            SchemaChangedError: a ring's batches look otherwise now.
+            InvalidArgumentError: a request of the learner does not fit the session.
+            SchemaChangedError: the ring was made for batches of another schema.
         """
         self._grant(opening.credits)
-        with self._changes.waiter() as wake:
-            reader = asyncio.create_task(self._read(requests, wake))
+        with self._parts.changes.waiter() as wake:
+            reader = asyncio.create_task(self._read_requests(requests, wake))
             try:
-                if opening.shared_memory_id and await self._may_push(wake) and (layout := self._framer.layout()) is not None:
-                    try:
-                        ring = self._rings.open(opening.shared_memory_id, layout, self._credits)
-                    except RingError as error:
-                        await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())
-                    else:
-                        try:
-                            if await self._offer(ring, layout, write, wake):
-                                await self._feed(ring, layout, write, wake)
-                                return
-                        finally:
-                            self._rings.close(ring)
-                await self._push(write, wake)
+                if not (opening.shared_memory_id and await self._serve_by_ring(opening.shared_memory_id, write, wake)):
+                    await self._serve_by_messages(write, wake)
             finally:
                 reader.cancel()
 
-    async def _push(self, write: Write, wake: asyncio.Event) -> None:
+    # Batches in messages
+
+    async def _serve_by_messages(self, write: Write, wake: asyncio.Event) -> None:
         """Sends frames as credits allow; the next ones are made while these are written."""
         making: _FrameTask | None = None
         try:
-            while making is not None or await self._may_push(wake):
+            while making is not None or await self._can_send(wake):
                 if making is None:
-                    # Here it holds no room, so that sessions never wait for each other in a circle.
+                    # Lock order: this session holds no bytes here, so sessions cannot wait for each other in a circle. Bytes for frames
+                    # that are made ahead are only ever tried for, below.
                     size = self._framer.reserve_bytes(self._credits)
                     await self._sending.reserve(size)
-                    making = self._make(size)
-                made, making = making, None
+                    making = self._start_frames(size)
+                task, making = making, None
                 try:
-                    with self._gate.sampler_waiting():
+                    with self._parts.throttle.sampler_waiting():
                         try:
-                            count, frames = await made.frames
+                            batches, frames = await task.frames
                         except NotReadyError:
-                            continue  # cleared since it was looked at
-                        self._credits -= count
-                        self._check()
-                        if self._credits and self._framer.can_sample():
-                            size = self._framer.reserve_bytes(self._credits)
-                            making = self._make(size) if self._sending.try_reserve(size) else None
-                        await self._write(frames, write, made.room)
+                            continue  # the table was cleared after the check
+                        self._credits -= batches
+                        self._raise_error()
+                        making = self._try_start_frames()
+                        await self._write(frames, write, task.reservation)
                 finally:
-                    await made.leave()
+                    await task.cancel_and_join()
         finally:
             if making is not None:
-                await making.leave()
+                await making.cancel_and_join()
 
-    async def _write(self, frames: list[bytes], write: Write, room: Reservation) -> None:
-        """Writes frames and gives their room back one by one."""
-        left = sum(len(frame) for frame in frames)
-        room.resize(left)
-        frames.reverse()
-        while frames:
-            left -= len(frames[-1])
-            await write(frames.pop())
-            room.resize(left)
+    async def _can_send(self, wake: asyncio.Event) -> bool:
+        """Waits for a credit and for something to sample; returns False once the learner wants no more."""
+        while True:
+            wake.clear()
+            self._raise_error()
+            if self._credits and self._framer.can_sample():
+                return True
+            if self._requests is not _Requests.OPEN and not self._credits:
+                return False
+            await wake.wait()
 
-    def _make(self, size: int) -> _FrameTask:
-        """Has the next frames made, in room that was reserved. To hand small ones to a thread and back costs as much as they do."""
+    def _try_start_frames(self) -> _FrameTask | None:
+        """Starts the next frames if there are credits, something to sample and bytes for them at this moment."""
+        if not (self._credits and self._framer.can_sample()):
+            return None
+        size = self._framer.reserve_bytes(self._credits)
+        return self._start_frames(size) if self._sending.try_reserve(size) else None
+
+    def _start_frames(self, size: int) -> _FrameTask:
+        """Starts the next frames, for which ``size`` bytes are reserved. Small ones are made inline: a thread would cost as much again."""
         frames: asyncio.Future[tuple[int, list[bytes]]] = asyncio.get_running_loop().create_future()
         job: Job[tuple[int, list[bytes]]] | None = None
         try:
             made = self._framer.try_frames(self._credits)
             if made is None:
-                job = Job(self._pool, self._framer.frames, self._credits)
+                job = Job(self._parts.sample_pool, self._framer.frames, self._credits)
                 frames = job.result
             else:
                 frames.set_result(made)
@@ -147,16 +153,34 @@ class SampleSession:
             frames.set_exception(error)
         return _FrameTask(frames, job, Reservation(self._sending, size))
 
-    async def _may_push(self, wake: asyncio.Event) -> bool:
-        """Waits for a credit and for something to sample; returns False once the learner wants no more."""
-        while True:
-            wake.clear()
-            self._check()
-            if self._credits and self._framer.can_sample():
-                return True
-            if self._closed and not self._credits:
+    async def _write(self, frames: list[bytes], write: Write, reservation: Reservation) -> None:
+        """Writes frames and releases the bytes of each one."""
+        left = sum(len(frame) for frame in frames)
+        reservation.resize(left)
+        frames.reverse()
+        while frames:
+            left -= len(frames[-1])
+            await write(frames.pop())
+            reservation.resize(left)
+
+    # Batches in a ring
+
+    async def _serve_by_ring(self, learner_id: str, write: Write, wake: asyncio.Event) -> bool:
+        """Serves the whole session by a ring; returns False if there can be none, and messages have to do."""
+        if not await self._can_send(wake) or (layout := self._framer.layout()) is None:
+            return False
+        try:
+            ring = self._parts.rings.open(learner_id, layout, self._credits)
+        except RingError as error:
+            await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())
+            return False
+        try:
+            if not await self._offer(ring, layout, write, wake):
                 return False
-            await wake.wait()
+            await self._fill(ring, layout, write, wake)
+            return True
+        finally:
+            self._parts.rings.close(ring)
 
     async def _offer(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> bool:
         """Offers a ring; returns whether the learner has mapped it."""
@@ -164,73 +188,76 @@ class SampleSession:
         loop.add_reader(ring.handover, ring.handover.serve)
         try:
             await write(ring_offer(ring, layout))
-            while self._attached is None and not self._closed:
+            while self._attachment is None and self._requests is _Requests.OPEN:
                 wake.clear()
-                self._check()
                 await wake.wait()
+            self._raise_error()
         finally:
             loop.remove_reader(ring.handover)
             ring.handover.close()
-        if self._attached is not None and not self._attached.attached:
-            self._rings.log_once(f"the learner could not use the ring, and says {self._attached.reason[:200]!r}")
-        return self._attached is not None and self._attached.attached
+        if self._attachment is not None and not self._attachment.attached:
+            self._parts.rings.log_once(f"the learner could not use the ring, and says {self._attachment.reason[:MAX_REASON_CHARS]!r}")
+        return self._attachment is not None and self._attachment.attached
 
-    async def _feed(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> None:
-        """Keeps a ring full until the learner leaves; the stream itself only tells actors' names."""
+    async def _fill(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> None:
+        """Keeps a ring full until the learner closes its side; the stream itself only carries actors' names."""
         loop = asyncio.get_running_loop()
         messages: list[bytes] = []
         ends: list[Exception | None] = []
 
-        def hand_over(target: list[Exception | None] | list[bytes], item: Exception | bytes | None) -> None:
+        def pass_on(target: list[Exception | None] | list[bytes], item: Exception | bytes | None) -> None:
             target.append(item)  # type: ignore[arg-type]
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
                 loop.call_soon_threadsafe(wake.set)
 
-        feeder = RingProducer(
+        producer = RingProducer(
             self._framer,
             ring,
             layout,
-            self._gate,
-            send=lambda message: hand_over(messages, message),
-            on_end=lambda fault: hand_over(ends, fault),
+            self._parts.throttle,
+            send=lambda message: pass_on(messages, message),
+            on_end=lambda error: pass_on(ends, error),
         )
-        feeder.start()
+        producer.start()
         try:
-            while not self._closed:
+            while self._requests is _Requests.OPEN:
                 wake.clear()
-                self._check()
                 while messages:
                     await write(messages.pop(0))
                 if ends and ends[0] is not None:
                     raise ends[0]
                 await wake.wait()
+            self._raise_error()
         finally:
-            feeder.stop()
+            producer.stop()
 
-    def _check(self) -> None:
-        if self._fault is not None:
-            raise self._fault
+    # The learner's requests
 
-    async def _read(self, requests: AsyncIterator[pb.SampleStreamRequest], wake: asyncio.Event) -> None:
+    async def _read_requests(self, requests: AsyncIterator[pb.SampleStreamRequest], wake: asyncio.Event) -> None:
+        end = _Requests.CLOSED
         try:
             async for request in requests:
                 kind = request.WhichOneof("request")
                 if kind == "credit":
                     self._grant(request.credit.batches)
                 elif kind == "ring":
-                    self._attached = request.ring
+                    self._attachment = request.ring
                 else:
                     raise InvalidArgumentError("a sampling stream was opened twice, expected only credits after its first message")
                 wake.set()
         except InvalidArgumentError as error:
-            self._fault = error
+            self._error, end = error, _Requests.INVALID
         finally:
-            self._closed = True
+            self._requests = end
             wake.set()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def _grant(self, credits: int) -> None:
         if not 0 <= credits <= MAX_CREDITS - self._credits:
             raise InvalidArgumentError(
-                f"credits: {credits} more on top of {self._credits}, expected 0 or more and at most {MAX_CREDITS} in all"
+                f"credits: {credits} more on top of {self._credits}, expected 0 or more and at most {MAX_CREDITS} in total"
             )
         self._credits += credits

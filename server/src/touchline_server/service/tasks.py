@@ -1,4 +1,4 @@
-"""Work that threads do for the event loop. Who leaves before it is done knows when no thread has to do with it any more."""
+"""Work that a thread does for the event loop, cancelled so that the thread has finished with it before anyone else goes on."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ T = TypeVar("T")
 
 
 class Job(Generic[T]):
-    """One piece of work. Lives in the event loop.
+    """One piece of work on a thread. Lives in the event loop.
 
     Args:
-        pool: whose threads do it.
-        work: what is done.
-        arguments: that it takes.
+        pool: the threads.
+        work: the function that a thread calls.
+        arguments: its arguments.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> None:
         self._work: Future[T] = pool.submit(work, *arguments)
         self.result: asyncio.Future[T] = asyncio.wrap_future(self._work)
-        """What it returns or raises."""
+        """What the work returns or raises."""
 
-    async def leave(self) -> None:
-        """Waits until no thread does it, however often the waiter is cancelled; what none has begun is not done at all.
+    async def cancel_and_join(self) -> None:
+        """Cancels the job if it has not started, otherwise waits for it; survives cancellation of the waiter.
 
-        What the work uses (room in a budget, a turn, a message) may be another's only after this.
+        Only afterwards may anyone else have what the work uses: bytes of a budget, a turn, a message.
         """
         consume_exception(self.result)
         if self._work.cancel() or self._work.done():
             return
         loop = asyncio.get_running_loop()
-        over = loop.create_future()
+        finished = loop.create_future()
 
-        def tell(_: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(over.set_result, None)
+        def note_finished(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+                loop.call_soon_threadsafe(finished.set_result, None)
 
-        self._work.add_done_callback(tell)
-        while not over.done():
+        self._work.add_done_callback(note_finished)
+        while not finished.done():
             with suppress(asyncio.CancelledError):
-                await asyncio.wait((over,))
+                await asyncio.wait((finished,))
 
 
 def consume_exception(result: asyncio.Future[Any]) -> None:
-    """Takes what a future brings, for nobody: neither is it waited for any more, nor is it told that nobody looked."""
+    """Cancels a future that nobody needs, and marks its exception as retrieved so that asyncio does not log it."""
     if not result.cancel() and not result.cancelled():
         result.exception()
 
 
 async def run(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
-    """Returns what the work returns. Where it is cancelled it ends only once no thread does the work; see :meth:`Job.leave`."""
+    """Returns what the work returns. If it is cancelled, it ends once no thread does the work: see :meth:`Job.cancel_and_join`."""
     job = Job(pool, work, *arguments)
     try:
         return await job.result
     finally:
-        await job.leave()
+        await job.cancel_and_join()

@@ -1,0 +1,95 @@
+"""AddEpisode and LoadEpisodes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import grpc
+
+from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder, decode_add_episode
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.errors import InvalidEpisodeError, ReplayError, TooLargeError
+from touchline_server.service import convert
+from touchline_server.service.ingest import IngestResult
+from touchline_server.service.parts import ServiceParts
+from touchline_server.service.receiver import UploadReservation
+
+LOAD_GRACE_S = 1.0
+"""A stopping server ends a LoadEpisodes call that is not in the middle of an episode once nothing has arrived for this time."""
+
+MAX_LOAD_RESULTS = 100_000
+"""Most episodes of one LoadEpisodes call, since its answer has a result for each."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AddCalls:
+    """The calls that store episodes. Lives in the event loop."""
+
+    def __init__(self, parts: ServiceParts) -> None:
+        self._buffer = parts.buffer
+        self._calls = parts.calls
+        self._drain = parts.drain
+        self._ingest = parts.ingest
+        self._readers = parts.readers
+        limits = parts.buffer.config.limits
+        self._codec_limits = CodecLimits(max_episode_bytes=limits.max_episode_bytes, max_columns=limits.max_columns)
+
+    async def add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
+        """Stores one episode."""
+
+        def decode(message: bytes) -> tuple[Episode]:
+            table, episode = decode_add_episode(message, limits=self._codec_limits)
+            convert.check_table(table)
+            return (episode,)
+
+        (result,) = await self._ingest.ingest(message, decode)
+        stored = await self._ingest.wait_durable(result)
+        return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=convert.counts(stored.counts))
+
+    async def load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
+        """Stores the episodes of a stream of messages, and answers at its end."""
+        decoder = LoadDecoder(self._codec_limits)
+        with self._calls.streams.count(context.peer()):
+            answers = await self._receive_all(requests, decoder, context.peer())
+        # The episodes of one call that wait for the disk share its fsync.
+        results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
+        if decoder.in_progress:
+            error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
+            self._buffer.store.count_refused(str(error))
+            raise error
+        return pb.LoadEpisodesResponse(results=results, counts=convert.counts(self._buffer.counts()))
+
+    async def _receive_all(self, requests: AsyncIterator[bytes], decoder: LoadDecoder, peer: str) -> list[pb.EpisodeResult | IngestResult]:
+        answers: list[pb.EpisodeResult | IngestResult] = []
+
+        def decode(message: bytes) -> Iterator[Episode | CodecError]:
+            episodes = decoder.feed_all(message)
+            convert.check_table(decoder.table)
+            return episodes
+
+        async with UploadReservation(self._readers, decoder, peer) as reservation:
+            while True:
+                # A peer in the middle of an episode is waited for. One that is not may never send anything again.
+                async with nullcontext() if decoder.in_progress else self._drain.cancel_on_drain(grace_s=LOAD_GRACE_S):
+                    message = await reservation.receive(requests)
+                if message is None:
+                    return answers
+                if len(answers) >= MAX_LOAD_RESULTS:
+                    raise TooLargeError(
+                        f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new call"
+                    )
+                for result in await self._ingest.ingest(message, decode):
+                    is_refused = isinstance(result.outcome, CodecError | ReplayError)
+                    answers.append(convert.refusal(result.key, result.outcome) if is_refused else result)  # type: ignore[arg-type]
+                del message  # its bytes are released next
+                await reservation.settle()
+
+    async def _result(self, result: IngestResult) -> pb.EpisodeResult:
+        try:
+            stored = await self._ingest.wait_durable(result)
+        except ReplayError as error:
+            return convert.refusal(result.key, error)
+        return convert.acceptance(result.key, stored)

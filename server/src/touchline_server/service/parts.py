@@ -1,0 +1,53 @@
+"""What the service is made of. :mod:`.app` builds it, and the modules with the calls only use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from touchline_server.buffer import ReplayBuffer
+from touchline_server.service.budgets import Budgets
+from touchline_server.service.call_counters import CallCounters
+from touchline_server.service.change_notifier import ChangeNotifier
+from touchline_server.service.drain import Drain
+from touchline_server.service.ingest import EpisodeIngest
+from touchline_server.service.receiver import MessageReaders
+from touchline_server.service.ring_producer import RingPool
+from touchline_server.service.throttle import AddThrottle
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceParts:
+    """The parts of one running service."""
+
+    buffer: ReplayBuffer
+    """Stores and draws."""
+    budgets: Budgets
+    """Bounds the bytes in transit."""
+    readers: MessageReaders
+    """Receive messages within the budgets."""
+    calls: CallCounters
+    """Bounds the calls in progress."""
+    changes: ChangeNotifier
+    """Wakes calls that wait for the store to change."""
+    drain: Drain
+    """Ends what would not end by itself when the server stops."""
+    throttle: AddThrottle
+    """Keeps sampling's share of the time while learners wait."""
+    ingest: EpisodeIngest
+    """Decodes and stores the episodes of a message."""
+    rings: RingPool
+    """Makes rings in shared memory for learners on this host."""
+    add_pool: ThreadPoolExecutor
+    """Threads that store and clear."""
+    sample_pool: ThreadPoolExecutor
+    """Threads that gather batches and read episodes back."""
+    unsubscribe: Callable[[], None]
+    """Ends the store's notifications to ``changes``."""
+
+    def close(self) -> None:
+        """Ends the threads; blocks until they have finished their work."""
+        self.unsubscribe()
+        self.add_pool.shutdown()
+        self.sample_pool.shutdown()
