@@ -1,11 +1,11 @@
 # Touchline's images, one target each:
 #
-#   client    the client library and the `touchline` command, without torch: what an actor or a robot of your own starts FROM
+#   client    the client library and the `touchline` command, without torch: a base (FROM) for an actor or a robot of your own
 #   actor     client, with the soccer players of examples/actor.py
 #   learner   torch and the client, with examples/learner.py
 #   server    torch and the server; the last stage, so the default target
 #
-# Dependencies are installed before sources are copied, torch first and by itself: a changed source costs seconds. actor and client
+# Dependencies are installed before sources are copied, torch first and by itself: a rebuild after a change takes seconds. actor and client
 # share their layers, learner and server share torch. docs/containers.md says how to build and run them.
 
 ARG PYTHON_IMAGE=python:3.11-slim
@@ -16,15 +16,15 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
-# A number of its own: not that of a user of the machine, and the same in every image, because the memory of a ring is given to its
-# owner's processes alone.
+# A fixed user id: not that of a user of the machine, and the same in every image, because only processes of its owner can get the memory
+# of a ring.
 RUN groupadd --gid 10001 touchline \
  && useradd --uid 10001 --gid touchline --no-log-init --create-home touchline \
  && install -d -o touchline -g touchline /data
 WORKDIR /app
 
 
-# What each image requires, as files that change only when the requirements do.
+# The requirements of each image, as files that change only when the requirements do.
 FROM base AS requirements
 COPY docker/requirements.py docker/
 COPY protos/pyproject.toml protos/
@@ -32,7 +32,7 @@ COPY client/pyproject.toml client/
 COPY server/pyproject.toml server/
 COPY examples/requirements.txt examples/
 COPY constraints.txt ./
-# TORCH, not the constraints, decides which torch it is: left out of them, it satisfies all that follows.
+# TORCH, not the constraints, decides which torch is installed: it is left out of them and satisfies all later requirements.
 RUN mkdir /requirements \
  && python docker/requirements.py protos 'client[cli]' > /requirements/client.txt \
  && python docker/requirements.py protos 'client[cli]' 'client[torch]' > /requirements/learner.txt \
@@ -125,16 +125,16 @@ RUN pip install -c /requirements/constraints.txt -r /requirements/server.txt
 COPY --from=wheels /wheels/server /wheels
 RUN pip install --no-deps --no-index /wheels/*.whl
 COPY cfg cfg
-# Listens on every address of the container; which of the machine's it is published on is said when it is run.
+# Listens on every address of the container; the address of the machine is chosen when the container is run.
 ENV TOUCHLINE_SERVER__HOST=0.0.0.0 \
     TOUCHLINE_SERVER__PORT=50051 \
     TOUCHLINE_STORAGE__SCRATCH_DIR=/data
 USER 10001:10001
 VOLUME /data
 EXPOSE 50051
-# It asks the server that the configuration in force describes, waits 20 s for the answer, and prints why if it is not healthy; by itself it
-# takes 0.1 s of CPU. Until the durable store is read the answer is NOT_SERVING, and that takes some 3 s/GiB (more from a slow disk); what
-# fails within the start period does not count, and the first success ends it, so a long one delays nothing but the word "unhealthy".
+# Asks the server that the configuration in force describes, waits 20 s for the answer, and prints the reason if it is not healthy; takes
+# 0.1 s of CPU. Until the durable store is read the answer is NOT_SERVING, at some 3 s/GiB (more from a slow disk); failures within the start
+# period do not count, and the first success ends it, so a long period only delays the state "unhealthy".
 HEALTHCHECK --interval=5s --timeout=30s --start-period=600s --retries=3 CMD ["python", "-m", "touchline_server.service.healthcheck"]
 ENTRYPOINT ["touchline-server"]
 CMD ["serve"]

@@ -1,7 +1,7 @@
-# Everything runs from a fresh clone with no step before it; pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are left to pip.
+# Every target works on a fresh clone without a step before it; pip reads its own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...).
 
 PYTHON ?= python3
-# The torch that goes into .venv. A CPU or a CUDA build is a matter of the index or folder that pip takes it from.
+# The torch that goes into .venv. The index or folder that pip takes it from decides whether it is a CPU or a CUDA build.
 TORCH ?= torch==2.13.0
 DEMO_SECONDS ?= 90
 FAULT_KILLS ?= 20
@@ -15,18 +15,18 @@ QUIET_MINUTES ?= 15
 SOAK ?=
 FAULT_ACTOR_KILLS ?= 20
 FAULT_SCHEDULE ?= 240
-# Of the schedule of all faults together; empty: another one each time, which is printed.
+# Seed of the schedule of all faults together; empty: a new one each time, which is printed.
 FAULT_SEED ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 FUZZER_INSTALLED := .venv/.fuzzer-installed
 PEERS_INSTALLED := .venv-peers/.installed
-# A Python 3.10 for the oldest versions, where there is one on the PATH or of pyenv; else PYTHON.
+# A Python 3.10 for the oldest versions, if the PATH or pyenv has one; else PYTHON.
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do $$p -c 'import ensurepip' 2>/dev/null && { echo $$p; exit; }; done; echo $(PYTHON))
 PINS := tests/environments
-# What tests the client, in environments that have the client alone; the server is that of .venv. One thread of torch in each process:
-# threads of OpenMP that wait for each other on a busy machine made 3 seconds of training a minute and more.
+# Variables for tests of the client in environments that have only the client; the server is that of .venv. One thread of torch in each
+# process: OpenMP threads that waited for each other on a busy machine turned 3 seconds of training into a minute and more.
 OF_CLIENT := OMP_NUM_THREADS=1 SERVER_PYTHON=$(CURDIR)/.venv/bin/python
 QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc_options.py tests/unit/protos/test_codec_*.py \
 	tests/unit/client/test_client_values.py tests/unit/client/test_recording.py tests/unit/client/test_writer_rows.py \
@@ -43,12 +43,12 @@ REQUIREMENTS := examples/requirements.txt tests/requirements.txt
 .DEFAULT_GOAL := help
 .PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu configuration stubs clean
 
-help: ## lists the targets
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## makes .venv and installs the three distributions and their tools
+install: $(INSTALLED) ## make .venv and install the three distributions and their tools
 
-# torch first and by itself, so that TORCH decides which one: left out of the constraints, it satisfies all that follows.
+# torch first and by itself, so that TORCH decides which one: it is left out of the constraints and satisfies all later requirements.
 $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server/pyproject.toml $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
 	sed '/^torch==/d' constraints.txt > .venv/constraints.txt
@@ -56,18 +56,18 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch]" -e ./server $(REQUIREMENTS:%=-r %)
 	touch $@
 
-test: lint types .venv-quick/.installed ## checks everything: lint, types, tests, and the client beside TD-MPC2's pins
+test: lint types .venv-quick/.installed ## check everything: lint, types, tests, and the client with TD-MPC2's pins
 	$(BIN)/python -m pytest
 	$(OF_CLIENT) .venv-quick/bin/python -m pytest -q $(QUICK_TESTS) --deselect tests/integration/test_torchrl_client.py::test_example_learns
 
-test-oldest: $(INSTALLED) .venv-oldest/.installed .venv-tdmpc2/.installed ## tests the client at its oldest versions and beside TD-MPC2's pins, some 10 minutes
+test-oldest: $(INSTALLED) .venv-oldest/.installed .venv-tdmpc2/.installed ## test the client at its oldest versions and with TD-MPC2's pins, about 10 minutes
 	$(OF_CLIENT) .venv-oldest/bin/python -m pytest $(CLIENT_TESTS)
 	$(OF_CLIENT) .venv-tdmpc2/bin/python -m pytest $(CLIENT_TESTS)
 
-test-newt: $(INSTALLED) .venv-newt/.installed ## tests the client beside Newt's pins
+test-newt: $(INSTALLED) .venv-newt/.installed ## test the client with Newt's pins
 	$(OF_CLIENT) .venv-newt/bin/python -m pytest $(CLIENT_TESTS)
 
-# Each of these has a torch of its own, some 5 GB where pip takes a CUDA build.
+# Each of these has a torch of its own, about 5 GB if pip takes a CUDA build.
 .venv-oldest/.installed .venv-newt/.installed: PYTHON_OF = $(PYTHON310)
 .venv-tdmpc2/.installed: PYTHON_OF = $(PYTHON)
 .venv-oldest/.installed .venv-newt/.installed .venv-tdmpc2/.installed: .venv-%/.installed: $(PINS)/%.txt $(PINS)/requirements.txt client/pyproject.toml protos/pyproject.toml
@@ -78,7 +78,7 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## tests the client beside Newt's 
 	.venv-$*/bin/pip install -c $< -r $(PINS)/requirements.txt
 	touch $@
 
-# The pins of TD-MPC2 with the torch of .venv, in a minute: what is linked comes after the last call of pip, which would follow the links.
+# The pins of TD-MPC2 with the torch of .venv, in a minute: links are made after the last call of pip, which would follow them.
 .venv-quick/.installed: $(INSTALLED) $(PINS)/tdmpc2.txt $(PINS)/quick.txt client/pyproject.toml protos/pyproject.toml
 	rm -rf .venv-quick
 	$(PYTHON) -m venv .venv-quick
@@ -88,45 +88,45 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## tests the client beside Newt's 
 	$(BIN)/python $(PINS)/share_torch.py .venv-quick/lib/python3.*/site-packages
 	touch $@
 
-test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## breaks it for real, some 30 minutes: kills, networks, disks, damage, fuzzing
+test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## inject real faults, about 30 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
 	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) \
 	FAULT_SCHEDULE=$(FAULT_SCHEDULE) FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults -s
 
-test-quiet: $(INSTALLED) ## leaves connections of every kind quiet for QUIET_MINUTES, under the default configuration
+test-quiet: $(INSTALLED) ## leave connections of every kind quiet for QUIET_MINUTES, under the default configuration
 	QUIET_MINUTES=$(QUIET_MINUTES) $(BIN)/python -m pytest tests/faults/test_quiet.py -s
 
-# Coverage-guided fuzzing; not everywhere to be had, so the tests that need it are skipped, with this reason, where it is not.
+# Coverage-guided fuzzing; not available everywhere, so the tests that need it are skipped with this reason if it is missing.
 $(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)
 	-$(BIN)/pip install -r tests/faults/requirements.txt && touch $@
 
-test-compose: $(INSTALLED) ## builds and runs docker compose on a real engine: restarts, kills, nothing lost; skips without one
+test-compose: $(INSTALLED) ## build and run docker compose on a real engine: restarts, kills, nothing lost; skipped without one
 	COMPOSE_TEST=1 $(BIN)/python -m pytest tests/compose -s
 
-soak: $(INSTALLED) ## mixed load for SOAK_MINUTES, with a line a minute: fails if the server's memory grows
+soak: $(INSTALLED) ## run a mixed load for SOAK_MINUTES, with a line a minute; fail if the server's memory grows
 	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES) $(SOAK)
 
-lint: $(INSTALLED) ## checks style and format
+lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(INSTALLED) ## checks the sources' types, the client's for Python 3.10, too
+types: $(INSTALLED) ## check types, those of the client also for Python 3.10
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.10 -p touchline -p touchline_protos
 
-serve: $(INSTALLED) ## runs the server on cfg/default.toml
+serve: $(INSTALLED) ## run the server on cfg/default.toml
 	$(BIN)/touchline-server serve --config cfg/default.toml
 
-demo: $(INSTALLED) ## plays robot soccer into a server and trains on it, DEMO_SECONDS long
+demo: $(INSTALLED) ## play robot soccer into a server and train on it for DEMO_SECONDS
 	$(BIN)/python examples/demo.py --seconds $(DEMO_SECONDS)
 
-bench: $(INSTALLED) ## measures beside TD-MPC2's buffer, some 10 minutes, into docs/benchmarks
+bench: $(INSTALLED) ## measure against TD-MPC2's buffer, about 10 minutes, into docs/benchmarks
 	$(BIN)/python -m benchmarks run $(BENCH)
 
-bench-peers: $(INSTALLED) $(PEERS_INSTALLED) ## measures beside Reverb, some 15 minutes, into docs/benchmarks
+bench-peers: $(INSTALLED) $(PEERS_INSTALLED) ## measure against Reverb, about 15 minutes, into docs/benchmarks
 	$(BIN)/python -m benchmarks peers $(BENCH)
 
-bench-gpu: $(INSTALLED) ## measures the store and the learner on a CUDA device, some 5 minutes, into docs/benchmarks
+bench-gpu: $(INSTALLED) ## measure the store and the learner on a CUDA device, about 5 minutes, into docs/benchmarks
 	$(BIN)/python -m benchmarks gpu $(BENCH)
 
 # Reverb needs a TensorFlow, a numpy and a protobuf of its time, so it has an environment of its own.
@@ -135,12 +135,12 @@ $(PEERS_INSTALLED): benchmarks/peers/requirements.txt
 	.venv-peers/bin/pip install -r benchmarks/peers/requirements.txt
 	touch $@
 
-configuration: $(INSTALLED) ## writes default.toml, docs/configuration.md and compose's variables from the configuration's sections
+configuration: $(INSTALLED) ## generate default.toml, docs/configuration.md and compose's variables from the configuration's sections
 	$(BIN)/python server/generate_configuration.py
 
-stubs: ## generates the stubs of the .proto again
+stubs: ## regenerate the stubs of the .proto
 	$(PYTHON) protos/generate_stubs.py
 
-clean: ## removes .venv and what tools left behind
+clean: ## remove .venv and the leftovers of tools
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

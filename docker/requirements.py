@@ -1,8 +1,8 @@
-"""Prints what distributions of this repository require, from their pyproject.toml alone and without each other.
+"""Prints the requirements of distributions of this repository, from only their pyproject.toml, without those on each other.
 
     python docker/requirements.py protos 'client[torch]' > requirements.txt
 
-So that an image's layer of dependencies is built again when they change, and not at each change of the sources.
+Lets an image rebuild its layer of dependencies only when they change, not at each change of the sources.
 """
 
 from __future__ import annotations
