@@ -1,8 +1,9 @@
-"""The command touchline-server: its exit statuses and what it says."""
+"""The command ``touchline-server``: what it prints, and its exit statuses."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -40,7 +41,7 @@ def runner() -> CliRunner:
 
 @pytest.fixture
 def health_service() -> Iterator[tuple[health.HealthServicer, int]]:
-    """A running gRPC server that knows the health service alone, and its port."""
+    """A running gRPC server with only the health service, and its port."""
     servicer = health.HealthServicer()
     with serving(servicer) as port:
         yield servicer, port
@@ -68,6 +69,38 @@ def test_help_explains_with_examples(arguments: list[str], runner: CliRunner) ->
     assert "Examples:\n" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("serve", ["Configuration", "Listening", "Durable store", "Other options"]),
+        ("healthcheck", ["Server", "TLS", "Configuration", "Other options"]),
+        ("check", ["Durable store", "Configuration", "Other options"]),
+        ("recover", ["Durable store", "Configuration", "Other options"]),
+        ("snapshot", ["Arguments", "Durable store", "Configuration", "Other options"]),
+    ],
+)
+def test_help_lists_options_by_group(command: str, groups: list[str], runner: CliRunner) -> None:
+    text = runner.invoke(cli.app, [command, "--help"]).stdout
+
+    assert re.findall(r"^([A-Z][A-Za-z ]+):$", text, re.MULTILINE) == groups
+    assert "\n  Exit status" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", [["check"], ["recover"], ["snapshot", "copy"]])
+def test_maintenance_that_is_interrupted_exits_130(command: list[str], runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for work in ("maintenance.check", "maintenance.snapshot", "recovery.recover"):
+        monkeypatch.setattr(f"touchline_server.durability.{work}", interrupt)
+
+    result = runner.invoke(cli.app, [*command, "--data-dir", "data"])
+
+    assert result.exit_code == 130
+    assert result.stderr.startswith("touchline-server: interrupted; ")
+
+
 def test_options_have_their_names_whatever_the_version_of_typer() -> None:
     # Before 0.29, typer took the metavar of an option without a name for the name: --PORT.
     parameters = [
@@ -85,7 +118,7 @@ def test_options_have_their_names_whatever_the_version_of_typer() -> None:
 
 
 @pytest.mark.parametrize("command", [["check"], ["recover"], ["snapshot", "copy"]])
-def test_upkeep_without_a_folder_exits_2_and_of_no_store_1(command: list[str], runner: CliRunner, tmp_path: Path) -> None:
+def test_maintenance_without_a_folder_exits_2_and_without_a_store_1(command: list[str], runner: CliRunner, tmp_path: Path) -> None:
     unset = runner.invoke(cli.app, command)
     missing = runner.invoke(cli.app, [*command, "--data-dir", str(tmp_path / "none")])
 
@@ -103,7 +136,7 @@ def test_module_prints_the_version() -> None:
     assert (result.returncode, result.stdout) == (0, "touchline-server 0.1.0\n")
 
 
-def test_serve_bad_configuration_exits_2_and_says_what(runner: CliRunner, tmp_path: Path) -> None:
+def test_serve_bad_configuration_exits_2_and_names_key_and_file(runner: CliRunner, tmp_path: Path) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text("[config]\nbatch_size = 0\n", encoding="utf-8")
 
@@ -113,6 +146,17 @@ def test_serve_bad_configuration_exits_2_and_says_what(runner: CliRunner, tmp_pa
     assert result.stderr == f"touchline-server: config.batch_size (in {file}): 0, expected at least 1\n"
 
 
+def test_serve_moved_key_exits_2_and_gives_its_new_name(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOUCHLINE_SERVER__MAX_RINGS", "4")
+
+    result = runner.invoke(cli.app, ["serve"])
+
+    assert result.exit_code == 2
+    assert result.stderr.endswith(
+        "touchline-server: server.max_rings (from the environment variable TOUCHLINE_SERVER__MAX_RINGS) is now ring.max_rings\n"
+    )
+
+
 def test_serve_bad_option_exits_2_and_names_the_key(runner: CliRunner) -> None:
     result = runner.invoke(cli.app, ["serve", "--port", "70000"])
 
@@ -120,13 +164,38 @@ def test_serve_bad_option_exits_2_and_names_the_key(runner: CliRunner) -> None:
     assert "server.port: 70000, expected at most 65535" in result.stderr
 
 
-def test_options_override_the_configuration() -> None:
-    config = Config(server={"host": "10.0.0.1", "port": 1, "unix_socket": "/run/a.sock"}, limits={"max_streams": 7})
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ([], {}),
+        (["--unix-socket", "/b"], {"unix_socket": "/b"}),
+        (["--port", "2"], {"port": 2, "unix_socket": ""}),
+        (["--host", "::1"], {"host": "::1", "unix_socket": ""}),
+        (["--port", "2", "--unix-socket", "/b"], {"port": 2, "unix_socket": "/b"}),
+        (["--log-level", "error"], {"log_level": "error"}),
+    ],
+)
+def test_serve_options_override_the_configuration(
+    options: list[str], changes: dict[str, object], runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.toml"
+    configured = {"host": "10.0.0.1", "port": 1, "unix_socket": "/run/a.sock"}
+    file.write_text(Config(server=configured, limits={"max_streams": 7}).to_toml(), encoding="utf-8")
+    served: list[Config] = []
+    monkeypatch.setattr("touchline_server.service.app.run", lambda config, *_: served.append(config) or 0)
 
-    assert cli._override(config, host=None, port=None, unix_socket=None) == config
-    assert cli._override(config, host=None, port=None, unix_socket="/b").server.unix_socket == "/b"
-    by_port = cli._override(config, host=None, port=2, unix_socket=None)
-    assert (by_port.server, by_port.limits) == (ServerConfig(host="10.0.0.1", port=2, unix_socket=""), config.limits)
+    result = runner.invoke(cli.app, ["serve", "--config", str(file), *options])
+
+    assert (result.exit_code, served) == (0, [Config(server=configured | changes, limits={"max_streams": 7})])
+
+
+def test_serve_accept_eviction_sets_its_key(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Config] = []
+    monkeypatch.setattr("touchline_server.service.app.run", lambda config, *_: served.append(config) or 0)
+
+    result = runner.invoke(cli.app, ["serve", "--accept-eviction"])
+
+    assert (result.exit_code, served) == (0, [Config(storage={"accept_eviction": True})])
 
 
 def test_healthcheck_serving_exits_0(runner: CliRunner, health_service: tuple[health.HealthServicer, int]) -> None:
@@ -147,7 +216,7 @@ def test_healthcheck_not_serving_exits_1(runner: CliRunner, health_service: tupl
 
 
 class FullDisk(health.HealthServicer):
-    """Samples, and cannot store: as a server whose disk is full answers."""
+    """A server that samples and cannot store, because its disk is full."""
 
     def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:
         context.set_trailing_metadata([(HEALTH_DETAIL_METADATA_KEY, "storage.data_dir: no space left on device; 3 adds refused")])
@@ -164,7 +233,7 @@ def test_healthcheck_of_a_server_that_only_samples_exits_1_and_prints_the_detail
     assert (result.exit_code, result.stderr) == (1, expected)
 
 
-def test_healthcheck_no_answer_in_time_exits_1_and_says_so(runner: CliRunner) -> None:
+def test_healthcheck_without_an_answer_in_time_exits_1_and_reports_it(runner: CliRunner) -> None:
     release = threading.Event()
 
     class Hangs(health.HealthServicer):
@@ -192,7 +261,7 @@ def test_healthcheck_finds_the_server_by_its_configuration(
     assert (result.exit_code, result.stderr) == (0, f"127.0.0.1:{port}: SERVING\n")
 
 
-def test_healthcheck_no_server_exits_1_and_says_so(runner: CliRunner, tmp_path: Path) -> None:
+def test_healthcheck_without_a_server_exits_1_and_reports_it(runner: CliRunner, tmp_path: Path) -> None:
     result = runner.invoke(cli.app, ["healthcheck", "--address", f"unix:{tmp_path}/none.sock", "--timeout-s", "5"])
 
     assert result.exit_code == 1

@@ -138,7 +138,7 @@ def sample_nothing(address: str) -> None:
 
 
 def test_errors_of_real_calls_come_out_of_a_pool_of_processes() -> None:
-    """The parent of a worker whose error cannot be unpickled waits for ever."""
+    """The parent of a worker whose error cannot be unpickled waits forever."""
     with ServerThread(make_config()) as server, multiprocessing.get_context("spawn").Pool(1) as pool:
         with pytest.raises(LoadError, match="1 of 2 episodes were refused") as refused:
             pool.apply_async(load_refused, (server.address,)).get(timeout=120)

@@ -100,6 +100,17 @@ class Config(Section):
         """Transitions in a slice."""
         return self.config.horizon
 
+    def override(self, **sections: Mapping[str, Any]) -> Config:
+        """Returns a copy in which some keys have other values: ``cfg.override(server={"port": 0})``.
+
+        Raises:
+            ConfigError: an unknown section or key, a bad value, or values that do not fit together.
+        """
+        keys = self.model_dump()
+        for name, changes in sections.items():
+            keys[name] = {**keys.get(name, {}), **changes}
+        return Config(**keys)
+
     def to_toml(self) -> str:
         """Returns the configuration in force as TOML, which reads back equal; an unset seed is left out."""
         sections = []

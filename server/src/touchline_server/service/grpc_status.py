@@ -1,7 +1,7 @@
-"""The one table that turns the domain's errors into gRPC statuses.
+"""The only table that maps errors to gRPC status codes.
 
-The status comes with the call's trailing metadata ``touchline-reason``: a word for programs, where the status alone is too coarse.
-Where waiting helps, ``grpc-retry-pushback-ms`` says how long.
+Beside the code, the trailing metadata ``touchline-reason`` carries a :class:`~touchline_protos.types.reasons.Reason`, because the codes are
+too coarse for programs. If waiting helps, ``grpc-retry-pushback-ms`` carries the delay.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = get_logger(__name__)
 
 
 class Status(NamedTuple):
-    """How an error looks to a client."""
+    """What a client receives of an error, beside its message."""
 
     code: grpc.StatusCode
     reason: Reason
@@ -60,7 +60,7 @@ STATUS_OF: dict[type[Exception], Status] = {
     OversizeError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.TOO_LARGE),
     OverLimitError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVER_LIMIT),
     SchemaChangedError: Status(grpc.StatusCode.UNAVAILABLE, Reason.SCHEMA_CHANGED),
-    # The client's word for it: what the server has no room for now may pass later.
+    # For the client this is one limit among others: the same call may succeed later.
     StorageFullError: Status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.OVER_LIMIT),
     StorageFailedError: Status(grpc.StatusCode.UNAVAILABLE, Reason.STORAGE_FAILED),
     RestoringError: Status(grpc.StatusCode.UNAVAILABLE, Reason.RESTORING),
@@ -70,11 +70,11 @@ STATUS_OF: dict[type[Exception], Status] = {
 INTERNAL = Status(grpc.StatusCode.INTERNAL, Reason.INTERNAL)
 
 MAX_TEXT_BYTES = 4096
-"""Room of an error's text on the wire: it travels in a header, and peers refuse a call whose headers are over 8 KiB."""
+"""Largest message of an error on the wire, as gRPC encodes it: it travels in a header, and peers refuse headers over 8 KiB."""
 
 
 def status_of(error: Exception) -> Status:
-    """Returns the status of an error: that of its nearest listed class, INTERNAL where none is."""
+    """Returns the status of an error's nearest class in the table, INTERNAL if there is none."""
     for kind in type(error).__mro__:
         if kind in STATUS_OF:
             return STATUS_OF[kind]
@@ -82,29 +82,32 @@ def status_of(error: Exception) -> Status:
 
 
 def shorten(text: str) -> str:
-    """Returns a text on one line that fits into :data:`MAX_TEXT_BYTES` as gRPC encodes it, cut at its end where it does not.
+    """Returns a text on one line, cut at its end if it does not fit into :data:`MAX_TEXT_BYTES` as gRPC encodes it.
 
-    Names that clients chose stand in it, so its length is theirs to choose too.
+    Messages contain names that clients choose, so clients choose their length too.
     """
     text = escape(text)
-    room = MAX_TEXT_BYTES
+    left = MAX_TEXT_BYTES
     for position, character in enumerate(text):
-        # Whatever is not printable ASCII takes three characters a byte.
-        room -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="replace"))
-        if room < 0:
+        # gRPC percent-encodes what is not printable ASCII: three characters a byte.
+        left -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode(errors="replace"))
+        if left < 0:
             return f"{text[:position]}... ({len(text) - position} characters more)"
     return text
 
 
 def trailing_metadata(error: Exception) -> tuple[tuple[str, str], ...]:
-    """Returns what programs are told of an error besides its status."""
+    """Returns the trailing metadata of a call that failed with an error: the reason, and the delay if waiting helps."""
     reason = (REASON_METADATA_KEY, status_of(error).reason.value)
     retry_after_s = error.retry_after_s if isinstance(error, ReplayError) else None
     return (reason,) if retry_after_s is None else (reason, (RETRY_METADATA_KEY, str(math.ceil(retry_after_s * 1000))))
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends a call with the status of an error. What is not the caller's doing is logged with its trace and not told."""
+    """Ends a call with the status of an error.
+
+    An error that is not the caller's is logged with its trace; the caller gets only its type.
+    """
     status = status_of(error)
     if status is INTERNAL:
         logger.exception("a call failed", exc_info=error)

@@ -1,0 +1,56 @@
+"""``touchline-server recover``: recovers the undamaged episodes of a damaged store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from touchline_server.cli.options import STORE, ConfigPath, DataDir, resolve_data_dir
+from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings, progress_bar, report_errors
+
+
+def recover(
+    data_dir: DataDir = None,
+    accept_loss: Annotated[
+        bool,
+        typer.Option("--accept-loss", help="Recover even if something is lost. Otherwise a loss changes nothing.", rich_help_panel=STORE),
+    ] = False,
+    config: ConfigPath = None,
+) -> None:
+    """Recover the undamaged episodes of a damaged store.
+
+    Finds every episode whose own bytes are intact, whatever else in the file is damaged, cut off or missing. They go into a new file, which
+    replaces the old one; the old one stays beside it, unchanged, as touchline.db.damaged. No server may be running on the store, and the
+    disk needs space for both files.
+
+    \b
+    Examples:
+      touchline-server recover --data-dir /data
+      touchline-server recover --data-dir /data --accept-loss
+
+    \b
+    Exit status:
+      0    a server can start on the store again, with everything, or with what
+           is left after --accept-loss
+      1    nothing was changed: something is lost (stdout lists it) without
+           --accept-loss, or nothing is left
+      2    the configuration or the command line is wrong
+      130  interrupted; run it again
+    """
+    from touchline_server.durability import recovery
+
+    with report_errors(interrupted="interrupted; run the command again"):
+        folder = resolve_data_dir(data_dir, config)
+        with progress_bar(f"recovering {folder}") as progress:
+            found = recovery.recover(folder, progress, accept_loss=accept_loss)
+    what = f"{found.episodes} episodes, {found.steps} steps"
+    if found.replaced:
+        print_findings(found.lost, f"{what} were recovered; the old file is kept beside the new one")
+        return
+    print_findings(found.lost, f"{what} can be kept")
+    exit_with(
+        f"what is listed above is lost, and nothing was changed; restore a copy of {folder}, or accept the loss: "
+        f"`touchline-server recover --accept-loss --data-dir {folder}`",
+        EXIT_FAILED,
+    )
