@@ -27,8 +27,8 @@ from touchline_protos.codec import (
     encode_load,
     encode_loads,
 )
+from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
-from touchline_protos.codec.upload import chunk_message
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -209,7 +209,7 @@ def test_golden_load_is_read_by_hand() -> None:
     messages = [golden("load_episodes_request_header"), *write_load()[1:-1], golden("load_episodes_request_chunk")]
     decoder = LoadDecoder()
 
-    *before, episode = [decoder.feed(message) for message in messages]
+    *before, episode = [next(decoder.feed(message), None) for message in messages]
 
     expected = make_episode()
     assert not any(before) and episode is not None and episode.key == expected.key and decoder.table == "main"
@@ -238,7 +238,7 @@ def test_golden_episodes_are_read_by_hand() -> None:
 def test_golden_episodes_of_one_message_are_read_by_hand_and_by_the_generated_class() -> None:
     decoder = LoadDecoder()
 
-    found = list(decoder.feed_all(golden("load_episodes_request_episodes")))
+    found = list(decoder.feed(golden("load_episodes_request_episodes")))
     by_class = pb.LoadEpisodesRequest.FromString(golden("load_episodes_request_episodes"))
 
     expected = make_episode()

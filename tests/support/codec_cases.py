@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from hypothesis import strategies as st
 
-from touchline_protos.codec import BatchLayout, Episode, EpisodeKey, TensorSpec
+from touchline_protos.codec import BatchLayout, CodecError, Episode, EpisodeKey, LoadDecoder, TensorSpec
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -35,6 +35,20 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     if layout == "big-endian":
         return array.astype(dtype.newbyteorder(">"))
     return array
+
+
+def feed_one(decoder: LoadDecoder, message: bytes) -> Episode | None:
+    """Decodes a message of at most one episode; raises the error of one that is refused."""
+    results = list(decoder.feed(message))
+    assert len(results) <= 1
+    if results and isinstance(results[0], CodecError):
+        raise results[0]
+    return results[0] if results else None  # type: ignore[return-value]
+
+
+def feed_all(decoder: LoadDecoder, messages: Iterable[bytes]) -> list[Episode]:
+    """Decodes a stream; raises the first error."""
+    return [episode for message in messages if (episode := feed_one(decoder, message)) is not None]
 
 
 @st.composite

@@ -270,15 +270,26 @@ def loading(store: FuzzedStore) -> Target:
         for message in unframe(data):
             reference = parse(pb.LoadEpisodesRequest, message)
             try:
-                episode = decoder.feed(message)
+                results = list(decoder.feed(message))
             except CodecError as error:
-                assert str(error)
-                assembler.rollback()
-                if error.fatal:
-                    return accepted
+                assert str(error) and error.fatal
+                return accepted
+            errors = [result for result in results if isinstance(result, CodecError)]
+            assert all(map(str, errors))
+            if reference is not None and reference.episodes:
+                # Several whole episodes: each is refused or read by itself.
+                for result, whole in zip(results, reference.episodes, strict=True):
+                    if isinstance(result, Episode):
+                        accepted = True
+                        assert_episode(result, whole)
+                        store.take(result, whole)
                 continue
+            if errors:
+                assembler.rollback()
+                continue
+            episode = next((result for result in results if isinstance(result, Episode)), None)
             if reference is None:
-                # What is left of a refused episode is passed over unread.
+                # The remaining chunks of a refused episode are skipped unread.
                 assert episode is None and not assembler.in_progress, "protobuf refuses it"
                 continue
             expected = assembler.feed(reference)
@@ -398,7 +409,7 @@ def reading(data: bytes) -> bool:
             selection, found = reference.selection, decoder.selection
             assert found is not None
             assert found.first_episode_id == selection.first_episode_id and found.last_episode_id == selection.last_episode_id
-            assert (found.episodes, found.steps, found.lineage) == (selection.episodes, selection.steps, selection.lineage)
+            assert (found.episodes, found.steps, found.store_generation) == (selection.episodes, selection.steps, selection.lineage)
         elif part == "group":
             assert not assembler.in_progress
             expected = [(stored.episode_id, stored.episode) for stored in reference.group.episodes]

@@ -372,7 +372,7 @@ def _loader(keys: list[list[int]], breaks: int = 0) -> Any:
 
     def load(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         decoder = LoadDecoder()
-        episodes = [episode for message in requests for episode in decoder.feed_all(message) if isinstance(episode, Episode)]
+        episodes = [episode for message in requests for episode in decoder.feed(message) if isinstance(episode, Episode)]
         keys.append([episode.key.sequence for episode in episodes if episode.key is not None])
         if len(keys) <= breaks:
             fail(context, UNAVAILABLE)

@@ -17,8 +17,8 @@ from support.client_faults import Handler, ScriptedServer, fail, in_turn
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
 from touchline._rpc.calls import Backoff
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode, TensorSpec
+from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
-from touchline_protos.codec.upload import chunk_message
 from touchline_protos.v1 import replay_pb2 as pb
 
 ALL = EpisodeSelection(0, 9, 10, 20, 77)
@@ -167,7 +167,7 @@ def test_connection_that_holds_for_an_episode_now_and_then_is_not_given_up(answe
 def test_server_that_came_back_without_the_episodes_is_told_apart(answers: Answers) -> None:
     handler = in_turn(
         answers(encode_selection(ALL), whole(0), then=BROKEN),
-        answers(encode_selection(ALL._replace(lineage=78)), whole(5)),
+        answers(encode_selection(ALL._replace(store_generation=78)), whole(5)),
     )
     with ScriptedServer(GetEpisodes=handler) as server, ReplayClient(server.address) as client:
         episodes = client.episodes()

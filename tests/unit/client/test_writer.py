@@ -183,7 +183,7 @@ class Rack(Shelf):
 
     def load(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         decoder = LoadDecoder()
-        episodes = [episode for message in requests for episode in decoder.feed_all(message) if isinstance(episode, Episode)]
+        episodes = [episode for message in requests for episode in decoder.feed(message) if isinstance(episode, Episode)]
         if self.load_fails:
             fail(context, grpc.StatusCode.INTERNAL, details="as the test wants")
         results = []

@@ -256,7 +256,7 @@ def test_empty_or_unknown_frame_has_no_batches() -> None:
         ([TensorSpec("task", np.dtype("f4"), (4,))], r"task: shape \(4,\)"),
         ([TensorSpec("obs", np.dtype("f4"), ())], r"obs: shape \(\)"),
         ([TensorSpec("", np.dtype("f4"), (3,))], "without a name"),
-        ([TensorSpec("provenance.start", np.dtype("<i8"), (3,))], "the batch's own"),
+        ([TensorSpec("provenance.start", np.dtype("<i8"), (3,))], "reserved for provenance"),
         ([TensorSpec("obs", np.dtype("f4"), (3,))] * 2, "each name once"),
     ],
 )
@@ -308,7 +308,7 @@ MISTAKES = {
     "obs twice": (lambda b: rename(b, "phase", "obs.state"), "each name once"),
     "obs beside obs.x": (lambda b: rename(b, "phase", "obs"), "obs is a column as well"),
     "leaf and branch": (lambda b: rename(b, "phase", "obs.image"), "obs.image is a column as well"),
-    "provenance as column": (lambda b: rename(b, "phase", "provenance.start"), "the batch's own"),
+    "provenance as column": (lambda b: rename(b, "phase", "provenance.start"), "reserved for provenance"),
     "no provenance": (lambda b: b.ClearField("provenance"), "no provenance"),
     "part of provenance": (lambda b: b.provenance.ClearField("start"), "4 of its 5 fields"),
     "start of float64": (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.codec_cases import episodes, from_proto, same_episode, small_episode
+from support.codec_cases import episodes, feed_all, feed_one, from_proto, same_episode, small_episode
 from touchline_protos.codec import (
     CodecError,
     CodecLimits,
@@ -18,18 +17,14 @@ from touchline_protos.codec import (
     EpisodeKey,
     LoadDecoder,
     OversizeError,
+    chunks,
     encode_load,
     encode_loads,
-    upload,
     wire,
 )
 from touchline_protos.v1 import replay_pb2 as pb
 
 KEY = EpisodeKey("robot-7", 1_700_000_000, 42)
-
-
-def feed_all(decoder: LoadDecoder, messages: Iterable[bytes]) -> list[Episode]:
-    return [episode for episode in map(decoder.feed, messages) if episode is not None]
 
 
 def header(length: int, *columns: pb.ColumnSpec, key: EpisodeKey | None = KEY) -> bytes:
@@ -101,7 +96,7 @@ def test_episodes_arrive_the_same_and_in_order_however_they_share_messages(
 
     messages = list(encode_loads(some, table="t", chunk_bytes=chunk_bytes, group_bytes=group_bytes))
 
-    found = [episode for message in messages for episode in decoder.feed_all(message)]
+    found = [episode for message in messages for episode in decoder.feed(message)]
     assert all(same_episode(a, b) for a, b in zip(found, some, strict=True))
     for message in messages:
         read = pb.LoadEpisodesRequest.FromString(message)
@@ -128,7 +123,7 @@ def test_malformed_episode_of_several_is_told_and_the_others_are_read() -> None:
     request.episodes[1].columns[0].tensor.data += b"x"
     request.episodes[1].key.sequence = 99
 
-    first, refused, last = LoadDecoder().feed_all(request.SerializeToString())
+    first, refused, last = LoadDecoder().feed(request.SerializeToString())
 
     assert isinstance(first, Episode) and same_episode(first, small_episode())
     assert isinstance(refused, CodecError) and not refused.fatal and refused.key is not None and refused.key.sequence == 99
@@ -139,22 +134,22 @@ def test_episodes_beside_another_part_or_within_chunks_are_fatal() -> None:
     group = pb.LoadEpisodesRequest.FromString(next(encode_loads([small_episode(), small_episode()])))
     both = pb.LoadEpisodesRequest(episodes=group.episodes, episode=group.episodes[0])
     with pytest.raises(CodecError, match="3 parts in a message, expected one") as caught:
-        LoadDecoder().feed_all(both.SerializeToString())
+        LoadDecoder().feed(both.SerializeToString())
     assert caught.value.fatal
 
     decoder = LoadDecoder()
-    decoder.feed(header(3, spec("obs")))
+    feed_one(decoder, header(3, spec("obs")))
     with pytest.raises(CodecError, match="another episode begins") as caught:
-        decoder.feed_all(group.SerializeToString())
+        decoder.feed(group.SerializeToString())
     assert caught.value.fatal and caught.value.key == KEY
 
 
 def test_more_episodes_than_a_message_may_have_are_refused() -> None:
     decoder = LoadDecoder()
 
-    assert len(list(decoder.feed_all(pb.LoadEpisodesRequest(episodes=[pb.Episode()] * 1024).SerializeToString()))) == 1024
+    assert len(list(decoder.feed(pb.LoadEpisodesRequest(episodes=[pb.Episode()] * 1024).SerializeToString()))) == 1024
     with pytest.raises(OversizeError, match="1025 episodes in a message, expected at most 1024"):
-        decoder.feed_all(pb.LoadEpisodesRequest(episodes=[pb.Episode()] * 1025).SerializeToString())
+        decoder.feed(pb.LoadEpisodesRequest(episodes=[pb.Episode()] * 1025).SerializeToString())
 
 
 def test_chunked_columns_are_writable_and_own_their_memory() -> None:
@@ -184,7 +179,7 @@ def test_table_is_that_of_the_streams_first_message() -> None:
 
 
 def test_episode_without_bytes_is_complete_with_its_header() -> None:
-    episode = LoadDecoder().feed(header(0, spec("obs", 3), spec("reward")))
+    episode = feed_one(LoadDecoder(), header(0, spec("obs", 3), spec("reward")))
 
     assert episode is not None
     assert {name: column.shape for name, column in episode.columns.items()} == {"obs": (0, 3), "reward": (0,)}
@@ -192,10 +187,10 @@ def test_episode_without_bytes_is_complete_with_its_header() -> None:
 
 def test_empty_columns_between_others_have_no_chunks() -> None:
     decoder = LoadDecoder()
-    decoder.feed(header(2, spec("void", 0), spec("obs"), spec("hole", 3, 0), spec("reward"), spec("end", 0)))
+    feed_one(decoder, header(2, spec("void", 0), spec("obs"), spec("hole", 3, 0), spec("reward"), spec("end", 0)))
 
-    assert decoder.feed(chunk(1, 0, bytes(8))) is None
-    episode = decoder.feed(chunk(3, 0, bytes(8)))
+    assert feed_one(decoder, chunk(1, 0, bytes(8))) is None
+    episode = feed_one(decoder, chunk(3, 0, bytes(8)))
 
     assert episode is not None
     assert [c.shape for c in episode.columns.values()] == [(2, 0), (2,), (2, 3, 0), (2,), (2, 0)]
@@ -227,7 +222,7 @@ def test_empty_columns_between_others_have_no_chunks() -> None:
 )
 def test_broken_framing_is_fatal_and_names_the_episode(chunks: list[bytes], reason: str) -> None:
     decoder = LoadDecoder()
-    decoder.feed(header(2, spec("obs"), spec("reward")))
+    feed_one(decoder, header(2, spec("obs"), spec("reward")))
 
     with pytest.raises(CodecError, match=reason) as raised:
         feed_all(decoder, chunks)
@@ -238,10 +233,10 @@ def test_broken_framing_is_fatal_and_names_the_episode(chunks: list[bytes], reas
 
 def test_chunk_without_a_header_is_fatal() -> None:
     decoder = LoadDecoder()
-    decoder.feed(next(encode_load(small_episode())))
+    feed_one(decoder, next(encode_load(small_episode())))
 
     with pytest.raises(CodecError, match="without a header") as raised:
-        decoder.feed(chunk(0, 0, b""))
+        feed_one(decoder, chunk(0, 0, b""))
 
     assert raised.value.fatal and raised.value.key is None
 
@@ -253,14 +248,14 @@ def test_announced_bytes_are_those_of_the_episode_in_progress() -> None:
     assert decoder.announced_bytes == 0
 
     for message in (first, *chunks[:-1]):
-        decoder.feed(message)
+        feed_one(decoder, message)
         assert decoder.announced_bytes == episode.size_bytes
-    decoder.feed(chunks[-1])
+    feed_one(decoder, chunks[-1])
 
     assert decoder.announced_bytes == 0
-    decoder.feed(first)
+    feed_one(decoder, first)
     with pytest.raises(CodecError):
-        decoder.feed(b"")
+        feed_one(decoder, b"")
     assert decoder.announced_bytes == 0
 
 
@@ -296,10 +291,10 @@ def test_refused_header_allocates_nothing_and_the_stream_goes_on(
 ) -> None:
     decoder = LoadDecoder()
     allocated: list[object] = []
-    monkeypatch.setattr(upload.np, "empty", lambda *args: allocated.append(args))
+    monkeypatch.setattr(chunks.np, "empty", lambda *args: allocated.append(args))
 
     with pytest.raises(error, match=reason) as raised:
-        decoder.feed(bad_header)
+        feed_one(decoder, bad_header)
 
     monkeypatch.undo()
     assert not allocated
@@ -312,9 +307,9 @@ def test_refused_header_allocates_nothing_and_the_stream_goes_on(
 def test_header_alone_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = LoadDecoder()
     allocated: list[object] = []
-    monkeypatch.setattr(upload.np, "empty", lambda *args: allocated.append(args))
+    monkeypatch.setattr(chunks.np, "empty", lambda *args: allocated.append(args))
 
-    decoder.feed(header(1 << 28, spec("obs")))
+    feed_one(decoder, header(1 << 28, spec("obs")))
 
     monkeypatch.undo()
     assert decoder.in_progress and not allocated
@@ -322,13 +317,13 @@ def test_header_alone_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_malformed_chunk_refuses_its_episode_and_the_stream_goes_on() -> None:
     decoder = LoadDecoder()
-    decoder.feed(header(2, spec("obs")))
+    feed_one(decoder, header(2, spec("obs")))
 
     with pytest.raises(CodecError) as raised:
-        decoder.feed(wire.len_field(4, b"\x1a\x7f"))
+        feed_one(decoder, wire.len_field(4, b"\x1a\x7f"))
 
     assert raised.value.key == KEY and not raised.value.fatal
-    assert decoder.feed(chunk(0, 4, bytes(4))) is None
+    assert feed_one(decoder, chunk(0, 4, bytes(4))) is None
     assert same_episode(feed_all(decoder, encode_load(small_episode()))[0], small_episode())
 
 
@@ -337,7 +332,7 @@ def test_malformed_whole_episode_is_told_by_its_key_and_the_stream_goes_on() -> 
     bad = pb.Episode(key=pb.EpisodeKey(client_id="c", sequence=5), columns=[pb.Column(name="obs")])
 
     with pytest.raises(CodecError, match="obs: no tensor") as raised:
-        decoder.feed(pb.LoadEpisodesRequest(episode=bad).SerializeToString())
+        feed_one(decoder, pb.LoadEpisodesRequest(episode=bad).SerializeToString())
 
     assert raised.value.key == EpisodeKey("c", 0, 5) and not raised.value.fatal
     assert same_episode(feed_all(decoder, encode_load(small_episode()))[0], small_episode())
@@ -345,10 +340,10 @@ def test_malformed_whole_episode_is_told_by_its_key_and_the_stream_goes_on() -> 
 
 def test_bool_column_in_chunks_takes_only_0_and_1() -> None:
     decoder = LoadDecoder()
-    decoder.feed(header(2, spec("done", dtype=pb.DTYPE_BOOL)))
+    feed_one(decoder, header(2, spec("done", dtype=pb.DTYPE_BOOL)))
 
     with pytest.raises(CodecError, match="done: byte 255 in a bool column") as raised:
-        decoder.feed(chunk(0, 0, b"\x01\xff"))
+        feed_one(decoder, chunk(0, 0, b"\x01\xff"))
 
     assert raised.value.key == KEY and not raised.value.fatal
     assert same_episode(feed_all(decoder, encode_load(small_episode()))[0], small_episode())
@@ -374,7 +369,7 @@ def test_mutated_stream_gives_codec_errors_or_valid_episodes(rng: random.Random,
 
     for message in messages:
         try:
-            episode = decoder.feed(bytes(message))
+            episode = feed_one(decoder, bytes(message))
         except CodecError as error:
             assert str(error)
         else:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from support.codec_cases import bits, episodes, from_proto, same_episode, small_episode
 from touchline_protos.codec import CodecError, Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode
+from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.episodes import column_spec
-from touchline_protos.codec.upload import chunk_message
 from touchline_protos.v1 import replay_pb2 as pb
 
 SELECTION = EpisodeSelection(3, 1 << 40, 12, 345, 1 << 61)
@@ -103,7 +103,7 @@ def test_selection_arrives_the_same_and_is_the_generated_class_s(values: tuple[i
     by_class = pb.GetEpisodesResponse.FromString(encode_selection(selection)).selection
 
     assert decoder.selection == selection
-    assert tuple(getattr(by_class, name) for name in EpisodeSelection._fields) == values
+    assert tuple(getattr(by_class, field.name) for field in by_class.DESCRIPTOR.fields) == values
 
 
 def test_arrays_are_writable_and_of_their_own_memory() -> None:
@@ -127,8 +127,8 @@ BROKEN: dict[str, tuple[list[bytes], str]] = {
     "two parts": ([group((1, small_episode())) + encode_evicted(1)], "2 parts"),
     "a second selection": ([encode_selection(SELECTION)], "selection comes first"),
     "a chunk alone": ([announced(1, small_episode(), 8)[1]], "without a header"),
-    "an eviction of nothing": ([encode_evicted(1)], "episode 1 is taken back"),
-    "an eviction of another": ([announced(1, small_episode(), 8)[0], encode_evicted(2)], "episode 2 is taken back"),
+    "an eviction of nothing": ([encode_evicted(1)], "episode 1 is withdrawn"),
+    "an eviction of another": ([announced(1, small_episode(), 8)[0], encode_evicted(2)], "episode 2 is withdrawn"),
     "a group within an episode": ([announced(1, small_episode(), 8)[0], group((2, small_episode()))], "before the last one is complete"),
     "a gap": ([announced(1, small_episode(), 8)[0], announced(1, small_episode(), 8)[2]], "chunk of column 0 at byte 8"),
     "ids that go back": ([group((2, small_episode()), (1, small_episode()))], "episode 1 after 2"),

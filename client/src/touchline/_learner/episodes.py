@@ -223,7 +223,7 @@ class EpisodeSource:
         if self._selection is None:
             self._selection = selection
             return True
-        if selection.lineage != self._selection.lineage:
+        if selection.store_generation != self._selection.store_generation:
             self._drop()
             raise UnavailableError(
                 f"{self._rpc.channel.address}: the server came back without the episodes that were being read; read them from the start"

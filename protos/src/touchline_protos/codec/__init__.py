@@ -1,8 +1,19 @@
-"""The codec: episodes and batches to and from protobuf messages, by hand, so that no payload is copied twice.
+"""The codec: encodes and decodes episodes and batches as protobuf messages by hand, so that no payload is copied twice.
 
-Encoders return ``bytes`` that the generated classes read, decoders read what the generated classes write, in any valid
-encoding (fields in any order, unknown fields, packed or unpacked shapes). A singular sub-message that appears twice is
-refused, not merged. Decoders treat messages as hostile: what is malformed raises :class:`CodecError` and nothing else.
+Encoders return ``bytes`` that the generated classes can parse. Decoders accept every valid encoding that the generated classes produce
+(fields in any order, unknown fields, packed or unpacked shapes), except that a singular submessage that appears twice is refused, not
+merged. Decoders treat messages as hostile: a malformed one raises :class:`CodecError` and nothing else.
+
+    wire            varints, tags, fields; messages that are filled in place
+    tensors         tensors and columns; the alignment of payloads
+    episodes        AddEpisodeRequest, and the Episode in other messages
+    chunks          episodes too large for one message
+    upload          LoadEpisodesRequest
+    download        GetEpisodesResponse
+    batch_encoder   SampleResponse, SampleStreamResponse, bodies of batches
+    batch_parser    the Batch message
+    batch_decoder   messages and bodies to batches
+    buffer_pool     memory of received batches
 """
 
 from touchline_protos.codec.batch_decoder import BatchDecoder, BodyLayout

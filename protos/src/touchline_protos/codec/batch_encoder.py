@@ -1,4 +1,20 @@
-"""Batches on the wire, sending side: ``SampleResponse`` and ``SampleStreamResponse``."""
+"""Batches on the wire, sending side: ``SampleResponse`` and ``SampleStreamResponse``.
+
+A batch travels in one of two forms. Whole, by itself or with others, in one message::
+
+    SampleResponse              field 1: Batch
+    SampleStreamResponse        field 1: BatchGroup          field 1 of it: Batch, repeated
+    Batch                       field 1: Column, repeated    [H+1, B, ...], [H, B, ...] or [B], each payload at a multiple of 16 bytes
+                                field 2: Provenance          five tensors [B]
+                                field 3: ActorName, repeated
+
+Or cut into pieces of about 1 MiB, if it is larger. The *body* is the concatenation of all tensors, columns first, each at a multiple of 64
+bytes; the first piece also carries the header, a ``Batch`` without payloads::
+
+    SampleStreamResponse        field 2: BatchChunk          header (first piece), size (first piece), offset, padding, data
+
+A slot of a ring in shared memory contains exactly a body.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +27,12 @@ import numpy as np
 
 from touchline_protos.codec.tensors import (
     ALIGNMENT,
-    Frame,
+    MessageSkeleton,
     TensorSpec,
     body_offsets,
     check_name,
     check_shape,
-    frame_tensors,
+    lay_out_tensors,
     little_endian,
     submessage,
 )
@@ -34,103 +50,107 @@ from touchline_protos.types.batch import PROVENANCE
 from touchline_protos.types.episode import CodecError
 
 PROVENANCE_PREFIX = "provenance."
-"""What the names of provenance arrays begin with where they stand beside the columns."""
+"""Prefix of the names of provenance arrays, to tell them from columns."""
 
 MAX_BATCH_DIMS = 32
-"""Dimensions of a batch's tensor: one more than the episode's column has."""
+"""Maximum number of dimensions of a tensor in a batch: a column's, the rows of a slice and the slices, and some to spare."""
 
 _MAX_TEMPLATES = 64
 _NO_ACTORS: Mapping[int, str] = {}
 
 
 class Segment(NamedTuple):
-    """The rows of one tensor that a piece carries.
+    """The rows of one tensor in a piece.
 
-    Rows are flat leading rows: row ``r`` of a ``[H+1, B, ...]`` or ``[H, B, ...]`` tensor is ``[r // B, r % B]``, that
-    of a ``[B]`` tensor is ``[r]``.
+    Rows are counted over all leading dimensions: row ``r`` of a tensor [H+1, B, ...] or [H, B, ...] is its element
+    ``[r // B, r % B]``; row ``r`` of a tensor [B] is its element ``[r]``.
     """
 
     name: str
+    """Name of the tensor."""
     first_row: int
+    """Index of the first row."""
     end_row: int
-    """The row after the last one."""
+    """Index after the last row."""
     offset_bytes: int
-    """Where in the piece the rows begin."""
+    """Offset of the first row in the piece, in bytes."""
 
 
 class Piece(NamedTuple):
-    """A contiguous range of the body of a batch that travels in chunks."""
+    """A contiguous range of the body of a batch."""
 
     offset_bytes: int
-    """Where in the body it begins."""
+    """Offset of the piece in the body, in bytes."""
     size_bytes: int
+    """Size of the piece, gaps for alignment included."""
     segments: tuple[Segment, ...]
+    """The rows in the piece, tensor by tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """All of a message but its payloads and its actors' names."""
+    """All of a message except its payloads and its actors' names."""
 
     size: int
+    """Size of the message, in bytes."""
     literals: list[tuple[int, int, bytes]]
+    """Start, end and bytes of everything else."""
     actors_at: int
+    """Position of the actors' names."""
     views: list[list[tuple[str, tuple[int, ...], np.dtype, int]]]
-    """For each batch: name, shape, dtype and position of every payload."""
+    """Name, shape, dtype and position of every payload, per batch."""
 
 
 class BatchLayout:
-    """How batches of one shape look on the wire. Made once for a schema, batch size and horizon.
+    """The layout of batches of one shape on the wire. Made once for each schema, batch size and horizon. Thread-safe.
 
-    Messages come with their payloads unset, as writable views: fill all of them before the message is shown to anyone.
-    The views keep the message alive. Payloads begin at multiples of 16 bytes from the message's first byte, and a bytes
-    object's data does as well.
-
-    Thread-safe: threads may call it at once.
+    Messages are returned with their payloads unset, together with writable arrays over them, which keep the message alive. Fill all of
+    them before sharing the message. The arrays are aligned to 16 bytes.
 
     Args:
-        columns: in wire order; shapes with their leading dimensions, ``[H+1, B, ...]``, ``[H, B, ...]`` or ``[B]``.
-            Provenance is added to them.
-        batch_size: B, slices.
+        columns: specs of the columns in wire order, with the leading dimensions of a batch: [H+1, B, ...], [H, B, ...] or [B]. Provenance
+            is added to them.
+        batch_size: number of slices, B.
 
     Raises:
-        CodecError: a column that the wire cannot carry, or whose shape does not have the batch size in its place.
+        CodecError: the wire cannot represent a column, or its shape does not have the batch size in its place.
     """
 
     def __init__(self, columns: Sequence[TensorSpec], batch_size: int) -> None:
         self.columns = tuple(TensorSpec(s.name, little_endian(s.name, s.dtype), tuple(s.shape)) for s in columns)
-        """The columns, in wire order."""
+        """Specs of the columns, in wire order."""
         self.batch_size = batch_size
-        """B, slices."""
+        """Number of slices, B."""
         for spec in self.columns:
             _check_column(spec, batch_size)
         if len({spec.name for spec in self.columns}) != len(self.columns):
             raise CodecError(f"columns {[spec.name for spec in self.columns]}, expected each name once")
         self._provenance = tuple(TensorSpec(PROVENANCE_PREFIX + name, dtype, (batch_size,)) for name, dtype in PROVENANCE)
         self.specs = self.columns + self._provenance
-        """Columns, then provenance as ``provenance.<field>``: the tensors in body order."""
+        """Specs of all tensors in body order: columns, then provenance as ``provenance.<field>``."""
         self.data_bytes = sum(spec.size_bytes for spec in self.specs)
-        """Payload of one batch."""
+        """Payload of one batch, in bytes."""
         self.offsets, self.body_bytes = body_offsets(self.specs)
-        """Size of one batch's body in chunks: the payload and the gaps that align it."""
+        """Size of one batch's body: the payload, and the gaps that align it."""
         self._spec_of = {spec.name: spec for spec in self.specs}
         self._templates: dict[tuple[int, int], _Template] = {}
 
     def body_views(self, memory: Any) -> dict[str, np.ndarray]:
-        """Returns writable views, by name, of a batch's tensors in a body.
+        """Returns writable arrays by name over the tensors of a batch whose body is in ``memory``.
 
         Args:
-            memory: a writable buffer of at least ``body_bytes``; the views keep it alive.
+            memory: a writable buffer of at least ``body_bytes``; the arrays keep it alive.
         """
         return {spec.name: np.ndarray(spec.shape, spec.dtype, memory, at) for spec, at in zip(self.specs, self.offsets, strict=True)}
 
     def sample_response(self, actors: Mapping[int, str] = _NO_ACTORS) -> tuple[bytes, dict[str, np.ndarray]]:
-        """Makes a ``SampleResponse`` with an unset payload.
+        """Makes a ``SampleResponse`` with unset payloads.
 
         Args:
-            actors: names by index, to be sent along.
+            actors: actors' names by index, sent along.
 
         Returns:
-            The message, and the arrays to fill by name (provenance under ``provenance.episode_id`` and so on).
+            The message, and the arrays to fill by name; provenance is under ``provenance.episode_id`` and so on.
         """
         message, views = self._make(0, actors)
         return message, views[0]
@@ -139,8 +159,8 @@ class BatchLayout:
         """Makes a ``SampleStreamResponse`` of ``n`` whole batches with unset payloads.
 
         Args:
-            n: batches, at least 1.
-            actors: names by index; they go with the first batch.
+            n: number of batches, at least 1.
+            actors: actors' names by index, sent with the first batch.
 
         Returns:
             The message, and for each batch the arrays to fill by name.
@@ -153,34 +173,35 @@ class BatchLayout:
         """Returns the exact size of a message without allocating it.
 
         Args:
-            n: batches of a group.
-            actors: as they would be sent along.
-            unary: asks for a ``sample_response`` instead (n is 1).
+            n: number of batches in a group.
+            actors: actors' names by index, as for the message.
+            unary: whether the message is a ``SampleResponse``, with one batch.
         """
         return self._template(0 if unary else n, len(_encode_actors(actors))).size
 
     def chunk_plan(self, chunk_bytes: int = 1 << 20) -> Sequence[Piece]:
-        """Returns how the body is cut into pieces, in order.
+        """Returns the pieces of a body, in order.
 
         Args:
-            chunk_bytes: a piece has at most this many bytes, unless a single row is larger: cuts are only between rows.
+            chunk_bytes: maximum size of a piece. A single row is never cut, so a piece is larger if its only row is.
         """
         if chunk_bytes < 1:
             raise ValueError(f"chunk_bytes {chunk_bytes}, expected at least 1")
         pieces: list[Piece] = []
         segments: list[Segment] = []
-        start = end = 0
+        start = end = 0  # of the current piece, in the body
         for spec, offset in zip(self.specs, self.offsets, strict=True):
             rows, row_bytes = _rows(spec)
             first = 0
             while first < rows and row_bytes:
-                at = offset + first * row_bytes
-                fit = (start + chunk_bytes - at) // row_bytes
+                at = offset + first * row_bytes  # position of the next row in the body
+                fit = (start + chunk_bytes - at) // row_bytes  # whole rows that the current piece still holds
                 if fit < 1 and segments:
+                    # Not even one: close the piece and look at the same row again, with an empty piece.
                     pieces.append(Piece(start, end - start, tuple(segments)))
                     start, segments = end, []
                     continue
-                last = min(rows, first + max(fit, 1))
+                last = min(rows, first + max(fit, 1))  # at least one row, however large, so the loop advances
                 segments.append(Segment(spec.name, first, last, at - start))
                 end = at + (last - first) * row_bytes
                 first = last
@@ -189,37 +210,40 @@ class BatchLayout:
         return pieces
 
     def chunk(self, piece: Piece, actors: Mapping[int, str] = _NO_ACTORS) -> tuple[bytes, list[np.ndarray]]:
-        """Makes a ``SampleStreamResponse`` with one piece and an unset payload. The first piece carries the header.
+        """Makes a ``SampleStreamResponse`` that carries one piece, with unset payload. The first piece also carries the header.
 
         Args:
-            piece: of :meth:`chunk_plan`.
-            actors: names by index, only with the first piece.
+            piece: one of the pieces of :meth:`chunk_plan`.
+            actors: actors' names by index; only with the first piece.
 
         Returns:
-            The message, and for each segment the array to fill, ``[rows, ...]``.
+            The message, and for each segment the array [rows, ...] to fill.
         """
         if actors and piece.offset_bytes:
             raise ValueError("actors with a later piece, expected them with the first")
         tail = _encode_actors(actors)
 
-        def content(at: int) -> Frame:
+        def content(at: int) -> MessageSkeleton:
             head = b""
             if not piece.offset_bytes:
                 head = len_field(1, self.header() + tail) + int_field(2, self.body_bytes)
             head += int_field(3, piece.offset_bytes)
             data = encode_varint(tag(5, LEN)) + encode_varint(piece.size_bytes)
-            # The body's own alignment is kept: byte k of it lands at a multiple of 16 where k is one.
-            short = (piece.offset_bytes - at - len(head) - len(data)) % ALIGNMENT
-            short += ALIGNMENT if short == 1 else 0
-            head += (len_field(4, bytes(short - 2)) if short else b"") + data
+            # Keep the body's alignment: the byte at offset k of the body lands at a position that is congruent to k modulo 16.
+            #   position without padding:  at + len(head) + len(data)
+            #   position wanted:           piece.offset_bytes, modulo 16
+            # A padding field takes at least 2 bytes, so a gap of 1 becomes 17.
+            gap = (piece.offset_bytes - at - len(head) - len(data)) % ALIGNMENT
+            gap += ALIGNMENT if gap == 1 else 0
+            head += (len_field(4, bytes(gap - 2)) if gap else b"") + data
             payload = at + len(head)
-            return Frame([(at, head)], [payload], payload + piece.size_bytes)
+            return MessageSkeleton([(at, head)], [payload], payload + piece.size_bytes)
 
-        frame = submessage(2, 0, content, at_least=piece.size_bytes)
-        message, view, address = fresh_message(frame.end)
-        for at, literal in frame.literals:
+        skeleton = submessage(2, 0, content, at_least=piece.size_bytes)
+        message, view, address = fresh_message(skeleton.end)
+        for at, literal in skeleton.literals:
             view[at : at + len(literal)] = literal
-        start = frame.payloads[0]
+        start = skeleton.payloads[0]
         storage = writable_storage(message, address)
         arrays = []
         covered = start
@@ -227,15 +251,15 @@ class BatchLayout:
             spec = self._spec_of[name]
             _, row_bytes = _rows(spec)
             at = start + offset
-            view[covered:at] = bytes(at - covered)
+            view[covered:at] = bytes(at - covered)  # the gap before the tensor; a fresh message holds arbitrary bytes
             covered = at + (last - first) * row_bytes
             arrays.append(np.ndarray((last - first, *_inner(spec)), spec.dtype, storage, at))
         return message, arrays
 
     def header(self) -> bytes:
-        """Returns a ``Batch`` message with every payload left out: what a body consists of."""
-        columns = frame_tensors(1, self.columns, 0, column=True, with_data=False)
-        provenance = frame_tensors(1, self._provenance, 0, column=False, with_data=False)
+        """Returns a ``Batch`` message without payloads, which describes a body: names, dtypes and shapes in order."""
+        columns = lay_out_tensors(1, self.columns, 0, column=True, with_data=False)
+        provenance = lay_out_tensors(1, self._provenance, 0, column=False, with_data=False)
         return b"".join(literal for _, literal in columns.literals) + len_field(2, b"".join(literal for _, literal in provenance.literals))
 
     def _make(self, n: int, actors: Mapping[int, str]) -> tuple[bytes, list[dict[str, np.ndarray]]]:
@@ -251,7 +275,7 @@ class BatchLayout:
         return message, [{name: array(shape, dtype, storage, at) for name, shape, dtype, at in batch} for batch in template.views]
 
     def _template(self, n: int, tail_bytes: int) -> _Template:
-        """Returns the template of a group of n batches, or of a ``SampleResponse`` for n = 0."""
+        """Returns the template of a group of n batches, or of a ``SampleResponse`` if n is 0."""
         template = self._templates.get((n, tail_bytes))
         if template is None:
             if len(self._templates) >= _MAX_TEMPLATES:
@@ -262,48 +286,49 @@ class BatchLayout:
     def _build_template(self, n: int, tail_bytes: int) -> _Template:
         actors_at = 0
 
-        def first_batch(at: int) -> Frame:
+        def first_batch(at: int) -> MessageSkeleton:
+            # The names are the last field of the first batch, so that only their size, not they, is part of the template.
             nonlocal actors_at
-            frame = self._frame_batch(at)
-            actors_at = frame.end
-            return Frame(frame.literals, frame.payloads, frame.end + tail_bytes)
+            skeleton = self._lay_out_batch(at)
+            actors_at = skeleton.end
+            return MessageSkeleton(skeleton.literals, skeleton.payloads, skeleton.end + tail_bytes)
 
-        def batches(at: int) -> Frame:
+        def batches(at: int) -> MessageSkeleton:
             literals: list[tuple[int, bytes]] = []
             payloads: list[int] = []
             for index in range(n):
-                batch = self._frame_batch if index else first_batch
-                frame = submessage(1, at, batch, at_least=self.data_bytes)
-                literals += frame.literals
-                payloads += frame.payloads
-                at = frame.end
-            return Frame(literals, payloads, at)
+                batch = self._lay_out_batch if index else first_batch
+                skeleton = submessage(1, at, batch, at_least=self.data_bytes)
+                literals += skeleton.literals
+                payloads += skeleton.payloads
+                at = skeleton.end
+            return MessageSkeleton(literals, payloads, at)
 
         build, count = (batches, n) if n else (first_batch, 1)
-        frame = submessage(1, 0, build, at_least=self.data_bytes * count)
+        skeleton = submessage(1, 0, build, at_least=self.data_bytes * count)
         width = len(self.specs)
         return _Template(
-            size=frame.end,
-            literals=_join(frame.literals),
+            size=skeleton.end,
+            literals=_join(skeleton.literals),
             actors_at=actors_at,
             views=[
                 [
                     (spec.name, spec.shape, spec.dtype, at)
-                    for spec, at in zip(self.specs, frame.payloads[first : first + width], strict=True)
+                    for spec, at in zip(self.specs, skeleton.payloads[first : first + width], strict=True)
                 ]
                 for first in range(0, count * width, width)
             ],
         )
 
-    def _frame_batch(self, at: int) -> Frame:
-        """Returns the frame of a ``Batch`` whose content begins at a position, without actors."""
-        columns = frame_tensors(1, self.columns, at, column=True, with_data=True)
+    def _lay_out_batch(self, at: int) -> MessageSkeleton:
+        """Lays out the content of a ``Batch`` without actors, from position ``at`` on."""
+        columns = lay_out_tensors(1, self.columns, at, column=True, with_data=True)
 
-        def provenance(at: int) -> Frame:
-            return frame_tensors(1, self._provenance, at, column=False, with_data=True)
+        def provenance(at: int) -> MessageSkeleton:
+            return lay_out_tensors(1, self._provenance, at, column=False, with_data=True)
 
         rest = submessage(2, columns.end, provenance, at_least=sum(spec.size_bytes for spec in self._provenance))
-        return Frame(columns.literals + rest.literals, columns.payloads + rest.payloads, rest.end)
+        return MessageSkeleton(columns.literals + rest.literals, columns.payloads + rest.payloads, rest.end)
 
 
 @lru_cache(maxsize=4096)
@@ -319,13 +344,13 @@ def _check_column(spec: TensorSpec, batch_size: int) -> None:
     check_name(spec.name)
     check_shape(spec, MAX_BATCH_DIMS)
     if spec.name.startswith(PROVENANCE_PREFIX):
-        raise CodecError(f"{spec.name}: names that begin with {PROVENANCE_PREFIX!r} are the batch's own")
+        raise CodecError(f"{spec.name}: names that begin with {PROVENANCE_PREFIX!r} are reserved for provenance")
     if not spec.shape or spec.shape[: 2 if len(spec.shape) > 1 else 1][-1] != batch_size:
         raise CodecError(f"{spec.name}: shape {spec.shape}, expected (rows, {batch_size}, ...) or ({batch_size},)")
 
 
 def _rows(spec: TensorSpec) -> tuple[int, int]:
-    """Returns a tensor's number of flat leading rows and the bytes of one."""
+    """Returns the number of a tensor's rows (see :class:`Segment`), and the size of one in bytes."""
     rows = spec.shape[0] if len(spec.shape) == 1 else spec.shape[0] * spec.shape[1]
     return rows, spec.size_bytes // rows if rows else 0
 
@@ -335,7 +360,7 @@ def _inner(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _join(literals: list[tuple[int, bytes]]) -> list[tuple[int, int, bytes]]:
-    """Returns the literals with adjacent ones made one, as first position, position after the last, bytes."""
+    """Joins adjacent literals, and returns start, end and bytes of each: fewer slices to assign per message."""
     joined: list[tuple[int, int, bytes]] = []
     for at, literal in literals:
         if joined and joined[-1][1] == at:

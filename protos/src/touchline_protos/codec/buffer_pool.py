@@ -1,4 +1,4 @@
-"""Receive buffers that are used again once nobody can see them any more."""
+"""Receive buffers that are reused once no view of them is left."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _SMALLEST = 4096
 
 
 class BufferPool:
-    """Lends writable buffers; a buffer comes back when the last view of it has died, in whichever thread that happens.
+    """A pool of writable buffers. A buffer returns when the last view of it has died, in whichever thread that happens.
 
-    A lease is a ctypes array over the buffer. Arrays made from it keep it alive as their base, and so does whatever is
-    made from those: views, torch tensors. Its weak reference tells when the last of them is gone. (The cyclic collector
-    cannot look into numpy arrays, so to it a lease is in use for as long as an array holds it: no weak reference fires
-    early for garbage that a finalizer brings back to life.)
+    A lease is a ctypes array over the buffer. Arrays made from it keep it alive as their base, and so does whatever is made from those:
+    views, torch tensors. A weak reference to the lease reports when the last of them is gone. (The cyclic collector cannot look into
+    numpy arrays, so it considers a lease in use as long as an array holds it: no weak reference fires early for garbage that a
+    finalizer resurrects.)
 
-    Thread-safe without a lock: a lease may die at any moment, also while this pool's own code runs.
+    Thread-safe without a lock: a lease may die at any moment, even while code of this pool runs in the same thread, which would deadlock
+    on a lock. Every step is therefore one operation on a dict or a deque, which the interpreter lock makes atomic.
 
     Args:
-        max_idle_bytes: about what the buffers that wait for their next use may take, though one of each size may wait
-            however large it is. Buffers in use do not count.
+        max_idle_bytes: approximate limit of the idle buffers; one of each size may be idle however large it is. Buffers in use do not
+            count.
     """
 
     def __init__(self, max_idle_bytes: int) -> None:
@@ -35,17 +36,19 @@ class BufferPool:
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of the buffers that wait for their next use."""
+        """Size of all idle buffers, in bytes."""
         return sum(shelf.size * len(shelf.idle) for shelf in list(self._shelves.values()))
 
     def lease(self, size: int) -> Any:
-        """Returns a writable buffer of at least ``size`` bytes, from a multiple of 64 on, with arbitrary content."""
+        """Returns a writable buffer of at least ``size`` bytes at an address that is a multiple of 64, with arbitrary content."""
+        # Round up to one of 8 sizes per power of two, so that batches whose sizes differ a little share buffers, and less than an eighth
+        # of one is unused.
         step = max(_SMALLEST, 1 << max(size.bit_length() - 4, 0))
         size = max(-(-size // step), 1) * step
         shelf = self._shelves.get(size)
         if shelf is None:
             shelf = self._shelves.setdefault(size, _Shelf(size))
-        self._make_room(shelf)
+        self._drop_idle(shelf)
         try:
             memory = shelf.idle.pop()
         except IndexError:
@@ -56,23 +59,23 @@ class BufferPool:
         shelf.lend(lease, memory, max(self._max_idle_bytes // size, 1))
         return lease
 
-    def _make_room(self, wanted: _Shelf) -> None:
-        """Frees buffers of other sizes, which were wanted before, where too many are idle."""
+    def _drop_idle(self, current: _Shelf) -> None:
+        """Frees idle buffers of other sizes if there are too many: the size of batches has changed."""
         if len(self._shelves) == 1:
             return
         for size, shelf in list(self._shelves.items()):
             if self.idle_bytes <= self._max_idle_bytes:
                 return
-            if shelf is not wanted:
+            if shelf is not current:
                 shelf.idle.clear()
                 if not shelf.lent:
                     self._shelves.pop(size, None)
 
 
 class _Return(weakref.ref[Any]):
-    """Puts a lease's buffer back when the lease dies.
+    """A weak reference to a lease that returns the buffer when the lease dies.
 
-    Holds the shelf and not the pool: a pool may die before its leases.
+    It refers to the shelf and not to the pool, as a pool may die before its leases.
     """
 
     __slots__ = ("capacity", "memory", "shelf")
@@ -83,7 +86,11 @@ class _Return(weakref.ref[Any]):
 
 
 class _Shelf:
-    """The buffers of one size."""
+    """The buffers of one size.
+
+    Args:
+        size: size of a buffer, in bytes.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -92,6 +99,7 @@ class _Shelf:
         self.lent: dict[int, _Return] = {}
 
     def lend(self, lease: Any, memory: np.ndarray, capacity: int) -> None:
+        """Watches a lease, and returns its buffer to this shelf when it dies, unless ``capacity`` buffers are idle."""
         reference = _Return(lease, _put_back)
         reference.memory, reference.shelf, reference.capacity = memory, self, capacity
         self.lent[id(reference)] = reference

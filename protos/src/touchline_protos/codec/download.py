@@ -1,4 +1,10 @@
-"""Stored episodes on their way back: ``GetEpisodesResponse``. The pieces of a big one are those of a load."""
+"""Stored episodes that a client reads back: ``GetEpisodesResponse``.
+
+The first message of an answer is the selection. Each of the others contains one or several whole episodes, or announces a large one, or
+carries a chunk of it (the same as of an upload, see :mod:`touchline_protos.codec.chunks`), or withdraws it::
+
+    selection, group, group, header, chunk, chunk, chunk, group, header, chunk, evicted, group
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from touchline_protos.codec.chunks import PartialEpisode, encode_header, read_header
 from touchline_protos.codec.episodes import encode_origin, read_episode
 from touchline_protos.codec.tensors import TensorSpec, tensor_field
-from touchline_protos.codec.upload import PartialEpisode, encode_header, read_header
 from touchline_protos.codec.wire import LEN, VARINT, encode_varint, fresh_message, int_field, len_field, read_fields, tag, to_int64
 from touchline_protos.types.episode import CodecError, CodecLimits, Episode, StoredEpisode
 
@@ -24,32 +30,33 @@ _EPISODE_ID = tag(1, VARINT)
 _CONTENT = tag(2, LEN)
 
 READ_LIMITS = CodecLimits(max_episode_bytes=1 << 40, max_columns=1 << 11)
-"""What a reader takes of one episode: the server's limits are the server's to choose, and memory is only taken as bytes arrive."""
+"""Default limits of one episode, far beyond a server's, which decides itself. Memory is allocated only as bytes arrive."""
 
 
 class EpisodeSelection(NamedTuple):
-    """What there was to read when a call began."""
+    """The episodes that matched when a call began. The fields are those of the message, in its order."""
 
     first_episode_id: int = 0
-    """Of the first episode; 0 where there is none."""
+    """Lowest id; 0 if no episode matched."""
     last_episode_id: int = -1
-    """Of the last one; -1 where there is none."""
+    """Highest id; -1 if no episode matched."""
     episodes: int = 0
-    """How many."""
+    """Number of episodes."""
     steps: int = 0
-    """Their rows."""
-    lineage: int = 0
-    """The same for as long as an id names the same episode."""
+    """Number of their rows."""
+    store_generation: int = 0
+    """Number that changes when the store starts its ids anew; until then an id means the same episode. ``lineage`` on the wire."""
 
 
 class EpisodeOutline(NamedTuple):
     """A stored episode without its values."""
 
     id: int
+    """Id that the store gave it."""
     origin: Episode
-    """Key, actor and policy version; no columns."""
+    """Key, actor and policy version; without columns."""
     specs: Sequence[TensorSpec]
-    """Of the columns, their shapes with the rows."""
+    """Specs of the columns; their shapes begin with the rows."""
 
 
 def encode_selection(selection: EpisodeSelection) -> bytes:
@@ -58,12 +65,16 @@ def encode_selection(selection: EpisodeSelection) -> bytes:
 
 
 def encode_evicted(episode_id: int) -> bytes:
-    """Returns the message that takes an announced episode back."""
+    """Returns the message that withdraws an announced episode, because it was evicted before all of it was sent."""
     return len_field(5, int_field(1, episode_id))
 
 
 def encode_stored_header(outline: EpisodeOutline, rows: int) -> bytes:
-    """Returns the message that announces an episode in chunks, which :func:`~touchline_protos.codec.upload.chunk_message` makes.
+    """Returns the message that announces an episode in chunks; :func:`~touchline_protos.codec.chunks.chunk_message` makes those.
+
+    Args:
+        outline: the episode.
+        rows: number of its rows.
 
     Raises:
         CodecError: a name or key is out of range.
@@ -73,21 +84,22 @@ def encode_stored_header(outline: EpisodeOutline, rows: int) -> bytes:
 
 
 def group_message(outlines: Sequence[EpisodeOutline]) -> tuple[bytes, list[list[np.ndarray]]]:
-    """Returns a message of whole episodes, to be filled before anyone else sees it.
+    """Returns a message of whole episodes with unset values, which the caller fills in before sharing it.
 
     Returns:
-        The message, and for each episode and each of its columns where the values are to be put: [size] uint8, writable, valid for as
+        The message, and for each episode and each of its columns the array [size_bytes] uint8 to copy the values to: writable, valid as
         long as the message is.
 
     Raises:
         CodecError: a name or key is out of range.
-        OversizeError: over protobuf's limit of 2 GiB.
+        OversizeError: the message would exceed protobuf's limit of 2 GiB.
     """
+    # A list of literal bytes, and of integers that stand for payloads of that many bytes.
     parts: list[bytes | int] = []
     for outline in outlines:
         content: list[bytes | int] = [encode_origin(outline.origin)]
         for spec in outline.specs:
-            # Readers copy what they keep, so that nothing is gained by payloads aligned to the message.
+            # Phase 0: aligned within the column only. Readers copy what they keep, so aligning to the message would gain nothing.
             content += [tensor_field(4, spec, 0, True, True), spec.size_bytes]
         head = int_field(1, outline.id) + encode_varint(_CONTENT) + encode_varint(_size(content))
         parts += [encode_varint(_GROUP_EPISODES) + encode_varint(len(head) + _size(content)) + head, *content]
@@ -106,14 +118,15 @@ def group_message(outlines: Sequence[EpisodeOutline]) -> tuple[bytes, list[list[
 
 
 def _size(parts: Sequence[bytes | int]) -> int:
+    """Returns the number of bytes of literals and payloads."""
     return sum(part if isinstance(part, int) else len(part) for part in parts)
 
 
 class EpisodeDecoder:
-    """Reads one answer to GetEpisodes. Not thread-safe.
+    """Decodes one answer to GetEpisodes. Not thread-safe.
 
     Args:
-        limits: an episode over them is refused before anything is allocated.
+        limits: maximum sizes of an episode; one beyond them is refused before anything is allocated.
     """
 
     def __init__(self, limits: CodecLimits = READ_LIMITS) -> None:
@@ -121,9 +134,9 @@ class EpisodeDecoder:
         self._partial: PartialEpisode | None = None
         self._partial_id = 0
         self.selection: EpisodeSelection | None = None
-        """What there is to read; None before the first message."""
+        """The episodes that matched; None before the first message."""
         self.seen_id = -1
-        """The highest id that was dealt with: episodes up to it are complete or left out."""
+        """Highest id of an episode that is complete or was withdrawn; -1 before the first. A new call continues after it."""
 
     @property
     def in_progress(self) -> bool:
@@ -131,13 +144,13 @@ class EpisodeDecoder:
         return self._partial is not None
 
     def feed(self, message: bytes) -> list[StoredEpisode]:
-        """Takes one message.
+        """Decodes one message.
 
         Returns:
-            The episodes that are complete with it, their arrays fresh.
+            The episodes that this message completes. Their arrays are writable and own their memory.
 
         Raises:
-            CodecError: malformed, or not what may come next; nothing after it can be understood.
+            CodecError: the message is malformed, or not one that may come next; no later message can be understood.
         """
         part, start, end = self._read_part(message)
         if part == _SELECTION:
@@ -147,18 +160,18 @@ class EpisodeDecoder:
             if self._partial is None:
                 raise CodecError("a chunk without a header before it", fatal=True)
             self._partial.add_chunk(message, start, end)
-            return self._finish()
+            return self._take_if_complete()
         if part == _EVICTED:
-            self._take_back(message, start, end)
+            self._withdraw(message, start, end)
             return []
         if self._partial is not None:
             raise CodecError("another episode begins before the last one is complete", fatal=True)
         if part == _GROUP:
-            places = [(a, b) for key, a, b in read_fields(message, start, end) if key == _GROUP_EPISODES]
-            return [self._read_whole(message, a, b) for a, b in places]
+            positions = [(a, b) for key, a, b in read_fields(message, start, end) if key == _GROUP_EPISODES]
+            return [self._read_whole(message, a, b) for a, b in positions]
         self._partial_id, (first, last) = self._read_numbered(message, start, end)
         self._partial = read_header(message, first, last, self._limits)
-        return self._finish()
+        return self._take_if_complete()
 
     def _read_part(self, message: bytes) -> tuple[int, int, int]:
         parts = [(key, a, b) for key, a, b in read_fields(message, 0, len(message)) if key in _PARTS]
@@ -169,7 +182,7 @@ class EpisodeDecoder:
         return parts[0]
 
     def _read_numbered(self, message: bytes, start: int, end: int) -> tuple[int, tuple[int, int]]:
-        """Returns the id, and where the content is."""
+        """Returns the id of a ``StoredEpisode`` or ``StoredEpisodeHeader``, and the position of its content."""
         episode_id, content = 0, None
         for key, a, b in read_fields(message, start, end):
             if key == _EPISODE_ID:
@@ -190,17 +203,17 @@ class EpisodeDecoder:
         columns = {name: column.copy() for name, column in episode.columns.items()}
         return self._stored(episode_id, Episode(columns, episode.key, episode.actor, episode.policy_version))
 
-    def _take_back(self, message: bytes, start: int, end: int) -> None:
+    def _withdraw(self, message: bytes, start: int, end: int) -> None:
         episode_id = 0
         for key, a, _ in read_fields(message, start, end):
             if key == _EPISODE_ID:
                 episode_id = to_int64(a)
         if self._partial is None or episode_id != self._partial_id:
-            raise CodecError(f"episode {episode_id} is taken back, expected the one announced last", fatal=True)
+            raise CodecError(f"episode {episode_id} is withdrawn, expected the one announced last", fatal=True)
         self._partial = None
         self.seen_id = episode_id
 
-    def _finish(self) -> list[StoredEpisode]:
+    def _take_if_complete(self) -> list[StoredEpisode]:
         if self._partial is None or not self._partial.complete:
             return []
         partial, self._partial = self._partial, None
@@ -216,6 +229,7 @@ class EpisodeDecoder:
 
 
 def _read_selection(message: bytes, start: int, end: int) -> EpisodeSelection:
+    # Field n of the message is item n - 1 of the tuple.
     values = [0] * len(EpisodeSelection._fields)
     for key, a, _ in read_fields(message, start, end):
         if key & 7 == VARINT and 1 <= key >> 3 <= len(values):

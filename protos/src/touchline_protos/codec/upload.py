@@ -1,37 +1,24 @@
-"""Streams of episodes of any size: ``LoadEpisodesRequest``."""
+"""Streams of episodes to a server: ``LoadEpisodesRequest``.
+
+Each message contains one of: a whole episode, several small ones, the header of a large one, or a chunk of it::
+
+    field 1     table, a text; read from the first message only
+    field 2     Episode
+    field 3     EpisodeHeader    (see :mod:`touchline_protos.codec.chunks`)
+    field 4     ColumnChunk
+    field 5     Episode, repeated
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from touchline_protos.codec.episodes import (
-    check_bool,
-    column_spec,
-    encode_add_episode,
-    encode_episodes,
-    encode_origin,
-    read_episode,
-    read_origin,
-)
-from touchline_protos.codec.tensors import DEFAULT_LIMITS, TensorSpec, check_shape, encode_column_spec, read_column_spec
-from touchline_protos.codec.wire import (
-    LEN,
-    VARINT,
-    encode_varint,
-    fresh_message,
-    int_field,
-    len_field,
-    read_fields,
-    read_text,
-    tag,
-    text_field,
-    to_int32,
-    to_int64,
-    varint_size,
-)
-from touchline_protos.types.dtypes import dtype_name
+from touchline_protos.codec.chunks import PartialEpisode, chunk_message, encode_header, read_header
+from touchline_protos.codec.episodes import column_spec, encode_add_episode, encode_episodes, read_episode
+from touchline_protos.codec.tensors import DEFAULT_LIMITS
+from touchline_protos.codec.wire import LEN, len_field, read_fields, read_text, tag, text_field
 from touchline_protos.types.episode import CodecError, CodecLimits, Episode, EpisodeKey, OversizeError
 
 _TABLE = tag(1, LEN)
@@ -39,43 +26,38 @@ _EPISODE = tag(2, LEN)
 _HEADER = tag(3, LEN)
 _CHUNK = tag(4, LEN)
 _EPISODES = tag(5, LEN)
-_PARTS = (_EPISODE, _HEADER, _CHUNK, _EPISODES)
-_HEADER_LENGTH = tag(4, VARINT)
-_HEADER_COLUMNS = tag(5, LEN)
-_CHUNK_COLUMN = tag(1, VARINT)
-_CHUNK_OFFSET = tag(2, VARINT)
-_CHUNK_DATA = tag(3, LEN)
-
+_CONTENTS = (_EPISODE, _HEADER, _CHUNK, _EPISODES)
 
 MAX_GROUP_EPISODES = 1024
-"""Most episodes of one message."""
+"""Maximum number of episodes in one message."""
 
 GROUP_BYTES = 480 << 10
-"""Size up to which small episodes share a message."""
+"""Default size up to which small episodes share a message."""
 
 
 def encode_loads(
     episodes: Iterable[Episode], *, table: str = "", chunk_bytes: int = 1 << 20, group_bytes: int = GROUP_BYTES
 ) -> Iterator[bytes]:
-    """Iterates over the ``LoadEpisodesRequest`` messages of many episodes: small ones share a message, which costs both sides far
-    less than one for each.
+    """Iterates over the ``LoadEpisodesRequest`` messages of many episodes.
+
+    Small episodes share a message, which costs both sides far less than a message each.
 
     Args:
-        episodes: in the order in which they go.
-        table: put into every episode's first message.
-        chunk_bytes: as for :func:`encode_load`.
-        group_bytes: largest message that several share; not more than ``chunk_bytes`` either.
+        episodes: episodes to encode, in order.
+        table: name of the table; empty is the default one.
+        chunk_bytes: size of the chunks of large episodes; see :func:`encode_load`.
+        group_bytes: maximum size of a message that several episodes share; ``chunk_bytes`` limits it too.
 
     Raises:
-        CodecError: as :func:`encode_load`.
+        CodecError: an episode cannot be encoded; see :func:`encode_load`.
     """
-    room_bytes = min(chunk_bytes, group_bytes)
+    max_bytes = min(chunk_bytes, group_bytes)
     group: list[Episode] = []
     group_size_bytes = 0
     for episode in episodes:
-        size_bytes = episode.size_bytes + _most_bytes_around(episode)
-        small = size_bytes <= room_bytes
-        if group and (not small or group_size_bytes + size_bytes > room_bytes or len(group) == MAX_GROUP_EPISODES):
+        size_bytes = episode.size_bytes + _max_overhead_bytes(episode)
+        small = size_bytes <= max_bytes
+        if group and (not small or group_size_bytes + size_bytes > max_bytes or len(group) == MAX_GROUP_EPISODES):
             yield _encode_group(group, table)
             group, group_size_bytes = [], 0
         if small:
@@ -87,8 +69,10 @@ def encode_loads(
         yield _encode_group(group, table)
 
 
-def _most_bytes_around(episode: Episode) -> int:
-    """Returns an upper bound of what a message takes for an episode beside its payload."""
+def _max_overhead_bytes(episode: Episode) -> int:
+    """Returns an upper bound of an episode's size in a message, less its payload: computing the exact size would mean encoding it."""
+    # A character takes up to 4 bytes, a dimension up to 10. Of a column, 64 bytes cover tags, lengths, dtype and padding; of an episode,
+    # 96 cover tags, lengths and numbers.
     key_bytes = 4 * len(episode.key.client_id) if episode.key is not None else 0
     return 96 + key_bytes + 4 * len(episode.actor) + sum(64 + 4 * len(name) + 10 * column.ndim for name, column in episode.columns.items())
 
@@ -101,15 +85,12 @@ def encode_load(episode: Episode, *, table: str = "", chunk_bytes: int = 1 << 20
     """Iterates over the ``LoadEpisodesRequest`` messages of one episode.
 
     Args:
-        episode: any dtype that the wire has; arrays that are not contiguous or not little-endian are converted (copied)
-            one by one.
-        table: put into the episode's first message.
-        chunk_bytes: an episode with a payload of up to this many bytes goes whole; a larger one as a header and chunks
-            of this size.
+        episode: episode to encode. Columns that are not contiguous or not little-endian are converted, one at a time.
+        table: name of the table, sent in the first message; empty is the default one.
+        chunk_bytes: maximum payload of an episode that is sent whole; a larger one is sent as a header and chunks of this size.
 
     Raises:
-        CodecError: as for ``encode_add_episode``; also where the columns of an episode that goes in chunks differ in
-            rows.
+        CodecError: the episode cannot be encoded (see ``encode_add_episode``), or it is sent in chunks and its columns differ in rows.
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes {chunk_bytes}, expected at least 1")
@@ -127,154 +108,107 @@ def encode_load(episode: Episode, *, table: str = "", chunk_bytes: int = 1 << 20
             yield message
 
 
-def encode_header(origin: Episode, specs: Sequence[TensorSpec], rows: int) -> bytes:
-    """Returns an ``EpisodeHeader``.
-
-    Args:
-        origin: key, actor and policy version; its columns are not looked at.
-        specs: of the columns, their shapes with the rows.
-        rows: of the episode.
-
-    Raises:
-        CodecError: a column has other rows, or a name or key is out of range.
-    """
-    columns = b""
-    for spec in specs:
-        if spec.shape[:1] != (rows,):
-            raise CodecError(f"{spec.name}: shape {spec.shape}, expected {rows} rows to match the other columns")
-        columns += encode_column_spec(5, TensorSpec(spec.name, spec.dtype, spec.shape[1:]))
-    return encode_origin(origin) + int_field(4, rows) + columns
-
-
-def chunk_message(column: int, offset: int, size_bytes: int) -> tuple[bytes, np.ndarray]:
-    """Returns a message whose field 4 is a ``ColumnChunk``, as ``LoadEpisodesRequest`` and ``GetEpisodesResponse`` have it.
-
-    Returns:
-        The message, and where its data is to be put: [size_bytes] uint8, writable, valid for as long as the message is.
-    """
-    head = int_field(1, column) + int_field(2, offset) + encode_varint(tag(3, LEN)) + encode_varint(size_bytes)
-    size = len(head) + size_bytes
-    head = encode_varint(_CHUNK) + encode_varint(size) + head
-    message, view, _ = fresh_message(1 + varint_size(size) + size)
-    view[: len(head)] = head
-    return message, np.ndarray((size_bytes,), np.uint8, view, len(head))
-
-
 class LoadDecoder:
-    """Reads one stream of ``LoadEpisodesRequest`` messages. Not thread-safe.
+    """Decodes one stream of ``LoadEpisodesRequest`` messages. Not thread-safe.
+
+    A refused episode does not end the stream: the rest of its chunks is skipped. After an error that is ``fatal``, no message of the stream
+    can be understood any more.
 
     Args:
-        limits: a header over them is refused before anything is allocated.
+        limits: maximum sizes of an episode; a header beyond them is refused before anything is allocated.
     """
 
     def __init__(self, limits: CodecLimits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._table: str | None = None
         self._partial: PartialEpisode | None = None
-        self._skipping = False
+        self._skipping = False  # whether chunks belong to an episode that was refused
 
     @property
     def table(self) -> str:
-        """The table that the stream's first message named; empty before it."""
+        """Name of the table in the stream's first message; empty before it, and for the default table."""
         return self._table or ""
 
     @property
     def in_progress(self) -> bool:
-        """Whether a header was taken and chunks of its episode are still to come."""
+        """Whether chunks of an announced episode are still to come."""
         return self._partial is not None
 
     @property
     def announced_bytes(self) -> int:
-        """Payload of the episode in progress, as its header announced it (no more than the limit); 0 where none is."""
+        """Payload that the header of the episode in progress announced, which is within the limit; 0 if none is in progress."""
         return self._partial.size_bytes if self._partial is not None else 0
 
-    def feed_all(self, message: bytes) -> Iterator[Episode | CodecError]:
-        """Takes one message, which may bring several episodes.
+    def feed(self, message: bytes) -> Iterator[Episode | CodecError]:
+        """Decodes one message.
 
         Returns:
-            Iterates over the episodes that are complete with it, as :meth:`feed` gives them, and the errors of those that are refused. To
-            be used up before the next message.
+            An iterator over the episodes that this message completes and, in place of each refused one, its error. Exhaust it before the
+            next call. The columns of a whole episode are read-only views into the message; those of an episode in chunks are writable
+            arrays that own their memory. An error's ``key`` is the episode's, if it could be read.
 
         Raises:
-            CodecError: the message as a whole is refused: the error is ``fatal``.
+            CodecError: the message as a whole is refused, and the error is ``fatal``: it is malformed, a chunk has no header or is not
+                the next one, or another episode begins before the one in progress is complete.
         """
-        part, places = self._read_parts(message)
-        if part == _EPISODES:
-            self._end_partial()
-            return self._read_group(message, places)
+        content, positions = self._read_content(message)
         try:
-            episode = self._feed(message, part, *places[0])
+            if content == _CHUNK:
+                episode = self._feed_chunk(message, *positions[0])
+            else:
+                self._expect_new_episode()
+                if content != _HEADER:
+                    return self._read_whole(message, positions)
+                episode = self._feed_header(message, *positions[0])
         except CodecError as error:
             if error.fatal:
                 raise
             return iter((error,))
         return iter(() if episode is None else (episode,))
 
-    def feed(self, message: bytes) -> Episode | None:
-        """Takes one message of one part.
+    def _read_content(self, message: bytes) -> tuple[int, list[tuple[int, int]]]:
+        """Returns the tag of what a message contains, and its position; for several episodes, the position of each."""
+        positions: list[tuple[int, int]] = []
+        tags: list[int] = []
+        table = ""
+        try:
+            for key, a, b in read_fields(message, 0, len(message)):
+                if key in _CONTENTS:
+                    tags.append(key)
+                    positions.append((a, b))
+                elif key == _TABLE:
+                    table = read_text(message, a, b, "table", max_chars=self._limits.max_name_chars)
+            if not tags or (len(tags) > 1 and set(tags) != {_EPISODES}):
+                raise CodecError(f"{len(tags)} parts in a message, expected one of episode, header, chunk and episodes")
+            if len(positions) > MAX_GROUP_EPISODES:
+                raise OversizeError(f"{len(positions)} episodes in a message, expected at most {MAX_GROUP_EPISODES}")
+        except CodecError as error:
+            error.key, error.fatal = self._abandon(skip=False), True
+            raise
+        if self._table is None:
+            self._table = table
+        return tags[0], positions
 
-        Returns:
-            The episode that is complete with it, if one is. A whole episode's columns are read-only views of the
-            message; those of a chunked one are writable arrays of its own.
-
-        Raises:
-            CodecError: the episode is refused; ``error.key`` is its key where it could be read. What is left of its
-                chunks is skipped and the stream goes on, unless ``error.fatal``: a chunk without a header, a gap, an
-                overlap, an unfinished episode.
-            OversizeError: the same, where it is over a limit.
-        """
-        part, places = self._read_parts(message)
-        if part == _EPISODES:
-            raise CodecError(f"{len(places)} episodes in a message, expected one part", key=self._abandon(skip=False), fatal=True)
-        return self._feed(message, part, *places[0])
-
-    def _read_group(self, message: bytes, places: list[tuple[int, int]]) -> Iterator[Episode | CodecError]:
-        for start, end in places:
+    def _read_whole(self, message: bytes, positions: list[tuple[int, int]]) -> Iterator[Episode | CodecError]:
+        for start, end in positions:
             try:
                 episode: Episode | CodecError = read_episode(message, start, end, self._limits)
             except CodecError as error:
                 episode = error
             yield episode
 
-    def _end_partial(self) -> None:
+    def _expect_new_episode(self) -> None:
+        """Raises a fatal CodecError if an episode is in progress; otherwise ends the skipping of a refused one."""
         if self._partial is not None:
             key = self._abandon(skip=False)
             raise CodecError("another episode begins before the last one is complete", key=key, fatal=True)
         self._skipping = False
 
-    def _feed(self, message: bytes, part: int, start: int, end: int) -> Episode | None:
-        if part == _CHUNK:
-            return self._feed_chunk(message, start, end)
-        self._end_partial()
-        if part == _EPISODE:
-            return read_episode(message, start, end, self._limits)
-        self._skipping = True
+    def _feed_header(self, message: bytes, start: int, end: int) -> Episode | None:
+        self._skipping = True  # should the header be refused, its chunks are still to come
         self._partial = read_header(message, start, end, self._limits)
         self._skipping = False
-        return self._finish()
-
-    def _read_parts(self, message: bytes) -> tuple[int, list[tuple[int, int]]]:
-        """Returns which part a message has, and where it is; several places for episodes that share it."""
-        places: list[tuple[int, int]] = []
-        kinds: list[int] = []
-        table = ""
-        try:
-            for key, a, b in read_fields(message, 0, len(message)):
-                if key in _PARTS:
-                    kinds.append(key)
-                    places.append((a, b))
-                elif key == _TABLE:
-                    table = read_text(message, a, b, "table", max_chars=self._limits.max_name_chars)
-            if not kinds or (len(kinds) > 1 and set(kinds) != {_EPISODES}):
-                raise CodecError(f"{len(kinds)} parts in a message, expected one of episode, header, chunk and episodes")
-            if len(places) > MAX_GROUP_EPISODES:
-                raise OversizeError(f"{len(places)} episodes in a message, expected at most {MAX_GROUP_EPISODES}")
-        except CodecError as error:
-            error.key, error.fatal = self._abandon(skip=False), True
-            raise
-        if self._table is None:
-            self._table = table
-        return kinds[0], places
+        return self._take_if_complete()
 
     def _feed_chunk(self, message: bytes, start: int, end: int) -> Episode | None:
         if self._skipping:
@@ -286,132 +220,16 @@ class LoadDecoder:
         except CodecError as error:
             error.key = self._abandon(skip=not error.fatal)
             raise
-        return self._finish()
+        return self._take_if_complete()
 
-    def _finish(self) -> Episode | None:
+    def _take_if_complete(self) -> Episode | None:
         if self._partial is None or not self._partial.complete:
             return None
         partial, self._partial = self._partial, None
         return partial.take()
 
     def _abandon(self, *, skip: bool) -> EpisodeKey | None:
-        """Gives up the episode in progress, returns its key."""
+        """Drops the episode in progress and returns its key. ``skip`` says whether its remaining chunks are to be ignored."""
         key = self._partial.key if self._partial else None
         self._partial, self._skipping = None, skip
         return key
-
-
-class PartialEpisode:
-    """An episode whose header was taken; each column is allocated when its first chunk arrives. Made by :func:`read_header`."""
-
-    def __init__(self, key: EpisodeKey | None, actor: str, policy_version: int, specs: list[TensorSpec]) -> None:
-        self.key = key
-        self._actor = actor
-        self._policy_version = policy_version
-        self._specs = specs
-        self.size_bytes = sum(spec.size_bytes for spec in specs)
-        self._columns: dict[str, np.ndarray] = {}
-        self._filled = 0
-        self._skip_empty()
-
-    @property
-    def complete(self) -> bool:
-        """Whether the last byte of its last column is there."""
-        return len(self._columns) == len(self._specs) and not self._filled
-
-    def take(self) -> Episode:
-        """Returns the complete episode; its columns are writable arrays of its own.
-
-        Raises:
-            CodecError: a value that its dtype does not have.
-        """
-        try:
-            for name, column in self._columns.items():
-                check_bool(name, column)
-        except CodecError as error:
-            error.key = self.key
-            raise
-        return Episode(self._columns, self.key, self._actor, self._policy_version)
-
-    def add_chunk(self, message: bytes, start: int, end: int) -> None:
-        """Copies a chunk into place.
-
-        Raises:
-            CodecError: malformed; fatal where it is not the piece that is next.
-        """
-        column = offset = 0
-        first = last = end
-        for key, a, b in read_fields(message, start, end):
-            if key == _CHUNK_COLUMN:
-                column = to_int32(a)
-            elif key == _CHUNK_OFFSET:
-                offset = to_int64(a)
-            elif key == _CHUNK_DATA:
-                first, last = a, b
-        self._place(column, offset, memoryview(message)[first:last])
-
-    def _place(self, column: int, offset: int, data: memoryview) -> None:
-        current = len(self._columns) - 1 if self._filled else len(self._columns)
-        spec = self._specs[current]
-        if (column, offset) != (current, self._filled):
-            raise CodecError(
-                f"{spec.name}: chunk of column {column} at byte {offset}, expected column {current} at byte {self._filled}",
-                fatal=True,
-            )
-        if self._filled + len(data) > spec.size_bytes:
-            raise CodecError(
-                f"{spec.name}: chunks of {self._filled + len(data)} bytes, expected {spec.size_bytes} for "
-                f"{dtype_name(spec.dtype)} of shape {spec.shape}",
-                fatal=True,
-            )
-        if not len(data):
-            return
-        if not self._filled:
-            self._columns[spec.name] = np.empty(spec.shape, spec.dtype)
-        flat = self._columns[spec.name].reshape(-1).view(np.uint8)
-        flat.data[self._filled : self._filled + len(data)] = data
-        self._filled += len(data)
-        if self._filled == spec.size_bytes:
-            self._filled = 0
-            self._skip_empty()
-
-    def _skip_empty(self) -> None:
-        """Columns without a byte have no chunks."""
-        for spec in self._specs[len(self._columns) :]:
-            if spec.size_bytes:
-                break
-            self._columns[spec.name] = np.empty(spec.shape, spec.dtype)
-
-
-def read_header(message: bytes, start: int, end: int, limits: CodecLimits) -> PartialEpisode:
-    """Reads an ``EpisodeHeader`` and checks it against the limits; allocates nothing of the announced size.
-
-    Raises:
-        CodecError: malformed or over a limit; with the episode's key where that could be read.
-    """
-    key, actor, policy_version = read_origin(message, start, end)
-    try:
-        length = 0
-        rows_of: dict[str, TensorSpec] = {}
-        for field, a, b in read_fields(message, start, end):
-            if field == _HEADER_LENGTH:
-                length = to_int64(a)
-            elif field == _HEADER_COLUMNS:
-                if len(rows_of) == limits.max_columns:
-                    raise OversizeError(f"more than {limits.max_columns} columns, expected at most so many (max_columns)")
-                spec = read_column_spec(message, a, b, limits)
-                if spec.name in rows_of:
-                    raise CodecError(f"{spec.name}: column appears twice, expected once")
-                rows_of[spec.name] = spec
-        if length < 0:
-            raise CodecError(f"length {length}, expected a number of rows")
-        specs = [TensorSpec(spec.name, spec.dtype, (length, *spec.shape)) for spec in rows_of.values()]
-        for spec in specs:
-            check_shape(spec, limits.max_dims)
-        total = sum(spec.size_bytes for spec in specs)
-        if total > limits.max_episode_bytes:
-            raise OversizeError(f"episode of {total} bytes announced, expected at most {limits.max_episode_bytes} (max_episode_bytes)")
-        return PartialEpisode(key, actor, policy_version, specs)
-    except CodecError as error:
-        error.key = key
-        raise

@@ -1,7 +1,17 @@
 """Protobuf's wire format by hand: varints, tags, a field iterator, and messages that are filled in place.
 
-Tensors are too big for the generated classes, which copy each payload twice. Readers here treat what they read as
-hostile: every length is checked against what arrived, varints are bounded, nothing recurses, nothing is allocated.
+The generated classes copy each payload twice, which is too slow for tensors. The format (protobuf.dev/programming-guides/encoding)::
+
+    message   field, field, ...                      in any order
+    field     tag, value
+    tag       varint of  number << 3 | wire type     one byte for the numbers 1 to 15
+    value     VARINT   1 to 10 bytes, 7 bits each, least significant first; the top bit of a byte says that another follows
+              FIXED64  8 bytes
+              LEN      varint of the length n, then n bytes: text, bytes, packed numbers, or a message
+              FIXED32  4 bytes
+
+Input is treated as hostile: every length is compared with the bytes that arrived before it is used, varints and the number of fields are
+bounded, nothing recurses, and nothing is allocated.
 """
 
 from __future__ import annotations
@@ -14,18 +24,18 @@ from typing import Any
 from touchline_protos.types.episode import CodecError, OversizeError
 
 VARINT, FIXED64, LEN, GROUP, GROUP_END, FIXED32 = range(6)
-"""Wire types."""
+"""Wire types. GROUP and GROUP_END are obsolete; readers skip what is between them."""
 
 MAX_FIELDS = 1 << 12
-"""Fields that one (sub-)message may have unless its reader knows better: bounds the time that a flood of them takes."""
+"""Default limit of the fields in one message or submessage. It bounds the time that a message of empty fields takes to read."""
 
 MAX_MESSAGE_BYTES = (1 << 31) - 1
-"""Protobuf's own limit of a message."""
+"""Protobuf's limit of a message: lengths are int32."""
 
 MAX_SHORT_VARINT = 5
-"""Bytes of a tag or a length, however it is stretched; protobuf refuses longer ones too."""
+"""Maximum size of a tag or a length, leading zeros included; protobuf refuses longer ones too."""
 
-# Protobuf stops at 100 levels of groups and messages together, and a group may stand in a message within messages.
+# Protobuf refuses more than 100 levels of groups and messages together. A group may itself be several messages deep.
 _MAX_GROUP_DEPTH = 64
 _MAX_TAG = (1 << 32) - 1
 _UINT64 = (1 << 64) - 1
@@ -41,13 +51,13 @@ def tag(number: int, kind: int) -> int:
 
 
 def varint_size(value: int) -> int:
-    """Returns how many bytes the varint of a value in 0..2**64-1 takes."""
-    return (value.bit_length() + 6) // 7 or 1
+    """Returns the size in bytes of the varint of a value in 0..2**64-1."""
+    return (value.bit_length() + 6) // 7 or 1  # 7 bits a byte, rounded up; 0 takes a byte too
 
 
 def encode_varint(value: int, width: int = 1) -> bytes:
-    """Returns the varint of an int64 (negative ones take ten bytes), stretched to at least ``width`` bytes."""
-    value &= _UINT64
+    """Returns the varint of an int64, padded with leading zeros to at least ``width`` bytes. A negative value takes ten bytes."""
+    value &= _UINT64  # two's complement
     encoded = bytearray()
     while value > 127 or len(encoded) + 1 < width:
         encoded.append(value & 127 | 128)
@@ -57,10 +67,10 @@ def encode_varint(value: int, width: int = 1) -> bytes:
 
 
 def int_field(number: int, value: int) -> bytes:
-    """Returns an integer field; nothing for 0, its default.
+    """Returns an integer field; empty for 0, its default.
 
     Raises:
-        CodecError: the value is no int64.
+        CodecError: the value does not fit an int64.
     """
     if not _INT64_MIN <= value <= _INT64_MAX:
         raise CodecError(f"integer {value} is out of range, expected an int64")
@@ -68,12 +78,12 @@ def int_field(number: int, value: int) -> bytes:
 
 
 def len_field(number: int, content: bytes) -> bytes:
-    """Returns a length-delimited field, present even where its content is empty."""
+    """Returns a length-delimited field; it is present even if its content is empty."""
     return encode_varint(tag(number, LEN)) + encode_varint(len(content)) + content
 
 
 def text_field(number: int, text: str, what: str) -> bytes:
-    """Returns a string field; nothing for the empty string, its default.
+    """Returns a string field; empty for the empty string, its default.
 
     Raises:
         CodecError: the text has no UTF-8 form; the message begins with ``what``.
@@ -89,15 +99,15 @@ def read_varint(data: Buffer, position: int, end: int, *, max_bytes: int = 10) -
 
     Args:
         data: the message.
-        position: of its first byte.
-        end: of what may be read.
-        max_bytes: that it may take, from 1 to 10.
+        position: position of the varint's first byte.
+        end: position after the last byte that may be read.
+        max_bytes: maximum size of the varint, from 1 to 10.
 
     Returns:
         The value in 0..2**64-1 and the position after it.
 
     Raises:
-        CodecError: the message ends within it, or it is longer than ``max_bytes``.
+        CodecError: the varint is cut off, or longer than ``max_bytes``.
     """
     value = shift = 0
     for index in range(position, min(position + max_bytes, end)):
@@ -113,14 +123,22 @@ def read_varint(data: Buffer, position: int, end: int, *, max_bytes: int = 10) -
 def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIELDS) -> Iterator[tuple[int, int, int]]:
     """Iterates over the fields of the message ``data[start:end]``.
 
+    Args:
+        data: the bytes that hold the message.
+        start: position of the message's first byte.
+        end: position after its last byte.
+        max_fields: maximum number of fields.
+
     Yields:
-        ``(tag, value, 0)`` for a varint (unsigned), ``(tag, first, last)`` for the content ``data[first:last]`` of all
-        others. Compare tags with :func:`tag`: a known number with another wire type is an unknown field, as protobuf
-        has it. Groups are skipped.
+        ``(tag, value, 0)`` for a varint, unsigned; ``(tag, first, last)`` for any other field, whose content is ``data[first:last]``.
+        Compare the tag with :func:`tag`: as in protobuf, a known number with another wire type is an unknown field. Groups are skipped.
 
     Raises:
         CodecError: the message is cut off or malformed.
+        OversizeError: it has more than ``max_fields`` fields.
     """
+    # The order of the checks: the budget first, so that each field costs bounded time; then the tag, which says what the value is; then
+    # the value's length against the end, before any position derived from it is used or handed out.
     position = start
     budget = max_fields
     while position < end:
@@ -129,7 +147,7 @@ def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIE
             raise OversizeError(f"malformed message: more than {max_fields} fields in one message")
         at = position
         key = data[position]
-        position += 1
+        position += 1  # nearly all tags and many values take one byte; calling read_varint for them would double the time
         if key > 127:
             key, position = read_varint(data, at, end, max_bytes=MAX_SHORT_VARINT)
         kind = key & 7
@@ -162,7 +180,7 @@ def read_fields(data: Buffer, start: int, end: int, *, max_fields: int = MAX_FIE
 
 
 def _skip_group(data: Buffer, position: int, end: int, number: int) -> int:
-    """Returns the position after a group that began just before ``position``."""
+    """Returns the position after a group whose start tag ends at ``position``. Keeps a stack of open groups in place of recursion."""
     open_groups = [number]
     budget = MAX_FIELDS
     while open_groups:
@@ -193,23 +211,24 @@ def _skip_group(data: Buffer, position: int, end: int, number: int) -> int:
 
 
 def to_int64(value: int) -> int:
-    """Returns the signed reading of a varint."""
+    """Returns the int64 whose two's complement is the unsigned ``value``."""
     return value - (1 << 64) if value >> 63 else value
 
 
 def to_int32(value: int) -> int:
-    """Returns the signed reading of a varint's lower 32 bits, which is how protobuf reads an int32 or an enum."""
+    """Returns the int32 in the lower 32 bits of ``value``: how protobuf reads an int32 or an enum."""
     value &= (1 << 32) - 1
     return value - (1 << 32) if value >> 31 else value
 
 
 def read_text(data: Buffer, start: int, end: int, what: str, *, max_chars: int) -> str:
-    """Returns a string field's text.
+    """Returns the text ``data[start:end]`` of a string field.
 
     Raises:
-        OversizeError: more than ``max_chars`` characters.
-        CodecError: not valid UTF-8. Both messages begin with ``what``.
+        OversizeError: the text has more than ``max_chars`` characters.
+        CodecError: it is not valid UTF-8. Both messages begin with ``what``.
     """
+    # A character takes at most 4 bytes, so this needs no decoding, and bounds what decoding allocates.
     if end - start > 4 * max_chars:
         raise OversizeError(f"{what}: {end - start} bytes, expected at most {max_chars} characters")
     try:
@@ -221,8 +240,7 @@ def read_text(data: Buffer, start: int, end: int, what: str, *, max_chars: int) 
     return text
 
 
-# Prototypes of our own: setting argtypes on the attributes of ctypes.pythonapi would change them for everyone in the
-# process.
+# Own prototypes: setting argtypes on the functions of ctypes.pythonapi would change them for the whole process.
 _new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
 _bytes_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
@@ -233,24 +251,26 @@ _PYBUF_WRITE = 0x200
 
 @lru_cache(maxsize=256)
 def char_array(size: int) -> Any:
-    """Returns the ctypes type of ``size`` bytes; kept, for making such a type takes longer than filling a message."""
+    """Returns the ctypes type of ``size`` bytes. Cached: making such a type takes longer than filling a small message."""
     return ctypes.c_char * size
 
 
 def fresh_message(size: int) -> tuple[bytes, memoryview, int]:
-    """Makes a bytes object with unset content, to be filled in place before anyone else sees it.
+    """Makes a bytes object with arbitrary content, which the caller fills in place before sharing it.
 
-    The C API documents this use of ``PyBytes_FromStringAndSize(NULL, size)``. It saves the second copy that
-    ``bytes(bytearray)`` or ``b"".join`` would make.
+    gRPC sends nothing but ``bytes``, and ``bytes(bytearray)`` or ``b"".join`` would copy every payload once more. The C API documents this
+    use of ``PyBytes_FromStringAndSize(NULL, size)``. Until it is shared, a bytes object is an ordinary block of memory: its hash is not
+    yet computed, and no other reference can observe the change.
 
     Args:
-        size: in bytes, at least 1 (the empty bytes object is shared).
+        size: size in bytes, at least 1, because the empty bytes object is shared by the whole process.
 
     Returns:
-        The message, a writable view of its content that does not keep it alive, and the address of the content.
+        The message; a writable view of its content, which does not keep the message alive; and the address of the content, a multiple of
+        16 (object header and allocator see to that).
 
     Raises:
-        OversizeError: the size is over protobuf's limit.
+        OversizeError: ``size`` exceeds protobuf's limit.
     """
     if size > MAX_MESSAGE_BYTES:
         raise OversizeError(f"message of {size} bytes, expected at most {MAX_MESSAGE_BYTES}")
@@ -262,7 +282,7 @@ def fresh_message(size: int) -> tuple[bytes, memoryview, int]:
 
 
 def writable_storage(message: bytes, address: int) -> Any:
-    """Returns a writable buffer over a fresh message's content that keeps the message alive."""
+    """Returns a writable buffer over the content of a message of :func:`fresh_message`; it keeps the message alive."""
     storage = char_array(len(message)).from_address(address)
     storage.owner = message
     return storage

@@ -66,7 +66,7 @@ class AddCalls:
         answers: list[pb.EpisodeResult | IngestResult] = []
 
         def decode(message: bytes) -> Iterator[Episode | CodecError]:
-            episodes = decoder.feed_all(message)
+            episodes = decoder.feed(message)
             convert.check_table(decoder.table)
             return episodes
 

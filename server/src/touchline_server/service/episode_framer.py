@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
-from touchline_protos.codec.upload import chunk_message
 from touchline_server.errors import InvalidArgumentError, TooLargeError
 from touchline_server.store.index import IndexEntry
 from touchline_server.store.reader import PIECE_BYTES, EpisodeReader, pieces

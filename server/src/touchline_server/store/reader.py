@@ -111,7 +111,7 @@ class EpisodeReader:
         self.selection = (
             EpisodeSelection(int(chosen[0, ID]), int(chosen[-1, ID]), len(chosen), int(chosen[:, LENGTH].sum()), store.store_generation)
             if len(chosen)
-            else EpisodeSelection(lineage=store.store_generation)
+            else EpisodeSelection(store_generation=store.store_generation)
         )
         """What there is to read."""
         self._next = self.selection.first_episode_id

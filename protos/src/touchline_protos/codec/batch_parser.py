@@ -1,0 +1,138 @@
+"""Parse a ``Batch`` message and check that it has the fields, names and shapes that the .proto gives a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from touchline_protos.codec.batch_encoder import MAX_BATCH_DIMS, PROVENANCE_PREFIX
+from touchline_protos.codec.tensors import TensorSlice, TensorSpec, read_column, read_tensor
+from touchline_protos.codec.wire import LEN, VARINT, read_fields, read_text, tag, to_int64
+from touchline_protos.types.batch import PROVENANCE
+from touchline_protos.types.dtypes import dtype_name
+from touchline_protos.types.episode import CodecError, CodecLimits, OversizeError
+from touchline_protos.types.names import MAX_NAME_CHARS
+
+MAX_BATCH_FIELDS = 1 << 17
+"""Maximum number of fields of a batch: each slice may bring the name of an actor."""
+
+_LIMITS = CodecLimits(max_dims=MAX_BATCH_DIMS)
+_COLUMNS = tag(1, LEN)
+_PROVENANCE = tag(2, LEN)
+_ACTORS = tag(3, LEN)
+_ACTOR_INDEX = tag(1, VARINT)
+_ACTOR_NAME = tag(2, LEN)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedBatch:
+    """A ``Batch`` message that was parsed."""
+
+    tensors: list[TensorSlice]
+    """Tensors of the batch in body order: columns, then provenance."""
+    actors: dict[int, str]
+    """Actors' names by index."""
+
+
+def parse_batch(message: bytes, start: int, end: int) -> ParsedBatch:
+    """Parses the ``Batch`` in ``message[start:end]``, except for the sizes of its payloads.
+
+    Raises:
+        CodecError: it is malformed, or its columns are not those of a batch.
+        OversizeError: it exceeds a limit.
+    """
+    columns: list[TensorSlice] = []
+    provenance: list[TensorSlice] | None = None
+    actors: dict[int, str] = {}
+    for key, a, b in read_fields(message, start, end, max_fields=MAX_BATCH_FIELDS):
+        if key == _COLUMNS:
+            if len(columns) == _LIMITS.max_columns:
+                raise OversizeError(f"more than {_LIMITS.max_columns} columns in a batch")
+            columns.append(read_column(message, a, b, _LIMITS))
+        elif key == _PROVENANCE:
+            if provenance is not None:
+                raise CodecError("more than one provenance in a batch, expected one")
+            provenance = _read_provenance(message, a, b)
+        elif key == _ACTORS:
+            index, name = parse_actor(message, a, b)
+            actors[index] = name
+    if provenance is None:
+        raise CodecError("no provenance in a batch, expected one")
+    _check_batch([column.spec for column in columns], provenance[0].spec.shape)
+    return ParsedBatch(columns + provenance, actors)
+
+
+def _read_provenance(message: bytes, start: int, end: int) -> list[TensorSlice]:
+    """Returns the tensors of a ``Provenance`` in order: each once, all of shape [B]."""
+    found: dict[int, TensorSlice] = {}
+    for key, a, b in read_fields(message, start, end):
+        number = key >> 3
+        if number > len(PROVENANCE) or key != tag(number, LEN):
+            continue  # an unknown field, which a later version may send
+        name, dtype = PROVENANCE[number - 1]
+        if number in found:
+            raise CodecError(f"{PROVENANCE_PREFIX}{name}: appears twice, expected once")
+        tensor = read_tensor(message, a, b, PROVENANCE_PREFIX + name, max_dims=1)
+        if tensor.spec.dtype != dtype:
+            raise CodecError(f"{tensor.spec.name}: {dtype_name(tensor.spec.dtype)}, expected {dtype_name(dtype)}")
+        found[number] = tensor
+    if len(found) != len(PROVENANCE):
+        raise CodecError(f"provenance has {len(found)} of its {len(PROVENANCE)} fields")
+    tensors = [tensor for _, tensor in sorted(found.items())]
+    for tensor in tensors:
+        if len(tensor.spec.shape) != 1 or not tensor.spec.shape[0] or tensor.spec.shape != tensors[0].spec.shape:
+            raise CodecError(f"{tensor.spec.name}: shape {tensor.spec.shape}, expected (B,), the same for all of the provenance")
+    return tensors
+
+
+def parse_actor(message: bytes, start: int, end: int) -> tuple[int, str]:
+    """Parses the ``ActorName`` in ``message[start:end]``, and returns index and name.
+
+    Raises:
+        CodecError: it is malformed.
+    """
+    index, name = 0, ""
+    for key, a, b in read_fields(message, start, end):
+        if key == _ACTOR_INDEX:
+            index = to_int64(a)
+        elif key == _ACTOR_NAME:
+            name = read_text(message, a, b, "actor", max_chars=MAX_NAME_CHARS)
+    return index, name
+
+
+def _check_batch(columns: list[TensorSpec], batch_shape: tuple[int, ...]) -> None:
+    """Raises CodecError unless the columns have the names and shapes of a batch.
+
+    Args:
+        columns: specs of the columns, without provenance.
+        batch_shape: shape of the provenance's tensors, (B,).
+    """
+    shape_of = {spec.name: spec.shape for spec in columns}
+    if len(shape_of) != len(columns):
+        raise CodecError(f"columns {[spec.name for spec in columns]} in a batch, expected each name once")
+    for name in ("action", "reward", "done"):
+        if name not in shape_of:
+            raise CodecError(f"{name}: not in the batch, which has {list(shape_of)}")
+    if not any(name == "obs" or name.startswith("obs.") for name in shape_of):
+        raise CodecError(f"obs: not in the batch, which has {list(shape_of)}")
+    for name in shape_of:
+        if name.startswith(PROVENANCE_PREFIX):
+            raise CodecError(f"{name}: names that begin with {PROVENANCE_PREFIX!r} are reserved for provenance")
+        parts = name.split(".")
+        if parts[0] == "obs":
+            for depth in range(1, len(parts)):
+                if ".".join(parts[:depth]) in shape_of:
+                    raise CodecError(f"{name}: {'.'.join(parts[:depth])} is a column as well, expected one of them")
+    batch_size = batch_shape[0]
+    horizon = shape_of["reward"][0] if shape_of["reward"] else -1
+    # The reward first: its length is H, to which the others must fit. Without a dimension it fits no horizon, so -1 makes it fail.
+    for name in ("reward", *shape_of):
+        shape = shape_of[name]
+        if name == "task":
+            good, expected = shape == (batch_size,), f"({batch_size},)"
+        elif name in ("reward", "done"):
+            good, expected = shape == (horizon, batch_size, 1), f"({horizon}, {batch_size}, 1)"
+        else:
+            rows = horizon if name == "action" else horizon + 1
+            good, expected = shape[:2] == (rows, batch_size), f"({rows}, {batch_size}, ...)"
+        if not good:
+            raise CodecError(f"{name}: shape {shape}, expected {expected}")
