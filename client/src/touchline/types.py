@@ -91,7 +91,8 @@ class ServerInfo:
     @property
     def max_episode_bytes(self) -> int:
         """Of one episode, summed over its columns; a larger one is refused."""
-        return int(tomllib.loads(self.config_toml)["limits"]["max_episode_bytes"])
+        sections = tomllib.loads(self.config_toml)
+        return int(sections.get("limits", sections["server"])["max_episode_bytes"])  # earlier servers have it in [server]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from touchline import InvalidArgumentError, ReplayClient, TouchlineError, errors
 from touchline._actor.keys import Identity
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
 from touchline._rpc.channel import check_address
+from touchline._rpc.convert import server_info_of
+from touchline_protos.v1 import replay_pb2 as pb
 
 NOWHERE = "127.0.0.1:1"
 
@@ -116,6 +118,10 @@ def test_every_reason_of_the_contract_is_mapped() -> None:
         "invalid-argument",
         "over-limit",
         "internal",
+        "unauthenticated",
+        "permission-denied",
+        "restoring",
+        "storage-failed",
     }
 
 
@@ -217,3 +223,10 @@ def test_keys_of_one_client_differ_in_sequence_and_of_two_in_incarnation() -> No
 
 def test_default_client_ids_differ() -> None:
     assert Identity().client_id != Identity().client_id
+
+
+@pytest.mark.parametrize("config_toml", ["[server]\n[limits]\nmax_episode_bytes = 7\n", "[server]\nmax_episode_bytes = 7\n"])
+def test_server_info_finds_the_episode_limit_of_present_and_earlier_servers(config_toml: str) -> None:
+    info = server_info_of(pb.InfoResponse(config_toml=config_toml).SerializeToString())
+
+    assert info.max_episode_bytes == 7
