@@ -41,7 +41,7 @@ def test_refused_callers_leave_one_line_each(tmp_path: Path) -> None:
             assert "WARNING touchline_server.service.refusal_log: refused ipv4:127.0.0.1:" in line
             assert f", which called {SERVICE}{method}: " in line
         assert "no token" in missing
-        assert "none of this server's" in wrong
+        assert "not one of this server's" in wrong
         assert "'robots' is for actor" in role
         assert not any(secret in process.log for secret in (*SECRETS.values(), "a-wrong-token"))
 

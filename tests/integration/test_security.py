@@ -406,7 +406,7 @@ def test_server_reads_no_token_from_its_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"TOUCHLINE_SERVER_TOKENS": VARIABLE}, "without tls.cert, expected TLS, because tokens would travel in the clear"),
+        ({"TOUCHLINE_SERVER_TOKENS": VARIABLE}, "without tls.cert, expected TLS, because tokens would be sent unencrypted"),
         ({"TOUCHLINE_SERVER_TOKENS": "actor:a"}, "environment variable TOUCHLINE_SERVER_TOKENS: token 1: expected ROLE:NAME:VALUE"),
         ({"TOUCHLINE_AUTH__TOKENS_FILE": "none.toml"}, "auth.tokens_file: none.toml: No such file or directory"),
         ({"TOUCHLINE_TLS__CERT": "none.pem"}, "tls.key: '', expected a file"),
@@ -421,9 +421,11 @@ def test_server_that_cannot_guard_itself_as_it_is_told_does_not_start(tmp_path: 
 
 def test_server_that_others_reach_says_so_and_one_on_loopback_does_not(caplog: pytest.LogCaptureFixture) -> None:
     with ServerThread(make_config()):
-        assert "whoever reaches the port" not in caplog.text
+        assert "any process that reaches the port" not in caplog.text
     with ServerThread(make_config(server={"host": "0.0.0.0", "port": 0})):
-        assert "listening on 0.0.0.0 without TLS and without tokens: whoever reaches the port can read, add and clear" in caplog.text
+        assert (
+            "listening on 0.0.0.0 without TLS and without tokens: any process that reaches the port can read, add and clear" in caplog.text
+        )
 
 
 # The health check

@@ -225,5 +225,5 @@ def test_containers_health_check_that_finds_no_address_says_why(text: str, tmp_p
     result = healthcheck(tmp_path, "touchline_server.service.healthcheck", TOUCHLINE_CFG=str(file))
 
     assert result.returncode == 1
-    assert "not valid TOML" in result.stdout or "server.port: 0, expected a port that is known beforehand" in result.stdout
+    assert "not valid TOML" in result.stdout or "server.port: 0, expected a port that is known in advance" in result.stdout
     assert result.stderr == ""

@@ -125,7 +125,7 @@ def test_ring_empty_gives_nothing_and_interrupt_ends_the_wait(writer: RingWriter
     reader = attach(writer)
     assert reader.control.take() is None
 
-    monkeypatch.setattr(ring_control, "NAP_S", 60.0)  # without the interrupt this would outlast the test's limit
+    monkeypatch.setattr(ring_control, "MAX_SLEEP_S", 60.0)  # without the interrupt this would outlast the test's limit
     thread = threading.Thread(target=reader.control.take)
     thread.start()
     while thread.is_alive():

@@ -167,7 +167,7 @@ def test_tokens_of_the_environment_and_of_the_file_add_up(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644, 0o660, 0o666, 0o777])
 def test_file_that_others_may_read_or_write_is_refused(tmp_path: Path, mode: int) -> None:
-    with pytest.raises(ConfigError, match=rf"has mode 0{mode:o}, expected that nobody else may read it: chmod 600"):
+    with pytest.raises(ConfigError, match=rf"has mode 0{mode:o}, expected a file that only its owner can read: chmod 600"):
         read_access(write(tmp_path, FILE, mode), {})
 
 
@@ -269,9 +269,13 @@ TLS = {"cert": "cert.pem", "key": "key.pem"}
         ({}, {}, None),
         ({}, TOKENS, None),
         ({"server": {"host": "0.0.0.0", "unix_socket": "/run/replay.sock"}}, TOKENS, None),
-        ({"server": {"host": "0.0.0.0"}}, {}, "without TLS and without tokens: whoever reaches the port can read, add and clear"),
-        ({"server": {"host": "0.0.0.0"}, "auth": {"allow_plaintext": True}}, TOKENS, "whoever listens on the network sees tokens"),
-        ({"server": {"host": "0.0.0.0"}, "tls": TLS}, {}, "without tokens and client certificates: whoever reaches the port"),
+        ({"server": {"host": "0.0.0.0"}}, {}, "without TLS and without tokens: any process that reaches the port can read, add and clear"),
+        (
+            {"server": {"host": "0.0.0.0"}, "auth": {"allow_plaintext": True}},
+            TOKENS,
+            "anyone who can read the network's traffic sees tokens",
+        ),
+        ({"server": {"host": "0.0.0.0"}, "tls": TLS}, {}, "without tokens and client certificates: any process that reaches the port"),
         ({"server": {"host": "0.0.0.0"}, "tls": TLS}, TOKENS, None),
         ({"server": {"host": "0.0.0.0"}, "tls": TLS | {"client_ca": "ca.pem"}}, {}, None),
     ],

@@ -88,7 +88,7 @@ def test_budget_without_room_in_time_says_so_with_a_delay_and_takes_nothing() ->
 
 def test_budget_is_never_enough_for_more_than_it_has() -> None:
     async def test() -> None:
-        with pytest.raises(TooLargeError, match=r"101 bytes at once, expected at most 100; see limits\.max_receive_bytes"):
+        with pytest.raises(TooLargeError, match=r"101 bytes, expected at most 100; see limits\.max_receive_bytes"):
             await budget().reserve(101)
 
     run(test)

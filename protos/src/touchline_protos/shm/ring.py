@@ -86,7 +86,7 @@ class RingReader:
     """The learner's end of a ring: it receives and maps the memory that a server offers. Nothing in the offer is trusted.
 
     Args:
-        path: where the server hands the memory over.
+        path: path of the socket on which the server hands the memory over.
         token: secret that the memory must contain.
         geometry: the sizes.
         size_bytes: size of the whole memory.

@@ -29,7 +29,7 @@ CONTROL_BYTES = 4096
 
 SPIN_S = 50e-6
 """Time for which a side spins before it sleeps."""
-NAP_S = 0.1
+MAX_SLEEP_S = 0.1
 """Longest sleep; after it the caller checks whether the other side is still alive."""
 
 # The page as words of 8 bytes. What is fixed when the ring is made:
@@ -68,7 +68,7 @@ class _RingControl:
         self._syscall = sealed_memory.system_call()
 
     def _sleep(self, word: int, seen: int, sleep_flag: int) -> None:
-        """Returns once ``word`` differs from ``seen``, or after :data:`NAP_S` seconds."""
+        """Returns once ``word`` differs from ``seen``, or after :data:`MAX_SLEEP_S` seconds."""
         spin_until = time.perf_counter() + SPIN_S
         words = self._words
         while words[word] == seen:
@@ -78,9 +78,9 @@ class _RingControl:
             # side sees the word change or the other side sees the flag.
             words[sleep_flag] = 1
             if words[word] == seen:
-                # The kernel compares the word once more under its own lock, so a store in between ends the wait at once. It compares the
-                # lower 32 bits only: a change by an exact multiple of 2**32 in between would be missed, and cost one nap.
-                timeout = _Timespec(0, int(NAP_S * 1e9))
+                # The kernel compares the word once more under its own lock, so a store in between ends the wait. It compares only the
+                # lower 32 bits: a change by an exact multiple of 2**32 in between would be missed, and delay this side by MAX_SLEEP_S.
+                timeout = _Timespec(0, int(MAX_SLEEP_S * 1e9))
                 self._syscall(
                     _FUTEX_CALL, self._futex(word), _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), ctypes.byref(timeout), None, 0
                 )
@@ -89,7 +89,7 @@ class _RingControl:
 
     def _wake(self, word: int, sleep_flag: int) -> None:
         # x86-64 may let this load overtake the caller's store to the word, so a sleeper can be missed. A fence would cost more than the
-        # rare delay, which is at most the sleeper's nap.
+        # rare delay, which is at most MAX_SLEEP_S.
         if self._words[sleep_flag]:
             self._wake_sleeper(word)
 
@@ -110,15 +110,15 @@ class ProducerControl(_RingControl):
         self._head = 0
 
     def initialize(self, token: bytes, slot_size_bytes: int) -> None:
-        """Writes what is fixed; the magic number comes last, so whoever sees it sees the rest."""
+        """Writes what is fixed; the magic number comes last, so that a consumer that sees it also sees the rest."""
         self._memory[8 * _TOKEN : 8 * _TOKEN + TOKEN_BYTES] = token
         self._words[_SLOTS] = self._slots
         self._words[_SLOT_BYTES] = slot_size_bytes
         self._words[_MAGIC] = MAGIC
 
     def free_slots(self) -> list[int]:
-        """Returns the slots that may be written; an empty list if none became free within :data:`NAP_S`."""
-        # The counter is read before the states: a free in between changes the counter, and then the sleep ends at once.
+        """Returns the slots that may be written; an empty list if none became free within :data:`MAX_SLEEP_S`."""
+        # The counter is read before the states: a free in between changes the counter, so that the sleep does not begin.
         freed = self._words[_FREED]
         slots = self._find_free()
         if not slots:
@@ -140,7 +140,7 @@ class ProducerControl(_RingControl):
         # publications are not taken yet, and none of them is overwritten here.
         words[_ORDER + self._head % self._slots] = slot
         self._head += 1
-        # Last: the consumer loads HEAD first and must then find everything above. It counts up for ever and, at 64 bits, never wraps.
+        # Last: the consumer loads HEAD first and must then find everything above. At 64 bits it never wraps.
         words[_HEAD] = self._head
         self._wake(_HEAD, _CONSUMER_SLEEPS)
 
@@ -176,7 +176,7 @@ class ConsumerControl(_RingControl):
         return sum(self._held)
 
     def take(self) -> tuple[int, int] | None:
-        """Returns the next published slot and how many actors' names its batch needs; None if none came within :data:`NAP_S`.
+        """Returns the next published slot and how many actors' names its batch needs; None if none came within :data:`MAX_SLEEP_S`.
 
         Raises:
             RingError: the server wrote a slot number that is out of range.
@@ -195,7 +195,7 @@ class ConsumerControl(_RingControl):
         return slot, words[_ACTORS + slot]
 
     def free(self, slot: int) -> None:
-        """Gives a slot back to the server. Does nothing in a forked child: the slot is the parent's."""
+        """Returns a slot to the server. Has no effect in a forked child: the slot belongs to the parent."""
         if os.getpid() != self._process:
             return
         words = self._words

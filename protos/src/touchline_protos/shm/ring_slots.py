@@ -51,7 +51,7 @@ class RingSlots:
 
     Args:
         memory: the ring's memory, control words included.
-        geometry: its sizes.
+        geometry: sizes of the ring.
     """
 
     def __init__(self, memory: mmap.mmap, geometry: RingGeometry) -> None:

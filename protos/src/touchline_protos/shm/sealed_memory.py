@@ -62,7 +62,7 @@ class Handover:
     """Sends a file descriptor to every process of this user that connects to a Unix socket. Not thread-safe.
 
     Args:
-        path: where to create the socket, with access for this user only.
+        path: path of the socket, created with access for this user only.
         file: descriptor to send; the caller keeps it.
 
     Raises:
@@ -73,7 +73,7 @@ class Handover:
         self.path = path
         self._file = file
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        # It gets its name only once it listens: a socket with that name on which nobody listens was left by a killed server.
+        # It gets its name only once it listens: a socket with that name that does not accept connections was left by a killed server.
         unready = path.with_name(f"{path.name}.new")
         try:
             self._listener.bind(str(unready))

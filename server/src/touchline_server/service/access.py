@@ -1,4 +1,4 @@
-"""Who may call what: bearer tokens with roles, and where a server without TLS may listen."""
+"""Access: bearer tokens with roles, and the addresses at which a server without TLS may listen."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from touchline_server.config.source import ConfigError, why_unreadable
 from touchline_server.errors import AccessDeniedError, UnauthenticatedError
 
 TOKENS_VARIABLE = "TOUCHLINE_SERVER_TOKENS"
-"""Environment variable with tokens, ``ROLE:NAME:VALUE`` each, between commas or blanks; several roles as ``actor+learner``."""
+"""Environment variable with tokens ``ROLE:NAME:VALUE``, separated by commas or blanks; several roles are written ``actor+learner``."""
 
 MIN_TOKEN_CHARS = 16
-"""Shorter ones could be guessed."""
+"""Minimum length of a token's value; a shorter one could be guessed."""
 
 MAX_TOKENS = 1024
-"""Every call is compared with all of them."""
+"""Maximum number of tokens, since every call is compared with all of them."""
 
 
 class Role(enum.StrEnum):
-    """What a token is for."""
+    """What a token allows its owner to do."""
 
     ACTOR = "actor"
     LEARNER = "learner"
@@ -46,53 +46,53 @@ ROLES_OF: dict[str, frozenset[Role]] = {
     "Sample": frozenset({Role.LEARNER}),
     "SampleStream": frozenset({Role.LEARNER}),
     "GetEpisodes": frozenset({Role.LEARNER}),
-    # Both wait for the other and need the limits and the row convention; neither answer holds an episode or a secret.
+    # Actors and learners wait for each other, and need the limits and the row convention. Neither answer contains an episode or a secret.
     "Ready": _BOTH,
     "Info": _BOTH,
     "Clear": frozenset(),
 }
-"""Who, beside an admin, may call a method of ``touchline.v1.Replay``. Every other one, and reflection, is an admin's."""
+"""Roles, besides admin, that may call each method of ``touchline.v1.Replay``. All other methods, and reflection, are for admins only."""
 
 OPEN_SERVICE = "/grpc.health.v1.Health/"
-"""Whoever starts and restarts servers asks it, and has no token."""
+"""Prefix of the methods that need no token: a supervisor that starts and restarts servers has none."""
 
 _SERVICE = "/touchline.v1.Replay/"
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token that the server takes. Of its value there is a digest alone."""
+    """A token that the server accepts. Only a digest of its value is kept."""
 
     name: str
-    """Says whose it is, in errors and logs."""
+    """Name of its owner, for errors and logs."""
     roles: frozenset[Role]
     digest: bytes = field(repr=False)
-    """SHA-256 of its value."""
+    """SHA-256 digest of its value."""
 
 
 _OWN: tuple[tuple[str, Callable[[Token], object]], ...] = (("name", lambda token: token.name), ("value", lambda token: token.digest))
-"""What no two tokens have in common."""
+"""Attributes that must differ between any two tokens."""
 
 
 class Access:
-    """Decides whether a call may come in. Safe to use from any thread.
+    """Decides whether a call is allowed. Thread-safe.
 
     Args:
-        tokens: those that are taken.
+        tokens: tokens that the server accepts.
     """
 
     def __init__(self, tokens: Iterable[Token]) -> None:
         self._tokens = tuple(tokens)
 
     def check(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> None:
-        """Returns if the call may come in.
+        """Returns if the call is allowed.
 
         Args:
-            method: its full name.
-            metadata: that it carries.
+            method: full name of the method, ``/PACKAGE.SERVICE/METHOD``.
+            metadata: the call's metadata.
 
         Raises:
-            UnauthenticatedError: no token, or none of the server's.
+            UnauthenticatedError: the call has no token, or a token that the server does not know.
             AccessDeniedError: the token's roles do not include the method.
         """
         if method.startswith(OPEN_SERVICE):
@@ -103,11 +103,11 @@ class Access:
         name = method.removeprefix(_SERVICE)
         allowed = ROLES_OF.get(name, frozenset()) if method.startswith(_SERVICE) else frozenset()
         if not token.roles & allowed:
-            wanted = " or ".join(sorted(allowed | {Role.ADMIN}))
-            raise AccessDeniedError(f"the token {token.name!r} is for {_join(token.roles)}, expected one for {wanted} to call {name}")
+            expected = " or ".join(sorted(allowed | {Role.ADMIN}))
+            raise AccessDeniedError(f"the token {token.name!r} is for {_join(token.roles)}, expected one for {expected} to call {name}")
 
     def describe(self) -> str:
-        """Returns names and roles, for the log."""
+        """Returns the tokens' names and roles, for the log."""
         return ", ".join(f"{token.name} ({_join(token.roles)})" for token in self._tokens)
 
     def _token_of(self, metadata: Iterable[tuple[str, str | bytes]]) -> Token:
@@ -117,18 +117,18 @@ class Access:
         text = given[0] if isinstance(given[0], str) else given[0].decode("latin-1")
         scheme, _, value = text.partition(" ")
         digest = hashlib.sha256(value.strip().encode()).digest()
-        # All are looked at, and each for as long as any other, so that the time tells nothing.
+        # Every token is compared, each in the same time, so that the duration reveals nothing.
         matching = [token for token in self._tokens if hmac.compare_digest(token.digest, digest)]
         if len(given) > 1 or scheme.lower() != "bearer" or not matching:
-            raise UnauthenticatedError("the token is none of this server's, expected 'authorization: Bearer TOKEN' with one that is")
+            raise UnauthenticatedError("the token is not one of this server's, expected 'authorization: Bearer TOKEN' with one that is")
         return matching[0]
 
 
 def read_access(config: Config, environment: Mapping[str, str] = os.environ) -> Access | None:
-    """Returns who may call what; None where no tokens are configured and so everybody may call everything.
+    """Returns the access rules; None if no tokens are configured, so that anyone may call everything.
 
     Raises:
-        ConfigError: the file of tokens cannot be read, may be read by others, or holds something else; likewise the variable.
+        ConfigError: the file of tokens cannot be read, can be read by others, or is malformed, or the variable is malformed.
     """
     tokens = list(_read_file(Path(config.auth.tokens_file))) if config.auth.tokens_file else []
     variable = environment.get(TOKENS_VARIABLE, "").strip()
@@ -136,7 +136,7 @@ def read_access(config: Config, environment: Mapping[str, str] = os.environ) -> 
         tokens += _read_variable(variable)
     if not tokens:
         if config.auth.tokens_file:
-            raise ConfigError(f"auth.tokens_file: {config.auth.tokens_file} holds no [[token]], expected at least one")
+            raise ConfigError(f"auth.tokens_file: {config.auth.tokens_file} contains no [[token]], expected at least one")
         return None
     if len(tokens) > MAX_TOKENS:
         raise ConfigError(f"auth: {len(tokens)} tokens, expected at most {MAX_TOKENS}")
@@ -144,15 +144,15 @@ def read_access(config: Config, environment: Mapping[str, str] = os.environ) -> 
         values = [of(token) for token in tokens]
         repeated = next((token.name for token, value in zip(tokens, values, strict=True) if values.count(value) > 1), None)
         if repeated is not None:
-            raise ConfigError(f"auth: the token {repeated!r} and another have the same {what}, expected one of its own for each")
+            raise ConfigError(f"auth: the token {repeated!r} and another have the same {what}, expected a different one for each")
     return Access(tokens)
 
 
 def check_exposure(config: Config, access: Access | None) -> str | None:
-    """Returns what to warn of: that others can reach the server and read or change what passes; None where they cannot.
+    """Returns a warning if others can reach the server and read or change its data; None if they cannot.
 
     Raises:
-        ConfigError: tokens would travel in the clear.
+        ConfigError: tokens would be sent unencrypted.
     """
     server = config.server
     if server.unix_socket or is_loopback(server.host):
@@ -160,18 +160,21 @@ def check_exposure(config: Config, access: Access | None) -> str | None:
     if not config.tls.cert:
         if access is None:
             return (
-                f"listening on {server.host} without TLS and without tokens: whoever reaches the port can read, add and clear episodes. "
-                "See tls.cert and auth.tokens_file, or server.host = '127.0.0.1'"
+                f"listening on {server.host} without TLS and without tokens: any process that reaches the port can read, add and clear "
+                "episodes. See tls.cert and auth.tokens_file, or server.host = '127.0.0.1'"
             )
         if not config.auth.allow_plaintext:
             raise ConfigError(
-                f"server.host: {server.host!r} without tls.cert, expected TLS, because tokens would travel in the clear; set tls.cert and "
-                "tls.key, listen on 127.0.0.1, or set auth.allow_plaintext = true where the network itself is private"
+                f"server.host: {server.host!r} without tls.cert, expected TLS, because tokens would be sent unencrypted; set tls.cert and "
+                "tls.key, listen on 127.0.0.1, or set auth.allow_plaintext = true if the network itself is private"
             )
-        return f"listening on {server.host} without TLS: whoever listens on the network sees tokens and episodes (auth.allow_plaintext)"
+        return (
+            f"listening on {server.host} without TLS: anyone who can read the network's traffic sees tokens and episodes "
+            "(auth.allow_plaintext)"
+        )
     if access is None and not config.tls.client_ca:
         return (
-            f"listening on {server.host} without tokens and client certificates: whoever reaches the port can read, add and clear "
+            f"listening on {server.host} without tokens and client certificates: any process that reaches the port can read, add and clear "
             "episodes. See auth.tokens_file and tls.client_ca"
         )
     return None
@@ -191,15 +194,15 @@ def _read_file(path: Path) -> Iterator[Token]:
     where = f"auth.tokens_file: {path}"
     try:
         with path.open("rb") as file:
-            # Of the open file: nobody can put another in its place meanwhile.
+            # The mode of the open file: a check by name could be of another file than the one that is read.
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
-                raise ConfigError(f"{where} has mode {mode:04o}, expected that nobody else may read it: chmod 600 {path}")
+                raise ConfigError(f"{where} has mode {mode:04o}, expected a file that only its owner can read: chmod 600 {path}")
             tables = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{where}: {why_unreadable(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        # Without the parser's own words, which may quote a token; the position is at their end.
+        # The parser's own message may quote a token, so only the position at its end is used.
         at = re.search(r"\(at [^)]*\)$", str(error))
         raise ConfigError(f"{where}: not valid TOML{' ' + at[0] if at else ''}") from None
     entries = tables.pop("token", [])
@@ -219,7 +222,7 @@ def _read_variable(text: str) -> Iterator[Token]:
 
 
 def _token(entry: dict[str, Any], where: str) -> Token:
-    """Returns a token. No message quotes its value."""
+    """Returns the token that an entry describes. No error quotes its value."""
     unknown = sorted(entry.keys() - {"name", "role", "value", "sha256"})
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}, expected name, role, and value or sha256")
@@ -243,7 +246,7 @@ def _digest(entry: dict[str, Any], where: str) -> bytes:
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]*", value):
         raise ConfigError(f"{where}: expected a value of printable ASCII characters without blanks")
     if len(value) < MIN_TOKEN_CHARS:
-        raise ConfigError(f"{where}: a value of {len(value)} characters, expected at least {MIN_TOKEN_CHARS}, made at random")
+        raise ConfigError(f"{where}: a value of {len(value)} characters, expected at least {MIN_TOKEN_CHARS} random ones")
     return hashlib.sha256(value.encode()).digest()
 
 

@@ -30,7 +30,7 @@ EPISODE_METHODS = frozenset({"/touchline.v1.Replay/AddEpisode", "/touchline.v1.R
 """Methods whose messages carry episodes."""
 
 LOAD_METHOD = "/touchline.v1.Replay/LoadEpisodes"
-"""It reserves bytes for its messages itself, because only it knows when they must give way to others."""
+"""Method that reserves bytes for its messages itself, because only it knows when they must give way to other calls."""
 
 STANDARD_MESSAGE_S = 5.0
 """Time for a message to the health or reflection service. Health is open to all, so no message may keep others from asking."""
@@ -49,7 +49,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     which is the same on the wire.
 
     Args:
-        access: who may call what; None: everyone may call everything.
+        access: rules of access; None: anyone may call everything.
         calls: counts and limits the calls.
         readers: receive the messages.
         drain: refuses new calls once the server is stopping.
@@ -177,7 +177,7 @@ def _one_received(handler: Handler, inner: Any, policy: _Policy) -> Callable[[As
 
 
 def _each_received(handler: Handler, inner: Any, policy: _Policy) -> Callable[[AsyncIterator[bytes], Context], Any]:
-    """Returns a method that receives its messages one by one; they are small and parsed at once."""
+    """Returns a method that receives its messages one by one; they are small and parsed immediately."""
 
     async def parsed(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         timeout_s: float | None = policy.first_timeout_s

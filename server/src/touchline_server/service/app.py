@@ -105,7 +105,7 @@ class ReplayServer:
         self.buffer = buffer if buffer is not None else ReplayBuffer(config, restore=False)
         self._owns_buffer = buffer is None
         self.address = ""
-        """Where clients reach the server once it has started: ``HOST:PORT`` or ``unix:PATH``."""
+        """Address of the server once it has started: ``HOST:PORT`` or ``unix:PATH``."""
 
     async def start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Listens, then restores the durable store if there is one. Until that is done, health says NOT_SERVING and calls are refused.
@@ -138,7 +138,8 @@ class ReplayServer:
         await self._health.enter_graceful_shutdown()
         self.parts.drain.begin()
         calls = self.parts.calls.replay
-        # gRPC cancels whatever arrives once its own stop has begun, so that comes last: until then new calls are told to try again.
+        # gRPC cancels every call that arrives once its own stop has begun, so that comes last. Until then new calls get an error that asks
+        # their client to try again.
         ended = await calls.wait_idle(self._config.server.drain_timeout_s)
         await self._server.stop(CLOSING_S if ended else 0)
         # Not in the loop: cancelled calls wait there until no thread works for them any more.
@@ -282,7 +283,7 @@ class ServerThread:
 
     @property
     def address(self) -> str:
-        """Where clients reach the server."""
+        """Address of the server."""
         return self._server.address
 
     @property

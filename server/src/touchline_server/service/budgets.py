@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from touchline_server.config.sections import LimitsConfig
 
 RESERVE_TIMEOUT_S = 5.0
-"""Time for which a request waits for bytes before its caller is told to try again later."""
+"""Time for which a request waits for bytes before it fails with the advice to try again later."""
 
 CONNECTION_SHARE = 4
 """One connection gets 1 / CONNECTION_SHARE of the bytes for what peers send, or one message or episode if that is more."""
@@ -57,7 +57,7 @@ class ByteBudget:
         return bool(self._waiters) or (self._parent is not None and self._parent.has_waiters)
 
     def try_reserve(self, size: int) -> bool:
-        """Reserves ``size`` bytes if they are free and nobody waits; returns whether it did."""
+        """Reserves ``size`` bytes if they are free and no call waits; returns whether it did."""
         if self._waiters or self._used + size > self.total or (self._parent is not None and not self._parent.try_reserve(size)):
             return False
         self._used += size
@@ -96,7 +96,7 @@ class ByteBudget:
             self._used += size
             return
         if size > self.total:
-            raise TooLargeError(f"{size} bytes at once, expected at most {self.total}; see {self._key}")
+            raise TooLargeError(f"{size} bytes, expected at most {self.total}; see {self._key}")
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiter = (size, granted)
         self._waiters.append(waiter)
@@ -177,8 +177,8 @@ class PerConnectionBudget:
 class Budgets:
     """The budgets of a server.
 
-    Lock order: ``uploads``, then ``messages``; every other budget is waited for while nothing is held. Whoever holds bytes of ``messages``
-    waits only for its peer, which the receive timeout bounds. So no two calls can wait for each other.
+    Lock order: ``uploads``, then ``messages``; a call that waits for any other budget holds nothing. A call that holds ``messages`` waits
+    only for its peer, which the receive timeout bounds. So no two calls can wait for each other.
     """
 
     def __init__(self, limits: LimitsConfig) -> None:

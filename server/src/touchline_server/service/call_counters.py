@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from touchline_server.config.sections import LimitsConfig
 
 MAX_HEALTH_CALLS = 256
-"""Most calls to the health service in progress, apart from those that watch it."""
+"""Most calls to the health service in progress, except Watch."""
 
 MAX_HEALTH_WATCHES = 128
-"""Most calls in progress that watch the health. They last, so they have a limit of their own and cannot keep others from asking."""
+"""Most calls in progress that watch the health. They last, so they have a limit of their own and cannot block the other health calls."""
 
 MAX_REFLECTION_CALLS = 64
 """Most calls to the reflection service in progress."""
@@ -100,7 +100,7 @@ class CallCounters:
         self.replay = CallCounter(limits.max_calls, setting="limits.max_calls")
         """Calls to ``touchline.v1.Replay``, streams included."""
         self.streams = CallCounter(limits.max_streams, what="streams", setting="limits.max_streams")
-        """Those of them that last: sampling streams, loads, and reading episodes."""
+        """Long calls to ``touchline.v1.Replay``: sampling streams, loads, and reading episodes."""
         self.health = _standard(MAX_HEALTH_CALLS, "the health service")
         """Calls to the health service, except those that watch it."""
         self.health_watches = _standard(MAX_HEALTH_WATCHES, "the health service")

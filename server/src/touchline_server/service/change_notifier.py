@@ -21,7 +21,7 @@ class ChangeNotifier:
     def notify(self) -> None:
         """Wakes every waiter; cheap while there are none."""
         if self._waiters:
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so no coroutine waits any more
                 self._loop.call_soon_threadsafe(self._wake)
 
     @contextmanager

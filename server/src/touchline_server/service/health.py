@@ -1,4 +1,4 @@
-"""The standard health service, and what it says of adding: a server whose disk is full or broken goes on sampling."""
+"""The standard health service. It reports adding separately: a server whose disk is full or has failed keeps sampling."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from touchline_server.errors import RestoringError
 from touchline_server.service.healthcheck import ADDING
 
 REPLAY = "touchline.v1.Replay"
-"""Service whose health says that the server takes calls, as the empty name does."""
+"""Service name for which health reports, as for the empty name, whether the server accepts calls."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class HealthService(health.HealthServicer):  # type: ignore[misc]
-    """Answers for the server as a whole, for the replay service, and for adding. Lives in the server's event loop."""
+    """Reports the health of the server as a whole, of the replay service, and of adding. Lives in the server's event loop."""
 
     def __init__(self, buffer: ReplayBuffer) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class HealthService(health.HealthServicer):  # type: ignore[misc]
         self._server_status = dict.fromkeys(("", REPLAY, ADDING), _NOT_SERVING)
 
     async def serve(self) -> None:
-        """Says from now on that the server takes calls, and episodes whenever its buffer does."""
+        """Reports from now on that the server accepts calls, and that it accepts episodes whenever its buffer does."""
         buffer = self._buffer
 
         def follow() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, the buffer goes on
+            with contextlib.suppress(RuntimeError):  # the loop is closed while the buffer is still in use
                 self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._follow(buffer)))
 
         if buffer.storage_monitor is not None:
@@ -48,7 +48,7 @@ class HealthService(health.HealthServicer):  # type: ignore[misc]
         await self._follow(buffer)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        """Answers as the standard says; beside it, how far a restore is, or the reason for which adding is refused."""
+        """Answers as the standard says, and adds as metadata the progress of a restore or the reason why adding is refused."""
         detail = self._detail or _restoring(self._buffer)
         if detail:
             context.set_trailing_metadata(((HEALTH_DETAIL_METADATA_KEY, detail),))

@@ -1,8 +1,7 @@
-"""Asks a server whether it is healthy, at the cost of a gRPC client: without torch, numpy, pydantic, protobuf's runtime or typer.
+"""Checks whether a server is healthy at the cost of a bare gRPC client: without torch, numpy, pydantic, protobuf's runtime or typer.
 
-A container does so every few seconds, also while the machine is busy with something else:
-``python -m touchline_server.service.healthcheck`` asks this machine's own server and takes no options. ``touchline-server healthcheck``
-has them, and takes twice the CPU.
+A container does this every few seconds, even while the machine is busy. ``python -m touchline_server.service.healthcheck`` checks this
+machine's own server and takes no options; ``touchline-server healthcheck`` has options and uses twice the CPU time.
 """
 
 from __future__ import annotations
@@ -23,38 +22,38 @@ if TYPE_CHECKING:
     from touchline_server.config.settings import Config
 
 ADDING = "touchline.v1.Replay/AddEpisode"
-"""Name by which the health service answers for adding: not serving while the disk is full or has failed, though sampling goes on."""
+"""Service name for which health reports whether episodes are accepted: not while the disk is full or has failed."""
 
 TIMEOUT_S = 5.0
-"""Longest wait for an answer, unless told otherwise."""
+"""Default time limit for an answer."""
 
 CONTAINER_TIMEOUT_S = 20.0
-"""The same for a container's check: on a machine that is overloaded, a server that answers late is still healthy."""
+"""Time limit of a container's check: on an overloaded machine, a server that answers late is still healthy."""
 
-# HealthCheckResponse is one enum in field 1 (grpc/health/v1/health.proto); zero is not written.
+# HealthCheckResponse is one enum in field 1 (grpc/health/v1/health.proto); zero is not encoded.
 _STATUS = {b"": "UNKNOWN", b"\x08\x01": "SERVING", b"\x08\x02": "NOT_SERVING", b"\x08\x03": "SERVICE_UNKNOWN"}
 
 
 class Finding(NamedTuple):
-    """What a health check found."""
+    """Result of a health check."""
 
     serving: bool
     text: str
-    """Who was asked, and what it says or why it does not answer."""
+    """Address of the server, and its answer or the reason why there is none."""
 
 
 def check_own(config: str | Path | None = None, *, timeout_s: float = TIMEOUT_S) -> Finding:
-    """Asks the server that the configuration describes, from its own machine. What keeps it from starting is named, if it can be told.
+    """Checks the server that a configuration describes, from its own machine. If it is not running, says what keeps it from starting.
 
     Args:
-        config: the configuration file; None: the one that the server takes.
-        timeout_s: longest wait for an answer.
+        config: the configuration file; None: the one that the server reads.
+        timeout_s: time limit for an answer.
 
     Raises:
-        ConfigError: the configuration does not say where the server is, or its certificate cannot be read.
+        ConfigError: the configuration does not determine the server's address.
     """
     keys = ("server.host", "server.port", "server.unix_socket", "tls.cert", "tls.key", "tls.client_ca")
-    # Not checked yet: what is wrong with them is said once the server was found not to be there.
+    # Not validated here: a fault in them is reported only if the server does not answer.
     host, port, unix_socket, cert, key, client_ca = (str(value) for value in glance(config, *keys).values())
     target = own_address(host, port, unix_socket)
     try:
@@ -74,7 +73,7 @@ def check_at(
     key: Path | None = None,
     server_name: str | None = None,
 ) -> Finding:
-    """Asks any server. Arguments as :func:`~touchline_server.service.tls.open_channel`, and the longest wait for an answer.
+    """Checks any server. Arguments as for :func:`~touchline_server.service.tls.open_channel`, and a time limit for the answer.
 
     Raises:
         ConfigError: as :func:`~touchline_server.service.tls.open_channel`.
@@ -83,7 +82,7 @@ def check_at(
 
 
 def ask(channel: grpc.Channel, target: str, *, timeout_s: float) -> Finding:
-    """Asks by the standard ``grpc.health.v1``, and closes the channel. A server that knows nothing of adding is asked about itself."""
+    """Checks a server by the standard ``grpc.health.v1`` and closes the channel. If it has no name for adding, checks the server itself."""
     with channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check", request_serializer=None, response_deserializer=None)
         try:
@@ -103,12 +102,12 @@ def ask(channel: grpc.Channel, target: str, *, timeout_s: float) -> Finding:
 
 
 def _one_line(text: str) -> str:
-    """Returns a server's text as :func:`touchline_protos.log_lines.escape` would, whose package takes long to import."""
+    """Returns a server's text on one line, as :func:`touchline_protos.log_lines.escape` does, but without importing its package."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def main() -> int:
-    """Runs a container's check: prints what it found, and returns the exit status, 0 if the server is healthy."""
+    """Runs a container's check: prints the result and returns the exit status, 0 if the server is healthy."""
     try:
         finding = check_own(timeout_s=CONTAINER_TIMEOUT_S)
     except ConfigError as error:
@@ -127,21 +126,21 @@ def _detail(call: Any) -> str:
 
 
 def own_address(host: str, port: str, unix_socket: str) -> str:
-    """Returns where a server of this configuration can be reached from its own machine.
+    """Returns the address of a server with this configuration as seen from its own machine.
 
     Raises:
-        ConfigError: its port is not known beforehand.
+        ConfigError: its port is not known in advance.
     """
     if unix_socket:
         return f"unix:{unix_socket}"
     if port.strip() == "0":
-        raise ConfigError("server.port: 0, expected a port that is known beforehand; give --address")
+        raise ConfigError("server.port: 0, expected a port that is known in advance; give --address")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(host, host)
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _why_it_cannot_start(config: str | Path | None) -> str:
-    """Returns what is wrong with the configuration or with the files that it names, for the end of a message; empty if nothing is."""
+    """Returns the fault in the configuration or in the files that it names, to end a message with; ``""`` if there is none."""
     from touchline_server.config.settings import read_cfg
     from touchline_server.service.access import check_exposure, read_access
     from touchline_server.service.tls import server_credentials
@@ -157,7 +156,7 @@ def _why_it_cannot_start(config: str | Path | None) -> str:
 
 
 def _check_folders(config: Config) -> None:
-    """Raises ConfigError if a configured folder, or the one that it would be made in, cannot be written."""
+    """Raises ConfigError if a configured folder, or the folder in which it would be created, is not writable."""
     folders = {"storage.data_dir": config.storage.data_dir}
     if config.storage.device == "disk":
         folders["storage.scratch_dir"] = config.storage.scratch_dir

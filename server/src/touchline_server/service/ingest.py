@@ -23,7 +23,7 @@ MAX_INLINE_BYTES = 1 << 19
 """Size of the largest message whose episodes are stored in the event loop."""
 
 MAX_INLINE_S = 3e-3
-"""Time after which the event loop passes the rest of a message to a thread, since it answers nobody else meanwhile."""
+"""Time after which the event loop passes the rest of a message to a thread, since it serves no other call meanwhile."""
 
 Decode = Callable[[bytes], Iterable[Episode | CodecError]]
 """Returns the episodes that are complete with a message; a malformed one is returned as its error."""
@@ -46,7 +46,7 @@ class EpisodeIngest:
     interpreter lock. So small messages are stored inline if nothing is in the way: no other add, no gather, no disk, no device.
 
     Args:
-        buffer: where episodes are stored.
+        buffer: buffer that stores the episodes.
         pool: threads for what may take longer.
         throttle: delays adds while learners wait.
     """
@@ -100,7 +100,7 @@ class EpisodeIngest:
             self._throttle.record_cost(cost_s)
 
     async def wait_durable(self, result: IngestResult) -> Stored:
-        """Returns once the episode is as durable as configured, without using a thread; at once if there is no durable store.
+        """Returns once the episode is as durable as configured, without using a thread; immediately if there is no durable store.
 
         Raises:
             CodecError: the episode is malformed.

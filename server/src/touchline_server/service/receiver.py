@@ -1,8 +1,8 @@
 """Receiving messages: bytes are reserved before the first one is read, and a message that is overdue gives way to others.
 
 gRPC reveals a message's size only once the whole message is there. So each message that is awaited has bytes for the largest one reserved,
-and a peer that sends nothing would hold them for ever. If other calls wait for those bytes, a message gets the time that a slow link needs;
-after that its call is ended and its peer is told to try again.
+and a peer that sends nothing would hold them indefinitely. If other calls wait for those bytes, a message gets the time that a slow link
+needs; after that its call ends with an error that asks the peer to try again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MessageReader:
     """Receives messages, each with bytes for the largest one reserved. Lives in the event loop.
 
     Args:
-        budget: where the bytes are reserved.
+        budget: budget of which the bytes are reserved.
         max_bytes: size of the largest message.
     """
 
@@ -57,7 +57,7 @@ class MessageReader:
             requests: the call's messages.
             peer: gRPC's name of the connection.
             upload: episode of which the message may bring a chunk.
-            timeout_s: time after which the call is ended even if nobody waits for its bytes.
+            timeout_s: time after which the call is ended even if no other call waits for its bytes.
 
         Raises:
             InvalidArgumentError: the message did not arrive within ``timeout_s``.
@@ -96,9 +96,9 @@ class _MessageWait:
     Args:
         reader: the reader that waits.
         reading: the message.
-        budget: where its bytes are reserved.
+        budget: budget of which its bytes are reserved.
         upload: episode of which the message may bring a chunk.
-        timeout_s: time after which the call is ended even if nobody waits for its bytes.
+        timeout_s: time after which the call is ended even if no other call waits for its bytes.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ class PendingUpload:
     """An episode whose chunks are arriving, and the bytes reserved for it.
 
     Args:
-        reservation: its bytes.
-        budget: where they are reserved.
+        reservation: bytes reserved for it.
+        budget: budget of which they are reserved.
         now: the event loop's time.
     """
 
@@ -175,21 +175,21 @@ class MessageReaders:
     """The message readers of a server.
 
     Args:
-        budgets: where bytes are reserved.
-        limits: with the size of the largest episode.
+        budgets: budgets of which bytes are reserved.
+        limits: limits of the server, among them the size of the largest episode.
     """
 
     def __init__(self, budgets: Budgets, limits: LimitsConfig) -> None:
         self.messages = MessageReader(budgets.messages, budgets.request_bytes)
-        """For messages with episodes."""
+        """Reader of messages with episodes."""
         self.uploads = PerConnectionBudget(budgets.uploads, largest=limits.max_episode_bytes)
-        """Bytes for episodes in chunks, by connection."""
+        """Budget of each connection for episodes in chunks."""
         self.control = MessageReader(budgets.control, budgets.request_bytes)
-        """For all other requests to ``touchline.v1.Replay``."""
+        """Reader of all other requests to ``touchline.v1.Replay``."""
         self.health = MessageReader(budgets.health, budgets.request_bytes)
-        """For requests to the health service."""
+        """Reader of requests to the health service."""
         self.reflection = MessageReader(budgets.reflection, budgets.request_bytes)
-        """For requests to the reflection service."""
+        """Reader of requests to the reflection service."""
 
 
 class UploadReservation:

@@ -1,4 +1,4 @@
-"""Callers that were refused, in the log: who, from where, what, why; one line each, and not one for each of their calls."""
+"""Logs refused callers: the token, the address, the method and the reason; one line per caller rather than one per call."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from touchline_server.errors import InvalidArgumentError
 logger = get_logger(__name__)
 
 REPEAT_S = 60.0
-"""Between two lines of the same caller about the same thing; the second one says how many were between them."""
+"""Shortest interval between two lines about the same caller and reason; the second one counts the calls in between."""
 
 MAX_CALLERS = 256
-"""Callers that are told apart, and lines within REPEAT_S; beyond them the rest is counted together."""
+"""Maximum number of callers that are distinguished, and of lines within REPEAT_S; further callers are counted together."""
 
 
 class RefusalLog:
-    """Lives in the event loop.
+    """Logs refused calls, at a limited rate. Lives in the event loop.
 
     Args:
-        clock: gives seconds.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._callers: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
-        """By host and reason: when a line was logged, and how many calls were refused since. The one longest ago first."""
+        """Time of the last line and calls refused since, by host and reason; the oldest line first."""
         self._others = 0
 
     def note(self, peer: str, method: str, error: Exception) -> None:
-        """Logs a refused call, unless the same caller's was logged a short while ago.
+        """Logs a refused call, unless a call of the same caller was logged recently.
 
         Args:
-            peer: its name in gRPC, ``ipv4:HOST:PORT``.
-            method: that it called.
-            error: that it got; says who it is, as far as that is known.
+            peer: gRPC's name of the connection, ``ipv4:HOST:PORT``.
+            method: full name of the called method.
+            error: error that the caller receives; names the token, if it is known.
         """
         caller = (_host(peer), str(error))
         now = self._clock()
@@ -61,18 +61,18 @@ class RefusalLog:
 
 
 class DropUndecodable(logging.Filter):
-    """Drops gRPC's own record of metadata that it cannot decode, which quotes it, be it a token. Such calls are refused and logged here."""
+    """Drops gRPC's own log record about undecodable metadata: it quotes the value, which may be a token. Such calls are logged here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Returns whether the record may pass."""
+        """Returns whether the record is kept."""
         return not str(record.msg).startswith("Invalid encoding on ")
 
 
 def check_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> None:
-    """Returns if metadata is text as gRPC wants it; what it could not decode it hands over as other characters.
+    """Returns if the metadata is text as gRPC specifies it. A value that gRPC could not decode arrives as other characters.
 
     Raises:
-        InvalidArgumentError: a value is not printable ASCII. It is not quoted: it may be a secret.
+        InvalidArgumentError: a value is not printable ASCII. The error does not quote it, since it may be a secret.
     """
     for key, value in metadata:
         if not key.endswith("-bin") and not (isinstance(value, str) and value.isascii() and value.isprintable()):

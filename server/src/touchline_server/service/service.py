@@ -95,7 +95,7 @@ class ReplayService:
                 raise
             except Exception as error:
                 if context.done() or (isinstance(error, grpc.aio.InternalError) and await _is_gone(context)):
-                    # The peer disconnected while it was being answered: there is nobody to tell, and nothing went wrong here.
+                    # The peer disconnected while it was being answered: there is no one to report to, and nothing went wrong here.
                     raise asyncio.CancelledError from error
                 await abort(context, error)
 

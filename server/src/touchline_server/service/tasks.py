@@ -17,7 +17,7 @@ class Job(Generic[T]):
     Args:
         pool: the threads.
         work: the function that a thread calls.
-        arguments: its arguments.
+        arguments: arguments of ``work``.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> None:
@@ -37,7 +37,7 @@ class Job(Generic[T]):
         finished = loop.create_future()
 
         def note_finished(_: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so no coroutine waits any more
                 loop.call_soon_threadsafe(finished.set_result, None)
 
         self._work.add_done_callback(note_finished)
@@ -47,7 +47,7 @@ class Job(Generic[T]):
 
 
 def consume_exception(result: asyncio.Future[Any]) -> None:
-    """Cancels a future that nobody needs, and marks its exception as retrieved so that asyncio does not log it."""
+    """Cancels a future that is not needed any more, and marks its exception as retrieved so that asyncio does not log it."""
     if not result.cancel() and not result.cancelled():
         result.exception()
 

@@ -18,7 +18,7 @@ class AddThrottle:
     """Delays adds so that sampling keeps its share of the time while learners wait for batches.
 
     After each add the next one waits as long as the share demands, in proportion to the time that the add took. While no learner waits,
-    adds pass at once. :meth:`sampler_waiting` may be called from any thread, everything else from the event loop's.
+    adds are not delayed. :meth:`sampler_waiting` may be called from any thread, everything else from the event loop's.
 
     Args:
         sample_share: sampling's share of the time, from 0 (adds never wait) to below 1.
@@ -47,8 +47,8 @@ class AddThrottle:
         if not self._pause_per_second or not self._is_sampler_waiting():
             return
         loop = asyncio.get_running_loop()
-        # Lock order: an add holds its message's bytes while it waits here, and nothing is reserved or awaited inside except the pause, so
-        # whoever holds the turn always gives it back.
+        # Lock order: an add holds its message's bytes while it waits here. Nothing is reserved or awaited inside except the pause, so an
+        # add that holds the turn always gives it back.
         async with self._turn:
             delay = self._next - loop.time()
             if delay > 0:

@@ -1,4 +1,4 @@
-"""The server's certificates: read and checked at its start, so that what is wrong with them is said there and not in each handshake."""
+"""The server's certificates: read and checked when it starts, so that a fault in them is reported then rather than in each handshake."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from touchline_server.config.sections import TlsConfig
 
-# A proxy of the environment is for the world outside, not for one's own server.
+# A proxy in the environment is meant for the internet, not for one's own server.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
-    """Returns what the server listens with; None where TLS is not configured.
+    """Returns the credentials with which the server listens; None if TLS is not configured.
 
     Raises:
-        ConfigError: a file is missing, is none of PEM, does not fit the other, or has expired.
+        ConfigError: a file is missing or is not in PEM form, key and certificate do not match, or a certificate has expired.
     """
     if not tls.cert:
         return None
@@ -41,7 +41,8 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
 def open_own_channel(address: str, *, cert: str, key: str, client_ca: str) -> grpc.Channel:
     """Returns a channel to the server with these ``[tls]`` settings, from its own machine.
 
-    It trusts only the server's own certificate, whoever signed it. A server that asks for client certificates is shown its own.
+    It trusts only the server's own certificate, whichever CA signed it. If the server asks for a client certificate, the channel presents
+    the server's own.
 
     Raises:
         ConfigError: as :func:`server_credentials`.
@@ -56,10 +57,10 @@ def open_own_channel(address: str, *, cert: str, key: str, client_ca: str) -> gr
 
 
 def open_channel(address: str, *, ca: Path | None, cert: Path | None, key: Path | None, server_name: str | None) -> grpc.Channel:
-    """Returns a channel to any server; by TLS where ``ca`` says whom to trust.
+    """Returns a channel to any server, with TLS if ``ca`` is given.
 
     Raises:
-        ConfigError: a file cannot be read, or one of those that go together is missing.
+        ConfigError: a file cannot be read, or ``cert`` is given without ``key`` or ``ca``, or ``key`` without ``cert``.
     """
     if (cert is None) != (key is None) or (ca is None and cert is not None):
         raise ConfigError("--tls-cert: expected together with --tls-key and --tls-ca")
@@ -119,7 +120,7 @@ def _name_of(certificate: x509.Certificate) -> str:
     except x509.ExtensionNotFound:
         raise ConfigError("tls.cert: no subject alternative name, expected at least one") from None
     dns = names.get_values_for_type(x509.DNSName)
-    found = [name.replace("*.", "health.", 1) for name in dns]  # any name that a wildcard stands for will do
+    found = [name.replace("*.", "health.", 1) for name in dns]  # any name that the wildcard matches will do
     found += [str(address) for address in names.get_values_for_type(x509.IPAddress)]
     if not found:
         raise ConfigError("tls.cert: no DNS name or address among the subject alternative names, expected at least one")
