@@ -103,7 +103,7 @@ def test_what_is_not_the_service_is_an_admins_but_health_is_open(access: Access)
         (("authorization", "Bearer " + hashlib.sha256(LEARNER.encode()).hexdigest()),),
         (("authorization", "Bearer ⚽"),),
         (("authorization", b"Bearer \xff"),),
-        (("Authorization", f"Bearer {ACTOR}"),),  # HTTP/2 has lower case alone
+        (("Authorization", f"Bearer {ACTOR}"),),  # HTTP/2 allows only lower case
         (*bearer(ACTOR), *bearer(ADMIN)),
     ],
 )
@@ -115,7 +115,7 @@ def test_call_without_a_token_of_the_server_is_unauthenticated(access: Access, m
 
 
 @pytest.mark.parametrize("value", [f"bearer {ACTOR}", f"BEARER  {ACTOR} "])
-def test_scheme_is_told_in_any_case(access: Access, value: str) -> None:
+def test_scheme_may_be_in_any_case(access: Access, value: str) -> None:
     access.check(SERVICE + "AddEpisode", (("authorization", value),))
 
 
@@ -177,7 +177,7 @@ SECRET = "s3cr3t-0123456789"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", r"holds no \[\[token\]\], expected at least one"),
+        ("", r"contains no \[\[token\]\], expected at least one"),
         (f"[[token]\nvalue = '{SECRET}'", r"not valid TOML \(at line 1, column 8\)"),
         (f"[[token]]\nvalue = '{SECRET}", "not valid TOML"),
         (f"value = '{SECRET}'", r"expected \[\[token\]\] tables and nothing else"),
@@ -291,10 +291,10 @@ def test_server_that_others_reach_unguarded_says_so(
     assert warning is None or (found is not None and warning in found and found.startswith("listening on 0.0.0.0 "))
 
 
-def test_tokens_in_the_clear_from_other_machines_are_refused() -> None:
+def test_unencrypted_tokens_from_other_machines_are_refused() -> None:
     config = Config(server={"host": "10.0.0.7"})
 
-    with pytest.raises(ConfigError, match=r"server\.host: '10\.0\.0\.7' without tls\.cert, expected TLS, because tokens would travel"):
+    with pytest.raises(ConfigError, match=r"server\.host: '10\.0\.0\.7' without tls\.cert, expected TLS, because tokens would be sent"):
         check_exposure(config, read_access(config, TOKENS))
 
 

@@ -1,4 +1,4 @@
-"""Receiving messages in room that others may want."""
+"""Receiving messages whose reserved bytes other calls may wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from touchline_server.errors import InvalidArgumentError, OverLimitError
-from touchline_server.service import receiver as receiving
+from touchline_server.service import receiver as receiver_module
 from touchline_server.service.budgets import ByteBudget, PerConnectionBudget
 from touchline_server.service.receiver import MessageReader, receive_timeout_s
 
@@ -19,7 +19,7 @@ SIZE = 100
 
 
 class Requests:
-    """A call's messages; one comes when the test says so. Counts who reads."""
+    """A call's messages, sent by the test. Counts the reads in progress."""
 
     def __init__(self) -> None:
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -39,11 +39,11 @@ class Requests:
 
 
 @pytest.fixture
-def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every message is late at once, and looks whether its room is wanted in each turn of the loop."""
-    monkeypatch.setattr(receiving, "RECEIVE_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(receiving, "SLOWEST_UPLOAD_BYTES_PER_S", 1 << 50)
-    monkeypatch.setattr(receiving, "POLL_INTERVAL_S", 0.0)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every message is overdue immediately, and checks in each turn of the loop whether others wait for its bytes."""
+    monkeypatch.setattr(receiver_module, "RECEIVE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(receiver_module, "SLOWEST_UPLOAD_BYTES_PER_S", 1 << 50)
+    monkeypatch.setattr(receiver_module, "POLL_INTERVAL_S", 0.0)
 
 
 def run(test: Callable[[], Awaitable[Any]]) -> Any:
@@ -54,39 +54,39 @@ def run(test: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(main())
 
 
-def lender(messages: int) -> ByteBudget:
+def budget_of(messages: int) -> ByteBudget:
     return ByteBudget(messages * SIZE, key="limits.max_receive_bytes")
 
 
 async def settle() -> None:
-    """Lets every task and timer go on as far as it can."""
+    """Runs every task and timer until it waits."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
-def test_message_takes_the_room_of_the_largest_until_its_own_size_is_known() -> None:
+def test_message_reserves_bytes_for_the_largest_until_its_size_is_known() -> None:
     async def test() -> None:
-        budget, requests = lender(2), Requests()
+        budget, requests = budget_of(2), Requests()
         receiving = asyncio.ensure_future(MessageReader(budget, SIZE).receive(aiter(requests), "ipv4:1"))
         await settle()
         assert budget.used == SIZE
         requests.send(b"seven b")
-        message, room = await receiving
-        assert (message, room.size, budget.used) == (b"seven b", 7, 7)
-        room.resize(0)
+        message, reservation = await receiving
+        assert (message, reservation.size, budget.used) == (b"seven b", 7, 7)
+        reservation.resize(0)
         assert budget.used == 0
 
     run(test)
 
 
 class Message(bytearray):
-    """A message of which one can tell whether it is still in memory."""
+    """A message that can be weakly referenced."""
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_is_freed_once_its_receiver_drops_it(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the garbage collector."""
-    monkeypatch.setattr(receiving, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(receiver_module, "POLL_INTERVAL_S", 0.0)
     kept: list[weakref.ref[Message]] = []
     come = asyncio.Event()
 
@@ -99,8 +99,8 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
 
     async def test() -> None:
         call = requests()
-        reception = MessageReader(lender(1), SIZE)
-        receiving = asyncio.ensure_future(reception.receive(call, "ipv4:1", timeout_s=0.0 if late else 30.0))
+        reader = MessageReader(budget_of(1), SIZE)
+        receiving = asyncio.ensure_future(reader.receive(call, "ipv4:1", timeout_s=0.0 if late else 30.0))
         if late:
             with pytest.raises(InvalidArgumentError, match="no message within 0 s"):
                 await receiving
@@ -109,13 +109,13 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
         come.set()
         await settle()
         if not late:
-            message, room = receiving.result()
+            message, reservation = receiving.result()
             assert message == bytes(SIZE)
-            room.resize(0)
+            reservation.resize(0)
             del message
         del receiving
         await settle()
-        await call.aclose()  # what holds it besides
+        await call.aclose()  # drops the other reference to it
 
     gc.disable()
     try:
@@ -125,44 +125,44 @@ def test_message_is_gone_once_who_received_it_lets_go_of_it(late: bool, monkeypa
         gc.enable()
 
 
-@pytest.mark.usefixtures("impatience")
-def test_late_message_is_waited_for_while_nobody_wants_its_room_and_no_longer() -> None:
+@pytest.mark.usefixtures("no_patience")
+def test_overdue_message_is_awaited_only_while_no_call_waits_for_its_bytes() -> None:
     async def test() -> None:
-        budget, silent, other = lender(1), Requests(), Requests()
-        reception = MessageReader(budget, SIZE)
-        late = asyncio.ensure_future(reception.receive(aiter(silent), "ipv4:1"))
+        budget, silent, other = budget_of(1), Requests(), Requests()
+        reader = MessageReader(budget, SIZE)
+        late = asyncio.ensure_future(reader.receive(aiter(silent), "ipv4:1"))
         await settle()
         assert not late.done()
 
         other.send(b"here")
-        wanting = asyncio.ensure_future(reception.receive(aiter(other), "ipv4:2"))
+        other_call = asyncio.ensure_future(reader.receive(aiter(other), "ipv4:2"))
         with pytest.raises(OverLimitError, match="did not arrive in time"):
             await late
 
-        # Until its call has ended, what it is to be written into may be written into: its room is not another's.
+        # Until its call has ended, gRPC may still write into its memory, so its bytes stay reserved.
         await settle()
         assert silent.reading == 1
-        assert not wanting.done()
+        assert not other_call.done()
         assert budget.used == SIZE
         silent.send(None)
-        message, room = await wanting
+        message, reservation = await other_call
         assert message == b"here"
-        room.resize(0)
+        reservation.resize(0)
         assert budget.used == 0
 
     run(test)
 
 
-@pytest.mark.usefixtures("impatience")
-def test_late_messages_are_given_up_one_at_a_time() -> None:
+@pytest.mark.usefixtures("no_patience")
+def test_overdue_messages_are_evicted_one_at_a_time() -> None:
     async def test() -> None:
-        budget = lender(3)
-        reception = MessageReader(budget, SIZE)
+        budget = budget_of(3)
+        reader = MessageReader(budget, SIZE)
         silent = [Requests() for _ in range(3)]
-        late = [asyncio.ensure_future(reception.receive(aiter(requests), f"ipv4:{at}")) for at, requests in enumerate(silent)]
+        late = [asyncio.ensure_future(reader.receive(aiter(requests), f"ipv4:{at}")) for at, requests in enumerate(silent)]
         await settle()
         other = Requests()
-        wanting = asyncio.ensure_future(reception.receive(aiter(other), "ipv4:4"))
+        other_call = asyncio.ensure_future(reader.receive(aiter(other), "ipv4:4"))
         await settle()
         assert [one.done() for one in late].count(True) == 1
         for requests, one in zip(silent, late, strict=True):
@@ -174,16 +174,16 @@ def test_late_messages_are_given_up_one_at_a_time() -> None:
         assert [one.done() for one in late].count(True) == 1
         for requests in (*silent, other):
             requests.send(None)
-        for one in (*(one for one in late if one.done() is False), wanting):
+        for one in (*(one for one in late if one.done() is False), other_call):
             assert (await one)[0] is None
         assert budget.used == 0
 
     run(test)
 
 
-def test_room_of_a_call_that_is_cancelled_is_taken_until_nothing_is_read_for_it() -> None:
+def test_bytes_of_a_cancelled_call_stay_reserved_until_its_read_ends() -> None:
     async def test() -> None:
-        budget, requests = lender(1), Requests()
+        budget, requests = budget_of(1), Requests()
         receiving = asyncio.ensure_future(MessageReader(budget, SIZE).receive(aiter(requests), "ipv4:1"))
         await settle()
         receiving.cancel()
@@ -197,13 +197,13 @@ def test_room_of_a_call_that_is_cancelled_is_taken_until_nothing_is_read_for_it(
     run(test)
 
 
-def test_connection_gets_its_share_and_what_it_wants_more_waits_for_itself_alone() -> None:
+def test_connection_above_its_part_waits_and_blocks_no_other() -> None:
     async def test() -> None:
-        budget = lender(8)
-        shares = PerConnectionBudget(budget, largest=SIZE)
-        one, other = shares.of("ipv4:1"), shares.of("ipv4:2")
-        assert shares.of("ipv4:1") is one
-        assert shares.of("unix:") is budget
+        budget = budget_of(8)
+        connections = PerConnectionBudget(budget, largest=SIZE)
+        one, other = connections.of("ipv4:1"), connections.of("ipv4:2")
+        assert connections.of("ipv4:1") is one
+        assert connections.of("unix:") is budget
         assert one.total == 2 * SIZE
         await one.reserve(2 * SIZE)
         waiting = asyncio.ensure_future(one.reserve(SIZE))
@@ -222,21 +222,21 @@ def test_connection_gets_its_share_and_what_it_wants_more_waits_for_itself_alone
     run(test)
 
 
-def test_share_that_waits_for_the_whole_gives_up_both_when_it_is_cancelled() -> None:
+def test_part_that_waits_for_the_whole_releases_both_when_cancelled() -> None:
     async def test() -> None:
-        budget = lender(8)
-        share = PerConnectionBudget(budget, largest=SIZE).of("ipv4:1")
+        budget = budget_of(8)
+        part = PerConnectionBudget(budget, largest=SIZE).of("ipv4:1")
         assert budget.try_reserve(8 * SIZE)
-        waiting = asyncio.ensure_future(share.reserve(SIZE))
+        waiting = asyncio.ensure_future(part.reserve(SIZE))
         await settle()
-        assert share.has_waiters
+        assert part.has_waiters
         waiting.cancel()
         await settle()
-        assert (share.used, budget.used) == (0, 8 * SIZE)
-        assert not share.has_waiters
+        assert (part.used, budget.used) == (0, 8 * SIZE)
+        assert not part.has_waiters
 
     run(test)
 
 
-def test_patience_allows_for_a_slow_link() -> None:
+def test_receive_timeout_allows_for_a_slow_link() -> None:
     assert receive_timeout_s(64 << 20) == 21.0
