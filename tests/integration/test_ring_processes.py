@@ -179,7 +179,7 @@ def reason_of(client: ReplayClient, caplog: pytest.LogCaptureFixture, **options:
     )
 
 
-def test_learner_elsewhere_gets_frames_and_is_told_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_learner_on_another_host_gets_messages_and_the_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("touchline._learner.stream_session.shared_memory_id", lambda: "another host:1")
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)

@@ -118,12 +118,12 @@ def test_client_that_trusts_others_or_speaks_plainly_does_not_get_in(other_autho
         for tls in (TlsConfig(other_authority.cert), True):
             with pytest.raises(TlsError, match=f"^{server.address}: the client does not trust the server's certificate"):
                 ask(server, tls)
-        with pytest.raises(UnavailableError, match=f"^{server.address}: .* and speaks no TLS, as this client does"):
+        with pytest.raises(UnavailableError, match=f"^{server.address}: .* that uses no TLS, as this client does"):
             ask(server, False)
 
 
 def test_tls_to_a_plain_server_fails(authority: Authority) -> None:
-    with ServerThread(make_config()) as server, pytest.raises(TlsError, match=f"^{server.address}: what answers there speaks no TLS"):
+    with ServerThread(make_config()) as server, pytest.raises(TlsError, match=f"^{server.address}: the server does not use TLS"):
         ask(server, TlsConfig(authority.cert))
 
 

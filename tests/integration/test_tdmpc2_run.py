@@ -182,7 +182,7 @@ def test_dead_address_is_told_of_when_the_buffer_is_made(monkeypatch: pytest.Mon
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
 
-        with pytest.raises(UnavailableError, match=f"^{address}: .*expected a touchline-server that is up there"):
+        with pytest.raises(UnavailableError, match=f"^{address}: .*expected a running touchline-server"):
             Buffer(make_cfg(replay_address=address))
 
     told = said(caplog)

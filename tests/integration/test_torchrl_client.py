@@ -333,10 +333,10 @@ def test_what_cannot_be_mapped_is_refused_and_nothing_is_taken_in(server: Server
         r"data: TensorDict, expected a TensorDict \[\.\.\., time\]": batch.exclude("next"),
         r"\('next', 'done'\): missing": batch.exclude(("next", "done")),
         r"observation: expected in the root and in next, as an observation; found \['action'": batch.exclude("observation"),
-        r"action: expected in the root alone": batch.exclude("action"),
-        r"reward: expected in next alone": batch.exclude(("next", "reward")),
+        r"action: expected only in the root": batch.exclude("action"),
+        r"reward: expected only in next": batch.exclude(("next", "reward")),
         r"next.reward: shape \(1, 30, 2\), expected \(1, 30, 1\)": batch.clone().set(("next", "reward"), torch.zeros(1, 30, 2)),
-        r"'a\.b': not a key that can be a column": batch.clone().set("a.b", torch.zeros(1, 30)),
+        r"'a\.b': cannot be the name of a column": batch.clone().set("a.b", torch.zeros(1, 30)),
         r"note: \w+, expected a tensor": batch.clone().set("note", NonTensorData("x", batch_size=batch.batch_size)),
     }
 

@@ -42,7 +42,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "mask of 0.5": (transitions(first=3, collector={"mask": torch.full((3,), 0.5)}), "collector.mask: a value that is neither 0 nor 1"),
     "ids of NaN": (transitions(first=3, collector={"traj_ids": torch.full((3,), NAN)}), "collector.traj_ids: several values .* or NaN"),
     "two ids": (transitions(first=3, collector={"traj_ids": torch.tensor([[0, 1]] * 3)}), "collector.traj_ids: several values"),
-    "an unsupported dtype": (transitions(first=3, extra=torch.zeros(3, dtype=torch.uint16)), "extra: dtype uint16 .* exclude it before"),
+    "an unsupported dtype": (
+        transitions(first=3, extra=torch.zeros(3, dtype=torch.uint16)),
+        "extra: dtype uint16 .* exclude it or cast it first",
+    ),
     "complex": (transitions(first=3, extra=torch.zeros(3, dtype=torch.complex64)), "extra: complex64, expected real numbers"),
     "text": (transitions(first=3, extra=NonTensorData("x", batch_size=[3])), "extra: .*expected a tensor"),
     "sparse": (transitions(first=3, extra=torch.zeros(3, 2).to_sparse()), "extra: Tensor is no array"),

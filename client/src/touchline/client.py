@@ -199,7 +199,7 @@ class ReplayClient:
         """Stores episodes that already carry their keys, and yields their outcomes, call by call.
 
         Args:
-            episodes: episodes with their keys; an error in the place of an episode becomes its result. The iterable is read as calls need
+            episodes: episodes with their keys; an error that stands for an episode becomes its result. The iterable is read as calls need
                 episodes, so at most one call's episodes are in memory.
             max_bytes: payload limit of a call; an episode above it gets a call of its own.
 

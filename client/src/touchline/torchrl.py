@@ -1,25 +1,32 @@
-"""TorchRL's replay buffer, served by Touchline: what a collector gives goes in, flat TensorDicts of slices come out.
+"""TorchRL's replay buffer on a Touchline server: collectors write to it, training loops sample flat TensorDicts from it.
 
-How a trajectory of T transitions is stored, in T + 1 rows, one more than transitions:
+::
+
+    buffer = RemoteReplayBuffer("replay-host:50051", batch_size=256, slice_len=4)
+    for data in collector:  # [envs, time]
+        buffer.extend(data)
+        sample = buffer.sample()  # TensorDict [256]: 64 slices of 4 transitions, one slice after another
+
+A trajectory of T transitions is stored in T + 1 rows, one more than there are transitions:
 
 ==========================================  ====================================================================================
 keys of the TensorDict                      column
 ==========================================  ====================================================================================
-an observation, ``k`` and ("next", k)       ``obs`` (``obs.<k>`` where there are several): rows 0..T, the last is the last "next"
-another that is in both (``done``, ...)     ``both.<k>``, likewise
+an observation, ``k`` and ("next", k)       ``obs`` (``obs.<k>`` for several): rows 0..T, the last row being the last "next"
+any other key in both (``done``, ...)       ``both.<k>``, in the same way
 the action                                  ``action``
 ("next", reward)                            ``reward``
-("next", "terminated")                      ``done`` besides, for other readers (("next", "done") where there is none)
-another of the root (collector.traj_ids)    ``root.<k>``
-another of "next"                           ``next.<k>``
+("next", "terminated")                      also ``done``, for other readers (("next", "done") if it is missing)
+any other key of the root (traj_ids, ...)   ``root.<k>``
+any other key of "next"                     ``next.<k>``
 ==========================================  ====================================================================================
 
-A nested key is joined by dots. What belongs to a transition is in the row that the server's row convention says (row t + 1 where it is
-"incoming", row t where it is "outgoing"), so other readers of the server find episodes in the form that they expect, and nothing is lost
-under either. The row that is left over holds NaN, or zero, and never reaches a sample.
+Nested keys are joined by dots. The values of a transition t are stored in the row that the server's row convention assigns to them: row
+t + 1 if it is "incoming", row t if it is "outgoing". So other readers of the server find episodes in the form that they expect. The spare
+row holds NaN, or zero, and never reaches a sample.
 
-That an observation is stored once and not twice rests on ("next", k) of a step being ``k`` of the step after it. Where that does not hold,
-to the bit, the trajectory is cut: every transition is kept as it is, and no slice goes across.
+An observation is stored once instead of twice because ("next", k) of a step is ``k`` of the next step. At a step where the two differ, if
+only in one bit, the trajectory is cut: every transition is kept as it is, and no slice crosses the cut.
 """
 
 from __future__ import annotations
@@ -51,36 +58,36 @@ logger = get_logger(__name__)
 
 
 class RemoteReplayBuffer:
-    """A TorchRL replay buffer on a Touchline server: the verbs of ``torchrl.data.ReplayBuffer`` that training loops use.
+    """A TorchRL replay buffer on a Touchline server: the methods of ``torchrl.data.ReplayBuffer`` that training loops use.
 
-    A trajectory is sent, whole, when ("next", "done") ends it; until then it is collected here, across calls of ``extend``, by its
-    ("collector", "traj_ids"). ``max_steps`` sends long ones in pieces, ``flush`` and ``close`` send what there is.
+    A trajectory is sent as a whole when ("next", "done") ends it. Until then it is collected in this process, across calls of
+    :meth:`extend`, by its ("collector", "traj_ids"). ``max_steps`` sends long ones in pieces; ``flush`` and ``close`` send what there is.
 
-    It may be handed to the processes of a collector (``MultiSyncCollector(..., replay_buffer=buffer)``), pickled or copied: the copy has a
-    connection of its own, and begins without the trajectories that are under way here. What a worker has collected of a trajectory when the
-    collector is shut down is lost; ``max_steps`` bounds it.
+    The buffer can be passed to the processes of a collector (``MultiSyncCollector(..., replay_buffer=buffer)``), pickled and copied: the
+    copy has a connection of its own, and starts without the unfinished trajectories of the original. When a collector is shut down, the
+    unfinished trajectories of its workers are lost; ``max_steps`` limits that.
 
-    Samples are drawn as TorchRL's ``SliceSampler`` draws them: a trajectory uniformly, then a start uniformly (``law="step"``: every start
-    equally likely). The next batches are under way while the learner uses this one. One thread samples, one extends.
+    Samples follow the law of TorchRL's ``SliceSampler``: a trajectory uniformly, then a start in it uniformly; with ``law="step"`` all
+    starts are equally likely. The next batches are fetched while the learner uses this one. One thread samples, one thread extends.
 
     Args:
-        server: ``"host:50051"``, or a client, which stays the caller's.
-        batch_size: transitions of a sample, a multiple of ``slice_len``.
-        slice_len: consecutive transitions of a slice.
-        observation_keys: what is stored as ``obs``; in the root and in "next".
-        action_key: in the root.
-        reward_key: in "next"; [..., 1].
-        transform: called with every sample; its ``inv``, if it has one, with everything that is added. As TorchRL's transforms.
-        truncated_key: marks the last transition of each slice as truncated and done, for value estimators that run over flat samples;
-            ``("next", "truncated")`` is SliceSampler's default. None changes nothing.
-        max_steps: transitions after which a trajectory is sent in pieces; None never.
-        max_trajectories: collected at a time; the one that was not continued for the longest is sent as it is.
-        law: ``"episode"`` or ``"step"``.
-        device: of the samples; None for host memory.
-        timeout_s: the longest wait for a sample.
+        server: address ``"host:50051"``, or a client, which the caller closes.
+        batch_size: number of transitions in a sample, a multiple of ``slice_len``.
+        slice_len: number of consecutive transitions in a slice.
+        observation_keys: keys, both in the root and in "next", that are stored as ``obs``.
+        action_key: key of the action, in the root.
+        reward_key: key of the reward [..., 1], in "next".
+        transform: transform of every sample; its ``inv``, if it has one, transforms everything that is added, as in TorchRL.
+        truncated_key: key that marks the last transition of each slice as truncated and done, for value estimators that run over flat
+            samples; SliceSampler's default is ``("next", "truncated")``. None changes nothing.
+        max_steps: number of transitions after which a trajectory is sent in pieces; None never splits one.
+        max_trajectories: limit on unfinished trajectories; beyond it the one that has waited longest for its next step is sent as it is.
+        law: sampling law, ``"episode"`` or ``"step"``.
+        device: device of the samples; None for host memory.
+        timeout_s: longest wait for a sample.
 
     Raises:
-        InvalidArgumentError: an argument out of range.
+        InvalidArgumentError: an argument is out of range.
     """
 
     def __init__(
@@ -120,22 +127,23 @@ class RemoteReplayBuffer:
         self._incoming: bool | None = None
         self._stream: tuple[int, BatchStream] | None = None
         self._closed = False
-        when_dropped(self, _say_what_is_lost, self._trajectories)
+        when_dropped(self, _log_loss, self._trajectories)
 
     # Adding.
 
     def extend(self, data: TensorDict) -> None:
-        """Takes transitions in, and stores the trajectories that they complete; returns when those are acknowledged.
+        """Adds transitions, and stores the trajectories that they complete; returns when the server has acknowledged those.
 
         Args:
-            data: [..., time], as a collector gives it; or [transitions], of one or several trajectories, each in its order. Trajectories
-                are told apart by ("collector", "traj_ids"), which a row of the other dimensions stands for where it is missing. What
-                ("collector", "mask") masks is left out. Not changed.
+            data: TensorDict [..., time], as a collector returns it; or [transitions] of one or several trajectories, each in its order.
+                Trajectories are distinguished by ("collector", "traj_ids") or, if that is missing, by their place in the other dimensions.
+                Transitions that ("collector", "mask") masks are left out. Not changed.
 
         Raises:
-            InvalidEpisodeError: a key is missing, or cannot be a column. Nothing is taken in.
+            InvalidEpisodeError: a key is missing or cannot be a column. Nothing is added.
             LoadError: the server refused some trajectories; the others are stored.
-            UnavailableError, DeadlineError: the trajectories that these transitions complete are not known to be stored.
+            UnavailableError, DeadlineError: the trajectories that these transitions complete may or may not be stored.
+            ClosedError: the buffer was closed.
         """
         if self._closed:
             raise ClosedError("the buffer was closed")
@@ -148,33 +156,33 @@ class RemoteReplayBuffer:
         self._send(self._trajectories.extend(data))
 
     def add(self, data: TensorDict) -> None:
-        """Takes one transition [] in; see :meth:`extend`."""
+        """Adds one transition []; see :meth:`extend`."""
         self.extend(data.unsqueeze(0))
 
     def flush(self) -> None:
-        """Stores the trajectories that are under way as far as they are; what continues them later begins new ones."""
+        """Stores the unfinished trajectories as they are; later transitions of theirs begin new ones."""
         self._send(self._trajectories.end_all())
 
     def empty(self) -> None:
-        """Empties the server's table, and what is collected here."""
+        """Empties the server's table, and discards the unfinished trajectories."""
         self._trajectories.end_all()
         self._client.clear()
 
     # Sampling.
 
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
-        """Returns ``batch_size`` transitions, flat: slice after slice, each of ``slice_len`` transitions in their order.
+        """Returns ``batch_size`` transitions, flat: one slice after another, each of ``slice_len`` transitions in their order.
 
         Args:
-            batch_size: None takes the buffer's.
-            return_info: also returns a dict: of each slice ``episode_id``, ``start`` and ``probability``.
+            batch_size: number of transitions; None takes the buffer's.
+            return_info: also return a dict of ``episode_id``, ``start`` and ``probability`` of each slice, [batch_size / slice_len].
 
         Returns:
-            A TensorDict [batch_size] with the keys that were added, or (it, info).
+            A TensorDict [batch_size] with the keys that were added, which is the caller's; with ``return_info`` also the dict.
 
         Raises:
             NotReadyError: nothing could be sampled within ``timeout_s``; unfinished trajectories are not on the server yet.
-            InvalidArgumentError: no batch size, or none that slices divide.
+            InvalidArgumentError: there is no batch size, or it is not a multiple of ``slice_len``.
             ClosedError: the buffer was closed.
         """
         batch = self._next_batch(self._slices_of(batch_size if batch_size is not None else self._batch_size))
@@ -186,27 +194,27 @@ class RemoteReplayBuffer:
         return data, {name: torch.as_tensor(getattr(batch, name)) for name in ("episode_id", "start", "probability")}
 
     def __iter__(self) -> Iterator[TensorDict]:
-        """Samples without end."""
+        """Yields samples without end."""
         while True:
             yield self.sample()
 
     def __len__(self) -> int:
-        """Transitions on the server: what can be sampled, not what is still collected here."""
+        """Returns the number of transitions on the server, which does not include unfinished trajectories."""
         counts = self._client.counts()
         return counts.steps_stored - counts.episodes_stored
 
     @property
     def batch_size(self) -> int | None:
-        """Transitions of a sample."""
+        """Number of transitions in a sample."""
         return self._batch_size
 
     def append_transform(self, transform: Callable[[TensorDict], TensorDict]) -> RemoteReplayBuffer:
-        """Adds a transform after the others, and returns the buffer."""
+        """Appends a transform, and returns the buffer."""
         self._transforms.append(transform)
         return self
 
     def close(self) -> None:
-        """Stores what is under way and ends the connection, unless the client was given. Closing again does nothing."""
+        """Stores the unfinished trajectories, and closes the client unless the caller passed it. Closing again does nothing."""
         if self._closed:
             return
         try:
@@ -218,7 +226,7 @@ class RemoteReplayBuffer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes. If the body failed, unfinished trajectories are discarded."""
+        """Closes the buffer. If the body failed, discards the unfinished trajectories."""
         if kind is None:
             self.close()
             return
@@ -235,22 +243,22 @@ class RemoteReplayBuffer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._trajectories = self._new_trajectories()
-        when_dropped(self, _say_what_is_lost, self._trajectories)
+        when_dropped(self, _log_loss, self._trajectories)
 
     @property
     def shared(self) -> bool:
-        """True: what one process adds, all others sample."""
+        """True, as all processes share what is on the server."""
         return True
 
     @property
     def write_count(self) -> int:
-        """Transitions that were ever stored on the server."""
+        """Number of transitions that were ever stored on the server."""
         counts = self._client.counts()
         return counts.steps_added - counts.episodes_added
 
     @property
     def _storage(self) -> RemoteReplayBuffer:
-        """Asked by collectors of several processes whether it is ``initialized``, so that its workers can write to it."""
+        """The buffer itself: a multi-process collector reads its ``initialized`` to see that its workers can write to it."""
         return self
 
     initialized = True
@@ -285,7 +293,7 @@ class RemoteReplayBuffer:
             self._client.load(episodes)
 
     def _pack(self, trajectory: TensorDict, incoming: bool) -> dict[str, torch.Tensor]:
-        """Returns a trajectory [T] as an episode's columns [T + 1]."""
+        """Returns the columns [T + 1] of an episode for a trajectory [T]."""
         root, after = _by_path(trajectory)
         columns = {}
         for path, value in root.items():
@@ -301,18 +309,22 @@ class RemoteReplayBuffer:
         return columns
 
     def _check_roles(self, data: TensorDict) -> None:
-        """Raises InvalidEpisodeError where a role has no key, or not the form that it needs."""
+        """Raises InvalidEpisodeError if the key of an observation, the action or the reward is missing or has the wrong form."""
         root, after = _by_path(data)
         for path in self._observations:
             if path not in root or path not in after:
                 raise InvalidEpisodeError(
                     f"{path}: expected in the root and in next, as an observation; found {sorted(root)} and {sorted(after)} "
-                    "(observation_keys names others)"
+                    "(set observation_keys to other keys)"
                 )
         if self._action not in root or self._action in after:
-            raise InvalidEpisodeError(f"{self._action}: expected in the root alone, as the action; found {sorted(root)} (see action_key)")
+            raise InvalidEpisodeError(
+                f"{self._action}: expected only in the root, as the action; found {sorted(root)} (set action_key to another key)"
+            )
         if self._reward not in after or self._reward in root:
-            raise InvalidEpisodeError(f"{self._reward}: expected in next alone, as the reward; found {sorted(after)} (see reward_key)")
+            raise InvalidEpisodeError(
+                f"{self._reward}: expected only in next, as the reward; found {sorted(after)} (set reward_key to another key)"
+            )
         shape = tuple(after[self._reward].shape)
         if shape[data.batch_dims :] != (1,):
             raise InvalidEpisodeError(f"next.{self._reward}: shape {shape}, expected {(*data.batch_size, 1)}")
@@ -345,7 +357,7 @@ class RemoteReplayBuffer:
         """Returns the transitions of a batch, [slices * slice_len]."""
         incoming = self._is_incoming()
         data = TensorDict({}, batch_size=[batch.action.shape[1] * self._slice_len], device=batch.action.device)
-        # A lone observation is `obs` itself; episodes of other writers may have several under names of their own.
+        # A single observation is `obs` itself; episodes of other writers may have several, under names of their own.
         observations = _leaves(batch.obs) if isinstance(batch.obs, dict) else {self._observations[0]: batch.obs}
         both = observations | {name.removeprefix("both."): rows for name, rows in batch.extra.items() if name.startswith("both.")}
         for path, rows in both.items():
@@ -373,22 +385,22 @@ class RemoteReplayBuffer:
         data[done_key] = data[done_key] | last
 
 
-def _say_what_is_lost(trajectories: Trajectories) -> None:
+def _log_loss(trajectories: Trajectories) -> None:
     lost = trajectories.end_all()
     if lost:
         logger.warning(
-            "a RemoteReplayBuffer was dropped without being closed: %d unfinished trajectories are lost; flush() sends them", len(lost)
+            "a RemoteReplayBuffer was dropped without being closed: %d unfinished trajectories are lost; flush() would send them", len(lost)
         )
 
 
 def _by_path(data: TensorDict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns the values of the root and of "next" by dotted path."""
+    """Returns the values of the root and those of "next", by dotted path."""
     root = {path_of(key): value for key, value in data.exclude("next").items(True, True)}
     return root, {path_of(key): value for key, value in data["next"].items(True, True)}
 
 
 def _with_spare_row(values: torch.Tensor, incoming: bool) -> torch.Tensor:
-    """Returns [T, ...] with the row that belongs to no transition, NaN or zero: first where incoming, else last."""
+    """Returns values [T, ...] with a spare row of NaN or zero, [T + 1, ...]: the first row if ``incoming``, else the last."""
     spare = torch.full_like(values[:1], torch.nan if values.is_floating_point() else 0)
     return torch.cat([spare, values] if incoming else [values, spare])
 

@@ -1,11 +1,11 @@
-"""The values that the client returns beside batches and counts."""
+"""Values that the client returns, besides batches and counts."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 
-from touchline.errors import EpisodeResult as EpisodeResult  # beside the error that it carries; users find it here as well
+from touchline.errors import EpisodeResult as EpisodeResult  # defined beside the error that carries it; users find it here as well
 from touchline_protos import Counts
 
 if sys.version_info >= (3, 11):
@@ -19,23 +19,23 @@ class ReadyState:
     """How far a table is from being sampled."""
 
     can_sample: bool
-    """At least one episode is long enough for the horizon."""
+    """Whether at least one episode is long enough for the horizon."""
     min_steps_reached: bool
-    """At least as many rows are stored as were asked for (``min_history`` if none were), or the buffer is full: another episode as long as
-    its longest would evict."""
+    """Whether as many rows are stored as were asked for (``min_history`` by default), or the buffer is full: another episode as long as its
+    longest would evict."""
     min_history: int
-    """Rows before training should start, as the server is configured."""
+    """Number of rows before training should start, by the server's configuration."""
     counts: Counts
-    """The table's figures at that moment."""
+    """Counts of the table at that moment."""
     horizon: int = 0
-    """Transitions of a slice that ``can_sample`` speaks of; 0 from a server of an older version, which does not say."""
+    """Number of transitions in a slice that ``can_sample`` refers to; 0 from a server of an older version, which does not report it."""
     episodes_eligible: int = 0
-    """Stored episodes with at least horizon + 1 rows."""
+    """Number of stored episodes with at least horizon + 1 rows."""
     longest_episode: int = 0
-    """Rows of the longest stored episode."""
+    """Number of rows in the longest stored episode."""
 
     def describe(self) -> str:
-        """Returns the figures in words: what is stored, and how much of it is long enough."""
+        """Returns in words how much is stored, and how much of it is long enough."""
         stored = f"{self.counts.steps_stored} steps in {self.counts.episodes_stored} episodes"
         if not self.horizon:
             return f"{stored}, {'some' if self.can_sample else 'none'} of them long enough"
@@ -47,80 +47,82 @@ class ReadyState:
 
 @dataclass(frozen=True, slots=True)
 class ColumnInfo:
-    """What one stored column holds."""
+    """Dtype and shape of a stored column."""
 
     dtype: str
-    """``float32``, ``bfloat16``, ..."""
+    """Name of the dtype: ``float32``, ``bfloat16``, ..."""
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server says about itself."""
+    """A server's version and configuration, and the state of a table."""
 
     version: str
-    """Of the server."""
+    """Version of the server."""
     protocol_version: str
-    """MAJOR.MINOR; another major version than the client's is refused."""
+    """Version of the protocol, MAJOR.MINOR; a client of another major version is refused."""
     config_toml: str
-    """The configuration in force, as TOML."""
+    """Configuration in force, as TOML."""
     columns: dict[str, ColumnInfo]
-    """The schema that the first episode fixed; empty before it."""
+    """Schema that the first episode fixed, by column name; empty before it."""
     device: str
-    """Where the columns are: ``cpu``, ``cuda:N``, ``disk``; empty before the first episode."""
+    """Device of the columns: ``cpu``, ``cuda:N`` or ``disk``; empty before the first episode."""
     size_bytes: int
-    """Allocated for the columns."""
+    """Bytes allocated for the columns."""
     capacity: int
-    """Rows that fit."""
+    """Number of rows that fit."""
     max_message_bytes: int
-    """Of one request or response; what is larger travels in chunks."""
+    """Size limit of one request or response; anything larger travels in chunks."""
     counts: Counts
-    """The table's figures at that moment."""
+    """Counts of the table at that moment."""
     storage_state: str = ""
-    """Of the durable store: ``ok``; ``full``, it takes no episodes until there is room on the disk; ``failed``, it takes none until the
-    server is started again. Empty without one."""
+    """State of the durable store: ``ok``; ``full``, which takes no episodes until the disk has space again; ``failed``, which takes none
+    until the server is restarted. Empty without a durable store."""
     storage_reason: str = ""
-    """Why it takes no episodes; empty if it does."""
+    """Why the durable store takes no episodes; empty if it does."""
 
     @property
     def row_convention(self) -> str:
-        """Which row of an episode has no action: ``"incoming"``, the first; ``"outgoing"``, the last."""
+        """Which row of an episode has no action: ``"incoming"`` for the first, ``"outgoing"`` for the last."""
         return str(tomllib.loads(self.config_toml)["sampling"]["row_convention"])
 
     @property
     def max_episode_bytes(self) -> int:
-        """Of one episode, summed over its columns; a larger one is refused."""
-        sections = tomllib.loads(self.config_toml)
-        return int(sections.get("limits", sections["server"])["max_episode_bytes"])  # earlier servers have it in [server]
+        """Size limit of one episode, summed over its columns; a larger one is refused."""
+        config = tomllib.loads(self.config_toml)
+        # Servers of older versions have the key in [server].
+        return int(config.get("limits", config["server"])["max_episode_bytes"])
 
 
 @dataclass(frozen=True, slots=True)
 class WriterCounters:
-    """What an :class:`~touchline.EpisodeWriter` did so far.
+    """What an :class:`~touchline.EpisodeWriter` has done, at one moment.
 
     Always ``appended + resumed == pending + acknowledged + refused + dropped``.
     """
 
     appended: int = 0
-    """Episodes that were finished and handed on to be sent; the pieces of a cut episode count one each."""
+    """Episodes that were ended and queued to be sent; each piece of a cut episode counts."""
     pending: int = 0
-    """Of these and the resumed ones, not answered yet."""
+    """Episodes, of those appended and resumed, that have no answer yet."""
     acknowledged: int = 0
-    """Of these, stored by the server."""
+    """Episodes, of those appended and resumed, that the server has stored."""
     refused: int = 0
-    """Of these, given up: refused by the server, damaged in the spool, or, without a spool, the client was closed."""
+    """Episodes, of those appended and resumed, that were given up: refused by the server, damaged in the spool or, without a spool, left
+    when the client was closed."""
     discarded: int = 0
-    """Episodes never handed on: unfinished when the body of ``with`` failed, or a single row, which holds no transition."""
+    """Episodes that were never queued: unfinished when the body of ``with`` failed, or a single row, which holds no transition."""
     steps_appended: int = 0
-    """Rows of the episodes that count as appended; the row at which an episode was cut counts in both pieces."""
+    """Rows of the appended episodes; a row at which an episode was cut counts in both pieces."""
     steps_acknowledged: int = 0
-    """Rows of the episodes that count as acknowledged."""
+    """Rows of the acknowledged episodes."""
     resumed: int = 0
-    """Episodes of earlier writers that lay in the spool when this one opened it."""
+    """Episodes of earlier writers that were in the spool when this writer opened it."""
     dropped: int = 0
-    """Of the appended and the resumed ones, given up for want of room, as ``when_full`` says."""
+    """Episodes, of those appended and resumed, that were given up because the queue was full, by the policy ``when_full``."""
     steps_dropped: int = 0
-    """Rows of the episodes that count as dropped."""
+    """Rows of the dropped episodes."""
     spool_bytes: int = 0
-    """What the spool takes on the disk now, its log and free pages included; 0 without one."""
+    """Bytes that the spool occupies on disk now, its log and free pages included; 0 without a spool."""

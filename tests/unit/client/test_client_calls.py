@@ -122,7 +122,7 @@ def test_over_limit_without_a_delay_that_can_be_read_is_retried_with_growing_wai
     assert all(0.5 * full <= slept <= full for slept, full in zip(sleeps, (0.05, 0.1), strict=True))
 
 
-def test_over_limit_beyond_the_deadline_says_so_at_once_with_the_delay() -> None:
+def test_over_limit_beyond_the_deadline_is_raised_immediately_with_the_delay() -> None:
     sleeps: list[float] = []
     with (
         ScriptedServer(Ready=over_limit("60000")) as server,
@@ -425,7 +425,7 @@ def test_load_with_an_episode_that_cannot_be_sent_stores_the_others() -> None:
     assert [result.key.sequence for result in caught.value.results] == [0, 1, 2]
 
 
-def test_load_that_stays_unavailable_tells_what_was_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_that_stays_unavailable_notes_what_was_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline._actor.upload.MAX_LOAD_EPISODES", 2)
     handler = in_turn(_loader([]), failing(UNAVAILABLE))
     with (

@@ -1,4 +1,4 @@
-"""What a client shows to a server: from its arguments, from the environment, and never in the clear or in a log."""
+"""What a client shows to a server: from its arguments, from the environment, and never in plain text or in a log."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def credentials(address: str = "127.0.0.1:1", *, environment: dict[str, str] | N
     return Credentials(address, environment=environment or {}, **options)  # type: ignore[arg-type]
 
 
-def test_nothing_given_is_plain_and_without_a_token() -> None:
+def test_client_without_credentials_uses_no_tls_and_no_token() -> None:
     plain = credentials("replay:50051")
 
     assert plain.metadata == ()
     assert repr(plain) == "Credentials(tls=None, token=none)"
 
 
-def test_token_of_the_environment_is_taken_where_none_is_given() -> None:
+def test_token_of_the_environment_is_the_default() -> None:
     environment = {"TOUCHLINE_TOKEN": SECRET}
 
     assert credentials(environment=environment).metadata == (("authorization", f"Bearer {SECRET}"),)
@@ -45,11 +45,11 @@ def test_token_that_no_header_carries_is_refused_and_not_quoted(token: str) -> N
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7:50051", "replay:50051", "[2001:db8::1]:50051", "127.0.0.1.example.org:50051"])
-def test_token_does_not_go_to_another_machine_in_the_clear(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"token: would go to .* in the clear, expected TLS") as caught:
+def test_token_is_not_sent_to_another_machine_in_plain_text(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"token: would be sent to .* in plain text, expected TLS") as caught:
         ReplayClient(address, token=SECRET)
     monkeypatch.setenv("TOUCHLINE_TOKEN", SECRET)
-    with pytest.raises(InvalidArgumentError, match="in the clear"):
+    with pytest.raises(InvalidArgumentError, match="in plain text"):
         ReplayClient(address)
 
     assert SECRET not in str(caught.value)
@@ -57,12 +57,12 @@ def test_token_does_not_go_to_another_machine_in_the_clear(address: str, monkeyp
     ReplayClient(address, allow_plaintext=True).close()
     monkeypatch.setenv("TOUCHLINE_ALLOW_PLAINTEXT", "1")
     ReplayClient(address).close()
-    with pytest.raises(InvalidArgumentError, match="in the clear"):
+    with pytest.raises(InvalidArgumentError, match="in plain text"):
         ReplayClient(address, allow_plaintext=False)
 
 
 @pytest.mark.parametrize("address", ["localhost:1", "127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "unix:/run/replay.sock"])
-def test_what_stays_on_this_machine_needs_no_tls(address: str) -> None:
+def test_token_to_this_machine_needs_no_tls(address: str) -> None:
     assert is_local(address)
     assert credentials(address, token=SECRET).metadata
 
@@ -79,7 +79,7 @@ def test_token_goes_with_every_call_and_shows_nowhere() -> None:
     assert "token=given" in shown
 
 
-def test_tls_of_the_environment_is_taken_where_none_is_given(tmp_path: Path) -> None:
+def test_tls_of_the_environment_is_the_default(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.issue("client")
     environment = {
@@ -98,7 +98,7 @@ def test_tls_of_the_environment_is_taken_where_none_is_given(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("variable", ["TOUCHLINE_TLS_CERT", "TOUCHLINE_TLS_KEY", "TOUCHLINE_TLS_SERVER_NAME"])
-def test_tls_of_the_environment_without_its_ca_is_refused_and_not_plain(variable: str) -> None:
+def test_tls_of_the_environment_without_its_ca_is_refused(variable: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{variable}: set without TOUCHLINE_TLS_CA, which turns TLS on"):
         credentials(environment={variable: "x"})
 
@@ -114,13 +114,13 @@ def test_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for tls, words in (
         (TlsConfig(tmp_path / "none.pem"), r"tls\.ca: .*none\.pem: No such file or directory"),
         (TlsConfig(other), r"tls\.ca: .*other\.pem: expected a file in PEM form"),
-        (TlsConfig(authority.cert, pair.cert), r"tls\.key: None, expected a file: cert and key go together"),
+        (TlsConfig(authority.cert, pair.cert), r"tls\.key: None, expected a file: cert and key are used together"),
         (TlsConfig(authority.cert, None, pair.key), r"tls\.cert: None, expected a file"),
     ):
         with pytest.raises(InvalidArgumentError, match=words):
             ReplayClient("127.0.0.1:1", tls=tls)
 
 
-def test_plain_channel_is_what_it_was() -> None:
+def test_channel_without_tls_is_an_insecure_one() -> None:
     with credentials().open("127.0.0.1:1", []) as channel:
         assert isinstance(channel, grpc.Channel)

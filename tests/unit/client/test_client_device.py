@@ -1,5 +1,5 @@
-"""The way to a CUDA device. Where there is none, torch's part is played by one whose device is host memory and whose copies complete
-only when a test lets them: what is checked is which memory is written when."""
+"""Batches on a CUDA device. Without one, a stand-in plays torch's part: its device is host memory, and its copies complete only when a test
+lets them, so that the tests can check which memory is written when."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_failure_reaches_the_learner_after_the_batches_before_it_and_taking_goes
     source.close()
 
 
-def test_take_without_a_thread_to_read_ahead_is_told_and_the_next_one_tries_again(late: LateTorch) -> None:
+def test_take_without_a_thread_to_read_ahead_raises_and_the_next_one_tries_again(late: LateTorch) -> None:
     source = CudaSource(Host(), late, "device")
     with pytest.MonkeyPatch.context() as patch:
         refuse_threads(patch, "touchline-cuda")
@@ -287,7 +287,7 @@ def test_take_without_a_thread_to_read_ahead_is_told_and_the_next_one_tries_agai
     source.close()
 
 
-def test_close_ends_a_take_under_way_and_the_thread(late: LateTorch) -> None:
+def test_close_ends_a_take_in_progress_and_the_thread(late: LateTorch) -> None:
     host = Host(last=1)
     source = CudaSource(host, late, "device")
     source.take()

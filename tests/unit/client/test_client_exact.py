@@ -81,7 +81,7 @@ def episode(rows: int = 4, **columns: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_value_that_is_no_column_is_refused_by_name_and_kind(value: Any, message: str) -> None:
+def test_value_that_cannot_be_a_column_is_refused_by_name_and_kind(value: Any, message: str) -> None:
     with pytest.raises(ColumnError, match=f"^goal: {message}"):
         to_array("goal", value)
 
@@ -192,7 +192,7 @@ def test_narrow_rounds_and_never_makes_infinity(array: np.ndarray) -> None:
         assert narrow("obs", array, np.dtype(np.float32)).tobytes() == expected.tobytes()
 
 
-def test_client_with_dtype_rounds_float64_alone() -> None:
+def test_client_with_dtype_rounds_only_float64() -> None:
     columns = episode(obs={"a": np.full((4, 2), 0.1), "b": np.ones(4, np.float16)}, task=np.arange(4))
 
     made = make_episode(columns, key=KEY, actor="", policy_version=0, dtype=np.dtype(np.float32))
@@ -250,7 +250,7 @@ def test_dotted_name_of_the_episode_is_the_nested_one() -> None:
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_column_that_tells_ends_by_another_name_is_refused_unless_done_is_there(name: str) -> None:
+def test_column_that_marks_ends_by_another_name_is_refused_unless_done_exists(name: str) -> None:
     with pytest.raises(ColumnError, match=rf"^{name}: given without done, so batches would say that nothing ever ended; call it done"):
         check_ends(["obs", "action", "reward", name])
     check_ends(["obs", "action", "reward", "done", name])

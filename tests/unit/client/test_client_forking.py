@@ -1,4 +1,4 @@
-"""The gate at which a fork waits, and what a transport forgets in a child."""
+"""The gate at which a fork waits, and the channel and the identity of a child."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_gate_keeps_calls_out_until_it_is_reopened() -> None:
     caller.join(60)
 
 
-def test_gate_gives_a_fork_way_after_its_longest_wait(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_gate_lets_a_fork_go_on_after_its_longest_wait(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(fork, "GATE_WAIT_S", 0.05)
     gate = ForkGate()
 
@@ -69,36 +69,36 @@ def test_gate_gives_a_fork_way_after_its_longest_wait(monkeypatch: pytest.Monkey
     assert "forking while 1 calls are still in gRPC" in caplog.text
 
 
-def test_transport_in_a_child_opens_a_channel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channel_in_a_child_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "SUPPORTED", True)  # whatever this test process loaded first
-    transport = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
-    parents = transport.method("unary_unary", "Ready")
+    channel = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
+    parents = channel.method("unary_unary", "Ready")
 
-    transport.after_fork_in_child()
+    channel.after_fork_in_child()
 
-    assert transport.method("unary_unary", "Ready") is not parents
-    transport.close()
+    assert channel.method("unary_unary", "Ready") is not parents
+    channel.close()
 
 
-def test_transport_in_a_child_without_fork_support_says_so_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channel_in_a_child_without_fork_support_raises_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "SUPPORTED", False)
-    transport = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
-    transport.method("unary_unary", "Ready")
+    channel = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
+    channel.method("unary_unary", "Ready")
 
-    transport.after_fork_in_child()
+    channel.after_fork_in_child()
 
     with pytest.raises(ForkError, match="GRPC_ENABLE_FORK_SUPPORT=1"):
-        transport.method("unary_unary", "Ready")
+        channel.method("unary_unary", "Ready")
 
 
-def test_transport_never_used_in_the_parent_works_in_a_child_without_fork_support(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channel_unused_in_the_parent_works_in_a_child_without_fork_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork, "SUPPORTED", False)
-    transport = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
+    channel = ServerChannel("127.0.0.1:1", max_message_bytes=1 << 20)
 
-    transport.after_fork_in_child()
+    channel.after_fork_in_child()
 
-    assert callable(transport.method("unary_unary", "Ready"))
-    transport.close()
+    assert callable(channel.method("unary_unary", "Ready"))
+    channel.close()
 
 
 @pytest.mark.parametrize("given", [None, "robot"])

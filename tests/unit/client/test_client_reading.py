@@ -109,7 +109,7 @@ def test_reading_of_ids_goes_on_with_those_that_are_left(answers: Answers) -> No
 
 
 class Clock:
-    """The source's, an hour ahead so that no watchdog bites: it goes on by so many seconds with each call that is answered."""
+    """The source's clock, an hour ahead so that no watchdog ends a session. It advances by ``seconds_a_call`` with each answered call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds_a_call: float) -> None:
         self._server: ScriptedServer | None = None
@@ -144,7 +144,7 @@ def test_connection_that_never_holds_for_an_episode_is_given_up(
             next(episodes)
 
         assert server.count("GetEpisodes") == 1 + calls
-        assert numbers(episodes) == [9]  # who goes on after the error has all tries again
+        assert numbers(episodes) == [9]  # a caller that goes on after the error has all attempts again
 
 
 def test_connection_that_holds_for_an_episode_now_and_then_is_not_given_up(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_connection_that_holds_for_an_episode_now_and_then_is_not_given_up(answe
         assert numbers(client.episodes()) == [0, 4, 9]
 
 
-def test_server_that_came_back_without_the_episodes_is_told_apart(answers: Answers) -> None:
+def test_server_that_came_back_without_the_episodes_is_unavailable(answers: Answers) -> None:
     handler = in_turn(
         answers(encode_selection(ALL), whole(0), then=BROKEN),
         answers(encode_selection(ALL._replace(store_generation=78)), whole(5)),
@@ -177,7 +177,7 @@ def test_server_that_came_back_without_the_episodes_is_told_apart(answers: Answe
             next(episodes)
 
 
-def test_refusal_is_raised_at_once(answers: Answers) -> None:
+def test_refusal_is_raised_without_a_retry(answers: Answers) -> None:
     refusing = answers(then=grpc.StatusCode.NOT_FOUND, reason="unknown-episode")
     with ScriptedServer(GetEpisodes=refusing) as server, ReplayClient(server.address) as client:
         with pytest.raises(InvalidArgumentError):
@@ -213,7 +213,7 @@ def test_silence_is_a_deadline_error_and_ends_the_call() -> None:
         next(episodes)
         episodes._source._timeout_s = 0.3
 
-        with pytest.raises(DeadlineError, match=r"nothing came within 0\.3 s"):
+        with pytest.raises(DeadlineError, match=r"no message within 0\.3 s"):
             next(episodes)
         assert ended.wait(60)
 
@@ -273,7 +273,7 @@ def test_absent_server_is_unavailable_within_the_time_limit() -> None:
     ],
     ids=["no message", "no selection", "nothing", "half an episode", "an eviction of nothing"],
 )
-def test_answer_that_is_none_is_a_server_error(messages: list[bytes], answers: Answers) -> None:
+def test_malformed_answer_is_a_server_error(messages: list[bytes], answers: Answers) -> None:
     with ScriptedServer(GetEpisodes=answers(*messages)) as server, ReplayClient(server.address) as client:
         with pytest.raises(ServerError):
             list(client.episodes())
@@ -281,7 +281,7 @@ def test_answer_that_is_none_is_a_server_error(messages: list[bytes], answers: A
 
 
 @pytest.mark.parametrize("how", ["with", "close", "drop"])
-def test_who_stops_before_the_end_ends_the_call(how: str) -> None:
+def test_stopping_before_the_end_ends_the_call(how: str) -> None:
     ended = threading.Event()
     with ScriptedServer(GetEpisodes=silent(ended, encode_selection(ALL), whole(0, 1))) as server, ReplayClient(server.address) as client:
         if how == "with":
@@ -324,7 +324,7 @@ def test_close_by_another_thread_ends_the_iteration() -> None:
         assert found == [0, 1, 2]
 
 
-def test_no_ids_are_no_call() -> None:
+def test_empty_ids_make_no_call() -> None:
     with ScriptedServer() as server, ReplayClient(server.address) as client:
         episodes = client.episodes(ids=[])
 

@@ -68,7 +68,7 @@ class Pusher:
 
 
 def _then(batches: int, code: grpc.StatusCode | None) -> Any:
-    """Returns a stream handler that pushes so many batches and fails; None ends the stream as if all was well."""
+    """Returns a stream handler that sends ``batches`` batches and then fails with ``code``; None ends the stream without an error."""
 
     def push(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         for number in range(batches):
@@ -131,7 +131,7 @@ def test_stream_that_ends_is_opened_anew(end: grpc.StatusCode | None, caplog: py
 
 
 class NoWait(threading.Event):
-    """Notes how long somebody would have waited for it, and does not wait."""
+    """Records the durations of waits, and does not wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ def test_closed_stream_has_no_next() -> None:
         assert list(stream) == []
 
 
-def test_frame_that_is_none_is_a_server_error() -> None:
+def test_malformed_frame_is_a_server_error() -> None:
     def push(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         yield b"\x0a\xff"
 

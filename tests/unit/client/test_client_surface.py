@@ -18,6 +18,7 @@ from touchline._actor.keys import Identity
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
 from touchline._rpc.channel import check_address
 from touchline._rpc.convert import server_info_of
+from touchline_protos.types.reasons import Reason
 from touchline_protos.v1 import replay_pb2 as pb
 
 NOWHERE = "127.0.0.1:1"
@@ -105,28 +106,11 @@ def test_every_status_code_is_mapped(code: grpc.StatusCode) -> None:
 
 
 def test_every_reason_of_the_contract_is_mapped() -> None:
-    assert set(ERROR_OF_REASON) == {
-        "invalid-episode",
-        "key-conflict",
-        "not-ready",
-        "too-large",
-        "incompatible-version",
-        "draining",
-        "schema-changed",
-        "unknown-table",
-        "unknown-episode",
-        "invalid-argument",
-        "over-limit",
-        "internal",
-        "unauthenticated",
-        "permission-denied",
-        "restoring",
-        "storage-failed",
-    }
+    assert set(ERROR_OF_REASON) == set(Reason)
 
 
 @pytest.mark.parametrize("address", ["localhost:50051", "10.0.0.7:1", "[::1]:50051", "unix:/run/replay.sock"])
-def test_address_that_is_one_is_kept(address: str) -> None:
+def test_valid_address_is_kept(address: str) -> None:
     assert check_address(address) == address
 
 
@@ -134,7 +118,7 @@ def test_address_that_is_one_is_kept(address: str) -> None:
     "address",
     ["", "localhost", "localhost:", ":50051", "host:0", "host:65536", "http://host:80", "unix:", "host:x", "::1:50051", 50051, None],
 )
-def test_address_that_is_none_is_refused(address: Any) -> None:
+def test_invalid_address_is_refused(address: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"expected 'host:port', '\[ipv6\]:port' or 'unix:/path'"):
         ReplayClient(address)
 

@@ -96,7 +96,7 @@ def test_episode_that_cannot_be_sent_is_refused_with_the_column(change: dict[str
 
 
 @pytest.mark.parametrize("episode", [None, 5, [1, 2], np.zeros(4), {}])
-def test_what_is_no_episode_is_refused(episode: Any) -> None:
+def test_value_that_cannot_be_an_episode_is_refused(episode: Any) -> None:
     with pytest.raises(InvalidEpisodeError, match=r"^episode: .*expected"):
         _make(episode)
 
@@ -126,7 +126,7 @@ def test_tensordict_of_stacked_tensors_splits_into_episodes() -> None:
         (7, r"^episodes: int, expected a mapping of arrays or an iterable"),
     ],
 )
-def test_load_of_what_does_not_split_is_refused(stacked: Any, message: str) -> None:
+def test_load_that_cannot_be_split_is_refused(stacked: Any, message: str) -> None:
     with pytest.raises(InvalidEpisodeError, match=message):
         list(split_load(stacked))
 

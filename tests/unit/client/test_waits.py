@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from touchline._rpc.waits import EVERY_S, FIRST_S, SILENT_S, WaitLog
+from touchline._rpc.waits import FIRST_LINE_S, LINE_INTERVAL_S, SILENT_S, WaitLog
 
 
 class Clock:
@@ -48,41 +48,41 @@ class Lines(logging.Handler):
 
 
 @given(pauses=st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
-def test_wait_is_logged_after_ten_seconds_and_then_each_minute_however_often_it_is_looked_at(pauses: list[float]) -> None:
+def test_wait_is_logged_after_ten_seconds_and_then_each_minute_however_often_it_is_checked(pauses: list[float]) -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
     with Lines(clock) as lines, log.wait("add()", "HOST:1", lambda: "because"):
         for pause in pauses:
             clock.now += pause
-            log.look()
+            log.log_due()
         total = clock.now - 1000.0
         looked = [sum(pauses[: count + 1]) for count in range(len(pauses))]
 
     told = lines.warnings
-    assert all(at >= FIRST_S - 1e-6 for at in told)
-    assert all(later - earlier >= EVERY_S - 1e-6 for earlier, later in pairwise(told))
+    assert all(at >= FIRST_LINE_S - 1e-6 for at in told)
+    assert all(later - earlier >= LINE_INTERVAL_S - 1e-6 for earlier, later in pairwise(told))
     # None is missing either: each look that came late enough after the last line wrote one.
     expected: list[float] = []
     for at in looked:
-        if at >= (FIRST_S if not expected else expected[-1] + EVERY_S) + 1e-6:
+        if at >= (FIRST_LINE_S if not expected else expected[-1] + LINE_INTERVAL_S) + 1e-6:
             expected.append(at)
-    assert len(told) >= len(expected) and len(told) <= 1 + max(0.0, total - FIRST_S) / EVERY_S + 1e-6
+    assert len(told) >= len(expected) and len(told) <= 1 + max(0.0, total - FIRST_LINE_S) / LINE_INTERVAL_S + 1e-6
 
 
 def test_line_says_who_waits_for_what_how_long_and_why() -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
     with Lines(clock) as lines:
         with log.wait("add()", "HOST:1", lambda: "nothing known") as wait:
             clock.now += 10
-            log.look()
+            log.log_due()
             wait.note("connection refused")
             clock.now += 60
-            log.look()
+            log.log_due()
             clock.now += 5
         with log.wait("add()", "HOST:1", lambda: "nothing known"):
             clock.now += 5
-            log.look()
+            log.log_due()
 
     assert lines.found == [
         (10, logging.WARNING, "add() waits for HOST:1, 10 s so far: nothing known"),
@@ -91,22 +91,22 @@ def test_line_says_who_waits_for_what_how_long_and_why() -> None:
     ]
 
 
-def test_wait_to_be_logged_at_once_is_logged_with_the_first_failure_or_after_a_silence() -> None:
+def test_wait_with_first_s_0_is_logged_at_the_first_failure_or_after_a_silence() -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
     with Lines(clock) as lines:
         with log.wait("failing", "HOST:1", lambda: "no answer yet", first_s=0) as wait:
-            log.look()
+            log.log_due()
             assert not lines.found
             wait.note("refused")
             wait.note("refused again")
             clock.now += 60
-            log.look()
+            log.log_due()
         with log.wait("silent", "HOST:1", lambda: "no answer yet", first_s=0):
             clock.now += SILENT_S
-            log.look()
+            log.log_due()
         with log.wait("quick", "HOST:1", lambda: "no answer yet", first_s=0):
-            log.look()
+            log.log_due()
 
     assert [(at, text) for at, level, text in lines.found if level == logging.WARNING] == [
         (0, "failing waits for HOST:1, 0 s so far: refused"),
@@ -117,13 +117,13 @@ def test_wait_to_be_logged_at_once_is_logged_with_the_first_failure_or_after_a_s
 
 def test_wait_within_another_of_the_same_thread_only_says_why() -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
     with Lines(clock) as lines, log.wait("writer", "HOST:1", lambda: "no answer yet"):
         for attempt in range(4):
             with log.wait("add()", "HOST:1", lambda: "inner") as inner:
                 clock.now += 9
                 inner.note(f"attempt {attempt} failed")
-                log.look()
+                log.log_due()
 
     assert [text for _, level, text in lines.found if level == logging.WARNING] == [
         "writer waits for HOST:1, 18 s so far: attempt 1 failed",
@@ -132,7 +132,7 @@ def test_wait_within_another_of_the_same_thread_only_says_why() -> None:
 
 def test_waits_of_other_threads_have_lines_of_their_own() -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
     begun, over = threading.Barrier(3), threading.Event()
 
     def wait(who: str) -> None:
@@ -146,28 +146,28 @@ def test_waits_of_other_threads_have_lines_of_their_own() -> None:
     begun.wait()
     with Lines(clock) as lines:
         clock.now += 10
-        log.look()
+        log.log_due()
     over.set()
     for thread in threads:
         thread.join()
 
     assert sorted(text.partition(",")[0] for _, _, text in lines.found) == ["one waits for HOST:1", "two waits for HOST:1"]
-    assert not log.look()
+    assert not log.log_due()
 
 
-def test_reason_that_cannot_be_had_costs_no_line() -> None:
+def test_reason_that_raises_still_gives_a_line() -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
     with Lines(clock) as lines, log.wait("add()", "HOST:1", lambda: str(1 / 0)):
         clock.now += 10
-        log.look()
+        log.log_due()
 
-    assert "why is not known (ZeroDivisionError" in lines.found[0][2]
+    assert "the reason is not known (ZeroDivisionError" in lines.found[0][2]
 
 
 def test_wait_that_ended_while_its_reason_was_asked_for_is_not_logged() -> None:
     clock = Clock()
-    log = WaitLog(clock=clock, watched=False)
+    log = WaitLog(clock=clock, threaded=False)
 
     def reason() -> str:
         ended.__exit__(None, None, None)
@@ -177,13 +177,13 @@ def test_wait_that_ended_while_its_reason_was_asked_for_is_not_logged() -> None:
     with Lines(clock) as lines:
         ended.__enter__()
         clock.now += 10
-        log.look()
+        log.log_due()
 
     assert not lines.found
 
 
-def test_thread_looks_by_itself_and_ends_once_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._rpc.waits.LOOK_S", 0.001)
+def test_thread_logs_by_itself_and_ends_once_no_wait_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline._rpc.waits.POLL_INTERVAL_S", 0.001)
     clock, told = Clock(), threading.Event()
     log = WaitLog(clock=clock)
 
@@ -204,10 +204,10 @@ def test_thread_looks_by_itself_and_ends_once_nobody_waits(monkeypatch: pytest.M
 
 
 def test_forked_child_has_waits_of_its_own() -> None:
-    log = WaitLog(watched=False)
+    log = WaitLog(threaded=False)
     with log.wait("add()", "HOST:1", lambda: ""):
         child = os.fork()
         if not child:
-            os._exit(0 if not log.look() and log.current() is None else 1)
+            os._exit(0 if not log.log_due() and log.current() is None else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert log.look()
+        assert log.log_due()

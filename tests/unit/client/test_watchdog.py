@@ -12,7 +12,7 @@ from touchline._rpc.deadline import Watchdog
 
 
 class Session:
-    """Notes that it was ended; fails to end so many times before."""
+    """Records that it was ended, after ``failures`` attempts that failed."""
 
     def __init__(self, failures: int = 0) -> None:
         self.ended = threading.Event()
@@ -60,7 +60,7 @@ def test_session_that_is_set_while_another_is_being_ended_is_watched(monkeypatch
     watchdog.stop()
 
 
-def test_session_that_rests_is_not_ended() -> None:
+def test_disarmed_watchdog_ends_nothing() -> None:
     watchdog = Watchdog(0.1)
     resting, watched = Session(), Session()
 
@@ -72,7 +72,7 @@ def test_session_that_rests_is_not_ended() -> None:
     watchdog.stop()
 
 
-def test_watch_without_a_thread_is_told_and_the_next_one_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arm_without_a_thread_raises_and_the_next_one_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
     watchdog, session = Watchdog(0.1), Session()
     with monkeypatch.context() as patch:
         refuse_threads(patch, "touchline-watchdog")

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from touchline._rpc.waits import EVERY_S, FIRST_S
+from touchline._rpc.waits import FIRST_LINE_S, LINE_INTERVAL_S
 from touchline.errors import ServerError, TouchlineError
 from touchline.types import WriterCounters
 from touchline_protos.codec import EpisodeKey
@@ -86,7 +86,7 @@ class SenderLog:
         """Tells why sending did not succeed: at once for each kind of reason, again after 10 s, then once a minute."""
         now, due = self._clock(), self._troubles.get(type(trouble))
         if due is None or now >= due:
-            self._troubles[type(trouble)] = now + (FIRST_S if due is None else EVERY_S)
+            self._troubles[type(trouble)] = now + (FIRST_LINE_S if due is None else LINE_INTERVAL_S)
             logger.warning("%s: %d episodes wait, sending is tried again: %s", self._name, waiting, trouble)
 
     def answered(self) -> None:

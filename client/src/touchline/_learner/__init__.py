@@ -1,1 +1,1 @@
-"""A learner's side: streams of batches, the ring, tensors, episodes read back."""
+"""The learner's side: single batches, streams of batches, the ring in shared memory, tensors, stored episodes read back."""

@@ -1,4 +1,8 @@
-"""Batches on a CUDA device: pinned staging, a copy on a side stream, one batch ahead of the learner."""
+"""Batches on a CUDA device: pinned staging, copies on a side stream, up to two batches ahead of the learner.
+
+The copy of a batch and the learner's kernels run on two streams. Three things tie them together, each commented where it happens: the event
+that a copy records, the learner's stream waiting for it, and ``record_stream``, which keeps the allocator from reusing the memory.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,19 @@ from touchline_protos.shm.ring_slots import PinnedRegion
 from touchline_protos.types.dtypes import BFLOAT16
 
 STAGING_SLOTS = 3
-"""Pinned buffers: one that is filled, and two whose copies may be under way."""
+"""Number of pinned buffers: one that is being filled, and two whose copies may be in progress."""
 AHEAD = 2
-"""Batches on the device that the learner has not taken yet."""
+"""Number of batches on the device that the learner has not taken yet."""
 HELD = 2
-"""Slots of a ring that copies may be reading."""
+"""Number of the ring's slots that copies may be reading."""
 _ALIGNMENT = 16
 _MAX_GAP = 64
-"""Between arrays that are moved as one stretch of memory; more, and they are not of one allocation."""
+"""Bytes between arrays that are moved as one span of memory; arrays further apart are not of one allocation."""
 
 
 @dataclass(slots=True)
 class _Slot:
-    """A pinned buffer and the event that tells when its last copy was complete."""
+    """A pinned buffer and the event that completes with its last copy."""
 
     copied: Any
     buffer: Any = None
@@ -43,28 +47,29 @@ class StagedBatch:
     """A batch on its way to the device."""
 
     batch: Batch
-    """Views of ``block``."""
+    """The batch, its tensors being views of ``block``."""
     block: Any
-    """uint8 [n] on the device: the whole batch, moved by one copy."""
+    """Memory of the whole batch on the device, moved by one copy: uint8 [n]."""
     copied: Any
-    """Event that tells when it is there."""
+    """Event that completes with the copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """The memory of a batch: one stretch, with all arrays in it."""
+    """One span of memory that contains all arrays of a batch."""
 
     address: int
     size_bytes: int
 
     @classmethod
     def of(cls, arrays: list[np.ndarray]) -> _Span | None:
-        """Returns the stretch of arrays that lie close behind each other, as those of a received batch do; None for others."""
-        spans = sorted((_address(array), array.nbytes, array.itemsize) for array in arrays if array.nbytes)
-        if not spans or any(not array.flags.c_contiguous for array in arrays):
+        """Returns the span of arrays that lie closely one after another, as those of a received batch do; None for other arrays."""
+        pieces = sorted((_address(array), array.nbytes, array.itemsize) for array in arrays if array.nbytes)
+        if not pieces or any(not array.flags.c_contiguous for array in arrays):
             return None
-        begin = end = spans[0][0]
-        for address, size_bytes, itemsize in spans:
+        begin = end = pieces[0][0]
+        for address, size_bytes, itemsize in pieces:
+            # Each array begins where the one before it ends, up to padding, and aligned to its items within the span.
             if not 0 <= address - end <= _MAX_GAP or (address - begin) % itemsize:
                 return None
             end = address + size_bytes
@@ -72,16 +77,16 @@ class _Span:
 
 
 class CudaStaging:
-    """Moves batches from host arrays to a CUDA device. For one thread.
+    """Copies batches from host arrays to a CUDA device. For one thread.
 
-    The device reads a batch in a ring where it lies: the ring's memory is pinned, and its slot held until the copy is complete. Others
-    are copied into a slot of pinned memory, which is written again only after the event of its last copy has completed. The block on the
-    device is allocated on the side stream, so that the copy waits for nothing of the learner's;
+    The device reads a batch that came through a ring straight from the ring's slot: the ring's memory is pinned, and the slot is held until
+    the copy is complete. Any other batch is first copied into a slot of pinned memory, which is overwritten only after the event of its
+    last copy has completed. The block on the device is allocated on the side stream, so the copy does not wait for the learner's work;
     :func:`sync_to_current_stream` ties it to the learner's stream.
 
     Args:
-        torch: the module.
-        device: a ``torch.device`` of type ``cuda``.
+        torch: the torch module.
+        device: ``torch.device`` of type ``cuda``.
     """
 
     def __init__(self, torch: Any, device: Any) -> None:
@@ -98,25 +103,25 @@ class CudaStaging:
         """Starts the copy of a batch to the device.
 
         Args:
-            batch: of arrays. Held until it is copied where it lies in ``ring``; elsewhere the arrays are free at once.
-            ring: that it came through, if it did.
+            batch: batch of numpy arrays. Held until its copy is complete if it lies in ``ring``; otherwise not needed after the call.
+            ring: ring that the batch came through; None if it came in a message.
         """
         if ring is not self._ring:
             self._enter(ring)
         arrays: list[np.ndarray] = []
         map_batch(batch, arrays.append)
-        stretch = _Span.of(arrays)
-        direct = self._in_ring(stretch) if stretch is not None else None
-        offsets = _offsets(arrays, stretch)
-        size_bytes = stretch.size_bytes if stretch is not None else offsets[-1]
-        source, slot = (direct, None) if direct is not None else self._copy(arrays, offsets, stretch, size_bytes)
+        span = _Span.of(arrays)
+        direct = self._in_ring(span) if span is not None else None
+        offsets = _offsets(arrays, span)
+        size_bytes = span.size_bytes if span is not None else offsets[-1]
+        source, slot = (direct, None) if direct is not None else self._copy(arrays, offsets, span, size_bytes)
         torch = self._torch
         with torch.cuda.stream(self._stream):
             block = torch.empty(_padded(size_bytes), dtype=torch.uint8, device=self._device)
             block[:size_bytes].copy_(source, non_blocking=True)
             if slot is not None:
                 slot.copied.record(self._stream)
-            # The slot's own event may be recorded again before the learner has looked at this batch's.
+            # An event of this batch's own: the slot's may be recorded again before the learner waits for this one.
             copied = torch.cuda.Event()
             copied.record(self._stream)
         if direct is not None:
@@ -124,7 +129,7 @@ class CudaStaging:
         return StagedBatch(self._views(batch, block, offsets), block, copied)
 
     def close(self) -> None:
-        """Waits for the copies that read a ring, and unpins its memory."""
+        """Waits for the copies that read the ring, and unpins its memory."""
         self._enter(None)
 
     def _enter(self, ring: RingBatches | None) -> None:
@@ -135,32 +140,32 @@ class CudaStaging:
         self._region = PinnedRegion(self._torch, ring.whole_array()) if ring is not None else None
 
     def _release(self, left: int) -> None:
-        """Lets go of batches in a ring whose copies are complete, and waits until no more than ``left`` are held."""
+        """Releases batches in the ring whose copies are complete, and waits until at most ``left`` are held."""
         while self._held and (len(self._held) > left or self._held[0][0].query()):
             copied, _ = self._held.popleft()
             copied.synchronize()
 
-    def _in_ring(self, stretch: _Span) -> Any:
-        """Returns a stretch of the ring's pinned memory as a tensor; None for one that lies elsewhere."""
+    def _in_ring(self, span: _Span) -> Any:
+        """Returns a span of the ring's pinned memory as a tensor; None if the span lies elsewhere or the ring is not pinned."""
         region = self._region
         if region is None or not region.pinned:
             return None
-        first = stretch.address - region.address
-        if not 0 <= first <= region.size_bytes - stretch.size_bytes:
-            return None  # a copy: the learner holds all slots but one
+        first = span.address - region.address  # byte offset within the ring
+        if not 0 <= first <= region.size_bytes - span.size_bytes:
+            return None  # the batch is a copy, since the learner holds all slots but one
         self._release(HELD - 1)
-        return region.tensor[first : first + stretch.size_bytes]
+        return region.tensor[first : first + span.size_bytes]
 
-    def _copy(self, arrays: list[np.ndarray], offsets: list[int], stretch: _Span | None, size_bytes: int) -> tuple[Any, _Slot]:
-        """Copies arrays into the next slot; returns what of its buffer they take, and the slot."""
+    def _copy(self, arrays: list[np.ndarray], offsets: list[int], span: _Span | None, size_bytes: int) -> tuple[Any, _Slot]:
+        """Copies arrays into the next slot; returns the part of its buffer that holds them, and the slot."""
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
-        slot.copied.synchronize()  # returns at once for an event that was never recorded
+        slot.copied.synchronize()  # returns immediately for an event that was never recorded
         if slot.bytes.nbytes < size_bytes:
             slot.buffer = self._torch.empty(size_bytes, dtype=self._torch.uint8, pin_memory=True)
             slot.bytes = slot.buffer.numpy()
-        if stretch is not None:
-            ctypes.memmove(_address(slot.bytes), stretch.address, size_bytes)
+        if span is not None:
+            ctypes.memmove(_address(slot.bytes), span.address, size_bytes)
         else:
             for array, offset in zip(arrays, offsets, strict=False):
                 slot.bytes[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -180,18 +185,19 @@ class CudaStaging:
             if elements is None:
                 elements = typed[dtype] = block.view(dtype)
             strides = [1] * array.ndim
-            for place in range(array.ndim - 1, 0, -1):
-                strides[place - 1] = strides[place] * array.shape[place]
+            # Row-major: a stride counts elements, and is the product of the extents behind its axis.
+            for axis in range(array.ndim - 1, 0, -1):
+                strides[axis - 1] = strides[axis] * array.shape[axis]
             return torch.as_strided(elements, array.shape, strides, offset // array.itemsize)
 
         return map_batch(batch, view)
 
 
 def sync_to_current_stream(torch: Any, staged: StagedBatch) -> Batch:
-    """Returns a staged batch to the thread and stream that will use it; work queued there from now on sees the whole batch."""
+    """Returns a staged batch for the calling thread's current stream; work that is queued there from now on sees the whole batch."""
     stream = torch.cuda.current_stream(staged.block.device)
     stream.wait_event(staged.copied)
-    # Without this the allocator could give the block's memory away while the learner's stream still reads it.
+    # The block was allocated on the side stream. Without this the allocator could reuse its memory while this stream still reads it.
     staged.block.record_stream(stream)
     return staged.batch
 
@@ -204,10 +210,10 @@ def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _offsets(arrays: list[np.ndarray], stretch: _Span | None) -> list[int]:
-    """Returns where each array begins in the block, and where the last one ends."""
-    if stretch is not None:
-        return [_address(array) - stretch.address if array.nbytes else 0 for array in arrays]
+def _offsets(arrays: list[np.ndarray], span: _Span | None) -> list[int]:
+    """Returns the byte offset of each array in the block; without a span also, as the last item, the end of the last array."""
+    if span is not None:
+        return [_address(array) - span.address if array.nbytes else 0 for array in arrays]
     offsets = [0]
     for array in arrays:
         offsets.append(offsets[-1] + _padded(array.nbytes))
@@ -215,12 +221,12 @@ def _offsets(arrays: list[np.ndarray], stretch: _Span | None) -> list[int]:
 
 
 class CudaSource:
-    """Batches on a CUDA device, from a source of host batches that a thread of its own reads ahead. One thread takes, any closes.
+    """Batches on a CUDA device, read ahead by a thread from a source of host batches. One thread takes, any closes.
 
     Args:
-        source: of host batches as numpy arrays.
-        torch: the module.
-        device: a ``torch.device`` of type ``cuda``.
+        source: source of host batches as numpy arrays.
+        torch: the torch module.
+        device: ``torch.device`` of type ``cuda``.
     """
 
     def __init__(self, source: BatchSource, torch: Any, device: Any) -> None:
@@ -234,11 +240,11 @@ class CudaSource:
         self._thread: threading.Thread | None = None
 
     def take(self) -> Batch:
-        """Returns the next batch; see :class:`~touchline._learner.stream.BatchStream` for what it raises."""
+        """Returns the next batch; raises as :meth:`~touchline._learner.stream.BatchStream.__next__` does."""
         with self._changed:
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
-                thread.start()  # raises where the system has no other thread: then the next take tries again
+                thread.start()  # raises if the system has no thread left; the next take tries again
                 self._thread = thread
             self._changed.wait_for(lambda: self._ahead or self._failure is not None or self._closed)
             if self._closed:
@@ -253,16 +259,16 @@ class CudaSource:
 
     @property
     def transport(self) -> str:
-        """How batches come to this host; see :class:`~touchline._learner.stream.BatchSource`."""
+        """How batches come to this host: ``ring``, ``stream``, or empty while there is no session."""
         return self._source.transport
 
     @property
     def transport_reason(self) -> str:
-        """Why they do not come by a ring; see :class:`~touchline._learner.stream.BatchSource`."""
+        """Why batches do not come through a ring; empty while they do or there is no session."""
         return self._source.transport_reason
 
     def close(self) -> None:
-        """Ends it; a ``take`` under way raises ClosedError."""
+        """Ends the source; a ``take`` in progress raises ClosedError."""
         with self._changed:
             self._closed = True
             self._ahead.clear()
@@ -271,7 +277,7 @@ class CudaSource:
 
     @property
     def ring(self) -> RingBatches | None:
-        """None: what comes from here lies on the device."""
+        """None, since the batches lie on the device."""
         return None
 
     def _stage_ahead(self, staging: CudaStaging) -> None:
@@ -302,7 +308,7 @@ def on_device(source: BatchSource, device: Any, *, as_numpy: bool) -> BatchSourc
     """Returns a source of the same batches on a CUDA device.
 
     Raises:
-        InvalidArgumentError: torch or the device is not there, or arrays are asked for.
+        InvalidArgumentError: torch is not installed, the device does not exist or is not a CUDA device, or numpy arrays are asked for.
     """
     torch = load_torch()
     if torch is None:

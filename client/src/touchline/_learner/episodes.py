@@ -1,4 +1,8 @@
-"""Stored episodes, read back from the server one after the other."""
+"""Stored episodes, read back from the server one at a time.
+
+:class:`EpisodeStream` is what a user iterates. :class:`EpisodeSource` makes the calls; one that breaks off is followed by another for the
+episodes that are left.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,24 @@ from touchline_protos.log_lines import get_logger
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_FRUITLESS = 5
-"""Calls that each broke off within an episode and brought none, after which reading ends; but not before ``timeout_s`` has passed."""
+"""Number of calls in a row that broke off within their first episode, after which reading ends; not before ``timeout_s`` has passed."""
 
 logger = get_logger(__name__)
 
 
 class EpisodeStream(ProcessBound):
-    """An iterator of whole episodes, their ids ascending; also a context manager that closes it. Made by ``ReplayClient.episodes``.
+    """An iterator of whole stored episodes, by ascending id; also a context manager. Made by :meth:`~touchline.ReplayClient.episodes`.
 
-    One thread iterates, any thread may close. In a forked child it is still the parent's, as a :class:`~touchline.BatchStream` is.
-    The episodes' arrays are the caller's. Who stops before the end closes it; what is dropped without that ends its call once it is
-    collected.
+    ::
+
+        with client.episodes(actor="left-foot", columns=["obs", "reward"]) as stored:
+            print(stored.total, "episodes")
+            for episode in stored:
+                episode.columns["obs"]  # [T+1, *obs_shape]
+
+    The episodes' arrays are the caller's. One thread iterates; any thread may close. Close the stream to stop before its end; one that is
+    dropped ends its call once it is collected. In a forked child the stream is still the parent's: using it there raises ForkError, closing
+    it does nothing.
     """
 
     _instead = "call episodes() there, on the client, which may be forked, pickled and copied"
@@ -47,14 +58,15 @@ class EpisodeStream(ProcessBound):
         """Returns the next episode, waiting for it.
 
         Raises:
-            StopIteration: there is no other, or the stream was closed here.
-            InvalidArgumentError: an id or a column that is not there, or arguments that the server does not take.
-            UnavailableError: the server was away for longer than ``timeout_s``, or came back without the episodes; or the connection broke
-                off within one episode for as long as that, and five times at least. The next ``next`` tries again.
-            OverLimitError: it had too much to do for as long as that.
-            DeadlineError: nothing came within ``timeout_s``, though the server was there.
+            StopIteration: all episodes were read, or the stream was closed here.
+            UnknownEpisodeError: an id is not stored.
+            InvalidArgumentError: a column does not exist, or the server does not accept an argument.
+            UnavailableError: the server was away for longer than ``timeout_s`` or came back without the episodes, or the connection broke
+                off within one episode for ``timeout_s`` and at least five times. The next call tries again.
+            OverLimitError: the server was over a limit for longer than ``timeout_s``.
+            DeadlineError: no message came within ``timeout_s`` although the server was up.
             ForkError: the stream was opened by the parent of this forked child.
-            TouchlineError: another of the tree.
+            TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
         if self._closed:
             raise StopIteration
@@ -72,16 +84,16 @@ class EpisodeStream(ProcessBound):
 
     @property
     def total(self) -> int:
-        """How many episodes there were to read when it began; asks the server where it has not begun.
+        """Number of episodes to read when reading began; begins it if necessary.
 
-        Fewer come where some are evicted before their turn. Raises as ``next`` does.
+        Episodes that are evicted before their turn do not come. Raises as ``next`` does.
         """
         self._check_process()
         return self._source.selection.episodes
 
     @property
     def total_steps(self) -> int:
-        """How many rows these episodes have. Raises as ``next`` does."""
+        """Number of rows in these episodes. Raises as ``next`` does."""
         self._check_process()
         return self._source.selection.steps
 
@@ -99,13 +111,13 @@ class EpisodeStream(ProcessBound):
 
 
 class EpisodeSource:
-    """Episodes from GetEpisodes; a call that breaks off is followed by one for what is left. One thread takes, any closes.
+    """Episodes from GetEpisodes; a call that breaks off is followed by one for the rest. One thread takes, any closes.
 
     Args:
-        rpc: makes the calls.
-        request: which episodes; never changed.
-        timeout_s: the longest wait for the next message, retries included.
-        empty: no episode is asked for, and so the server is not.
+        rpc: client of the server's service.
+        request: selection of the episodes; not changed.
+        timeout_s: longest wait for the next message, retries included.
+        empty: no episode is asked for, so the server is not called.
     """
 
     def __init__(self, rpc: RpcClient, request: pb.GetEpisodesRequest, *, timeout_s: float, empty: bool = False) -> None:
@@ -125,20 +137,20 @@ class EpisodeSource:
 
     @property
     def selection(self) -> EpisodeSelection:
-        """What there was to read when the first call began."""
+        """Episodes that there were to read when the first call began."""
         if self._selection is None:
             self._advance()
         assert self._selection is not None
         return self._selection
 
     def take(self) -> StoredEpisode | None:
-        """Returns the next episode, None at the end; see :class:`EpisodeStream` for what it raises."""
+        """Returns the next episode, None at the end; raises as :meth:`EpisodeStream.__next__` does."""
         while not self._ready and not self._finished:
             self._advance()
         return self._ready.popleft() if self._ready else None
 
     def close(self) -> None:
-        """Ends the call; a ``take`` under way raises ClosedError."""
+        """Ends the call; a ``take`` in progress raises ClosedError."""
         self._closed.set()
         session = self._session
         if session is not None:
@@ -146,12 +158,11 @@ class EpisodeSource:
         self._watchdog.stop()
 
     def _advance(self) -> None:
-        """Takes what brings the reading forward, or notes its end; calls anew where the server was away."""
-        with waiting("episodes()", self._rpc.channel.address, lambda: "nothing has come yet") as wait:
-            self._advance_within(wait)
+        """Receives until there is progress or the end; makes another call whenever one breaks off."""
+        with waiting("episodes()", self._rpc.channel.address, lambda: "no message yet") as wait:
+            self._advance_within(wait, time.monotonic() + self._timeout_s)
 
-    def _advance_within(self, wait: Wait) -> None:
-        ends = time.monotonic() + self._timeout_s
+    def _advance_within(self, wait: Wait, ends: float) -> None:
         if not self._fruitless:
             self._delays = self._rpc.delays()
         last: TouchlineError | None = None
@@ -166,13 +177,13 @@ class EpisodeSource:
                 self._watchdog.arm(session, ends)
                 episodes = session.receive()
             except TouchlineError as error:
-                self._drop()
+                self._drop_session()
                 wait.note(str(error))
                 self._wait_after(error, session, ends, last)
                 last = error
                 continue
             except BaseException:
-                self._drop()  # who knows how far a message was read: another call begins behind the last whole episode
+                self._drop_session()  # it is unknown how much of a message was read; the next call begins after the last whole episode
                 raise
             finally:
                 self._watchdog.disarm()
@@ -180,26 +191,26 @@ class EpisodeSource:
                 return
 
     def _wait_after(self, error: TouchlineError, session: _Session, ends: float, last: TouchlineError | None) -> None:
-        """Waits before the next attempt, or raises what there is to raise; ``last`` is the error before this one."""
+        """Waits before the next attempt, or raises the error that ends the reading; ``last`` is the error before this one."""
         if self._closed.is_set():
             return
         if time.monotonic() >= ends and session.ended:
             if last is not None:
                 raise last from error
-            raise DeadlineError(f"{self._rpc.channel.address}: nothing came within {self._timeout_s} s") from error
+            raise DeadlineError(f"{self._rpc.channel.address}: no message within {self._timeout_s} s") from error
         if not is_passing(error):
             raise error
         delay_s = delay_before_retry(error, next(self._delays))
         if session.frames > 1 and not session.fruitful:
             self._count_fruitless(error, session)
-            delay_s = min(delay_s, max(ends - time.monotonic(), 0.0) / 2)  # when it is to end, that count says
+            delay_s = min(delay_s, max(ends - time.monotonic(), 0.0) / 2)  # that count decides when to end, not this deadline
         if time.monotonic() + delay_s >= ends:
             raise error
         logger.info("reading was interrupted, trying again: %s", error)
         self._closed.wait(delay_s)
 
     def _count_fruitless(self, error: TouchlineError, session: _Session) -> None:
-        """Notes a call that was given up within its first episode, which the next one begins again; raises where that goes on."""
+        """Counts a call that broke off within its first episode, which the next call starts over; raises if that keeps happening."""
         now = time.monotonic()
         if not self._fruitless:
             self._fruitless_since = now
@@ -207,15 +218,15 @@ class EpisodeSource:
         lost_s = now - self._fruitless_since
         if self._fruitless < MAX_FRUITLESS or lost_s < self._timeout_s:
             return
-        count, self._fruitless = self._fruitless, 0  # whoever goes on after this error gets as many again
+        count, self._fruitless = self._fruitless, 0  # a caller that goes on after this error has as many attempts again
         raise UnavailableError(
             f"{self._rpc.channel.address}: the connection broke off within an episode {count} times in {lost_s:.1f} s (after "
-            f"{session.size_bytes / 1e6:,.1f} MB the last time), and none arrived whole; one that breaks off is read from its start. A "
-            f"steadier network helps, or fewer columns (columns=), or shorter episodes (max_steps of the writer): {error}"
+            f"{session.size_bytes / 1e6:,.1f} MB the last time), expected a whole episode: one that breaks off is read from its start. Use "
+            f"a steadier network, fewer columns (columns=), or shorter episodes (max_steps of the writer): {error}"
         ) from error
 
     def _take_over(self, session: _Session, episodes: list[StoredEpisode] | None) -> bool:
-        """Takes what a message brought; returns whether that is more than there was before the server was away."""
+        """Takes over the episodes of a message; returns whether that is progress beyond what was known before the call."""
         selection = session.decoder.selection
         if episodes is None or selection is None:
             self._finish()
@@ -224,9 +235,10 @@ class EpisodeSource:
             self._selection = selection
             return True
         if selection.store_generation != self._selection.store_generation:
-            self._drop()
+            self._drop_session()
             raise UnavailableError(
-                f"{self._rpc.channel.address}: the server came back without the episodes that were being read; read them from the start"
+                f"{self._rpc.channel.address}: the server came back without the episodes that were being read, expected the same ones; "
+                "call episodes() again"
             )
         if session.decoder.seen_id > self._seen_id:
             self._fruitless, session.fruitful = 0, True
@@ -235,32 +247,32 @@ class EpisodeSource:
         return session.frames > 1
 
     def _finish(self) -> None:
-        self._drop()
+        self._drop_session()
         self._finished = True
         self._watchdog.stop()
 
     def _open(self) -> _Session:
-        session = self._session = _Session(self._rpc, self._what_is_left())
-        if self._closed.is_set():  # closed by another thread before it could see the session
+        session = self._session = _Session(self._rpc, self._remaining_request())
+        if self._closed.is_set():  # close() ran in another thread before it could see the session
             session.end()
         return session
 
-    def _what_is_left(self) -> pb.GetEpisodesRequest:
-        """Returns the request for what is behind the last whole episode, of what there was when the first call began."""
+    def _remaining_request(self) -> pb.GetEpisodesRequest:
+        """Returns the request for the episodes after the last whole one, among those that there were when the first call began."""
         if self._selection is None:
             return self._request
         left = pb.GetEpisodesRequest()
         left.CopyFrom(self._request)
         if left.episode_ids:
             left.episode_ids[:] = [number for number in left.episode_ids if number > self._seen_id]
-            left.skip_missing = True  # all were there when the first call began: what is not now was evicted
+            left.skip_missing = True  # all were stored when the first call began: a missing one was evicted since
         else:
             left.first_episode_id = max(self._seen_id + 1, self._selection.first_episode_id)
             left.last_episode_id = self._selection.last_episode_id
             left.ClearField("newest")
         return left
 
-    def _drop(self) -> None:
+    def _drop_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.end()
@@ -273,20 +285,20 @@ class _Session:
         self._rpc = rpc
         self.decoder = EpisodeDecoder()
         self.frames = 0
-        """Messages so far."""
+        """Number of messages so far."""
         self.size_bytes = 0
-        """Bytes in them."""
+        """Bytes in these messages."""
         self.fruitful = False
-        """Whether they brought the reading forward by an episode at least."""
+        """Whether these messages completed at least one new episode."""
         self.ended = False
-        """Whether this side ended it."""
+        """Whether this side ended the call."""
         self._call: Any = rpc.download("GetEpisodes", request.SerializeToString())
 
     def receive(self) -> list[StoredEpisode] | None:
         """Returns the episodes that the next message completes, None at the end.
 
         Raises:
-            TouchlineError: the call broke off, or brought what is no answer.
+            TouchlineError: the call broke off, or its messages are malformed.
         """
         address = self._rpc.channel.address
         try:
@@ -299,7 +311,7 @@ class _Session:
                 raise ServerError(f"{address}: the server ended the stream within an episode, or before it began") from None
             return None
         except CodecError as error:
-            raise ServerError(f"{address}: a frame that is none: {error}") from error
+            raise ServerError(f"{address}: malformed frame: {error}") from error
         except Exception as error:
             raise self._rpc.translate(error) from error
 

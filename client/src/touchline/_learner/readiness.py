@@ -22,7 +22,7 @@ class Readiness:
     """How far a server's table is from being sampled. Thread-safe.
 
     Args:
-        rpc: makes the calls.
+        rpc: client of the server's service.
         table: table on the server; empty for the default one.
     """
 
@@ -33,7 +33,7 @@ class Readiness:
     def ask(
         self, *, min_steps: int = 0, wait_s: float = 0.0, timeout_s: float | None = None, horizon: int | None = None, retry: bool = True
     ) -> ReadyState:
-        """Returns the state: at once, or as soon as the table is ready within ``wait_s``.
+        """Returns the state, as soon as the table is ready or ``wait_s`` has passed.
 
         Args:
             min_steps: rows that have to be stored; 0 stands for the server's ``min_history``.

@@ -1,4 +1,4 @@
-"""Batches from a ring in shared memory that a server on this host keeps full."""
+"""Batches from a ring in shared memory that a server on the same host keeps full."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from touchline_protos.shm.ring_control import ConsumerControl
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_IDLE_BYTES = 256 << 20
-"""Memory of copied batches that is kept for later ones."""
+"""Size limit of the idle memory of copied batches that is kept for later ones."""
 
 
 class RingEndedError(Exception):
@@ -24,24 +24,24 @@ class RingEndedError(Exception):
 
     def __init__(self, reason: BaseException) -> None:
         self.reason = reason
-        """What ended it: StopIteration where the server did so in good order."""
+        """Exception that ended the stream; StopIteration if the server closed it without an error."""
 
 
 class RingBatches:
-    """Takes batches out of a ring. One thread takes.
+    """Takes batches out of a ring. One thread takes; any thread may interrupt it or drop a batch.
 
-    A batch is a view of its slot, which goes back to the server when the last view of it has died. Once the caller holds all slots but
-    one, batches are copies, so that the server can always go on.
+    A batch is a view of its slot, and the slot returns to the server when the last view dies. While the caller holds all slots but one,
+    batches are copies, so that the server can always go on.
 
-    The stream over which the ring was offered stays open: a thread reads from it the names of actors, and the end.
+    The stream over which the ring was offered stays open: a thread reads the names of actors from it, and its end.
 
     Args:
         setup: the server's offer.
-        messages: what follows on the stream.
+        messages: the messages that follow on the stream.
 
     Raises:
-        RingError: the ring cannot be mapped here.
-        CodecError: the offer makes no sense.
+        RingError: the ring cannot be mapped by this process.
+        CodecError: the offer is malformed.
     """
 
     def __init__(self, setup: pb.RingSetup, messages: Iterator[bytes]) -> None:
@@ -60,15 +60,15 @@ class RingBatches:
         self._reader = threading.Thread(target=self._read, name="touchline-ring", daemon=True)
 
     def start(self) -> None:
-        """Begins to listen to the stream."""
+        """Starts the thread that reads the stream."""
         self._reader.start()
 
     def take(self) -> Batch | None:
-        """Returns the next batch, or None after a nap at most.
+        """Returns the next batch, or None if none came within a short sleep.
 
         Raises:
             RingEndedError: the stream ended.
-            RingError: the server wrote what makes no sense.
+            RingError: the server wrote an impossible slot number.
         """
         if self._end is not None:
             raise RingEndedError(self._end)
@@ -79,6 +79,7 @@ class RingBatches:
         if actors_needed > len(self._actor_names):
             self._wait_for_names(actors_needed)
         memory = self._ring.slots.array(slot)
+        # `held` counts this slot. A view is handed out only if another slot stays free for the server besides.
         if self._control.held > self._ring.geometry.slots - 2:
             copy = self._pool.lease(self._layout.size_bytes)
             size = self._layout.size_bytes
@@ -89,11 +90,11 @@ class RingBatches:
         return self._layout.batch(memory, self._actor_names)
 
     def whole_array(self) -> Any:
-        """Returns the memory that all batches but copies are views of, as a ctypes array that keeps it mapped."""
+        """Returns the memory that all batches except copies are views of, as a ctypes array that keeps it mapped."""
         return self._ring.slots.whole_array()
 
     def interrupt(self) -> None:
-        """Has a :meth:`take` under way return."""
+        """Makes a :meth:`take` in progress return."""
         self._control.interrupt()
 
     def _wait_for_names(self, needed: int) -> None:
@@ -111,7 +112,7 @@ class RingBatches:
                     self._actor_names = {**self._actor_names, **{actor.index: actor.name for actor in frame.actors.actors}}
                     self._changed.notify_all()
         except BaseException as error:
-            # Its traceback would hold this object, and with it the ring's memory, until the next collection of cycles.
+            # Without its traceback, which would keep this object, and with it the ring's memory, alive until the next collection of cycles.
             end = error.with_traceback(None)
         with self._changed:
             self._end = end
@@ -120,10 +121,10 @@ class RingBatches:
 
 
 def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | None:
-    """Returns the ring that a stream's first message offers, or in words why there is none; None if it is not about rings.
+    """Returns the ring that a stream's first message offers, or the server's reason for offering none; None for any other message.
 
     Raises:
-        RingError, CodecError: there is an offer, but the ring cannot be used here.
+        RingError, CodecError: the message offers a ring that this process cannot use.
     """
     if not message.startswith(_OFFER_TAG):
         return None

@@ -19,8 +19,8 @@ class SingleBatchSampler:
     """Draws batches, one call each. Thread-safe: every thread decodes into buffers of its own.
 
     Args:
-        rpc: makes the calls.
-        readiness: says why a call waits, and how much is stored if it fails.
+        rpc: client of the server's service.
+        readiness: source of the reason why a call waits, and of the counts in an error.
     """
 
     def __init__(self, rpc: RpcClient, readiness: Readiness) -> None:

@@ -158,12 +158,12 @@ class StreamSource:
     """Batches as numpy arrays from SampleStream; opens another session after the server was away. One thread takes, any closes.
 
     Args:
-        rpc: opens the sessions.
-        request: what to draw.
+        rpc: client of the server's service, for the sessions.
+        request: request that opens each session.
         prefetch: batches that the server may have in flight.
         timeout_s: longest wait for a batch, for whatever reason; None waits without limit while the server is there.
         reconnect_s: longest time that the server may be away, if there is no ``timeout_s``.
-        ring: whether to take batches through a ring in shared memory if the server offers one.
+        ring: take batches through a ring in shared memory if the server offers one.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class StreamSource:
             session.end()
 
     def _wait_for_return(self, error: UnavailableError | OverLimitError, ends: float | None) -> None:
-        """Waits until the server answers a probe, so that a session is only opened with a server that is there.
+        """Waits until the server answers a probe, so that a session is only opened with a server that is up.
 
         Raises:
             UnavailableError, OverLimitError: the server was away for too long.
@@ -319,7 +319,7 @@ class StreamSource:
         """Returns the outage that a failure belongs to: the present one, or a new one if the last session lasted."""
         now = time.monotonic()
         outage = self._outage
-        # A session that lasted was one with a server that was there, even if nothing could be sampled.
+        # The server was up during a session that lasted, even if nothing could be sampled.
         if outage is None or (outage.answered_at is not None and now - outage.answered_at > LASTING_S):
             outage = self._outage = _Outage(since=now)
             self._delays = self._rpc.delays()

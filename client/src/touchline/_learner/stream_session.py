@@ -31,10 +31,10 @@ class StreamSession:
     """An open call of SampleStream. One thread receives and grants; any thread may end it.
 
     Args:
-        rpc: opens the call.
-        request: what to draw.
+        rpc: client of the server's service.
+        request: request that opens the session.
         credits: batches that the server may send before the first grant.
-        ring: whether to ask for a ring.
+        ring: ask the server for a ring.
     """
 
     def __init__(self, rpc: RpcClient, request: pb.SampleRequest, credits: int, *, ring: bool) -> None:

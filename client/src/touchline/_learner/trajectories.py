@@ -1,4 +1,4 @@
-"""Trajectories that TorchRL's collectors give in pieces, put together. Needs torch and tensordict."""
+"""Assembles the trajectories that TorchRL's collectors deliver in pieces. Needs torch and tensordict."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ logger = get_logger(__name__)
 
 
 def path_of(key: Any) -> str:
-    """Returns a (nested) key joined by dots.
+    """Returns the parts of a (nested) key joined by dots.
 
     Raises:
-        InvalidEpisodeError: a part of it is no name that can be taken apart again.
+        InvalidEpisodeError: a part is empty, not a str, or contains a dot, so the result could not be split again.
     """
     parts = (key,) if isinstance(key, str) else tuple(key)
     for part in parts:
         if not isinstance(part, str) or not part or "." in part:
-            raise InvalidEpisodeError(f"{key!r}: not a key that can be a column, expected names without a dot")
+            raise InvalidEpisodeError(f"{key!r}: cannot be the name of a column, expected names without dots")
     return ".".join(parts)
 
 
 @dataclass
 class _Open:
-    """A trajectory under way."""
+    """An unfinished trajectory."""
 
     pieces: list[TensorDict] = field(default_factory=list)
     steps: int = 0
 
 
 class Trajectories:
-    """Collects transitions by trajectory until each ends. For one thread.
+    """Collects transitions by trajectory until each trajectory ends. For one thread.
 
     Args:
-        max_steps: transitions after which a piece of a trajectory is given out; None never.
-        max_open: trajectories under way; the one that was not continued for the longest is given out as it is.
+        max_steps: number of transitions after which a trajectory is returned in pieces; None never splits one.
+        max_open: limit on unfinished trajectories; beyond it the one that has waited longest for its next step is returned as it is.
     """
 
     def __init__(self, *, max_steps: int | None, max_open: int) -> None:
@@ -58,17 +58,16 @@ class Trajectories:
         self._max_steps = max_steps
         self._max_open = max_open
         self._open: OrderedDict[Any, _Open] = OrderedDict()
-        self._told = False
+        self._cut_logged = False
 
     def extend(self, data: TensorDict) -> list[TensorDict]:
-        """Takes transitions [..., time] in, and returns the trajectories [T] that are complete now, in host memory, not shared.
+        """Adds transitions, and returns the trajectories [T] that they complete, as copies in host memory.
 
         Args:
-            data: that :func:`check_transitions` passed.
+            data: TensorDict [..., time] that passed :func:`check_transitions`; not changed.
 
         Raises:
-            InvalidEpisodeError: it goes on with a trajectory under other keys, or with values of other dtypes or shapes. Nothing is taken
-                in.
+            InvalidEpisodeError: it continues a trajectory with other keys, dtypes or shapes. Nothing is added.
         """
         if not data.batch_size.numel():
             return []
@@ -82,16 +81,17 @@ class Trajectories:
         for lane, names in enumerate(names_of):
             for first, last, broken in self._runs(lanes[lane], names, follows[lane].tolist()):
                 if broken and names[first] in self._open:
-                    self._tell_once(names[first])
+                    self._log_cut_once(names[first])
                     complete.append(self._end(names[first]))
-                # Not TensorDict.clone(), which adds 0 where the TensorDict has a device, and so makes 0 of -0.
+                # Not TensorDict.clone(): if the TensorDict has a device, that adds 0, which turns -0 into 0.
                 self._continue(names[first], lanes[lane, first:last].apply(torch.clone), complete)
         while len(self._open) > self._max_open:
             complete.append(self._end(next(iter(self._open))))
         return complete
 
     def _check_alike(self, lanes: TensorDict, names: set[Any]) -> None:
-        """torch.cat would widen dtypes, and fail for other keys once pieces are gone."""
+        """Raises InvalidEpisodeError unless the transitions have the keys, dtypes and shapes of the trajectories that they continue."""
+        # Checked before anything is added: torch.cat would widen dtypes, and fail on other keys only after pieces were removed.
         found = _specs(lanes, dims=2)
         for name in names & self._open.keys():
             expected = _specs(self._open[name].pieces[-1], dims=1)
@@ -99,15 +99,24 @@ class Trajectories:
                 if found.get(path) != expected.get(path):
                     raise InvalidEpisodeError(
                         f"{path}: {found.get(path, 'missing')}, expected {expected.get(path, 'no such key')} as in the earlier steps of "
-                        f"trajectory {name}; flush() ends it"
+                        f"trajectory {name}; call flush() to end that one"
                     )
 
     def end_all(self) -> list[TensorDict]:
-        """Returns all that is under way, as it is, and forgets it."""
+        """Removes and returns all unfinished trajectories, as they are."""
         return [self._end(name) for name in list(self._open)]
 
     def _runs(self, lane: TensorDict, names: list[Any], follows: list[bool]) -> Iterator[tuple[int, int, bool]]:
-        """Yields first, last + 1 of the runs of one trajectory, and whether a run does not follow what was before it there."""
+        """Yields the runs of consecutive steps of one trajectory in a lane.
+
+        Args:
+            lane: transitions [time].
+            names: trajectory of each step.
+            follows: whether each step begins with what the one before it ended with.
+
+        Yields:
+            ``first`` and ``last + 1`` of the run, and whether the run breaks with the unfinished trajectory that it continues.
+        """
         done = lane[DONE_KEY].reshape(len(names), -1).any(-1).tolist()
         mask = lane.get(MASK_KEY, None)
         kept = [True] * len(names) if mask is None else mask.reshape(len(names), -1)[:, 0].tolist()
@@ -138,18 +147,18 @@ class Trajectories:
     def _end(self, name: Any) -> TensorDict:
         return torch.cat(self._open.pop(name).pieces)
 
-    def _tell_once(self, name: Any) -> None:
-        if not self._told:
-            self._told = True
+    def _log_cut_once(self, name: Any) -> None:
+        if not self._cut_logged:
+            self._cut_logged = True
             logger.warning(
-                "trajectory %s is cut where a transition does not begin with what the one before it ended with (told once); "
-                "slices never go across",
+                "trajectory %s is cut at a transition that does not begin with what the one before it ended with (logged once); "
+                "slices never cross the cut",
                 name,
             )
 
 
 def check_transitions(data: Any) -> None:
-    """Raises InvalidEpisodeError unless these are transitions [..., time] of tensors, with what tells where a trajectory ends."""
+    """Raises InvalidEpisodeError unless the data are transitions [..., time] of tensors that mark the ends of their trajectories."""
     keys = set(data.keys()) if hasattr(data, "batch_size") else set()
     if "next" not in keys or not data.batch_size:
         raise InvalidEpisodeError(f"data: {type(data).__name__}, expected a TensorDict [..., time] of transitions with ('next', ...) keys")
@@ -159,10 +168,10 @@ def check_transitions(data: Any) -> None:
         if not hasattr(data, "tensordicts"):
             raise
         raise InvalidEpisodeError(
-            "data: a lazy stack whose parts differ in shape, expected one shape; extend() each part by itself"
+            "data: a lazy stack whose parts differ in shape, expected one shape; call extend() with each part"
         ) from None
     if "done" not in set(data["next"].keys()):
-        raise InvalidEpisodeError(f"{DONE_KEY}: missing, expected it to tell where a trajectory ends")
+        raise InvalidEpisodeError(f"{DONE_KEY}: missing, expected a flag that marks the end of a trajectory")
     if data.batch_size.numel():
         _check_flag(DONE_KEY, data[DONE_KEY])
         _check_marks(data)
@@ -174,24 +183,24 @@ def _check_flag(key: tuple[str, ...], values: torch.Tensor) -> None:
 
 
 def _check_marks(data: TensorDict) -> None:
-    """Checks what says to which trajectory a transition belongs, and whether it is one."""
+    """Raises InvalidEpisodeError unless the mask is a flag, and mask and trajectory id have one value a transition."""
     mask, ids = data.get(MASK_KEY, None), data.get(TRAJECTORY_KEY, None)
     if mask is not None:
         _check_flag(MASK_KEY, mask)
     for key, values in ((MASK_KEY, mask), (TRAJECTORY_KEY, ids)):
         if values is not None:
             each = values.reshape(data.batch_size.numel(), -1)
-            if not bool((each == each[:, :1]).all()):  # which NaN is not either
+            if not bool((each == each[:, :1]).all()):  # False for NaN as well
                 raise InvalidEpisodeError(f"{'.'.join(key)}: several values a transition, or NaN, expected one")
 
 
 def _check_values(level: Any, prefix: str) -> None:
-    for key, value in level.items():  # whose leaves, asked for at once, would not show what is no tensor
+    for key, value in level.items():  # level by level: items(True, True) leaves out values that are not tensors
         path = f"{prefix}{path_of(key)}"
         if is_tensor_collection(value) and not is_non_tensor(value):
             _check_values(value, f"{path}.")
         elif not isinstance(value, torch.Tensor):
-            raise InvalidEpisodeError(f"{path}: {type(value).__name__}, expected a tensor; exclude it before")
+            raise InvalidEpisodeError(f"{path}: {type(value).__name__}, expected a tensor; exclude it first")
         else:
             _check_dtype(path, value)
 
@@ -201,11 +210,11 @@ def _check_dtype(path: str, value: torch.Tensor) -> None:
         to_wire(to_array(path, value.reshape(-1)[:0] if value.layout == torch.strided else value).dtype)
     except ValueError as error:
         message = str(error) if str(error).startswith(f"{path}:") else f"{path}: {error}"
-        raise InvalidEpisodeError(f"{message}; exclude it before, or cast it") from None
+        raise InvalidEpisodeError(f"{message}; exclude it or cast it first") from None
 
 
 def _specs(data: TensorDict, *, dims: int) -> dict[str, str]:
-    """Returns dtype and shape of a step of each value, whose first ``dims`` dimensions are not a step's, by dotted path."""
+    """Returns the dtype and the shape of one step of each value, by dotted path; the first ``dims`` dimensions are batch dimensions."""
     return {path_of(key): f"{value.dtype} {tuple(value.shape[dims:])}" for key, value in data.items(True, True)}
 
 
@@ -219,7 +228,7 @@ def _next(key: Any) -> tuple[str, ...]:
 
 
 def _follows(lanes: TensorDict) -> torch.Tensor:
-    """Returns bool [lanes, time]: a transition begins, to the bit, with what the one before it ended with."""
+    """Returns bool [lanes, time]: whether a transition begins, bit for bit, with what the one before it ended with."""
     same = torch.ones(lanes.batch_size, dtype=torch.bool)
     for key in _shared_keys(lanes):
         same[:, 1:] &= _equal(lanes[_next(key)][:, :-1], lanes[key][:, 1:], dims=2)
@@ -231,7 +240,7 @@ def _follows_piece(piece: TensorDict, transition: TensorDict) -> bool:
 
 
 def _equal(before: torch.Tensor, after: torch.Tensor, *, dims: int) -> torch.Tensor:
-    """Returns bool, of the first ``dims`` dimensions: all values are the same bits, so that NaN is equal to itself and 0 is not -0."""
+    """Returns bool [first ``dims`` dimensions]: whether all values are the same bits. So NaN equals itself, and 0 differs from -0."""
     if before.shape != after.shape or before.dtype != after.dtype:
         return torch.zeros(after.shape[:dims], dtype=torch.bool)
     if before.is_floating_point():

@@ -1,1 +1,1 @@
-"""Calls to the server: channel, credentials, deadlines, retries, forks."""
+"""Calls to the server: channel, credentials, deadlines, retries, the log of long waits, forks."""

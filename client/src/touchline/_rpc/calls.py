@@ -1,4 +1,7 @@
-"""Calls to the server: the one place that knows deadlines, metadata, retries and the meaning of status codes."""
+"""Calls to the server: the only module that knows deadlines, metadata, retries and the meaning of status codes.
+
+:class:`RpcClient` makes calls on a channel; :func:`translate` turns a failed one into an error of :mod:`touchline.errors`.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +55,15 @@ ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
     Reason.PERMISSION_DENIED: AccessDeniedError,
     Reason.RESTORING: UnavailableError,
     Reason.DRAINING: UnavailableError,
-    Reason.SCHEMA_CHANGED: UnavailableError,  # of a stream that is opened again
+    Reason.SCHEMA_CHANGED: UnavailableError,  # ends a stream, which is then opened again
     Reason.STORAGE_FAILED: UnavailableError,
     Reason.INTERNAL: ServerError,
 }
 """Error of each reason that a Touchline server gives; more exact than the status code, so it is looked up first."""
 
 ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
-    grpc.StatusCode.OK: ServerError,  # a call that failed with it is a broken one
-    grpc.StatusCode.CANCELLED: UnavailableError,  # what reaches a server in the last moment of its stop
+    grpc.StatusCode.OK: ServerError,  # a failed call cannot have it
+    grpc.StatusCode.CANCELLED: UnavailableError,  # a call that reaches a server at the very end of its stop
     grpc.StatusCode.UNKNOWN: ServerError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
@@ -68,7 +71,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
     grpc.StatusCode.ALREADY_EXISTS: KeyConflictError,
     grpc.StatusCode.PERMISSION_DENIED: AccessDeniedError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: TooLargeError,  # gRPC's own limit on messages; the server's others have a reason
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TooLargeError,  # gRPC's own limit on messages; the server's limits have a reason
     grpc.StatusCode.FAILED_PRECONDITION: NotReadyError,
     grpc.StatusCode.ABORTED: ServerError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
@@ -77,7 +80,7 @@ ERROR_OF_STATUS: dict[grpc.StatusCode, type[TouchlineError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DATA_LOSS: ServerError,
 }
-"""What a status code means where no reason was given: by a proxy, by gRPC itself, by a server of another kind."""
+"""Error of each status code, for a failure without a reason: from a proxy, from gRPC itself, from a server of another kind."""
 
 VERBS = {
     "AddEpisode": "add()",
@@ -87,33 +90,33 @@ VERBS = {
     "Info": "info()",
     "Clear": "clear()",
 }
-"""Who calls each method, for the log."""
+"""Verb of the client that calls each method, for the log."""
 
 METADATA = ((PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),)
-"""Goes with every call, before what the transport's credentials add."""
+"""Metadata of every call, before the metadata of the credentials."""
 
 
 def translate(error: grpc.RpcError, address: str, *, tls: bool, server_name: str = "") -> TouchlineError:
-    """Returns what a failed call means. Status code and reason decide; the words of the message only for TLS, where gRPC has nothing else.
+    """Returns the client's error for a failed call, by its reason or status code; for TLS failures, which have no code, by their words.
 
     Args:
-        error: what gRPC raised.
-        address: of the server.
-        tls: whether it was asked by TLS.
-        server_name: that its certificate has to have, where that is not the address's.
+        error: error that gRPC raised.
+        address: address of the server.
+        tls: whether the call used TLS.
+        server_name: name that the server's certificate must have; empty for the host of the address.
     """
-    failed: Any = error  # the public class has none of what gRPC raises with
+    failed: Any = error  # grpc.RpcError declares none of the methods that the errors have
     code = failed.code()
     trailing = dict(failed.trailing_metadata() or ())
     reason = trailing.get(REASON_METADATA_KEY, "")
     kind = ERROR_OF_REASON.get(reason) or ERROR_OF_STATUS.get(code, ServerError)
     details = escape(failed.details() or "no details")
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
-        # No server said so: nobody answered, or not in the language of the question.
+        # No Touchline server sent this: nothing answered at the address, or something that expects TLS or expects none.
         wrong = explain(details, address, server_name=server_name) if tls else None
         if wrong is not None:
             return TlsError(f"{wrong}: {details}")
-        expected = f"a touchline-server that is up there and speaks {'TLS' if tls else 'no TLS'}, as this client does"
+        expected = f"a running touchline-server that uses {'TLS' if tls else 'no TLS'}, as this client does"
         return kind(f"{address}: {details} (UNAVAILABLE); expected {expected}")
     if issubclass(kind, UnavailableError | DeadlineError | ServerError | IncompatibleVersionError | AccessDeniedError):
         return kind(f"{address}: {details} ({code.name})")
@@ -123,7 +126,7 @@ def translate(error: grpc.RpcError, address: str, *, tls: bool, server_name: str
 
 
 def reason_of(error: TouchlineError) -> str:
-    """Returns the reason that a Touchline server gave with an error; empty where gRPC itself, or a proxy, refused."""
+    """Returns the reason that a Touchline server gave with an error; empty for a refusal by gRPC itself or by a proxy."""
     if not isinstance(error.__cause__, grpc.RpcError):
         return ""
     failed: Any = error.__cause__
@@ -131,7 +134,7 @@ def reason_of(error: TouchlineError) -> str:
 
 
 def is_passing(error: TouchlineError) -> bool:
-    """Returns whether the same call may succeed later, with nothing changed on this side."""
+    """Returns whether the same call may succeed later without a change on this side."""
     return isinstance(error, UnavailableError | OverLimitError) and not isinstance(error, TlsError)
 
 
@@ -139,9 +142,9 @@ def delay_before_retry(error: TouchlineError, backoff_s: float) -> float:
     """Returns how long to wait before the next attempt, in seconds.
 
     Args:
-        error: of the last one.
-        backoff_s: what the client would wait by itself; it comes on top of the delay that the server asked for, so that clients that
-            were all told the same delay spread.
+        error: error of the last attempt.
+        backoff_s: the client's own delay. It is added to the one that the server asked for, so that clients that were all asked for the
+            same delay do not return together.
     """
     asked_s = error.retry_after_s if isinstance(error, OverLimitError) else None
     return backoff_s + (asked_s or 0.0)
@@ -149,17 +152,17 @@ def delay_before_retry(error: TouchlineError, backoff_s: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long to wait between attempts: exponentially longer, and each by chance shorter so that clients spread."""
+    """Delays between attempts: exponentially longer, each shortened by chance so that clients spread."""
 
     first_s: float = 0.05
-    """The longest first wait."""
+    """Upper bound of the first delay."""
     max_s: float = 2.0
-    """The longest of all."""
+    """Upper bound of every delay."""
     factor: float = 2.0
-    """From one to the next."""
+    """Growth of the upper bound from one delay to the next."""
 
     def delays(self, rng: random.Random) -> Iterator[float]:
-        """Yields waits in seconds, without end; each between half of the full length and the whole."""
+        """Yields delays in seconds, without end; each is between half of its upper bound and the whole."""
         full = self.first_s
         while True:
             yield full * rng.uniform(0.5, 1.0)
@@ -167,53 +170,53 @@ class Backoff:
 
 
 class RpcClient:
-    """Makes calls on a transport. Safe to use from many threads.
+    """Makes calls on a channel. Thread-safe.
 
     Args:
-        transport: its channel is used; not closed by this.
-        timeout_s: the deadline of a call, all its attempts together.
-        backoff: between attempts.
-        sleep: waits so many seconds; for tests.
+        channel: channel to the server; stays open when this object goes.
+        timeout_s: deadline of a call, all its attempts together.
+        backoff: delays between attempts; None takes the defaults.
+        sleep: function that waits for a number of seconds; replaced in tests.
     """
 
     def __init__(
         self,
-        transport: ServerChannel,
+        channel: ServerChannel,
         *,
         timeout_s: float,
         backoff: Backoff | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.channel = transport
-        self._metadata = (*METADATA, *transport.metadata)
+        self.channel = channel
+        self._metadata = (*METADATA, *channel.metadata)
         self.timeout_s = timeout_s
         self.backoff = backoff or Backoff()
         self._sleep = sleep
-        # Jitter must differ between processes started alike: seeded by the system's entropy on purpose.
+        # Seeded by the system's entropy on purpose: jitter must differ between processes that were started alike.
         self._rng = random.Random()
 
     def delays(self) -> Iterator[float]:
-        """Yields the waits of one sequence of attempts."""
+        """Yields the delays of one sequence of attempts."""
         return self.backoff.delays(self._rng)
 
     def unary(self, name: str, request: bytes, *, timeout_s: float | None = None, wait_s: float = 0.0, retry: bool = True) -> bytes:
         """Returns the response to one request.
 
         Args:
-            name: of the method.
+            name: name of the method.
             request: the message.
-            timeout_s: the call's deadline; None takes the client's.
-            wait_s: how long the server may take before it answers, on top of the deadline.
-            retry: whether to try again while the server is unavailable or over a limit, until the deadline.
+            timeout_s: deadline of the call; None takes the client's.
+            wait_s: time that the server may wait before it answers, added to the deadline.
+            retry: try again while the server is unavailable or over a limit, until the deadline.
 
         Raises:
-            TouchlineError: the call failed; which of the tree says why.
+            TouchlineError: the call failed; its class says why.
         """
 
         def attempt(left_s: float) -> bytes:
             method: Any = self.channel.method("unary_unary", name)
             if not wait_s:
-                # The quicker way of the two: this thread itself waits inside gRPC, and a fork waits for it.
+                # Faster than a future, but this thread waits inside gRPC, and a fork waits for this thread.
                 with gate:
                     return method(request, timeout=left_s, metadata=self._metadata)
             with gate:
@@ -226,18 +229,18 @@ class RpcClient:
         """Returns the response to a stream of requests.
 
         Args:
-            name: of the method.
-            requests: makes the messages; called again for each attempt.
-            timeout_s: the call's deadline.
+            name: name of the method.
+            requests: function that returns the messages; called again for each attempt.
+            timeout_s: deadline of the call.
 
         Raises:
-            TouchlineError: the call failed; which of the tree says why.
-            Exception: whatever ``requests`` raised.
+            TouchlineError: the call failed; its class says why.
+            Exception: ``requests`` raised it.
         """
         failures: list[Exception] = []
 
         def guarded() -> Iterator[bytes]:
-            # gRPC takes the messages in a thread of its own and would only log what went wrong there.
+            # gRPC reads the messages in a thread of its own and would only log an error there.
             try:
                 yield from requests()
             except Exception as error:
@@ -258,22 +261,22 @@ class RpcClient:
         return self._run(name, attempt, timeout_s, True)
 
     def stream(self, name: str, requests: Iterator[bytes]) -> Any:
-        """Returns an open bidirectional call: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
+        """Returns an open bidirectional call, an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
         method: Any = self.channel.method("stream_stream", name)
         with gate:
             return method(requests, metadata=self._metadata)
 
     def download(self, name: str, request: bytes) -> Any:
-        """Returns an open call with one request: an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
+        """Returns an open call with one request, an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
         method: Any = self.channel.method("unary_stream", name)
         with gate:
             return method(request, metadata=self._metadata)
 
     def translate(self, error: Exception) -> TouchlineError:
-        """Returns what a failure of a call means.
+        """Returns the client's error for a failed call.
 
         Raises:
-            Exception: the given one, where it is none of gRPC's.
+            Exception: the given error, if gRPC did not raise it.
         """
         if self.channel.closed:
             return ClosedError(f"the client of {self.channel.address} was closed")
@@ -282,6 +285,7 @@ class RpcClient:
         raise error
 
     def _run(self, name: str, attempt: Callable[[float], bytes], timeout_s: float, retry: bool) -> bytes:
+        """Returns the response of the first attempt that succeeds; an attempt gets the seconds that are left. Logs long waits."""
         with waiting(VERBS.get(name, name), self.channel.address, lambda: f"no answer yet, the call ends after {timeout_s:g} s") as wait:
             return self._attempts(attempt, time.monotonic() + timeout_s, retry, wait)
 
@@ -292,11 +296,11 @@ class RpcClient:
             try:
                 return attempt(max(ends - time.monotonic(), 0.001))
             except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
-                # gRPC raises ValueError for a call on a channel that was closed meanwhile; any other goes on as it is.
+                # gRPC raises ValueError for a call on a channel that was closed meanwhile; translate() re-raises any other.
                 failure = self.translate(error)
                 cause = error
             if isinstance(failure, DeadlineError) and last is not None:
-                raise last from cause
+                raise last from cause  # the deadline cut this attempt short; the failure before it says why
             if not retry or not is_passing(failure):
                 raise failure from cause
             last = failure
@@ -308,7 +312,7 @@ class RpcClient:
 
 
 def _retry_after_s(value: object) -> float | None:
-    """Returns a delay in seconds; None where the server gave none, or one that is no number of milliseconds."""
+    """Returns a delay in seconds; None if the server sent none, or something other than a number of milliseconds."""
     if not isinstance(value, str) or not value.isascii() or not value.isdigit():
         return None
     return int(value) / 1000
@@ -318,5 +322,5 @@ def _await(call: Any) -> bytes:
     try:
         return call.result()
     except BaseException:
-        call.cancel()  # Ctrl-C, for one: the server need not go on
+        call.cancel()  # Ctrl-C, for example: the server need not go on
         raise

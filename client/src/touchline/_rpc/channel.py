@@ -129,7 +129,7 @@ class ServerChannel:
             channel.close()
 
     def after_fork_in_child(self) -> None:
-        """Leaves the parent's channel alone; the next call opens one of the child's own."""
+        """Drops the parent's channel without touching it; the next call opens one of the child's own."""
         if self._grpc_channel is not None:
             fork.leak_parent_object((self._grpc_channel, self._methods))
             self._unusable = not fork.SUPPORTED

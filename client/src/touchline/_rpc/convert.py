@@ -1,4 +1,4 @@
-"""The small messages, to and from the values of this package. The big ones, episodes and batches, are the codec's."""
+"""Checks of arguments, and small messages to and from values of this package. Episodes and batches are the codec's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from touchline_protos.types.names import name_fault
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_SECONDS = 366 * 24 * 3600
-"""Longest time that may be given: gRPC takes what is much longer, infinity too, for a deadline that has passed."""
+"""Longest time that is accepted: gRPC treats a much longer one, even infinity, as a deadline that has passed."""
 
 _LAWS = {None: pb.LAW_UNSPECIFIED, "episode": pb.LAW_EPISODE, "step": pb.LAW_STEP}
 _ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
@@ -42,7 +42,7 @@ def whole_number(name: str, value: int, *, least: int, most: int = (1 << 31) - 1
     """Returns the value as an int.
 
     Raises:
-        InvalidArgumentError: it is no whole number from ``least`` to ``most``.
+        InvalidArgumentError: the value is not a whole number from ``least`` to ``most``.
     """
     try:
         number = operator.index(value)
@@ -57,7 +57,7 @@ def seconds(name: str, value: float, *, or_zero: bool = False) -> float:
     """Returns the value.
 
     Raises:
-        InvalidArgumentError: it is no number of seconds above 0, or 0 where that will do, and up to a year.
+        InvalidArgumentError: the value is not a number of seconds above 0 (or 0, with ``or_zero``) and up to a year.
     """
     try:
         good = 0 < value <= MAX_SECONDS or (or_zero and value == 0)
@@ -81,7 +81,7 @@ def check_actor(actor: str) -> str:
     """Returns the name of an actor.
 
     Raises:
-        InvalidArgumentError: it is no text, too long, or has control characters.
+        InvalidArgumentError: the name is not a str, too long, or contains control characters.
     """
     if not isinstance(actor, str):
         raise InvalidArgumentError(f"actor: {actor!r}, expected a str")
@@ -92,15 +92,15 @@ def check_actor(actor: str) -> str:
 
 
 def check_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """Returns the dtype that float64 is stored as; None for no cast.
+    """Returns the dtype that float64 columns are stored as; None for no cast.
 
     Raises:
-        InvalidArgumentError: neither None nor float32, of whatever library.
+        InvalidArgumentError: the argument is neither None nor float32 (a str, or the dtype of any library).
     """
     if dtype is None:
         return None
     if str(getattr(dtype, "__name__", dtype)).removeprefix("torch.") != "float32":
-        raise InvalidArgumentError(f"dtype: {dtype!r}, expected 'float32', which float64 is then stored as, or None")
+        raise InvalidArgumentError(f"dtype: {dtype!r}, expected 'float32', to store float64 columns as float32, or None")
     return np.dtype(np.float32)
 
 
@@ -108,7 +108,7 @@ def check_policy_version(version: int) -> int:
     """Returns the version as an int.
 
     Raises:
-        InvalidArgumentError: it is no whole number of 64 bits.
+        InvalidArgumentError: the version is not a whole number of 64 bits.
     """
     return whole_number("policy_version", version, least=-(1 << 63), most=(1 << 63) - 1)
 
@@ -122,10 +122,10 @@ def sample_request(
     seed: int | None,
     wait_s: float = 0.0,
 ) -> pb.SampleRequest:
-    """Returns what to draw; what is None is left to the server's configuration.
+    """Returns a SampleRequest; an argument that is None is left to the server's configuration.
 
     Raises:
-        InvalidArgumentError: a value that no server takes.
+        InvalidArgumentError: a value that no server accepts.
     """
     if law not in _LAWS:
         raise InvalidArgumentError(f"law: {law!r}, expected 'episode' or 'step'")
@@ -160,14 +160,14 @@ def episodes_request(
     """Returns a GetEpisodesRequest.
 
     Raises:
-        InvalidArgumentError: an argument out of range, or some that do not go together.
+        InvalidArgumentError: an argument is out of range, or arguments exclude each other.
     """
     others = {"first": first, "last": last, "actor": actor, "newest": newest}
     given = [name for name, value in others.items() if value is not None]
     if ids is not None and given:
-        raise InvalidArgumentError(f"ids and {given[0]}: expected either ids, or any of {', '.join(others)}")
+        raise InvalidArgumentError(f"ids and {given[0]}: both given, expected either ids or any of {', '.join(others)}")
     if skip_missing and ids is None:
-        raise InvalidArgumentError("skip_missing: True without ids, expected it with ids alone")
+        raise InvalidArgumentError("skip_missing: True without ids, expected ids with it")
     request = pb.GetEpisodesRequest(table=table, skip_missing=skip_missing, max_frame_bytes=max_frame_bytes)
     request.episode_ids.extend(_int64(f"ids[{position}]", number) for position, number in enumerate(ids or ()))
     if isinstance(columns, str):
@@ -189,12 +189,12 @@ def _int64(name: str, number: int) -> int:
 
 
 def counts_of(counts: pb.Counts) -> Counts:
-    """Returns a message's counts."""
+    """Returns the counts in a message."""
     return Counts(**{field.name: getattr(counts, field.name) for field in pb.Counts.DESCRIPTOR.fields})
 
 
 def ready_state_of(message: bytes) -> ReadyState:
-    """Returns what a ReadyResponse says."""
+    """Returns the state in a ReadyResponse."""
     response = pb.ReadyResponse.FromString(message)
     return ReadyState(
         response.can_sample,
@@ -208,7 +208,7 @@ def ready_state_of(message: bytes) -> ReadyState:
 
 
 def server_info_of(message: bytes) -> ServerInfo:
-    """Returns what an InfoResponse says."""
+    """Returns the values in an InfoResponse."""
     response = pb.InfoResponse.FromString(message)
     return ServerInfo(
         version=response.version,
@@ -226,10 +226,10 @@ def server_info_of(message: bytes) -> ServerInfo:
 
 
 def load_results_of(message: bytes, keys: list[EpisodeKey]) -> tuple[list[EpisodeResult], Counts]:
-    """Returns what a LoadEpisodesResponse says about the episodes of these keys, in the order in which they were sent.
+    """Returns the results in a LoadEpisodesResponse for the episodes of these keys, in the order in which they were sent.
 
     Raises:
-        ServerError: it speaks of more or fewer episodes.
+        ServerError: the response has more or fewer results.
     """
     response = pb.LoadEpisodesResponse.FromString(message)
     if len(response.results) != len(keys):

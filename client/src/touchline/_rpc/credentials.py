@@ -1,4 +1,4 @@
-"""What a client shows to a server, and what it wants to see of it: TLS and tokens."""
+"""TLS and tokens: how client and server authenticate to each other."""
 
 from __future__ import annotations
 
@@ -26,31 +26,36 @@ FilePath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """How a client speaks TLS. Paths of PEM files, read when the client is made."""
+    """TLS settings of a client. The files are in PEM form and read when the client is made.
+
+    ::
+
+        ReplayClient("replay-host:50051", tls=TlsConfig(ca="ca.pem"), token="...")
+    """
 
     ca: FilePath | None = None
-    """CA bundle to check the server's certificate with; None: the roots that gRPC brings along."""
+    """Path of the CA bundle that the server's certificate is checked with; None for gRPC's built-in roots."""
     cert: FilePath | None = None
-    """Certificate to show, where the server wants one (``tls.client_ca``)."""
+    """Path of the client's certificate, for a server that asks for one (its ``tls.client_ca``)."""
     key: FilePath | None = None
-    """Its private key."""
+    """Path of the private key of ``cert``."""
     server_name: str | None = None
-    """Name in the server's certificate, where it is not that of the address."""
+    """Name that the server's certificate must have; None for the host of the address."""
 
 
 class Credentials:
-    """What goes with a channel and with each of its calls. Its repr shows no secret.
+    """Credentials of a channel and of its calls. The repr shows no secret.
 
     Args:
-        address: of the server.
-        tls: None: by the environment, where ``TOUCHLINE_TLS_CA`` turns TLS on (``_CERT``, ``_KEY``, ``_SERVER_NAME`` as in
-            :class:`TlsConfig`); False: none.
-        token: sent with every call; None: that of the environment, ``TOUCHLINE_TOKEN``; empty: none.
-        allow_plaintext: whether the token may go to another machine without TLS; None: only if ``TOUCHLINE_ALLOW_PLAINTEXT`` is 1.
-        environment: the variables.
+        address: address of the server.
+        tls: TLS settings; True trusts gRPC's built-in roots, False turns TLS off. None reads the environment, where ``TOUCHLINE_TLS_CA``
+            turns it on (with ``_CERT``, ``_KEY``, ``_SERVER_NAME`` as in :class:`TlsConfig`).
+        token: token sent with every call; None reads ``TOUCHLINE_TOKEN``, empty sends none.
+        allow_plaintext: send the token to another machine even without TLS; None does so only if ``TOUCHLINE_ALLOW_PLAINTEXT`` is 1.
+        environment: the environment's variables.
 
     Raises:
-        InvalidArgumentError: a file cannot be read, the token cannot be sent, or it would go to another machine in the clear.
+        InvalidArgumentError: a file cannot be read, the token cannot be sent, or it would be sent to another machine in plain text.
     """
 
     def __init__(
@@ -75,22 +80,22 @@ class Credentials:
             allow_plaintext = environment.get(ALLOW_PLAINTEXT_VARIABLE, "") == "1"
         if token and self._tls is None and not allow_plaintext and not is_local(address):
             raise InvalidArgumentError(
-                f"token: would go to {address} in the clear, expected TLS: give tls=TlsConfig(...) or {CA_VARIABLE}; "
-                f"allow_plaintext=True or {ALLOW_PLAINTEXT_VARIABLE}=1 where the network itself is private"
+                f"token: would be sent to {address} in plain text, expected TLS: set tls=TlsConfig(...) or {CA_VARIABLE}, or, on a private "
+                f"network, allow_plaintext=True or {ALLOW_PLAINTEXT_VARIABLE}=1"
             )
         self.arguments: dict[str, Any] = {"tls": self._tls or False, "token": token, "allow_plaintext": allow_plaintext}
-        """What makes the same credentials in another process, whatever its environment. With the token: a secret."""
+        """Arguments that make the same credentials in another process, whatever its environment. They hold the token, a secret."""
         self.metadata: tuple[tuple[str, str], ...] = ((TOKEN_METADATA_KEY, f"Bearer {token}"),) if token else ()
-        """Goes with every call."""
+        """Metadata of every call."""
 
     @property
     def tls(self) -> bool:
-        """Whether channels speak TLS."""
+        """Whether channels use TLS."""
         return self._tls is not None
 
     @property
     def server_name(self) -> str:
-        """The name that the server's certificate has to have, where that is not the address's; empty where it is."""
+        """Name that the server's certificate must have; empty for the host of the address."""
         return (self._tls.server_name or "") if self._tls is not None else ""
 
     def __repr__(self) -> str:
@@ -106,7 +111,7 @@ class Credentials:
 
 
 def is_local(address: str) -> bool:
-    """Returns whether what goes to an address does not leave this machine."""
+    """Returns whether data sent to the address stays on this machine."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")
@@ -125,14 +130,14 @@ def _tls_of(environment: Mapping[str, str]) -> TlsConfig | None:
         return TlsConfig(ca, *others.values())
     for name, value in others.items():
         if value is not None:
-            # To go on in the clear is not what whoever set it wants.
-            raise InvalidArgumentError(f"{name}: set without {CA_VARIABLE}, which turns TLS on, expected both; or give tls=")
+            # Going on without TLS is not what the variable was set for.
+            raise InvalidArgumentError(f"{name}: set without {CA_VARIABLE}, which turns TLS on, expected both; or pass tls=")
     return None
 
 
 def _channel_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
     if (tls.cert is None) != (tls.key is None):
-        raise InvalidArgumentError(f"tls.{'key' if tls.key is None else 'cert'}: None, expected a file: cert and key go together")
+        raise InvalidArgumentError(f"tls.{'key' if tls.key is None else 'cert'}: None, expected a file: cert and key are used together")
     return grpc.ssl_channel_credentials(_read("ca", tls.ca), _read("key", tls.key), _read("cert", tls.cert))
 
 

@@ -1,4 +1,4 @@
-"""Episodes as the codec's messages; what it refuses is the client's error."""
+"""Episodes as messages, with the codec's errors as the client's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from touchline_protos.codec import CodecError, Episode, OversizeError, encode_ad
 
 
 def encode_episode(episode: Episode, *, table: str) -> bytes:
-    """Returns an episode as the one message that adds it to a table.
+    """Returns the message that adds an episode to a table.
 
     Raises:
-        TooLargeError: no message can hold it.
-        InvalidEpisodeError: the codec refuses it for anything else.
+        TooLargeError: no message can hold the episode.
+        InvalidEpisodeError: the codec refuses the episode for another reason.
     """
     try:
         return encode_add_episode(episode, table=table)
@@ -20,5 +20,5 @@ def encode_episode(episode: Episode, *, table: str) -> bytes:
 
 
 def to_client_error(error: CodecError) -> InvalidEpisodeError | TooLargeError:
-    """Returns the client's error of an episode that the codec refuses."""
+    """Returns the client's error for an episode that the codec refuses."""
     return TooLargeError(str(error)) if isinstance(error, OversizeError) else InvalidEpisodeError(str(error))

@@ -5,8 +5,8 @@ What a child may rely on:
 * A client that was made before the fork works. It opens a channel of its own and becomes another sender of episodes.
 * What was open at the fork (streams, writers, spools) goes on in the parent, and raises ForkError or SpoolError in the child.
 
-gRPC's core survives a fork only if it was told to before it is loaded (``GRPC_ENABLE_FORK_SUPPORT``), and only if no thread is inside it
-at that moment; a child forked otherwise hangs in its first call. So this module, which the package imports before anything that imports
+gRPC's core survives a fork only if ``GRPC_ENABLE_FORK_SUPPORT`` is set before it is loaded, and only if no thread is inside it at that
+moment; a child forked otherwise hangs in its first call. So this module, which the package imports before anything that imports
 ``grpc``, sets that variable unless the user has, and holds a gate that calls pass and at which a fork waits. SQLite, whose global locks a
 child would find taken, is used behind the same gate.
 """
@@ -63,7 +63,7 @@ class ForkGate:
                 self._changed.notify_all()
 
     def shut(self) -> None:
-        """Lets no thread in, and waits up to :data:`GATE_WAIT_S` until all are out."""
+        """Keeps other threads out from now on, and waits up to :data:`GATE_WAIT_S` until those inside are out."""
         with self._changed:
             self._forks += 1
             if not self._changed.wait_for(lambda: self._inside == 0, GATE_WAIT_S):
@@ -72,7 +72,7 @@ class ForkGate:
                 )
 
     def reopen(self) -> None:
-        """Lets the parent's threads in again."""
+        """Admits the parent's threads again."""
         with self._changed:
             self._forks -= 1
             self._changed.notify_all()
@@ -102,7 +102,7 @@ def register_after_fork(thing: ForkAware) -> None:
 
 
 def leak_parent_object(thing: object) -> None:
-    """In a child: keeps an object of the parent's alive for good, past the end of the interpreter as well.
+    """Keeps an object of the parent's alive in a child, for good: past the end of the interpreter as well.
 
     Its destructor could use what parent and child share, or wait for a lock that a thread of the parent held at the fork.
     """
