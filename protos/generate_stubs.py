@@ -30,7 +30,7 @@ def find_python(environment: Path) -> Path:
 
 
 def prepare_environment(environment: Path) -> Path:
-    """Makes the generator's environment, or takes it as it is where it has the generator; returns its interpreter."""
+    """Makes the generator's environment unless it exists and has the right generator, and returns its interpreter."""
     python = find_python(environment)
     check = "from importlib.metadata import version; import pkg_resources; assert version('grpcio-tools') == '1.63.2'"
     if python.exists():
@@ -57,7 +57,7 @@ def generate(python: Path, out: Path) -> None:
 def main() -> None:
     """Reads the command line and generates."""
     parser = argparse.ArgumentParser(description="Generates the Python stubs of touchline/v1/replay.proto.")
-    parser.add_argument("--out", type=Path, default=PROTOS / "src", help="gets touchline_protos/v1/")
+    parser.add_argument("--out", type=Path, default=PROTOS / "src", help="output folder, which receives touchline_protos/v1/")
     parser.add_argument("--venv", type=Path, default=PROTOS.parent / ".venv-stubs", help="environment of the generator")
     options = parser.parse_args()
     generate(prepare_environment(options.venv.absolute()), options.out)

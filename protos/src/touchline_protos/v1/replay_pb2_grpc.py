@@ -31,8 +31,7 @@ if _version_not_supported:
 
 
 class ReplayStub(object):
-    """The replay service. Every `table` field names a table of the server; empty is the default table, the only one there is so far
-    (another name is NOT_FOUND).
+    """The replay buffer. Each `table` field names a table of the server; empty is the default table.
     """
 
     def __init__(self, channel):
@@ -84,25 +83,24 @@ class ReplayStub(object):
 
 
 class ReplayServicer(object):
-    """The replay service. Every `table` field names a table of the server; empty is the default table, the only one there is so far
-    (another name is NOT_FOUND).
+    """The replay buffer. Each `table` field names a table of the server; empty is the default table.
     """
 
     def AddEpisode(self, request, context):
-        """Stores one episode. Idempotent by its key: a retry is acknowledged and not stored again.
-        INVALID_ARGUMENT: the episode is malformed or does not fit the schema; the message names the column, what was found and what was
-        expected. Nothing is stored in part.
-        ALREADY_EXISTS: the key was used before for another payload.
-        RESOURCE_EXHAUSTED: the request is over the message limit (use LoadEpisodes) or the server is at its limits.
-        UNAVAILABLE: the server is draining; try again.
+        """Stores one episode that fits in a message. Idempotent by the episode's key: a retry is acknowledged and not stored again.
+        Nothing is stored if the call fails, unless it ends with UNAVAILABLE or DEADLINE_EXCEEDED: then retry with the same key.
+        INVALID_ARGUMENT    the episode is malformed or does not fit the schema; the text names the column, what was found and expected.
+        ALREADY_EXISTS      the key was used for another payload, or is too old to check.
+        RESOURCE_EXHAUSTED  the request exceeds the message limit (use LoadEpisodes), or the server is at its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadEpisodes(self, request_iterator, context):
-        """Stores any number of episodes of any size, each whole or in chunks. A refused episode does not stop the others: each has a result
-        of its own. A broken stream stores the episodes that were complete; all may be sent again with the same keys.
+        """Stores any number of episodes of any size, each whole or in chunks. One that is refused does not stop the others: each has its own
+        result. If the stream breaks, the episodes that were complete are stored; all may be sent again with the same keys.
+        INVALID_ARGUMENT    the stream itself is malformed: a chunk without a header or out of order, or an episode left incomplete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,36 +108,37 @@ class ReplayServicer(object):
 
     def Sample(self, request, context):
         """Draws one batch.
-        FAILED_PRECONDITION: no episode is long enough yet, also not within `wait_s`; the message gives the counts.
-        INVALID_ARGUMENT: a batch size, horizon or law out of range.
-        RESOURCE_EXHAUSTED: the batch would be over the message limit; the message names SampleStream, which has no such limit.
+        FAILED_PRECONDITION  no episode is long enough for the horizon, even after `wait_s`; the text gives the counts.
+        RESOURCE_EXHAUSTED   the batch would exceed the message limit; SampleStream has no such limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SampleStream(self, request_iterator, context):
-        """A sampling session. The first request opens it, later ones grant credits; the server pushes as many batches as it has credits for
-        and waits while nothing can be sampled. Ends with UNAVAILABLE when the server drains, OK when the learner closes its side.
+        """Streams batches ahead of their use. The first request opens the stream, later ones grant credits; the server pushes one batch per
+        credit and waits while nothing can be sampled. Ends with OK once the client has closed its side and its
+        credits are used up.
+        UNAVAILABLE         the server is stopping, or the table was cleared and its batches have another layout: open a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetEpisodes(self, request, context):
-        """Reads stored episodes back, whole, in the order of their ids: those of a list, or of a range, of one actor, the newest ones. What is
-        stored when the call begins is what is read; an episode that is evicted while the call runs is left out, never mixed with another.
-        NOT_FOUND: an id that was asked for by itself is not stored, and `skip_missing` is not set; the message names the ids.
-        INVALID_ARGUMENT: selectors that do not go together or are out of range, or a column that the schema does not have.
-        RESOURCE_EXHAUSTED: as many streams are open as the server takes.
-        UNAVAILABLE: the server drains; go on after the last whole episode (see EpisodeSelection).
+        """Reads whole episodes back in ascending order of their ids. The episodes are those stored when the call begins; one that is evicted
+        before it is sent is left out, and never mixed with another.
+        NOT_FOUND           an episode asked for by id is not stored, and `skip_missing` is false; the text names the ids.
+        INVALID_ARGUMENT    fields that exclude each other, a value out of range, or a column that the schema does not have.
+        RESOURCE_EXHAUSTED  the server has as many streams open as it allows.
+        UNAVAILABLE         the server is stopping; continue after the last whole episode (see EpisodeSelection).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Ready(self, request, context):
-        """Says whether batches can be sampled and whether enough history is stored, at once or after waiting for it.
+        """Reports whether batches can be sampled and enough history is stored, immediately or after waiting for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,7 +152,8 @@ class ReplayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Clear(self, request, context):
-        """Empties the table, its schema included. Episode ids, and counts of what was ever added, go on.
+        """Removes all episodes of the table, and its schema. Ids, keys and counts of everything ever added continue. Not idempotent: a retry
+        also removes what was added in between.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,8 +210,7 @@ def add_ReplayServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Replay(object):
-    """The replay service. Every `table` field names a table of the server; empty is the default table, the only one there is so far
-    (another name is NOT_FOUND).
+    """The replay buffer. Each `table` field names a table of the server; empty is the default table.
     """
 
     @staticmethod
