@@ -1,0 +1,323 @@
+"""The write path with each journal: equal requests give equal rings, counts, keys and ids, and failures leave nothing behind."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from support.durable_cases import MODES, durable_config
+from support.store_cases import make_config, read_episode, traced
+from touchline_protos import Counts
+from touchline_protos.codec import Episode, EpisodeKey
+from touchline_server import ReplayBuffer, StorageFullError, TooLargeError
+from touchline_server.durability import write_behind
+from touchline_server.durability.journal import SqliteJournal
+from touchline_server.store.columns import Columns
+from touchline_server.store.dedup import payload_digest
+from touchline_server.store.episode_ring import EpisodeRing
+from touchline_server.store.inserts import AddRequest, PlannedInsert, Stored
+from touchline_server.store.journal import NullJournal
+
+COLUMNS = 6
+"""Columns of a traced episode."""
+
+
+class PlannedFailureError(Exception):
+    """Raised where a test wants it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a table holds and knows."""
+
+    entries: list[list[int]]
+    rows: dict[str, bytes]
+    """All rows of the ring by column, those that are free as well."""
+    counts: Counts
+    senders: list[Any]
+    """Known numbers by sender. Their order, by who stored last, is left out: an add that failed to apply may have moved its sender."""
+    recent: list[Any]
+    next_id: int
+
+
+def state_of(buffer: ReplayBuffer) -> State:
+    store = buffer.store
+    columns, rows = store.columns, {}
+    if columns is not None:
+        for spec in columns.schema.columns:
+            out = np.empty((store.capacity, *spec.shape), spec.dtype)
+            columns.gather(spec.name, np.arange(store.capacity), out)
+            rows[spec.name] = out.tobytes()
+    ledger = store._ring.ledger
+    return State(store.entries().tolist(), rows, buffer.counts(), sorted(ledger.senders()), list(ledger.recent()), store.writes.next_id)
+
+
+def stored_rows(buffer: ReplayBuffer) -> dict[int, dict[str, bytes]]:
+    """The rows of each stored episode by id and column."""
+    return {
+        int(entry[0]): {name: array.tobytes() for name, array in read_episode(buffer.store, entry).items()}
+        for entry in buffer.store.entries()
+    }
+
+
+def comparable(outcome: Stored | Exception) -> object:
+    """An outcome without the text of an error, which may say that the schema was restored."""
+    return outcome if isinstance(outcome, Stored) else type(outcome)
+
+
+def commit(buffer: ReplayBuffer, episodes: Sequence[Episode]) -> list[object]:
+    """What becomes of a group, as the committer hands it to the write path."""
+    requests = [AddRequest(episode, payload_digest(episode.columns)) for episode in episodes]
+    return [comparable(outcome) for outcome in buffer.store.writes.commit(requests)]
+
+
+def add(buffer: ReplayBuffer, episode: Episode) -> object:
+    """What becomes of one episode, as a caller adds it."""
+    try:
+        return buffer.add_episode(episode)
+    except Exception as error:
+        return comparable(error)
+
+
+@contextmanager
+def failing_plan(buffer: ReplayBuffer, after: int) -> Iterator[None]:
+    """The plan step fails: at the check of each episode, or in allocating the columns."""
+
+    def fail(*arguments: object) -> Any:
+        raise TooLargeError("as the test wants")
+
+    name = "check" if after % 2 or buffer.store.columns is not None else "allocate"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffer.store._ring, name, fail)
+        yield
+
+
+@contextmanager
+def failing_journal(buffer: ReplayBuffer, after: int) -> Iterator[None]:
+    """The journal step fails; for a journal that writes at once in the middle of its transaction."""
+    journal = buffer.store.writes.journal
+
+    def fail(*arguments: object, **options: object) -> Any:
+        raise StorageFullError("as the test wants")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(journal, NullJournal):
+            patch.setattr(journal, "write", fail)
+        elif isinstance(journal, SqliteJournal):
+            database, left = journal._database, after
+            apply = database._apply
+
+            def fail_in_transaction(change: Any) -> None:
+                nonlocal left
+                apply(change)
+                left -= 1
+                if left < 0:
+                    full = sqlite3.OperationalError("as the test wants")
+                    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+                    raise full
+
+            patch.setattr(database, "_apply", fail_in_transaction)
+        else:
+            patch.setattr(write_behind, "change_of", fail)
+        yield
+
+
+@contextmanager
+def failing_apply(buffer: ReplayBuffer, after: int) -> Iterator[None]:
+    """The apply step fails: at a copy of rows, so in the middle of an episode."""
+    write_rows, left = Columns._write_rows, after
+
+    def fail(*arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise PlannedFailureError
+        write_rows(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Columns, "_write_rows", fail)
+        yield
+
+
+Failing = Callable[[ReplayBuffer, int], Any]
+LATE_FAILURES: list[Failing] = [failing_journal, failing_apply]
+
+
+class WritePathInEveryMode(RuleBasedStateMachine):
+    """Four tables, one in memory and one for each durability, get the same requests and failures."""
+
+    @initialize(capacity=st.integers(4, 24))
+    def begin(self, capacity: int) -> None:
+        self.folders = ExitStack()
+        self.capacity = capacity
+        self.paths = {mode: Path(self.folders.enter_context(tempfile.TemporaryDirectory())) for mode in MODES}
+        self.buffers = [ReplayBuffer(make_config(capacity)), *(self.opened(mode) for mode in MODES)]
+        self.tried = 0
+
+    def opened(self, mode: str) -> ReplayBuffer:
+        return ReplayBuffer(durable_config(self.paths[mode] / "data", capacity=self.capacity, durability=mode))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "buffers"):
+            return
+        try:
+            self.restart()
+            for buffer in self.buffers:
+                buffer.close()
+        finally:
+            self.folders.close()
+
+    def episode(self, length: int, *, number: int | None = None) -> Episode:
+        if number is None:
+            self.tried += 1
+            number = self.tried
+        return traced(number, length, key=EpisodeKey(f"robot-{number % 3}", 1, number), actor=f"actor-{number % 4}")
+
+    def everywhere(self, act: Callable[[ReplayBuffer], object]) -> object:
+        """Does the same to every table, asserts that it has the same result, and returns that."""
+        results = [act(buffer) for buffer in self.buffers]
+        assert all(result == results[0] for result in results), results
+        return results[0]
+
+    @rule(share=st.floats(0, 1), keyed=st.booleans())
+    def add(self, share: float, keyed: bool) -> None:
+        episode = self.episode(max(1, round(share * self.capacity)))
+        stored = self.everywhere(lambda buffer: add(buffer, episode if keyed else replace(episode, key=None)))
+        assert isinstance(stored, Stored) and not stored.duplicate
+
+    @rule(kind=st.sampled_from(["too long", "not a number", "no column"]))
+    def refuse(self, kind: str) -> None:
+        episode = self.episode(self.capacity + 1 if kind == "too long" else 2)
+        if kind == "not a number":
+            episode.columns["obs.state"][:] = np.nan
+        elif kind == "no column":
+            del episode.columns["action"]
+        assert not isinstance(self.everywhere(lambda buffer: add(buffer, episode)), Stored)
+
+    @precondition(lambda self: self.tried)
+    @rule(data=st.data(), same=st.booleans())
+    def send_again(self, data: st.DataObject, same: bool) -> None:
+        """An earlier key with the same length is a duplicate if that episode was stored; with another length it is a conflict."""
+        number = data.draw(st.integers(1, self.tried), "number")
+        lengths = {version: length for _, _, length, _, version in self.buffers[0].store.entries().tolist()}
+        length = lengths.get(number, 1)
+        self.everywhere(lambda buffer: add(buffer, self.episode(length if same else length % self.capacity + 1, number=number)))
+
+    @rule(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), repeat=st.integers(0, 7))
+    def add_group(self, lengths: list[int], repeat: int) -> None:
+        group = self.group(lengths, repeat)
+        self.everywhere(lambda buffer: commit(buffer, group))
+
+    def group(self, lengths: list[int], repeat: int) -> list[Episode]:
+        """Episodes of these lengths, some too long for the ring, one of them twice, and once its key with another payload."""
+        group = [self.episode(length) for length in lengths]
+        twin = group[repeat % len(group)]
+        return [*group, twin, self.episode(twin.length + 1, number=twin.policy_version)]
+
+    @rule()
+    def clear(self) -> None:
+        self.everywhere(lambda buffer: buffer.clear())
+
+    @rule()
+    def restart(self) -> None:
+        """The durable tables are closed and opened again; what the one in memory has kept, they have kept."""
+        for at, mode in enumerate(MODES, 1):
+            before = state_of(self.buffers[at])
+            self.buffers[at].close()
+            self.buffers[at] = self.opened(mode)
+            after = state_of(self.buffers[at])
+            # Restored episodes begin at row 0, and actors are numbered from 0.
+            assert replace(after, entries=[], rows={}) == replace(before, entries=[], rows={})
+        assert all(stored_rows(buffer) == stored_rows(self.buffers[0]) for buffer in self.buffers)
+        # So that the ring in memory can be compared with theirs again:
+        self.buffers[0] = self.moved(self.buffers[0])
+
+    def moved(self, buffer: ReplayBuffer) -> ReplayBuffer:
+        """A table in memory with what this one holds, as a start would restore it."""
+        fresh = ReplayBuffer(make_config(self.capacity))
+        ring: EpisodeRing = buffer.store._ring
+        entries = ring.index.find(buffer.store.entries()[:, 0].tolist())
+        restored = []
+        for entry, row in zip(entries, buffer.store.entries(), strict=True):
+            episode = replace(entry.origin, columns=read_episode(buffer.store, row))
+            restored.append(PlannedInsert(AddRequest(episode, 0), entry.episode_id, entry.length, (), None))
+        schema = buffer.store.schema if restored else None
+        fresh.store.writes.restore(restored, schema, counts=buffer.counts(), ledger=ring.ledger, next_id=ring.next_id)
+        return fresh
+
+    @rule(share=st.floats(0, 1), step=st.sampled_from([failing_plan, failing_journal]), after=st.integers(0, 1))
+    def fail_before_apply(self, share: float, step: Failing, after: int) -> None:
+        """Nothing has changed but the count of refused episodes."""
+        episode = self.episode(max(1, round(share * self.capacity)))
+        for buffer in self.buffers:
+            before = state_of(buffer)
+            with step(buffer, 0 if step is failing_journal else after):
+                assert not isinstance(add(buffer, episode), Stored)
+            refused = replace(before.counts, episodes_refused=before.counts.episodes_refused + 1)
+            assert state_of(buffer) == replace(before, counts=refused)
+
+    @rule(share=st.floats(0, 1), copies=st.integers(0, COLUMNS - 1))
+    def fail_to_apply(self, share: float, copies: int) -> None:
+        """What was evicted is gone and the id is used up; otherwise nothing has changed, in particular not the known keys."""
+        length = max(1, round(share * self.capacity))
+        episode = self.episode(length)
+        for buffer in self.buffers:
+            before, rows = state_of(buffer), stored_rows(buffer)
+            with failing_apply(buffer, copies):
+                assert not isinstance(add(buffer, episode), Stored)
+            after = state_of(buffer)
+            evicted = len(before.entries) - len(after.entries)
+            assert after.entries == before.entries[evicted:]
+            assert stored_rows(buffer) == {number: rows[number] for number in list(rows)[evicted:]}
+            assert (after.senders, after.recent, after.next_id) == (before.senders, before.recent, before.next_id + 1)
+            assert after.counts.episodes_refused == before.counts.episodes_refused + 1
+            assert after.counts.episodes_added == before.counts.episodes_added
+
+    @rule(
+        lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), step=st.sampled_from([failing_journal, failing_apply]), data=st.data()
+    )
+    def fail_in_a_group(self, lengths: list[int], step: Failing, data: st.DataObject) -> None:
+        """An episode of a group fails: in the journal all of them do, in the ring those behind it."""
+        group = self.group(lengths, 0)
+        after = data.draw(st.integers(0, COLUMNS * len(lengths)) if step is failing_apply else st.just(0), "after")
+
+        def act(buffer: ReplayBuffer) -> object:
+            with step(buffer, after):
+                return commit(buffer, group)
+
+        if step is failing_apply:
+            self.everywhere(act)
+            return
+        for buffer in self.buffers:
+            before = state_of(buffer)
+            act(buffer)
+            after_it = state_of(buffer)
+            assert replace(after_it, counts=before.counts) == before
+            assert after_it.counts.episodes_refused == before.counts.episodes_refused + len(group) - 1  # the repeated one counts once
+
+    @invariant()
+    def same_everywhere(self) -> None:
+        states = [state_of(buffer) for buffer in self.buffers]
+        for state, mode in zip(states[1:], MODES, strict=True):
+            assert state.entries == states[0].entries, mode
+            assert state.counts == states[0].counts, mode
+            assert (state.senders, state.recent, state.next_id) == (states[0].senders, states[0].recent, states[0].next_id), mode
+            assert state.rows == states[0].rows, mode
+        counts = states[0].counts
+        assert counts.episodes_stored == len(states[0].entries) == counts.episodes_added - counts.episodes_evicted
+        assert counts.steps_stored == sum(entry[2] for entry in states[0].entries) == counts.steps_added - counts.steps_evicted
+
+
+TestWritePathInEveryMode = WritePathInEveryMode.TestCase
+TestWritePathInEveryMode.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
