@@ -1,4 +1,4 @@
-"""The configuration: where it is read from, what overrides what, and what a mistake gets."""
+"""The configuration: its sources, what overrides what, and the errors for mistakes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_TOML = Path(__file__).parents[3] / "cfg" / "default.toml"
 
 @pytest.fixture(autouse=True)
 def _clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No variable of the machine's, and a working directory without a ``cfg`` folder."""
+    """Removes the machine's variables, and moves to a working directory without a ``cfg`` folder."""
     for variable in os.environ:
         if variable.upper().startswith("TOUCHLINE_"):
             monkeypatch.delenv(variable)
@@ -33,19 +33,20 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-# Where it is read from
+# Sources
 
 
-def test_default_toml_says_every_default() -> None:
+def test_default_toml_has_every_default() -> None:
     assert read_cfg(DEFAULT_TOML) == Config()
 
 
 def test_default_toml_names_every_key() -> None:
     text = DEFAULT_TOML.read_text(encoding="utf-8")
 
-    tables = tomllib.loads(text.replace("# seed = 0", "seed = 0"))
+    sections = tomllib.loads(text.replace("# seed = 0", "seed = 0"))
 
-    assert {table: list(keys) for table, keys in tables.items()} == {table: list(keys) for table, keys in Config().model_dump().items()}
+    expected = {section: list(keys) for section, keys in Config().model_dump().items()}
+    assert {section: list(keys) for section, keys in sections.items()} == expected
 
 
 def test_read_cfg_without_any_file_takes_the_packaged_copy() -> None:
@@ -64,7 +65,7 @@ def test_read_cfg_prefers_path_then_variable_then_working_directory(monkeypatch:
     assert read_cfg(str(by_path)).batch_size == 3
 
 
-def test_read_cfg_key_left_out_has_its_default(tmp_path: Path) -> None:
+def test_read_cfg_missing_key_has_its_default(tmp_path: Path) -> None:
     cfg = read_cfg(_write(tmp_path / "few.toml", "[config]\nhorizon = 5\n"))
 
     assert cfg == Config(config={"horizon": 5})
@@ -99,7 +100,7 @@ def test_read_cfg_syntax_error_names_file_and_line(text: str, line: str, tmp_pat
     assert line in str(caught.value)
 
 
-def test_read_cfg_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_read_cfg_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "latin.toml"
     file.write_bytes(b'[server]\nhost = "\xff"\n')
 
@@ -131,7 +132,63 @@ def test_read_cfg_environment_overrides_packaged_copy(monkeypatch: pytest.Monkey
     assert read_cfg().batch_size == 64
 
 
-def test_read_cfg_empty_variable_takes_the_seed_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+OTHER_VALUES: dict[str, dict[str, Any]] = {
+    "config": {"buffer_size": 500, "batch_size": 7, "min_history": 0, "horizon": 9},
+    "storage": {
+        "device": "cpu",
+        "scratch_dir": "/scratch",
+        "allow_non_finite": True,
+        "data_dir": "/data",
+        "durability": "sync",
+        "sync_interval_ms": 5,
+        "accept_eviction": True,
+    },
+    "sampling": {"law": "step", "seed": 3, "row_convention": "outgoing"},
+    "server": {
+        "host": "::1",
+        "port": 0,
+        "unix_socket": "/run/a.sock",
+        "log_level": "error",
+        "keepalive_s": 2.5,
+        "drain_timeout_s": 0.5,
+        "add_workers": 3,
+        "sample_workers": 4,
+        "sample_share": 0.25,
+    },
+    "limits": {
+        "max_message_bytes": 4096,
+        "max_request_bytes": 3_000_000,
+        "max_episode_bytes": 5000,
+        "max_columns": 9,
+        "max_batch_size": 300,
+        "max_horizon": 30,
+        "max_streams": 8,
+        "max_calls": 7,
+        "max_connection_calls": 6,
+        "max_receive_bytes": 5_000_000_000,
+        "max_send_bytes": 4_000_000_000,
+    },
+    "ring": {"max_rings": 0, "max_ring_bytes": 1},
+    "tls": {"cert": "a.pem", "key": "b.pem", "client_ca": "c.pem"},
+    "auth": {"tokens_file": "tokens.toml", "allow_plaintext": True},
+}
+"""A value other than the default for every key."""
+
+
+def test_every_key_has_the_same_value_from_code_file_and_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    in_code = Config(**OTHER_VALUES)
+    from_file = read_cfg(_write(tmp_path / "all.toml", in_code.to_toml()))
+    for section, keys in OTHER_VALUES.items():
+        for key, value in keys.items():
+            monkeypatch.setenv(f"TOUCHLINE_{section}__{key}".upper(), str(value).lower() if isinstance(value, bool) else str(value))
+
+    defaults, dumped = Config().model_dump(), in_code.model_dump()
+    assert dumped == OTHER_VALUES
+    assert all(dumped[section][key] != value for section, keys in defaults.items() for key, value in keys.items())
+    assert in_code == from_file == read_cfg()
+
+
+def test_read_cfg_empty_variable_unsets_the_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = _write(tmp_path / "seeded.toml", "[sampling]\nseed = 7\n")
 
     assert read_cfg(file).sampling.seed == 7
@@ -139,13 +196,15 @@ def test_read_cfg_empty_variable_takes_the_seed_away(monkeypatch: pytest.MonkeyP
     assert read_cfg(file).sampling.seed is None
 
 
-def test_read_cfg_variable_with_a_tables_name_alone_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_cfg_variable_with_the_name_of_a_section_only_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOUCHLINE_SERVER", "replay:50051")
 
     assert read_cfg() == Config()
 
 
-def test_variable_with_one_underscore_has_no_effect_and_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_variable_with_one_underscore_has_no_effect_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for variable in ("TOUCHLINE_CONFIG_BATCH_SIZE", "TOUCHLINE_TLS_CERT", "TOUCHLINE_SERVER_TOKENS", "TOUCHLINE_SERVER_SERVICE_HOST"):
         monkeypatch.setenv(variable, "7")
 
@@ -187,11 +246,11 @@ def test_config_in_code_ignores_the_environment(monkeypatch: pytest.MonkeyPatch,
     assert Config().batch_size == 256
 
 
-# What a mistake gets
+# Mistakes
 
 
 @pytest.mark.parametrize(
-    ("table", "key", "value", "expected"),
+    ("section", "key", "value", "expected"),
     [
         ("config", "batch_size", 0, "0, expected at least 1"),
         ("config", "batch_size", True, "True, expected a number"),
@@ -214,14 +273,14 @@ def test_config_in_code_ignores_the_environment(monkeypatch: pytest.MonkeyPatch,
         ("server", "hots", "::1", "unknown key, expected one of host, port"),
     ],
 )
-def test_config_bad_value_names_key_actual_and_expected(table: str, key: str, value: object, expected: str) -> None:
+def test_config_bad_value_names_key_actual_and_expected(section: str, key: str, value: object, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Config(**{table: {key: value}})
+        Config(**{section: {key: value}})
 
-    assert str(caught.value).startswith(f"{table}.{key}: {expected}")
+    assert str(caught.value).startswith(f"{section}.{key}: {expected}")
 
 
-def test_config_every_mistake_is_told() -> None:
+def test_config_every_mistake_is_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         Config(config={"batch_size": 0, "horizon": 0}, server={"port": -1})
 
@@ -259,7 +318,7 @@ def test_read_cfg_mistake_in_the_file_names_key_and_file(text: str, expected: st
 
 
 @pytest.mark.parametrize(
-    ("tables", "expected"),
+    ("sections", "expected"),
     [
         (
             {"config": {"batch_size": 65_537}},
@@ -273,20 +332,20 @@ def test_read_cfg_mistake_in_the_file_names_key_and_file(text: str, expected: st
         ({"storage": {"device": "disk"}}, "storage.scratch_dir: '', expected a folder"),
     ],
 )
-def test_config_values_that_do_not_go_together_are_refused(tables: dict[str, Any], expected: str) -> None:
+def test_config_values_that_do_not_fit_together_are_refused(sections: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Config(**tables)
+        Config(**sections)
 
     assert str(caught.value).startswith(expected)
 
 
-def test_small_buffer_is_taken_beside_the_default_min_history(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_buffer_is_accepted_with_the_default_min_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOUCHLINE_CONFIG__BUFFER_SIZE", "1000")
 
     assert (Config(config={"buffer_size": 1_000}).min_history, read_cfg().buffer_size) == (100_000, 1_000)
 
 
-def test_config_values_at_their_limits_are_taken() -> None:
+def test_config_values_at_their_limits_are_accepted() -> None:
     cfg = Config(
         config={"buffer_size": 1_025, "batch_size": 8, "min_history": 1_025, "horizon": 1_024},
         server={"port": 0},
@@ -302,7 +361,7 @@ def test_config_values_at_their_limits_are_taken() -> None:
 
 @pytest.mark.parametrize(("old", "new"), MOVED_KEYS.items(), ids=".".join)
 @pytest.mark.parametrize("source", ["file", "environment", "code"])
-def test_moved_key_is_refused_by_an_error_that_says_the_new_one(
+def test_moved_key_is_refused_with_an_error_that_gives_the_new_name(
     old: tuple[str, str], new: tuple[str, str], source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (section, key), value = old, Config().model_dump()[new[0]][new[1]]
@@ -322,14 +381,16 @@ def test_moved_key_is_refused_by_an_error_that_says_the_new_one(
     assert str(caught.value) == f"{section}.{key}{where} is now {'.'.join(new)}"
 
 
-def test_moved_key_among_other_mistakes_is_told_too() -> None:
+def test_moved_key_among_other_mistakes_is_reported_too() -> None:
     with pytest.raises(ConfigError) as caught:
         Config(config={"batch_size": 0}, server={"max_rings": 4})
 
     assert str(caught.value).splitlines() == ["config.batch_size: 0, expected at least 1", "server.max_rings is now ring.max_rings"]
 
 
-def test_moved_key_with_one_underscore_is_told_by_its_new_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_moved_key_with_one_underscore_is_logged_with_its_new_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("TOUCHLINE_SERVER_MAX_RINGS", "4")
 
     assert read_cfg() == Config()
@@ -351,8 +412,33 @@ def test_moved_keys_exist_in_their_new_place_and_not_in_the_old() -> None:
 # The object
 
 
-def test_config_takes_tables_as_objects() -> None:
+def test_config_accepts_sections_as_objects() -> None:
     assert Config(sampling=SamplingConfig(law="step")) == Config(sampling={"law": "step"})
+
+
+def test_override_replaces_keys_and_leaves_the_others() -> None:
+    cfg = Config(server={"host": "::1", "port": 1}, sampling={"seed": 3})
+
+    assert cfg.override(server={"port": 2}, ring={"max_rings": 0}) == Config(
+        server={"host": "::1", "port": 2}, sampling={"seed": 3}, ring={"max_rings": 0}
+    )
+    assert cfg.override() == cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"server": {"port": -1}}, "server.port: -1, expected at least 0"),
+        ({"server": {"max_rings": 1}}, "server.max_rings is now ring.max_rings"),
+        ({"rings": {"max_rings": 1}}, "rings: unknown section, expected one of config, storage"),
+        ({"config": {"batch_size": 70_000}}, "config.batch_size: 70000, expected at most limits.max_batch_size (65536)"),
+    ],
+)
+def test_override_with_a_mistake_is_refused(changes: dict[str, dict[str, int]], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config().override(**changes)
+
+    assert str(caught.value).startswith(expected)
 
 
 def test_config_is_frozen_and_hashable() -> None:
