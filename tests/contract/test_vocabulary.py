@@ -18,9 +18,11 @@ from touchline import errors as client_errors
 from touchline._rpc.calls import ERROR_OF_REASON, ERROR_OF_STATUS
 from touchline._rpc.convert import _ERROR_OF_OUTCOME
 from touchline_protos.codec import CodecError
-from touchline_protos.types import metadata, reasons
+from touchline_protos.types import limits, metadata, names, reasons
+from touchline_protos.types.episode import CodecLimits
 from touchline_protos.types.reasons import Reason
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server import Config
 from touchline_server import errors as server_errors
 from touchline_server.service import convert, grpc_status
 from touchline_server.service.grpc_status import INTERNAL, STATUS_OF, Status, status_of
@@ -53,12 +55,12 @@ def faults(client_table: Mapping[str, type[Exception]]) -> list[str]:
     found = []
     for kind, status in statuses():
         error = client_table.get(status.reason)
-        names = {base.__name__ for base in kind.__mro__}
+        bases = {base.__name__ for base in kind.__mro__}
         if status is INTERNAL and kind in classes(server_errors).values():
             found.append(f"{kind.__name__} has no status")
         elif error is None:
             found.append(f"{status.reason} ({kind.__name__}) has no row at the client")
-        elif status is not INTERNAL and not issubclass(kind, CodecError) and error.__name__ not in names:
+        elif status is not INTERNAL and not issubclass(kind, CodecError) and error.__name__ not in bases:
             found.append(f"{kind.__name__} becomes {error.__name__}, whose name none of its bases has")
     return found
 
@@ -139,8 +141,8 @@ def test_shared_errors_stand_in_the_same_tree_on_both_sides() -> None:
     shared = server.keys() & client.keys()
 
     def bases(kind: type[Exception]) -> set[str]:
-        names = {"root" if base.__name__ in ("ReplayError", "TouchlineError") else base.__name__ for base in kind.__mro__}
-        return names & {*shared, "root", "ValueError"}
+        found = {"root" if base.__name__ in ("ReplayError", "TouchlineError") else base.__name__ for base in kind.__mro__}
+        return found & {*shared, "root", "ValueError"}
 
     assert len(shared) == 12
     assert {name: bases(server[name]) for name in shared} == {name: bases(client[name]) for name in shared}
@@ -186,6 +188,52 @@ def strings_of(file: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
     prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose}
+
+
+def constants_of(source: str) -> dict[str, object]:
+    """Returns the constants that a module defines, by name; None for a value that is not a plain number."""
+    found: dict[str, object] = {}
+    for node in ast.parse(source).body:
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+            if isinstance(target, ast.Name) and target.id.isupper() and node.value is not None:
+                numbers = all(isinstance(part, ast.Constant | ast.BinOp | ast.operator) for part in ast.walk(node.value))
+                found[target.id] = eval(ast.unparse(node.value)) if numbers else None
+    return found
+
+
+def repeated_limits(sources: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Returns the (module, constant) that define a shared limit again: under its name, or as another limit on characters of 128."""
+    shared = {*constants_of(Path(limits.__file__).read_text("utf-8")), "MAX_NAME_CHARS"}
+    owners = {str(Path(module.__file__ or "").relative_to(ROOT)) for module in (limits, names)}
+    return {
+        (module, name)
+        for module, source in sources.items()
+        if module not in owners
+        for name, value in constants_of(source).items()
+        if name in shared or (name.endswith("_CHARS") and value == names.MAX_NAME_CHARS)
+    }
+
+
+def test_limits_that_both_sides_know_are_defined_once() -> None:
+    sources = {str(file.relative_to(ROOT)): file.read_text("utf-8") for file in SOURCES}
+
+    assert names.MAX_NAME_CHARS == 128
+    assert repeated_limits(sources) == set()
+
+
+@pytest.mark.parametrize(
+    "line", ["MAX_ID_CHARS = 128", "MAX_ACTOR_CHARS: int = 1 << 7", "MAX_REQUEST_BYTES = 2 * 1024 * 1024", "MAX_NAME_CHARS = 256"]
+)
+def test_limit_that_is_defined_again_is_found(line: str) -> None:
+    assert repeated_limits({"planted.py": f"import os\n\n{line}\n"}) == {("planted.py", re.split(r"[ :]", line)[0])}
+
+
+def test_configuration_takes_its_defaults_from_the_shared_limits() -> None:
+    configured = Config().limits
+
+    assert configured.max_message_bytes == limits.DEFAULT_MAX_MESSAGE_BYTES
+    assert configured.max_request_bytes == limits.MAX_REQUEST_BYTES
+    assert (configured.max_episode_bytes, configured.max_columns) == (CodecLimits().max_episode_bytes, CodecLimits().max_columns)
 
 
 def test_metadata_keys_are_spelled_once() -> None:

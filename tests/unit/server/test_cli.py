@@ -291,3 +291,15 @@ def test_address_of_server_is_one_to_connect_to(server: dict[str, object], expec
     config = ServerConfig.model_validate(server)
 
     assert own_address(config.host, str(config.port), config.unix_socket) == expected
+
+
+def test_help_of_serve_has_the_defaults_of_the_configuration(runner: CliRunner) -> None:
+    text = " ".join(runner.invoke(cli.app, ["serve", "--help"]).stdout.split())
+
+    server = Config().server
+    assert re.findall(r"Overrides server\.(\w+), by default ([\w.]+)\.", text) == [
+        ("log_level", server.log_level),
+        ("host", server.host),
+        ("port", str(server.port)),
+    ]
+    assert f"{server.host}:{server.port} unless" in " ".join(runner.invoke(cli.app, ["healthcheck", "--help"]).stdout.split())

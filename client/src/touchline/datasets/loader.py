@@ -16,7 +16,7 @@ from touchline.datasets.errors import DatasetError
 from touchline.datasets.formats import open_source
 from touchline.datasets.read_ahead import ReadAhead
 from touchline.datasets.renamed_arguments import renamed_arguments
-from touchline.datasets.size_limit import DEFAULT_MAX_EPISODE_BYTES, SizeLimit
+from touchline.datasets.size_limit import SizeLimit
 from touchline.datasets.source import DatasetEpisode, Digest, Source
 from touchline.datasets.transforms import ColumnTransforms
 from touchline.errors import EpisodeResult, InvalidEpisodeError, TouchlineError
@@ -25,6 +25,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types import rules
 from touchline_protos.types.casting import ColumnError
 from touchline_protos.types.dtypes import dtype_name
+from touchline_protos.types.limits import DEFAULT_MAX_EPISODE_BYTES
 
 CALL_BYTES = 32 << 20
 """Payload of one call, and of the episodes read ahead meanwhile; so about twice this is in memory. Progress is reported once a call."""

@@ -17,10 +17,8 @@ import numpy as np
 from touchline._rpc.convert import whole_number
 from touchline.datasets.errors import DatasetError
 from touchline.datasets.transforms import ColumnTransforms
-from touchline_protos.types.episode import CodecLimits
+from touchline_protos.types.limits import DEFAULT_MAX_EPISODE_BYTES
 
-DEFAULT_MAX_EPISODE_BYTES = CodecLimits().max_episode_bytes
-"""Limit used without a server to ask: a server's default, 1 GiB."""
 MAX_COLUMNS = 1 << 12
 """Maximum number of columns and groups of an episode. Servers accept far fewer; this bounds the walk through the file."""
 MAX_METADATA_BYTES = 1 << 16

@@ -20,7 +20,7 @@ SCALAR = ("reward", "done", "task")
 RESERVED = ("episode", "index")
 """Names that TorchRL gives to its own columns."""
 RESERVED_PREFIX = "provenance."
-MAX_NAME_CHARS = CodecLimits().max_name_chars
+MAX_COLUMN_NAME_CHARS = CodecLimits().max_name_chars
 ENDS = ("terminated", "terminateds", "terminal", "terminals", "termination", "terminations", "dones", "is_terminal", "is_done")
 """Names under which others keep what is ``done`` here. Beside it they are columns like others; without it, batches would say that nothing
 ever ended. A truncation is not the end of what an episode is worth: ``truncated`` may stand by itself."""
@@ -116,9 +116,10 @@ def _common_length(episode: Mapping[str, np.ndarray]) -> int:
 def _check_names(names: Iterable[str]) -> None:
     """Comes first: other messages print names as they are."""
     for name in names:
-        if not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and all(name.split("."))):
+        if not (0 < len(name) <= MAX_COLUMN_NAME_CHARS and name.isprintable() and all(name.split("."))):
             raise ColumnError(
-                f"{name[:MAX_NAME_CHARS]!r}: not a column name, expected 1 to {MAX_NAME_CHARS} printable characters and no empty part "
+                f"{name[:MAX_COLUMN_NAME_CHARS]!r}: not a column name, "
+                f"expected 1 to {MAX_COLUMN_NAME_CHARS} printable characters and no empty part "
                 "between dots"
             )
         if name.count(".") > MAX_NESTING:
