@@ -1,24 +1,26 @@
 """Touchline's client: a networked replay buffer for learners and actors.
 
-A learner::
+An actor sends steps, which become episodes::
+
+    with ReplayClient("replay-host:50051", actor="left-foot") as client, EpisodeWriter(client) as writer:
+        writer.append({"obs": obs})  # the reset observation
+        while not done:
+            ...
+            writer.append({"obs": obs, "action": action, "reward": reward, "done": done})
+        writer.end_episode()
+
+A learner gets batches of B slices of H transitions each, time-major::
 
     with ReplayClient("replay-host:50051") as client:
         client.wait_until_ready()
-        for obs, action, reward, done in client.batches():
-            ...
+        for obs, action, reward, done in client.batches(batch_size=256, horizon=3):
+            ...  # obs [H+1, B, *obs_shape], action [H, B, A], reward and done [H, B, 1]
 
-An actor::
-
-    with ReplayClient("replay-host:50051", actor="left-foot") as client, EpisodeWriter(client) as writer:
-        writer.append({"obs": obs})
-        writer.append({"obs": obs, "action": action, "reward": reward, "done": done})
-        ...
-        writer.end_episode()
-
-Importing this loads neither torch nor tensordict.
+Stored episodes are read back with ``client.episodes()``. Every error that the package raises is a :class:`TouchlineError`; the tree is in
+:mod:`touchline.errors`. Importing the package loads neither torch nor tensordict: batches are tensors if torch is installed.
 """
 
-import touchline._rpc.fork  # noqa: F401  before all that imports grpc
+import touchline._rpc.fork  # noqa: F401  must come before the first import of grpc
 from touchline._learner.episodes import EpisodeStream
 from touchline._learner.stream import BatchStream
 from touchline._rpc.credentials import TlsConfig
