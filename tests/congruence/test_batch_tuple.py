@@ -1,4 +1,4 @@
-"""A batch behaves as the tuple that it unpacks into, wherever it comes from."""
+"""A batch behaves like the tuple that it unpacks into, on every path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One suite for every path by which a batch can come: in process, unary, stream, ring. All must agree."""
+"""One suite for every path of a batch: in process, unary, stream, ring. All must agree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATHS = ["in process", "unary", "stream", "ring"]
 
 @dataclass
 class Subject:
-    """A buffer that is reached by one path."""
+    """A buffer behind one of the paths."""
 
     buffer: ReplayBuffer
     verbs: Any
@@ -64,7 +64,7 @@ def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
     if path == "unary":
 
         def draw_unary(seed: int | None, n: int) -> list[Batch]:
-            # One seed is one draw here: the first batch of the other paths.
+            # On this path each seed makes one draw: the first batch of the other paths.
             return [client.sample(seed=seed) for _ in range(n)]
 
         return Subject(buffer, client, draw_unary, "")
@@ -134,7 +134,7 @@ def assert_equal(left: Batch, right: Batch) -> None:
 
 
 def assert_true_to_provenance(batch: Batch) -> None:
-    """Every value of the batch is that of the episode and step that its provenance names."""
+    """Asserts that every value of the batch is that of the episode and step that its provenance names."""
     first = batch.episode_id * 1000.0 + batch.start
     rows = first[None] + torch.arange(HORIZON + 1)[:, None]
     assert torch.equal(batch.obs["state"][..., 0], rows.float())
@@ -205,7 +205,7 @@ def test_held_batches_and_rows_stay_as_they_are_while_thousands_are_drawn(path: 
 
 
 def draw_many(subject: Subject, stack: ExitStack, count: int) -> Iterator[Batch]:
-    """Batches one by one: nothing but what the caller keeps is held."""
+    """Yields batches one by one, holding only those that the caller keeps."""
     if not subject.transport:
         for _ in range(count):
             yield subject.verbs.sample()
@@ -316,7 +316,7 @@ def test_cleared_table_with_another_schema_goes_on(path: str, stack: ExitStack) 
     for number in range(5):
         subject.verbs.add({"obs": np.full((10, 2), number, np.float32), "action": np.zeros((10, 1)), "reward": np.zeros(10)})
 
-    for _ in range(200):  # what was under way before may still come
+    for _ in range(200):  # batches drawn before may still arrive
         batch = next(source)
         if not isinstance(batch.obs, dict):
             break

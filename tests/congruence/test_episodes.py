@@ -25,7 +25,7 @@ CAPACITY = 260_000
 
 
 def columns_of(number: int) -> dict[str, np.ndarray]:
-    """Random bits of every dtype; every seventh episode has more than a frame holds."""
+    """Random bits of every dtype; every seventh episode is larger than a frame."""
     length = 60_000 if number % 7 == 6 else 3 + number
     random = np.random.default_rng(number)
     columns = {
@@ -42,7 +42,7 @@ def columns_of(number: int) -> dict[str, np.ndarray]:
 
 
 def facts(episode: StoredEpisode) -> tuple[Any, ...]:
-    """All that there is to say about an episode."""
+    """Returns everything that identifies an episode and its content."""
     assert all(column.flags.writeable and column.flags.c_contiguous for column in episode.columns.values())
     columns = [(name, bits(column)) for name, column in episode.columns.items()]
     return episode.id, episode.key, episode.actor, episode.policy_version, episode.length, columns
@@ -54,7 +54,7 @@ def all_facts(episodes: Iterable[StoredEpisode]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module", params=["cpu", "disk"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A buffer and a client of its server; the first episodes are evicted, and one lies over the ring's seam."""
+    """A buffer and a client of its server; the first episodes are evicted, and one wraps around the ring's end."""
     storage = {"device": request.param, "allow_non_finite": True, "scratch_dir": str(tmp_path_factory.mktemp("scratch"))}
     buffer = ReplayBuffer(Config(config={"buffer_size": CAPACITY, "min_history": 0}, storage=storage, server={"port": 0}))
     for number in range(EPISODES):
@@ -100,7 +100,7 @@ def test_queries_are_answered_alike(both: tuple[ReplayBuffer, ReplayClient], dat
     try:
         expected = all_facts(buffer.episodes(**query))
     except server_errors.InvalidArgumentError as error:
-        # An empty list of ids is answered without the server, so that no column can be unknown to it.
+        # An empty list of ids is answered without the server, so no column is refused as unknown.
         if query.get("ids") == []:
             return
         with pytest.raises(InvalidArgumentError) as refusal:

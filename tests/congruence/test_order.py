@@ -1,4 +1,4 @@
-"""The order of nested observation keys, and of what is beside them: the first episode's, by every path by which values come back.
+"""Nested observation keys, and columns beside them, keep the order of the first episode on every path by which values come back.
 
 An actor and a learner that join the values of a dict (``torch.cat(list(obs.values()))``) must join them in the same order.
 """
@@ -22,7 +22,7 @@ from touchline.torchrl import RemoteReplayBuffer
 from touchline_server import Config, ReplayBuffer
 
 NESTED = {"z": 0, "proprio": {"qvel": 1, "arm": {"y": 2, "b": 3}, "a": 4}, "camera": 5}
-"""Observations, in no alphabetical order, with the value of each."""
+"""Observations with their values, not in alphabetical order."""
 ORDER = [0, 1, 2, 3, 4, 5]
 NAMES = ["obs.z", "obs.proprio.qvel", "obs.proprio.arm.y", "obs.proprio.arm.b", "obs.proprio.a", "obs.camera"]
 EXTRA = ["zeta", "alpha.b", "alpha.a"]
@@ -40,7 +40,7 @@ def episode(rows: int = 5) -> dict[str, Any]:
 
 
 def joined(level: Any) -> list[float]:
-    """Returns the values in the order in which the level's dicts give them."""
+    """Returns the values in the order of the dicts of each level."""
     if isinstance(level, Mapping) or hasattr(level, "batch_size"):
         return [value for name in level.keys() for value in joined(level[name])]  # noqa: SIM118  a TensorDict
     return [float(np.ravel(level)[0])]
@@ -77,7 +77,7 @@ def test_nested_observations_come_back_in_the_order_of_the_first_episode(buffer:
         client.add(TensorDict({tuple(name.split(".")): value for name, value in episode().items()}, [5]))
     else:
         buffer.add(episode())
-    # Another order later changes nothing.
+    # Another order in a later episode changes nothing.
     client.add(dict(reversed(episode().items())) | {"obs": dict(reversed(filled(NESTED, 5, 1).items()))})
 
     got = {

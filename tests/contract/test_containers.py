@@ -1,4 +1,4 @@
-"""What Dockerfile and compose files say twice, or take from elsewhere; an engine is not needed."""
+"""Dockerfile and compose files agree with each other and with what they take from elsewhere; needs no engine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_server_gets_longer_to_stop_than_to_drain() -> None:
 def test_compose_keeps_the_episodes_on_the_servers_volume() -> None:
     service = COMPOSE.partition("\n  replay:\n")[2].partition("\n  actor:\n")[0]
 
-    # With `-` and not `:-`: set but empty has to turn it off.
+    # With `-` instead of `:-`, since set but empty has to turn it off.
     (data_dir,) = re.findall(r"- TOUCHLINE_STORAGE__DATA_DIR=\$\{TOUCHLINE_STORAGE__DATA_DIR-(.+)\}", service)
     (volume, mount) = re.findall(r"- ([a-z-]+):(/data)\b", service)[0]
 
@@ -67,7 +67,7 @@ def test_compose_keeps_the_episodes_on_the_servers_volume() -> None:
 def test_health_check_waits_for_a_large_store_to_be_read() -> None:
     (start_s,) = re.findall(r"HEALTHCHECK .*--start-period=(\d+)s", DOCKERFILE)
 
-    # Seconds a GiB, rounded up, as docs/guarantees.md gives them; for a store of 128 GiB.
+    # Seconds a GiB, rounded up from docs/guarantees.md, for a store of 128 GiB.
     assert int(start_s) >= 4 * 128
     assert "start_period" not in COMPOSE + GPU
 

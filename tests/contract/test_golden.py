@@ -1,6 +1,6 @@
-"""Golden bytes of the messages that carry tensors: what was once on the wire has to stay readable.
+"""Golden bytes of the messages that carry tensors: every message that was once on the wire has to stay readable.
 
-``python tests/contract/test_golden.py`` writes the files anew; do that only together with a change of the protocol's version.
+``python tests/contract/test_golden.py`` regenerates the files; do that only together with a change of the protocol's version.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHUNK_BYTES = 96
 
 
 def ramp(shape: tuple[int, ...], dtype: np.dtype, start: int = 0) -> np.ndarray:
-    """Counts up, in any dtype; a bfloat16 by its bits."""
+    """Returns ascending values of any dtype; bfloat16 as its bits."""
     values = np.arange(start, start + int(np.prod(shape, dtype=int))).reshape(shape)
     if dtype.kind == "b":
         return values % 2 == 1
@@ -47,7 +47,7 @@ def ramp(shape: tuple[int, ...], dtype: np.dtype, start: int = 0) -> np.ndarray:
 
 
 def make_episode() -> Episode:
-    """Every dtype of the wire, several ranks, no row left out."""
+    """An episode with every dtype of the wire and several ranks."""
     columns = {f"extra.{wire.name.lower()}": ramp((3, 2), to_numpy(wire), int(wire)) for wire in DType}
     columns |= {
         "obs": ramp((3, 2, 2), np.dtype("<f4"), 100),
@@ -108,7 +108,7 @@ def write_load() -> list[bytes]:
 
 
 def write_reading() -> dict[str, bytes]:
-    """Two episodes in a group, and a third one in chunks, of which the first of many is here."""
+    """Two episodes in a group, and a third one in chunks, of which only the first is here."""
     episode = make_episode()
     specs = [TensorSpec(name, column.dtype, column.shape) for name, column in episode.columns.items()]
     outlines = [
@@ -185,7 +185,7 @@ def test_golden_messages_are_known_to_the_generated_class_to_the_last_field(name
     message.DiscardUnknownFields()
 
     assert size == message.ByteSize()
-    # What protobuf does not write again is padding without content, two bytes each.
+    # Protobuf does not write padding without content again, two bytes each.
     assert 0 <= len(golden(name)) - size <= 2 * golden(name).count(b"\x1a\x00")
 
 

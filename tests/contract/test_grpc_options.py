@@ -1,4 +1,4 @@
-"""Every gRPC option that the sources set is one that the installed core knows: gRPC takes unknown ones without a word."""
+"""Every gRPC option that the sources set is one that the installed core knows: gRPC accepts unknown ones silently."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from touchline import ReplayClient
 
 ROOT = Path(__file__).parents[2]
 CLIENT = ("protos/src", "client/src")
-PARTS = (*CLIENT, "server/src", "tests", "benchmarks") if HAS_SERVER else CLIENT  # the others need not fit the oldest versions
+PARTS = (*CLIENT, "server/src", "tests", "benchmarks") if HAS_SERVER else CLIENT  # the others are not in the oldest versions
 SOURCES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
 CORE = Path(cygrpc.__file__).read_bytes()
 
 
 def options_of(source: str) -> Iterator[str]:
-    """Yields the names of the options in a module: the first of every pair that begins with a text that begins with ``grpc.``."""
+    """Yields the names of the options in a module: the first element of every pair that starts with a ``grpc.`` text."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Tuple) and len(node.elts) == 2 and isinstance(node.elts[0], ast.Constant):
             name = node.elts[0].value
-            if isinstance(name, str) and name.startswith("grpc.") and name.islower():  # capitals are in names of services
+            if isinstance(name, str) and name.startswith("grpc.") and name.islower():  # names of services have capitals
                 yield name
 
 
 def is_known(name: str) -> bool:
-    """Returns whether the core has an option of this name, and not only one that begins with it."""
+    """Returns whether the core has an option of exactly this name, not only one with this prefix."""
     return name.startswith("grpc.") and name.encode() + b"\0" in CORE
 
 
@@ -66,7 +66,7 @@ def test_options_that_server_and_client_come_to_set_are_known_to_the_core(monkey
 @pytest.mark.parametrize(
     "name",
     [
-        "grpc.http2.min_recv_ping_interval_without_data_ms",  # set by the server once, for which its clients were hung up on
+        "grpc.http2.min_recv_ping_interval_without_data_ms",  # the server once set only this one, and closed its clients' connections
         "grpc.keepalive_time",
         "grpc.keepalive_time_msec",
         "keepalive_time_ms",

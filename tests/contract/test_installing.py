@@ -1,4 +1,4 @@
-"""Commands that messages and pages name for installing: each works from a clone, and those of messages from a wheel, too."""
+"""Install commands in messages and pages: each works from a clone, and those of messages also from a wheel."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_command_for_one_package_of_an_extra_names_that_alone() -> None:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Yields the texts of a module; of an f-string, its fixed parts together."""
+    """Yields the string constants of a module; for an f-string, its fixed parts joined."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) for part in node.values if isinstance(part, ast.Constant))
@@ -83,7 +83,7 @@ def test_recorder_without_its_library_says_what_to_install(recorder: str, module
 
 
 def commands(page: Path) -> list[str]:
-    """Returns what a page has pip install."""
+    """Returns the arguments of a page's pip install commands."""
     return re.findall(r"pip install ((?:[\w./\[\],=<>-]+|\"[^\"]*\"|'[^']*'|[ ](?=[^ #]))+)", page.read_text("utf-8"))
 
 

@@ -28,7 +28,7 @@ DTYPES = {"DTYPE_FLOAT32": np.float32, "DTYPE_FLOAT64": np.float64, "DTYPE_INT64
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client's program, with its packages beside it."""
+    """The client's program, with its packages installed next to it."""
     npm = shutil.which("npm")
     if shutil.which("node") is None or npm is None:
         pytest.skip("node and npm are not both installed")
@@ -47,7 +47,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(found: dict[str, Any], expected: Batch) -> None:
-    """Every value of a batch as the client printed it; the numbers of JSON hold float32, float64 and small integers exactly."""
+    """Asserts that a batch has the values that the client printed; JSON numbers hold float32, float64 and small integers exactly."""
     arrays = {
         name: np.array(tensor["values"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
         for part in ("columns", "provenance")

@@ -26,7 +26,7 @@ from touchline_server.service.grpc_status import INTERNAL, STATUS_OF
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 ADDRESS = "127.0.0.1:50051"
-"""What the README calls the server's address."""
+"""The server's address in the README."""
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in ("protos", "client", "server"))]
@@ -43,7 +43,7 @@ QUICK_START = (
     "if buffer.ready():",
     "    obs, action, reward, done = buffer.sample()",
 )
-"""The promise that the project began with; not even a formatter changes it."""
+"""The code that the project promised first; not even a formatter may change it."""
 
 IN_PROCESS, SERVER, NETWORKED, ACTOR_AND_LEARNER = (
     "quick start, in process",
@@ -77,7 +77,7 @@ def shapes(variables: dict[str, Any]) -> list[tuple[int, ...]]:
 
 
 def table(text: str, marker: str) -> list[list[str]]:
-    """Returns the cells of the table behind a comment, its head left out."""
+    """Returns the cells of the table after a comment, without its head."""
     _, found, rest = text.partition(f"<!-- test: {marker} -->\n")
     assert found
     rows = [line.strip("| ").split(" | ") for line in rest.partition("\n\n")[0].splitlines()]

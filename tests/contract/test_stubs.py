@@ -1,4 +1,4 @@
-"""The committed stubs are those of the committed .proto."""
+"""The committed stubs match the committed .proto."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 PROTOS = Path(__file__).parents[2] / "protos"
 STUBS = ("replay_pb2.py", "replay_pb2.pyi", "replay_pb2_grpc.py")
 ENVIRONMENT = Path(os.environ.get("TOUCHLINE_STUBS_VENV") or PROTOS.parent / ".venv-stubs")
-"""The generator's environment. Where it is missing it is made, which takes a package index and a minute, once."""
+"""The generator's environment. If it is missing it is made, once, which takes a package index and a minute."""
 
 
 @pytest.mark.slow

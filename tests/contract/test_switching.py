@@ -1,4 +1,4 @@
-"""Every program of docs/switching.md runs as written; the one change to it is the address of the test's server."""
+"""Every program of docs/switching.md runs as written; the only change is the address of the test's server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADDRESS = "host:50051"
 
 
 def _start(folder: Path) -> ServerProcess:
-    """Starts a server as the page says for 50,000 steps, with every other key at its default."""
+    """Starts a server as the page describes for 50,000 steps, with every other key at its default."""
     (size,) = re.findall(r"`TOUCHLINE_CONFIG__BUFFER_SIZE=(\d+) touchline-server serve`", PAGE.read_text("utf-8"))
     defaults = {"TOUCHLINE_CONFIG__MIN_HISTORY": "100000", "TOUCHLINE_CONFIG__BATCH_SIZE": "256"}
     return ServerProcess(folder, TOUCHLINE_CONFIG__BUFFER_SIZE=size, **defaults)

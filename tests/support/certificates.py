@@ -1,4 +1,4 @@
-"""Certificates made for a test: an authority, and what it vouches for."""
+"""Certificates for tests: an authority, and the certificates that it signs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Authority:
         passphrase: bytes | None = None,
         for_clients: bool = True,
     ) -> Pair:
-        """Makes a certificate for hosts (DNS names or addresses) and its key; valid from and until so long after now."""
+        """Makes a certificate for hosts (DNS names or addresses) and its key; valid between two times relative to now."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         uses = [ExtendedKeyUsageOID.SERVER_AUTH, *([ExtendedKeyUsageOID.CLIENT_AUTH] if for_clients else [])]

@@ -1,4 +1,4 @@
-"""A real gRPC server whose answers a test decides: for what a healthy replay server does not do on demand."""
+"""A real gRPC server with answers chosen by a test, for behaviour that a healthy replay server does not show on demand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KINDS = {
 def fail(
     context: grpc.ServicerContext, code: grpc.StatusCode, reason: str = "", details: str = "as the test wants", retry_after: str = ""
 ) -> NoReturn:
-    """Ends a call the way the replay service does: status code, text, and for programs a reason and a delay in milliseconds."""
+    """Ends a call as the replay service does: with a status code, a text, a reason for programs and a delay in milliseconds."""
     trailing = (("touchline-reason", reason), ("grpc-retry-pushback-ms", retry_after))
     context.set_trailing_metadata(tuple((key, value) for key, value in trailing if value))
     context.abort(code, details)
@@ -34,7 +34,7 @@ def fail(
 
 
 class ScriptedServer(grpc.GenericRpcHandler):
-    """Serves ``touchline.v1.Replay`` by the given functions, bytes in and bytes out.
+    """Serves ``touchline.v1.Replay`` with the given functions of bytes.
 
     Args:
         handlers: function of a message (or an iterator of messages) and the context, by method name. Other methods are UNIMPLEMENTED.
@@ -43,7 +43,7 @@ class ScriptedServer(grpc.GenericRpcHandler):
     def __init__(self, **handlers: Handler) -> None:
         self.handlers = handlers
         self.calls: list[tuple[str, dict[str, str]]] = []
-        """Every call so far: the method's name and the call's metadata."""
+        """Method name and metadata of every call so far."""
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         self._server.add_generic_rpc_handlers((self,))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -75,7 +75,7 @@ def trying_once(client: ReplayClient) -> ReplayClient:
 
 
 def in_turn(*handlers: Handler) -> Handler:
-    """Returns a handler that answers the first call like the first of these, the second like the second; the last goes on."""
+    """Returns a handler that answers the n-th call like the n-th of these handlers, and further ones like the last."""
     left: Iterator[Handler] = iter(handlers[:-1])
 
     def handle(request: Any, context: grpc.ServicerContext) -> Any:
@@ -90,7 +90,7 @@ def failing(code: grpc.StatusCode, reason: str = "", details: str = "as the test
 
 
 def over_limit(retry_after: str = "") -> Handler:
-    """Returns a handler that fails as a server does that has as much to do as it takes; the delay is in milliseconds."""
+    """Returns a handler that fails like a server over a limit; the delay is in milliseconds."""
     return failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "over-limit", retry_after=retry_after)
 
 

@@ -19,7 +19,7 @@ IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=128
 
 @st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray:
-    """Any bits (NaN payloads too) of any dtype and shape, 0-d and empty ones included, in any memory layout."""
+    """Arrays of any bits (including NaN payloads), dtype and shape (including 0-d and empty) in any memory layout."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=5)))
     size = int(np.prod(shape, dtype=int)) * dtype.itemsize
@@ -73,7 +73,7 @@ def same_episode(one: Episode, other: Episode) -> bool:
 
 
 def to_proto(episode: Episode) -> pb.Episode:
-    """The episode by the generated classes."""
+    """Returns the episode as a message of the generated classes."""
     message = pb.Episode(actor=episode.actor, policy_version=episode.policy_version)
     if episode.key is not None:
         message.key.client_id = episode.key.client_id
@@ -87,7 +87,7 @@ def to_proto(episode: Episode) -> pb.Episode:
 
 
 def from_proto(message: pb.Episode) -> Episode:
-    """The episode that the generated classes read."""
+    """Returns the episode in a message of the generated classes."""
     columns = {
         column.name: np.ndarray(tuple(column.tensor.shape), to_numpy(column.tensor.dtype), column.tensor.data)
         if column.tensor.data
@@ -101,7 +101,7 @@ def from_proto(message: pb.Episode) -> Episode:
 
 
 def small_episode() -> Episode:
-    """Four rows of usual columns."""
+    """Returns an episode of four rows with the usual columns."""
     return Episode(
         {
             "obs": np.arange(12, dtype=np.float32).reshape(4, 3),
@@ -116,7 +116,7 @@ def small_episode() -> Episode:
 
 
 def layout(horizon: int = 3, batch_size: int = 4, *, obs: tuple[int, ...] = (5,), task: bool = True) -> BatchLayout:
-    """A batch's layout with nested observations, an extra column and a task."""
+    """Returns a batch layout with nested observations, an extra column and a task."""
     steps, transitions = (horizon + 1, batch_size), (horizon, batch_size)
     float32 = np.dtype("<f4")
     columns = [
@@ -139,7 +139,7 @@ def fill(views: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
 
 
 def batch_arrays(batch: object) -> dict[str, np.ndarray]:
-    """The arrays of a decoded batch of :func:`layout` by their wire names."""
+    """Returns the arrays of a decoded batch of :func:`layout` by their wire names."""
     found = {
         "obs.state": batch.obs["state"],
         "obs.image.left": batch.obs["image"]["left"],

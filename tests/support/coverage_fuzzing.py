@@ -1,6 +1,6 @@
-"""Fuzzes a target guided by coverage: ``python -m support.coverage_fuzzing TARGET CORPUS [libFuzzer's options]``, ``-runs=1000`` for one.
+"""Fuzzes a target, guided by coverage: ``python -m support.coverage_fuzzing TARGET CORPUS [libFuzzer's options]``, ``-runs=1000`` for one.
 
-CORPUS is a folder; good inputs are put into it first. Ends with an error, and the input in ``./crash-*``, where the target is wrong.
+CORPUS is a folder; good inputs are put into it first. Ends with an error, and the input in ``./crash-*``, if the target fails.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atheris
 
-# Before anything else imports them.
+# Imported before anything else imports them, so that they are instrumented.
 with atheris.instrument_imports(include=["touchline_protos", "touchline_server.store.schema", "touchline_server.store.dedup"]):
     from support.fuzz_inputs import seeds
     from support.fuzzing import frame, targets

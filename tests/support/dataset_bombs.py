@@ -1,4 +1,4 @@
-"""Small files that announce gigabytes, or hold them compressed, with a good episode before and after that one if the format permits."""
+"""Small files that announce gigabytes, or hold them compressed; with a good episode before and after if the format permits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def deflated_zeros(size_bytes: int) -> bytes:
     begin = compressor.compress(b"") + compressor.flush(zlib.Z_FULL_FLUSH)
     block = compressor.compress(bytes(16 * MIB)) + compressor.flush(zlib.Z_FULL_FLUSH)
     ends = zlib.compressobj(9, wbits=-15).flush()
-    checksum = struct.pack(">HH", size_bytes % 65521, 1)  # Adler's, of zeros
+    checksum = struct.pack(">HH", size_bytes % 65521, 1)  # Adler-32 of zeros
     return begin + block * (size_bytes // (16 * MIB)) + ends + checksum
 
 
@@ -65,7 +65,7 @@ def npz_announcing(path: Path) -> Path:
 
 
 def npz_zeros(path: Path) -> Path:
-    """Writes zeros, which are really in it, for four times an episode's limit."""
+    """Writes zeros, really contained in the file, of four times an episode's limit."""
     return write_npz(path, "obs.npy", npy((LONG_BYTES // 4,)), *[bytes(16 * MIB)] * (LONG_BYTES // (16 * MIB)))
 
 
@@ -140,7 +140,7 @@ def hdf5_groups_of_groups(path: Path) -> Path:
     return write_hdf5(path, bomb)
 
 
-# .pt: all episodes of a file have the same size, so one that is refused is refused whole.
+# .pt: all episodes of a file have the same size, so a file is refused as a whole.
 
 
 def pt_expanded(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What the tests of data sets share: servers, episodes, and how two of these are compared."""
+"""Servers, episodes and comparisons for the tests of data sets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_same(found: Sequence[Mapping[str, np.ndarray]], expected: Sequence[Ma
 
 
 def make_episode(number: int, rows: int = 11, *, obs: int = 4) -> Columns:
-    """Returns an episode as a recorder would store it; it differs from that of any other number."""
+    """Returns an episode as a recorder would store it, different for every number."""
     rng = np.random.default_rng(number)
     columns = {
         "obs": rng.standard_normal((rows, obs), dtype=np.float32),
@@ -57,7 +57,7 @@ def make_episode(number: int, rows: int = 11, *, obs: int = 4) -> Columns:
 
 
 def write_hdf5(path: Path, episodes: Sequence[Mapping[str, np.ndarray]], name: str = "episode_{}", **attributes: Any) -> None:
-    """Writes an HDF5 file by hand, as docs/datasets.md says."""
+    """Writes an HDF5 file by hand, as docs/datasets.md describes it."""
     with h5py.File(path, "w") as file:
         for number, columns in enumerate(episodes):
             group = file.create_group(f"episodes/{name.format(number)}")
@@ -73,7 +73,7 @@ def write_npz(path: Path, episodes: Sequence[Mapping[str, np.ndarray]]) -> None:
 
 @st.composite
 def schemas(draw: st.DrawFn, *, dtypes: Sequence[np.dtype] = DTYPES, empty: bool = True) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Any columns that a server takes, with dtype and shape of a row."""
+    """Draws any columns that a server accepts, with dtype and shape of a row."""
     kind = st.sampled_from(list(dtypes))
     shape = st.lists(st.integers(0 if empty else 1, 3), max_size=3).map(tuple)
     column = st.tuples(kind, shape)
@@ -96,7 +96,7 @@ def schemas(draw: st.DrawFn, *, dtypes: Sequence[np.dtype] = DTYPES, empty: bool
 
 @st.composite
 def datasets(draw: st.DrawFn, *, equal: bool = False, least_rows: int = 1, **kinds: Any) -> list[Columns]:
-    """Episodes of one schema with any bits in them, NaN payloads included."""
+    """Draws episodes of one schema with any bits, including NaN payloads."""
     schema = draw(schemas(**kinds))
     lengths = draw(st.lists(st.integers(least_rows, 5), min_size=1, max_size=4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))

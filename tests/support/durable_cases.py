@@ -17,7 +17,7 @@ MODES = ("sync", "batch", "memory")
 
 
 def durable_config(data_dir: Path, *, capacity: int = 400, durability: str = "batch", **tables: dict[str, Any]) -> Config:
-    """A small buffer on the host that keeps its episodes in a folder."""
+    """Returns the configuration of a small host buffer that stores its episodes in a folder."""
     return Config(
         config={"buffer_size": capacity, "batch_size": 8, "min_history": 0, "horizon": 3},
         storage={"device": "cpu", "data_dir": str(data_dir), "durability": durability} | tables.get("storage", {}),
@@ -27,7 +27,7 @@ def durable_config(data_dir: Path, *, capacity: int = 400, durability: str = "ba
 
 
 def keyed_episode(client: int, sequence: int, *, incarnation: int = 1) -> Episode:
-    """An episode of 10 to 49 rows; client and sequence number stand in its provenance too."""
+    """Returns an episode of 10 to 49 rows, with client and sequence number in its provenance as well."""
     rng = np.random.default_rng([client, incarnation, sequence])
     length = int(rng.integers(10, 50))
     columns = {
@@ -46,7 +46,7 @@ def client_of(actor: str) -> int:
 
 
 def contents(buffer: ReplayBuffer) -> dict[int, tuple[str, int, dict[str, Any]]]:
-    """Every episode in a buffer's ring by id: its actor, its policy version and its columns' bits."""
+    """Returns every episode in a buffer's ring by id: actor, policy version and the bits of its columns."""
     return {
         int(entry[0]): (
             buffer.store.actor_name(int(entry[3])),
@@ -58,7 +58,7 @@ def contents(buffer: ReplayBuffer) -> dict[int, tuple[str, int, dict[str, Any]]]
 
 
 def bits(episode: Episode) -> dict[str, Any]:
-    """An episode's columns' bits."""
+    """Returns the bits of an episode's columns."""
     return {name: as_bits(column) for name, column in episode.columns.items()}
 
 
@@ -70,7 +70,7 @@ def assert_whole(found: dict[int, tuple[str, int, dict[str, Any]]]) -> None:
 
 
 def stored_keys(database: Path) -> dict[int, EpisodeKey | None]:
-    """The key of each episode in a database's file, by id."""
+    """Returns the key of each episode in a database file, by id."""
     opened = Database(database)
     try:
         return {row.id: row.key for row in episode_rows(opened.connection, database)}

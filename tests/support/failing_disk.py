@@ -159,14 +159,14 @@ def write_rules(path: Path, *faults: Fault) -> None:
 
 
 def _library() -> Any:
-    """Returns the libsqlite3 of this process; None if ``_sqlite3`` has one of its own inside."""
+    """Returns the libsqlite3 of this process; None if ``_sqlite3`` contains its own."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         paths = {line.split()[-1] for line in maps if "libsqlite3" in line}
     return ctypes.CDLL(paths.pop()) if len(paths) == 1 else None
 
 
 class _Shim:
-    """The VFS; one a process, since SQLite may hold on to it for as long as that lives."""
+    """The VFS, one for each process, since SQLite may keep using it as long as the process lives."""
 
     def __init__(self, library: Any) -> None:
         library.sqlite3_vfs_find.restype = POINTER(_Vfs)

@@ -1,7 +1,7 @@
 """Targets for fuzzing: everything that takes bytes from the network, each compared with protobuf's own parser and with the rules of the
 .proto, implemented here a second time. A target takes an input, and raises if the product reads it wrongly.
 
-An input is bytes. Where a target reads a stream, the input is several messages, each after its length in two bytes (:func:`frame`).
+An input is bytes. If a target reads a stream, the input is several messages, each preceded by its length in two bytes (:func:`frame`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.store.inserts import Stored
 
 Target = Callable[[bytes], bool]
-"""Returns whether anything of the input was accepted."""
+"""Function that returns whether any part of its input was accepted."""
 
 CAPACITY = 64
 LIMITS = CodecLimits(max_episode_bytes=1 << 16)
@@ -53,7 +53,7 @@ def frame(messages: Iterable[bytes]) -> bytes:
 
 
 def unframe(data: bytes) -> list[bytes]:
-    """Returns the messages of an input; any bytes are one."""
+    """Returns the messages of an input; any bytes are a valid input."""
     messages, at = [], 0
     while at + 2 <= len(data):
         (size,) = struct.unpack_from("<H", data, at)
@@ -79,7 +79,7 @@ def dtype_number(array: np.ndarray) -> int:
 
 
 def assert_tensor(array: np.ndarray, tensor: Any) -> None:
-    """An array is what protobuf read: element type, shape and bytes."""
+    """Asserts that an array is what protobuf read: element type, shape and bytes."""
     assert dtype_number(array) == tensor.dtype
     assert array.dtype.isnative and list(array.shape) == list(tensor.shape)
     assert array.tobytes() == tensor.data
@@ -103,7 +103,7 @@ def assert_origin(episode: Episode, message: Any) -> None:
 
 
 def assert_episode(episode: Episode, message: pb.Episode) -> None:
-    """An episode that was accepted is what protobuf read, and well-formed by the .proto."""
+    """Asserts that an accepted episode is what protobuf read, and is valid by the .proto."""
     assert_origin(episode, message)
     assert list(episode.columns) == [column.name for column in message.columns]
     assert len(episode.columns) == len(message.columns) <= 256
@@ -124,7 +124,7 @@ def finite(dtype: int, data: bytes) -> bool:
 
 
 def assert_storable(message: pb.Episode, schema: dict[str, tuple[int, list[int]]] | None) -> None:
-    """An episode that was stored keeps the rules of a table under the row convention ``incoming``."""
+    """Asserts that a stored episode obeys the rules of a table with the row convention ``incoming``."""
     columns = {column.name: column.tensor for column in message.columns}
     assert all(name.isprintable() and "" not in name.split(".") for name in columns)
     assert not any(name in ("episode", "index") or name.startswith("provenance.") for name in columns)
@@ -146,10 +146,10 @@ def assert_storable(message: pb.Episode, schema: dict[str, tuple[int, list[int]]
 
 
 class FuzzedStore:
-    """A small buffer that takes whatever the decoders accept.
+    """A small buffer that stores everything that the decoders accept.
 
     Args:
-        clear_every: episodes after which it is emptied, so that the next one fixes another schema.
+        clear_every: number of episodes after which it is emptied, so that the next one fixes another schema.
     """
 
     def __init__(self, *, clear_every: int = 50) -> None:
@@ -161,7 +161,7 @@ class FuzzedStore:
         self._schema: dict[str, tuple[int, list[int]]] | None = None
 
     def take(self, episode: Episode, message: pb.Episode) -> None:
-        """Stores an episode or sees it refused; what was stored keeps the rules and is there as it was."""
+        """Adds an episode, which may be refused; asserts that a stored one obeys the rules and is unchanged."""
         before = self.buffer.counts()
         try:
             stored = self.buffer.submit_episode(episode)
@@ -212,7 +212,7 @@ def adding(store: FuzzedStore) -> Target:
 
 
 class _Assembler:
-    """Puts an episode that comes in chunks together, by protobuf's reading and as the .proto says."""
+    """Assembles an episode from chunks, with protobuf's parser and by the rules of the .proto."""
 
     def __init__(self) -> None:
         self._header: Any = None
@@ -304,7 +304,7 @@ def loading(store: FuzzedStore) -> Target:
 
 
 def assert_batch(batch: Batch, message: pb.Batch, names: dict[int, str]) -> None:
-    """A batch that was accepted is what protobuf read, and has the names and shapes of the .proto."""
+    """Asserts that an accepted batch is what protobuf read, with the names and shapes of the .proto."""
     columns = {column.name: column.tensor for column in message.columns}
     assert len(columns) == len(message.columns)
     for name, tensor in columns.items():
@@ -342,7 +342,7 @@ def _column(batch: Batch, name: str) -> np.ndarray:
 
 
 class _BodyAssembler:
-    """Puts batches together that arrive in chunks, by protobuf's reading and as the .proto says."""
+    """Assembles batches from chunks, with protobuf's parser and by the rules of the .proto."""
 
     def __init__(self) -> None:
         self._header: Any = None
@@ -369,7 +369,7 @@ class _BodyAssembler:
 
 
 def receiving(data: bytes) -> bool:
-    """A stream of SampleStreamResponse, as the learner's side reads it."""
+    """Reads a stream of SampleStreamResponse as the learner does."""
     decoder, bodies, names, accepted = BatchDecoder(max_batch_bytes=MAX_BATCH_BYTES), _BodyAssembler(), dict[int, str](), False
     for message in unframe(data):
         reference = parse(pb.SampleStreamResponse, message)
@@ -431,7 +431,7 @@ def reading(data: bytes) -> bool:
 
 
 class _Ended(grpc.aio.AbortError):
-    """The service ended a call with a status."""
+    """Raised when the service ends a call with a status."""
 
 
 class _Learner:
@@ -467,7 +467,7 @@ class _Learner:
         self.batches += len(self._decoder.feed(message))
         assert self.batches <= self.granted, "more batches than credits"
         if self.batches > self.MOST_BATCHES:
-            raise asyncio.CancelledError  # it has seen enough and leaves
+            raise asyncio.CancelledError  # it has seen enough and disconnects
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> NoReturn:
         assert details
@@ -475,7 +475,7 @@ class _Learner:
 
 
 class FuzzedSessions:
-    """The service's sampling streams on a real buffer, asked by whatever bytes arrive. A context manager."""
+    """The service's sampling streams on a real buffer, driven by arbitrary bytes. A context manager."""
 
     def __init__(self) -> None:
         config = Config(
@@ -500,7 +500,7 @@ class FuzzedSessions:
         self._loop.close()
 
     def target(self, data: bytes) -> bool:
-        """SampleStreamRequest: what a session makes of its opening and its credits."""
+        """SampleStreamRequest: the opening and the credits of a session."""
         return self._loop.run_until_complete(self._run(unframe(data)))
 
     @staticmethod
@@ -522,5 +522,5 @@ class FuzzedSessions:
 
 
 def targets() -> dict[str, Target]:
-    """Returns the targets that need nothing closed, each with a store of its own."""
+    """Returns the targets that need not be closed, each with a store of its own."""
     return {"adding": adding(FuzzedStore()), "loading": loading(FuzzedStore()), "receiving": receiving, "reading": reading}

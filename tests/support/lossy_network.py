@@ -25,7 +25,7 @@ _STATISTIC = ("OUTPUT", "-o", "lo", "-m", "statistic", "--mode", "random", "--pr
 
 
 def command(*words: str) -> str:
-    """Runs a command of the system; ends this program with what it says where it fails."""
+    """Runs a system command; ends this program with the command's output if it fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def command(*words: str) -> str:
 
 
 def lose_packets() -> str:
-    """Makes the loopback device lossy; returns by what."""
+    """Makes the loopback device lossy; returns the means, netem or the firewall."""
     others = [name for _, name in socket.if_nameindex() if name != "lo"]
     if others:
         raise SystemExit(f"this network has {', '.join(others)} beside lo: it is not one of its own")
@@ -49,7 +49,7 @@ def lose_packets() -> str:
 
 
 def packets_lost(by: str) -> int:
-    """Returns how many packets were lost so far."""
+    """Returns the number of packets lost so far."""
     if by == "netem":
         (count,) = re.findall(r"dropped (\d+)", command("tc", "-s", "qdisc", "show", "dev", "lo"))
         return int(count)
@@ -58,7 +58,7 @@ def packets_lost(by: str) -> int:
 
 
 def pull_cable(pulled: bool) -> None:
-    """Loses every packet, or no longer."""
+    """Starts or stops losing every packet."""
     command("iptables", *(("-I", "OUTPUT", "1") if pulled else ("-D", "OUTPUT")), "-o", "lo", "-j", "DROP")
 
 

@@ -1,4 +1,4 @@
-"""Connections of every kind that stay open while little or nothing is said on them, and whether any of them was interrupted."""
+"""Connections of every kind that stay open with little or no traffic, and a check that none was interrupted."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def episode(number: int) -> dict[str, np.ndarray]:
         "action": np.zeros((ROWS, 2), np.float32),
         "reward": np.zeros(ROWS, np.float32),
     }
-    columns["action"][0] = np.nan  # of the reset
+    columns["action"][0] = np.nan  # the reset row
     return columns

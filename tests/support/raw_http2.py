@@ -1,4 +1,4 @@
-"""An HTTP/2 peer by hand, which can do what no gRPC library does: begin messages and never end them, and send any bytes as metadata."""
+"""A minimal HTTP/2 peer that can do what no gRPC library does: begin messages without ending them, and send any bytes as metadata."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ QUIET_S = 0.5
 
 
 class Stream:
-    """One call, and what of its message is still to be sent."""
+    """One call, and the rest of its message that has not been sent."""
 
     def __init__(self, number: int, window: int) -> None:
         self.number = number
         self.window = window
         self.left = 0
-        """Bytes of the message that were not let through yet."""
+        """Bytes of the message that flow control still holds back."""
         self.sent = 0
-        """Bytes of messages that were let through."""
+        """Bytes of messages that flow control let through."""
         self.ended = False
         """Whether the server has ended it."""
 
@@ -50,7 +50,7 @@ class RawConnection:
 
     @property
     def port(self) -> int:
-        """The peer's own port, by which the server names it."""
+        """The peer's own port, which the server uses to name it."""
         return int(self._socket.getsockname()[1])
 
     def call(self, path: str, *, announced: int = 0, message: bytes | None = None, metadata: Iterable[tuple[bytes, bytes]] = ()) -> Stream:
@@ -80,7 +80,7 @@ class RawConnection:
         stream.left = announced - 1
 
     def pump(self, *, quiet_s: float = QUIET_S, most_bytes: float = float("inf")) -> None:
-        """Sends what the server lets through, until that is nothing for ``quiet_s`` seconds, or ``most_bytes`` in all."""
+        """Sends what flow control permits, until it permits nothing for ``quiet_s`` seconds, or ``most_bytes`` were sent."""
         while sum(stream.sent for stream in self._streams.values()) < most_bytes:
             progress = self._read(0.0) or self._send()
             if not progress and not self._read(quiet_s):
@@ -94,7 +94,7 @@ class RawConnection:
         return all(stream.ended for stream in streams)
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -166,7 +166,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _text(value: bytes) -> bytes:
-    """A string literal of HPACK, without Huffman's code."""
+    """Returns a string literal of HPACK, without Huffman coding."""
     if len(value) < 127:
         return bytes((len(value),)) + value
     rest, size = len(value) - 127, bytearray(b"\x7f")

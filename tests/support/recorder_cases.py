@@ -1,4 +1,4 @@
-"""What the recorders' tests share: what a server holds, and an environment's own account of what it played."""
+"""Shared code of the recorders' tests: the episodes of a server, and an environment's own record of its play."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def serve(**config: Any) -> ServerThread:
 
 @dataclass
 class Played:
-    """One episode, as the environment gave it."""
+    """One episode as the environment produced it."""
 
     obs: list[Any]
     action: list[Any] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Played:
 
 
 class Account(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Innermost wrapper: keeps every episode that passes through it."""
+    """Innermost wrapper that records every episode."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)
@@ -56,7 +56,7 @@ class Account(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class TransformObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
-    """As Gymnasium's of that name, whose arguments are not the same in all versions."""
+    """Like Gymnasium's wrapper of that name, whose arguments differ between versions."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], change: Callable[[Any], Any], space: gymnasium.Space[Any]) -> None:
         super().__init__(env)
@@ -65,7 +65,7 @@ class TransformObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
 
 
 class TransformAction(gymnasium.ActionWrapper[Any, Any, Any]):
-    """As Gymnasium's of that name, which not all versions have."""
+    """Like Gymnasium's wrapper of that name, which not all versions have."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], change: Callable[[Any], Any], space: gymnasium.Space[Any]) -> None:
         super().__init__(env)
@@ -87,7 +87,7 @@ def check_episode(stored: dict[str, np.ndarray], played: Played, *, obs: str = "
 
 
 def check_episodes(stored: list[dict[str, np.ndarray]], played: list[Played], *, obs: str = "obs") -> None:
-    """Every played episode that has a transition is stored, in its order, and nothing else is."""
+    """Asserts that exactly the played episodes with a transition are stored, in their order."""
     with_transitions = [episode for episode in played if episode.transitions]
     assert len(stored) == len(with_transitions) > 0
     for kept, episode in zip(stored, with_transitions, strict=True):

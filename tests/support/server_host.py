@@ -1,6 +1,6 @@
-"""Runs servers for the tests of another process, which has no server installed: a question a line comes in, an answer a line goes out.
+"""Runs servers for the tests of another process that has no server installed; a line in is a request, a line out its answer.
 
-{"start": tables of the configuration} is answered with the address of a new server, {"stop": address} ends it. Ends with its input.
+{"start": tables of the configuration} is answered with the address of a new server, {"stop": address} ends it. Exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def answer(servers: dict[str, ExitStack], question: dict[str, Any]) -> Any:
 def main() -> None:
     servers: dict[str, ExitStack] = {}
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever is printed is no answer
+    os.dup2(2, 1)  # printed lines must not look like answers
     for line in sys.stdin:
         try:
             reply = {"value": answer(servers, json.loads(line))}

@@ -1,4 +1,4 @@
-"""The service by raw gRPC, as a client without our client library sees it, and servers to call."""
+"""The service through raw gRPC, as a client without our library sees it, and servers to call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 DEADLINE_S = 120.0
-"""The longest wait for what takes a moment: machines may be many times slower than this one, and have other work."""
+"""The longest wait for something that takes a moment: a machine may be many times slower than this one, and busy."""
 SERVICE = "/touchline.v1.Replay/"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -39,7 +39,7 @@ CHANNEL_OPTIONS = (
 
 
 def make_config(**tables: dict[str, Any]) -> Config:
-    """A small buffer on the host, behind a free port; ``tables`` replace or add keys."""
+    """Returns the configuration of a small host buffer on a free port; ``tables`` replaces or adds keys."""
     defaults: dict[str, dict[str, Any]] = {
         "config": {"buffer_size": 2000, "batch_size": 8, "min_history": 100, "horizon": 3},
         "storage": {"device": "cpu"},
@@ -49,7 +49,7 @@ def make_config(**tables: dict[str, Any]) -> Config:
 
 
 def make_episode(rows: int = 20, *, seed: int = 0, obs: int = 4, **origin: Any) -> Episode:
-    """Random values; NaN in what row 0 leaves undefined."""
+    """Returns an episode of random values, with NaN where row 0 is undefined."""
     rng = np.random.default_rng(seed)
     columns = {
         "obs": rng.standard_normal((rows, obs), dtype=np.float32),
@@ -94,13 +94,13 @@ def eventually(condition: Callable[[], bool], what: str, *, timeout_s: float = D
 
 
 def private_bytes(process_id: int) -> int:
-    """Returns the memory that a process has to itself, without what it shares with others or through files."""
+    """Returns the private memory of a process, without memory shared with others or through files."""
     status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
 class Refusal:
-    """What a refused call answered."""
+    """Answer to a refused call."""
 
     def __init__(self, error: grpc.RpcError) -> None:
         self.code = error.code()
@@ -114,7 +114,7 @@ class Refusal:
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> Refusal:
-    """Makes a call that must fail."""
+    """Makes a call that must fail; returns its refusal."""
     try:
         answer = call(*arguments, **options)
     except grpc.RpcError as error:
@@ -123,14 +123,14 @@ def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> Refusa
 
 
 class Stream:
-    """A sampling stream. Iterates over its messages; requests go out when :meth:`send` says so."""
+    """A sampling stream. Iterates over its messages; requests are sent by :meth:`send`."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.call = channel.stream_stream(SERVICE + "SampleStream")(iter(self._requests.get, None), timeout=DEADLINE_S)
         self._decoder = BatchDecoder()
         self.batch_counts: list[int] = []
-        """How many batches each frame completed."""
+        """Number of batches that each frame completed."""
         self.told_actors: list[pb.ActorName] = []
 
     def send(self, message: bytes) -> None:
@@ -145,7 +145,7 @@ class Stream:
         self.send(pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=batches)).SerializeToString())
 
     def close(self) -> None:
-        """Half-closes."""
+        """Half-closes the stream."""
         self._requests.put(None)
 
     def cancel(self) -> None:
@@ -174,7 +174,7 @@ class Stream:
 
 
 class Caller:
-    """A channel of its own to a server, by the stubs and the codec. A context manager."""
+    """A caller with its own channel to a server, using the stubs and the codec. A context manager."""
 
     def __init__(self, address: str) -> None:
         self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -190,7 +190,7 @@ class Caller:
         self.channel.close()
 
     def add(self, episode: Episode | bytes) -> pb.AddEpisodeResponse:
-        """Adds an episode, or sends whatever bytes are given."""
+        """Adds an episode, or sends the given bytes."""
         message = episode if isinstance(episode, bytes) else encode_add_episode(episode)
         return pb.AddEpisodeResponse.FromString(self.raw("AddEpisode", message))
 
@@ -214,7 +214,7 @@ class Caller:
 
 
 class ServerProcess:
-    """``touchline-server serve`` in a process of its own. A context manager: what is left of it is killed at the end."""
+    """``touchline-server serve`` in a process of its own. A context manager that kills the process at the end if it still runs."""
 
     def __init__(self, folder: Path, *options: str, program: Sequence[str] = ("-m", "touchline_server"), **environment: str) -> None:
         self._log = folder / "server.err"
@@ -238,7 +238,7 @@ class ServerProcess:
 
     @property
     def address(self) -> str:
-        """Where it listens; waits until it says so."""
+        """Address that it listens on; waits until it is printed."""
         if not self._address:
             assert self.process.stdout is not None
             line = self.process.stdout.readline()
@@ -252,31 +252,31 @@ class ServerProcess:
 
     @property
     def threads(self) -> int:
-        """Threads that it has now."""
+        """Current number of its threads."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads:"))
 
     @property
     def private_bytes(self) -> int:
-        """Memory that it has to itself now."""
+        """Its current private memory."""
         return private_bytes(self.process.pid)
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that it ever had, what it shares with others included."""
+        """Its peak memory, including shared memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
     @property
     def open_files(self) -> int:
-        """Files and sockets that it has open now."""
+        """Current number of its open files and sockets."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Returns its exit code once it ended."""
+        """Waits for its end and returns its exit code."""
         return self.process.wait(timeout=DEADLINE_S)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""A server for tests of the client, and only what a client can ask of it.
+"""A server for tests of the client, limited to what a client can ask of it.
 
 If the server is installed, it runs in this process. The environments of ``tests/environments`` have only the client, as those of its
 users do: there the interpreter that ``$SERVER_PYTHON`` names runs the server, in one process for all tests (``server_host.py``).
@@ -45,11 +45,11 @@ else:
         ServerInvalidEpisodeError = ServerNotReadyError = type("OfTheServerError", (Exception,), {})
 
 needs_server = pytest.mark.skipif(not HAS_SERVER, reason="the server is not installed here")
-"""Marks what uses the buffer in process."""
+"""Marks tests that use the buffer in process."""
 
 
 class Host:
-    """The process that runs the servers."""
+    """A process that runs the servers."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -70,14 +70,14 @@ class Host:
         return answer["value"]
 
     def end(self) -> None:
-        """Ends it with all its servers."""
+        """Stops the process with all its servers."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
 
 class RemoteBuffer:
-    """What a client can ask of a server's buffer, under the names that the buffer has for it."""
+    """The part of a server's buffer that a client can reach, under the buffer's own names."""
 
     def __init__(self, address: str) -> None:
         self._address = address

@@ -1,4 +1,4 @@
-"""A small file system of a test's own, and filling it to the last byte."""
+"""A small file system for one test, and code that fills it to the last byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mounted(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def fill(ballast: Path) -> None:
-    """Takes all that is left of a file system."""
+    """Fills the rest of a file system."""
     with ballast.open("ab", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
             try:

@@ -15,12 +15,12 @@ LIMIT = 4 << 20
 
 
 def spooled(number: int, *, obs: int = 4) -> Episode:
-    """An episode that its number determines."""
+    """Returns an episode that follows from its number."""
     return Episode(make_episode(number, obs=obs), key=EpisodeKey("robot", 1, number), actor="left", policy_version=number)
 
 
 def fill(folder: Path, *episodes: Episode, refused: int = 0, table: str = "") -> None:
-    """Puts episodes into a spool, and has the first few be refused for a reason with their number in it."""
+    """Puts episodes into a spool, and marks the first few as refused for a reason that contains their number."""
     spool = Spool(folder, limit_bytes=LIMIT, table=table)
     for episode in episodes:
         assert spool.put(spool.pack(episode), drop_oldest=False).kept
@@ -40,7 +40,7 @@ def damage(folder: Path, number: int) -> None:
 
 
 def keys_in(folder: Path) -> list[int]:
-    """Returns the sequences of the keys of all that wait, oldest first."""
+    """Returns the sequence numbers of the waiting episodes' keys, oldest first."""
     spool = Spool(folder, limit_bytes=LIMIT, table=None)
     keys = spool.waiting_keys()
     spool.close()

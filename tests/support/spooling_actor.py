@@ -18,7 +18,7 @@ WIDTH = 2048
 
 
 def played(number: int) -> dict[str, np.ndarray]:
-    """The columns of an episode, 20 to 59 rows of 8 KiB, determined by its number."""
+    """Returns the columns of an episode of 20 to 59 rows of 8 KiB that follow from its number."""
     rng = np.random.default_rng(number)
     length = int(rng.integers(20, 60))
     return {

@@ -1,4 +1,4 @@
-"""Buffers, episodes and laws for the tests of the server's core: episodes whose every value says which episode and step it is of."""
+"""Buffers, episodes and laws for the tests of the server's core; every value of an episode identifies its episode and step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_config(
 
 
 def traced_columns(number: int, length: int) -> dict[str, np.ndarray]:
-    """An episode's columns: each value is a function of the episode's number and the step, in a way of the column's own."""
+    """Returns an episode's columns: each value is a function of the episode's number and the step, different for each column."""
     stamp = number * STRIDE + np.arange(length, dtype=np.int64)
     return {"stamp": stamp, **_from_stamp(stamp)}
 
@@ -103,7 +103,7 @@ def evict_for(index: EpisodeIndex, length: int) -> tuple[int, int]:
 
 
 def plain_columns(length: int, **others: Any) -> dict[str, Any]:
-    """The smallest episode that is one, and more columns where given."""
+    """Returns a smallest valid episode, with further columns if given."""
     return {
         "obs": np.arange(length * 2, dtype=np.float32).reshape(length, 2),
         "action": np.ones((length, 1), np.float32),
@@ -135,23 +135,23 @@ def append_episode(index: EpisodeIndex, number: int, length: int) -> tuple[int, 
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
-    """Pearson's statistic of counts against expected counts."""
+    """Returns Pearson's statistic of counts against expected counts."""
     return float(((observed - expected) ** 2 / expected).sum())
 
 
 def chi_square_two_samples(one: np.ndarray, other: np.ndarray) -> float:
-    """The statistic of two equally large samples against the law that they share."""
+    """Returns the statistic of two equally large samples against their common law."""
     both = one + other
     return float(((one - other) ** 2 / both)[both > 0].sum())
 
 
 def chi_square_limit(degrees: int) -> float:
-    """The value that the statistic exceeds once in about 10,000 draws of the law itself (Wilson and Hilferty 1931)."""
+    """Returns the value that the statistic exceeds once in about 10,000 draws of the law itself (Wilson and Hilferty 1931)."""
     ninth = 2 / (9 * degrees)
     return float(degrees * (1 - ninth + 3.719 * ninth**0.5) ** 3)
 
 
 def count_cells(slices: Iterable[tuple[int, int]], cells: list[tuple[int, int]]) -> np.ndarray:
-    """How often each (episode, start) was drawn; a slice outside of the cells is an error."""
+    """Counts how often each (episode, start) was drawn; a slice outside of the cells is an error."""
     number = {cell: position for position, cell in enumerate(cells)}
     return np.bincount([number[cell] for cell in slices], minlength=len(cells)).astype(np.float64)

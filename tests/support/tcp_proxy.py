@@ -1,7 +1,7 @@
-"""A TCP proxy on loopback that does what networks do: slow down, stall, fall silent, hang up, refuse, and come back.
+"""A TCP proxy on loopback that behaves like a bad network: it slows down, stalls, falls silent, hangs up, refuses, and comes back.
 
-TCP loses no bytes, so loss is what TCP makes of it: a piece that waits for its retransmission, and now and then a connection that is
-given up.
+TCP loses no bytes, so packet loss appears as TCP shows it: a piece that waits for its retransmission, and now and then a lost
+connection.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class TcpProxy:
 
     @property
     def address(self) -> str:
-        """Where clients connect."""
+        """Address that clients connect to."""
         return f"127.0.0.1:{self._port}"
 
     def shape(self, line: Line) -> None:
-        """Makes the line another; holds for what is forwarded from now on, on connections that are open too."""
+        """Changes the line for everything that is forwarded from now on, including on open connections."""
         self._line = line
 
     def pause(self) -> None:
@@ -82,11 +82,11 @@ class TcpProxy:
         self._run(self._set_flowing(False))
 
     def resume(self) -> None:
-        """The cable is back."""
+        """Plugs the cable in again."""
         self._run(self._set_flowing(True))
 
     def reset(self) -> None:
-        """Resets every connection; new ones are taken."""
+        """Resets every connection; accepts new ones."""
         self._run(self._reset())
 
     def cut(self) -> None:
@@ -94,7 +94,7 @@ class TcpProxy:
         self._run(self._cut())
 
     def restore(self) -> None:
-        """Takes connections again after :meth:`cut`."""
+        """Accepts connections again after :meth:`cut`."""
         self._run(self._listen())
 
     def __enter__(self) -> Self:
@@ -145,7 +145,7 @@ class TcpProxy:
             self._links.add(link)
             link.task = asyncio.create_task(link.run())
 
-    # For the links.
+    # Used by the links.
 
     @property
     def line(self) -> Line:
@@ -163,7 +163,7 @@ class TcpProxy:
 
 
 class _ResetError(Exception):
-    """The line decided to reset the connection."""
+    """Raised when the line resets the connection."""
 
 
 class _Link:
