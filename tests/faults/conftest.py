@@ -1,4 +1,4 @@
-"""Prints at the end what the fault tests counted."""
+"""Prints the counts of the fault tests at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Actors are killed and servers go away: no partial episode is ever seen, and what a spool took over arrives once."""
+"""Killed actors and absent servers: no partial episode is ever visible, and every spooled episode arrives once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ActorProcess:
         self._expect(f"ended {number}")
 
     def kill(self) -> list[int]:
-        """Kills it; returns the episodes that it had ended and not said so yet."""
+        """Kills the actor; returns the episodes that it had ended without having reported them."""
         self.process.kill()
         assert self.process.stdout is not None
         rest = self.process.stdout.read().splitlines()
@@ -117,7 +117,7 @@ def test_killed_actor_leaves_no_partial_episode_and_a_spool_loses_and_doubles_no
                     begun += 1
                 moment = list(moments)[kill % 3]
                 moments[moment] += 1
-                if moment != "in mid-upload":  # else the last episodes are on their way now
+                if moment != "in mid-upload":  # otherwise the last episodes are being sent now
                     rows = len(played(begun)["obs"])
                     actor.begin(begun, rows=rows if moment == "in end_episode" else rng.randrange(rows))
                     begun += 1

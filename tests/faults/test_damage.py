@@ -48,7 +48,7 @@ def unclosed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def start(folder: Path) -> dict[int, Any]:
-    """What a server that starts on a folder would have."""
+    """Returns the episodes that a server would have after a start on a folder."""
     buffer = ReplayBuffer(durable_config(folder, capacity=CAPACITY))
     try:
         return contents(buffer)
@@ -129,7 +129,7 @@ def test_deleted_log_is_refused_and_recover_goes_on_without_it(unclosed: Path, t
 
 
 def damage_payload(folder: Path, *numbers: int) -> None:
-    """Changes payloads behind the checksums' back."""
+    """Changes payloads without updating their checksums."""
     connection = sqlite3.connect(folder / "touchline.db")
     for number in numbers:
         connection.execute("UPDATE payloads SET data = zeroblob(length(data)) WHERE episode_id = ? AND column = 'obs.state'", (number,))

@@ -16,7 +16,7 @@ from touchline_server import ReplayBuffer, StorageFullError
 
 DISK_BYTES = 128 << 20
 ROOM_BYTES = 2 << 20
-"""What is left of it before the first episode."""
+"""Free space of the disk before the first episode."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every write, fsync and checkpoint of a durable store fails once or for good: nothing is acknowledged after, and what was said is true.
+"""Every write, fsync and checkpoint of a durable store fails once or for good: no acknowledgement follows, and every answer was true.
 
 What a killed server leaves is the folder as it is; what a power cut leaves is the files as they were synced last.
 """
@@ -44,13 +44,13 @@ FAULTS = [
     Fault("truncate", "-wal"),
 ]
 BEFORE = 20
-"""Episodes that are stored before the disk fails."""
+"""Number of episodes stored before the disk fails."""
 DEADLINE_S = 60.0
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[FailingDisk]:
-    # So that the few episodes of a test see checkpoints.
+    # Small enough for checkpoints to happen among the few episodes of a test.
     monkeypatch.setattr(database, "CHECKPOINT_BYTES", 400_000)
     monkeypatch.setattr(database, "CHECKPOINT_RETRY_BYTES", 100_000)
     with failing_disk() as disk:
@@ -75,14 +75,14 @@ def until(reached: Callable[[], bool], what: str) -> None:
 
 
 def sequences(buffer: ReplayBuffer) -> list[int]:
-    """The sequence numbers of what is stored, oldest first."""
+    """Returns the sequence numbers of the stored episodes, oldest first."""
     found = contents(buffer)
     assert_whole(found)
     return [sequence for _, (_, sequence, _) in sorted(found.items())]
 
 
 class Account:
-    """What was said of each episode."""
+    """Answers that were given for each episode."""
 
     def __init__(self) -> None:
         self.acknowledged: list[int] = []
@@ -102,11 +102,11 @@ class Account:
             self.acknowledged.append(sequence)
 
     def check(self, folder: Path, *, keeps: str) -> None:
-        """Starts on what is left and compares; then all that was not acknowledged is sent again.
+        """Starts on a folder and compares its episodes; then sends all unacknowledged ones again.
 
         Args:
-            folder: what is left.
-            keeps: ``all`` that was acknowledged, or the ``oldest`` of it without a gap.
+            folder: the folder after the failure.
+            keeps: expected episodes: ``all`` acknowledged ones, or the ``oldest`` of them without a gap.
         """
         buffer = opened(folder)
         found = sequences(buffer)
@@ -244,7 +244,7 @@ def test_files_that_are_taken_away_end_adding_and_sampling_goes_on(durability: s
         buffer.add_episode(keyed_episode(0, sequence))
 
     harm(tmp_path / "data")
-    if durability == "memory":  # which acknowledges what is in memory, until it is written behind
+    if durability == "memory":  # which acknowledges episodes in memory, before they are written
         with contextlib.suppress(StorageFailedError):
             buffer.add_episode(keyed_episode(0, 5))
         until(lambda: state_of(buffer) is StorageState.FAILED, "files that are gone were not noticed")
@@ -385,7 +385,7 @@ def test_episode_of_a_failed_fsync_that_is_added_again_after_a_kill_is_stored_on
     write_rules(rules)
 
     with ServerProcess(tmp_path, **options) as process, ReplayClient(process.address, timeout_s=30) as client:
-        assert client.num_eps == 2  # the one of the failed fsync is there, so "nothing was stored" would have been wrong
+        assert client.num_eps == 2  # the episode of the failed fsync is stored, so "nothing was stored" would have been wrong
         for error, episode in ((first, episodes[1]), (second, episodes[2])):
             assert error.value.key is not None
             client.add(episode, key=error.value.key)

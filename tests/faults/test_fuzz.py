@@ -1,4 +1,4 @@
-"""Mutated, random and generated messages: nothing but refusals, no growth, and what is accepted is what protobuf reads."""
+"""Mutated, random and generated messages: only refusals, no growth, and accepted input is what protobuf reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).parent / "fuzzed"
 """Inputs that were once read wrongly: TARGET-WHAT.bin."""
 GROWTH_BYTES = 24 << 20
-"""Most that memory may grow in the second half of the inputs. A leak of one small message each would be more in `make test-faults`."""
+"""Maximum growth of memory in the second half of the inputs. A leak of one small message each would exceed it in `make test-faults`."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def odd_columns(draw: st.DrawFn, name: str, rows: int) -> pb.Column:
 
 @st.composite
 def odd_requests(draw: st.DrawFn) -> pb.AddEpisodeRequest:
-    """Episodes that are nearly right."""
+    """Draws episodes that are nearly valid."""
     rows = draw(st.integers(0, 3)) if draw(SELDOM) else draw(st.integers(1, 6))
     names = [name for name in (draw(st.sampled_from(("obs", "obs.a"))), "action", "reward") if not draw(SELDOM)]
     names += draw(st.lists(EXTRA_NAMES, max_size=2))

@@ -1,4 +1,4 @@
-"""The server is killed under load, again and again: nothing that was acknowledged is lost, nothing is there twice."""
+"""The server is killed repeatedly under load: no acknowledged episode is lost, and none is stored twice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ActorPool:
 
     def __init__(self) -> None:
         self.acknowledged: dict[tuple[int, int], int] = {}
-        """(client, sequence) to episode id."""
+        """Episode id by (client, sequence)."""
         self.duplicates = 0
         self._next = [0] * ACTORS
         self._stopping = threading.Event()
@@ -83,7 +83,7 @@ def note_sampled(caller: Caller, seen: dict[int, tuple[int, int]]) -> None:
 
 
 def check_store(snapshot_dir: Path, acknowledged: dict[tuple[int, int], int], *, lossless: bool) -> None:
-    """Every acknowledged episode that was not evicted is there once, bit for bit."""
+    """Asserts that every acknowledged episode that was not evicted is stored once, bit for bit."""
     keys = stored_keys(snapshot_dir / "touchline.db")
     buffer = ReplayBuffer(durable_config(snapshot_dir, capacity=CAPACITY))
     found, counts = contents(buffer), buffer.counts()
@@ -96,7 +96,7 @@ def check_store(snapshot_dir: Path, acknowledged: dict[tuple[int, int], int], *,
     if lossless:
         expected = {episode_id: name for name, episode_id in acknowledged.items() if episode_id >= min(found)}
         assert {episode_id: (client_of(found[episode_id][0]), found[episode_id][1]) for episode_id in expected} == expected
-        # No more was evicted than had to be.
+        # No more was evicted than necessary.
         assert counts.episodes_evicted == 0 or counts.steps_stored > CAPACITY - LONGEST
         assert counts.episodes_added >= len(acknowledged)
 
@@ -144,7 +144,7 @@ def test_kill_under_four_actors_loses_and_doubles_nothing(durability: str, tmp_p
     assert len(names) == len(actors.acknowledged), "an id was given to two episodes"
     assert all(seen[episode_id] == name for episode_id, name in names.items() if episode_id in seen)
     if lossless:
-        # Each actor went on until its last episode was acknowledged, so what was ever added is what was acknowledged.
+        # Each actor continued until its last episode was acknowledged, so exactly the acknowledged episodes were added.
         assert counts.episodes_added == len(actors.acknowledged)
     check_store(data_dir, actors.acknowledged if lossless else {}, lossless=lossless)
     note(server_kills=KILLS)

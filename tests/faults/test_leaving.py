@@ -1,4 +1,4 @@
-"""Learners and connections that leave badly, or stay without reading: the server's memory, threads and files are what they were."""
+"""Learners and connections that break off, or stay without reading: the server's memory, threads and files return to what they were."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from touchline_protos.shm.ring import shared_memory_id
 KEEPALIVE_S = 30.0 + 10.0
 """Time after which the server considers a silent peer gone."""
 LEAK_BYTES = 16 << 20
-"""Memory that may be held more than before, by what a whole test did. The C library and gRPC keep some for the next connections, which the
-round before the comparison cannot make quite the same; in `make test-faults`, 56 KiB for each connection that came and went would
-be more."""
+"""Memory that a whole test may leave allocated. The C library and gRPC keep some for the next connections, which the round before the
+comparison cannot make quite the same; in `make test-faults`, 56 KiB for each connection that came and went would exceed it."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a server holds."""
+    """Resources that a server holds."""
 
     private_bytes: int
     threads: int
@@ -42,7 +41,7 @@ class Level:
         return cls(process.private_bytes, process.threads, process.open_files)
 
     def assert_again(self, process: ServerProcess) -> None:
-        """Waits until threads and files are what they were; memory may be held a little more."""
+        """Waits until threads and files are what they were, and memory is nearly so."""
         gc.collect()  # gRPC closes a channel's connections when the channel is collected
         eventually(lambda: process.open_files <= self.files, f"{process.open_files} files as before, {self.files}")
         eventually(lambda: process.threads <= self.threads, f"{process.threads} threads as before, {self.threads}")
@@ -50,7 +49,7 @@ class Level:
         assert grown < LEAK_BYTES, f"{grown >> 20} MiB more than before"
 
 
-# Pools start their threads when they are first needed: with one each, all are there after the first round.
+# Pools start their threads on demand: with one thread each, all have started after the first round.
 ONE_WORKER = {"TOUCHLINE_SERVER__ADD_WORKERS": "1", "TOUCHLINE_SERVER__SAMPLE_WORKERS": "1"}
 
 
@@ -96,7 +95,7 @@ LEARNER = """
 
 @contextmanager
 def learner(address: str, transport: str) -> Iterator[subprocess.Popen[str]]:
-    """A learner's process that took three batches and reads no more."""
+    """A learner's process that took three batches and then stops reading."""
     command = [sys.executable, "-c", textwrap.dedent(LEARNER), address, transport]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -143,27 +142,27 @@ def polite(address: str) -> None:
 
 
 def abrupt(address: str) -> None:
-    """Leaves with credits unused and batches under way."""
+    """Disconnects with unused credits and batches in flight."""
     with Caller(address) as caller:
         caller.stream().open(credits=20, max_batches_per_frame=1).read(1)
 
 
 def idle(address: str) -> None:
-    """Opens a stream, asks for nothing and leaves."""
+    """Opens a stream, grants no credits and disconnects."""
     with Caller(address) as caller:
         caller.stream().open(credits=0)
         caller.counts()
 
 
 def reset(address: str) -> None:
-    """Is cut off in the middle."""
+    """Is cut off in the middle of a batch."""
     with TcpProxy(address) as proxy, Caller(proxy.address) as caller:
         caller.stream().open(credits=20, max_batches_per_frame=1).read(1)
         proxy.cut()
 
 
 def wordless(address: str) -> None:
-    """Connects and leaves, half of HTTP/2's greeting said."""
+    """Connects and disconnects after half of HTTP/2's greeting."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"PRI * HTTP/2")

@@ -1,4 +1,4 @@
-"""The network fails between actors, learner and server: actors go on playing, everything arrives once, no batch is wrong."""
+"""The network fails between actors, learner and server: actors keep playing, everything arrives once, no batch is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from touchline import DeadlineError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 0.5
-"""The deadline of the clients' calls; each outage lasts several of it."""
+"""Deadline of the clients' calls; each outage lasts several times as long."""
 OUTAGE_S = 4 * TIMEOUT_S
 BAD = Line(delay_s=0.02, bytes_per_s=2_000_000, stall_share=0.1, stall_s=0.2, reset_share=0.02)
 
@@ -83,7 +83,7 @@ def test_slow_and_lossy_line_costs_no_episode_whole_or_in_chunks(tmp_path: Path)
             players.play(EPISODES)
             players.flush_all()
 
-        # Below the limit of a message some went whole, above it the others in chunks.
+        # Those below the limit of a message went whole, the others in chunks.
         sizes = [keyed_episode(actor, number).size_bytes for actor in range(4) for number in range(players.played)]
         assert min(sizes) < 3000 and max(sizes) > 5000
         stop_and_verify(process, players, tmp_path)

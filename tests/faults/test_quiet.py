@@ -1,4 +1,4 @@
-"""Quiet connections for real: the default configuration, a server and its clients, and minutes in which hardly anything is said."""
+"""Quiet connections in real time: the default configuration, a server and its clients, and minutes of almost no traffic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULTS = {
     "TOUCHLINE_CONFIG__MIN_HISTORY": str(Config().config.min_history),
     "TOUCHLINE_CONFIG__BATCH_SIZE": str(Config().config.batch_size),
 }
-"""What servers of other tests have smaller."""
+"""Configuration with the defaults that servers of other tests reduce."""
 MINUTES = float(os.environ.get("QUIET_MINUTES", "0"))
 
 

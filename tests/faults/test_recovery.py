@@ -1,4 +1,4 @@
-"""A store damaged in every way that comes to mind: recover keeps each episode whose own bytes are left, and says what is lost."""
+"""Stores damaged in many ways: recover keeps each episode whose own bytes are left, and reports what is lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FRAME = PAGE + 24
 
 
 def large_episode(sequence: int) -> Episode:
-    """An episode with a column that takes pages of its own, beside those that share pages with others'."""
+    """Returns an episode with a column that takes pages of its own, besides columns that share pages with others."""
     episode = keyed_episode(0, sequence)
     rng = np.random.default_rng(sequence)
     columns = episode.columns | {"obs.wide": rng.standard_normal((episode.length, 200), dtype=np.float32)}
@@ -45,17 +45,17 @@ def large_episode(sequence: int) -> Episode:
 
 @dataclass
 class Store:
-    """A folder as its server left it, what was in it, and where in the file each episode lies."""
+    """A folder as its server left it, its episodes, and the place of each in the file."""
 
     folder: Path
     episodes: dict[int, Any]
     pages: dict[int, set[int]]
     """Pages of each episode, once the log is in the file."""
     frames: list[tuple[int, bool]]
-    """Page, and whether a transaction ends with it, of each frame of the log."""
+    """Page of each frame of the log, and whether a transaction ends with it."""
 
     def whole_without(self, pages: set[int]) -> set[int]:
-        """The episodes that have nothing on any of these pages."""
+        """Returns the episodes without any data on these pages."""
         return {number for number, own in self.pages.items() if not own & pages}
 
 
@@ -69,13 +69,13 @@ def fill(folder: Path) -> ReplayBuffer:
 
 @cache
 def ever_stored() -> dict[int, Any]:
-    """Every episode that a store ever had, by id, as :func:`contents` gives them."""
+    """Returns every episode that a store ever had, by id, as :func:`contents` returns them."""
     episodes = ((sequence, large_episode(sequence)) for sequence in range(EPISODES))
     return {sequence: (str(episode.actor), sequence, bits(episode)) for sequence, episode in episodes}
 
 
 def find_pages(file: Path, episodes: dict[int, Any]) -> dict[int, set[int]]:
-    """Returns on which pages pieces of each episode's columns are, and its row, by looking for the bytes themselves."""
+    """Returns the pages that hold pieces of each episode's columns or its row, found by searching for the bytes."""
     image, found = file.read_bytes(), {}
     connection = sqlite3.connect(file)
     for number in episodes:
@@ -83,7 +83,7 @@ def find_pages(file: Path, episodes: dict[int, Any]) -> dict[int, set[int]]:
         pieces = [struct.pack(">d", time_s)]
         for (data,) in connection.execute("SELECT data FROM payloads WHERE episode_id = ?", (number,)):
             pieces += [data[begin : begin + 32] for begin in [*range(0, len(data) - 32, 256), len(data) - 32]]
-        # Everywhere: what was moved within the file may be in its old place as well.
+        # Search everywhere: data that was moved within the file may also remain in its old place.
         places = [[match.start() // PAGE + 1 for match in re.finditer(re.escape(piece), image)] for piece in pieces]
         assert places[0] and sum(map(bool, places)) > 0.8 * len(places)
         found[number] = set().union(*places)
@@ -128,14 +128,14 @@ def overwrite(file: Path, position: int, data: bytes) -> None:
 
 
 def recover(folder: Path, store: Store, must_keep: set[int], what: str) -> dict[int, Any]:
-    """Recovers, and holds what came of it against what was there."""
+    """Recovers a store and compares the result with its former content."""
     check_runner, data_dir = CliRunner(), ["--data-dir", str(folder)]
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(FILE_NAME) and "shm" not in path.name}
     checked = check_runner.invoke(cli.app, ["check", *data_dir])
     first = check_runner.invoke(cli.app, ["recover", *data_dir])
     assert not any(isinstance(result.exception, Exception) for result in (checked, first)), (what, checked, first)
     if first.exit_code == 1 and (folder / FILE_NAME).read_bytes() == before[FILE_NAME]:
-        # Nothing was changed, by the check neither, and the way on is not the way back.
+        # Nothing was changed, not by the check either, and the advice does not lead back to the check.
         after = {name: (folder / name).read_bytes() for name in before}
         assert after == before, what
         if not must_keep and "nothing of a store of touchline-server's is left" in first.stderr:
@@ -151,10 +151,10 @@ def recover(folder: Path, store: Store, must_keep: set[int], what: str) -> dict[
         found = contents(buffer)
         duplicates = [buffer.add_episode(large_episode(sequence)).duplicate for sequence in range(EPISODES)] if first.exit_code == 0 else []
 
-    # Without its log a file is as it was before, so it may have what was evicted since.
+    # Without its log a file is in an earlier state, so it may contain episodes evicted since.
     assert all(ever_stored()[number] == episode for number, episode in found.items()), what
     assert must_keep <= found.keys(), (what, sorted(must_keep - found.keys()))
-    if first.exit_code == 0:  # it said that all was kept
+    if first.exit_code == 0:  # it reported that everything was kept
         assert found == store.episodes, what
         assert all(duplicates), what
     else:
@@ -168,7 +168,7 @@ def recover(folder: Path, store: Store, must_keep: set[int], what: str) -> dict[
 
 def cut_by(share: float, extra: int = 0) -> Callable[[Path], int]:
     def cut(file: Path) -> int:
-        """Returns how many pages are left whole."""
+        """Returns the number of whole pages."""
         size = int(file.stat().st_size * (1 - share)) // PAGE * PAGE + extra
         os.truncate(file, size)
         return size // PAGE
@@ -233,7 +233,7 @@ def test_lost_log_and_its_index(killed: Store, tmp_path: Path) -> None:
 
 
 def damage_file(rng: random.Random, folder: Path) -> tuple[str, set[int]]:
-    """Damages the main file; returns how, and its pages that are not as they were."""
+    """Damages the main file; returns the kind of damage and the changed pages."""
     file = folder / FILE_NAME
     pages = file.stat().st_size // PAGE
     match rng.randrange(4):
@@ -260,7 +260,7 @@ def damage_file(rng: random.Random, folder: Path) -> tuple[str, set[int]]:
 
 
 def damage_log(rng: random.Random, store: Store, folder: Path) -> tuple[str, set[int]]:
-    """Damages the log; returns how, and the pages of the database that are not as they were."""
+    """Damages the log; returns the kind of damage and the changed pages of the database."""
     log, frames = folder / f"{FILE_NAME}-wal", store.frames
     newest = {page: frame for frame, (page, _) in enumerate(frames)}
     ends = [frame for frame, (_, commit) in enumerate(frames) if commit]
@@ -268,7 +268,7 @@ def damage_log(rng: random.Random, store: Store, folder: Path) -> tuple[str, set
         case 0:
             left = rng.randrange(len(frames))
             os.truncate(log, 32 + left * FRAME + rng.choice([0, rng.randrange(FRAME)]))
-            # What a transaction that is not all there changed is as it was before, so it may point to what is gone.
+            # Pages of an incomplete transaction are in their earlier state, so they may refer to missing ones.
             committed = max((end for end in ends if end < left), default=-1)
             return f"log cut to {left} frames", {page for page, frame in newest.items() if frame > committed}
         case 1:
@@ -300,7 +300,7 @@ def test_random_damage_costs_the_episodes_that_it_hits_and_no_other(state: str, 
         else:
             what, pages = damage_file(rng, folder)
             if state == "killed":
-                pages -= {page for page, _ in store.frames}  # which the log has in their place
+                pages -= {page for page, _ in store.frames}  # which the log replaces
         must_keep = store.whole_without(pages)
         found = recover(folder, store, must_keep, f"seed {seed}: {what}")
         lost += len(store.episodes) - len(found)
@@ -319,7 +319,7 @@ def test_what_was_cleared_or_evicted_does_not_come_back(tmp_path: Path) -> None:
         kept = contents(buffer)
         shutil.copytree(folder, tmp_path / "killed")
     folder = tmp_path / "killed"
-    # No free list, so that what is on free pages is looked at, too.
+    # Remove the free list, so that free pages are read, too.
     overwrite(folder / FILE_NAME, 0, bytes(100))
 
     recovered = recovery.recover(folder, accept_loss=True)

@@ -1,5 +1,5 @@
-"""All faults together, in an order that a seed decides: servers killed, stopped and started, networks that cut, stall and lose, disks that
-are full or fail, second servers, snapshots, clears, actors killed with their spools, one within the other. Nothing acknowledged is lost,
+"""All faults together, overlapping, in an order that a seed decides: servers killed, stopped and started, networks that cut, stall and lose,
+disks that are full or fail, second servers, snapshots, clears, actors killed with their spools. Nothing acknowledged is lost,
 nothing is doubled.
 """
 
@@ -35,7 +35,7 @@ from touchline_server.durability.database import FILE_NAME, OLDEST_KEY, Database
 
 CALLERS = 3
 SPOOLED = 7
-"""Client number of the actor with a spool; those below are callers'."""
+"""Client number of the actor with a spool; lower numbers are the callers'."""
 CAPACITY = 12_000
 LONGEST = 50
 DISK_BYTES = 160 << 20
@@ -65,14 +65,14 @@ def disk(tmp_path: Path) -> Iterator[Path | None]:
 
 
 class Callers:
-    """Actors that add without end and send again what was not acknowledged. A context manager."""
+    """Actors that add without end and resend what was not acknowledged. A context manager."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self.acknowledged: dict[tuple[int, int], int] = {}
-        """Client and sequence number to episode id, of what was not cleared."""
+        """Episode id by client and sequence number, without cleared episodes."""
         self.cleared_below = 0
-        """No episode with a lower id is there; one whose answer was lost may be acknowledged, as a duplicate, after it was cleared."""
+        """Lowest id that can be stored; an episode whose answer was lost may be acknowledged as a duplicate after it was cleared."""
         self.total = 0
         self.refusals = 0
         self.sent_again = 0
@@ -99,7 +99,7 @@ class Callers:
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Nothing is under way within it."""
+        """Pauses the actors for the block, with no call in progress."""
         with contextlib.ExitStack() as stack:
             for turn in self._turns:
                 stack.enter_context(turn)
@@ -121,7 +121,7 @@ class Callers:
         with Caller(self._address) as caller:
             while True:
                 episode, attempts, answer = encode_add_episode(keyed_episode(client, sequence)), 0, None
-                # One that was begun is finished: whether it is stored would not be known otherwise.
+                # Finish a call that has begun: otherwise it would be unknown whether its episode is stored.
                 while answer is None:
                     with self._turns[client]:
                         answer = self._try(caller, episode)
@@ -153,7 +153,7 @@ class Callers:
 
 
 class SpoolingActor:
-    """An actor in a process of its own. What it has ended is in its spool or on the server."""
+    """An actor in a process of its own. The episodes that it has ended are in its spool or on the server."""
 
     def __init__(self, address: str, spool_dir: Path) -> None:
         self._address, self._spool_dir = address, spool_dir
@@ -170,7 +170,7 @@ class SpoolingActor:
             self.ended += 1
 
     def kill(self) -> None:
-        """Kills it, while it sends what it may have left, and starts it anew."""
+        """Kills the actor while it sends any remaining episodes, and starts it again."""
         self._process.kill()
         self._process.communicate()
         self._process = self._start()
@@ -182,7 +182,7 @@ class SpoolingActor:
         return out.strip()
 
     def end(self) -> None:
-        """Ends it, whatever it does."""
+        """Ends the actor, whatever it does."""
         self._process.kill()
         self._process.communicate()
 
@@ -234,10 +234,10 @@ class Schedule:
             self._lasting["full_disk"] = self._full_disk
 
     def go_wrong(self) -> None:
-        """One fault, at times another within it, and some episodes after it."""
+        """Causes one fault, sometimes another within it, and adds some episodes after it."""
         rng = self._rng
         lasting = rng.choice(list(self._lasting)) if rng.random() < 0.55 else ""
-        # What asks the server something cannot be answered while it is stopped.
+        # Faults that need an answer from the server cannot happen while it is stopped.
         quick = ["kill", "reset", "actor_kill"]
         sudden = rng.choice(quick if lasting == "stop" else list(self._sudden)) if not lasting or rng.random() < 0.4 else ""
         print(f"{self.faults + 1}: {' with '.join(filter(None, (lasting, sudden)))}, {self.callers.total} acknowledged", flush=True)
@@ -285,7 +285,7 @@ class Schedule:
 
     @property
     def _locked(self) -> bool:
-        """Whether the server, having started on a full disk, keeps the store to itself, as it says."""
+        """Whether the server, having started on a full disk, holds the store exclusively, as it reports."""
         return "cannot look into the store before the server's next start" in self.server.log
 
     # Sudden ones
@@ -307,7 +307,7 @@ class Schedule:
             rng.choice(["write", "sync"]), rng.choice(["-wal", "db"]), done=rng.random() < 0.3, times=rng.choice([1, 1, 1 << 30])
         )
         failing_disk.write_rules(self._rules, fault)
-        self.callers.wait_for_refusal(2.0)  # a failure that no add meets is one, too
+        self.callers.wait_for_refusal(2.0)  # a failure without an add counts, too
         self.server.signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
         self.server.wait()
         failing_disk.write_rules(self._rules)
@@ -338,7 +338,7 @@ class Schedule:
             recovery.recover(self.data_dir, accept_loss=True)
 
     def _clear(self) -> None:
-        # The actor with a spool goes on; what it stores meanwhile is in the counts.
+        # The actor with a spool continues; the counts include what it stores meanwhile.
         with self.callers.resting(), Caller(self.server.address) as caller:
             if self._full or self._locked:
                 return  # refused, as adds are; or it would be unknown what was cleared

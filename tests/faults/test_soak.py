@@ -1,4 +1,4 @@
-"""The soak itself, for a few seconds: the load runs, the table and the picture are there, the exit status says what was found."""
+"""The soak itself, for a few seconds: the load runs, the table and the picture exist, the exit status reports the finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bits of a spool's files are flipped, on an actor's failing disk: what is sent is right or it is not sent, and it is said."""
+"""Bits of a spool's files are flipped, as on a failing disk: an episode is sent correctly, or reported and not sent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def drain(folder: Path) -> tuple[list[int], int]:
-    """Takes everything out of a spool as a writer does; returns which episodes were right, and how often something was said."""
+    """Takes everything out of a spool as a writer does; returns the correct episodes, and the number of reports."""
     try:
         spool = Spool(folder, limit_bytes=LIMIT)
     except SpoolError:

@@ -1,4 +1,4 @@
-"""A spool on a disk that is full or broken: what it has is sent all the same, once each, and what it says of what it keeps is true."""
+"""A spool on a full or broken disk: its episodes are still sent, once each, and it reports truthfully what it keeps."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_full_disk_is_left_waiting_episodes_that_the_next_writer_sends(server: S
         again.flush(60)
         again.close(60)
 
-        # What the first writer was sending when it was closed may arrive as well, under the same key.
+        # The episode that the first writer was sending when it was closed may arrive as well, under the same key.
         assert list(dict.fromkeys(server.received)) == list(range(30))
 
 
@@ -150,7 +150,7 @@ def traced(number: int) -> Episode:
 
 
 def waiting(folder: Path) -> list[int]:
-    """The numbers of what a spool has after a start on it, each whole."""
+    """Returns the numbers of the episodes in a spool after a start on it, and asserts that each is whole."""
     spool = Spool(folder, limit_bytes=LIMIT)
     found, taken = [], spool.peek()
     while taken is not None:
@@ -200,7 +200,7 @@ def test_failed_call_ends_keeping_and_what_was_kept_is_sent(fault: Fault, times:
         disk.mend()
         for left in (tmp_path / "killed", tmp_path / "unpowered", folder):
             found = waiting(left)
-            # The one whose writing had begun may be there; it is the oldest that was not kept, and the actor still has it.
+            # The episode whose write had begun may be stored; it is the oldest that was not kept, and the actor still has it.
             assert found in (kept, [*kept, refused[0]]), left
     fault_tally.note(spool_failures=1, spool_refused=len(refused))
 

@@ -1,4 +1,4 @@
-"""The proxy that the fault tests trust: it does what it says, and no more."""
+"""The proxy that the fault tests rely on does what it promises, and no more."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from support.tcp_proxy import Line, TcpProxy
 
 TIMEOUT_S = 60.0
 SILENCE_S = 0.3
-"""How long nothing has to arrive to be called silence."""
+"""Time without data that counts as silence."""
 
 
 @pytest.fixture
 def echo() -> Iterator[str]:
-    """The address of a server that sends back what it gets."""
+    """Yields the address of a server that echoes its input."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer(connection: socket.socket) -> None:
@@ -51,7 +51,7 @@ def connect(proxy: TcpProxy) -> socket.socket:
 
 
 def exchange(connection: socket.socket, data: bytes) -> bytes:
-    """Sends and reads back as many bytes."""
+    """Sends bytes and reads the same number back."""
     sender = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
     sender.start()
     found = bytearray()

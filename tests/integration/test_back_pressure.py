@@ -1,4 +1,4 @@
-"""What peers can have the server hold at a time: calls, messages, episodes in chunks, batches; and what is left of it when they go."""
+"""What peers can make the server hold at a time: calls, messages, episodes in chunks, batches; and that it is released when they go."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONE_MESSAGE = {"max_message_bytes": MIB, "max_episode_bytes": MIB, "max_receive_
 
 
 class OpenCall:
-    """A call whose messages are sent when the test says so; any method, unary ones included."""
+    """A call of any method, including unary ones, whose messages the test sends one by one."""
 
     def __init__(self, caller: Caller, method: str) -> None:
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -79,7 +79,7 @@ def refusal_of(call: OpenCall) -> tuple[grpc.StatusCode, str, str]:
 
 
 def big_episode() -> Episode:
-    """Goes in chunks, of a MiB in all."""
+    """Returns an episode of 1 MiB, sent in chunks."""
     rows = 64
     columns = {name: np.zeros((rows, width), np.float32) for name, width in (("obs", MIB // 4 // rows - 2), ("action", 1))}
     return Episode(columns | {"reward": np.zeros(rows, np.float32)})
@@ -108,7 +108,7 @@ def test_calls_over_the_limit_are_refused_with_a_delay_and_health_still_answers(
 
 def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
     with serving(limits={"max_connection_calls": 2}) as (server, caller), Caller(server.address) as other:
-        caller.counts()  # the limit is known to the client from here on
+        caller.counts()  # the client knows the limit from here on
         waiting = [caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600)) for _ in range(2)]
         third = caller.stub.Info.future(pb.InfoRequest(), timeout=DEADLINE_S)
 
@@ -136,7 +136,7 @@ def test_one_connection_that_watches_the_health_keeps_nobody_from_watching() -> 
             watch.cancel()
 
 
-# Messages on their way in
+# Incoming messages
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
@@ -189,7 +189,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
                 call.cancel()
             eventually(lambda: in_use(server) <= len(message), "those that no thread had begun with are gone")
             for _ in range(10):
-                caller.counts()  # behind the cancellations, on their connection
+                caller.counts()  # after the cancellations, on their connection
             held = in_use(server)
         finally:
             keeper.submit(server.buffer.store.writes.lock.release).result()
@@ -407,7 +407,7 @@ def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call
         eventually(lambda: in_use(server) == 0, "their reservations are released")
 
 
-# Batches on their way out
+# Outgoing batches
 
 
 def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +432,7 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeyp
         for _ in range(300):
             quick.read(1)
 
-        # Each has the batch that is being written and the next one; before those went what fits into gRPC's window, whatever the credits.
+        # Each has the batch being written and the next one; earlier, as much went out as fits into gRPC's window, regardless of credits.
         assert in_use(server) <= 4 * 2 * 1.01 * size
         *slow_ones, quick_one = sorted(made.values())
         assert quick_one == 300
@@ -524,7 +524,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
     with serving(server={"port": 0, "keepalive_s": 3.0}) as (server, caller), TcpProxy(server.address) as proxy:
         caller.add(make_episode(100, obs=2000))
         header, *_ = encode_load(Episode({**big_episode().columns}, key=EpisodeKey("gone", 1, 1)), chunk_bytes=MIB // 4)
-        # Two connections: one with data on its way, and one that is silent anyway, which only a ping finds out about.
+        # Two connections: one with data in flight, and a silent one, which only a ping can detect.
         with Caller(proxy.address) as gone, Caller(proxy.address) as silent:
             learner = gone.stream().open(credits=1000, batch_size=500)
             next(learner.call)
@@ -546,7 +546,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
 
 
 def test_client_that_stays_over_a_limit_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_errors.OverLimitError, "retry_after_s", 60.0)  # longer than the client tries
+    monkeypatch.setattr(server_errors.OverLimitError, "retry_after_s", 60.0)  # longer than the client retries
     with serving(limits={"max_calls": 1}) as (server, caller):
         waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600))
         eventually(lambda: server._server.parts.calls.replay.now == 1, "one call waits")

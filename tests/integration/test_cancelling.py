@@ -45,7 +45,7 @@ Messages = list[bytes]
 
 
 class Requests:
-    """What a call of each method sends, by chance."""
+    """Random requests for each method."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -70,7 +70,7 @@ class Requests:
 
     def _episode(self) -> Any:
         self._sequence += 1
-        # Some are stored in the event loop, some on a thread, some are over the limits.
+        # Some are stored in the event loop, some on a thread, some exceed the limits.
         rows = self._random.choice([0, 1, 5, 20, 20, 200, 900])
         return make_episode(rows, obs=300, seed=self._sequence, actor=f"actor {self._sequence % 5}", key=key(self._sequence))
 
@@ -108,13 +108,13 @@ class Requests:
 
 
 def break_off(caller: Caller, random: Random, requests: Requests) -> str:
-    """Makes one call and leaves it: before, between or behind its messages and answers, or in the middle of one. Returns its method."""
+    """Makes one call and abandons it before, between or after its messages and answers, or in the middle of one. Returns its method."""
     method = random.choice(list(requests.methods))
     kind, make = requests.methods[method]
     messages = make()
     sent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     multi = getattr(caller.channel, kind)(method if method.startswith("/") else SERVICE + method)
-    # Some are left by their deadline and not by a word.
+    # Some end by their deadline instead of a cancellation.
     call = (multi if kind == "stream_stream" else multi.future)(iter(sent.get, None), timeout=random.choice([0.01, 0.1, 1.0]))
     try:
         for message in messages:
@@ -129,7 +129,7 @@ def break_off(caller: Caller, random: Random, requests: Requests) -> str:
             call.result()
         ask(caller, random.choice([0, 0, 1, 2, 5]))
     except grpc.RpcError:
-        pass  # refused, or its time was over
+        pass  # refused, or past its deadline
     finally:
         call.cancel()
         sent.put(None)
@@ -157,7 +157,7 @@ def budgets_of(parts: Any) -> list[tuple[str, ByteBudget]]:
 
 
 def held_by(server: ServerThread) -> dict[str, Any]:
-    """What a server holds at this moment that is not nothing, by name."""
+    """Returns everything that a server holds at this moment, by name, without zeros."""
     parts: Any = server._server.parts  # type: ignore[attr-defined]
     found: dict[str, Any] = {f"budgets.{name}": (budget.used, budget.has_waiters) for name, budget in budgets_of(parts)}
     found |= {f"readers.{name}": getattr(parts.readers, name).evictions for name in ("messages", "control", "health", "reflection")}
@@ -178,7 +178,7 @@ def held_by(server: ServerThread) -> dict[str, Any]:
 
 @pytest.fixture
 def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The server logs no error: no trace, and no task or callback that failed unseen."""
+    """Asserts that the server logged no error: no traceback, and no unhandled failure of a task or callback."""
     yield
     errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     # gRPC's own line for a caller that disconnected just before it heard of that: on a busy machine one in some thousand calls.

@@ -1,4 +1,4 @@
-"""``touchline clear`` with a real server: what it shows, when it asks, and what is there afterwards."""
+"""``touchline clear`` on a real server: what it shows, when it asks, and what is stored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that go to other processes, by spawn, cloudpickle and copies: address and credentials travel; and what cannot go says so."""
+"""Clients sent to other processes, by spawn, cloudpickle and copies: address and credentials travel; what cannot be sent says so."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 def play(client: ReplayClient) -> tuple[str, int]:
-    """What a worker does with the client that it is given."""
+    """Uses a client in a worker process."""
     with EpisodeWriter(client, actor="worker") as writer:
         for number in range(3):
             row = {"obs": np.full(4, number, np.float32)}
@@ -67,7 +67,7 @@ def test_client_copied_has_its_settings_a_channel_and_keys_of_its_own(way: str) 
             assert other.next_key() != client.next_key()
             other.add(make_episode().columns)
             assert isinstance(other.sample().obs, np.ndarray)
-        assert other.num_eps == 2  # the first one's channel is closed, this one's is not
+        assert other.num_eps == 2  # the first client's channel is closed, this one's is open
         other.close()
 
 

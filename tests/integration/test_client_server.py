@@ -1,4 +1,4 @@
-"""The client against a real server: every verb, in each form that an episode or a batch can have."""
+"""The client on a real server: every method, in each form of an episode or a batch."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def client(server: ServerThread) -> Iterator[ReplayClient]:
 
 
 def _episode(number: int = 0, rows: int = 10) -> dict[str, Any]:
-    """An episode whose values tell where they are: ``number * 1000 + row``."""
+    """Returns an episode whose values encode their place: ``number * 1000 + row``."""
     values = np.arange(rows, dtype=np.float32) + 1000 * number
     return {"obs": np.stack([values, values], 1), "action": values[:, None].copy(), "reward": values}
 
 
 def _check_rows(batch: Any) -> None:
-    """Every slice is of consecutive rows of the episode and start that its provenance names."""
+    """Asserts that every slice has the consecutive rows that its provenance names."""
     obs, action, reward, done = (np.asarray(part) for part in batch)
     first = 1000 * np.asarray(batch.episode_id) + np.asarray(batch.start)
     rows = first + np.arange(len(obs))[:, None]

@@ -1,4 +1,4 @@
-"""The command ``touchline`` as a process of its own, with a real server: what it prints, how it ends, and that killing it is harmless."""
+"""The command ``touchline`` in a process of its own, with a real server: output, exit status, and that killing it is harmless."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the command; ends what is left at the end."""
+    """Starts the command; kills it at the end if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -182,7 +182,7 @@ def _wait_until(server: ServerThread, episodes: int, process: subprocess.Popen[s
 
 
 def test_load_killed_half_way_and_started_again_stores_each_episode_once(server: ServerThread, start: Start, tmp_path: Path) -> None:
-    """Sixty megabytes, in two calls; killed ever later, and started again each time."""
+    """Loads sixty megabytes in two calls, killed later each time and started again."""
     total = 600
     episodes = [make_episode(number, rows=50, obs=500) for number in range(total)]
     write_npz(tmp_path / "demos.npz", episodes)
@@ -217,7 +217,7 @@ def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread
 
 
 def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: ServerThread, tmp_path: Path) -> None:
-    """In the callback of a weak reference an exception is printed and nothing else."""
+    """An exception in the callback of a weak reference is only printed."""
     with ReplayClient(server.address) as client:
         client.add(make_episode(0))
     code = """

@@ -1,4 +1,4 @@
-"""What a file says is stored as it was, or its episode is refused; and a dry run finds what a server would refuse."""
+"""A file's values are stored exactly, or their episode is refused; a dry run finds what a server would refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short examples of docs/datasets.md, as processes of their own and with a real server; what they write is read by its own library.
+"""The short examples of docs/datasets.md, in processes of their own and with a real server; their output is read by its format's library.
 
 Those of Minari's load and HDF5's export are with the tests of these.
 """
@@ -50,7 +50,7 @@ def _run(example: str, *arguments: str, status: int = 0, **environment: str) -> 
 
 
 def _saved(path: Path, episodes: list[Columns], **others: Any) -> str:
-    """Writes a file as TD-MPC2's are."""
+    """Writes a file like TD-MPC2's."""
     columns = {name: torch.from_numpy(np.stack([episode[name] for episode in episodes])) for name in episodes[0]}
     columns["terminated"] = columns.pop("done")
     torch.save(columns | others if others else TensorDict(columns, batch_size=[len(episodes), len(episodes[0]["obs"])]), path)
@@ -122,7 +122,7 @@ def test_minari_has_the_episodes_of_the_actor(server: ServerThread, client: Repl
     episodes = [make_episode(number) for number in range(30, 35)]
     for number, episode in enumerate(episodes):
         client.add(episode, actor="right" if number == 2 else "left")
-    client.add({name: column[:1] for name, column in episodes[0].items()}, actor="left")  # a reset and nothing after it
+    client.add({name: column[:1] for name, column in episodes[0].items()}, actor="left")  # only a reset
     mine = [episode for number, episode in enumerate(episodes) if number != 2]
 
     folder = str(tmp_path / "minari")
@@ -178,4 +178,4 @@ def test_npz_file_holds_the_columns_of_the_newest_episodes(server: ServerThread,
     with np.load(path) as file:
         assert {name for name in file.files if not name.endswith(".json")} == {f"{id}/{name}" for id in ids for name in ("reward", "still")}
         assert np.array_equal(file[f"{ids[1]}/reward"], episodes[3]["reward"], equal_nan=True)
-    assert path.stat().st_size < 20_000  # of 88 kB of zeros: it is compressed
+    assert path.stat().st_size < 20_000  # 88 kB of zeros, compressed

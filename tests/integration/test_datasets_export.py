@@ -63,7 +63,7 @@ def _origins(client: ReplayClient) -> list[tuple[EpisodeKey | None, str, int]]:
     return [(episode.key, episode.actor, episode.policy_version) for episode in client.episodes(columns=["reward"])]
 
 
-# Any episodes, there and back again.
+# Round trips of arbitrary episodes
 
 UNDISTURBED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -75,7 +75,7 @@ def _round_trip(pair: Pair, target: Path, episodes: list[Columns], format: str |
     _add(from_one, episodes, actor="le ft/ü%", policy_version=-3)
 
     exported = datasets.export(from_one, str(target), format=format, force=True, **options)
-    # These files hold no keys, and cleared servers remember what they had.
+    # These files hold no keys, and a cleared server remembers the keys that it stored.
     report = datasets.load(to_other, str(target), format=format, reload_label=secrets.token_hex() if target.suffix == ".pt" else "")
 
     assert (exported.written, exported.left_out, report.stored, report.refused) == (len(episodes), 0, len(episodes), 0)
@@ -151,7 +151,7 @@ def test_selection_is_what_is_written(empty: Pair, tmp_path: Path) -> None:
     assert_same(stored(other), [{name: episode[name] for name in ("obs", "action", "reward")} for episode in expected])
 
 
-# Read by those for whom it was written.
+# Read by the formats' own programs
 
 
 def test_minari_reads_its_export_as_transitions(empty: Pair, minari_folder: Path) -> None:
@@ -248,7 +248,7 @@ def test_numpy_reads_an_npz_as_documented(empty: Pair, tmp_path: Path) -> None:
         assert json.loads(file[f"{number}/episode.json"])["actor"] == "left"
 
 
-# What cannot be, and what goes wrong.
+# Unsupported episodes and failures
 
 
 def test_single_rows_are_left_out_of_minari_and_told(empty: Pair, minari_folder: Path) -> None:
@@ -341,7 +341,7 @@ def test_folder_with_something_else_in_it_is_not_replaced(empty: Pair, tmp_path:
 
 
 class Stopped(Exception):
-    """Raised by the tests in the middle of an export."""
+    """Error that tests raise in the middle of an export."""
 
 
 @pytest.mark.parametrize(("name", "format"), PLACES)

@@ -1,4 +1,4 @@
-"""Loading HDF5 and NPZ files written by hand, as docs/datasets.md says, and files that are no such thing."""
+"""Loading HDF5 and NPZ files written by hand, as docs/datasets.md describes them, and invalid files."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_hdf5_whose_episodes_are_links_into_other_files_is_refused(client: Repla
         file["episodes/episode_1"] = h5py.ExternalLink("other.h5", "/episodes/episode_0")
         file["episodes/episode_2"] = h5py.SoftLink("/away/episode_0")
         file["episodes/episode_3/action"] = h5py.SoftLink("/away/episode_0/action")
-        # Within the file they are as good as what they name.
+        # Links within the file are as good as their targets.
         file["episodes/episode_4"] = h5py.SoftLink("/episodes/episode_0")
 
     report = datasets.load(client, str(tmp_path / "demos.h5"))

@@ -1,4 +1,4 @@
-"""Loading, whatever the format: what is refused, and each episode once."""
+"""Loading in any format: refusals, and each episode once."""
 
 from __future__ import annotations
 

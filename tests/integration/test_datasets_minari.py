@@ -1,4 +1,4 @@
-"""Loading data sets that Minari made."""
+"""Loading data sets made by Minari."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def minari_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _play(env: gymnasium.Env[Any, Any], episodes: int, **last: Any) -> list[EpisodeBuffer]:
-    """Plays at random and returns what happened, as Minari takes it."""
+    """Plays at random and returns the episode as Minari expects it."""
     env.action_space.seed(0)
     played = []
     for number in range(episodes):
@@ -129,7 +129,7 @@ def test_minari_truncations_that_the_end_does_not_tell_become_a_column(
 
 
 class Arm(gymnasium.Env[Any, Any]):
-    """Observations in a Dict with a Tuple in it."""
+    """An environment with a Tuple within Dict observations."""
 
     observation_space = gymnasium.spaces.Dict(
         {

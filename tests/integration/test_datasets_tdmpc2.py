@@ -34,7 +34,7 @@ def client(server: ServerThread) -> Iterator[ReplayClient]:
 
 
 def _multitask(episodes: int, rows: int, seed: int = 0) -> TensorDict:
-    """Returns what the files of TD-MPC2's multi-task data sets hold."""
+    """Returns the content of a file like those of TD-MPC2's multi-task data sets."""
     generator = torch.Generator().manual_seed(seed)
     td = TensorDict(
         {
@@ -103,7 +103,7 @@ def test_dict_of_tensors_in_the_layout_of_before_zip_files_is_read(server: Serve
 def test_file_of_an_early_tensordict_is_read_without_trust(
     server: ServerThread, client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its class was in another module, and was pickled as any object: class and attributes."""
+    """In older versions the class was in another module, and was pickled like any object: class and attributes."""
     td = _multitask(2, 3)
     early = type("TensorDict", (), {"__module__": "tensordict.tensordict"})
     saved = early()
@@ -118,7 +118,7 @@ def test_file_of_an_early_tensordict_is_read_without_trust(
 
 
 def test_pt_file_is_read_without_tensordict(tmp_path: Path) -> None:
-    """Which takes as long to import as torch itself."""
+    """tensordict takes as long to import as torch itself."""
     torch.save(_multitask(2, 3), tmp_path / "chunk.pt")
     code = "import sys; sys.modules['tensordict'] = None; from touchline import datasets; print(datasets.inspect(sys.argv[1])[0].stored)"
 

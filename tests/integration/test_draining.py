@@ -1,4 +1,4 @@
-"""A server that stops with clients that keep their streams open and say nothing: it does not wait for them."""
+"""A stopping server does not wait for clients that keep their streams open and send nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DRAINING = (grpc.StatusCode.UNAVAILABLE, "draining")
 
 
 class Load:
-    """A call that loads episodes, whose messages are sent when the test says so. The client keeps it open."""
+    """A call that loads episodes, whose messages the test sends one by one. The client keeps it open."""
 
     def __init__(self, caller: Caller) -> None:
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -109,7 +109,7 @@ def test_load_in_the_middle_of_an_episode_is_waited_for(monkeypatch: pytest.Monk
         with served.stopping():
             assert end_of(refused(served.caller.add, make_episode())) == DRAINING
             assert not load.call.done()
-            monkeypatch.setattr(add_calls, "LOAD_GRACE_S", FOR_EVER_S)  # for its end, which comes behind the episode
+            monkeypatch.setattr(add_calls, "LOAD_GRACE_S", FOR_EVER_S)  # waits for the end of the stream, which follows the episode
             load.send(*others)
             load.end()
 

@@ -1,4 +1,4 @@
-"""What is dropped without being closed ends itself, at both ends: threads, sockets, rings, streams, and a writer's episodes."""
+"""Objects that are dropped without being closed clean up on both sides: threads, sockets, rings, streams, and a writer's episodes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def server() -> Iterator[ServerThread]:
 
 
 def our_threads() -> list[str]:
-    """The client's threads and those that gRPC has for its calls, with the server's ring threads; not its pools, which grow by use."""
+    """Returns the threads of the client, of gRPC for its calls, and of the server's rings; not its pools, which grow with use."""
     parts = ("touchline-ring", "touchline-watchdog", "touchline-writer", "touchline-dropped", "_consume_request", "channel_spin")
     return [thread.name for thread in threading.enumerate() if any(part in thread.name for part in parts)]
 
@@ -63,13 +63,13 @@ def rings_of(server: ServerThread) -> int:
 
 
 def maps() -> int:
-    """Rings that are mapped: other tests of this process may have left some."""
+    """Returns the mapped rings; other tests of this process may have left some."""
     return Path("/proc/self/maps").read_text().count("touchline-ring")
 
 
 @dataclass(frozen=True)
 class Held:
-    """What this process holds of the client's and the server's."""
+    """Resources of the client and the server that this process holds."""
 
     threads: list[str] = field(default_factory=our_threads)
     sockets: int = field(default_factory=sockets)

@@ -1,4 +1,4 @@
-"""The service on a durable store: acknowledged after the commit, and not serving before it is read."""
+"""The service on a durable store: it acknowledges after the commit, and does not serve before the store is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples and the demo, as processes of their own and with a real server."""
+"""The examples and the demo, in processes of their own and with a real server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts an example with its arguments; ends what is left at the end."""
+    """Starts an example with its arguments; kills it at the end if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
     def start(example: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -190,7 +190,7 @@ def test_learner_takes_its_checkpoint_up(start: Start, tmp_path: Path) -> None:
 
     assert first.wait() == again.wait() == 0
     assert of_first[-1]["updates"] == of_again[-1]["updates"] == 30
-    # How many updates a report is about depends on their pace: what is learnt already shows in the first one.
+    # The number of updates in a report depends on their pace: the first one may already show learning.
     first_loss, first_loss_again = (next(line["reward"] for line in lines if "reward" in line) for lines in (of_first, of_again))
     assert first_loss_again < first_loss
     assert "goes on from" in (tmp_path / "learner.py.log").read_text()
@@ -212,7 +212,7 @@ def test_example_without_its_package_says_what_to_install(example: str, package:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo_accounts_for_every_episode_and_beats_the_mean(start: Start, tmp_path: Path) -> None:
-    for seconds in (30, 90, 270):  # what a slow machine cannot learn in the first it may in the last
+    for seconds in (30, 90, 270):  # a slow machine may learn only by the last report
         demo = start("demo.py", "--seconds", str(seconds), "--match-seconds", "5", "--output", "out")
         assert demo.stdout is not None
         output = demo.stdout.read()

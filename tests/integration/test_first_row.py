@@ -1,4 +1,4 @@
-"""Episodes of (s, a, r) rows, handed to a server whose rows are TD-MPC2's: the actor and the operator are warned, once."""
+"""Episodes of (s, a, r) rows, added to a server that expects TD-MPC2's rows: the actor and the operator are warned, once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a peer can have the server hold by messages that it begins and never ends, by calls that say nothing, and by compression."""
+"""What a peer can make the server hold by messages that it never finishes, by silent calls, and by compression."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = (CHECK, WATCH, REFLECT, "/no.such/Method", *(SERVICE + name for name i
 
 CALLS = 60
 GROWTH_BYTES = 96 * MIB
-"""What the server may take more at most: on the old server each of these floods took from 200 MiB to all that was sent."""
+"""Maximum growth of the server's memory: before the limits, each of these floods took from 200 MiB to everything that was sent."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_gzip_bomb_is_not_inflated(process: ServerProcess, method: str) -> None:
     still_answers(process)
     before = process.peak_bytes
     with grpc.insecure_channel(address, compression=grpc.Compression.Gzip, options=(("grpc.max_send_message_length", -1),)) as channel:
-        # 256 MiB that travel as 256 KiB.
+        # 256 MiB, compressed to 256 KiB.
         refusal = refused(channel.stream_unary(method), iter([bytes(256 * MIB)]), timeout=DEADLINE_S)
 
     assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -150,7 +150,7 @@ def test_episode_over_the_limit_of_a_request_goes_in_chunks_of_any_client() -> N
     with ExitStack() as stack:
         server, _ = stack.enter_context(serving())
         client = stack.enter_context(ReplayClient(server.address))
-        # As a client from before this limit was: it is refused, asks, and goes on in chunks.
+        # A client from before this limit is refused, asks for the limits, and continues in chunks.
         older = stack.enter_context(ReplayClient(server.address))
         older._uploader._max_message_bytes = 64 * MIB
 

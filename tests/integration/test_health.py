@@ -1,4 +1,4 @@
-"""What a health check finds of a server whose disk is full or has failed."""
+"""Health checks of a server whose disk is full or has failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a verb waits: the process ends promptly, also with episodes that were not sent and no server to send them to."""
+"""Ctrl-C while a method waits: the process ends promptly, even with unsent episodes and without a server."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ BODIES = {
 
 
 SILENT = ("batches", "episodes", "counts", "writer, flush", "drop-in")
-"""Asked of a server that accepts connections and says nothing; the others of none. ``FAULT_LONG`` has both for each."""
+"""Methods tried on a server that accepts connections but is silent; others run without a server. ``FAULT_LONG`` tries both for each."""
 CASES = [(verb, silent) for verb in BODIES for silent in (False, True) if "FAULT_LONG" in os.environ or silent == (verb in SILENT)]
 
 

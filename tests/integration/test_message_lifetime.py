@@ -1,4 +1,4 @@
-"""How long a server keeps the messages of a call: no longer than the call, whenever the garbage collector comes by."""
+"""A server keeps the messages of a call no longer than the call, independent of the garbage collector."""
 
 from __future__ import annotations
 

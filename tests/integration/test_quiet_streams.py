@@ -1,4 +1,4 @@
-"""Connections that are quiet, or busy with nothing but pings, live on over many keepalive periods: by TCP, by TLS, by a Unix socket."""
+"""Connections that are quiet, or carry only pings, survive many keepalive periods: over TCP, TLS and Unix sockets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from touchline_protos.shm.ring import shared_memory_id
 from touchline_server.service.app import ServerThread
 
 PING_S = 0.15
-"""A client's keepalive here, a two hundredth of the real one; what the server allows is shortened as much. The time to answer is not."""
+"""A client's keepalive, 200 times shorter than the real one; the server's limit is shortened as much, the time to answer is not."""
 QUIET_S = 20 * PING_S
 POLLS_WITHOUT_PYTHON = (1, 73)
 """First version of gRPC in which a client's connection survives a learner's thread that holds the interpreter's lock."""

@@ -98,7 +98,7 @@ def test_frames_are_made_only_as_the_reader_takes_them(monkeypatch: pytest.Monke
             server.buffer.add_episode(make_episode(9_000, seed=number, obs=32))  # 1.2 MB each
         call = get(caller)
         next(call)
-        # While the server answers these it would have sent all of it, if nothing held it.
+        # While the server answers these calls it would have sent everything, if nothing held it back.
         for _ in range(200):
             caller.sample()
         before = len(made)

@@ -68,7 +68,7 @@ def test_time_limit_truncates_and_the_next_step_resets(server: ServerThread, cli
                 played.append(Played([dict(step.observation)]))
             else:
                 played[-1].add(dict(step.observation), action, step.reward, step.last() and step.discount == 0.0)
-        assert env.physics.model.nq == 2  # what else the environment has
+        assert env.physics.model.nq == 2  # further attributes of the environment
 
     assert resets == 3
     stored = _columns(server)

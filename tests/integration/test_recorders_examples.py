@@ -1,4 +1,4 @@
-"""The short examples of docs/switching.md, as processes of their own and with a real server."""
+"""The short examples of docs/switching.md, in processes of their own and with a real server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def _run(example: str, *arguments: str, forbidden: str = "") -> list[dict[str, Any]]:
-    """Runs an example to its end and returns its lines of JSON; ``forbidden`` is a module that it must do without."""
+    """Runs an example to its end and returns its lines of JSON; ``forbidden`` is a module that it must not import."""
     code = f"import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(EXAMPLES)!r}); "
     code += f"sys.modules[{forbidden!r}] = None; " if forbidden else ""
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -53,7 +53,7 @@ def empty_server(shared_server: ServerThread) -> ServerThread:
 
 
 def _by_actor(server: ServerThread) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Returns the stored episodes, oldest first, and asserts what holds for those of any recorder."""
+    """Returns the stored episodes, oldest first, and asserts what every recorder guarantees."""
     lines: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
     for actor, columns in stored_episodes(server):
         assert np.isnan(columns["reward"][0]) and np.isnan(columns["done"][0])

@@ -1,4 +1,4 @@
-"""The Gymnasium recorder on real tasks against a real server: what is stored is what the environment gave."""
+"""The Gymnasium recorder on real tasks and a real server: it stores exactly what the environment returned."""
 
 from __future__ import annotations
 

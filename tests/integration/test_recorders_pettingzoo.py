@@ -1,4 +1,4 @@
-"""The PettingZoo recorder: a particle world where all play to the end, and PettingZoo's own world in which agents come and go."""
+"""The PettingZoo recorder: a particle world in which all agents play to the end, and PettingZoo's own, in which agents come and go."""
 
 from __future__ import annotations
 

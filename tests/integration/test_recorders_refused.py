@@ -1,4 +1,4 @@
-"""What an environment gives is stored as it was, or refused at that step: by every recorder, in the middle of episodes too."""
+"""An environment's values are stored exactly or refused at that step: by every recorder, also in the middle of episodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from touchline.recorders import DmEnvRecorder, GymnasiumRecorder, GymnasiumVecto
 from touchline.recorders.gymnasium_versions import BEFORE_1, AutoresetMode
 
 LENGTH = 6
-"""Transitions of an episode of the environments here."""
+"""Number of transitions in an episode of these environments."""
 ACTION = np.zeros(1, np.float32)
 
 
@@ -45,7 +45,7 @@ def stored(client: ReplayClient, actor: str = "a") -> list[dict[str, np.ndarray]
 
 
 class Script(gymnasium.Env[Any, Any]):
-    """Counts its steps: observation t is [t], its reward t. ``bad`` says what it gives instead in a step of its first episode."""
+    """Counts its steps: observation t is [t], its reward t. ``bad`` is what it returns instead in a step of its first episode."""
 
     action_space = spaces.Box(-1, 1, (1,), np.float32)
 
@@ -218,7 +218,7 @@ def test_transform_with_info_gets_that_of_its_row_and_one_without_is_called_as_e
 
 
 class Vector(VectorEnv):
-    """Two scripts that reset themselves in the same step; ``final`` makes of infos what is handed out."""
+    """Two scripts that reset themselves in the same step; ``final`` changes the infos that are returned."""
 
     num_envs = 2
 
@@ -264,7 +264,7 @@ class Vector(VectorEnv):
 
 
 def play(env: GymnasiumVectorRecorder, steps: int) -> list[str]:
-    """Returns what was refused."""
+    """Returns the refusals."""
     refused = []
     env.reset()
     for _ in range(steps):
@@ -328,7 +328,7 @@ def test_transform_of_a_vector_environment_gets_the_info_of_each(client: ReplayC
 
 
 class Players(dm_env.Environment):
-    """Two players; ``bad`` are the parts of a step that it gives instead."""
+    """Two players; ``bad`` holds the parts of a step that it returns instead."""
 
     def __init__(self, bad: dict[str, Any]) -> None:
         self.bad, self.steps, self.episode = bad, 0, 0
@@ -385,7 +385,7 @@ def test_player_of_dm_env_whose_step_cannot_be_stored_leaves_the_other_whole(
 
 
 class Arena(pettingzoo.ParallelEnv):
-    """Two agents; ``bad`` changes what a step of the first episode answers."""
+    """Two agents; ``bad`` changes the result of a step of the first episode."""
 
     def __init__(self, bad: Callable[[tuple[dict[str, Any], ...]], None]) -> None:
         self.metadata = {"name": "arena"}

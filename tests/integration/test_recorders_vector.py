@@ -56,7 +56,7 @@ def test_each_environment_has_a_spool_of_its_own_that_the_next_recorder_takes_up
 ) -> None:
     accounts, makers = _accounts()
     closed = ReplayClient(server.address, actor="vec")
-    closed.close()  # never gets anything across
+    closed.close()  # never sends anything
     with GymnasiumVectorRecorder(SyncVectorEnv(makers, copy=False), closed, spool_dir=tmp_path, when_full="drop-newest") as env:
         env.action_space.seed(1)
         env.reset(seed=7)
@@ -137,7 +137,7 @@ def _make_dict_cartpole() -> gymnasium.Env[Any, Any]:
 
 
 def _check_physics(obs: np.ndarray, action: np.ndarray) -> None:
-    """Each row's observation is what CartPole's physics makes of the row before and the action."""
+    """Asserts that each row's observation follows by CartPole's physics from the previous row and the action."""
     pole = gymnasium.make("CartPole-v1").unwrapped
     for before, taken, after in zip(obs[:-1], action[1:], obs[1:], strict=True):
         pole.reset()
@@ -185,7 +185,7 @@ def test_native_vector_environment(server: ServerThread, client: ReplayClient) -
 @pytest.mark.skipif(not BEFORE_1, reason="later, wrappers of vector environments see every observation, or say that they do not")
 def test_wrapper_that_final_observations_do_not_pass_is_refused(server: ServerThread, client: ReplayClient) -> None:
     accounts, makers = _accounts()
-    plain = gymnasium.wrappers.RecordEpisodeStatistics(SyncVectorEnv(makers))  # hands observations on as they are
+    plain = gymnasium.wrappers.RecordEpisodeStatistics(SyncVectorEnv(makers))  # passes observations on unchanged
 
     with pytest.raises(InvalidArgumentError, match=r"NormalizeObservation around a vector environment: .* wrap the single environments"):
         GymnasiumVectorRecorder(gymnasium.wrappers.NormalizeObservation(plain), client)

@@ -57,7 +57,7 @@ def test_metadata_that_is_no_text_is_refused_without_a_trace(tmp_path: Path, key
             assert caller.counts() == pb.Counts()
         assert "Traceback" not in process.log
         assert "a-secret" not in process.log
-        # What HTTP/2 itself forbids ends in gRPC's core.
+        # gRPC's core rejects what HTTP/2 itself forbids.
         assert all(f"the metadata {key.decode()!r} is not printable ASCII" in line for line in refusals(process))
 
 

@@ -1,4 +1,4 @@
-"""A refused add counts once, on the server and on the client, whatever way it takes and however often it is tried."""
+"""A refused add counts once, on the server and on the client, on every path and however often it is tried."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server() -> Iterator[ServerThread]:
 
 
 def write(client: ReplayClient, episodes: list[dict[str, Any]]) -> None:
-    """Several episodes that go out together; those that are refused are counted by the writer, too."""
+    """Episodes that are sent together; the writer also counts the refused ones."""
     writer = EpisodeWriter(client)
     for episode in episodes:
         for row in range(len(episode["reward"])):

@@ -1,4 +1,4 @@
-"""Rings between real processes: what is left when one of them is killed, and when frames have to do."""
+"""Rings between real processes: cleanup when one of them is killed, and the fallback to frames."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ import os, pathlib
 import touchline_protos.shm.ring
 touchline_protos.shm.ring.SHARED_MEMORY_DIR = pathlib.Path(os.environ["RINGS"])
 """
-"""Comes first in what other processes do."""
+"""Common beginning of the programs of other processes."""
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def test_learner_killed_leaves_no_file_and_frees_its_ring(folder: Path) -> None:
         add_episodes(client)
         with running(LEARNER, server.address) as learner:
             assert learner.stdout is not None and learner.stdout.readline() == "ring\n"
-            assert rings(folder) == []  # attached: the file has no name any more
+            assert rings(folder) == []  # attached: the file no longer has a name
             learner.kill()
             learner.wait()
 
@@ -155,7 +155,7 @@ def test_server_killed_with_a_learner_attached_leaves_nothing(tmp_path: Path, fo
 
 
 def reason_of(client: ReplayClient, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[str, list[str], list[str]]:
-    """Takes batches from three streams in messages; returns why, and what client and server logged about it."""
+    """Takes batches as messages from three streams; returns the reason, and the log lines of client and server about it."""
     caplog.clear()
     reasons = set()
     with caplog.at_level(logging.INFO):
@@ -187,7 +187,7 @@ def test_learner_on_another_host_gets_messages_and_the_reason(monkeypatch: pytes
         reason, learner, log = reason_of(client, caplog)
 
     assert "another host" in reason
-    assert len(learner) == 3 and log == []  # once a stream; nothing that the server's operator could put right
+    assert len(learner) == 3 and log == []  # once a stream; the server's operator could not change it
 
 
 def test_learner_without_the_rights_gets_frames_and_both_sides_say_why(
@@ -270,7 +270,7 @@ def test_learner_that_wants_no_ring_is_told_so_and_nothing_is_logged(caplog: pyt
 
 
 def test_older_learner_that_cannot_map_a_socket_gets_frames(caplog: pytest.LogCaptureFixture) -> None:
-    """As clients did that expected a file: they find no file, and say no more than that they are not attached."""
+    """Behaves like clients that expected a file: they find none, and only report that they are not attached."""
     with ServerThread(config()) as server, ReplayClient(server.address) as client, Caller(server.address) as caller:
         add_episodes(client)
         stream = caller.stream()

@@ -1,4 +1,4 @@
-"""Who gets in: real servers with real certificates and tokens, every role with every method, and places where no secret may appear."""
+"""Access: real servers with real certificates and tokens, every role with every method, and places where no secret may appear."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ VERBS: dict[str, Callable[[ReplayClient], Any]] = {
 def test_wrong_certificate_name_or_key_is_told_at_once_by_every_verb(
     wrong: str, authority: Authority, other_authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is tried again waits for half an hour here: one attempt has to do."""
+    """A retry waits for half an hour here, so one attempt has to suffice."""
     monkeypatch.setattr("touchline.client.RECONNECT_S", 3600.0)
     tls = TlsConfig(authority.cert)
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def plain_grpc_server(credentials: grpc.ServerCredentials) -> Iterator[str]:
 
 
 def test_server_that_comes_back_with_its_certificate_is_waited_for(authority: Authority, pair: Pair) -> None:
-    """To be away is no failure of TLS, also on a port where TLS is spoken."""
+    """An absent server is not a TLS failure, even on a port that used TLS."""
     with tls_server(pair) as server:
         port = int(server.address.rpartition(":")[2])
     with ReplayClient(f"127.0.0.1:{port}", tls=TlsConfig(authority.cert)) as client:
@@ -231,11 +231,11 @@ REQUESTS = {
     "LoadEpisodes": encode_add_episode(make_episode()),
     "SampleStream": pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString(),
 }
-"""One message for each method; of the others, the empty one will do."""
+"""One message for each method; the others accept an empty one."""
 
 
 def call(channel: grpc.Channel, method: str, message: bytes, token: str | None) -> list[bytes]:
-    """Calls any method, of whichever kind."""
+    """Calls a method of any kind."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     return list(channel.stream_stream(method)(iter([message]), metadata=metadata, timeout=DEADLINE_S))
 
@@ -355,7 +355,7 @@ def test_mutual_tls_and_tokens_are_both_asked_for(authority: Authority, pair: Pa
 
 
 def outcome(ask: Callable[[], Any]) -> str:
-    """What a caller sees of a call."""
+    """Everything that a caller sees of a call."""
     try:
         return str(ask())
     except Exception as error:
@@ -400,7 +400,7 @@ def test_server_reads_no_token_from_its_configuration(tmp_path: Path) -> None:
         assert "s3cr3t" not in process.log
 
 
-# Where it listens
+# Addresses
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command ``touchline-server serve`` as a process: listening, draining, exit codes, and what many clients cost."""
+"""The command ``touchline-server serve`` as a process: listening, draining, exit codes, and the cost of many clients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from touchline_server.service.app import AddressInUseError, ServerThread
 IDLE = 300
 ACTIVE = 64
 MAX_THREADS_FOR_CLIENTS = 24
-"""Threads that a server may have more than before its first client: its own pools and gRPC's, which grow with the cores."""
+"""Threads that a server may add after its first client: its own pools and gRPC's, which grow with the cores."""
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +50,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server that every test leaves running and empty of streams."""
+    """A server that every test leaves running without open streams."""
     with ServerProcess(tmp_path_factory.mktemp("server"), TOUCHLINE_LIMITS__MAX_STREAMS=str(IDLE + ACTIVE)) as server:
         yield server
 
@@ -105,7 +105,7 @@ def test_serve_with_a_bad_configuration_exits_2_and_names_the_key(tmp_path: Path
 
 
 class AsyncLearner:
-    """A channel of its own with an open sampling stream, for hundreds of clients in one thread."""
+    """A client with a channel of its own and an open sampling stream; hundreds of them run in one thread."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -137,10 +137,10 @@ class AsyncLearner:
 
 
 async def hold_many(process: ServerProcess) -> tuple[int, int]:
-    """Opens all streams, uses the active ones, tries one more, and drops half of them without a word.
+    """Opens all streams, uses the active ones, tries one more, and drops half of them without closing them.
 
     Returns:
-        The most threads and the most open files that the server had.
+        The server's maximum numbers of threads and of open files.
     """
     threads = files = 0
     async with AsyncExitStack() as stack:
@@ -152,7 +152,7 @@ async def hold_many(process: ServerProcess) -> tuple[int, int]:
             threads, files = max(threads, process.threads), max(files, process.open_files)
             await asyncio.gather(*(learner.grant(2) for learner in active))
         await asyncio.gather(*(learner.read(2) for learner in active))
-        # Each idle one is alive: it gets what it asks for.
+        # Each idle stream still works: it gets the batches that it asks for.
         await asyncio.gather(*(learner.grant(1) for learner in idle))
         await asyncio.gather(*(learner.read(1) for learner in idle))
         with Caller(process.address) as caller:
@@ -182,7 +182,7 @@ def test_hundreds_of_clients_take_a_bounded_number_of_threads_and_leave_nothing(
 
 
 def final_episodes_added(process: ServerProcess) -> int:
-    """The count that the server logs when it has stopped."""
+    """Returns the count that the server logs when it has stopped."""
     match = re.search(r"stopped: Counts\(.*episodes_added=(\d+)", process.log)
     assert match, process.log
     return int(match[1])
@@ -212,9 +212,9 @@ def test_sigterm_under_load_loses_nothing_that_was_acknowledged_and_exits_0(tmp_
             ends = [sender.result() for sender in senders]
 
         assert process.wait() == 0
-        # What arrives in the moment in which gRPC itself shuts the connections is cancelled by it, without having reached the service.
+        # gRPC cancels calls that arrive just as it closes the connections; they have not reached the service.
         assert {refusal.code for _, refusal in ends} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}, ends
-        # A call that broke off may have been stored without its answer, one for each sender at most.
+        # An episode of a call that broke off may have been stored without an answer, at most one for each sender.
         assert 0 <= final_episodes_added(process) - sum(acknowledged for acknowledged, _ in ends) <= len(ends)
         assert "Traceback" not in process.log
 

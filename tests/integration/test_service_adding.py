@@ -35,7 +35,7 @@ def served() -> Iterator[Served]:
 
 
 def stored_episode(server: ServerThread, position: int) -> dict[str, np.ndarray]:
-    """The columns of the nth oldest stored episode."""
+    """Returns the columns of the n-th oldest stored episode."""
     return read_episode(server.buffer.store, server.buffer.store.entries()[position])
 
 

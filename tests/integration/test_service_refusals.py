@@ -1,4 +1,4 @@
-"""What bad episodes and bytes get: a status and a text that names the column, what was found and what was expected. Nothing is stored in
+"""Bad episodes and bytes get a status and a text that names the column, what was found and what was expected. Nothing is stored in
 part and the server goes on.
 """
 
@@ -33,7 +33,7 @@ def served() -> Iterator[Served]:
 
 
 def with_columns(**columns: Any) -> Episode:
-    """A good episode with other columns; None takes one away. Double underscores stand for dots."""
+    """Returns a good episode with changed columns; None removes one. Double underscores stand for dots."""
     episode = make_episode(ROWS)
     given = {name.replace("__", "."): column for name, column in columns.items()}
     merged = {name: column for name, column in (episode.columns | given).items() if column is not None}
@@ -41,7 +41,7 @@ def with_columns(**columns: Any) -> Episode:
 
 
 def spoiled(column: str, row: int, value: float) -> Episode:
-    """A good episode with one bad value."""
+    """Returns a good episode with one bad value."""
     array = make_episode(ROWS).columns[column]
     array[row] = value
     return with_columns(**{column: array})
@@ -52,14 +52,14 @@ def floats(*shape: int) -> np.ndarray:
 
 
 def by_hand(change: Callable[[pb.AddEpisodeRequest], object]) -> bytes:
-    """A good request, changed by the generated classes into what no encoder makes."""
+    """Returns a good request, changed with the generated classes into one that no encoder makes."""
     request = pb.AddEpisodeRequest.FromString(encode_add_episode(make_episode(ROWS)))
     change(request)
     return request.SerializeToString()
 
 
 def tensor(number: int, **fields: Any) -> Callable[[pb.AddEpisodeRequest], object]:
-    """Changes the tensor of the nth column (obs, action, reward)."""
+    """Changes the tensor of the n-th column (obs, action, reward)."""
 
     def change(request: pb.AddEpisodeRequest) -> None:
         shape = fields.pop("shape", None)
@@ -216,7 +216,7 @@ def test_non_finite_observations_are_accepted_where_the_configuration_says_so() 
 
 
 def padded(size: int) -> bytes:
-    """A good request of exactly this size."""
+    """Returns a good request of exactly this size."""
     request = pb.AddEpisodeRequest.FromString(encode_add_episode(make_episode(100)))
     request.episode.columns[0].tensor.padding = bytes(size // 4)
     request.episode.columns[0].tensor.padding += bytes(size - request.ByteSize())

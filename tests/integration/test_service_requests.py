@@ -35,7 +35,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def filled(served: Served) -> Served:
-    """With 10 episodes of 5 to 50 rows by 3 actors."""
+    """A server with 10 episodes of 5 to 50 rows by 3 actors."""
     _, caller = served
     for number in range(10):
         caller.add(make_episode(5 * (number + 1), seed=number, actor=f"actor {number % 3}", policy_version=number))
@@ -416,7 +416,7 @@ class WithMetadata(
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Adds metadata to every call of a channel."""
+    """Interceptor that adds metadata to every call of a channel."""
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self._metadata = metadata

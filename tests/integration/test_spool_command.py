@@ -1,4 +1,4 @@
-"""``touchline spool`` and the sending behind it, with a real server: each episode once, whatever comes between."""
+"""``touchline spool`` and its sending, with a real server: each episode arrives once, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def stored_keys(server: ServerThread) -> list[int]:
-    """Returns the sequences of the keys of all that is stored, in the order of the ids."""
+    """Returns the sequence numbers of the stored episodes' keys, in the order of the ids."""
     with ReplayClient(server.address) as client:
         return [episode.key.sequence for episode in client.episodes() if episode.key is not None]
 
@@ -93,7 +93,7 @@ def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path
     arrived: list[int] = []
 
     def add(request: bytes, context: object) -> bytes:
-        """Stores an episode once it may: perhaps when the client that sent it is gone, and has no acknowledgement."""
+        """Stores an episode once it is allowed to, perhaps after its client has gone without an acknowledgement."""
         assert permits.acquire(timeout=60)
         _, episode = decode_add_episode(request)
         assert episode.key is not None

@@ -1,4 +1,4 @@
-"""What a server imports and says when it starts, and what a health check costs: by import order, so that no clock decides."""
+"""Imports and output of a starting server, and the cost of a health check: judged by import order, not by a clock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}
 
 
 def imported(log: str) -> set[str]:
-    """Modules that a process with :data:`PROFILE` imported, by its stderr."""
+    """Returns the modules that a process with :data:`PROFILE` imported, from its stderr."""
     return {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}
 
 
@@ -163,7 +163,7 @@ def test_health_check_names_a_file_that_keeps_the_server_from_starting(command: 
 
 
 def test_file_that_this_user_may_not_read_is_an_error_that_names_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root everything can be read, so the refusal is injected."""
+    """root can read everything, so the refusal is injected."""
     pair = Authority(tmp_path).issue("own", "localhost")
     read = Path.read_bytes
 
@@ -186,7 +186,7 @@ def test_file_that_this_user_may_not_read_is_an_error_that_names_the_user(tmp_pa
 def test_health_check_names_a_folder_that_keeps_the_server_from_starting(
     key: str, exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As root every folder can be written, so the refusal is injected: of the folder, or of the one that it would be made in."""
+    """root can write to every folder, so the refusal is injected: for the folder, or for its parent."""
     folder = tmp_path / "inner" / "store"
     refused = folder if exists else tmp_path
     refused.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def test_health_check_names_a_folder_that_keeps_the_server_from_starting(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_health_check_of_a_server_that_cannot_start_says_why(command: tuple[str, ...], tmp_path: Path) -> None:
-    """The reason is where an operator of a container looks: in the output of its health check."""
+    """The reason is in the output of the health check, where the operator of a container looks."""
     file = tmp_path / "wrong.toml"
     file.write_text("[config]\nhorizon = -1\n[server]\nport = 1\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at any time in the life of a server process: an orderly end with 0."""
+"""SIGTERM and SIGINT at any time in the life of a server process: a clean exit with 0."""
 
 from __future__ import annotations
 

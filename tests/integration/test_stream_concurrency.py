@@ -20,7 +20,7 @@ SENDER = 100_000
 
 
 def rows_of(number: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the rows of an episode hold: number, step, and a checksum of both in every element that follows."""
+    """Returns the rows of an episode: number, step, and a checksum of both in every further element."""
     checksum = (number * 31 + step * 7) % 8191
     obs = np.stack([number, step, *[checksum + column for column in range(OBS - 2)]], axis=-1).astype(np.int64)
     return obs, np.stack([checksum, -checksum], axis=-1).astype(np.float32), checksum.astype(np.float64)
@@ -47,7 +47,7 @@ def check(batch: Batch) -> int:
 
 def test_batches_are_whole_while_many_add_load_and_sample() -> None:
     done = threading.Event()
-    # Ten episodes fit, so nearly every add evicts while gathers are under way.
+    # Ten episodes fit, so nearly every add evicts while gathers are in progress.
     with serving(config={"buffer_size": 350, "batch_size": 64, "min_history": 0, "horizon": HORIZON}) as (server, first):
 
         def add(sender: int) -> int:

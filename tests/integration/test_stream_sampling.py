@@ -316,7 +316,7 @@ def test_stream_survives_a_table_that_is_cleared_all_the_time(filled: Served) ->
     thread.start()
     try:
         batches = stream.read(400)
-        while len(cleared) < 10 and thread.is_alive():  # whichever of the two is quicker
+        while len(cleared) < 10 and thread.is_alive():  # whichever of the two is faster
             stream.grant(4)
             batches += stream.read(4)
     finally:

@@ -1,4 +1,4 @@
-"""The drop-in for TD-MPC2's buffer: on a server and in process, against TD-MPC2's own way on TorchRL's SliceSampler."""
+"""The drop-in for TD-MPC2's buffer, on a server and in process, compared with TD-MPC2's own use of TorchRL's SliceSampler."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_cfg(**changes: Any) -> SimpleNamespace:
 
 
 def server_config(**sampling: Any) -> Config:
-    """Batch size, horizon and law differ from what TD-MPC2 asks for."""
+    """Configuration whose batch size, horizon and law differ from those that TD-MPC2 requests."""
     return Config(
         config={"buffer_size": 2_000, "batch_size": 8, "min_history": 1, "horizon": 1},
         sampling={"seed": 12, "law": "step", **sampling},
@@ -59,7 +59,7 @@ def buffer(request: pytest.FixtureRequest, server: ServerThread) -> Iterator[Buf
 
 
 def make_episode(number: int, length: int, *, terminated: bool = True, task: bool = False, nested: bool = False) -> TensorDict:
-    """An episode as TD-MPC2's trainer puts it together; a value encodes its episode and row: ``number * 100 + row``."""
+    """Returns an episode as TD-MPC2's trainer builds it; a value encodes its episode and row: ``number * 100 + row``."""
     rows = number * 100.0 + torch.arange(length, dtype=torch.float32)
     obs: Any = torch.stack([rows, -rows], dim=1)
     if nested:
@@ -77,7 +77,7 @@ def make_episode(number: int, length: int, *, terminated: bool = True, task: boo
 
 
 class Reference:
-    """What TD-MPC2's buffer does with the same calls, in the words of its paper and of TorchRL: slices of H + 1 rows by SliceSampler."""
+    """TD-MPC2's buffer for the same calls, as its paper and TorchRL describe it: slices of H + 1 rows by SliceSampler."""
 
     def __init__(self) -> None:
         self._episodes = 0
@@ -108,7 +108,7 @@ def _describe(value: Any) -> Any:
 
 
 def _check_values(obs: torch.Tensor, action: torch.Tensor, reward: torch.Tensor, terminated: torch.Tensor) -> None:
-    """Every slice is of consecutive rows of one episode, and the transitions are those of rows 1..H."""
+    """Asserts that every slice has consecutive rows of one episode, with the transitions of rows 1..H."""
     rows = obs[0, :, 0] + torch.arange(HORIZON + 1)[:, None]
     assert torch.equal(obs, torch.stack([rows, -rows], dim=2))
     assert torch.equal(action, torch.stack([rows, rows / 2, rows / 4], dim=2)[1:])
@@ -159,7 +159,7 @@ def test_nested_values_and_tasks_are_those_of_the_rows(buffer: Buffer) -> None:
 
 
 def _drawn(source: Any, batches: int) -> Counter[int]:
-    """How often each start was drawn, by its row's value."""
+    """Counts how often each start was drawn, by its row's value."""
     return Counter(int(value) for _ in range(batches) for value in source.sample()[0][0, :, 0])
 
 
@@ -188,7 +188,7 @@ def test_law_is_that_of_tdmpc2s_own(buffer: Buffer) -> None:
 
 
 class SmallWorldModel(nn.Module):
-    """Of TD-MPC2's shape: encoder, latent dynamics, reward, termination and value heads."""
+    """A small model shaped like TD-MPC2's: encoder, latent dynamics, reward, termination and value heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def test_update_loop_of_tdmpc2s_shape_learns_as_with_its_own_buffer(buffer: Buff
 
         losses = [update(model, optimizer, source) for _ in range(150)]
         if source is buffer:
-            buffer.add(make_episode(1, 30))  # the trainer goes on collecting
+            buffer.add(make_episode(1, 30))  # the trainer keeps collecting
             losses += [update(model, optimizer, source) for _ in range(10)]
 
         first, last = ({name: np.mean([one[name] for one in part]) for name in losses[0]} for part in (losses[:10], losses[-30:]))
@@ -248,7 +248,7 @@ def test_update_loop_of_tdmpc2s_shape_learns_as_with_its_own_buffer(buffer: Buff
 
 def test_load_takes_the_multitask_layout(buffer: Buffer) -> None:
     episodes = torch.stack([make_episode(number, 11, terminated=False, task=True) for number in range(5)])
-    episodes["episode"] = torch.zeros(5, 11, dtype=torch.int64)  # left by TD-MPC2's own buffer, which overwrites it
+    episodes["episode"] = torch.zeros(5, 11, dtype=torch.int64)  # kept by the caller; TD-MPC2's own buffer overwrites it
 
     assert buffer.load(episodes) == 5
     assert buffer.load(episodes[:2]) == 7

@@ -41,7 +41,7 @@ def server() -> Iterator[ServerThread]:
 
 
 def make_episode(number: int, length: int) -> TensorDict:
-    """An episode as TD-MPC2 makes it; a value encodes its episode and row: ``number * 100 + row``."""
+    """Returns an episode as TD-MPC2 makes it; a value encodes its episode and row: ``number * 100 + row``."""
     rows = number * 100.0 + torch.arange(length, dtype=torch.float32)
     columns = {"obs": torch.stack([rows, -rows], dim=1), "action": torch.stack([rows, rows / 2], dim=1), "reward": rows / 8}
     columns["action"][0] = columns["reward"][0] = torch.nan
@@ -49,7 +49,7 @@ def make_episode(number: int, length: int) -> TensorDict:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Returns what was warned of the run, or of waiting for the server."""
+    """Returns the warnings about the run, or about waiting for the server."""
     about = ("touchline._tdmpc2.single_run", "touchline._rpc.waits")
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in about]
 

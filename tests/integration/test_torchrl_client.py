@@ -104,7 +104,7 @@ def test_every_key_of_every_transition_comes_back(server: ServerThread) -> None:
         for batch in batches:
             buffer.extend(batch)
         complete = len(buffer)
-        assert 0 < complete < len(expected)  # trajectories under way are not there yet
+        assert 0 < complete < len(expected)  # unfinished trajectories are not stored yet
         buffer.flush()
         assert len(buffer) == len(expected) == 240
         found = _sample_all(buffer, 30)
@@ -156,7 +156,7 @@ def test_law_is_slice_samplers() -> None:
         complete = {name.split(b"/")[0] for name in ours}
         assert len(complete) > 10
 
-    # TorchRL's buffer sees a trajectory that goes across two batches as two, so only whole ones are compared, each within itself.
+    # TorchRL's buffer splits a trajectory that spans two batches, so only whole ones are compared, each by itself.
     theirs = starts(local)
     compared = 0
     for trajectory in complete:
@@ -229,7 +229,7 @@ def test_broken_chain_is_cut_and_nothing_is_lost(server: ServerThread, caplog: p
     (batch,) = _collect(envs=1, frames=30)
     whole = (batch["collector", "traj_ids"] == 0).sum()
     assert whole > 6
-    batch["next", "observation"][0, 3, 0] = -0.0  # equal to 0.0, but of other bits
+    batch["next", "observation"][0, 3, 0] = -0.0  # equal to 0.0, but with other bits
     batch["observation"][0, 4, 0] = 0.0
     expected = _rows(batch)
 
@@ -281,7 +281,7 @@ def test_transforms_run_on_samples_and_their_inverse_on_what_is_added(server: Se
     batches = _collect(envs=1, frames=30)
 
     class Shift(RewardScaling):
-        """Adds 3 on the way out, after the scaling."""
+        """Transform that adds 3 to samples, after the scaling."""
 
     with RemoteReplayBuffer(
         server.address, batch_size=16, transform=RewardScaling(loc=0.0, scale=10.0, in_keys=[("next", "reward")])

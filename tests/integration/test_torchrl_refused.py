@@ -1,4 +1,4 @@
-"""What TorchRL's verbs cannot take as it is: refused before anything is taken in, whatever was collected before."""
+"""Input that TorchRL's methods cannot store exactly is refused before anything is added, whatever was collected before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No verb waits without a word: servers that are away, that never answer and that are something else, and tables with nothing to sample."""
+"""No method waits silently: servers that are away, that never answer or that are not Touchline, and tables with nothing to sample."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EPISODE = {"obs": np.zeros((10, 2), np.float32), "action": np.zeros((10, 1), np.
 
 
 class Waits:
-    """The process's log of waits, by a clock that the test moves."""
+    """The process's log of waits, on a clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -95,7 +95,7 @@ VERBS: dict[str, Callable[[ReplayClient], Any]] = {
 
 
 def begin(verb: Callable[[ReplayClient], Any], client: ReplayClient, stack: ExitStack) -> None:
-    """Calls a verb in a thread, which ends once the client is closed."""
+    """Calls a method in a thread, which ends once the client is closed."""
     client._rpc.backoff = Backoff(first_s=0.01, max_s=0.05)
 
     def run() -> None:
@@ -132,7 +132,7 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "touchline._rpc.waits" and record.levelno == logging.WARNING]
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "clear()"])  # which is not tried again
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "clear()"])  # which is not retried
 @pytest.mark.parametrize("place", [away, something_else], ids=["away", "another server"])
 def test_verb_that_nobody_answers_says_so_after_ten_seconds_and_each_minute(
     verb: str, place: Callable[[ExitStack], str], waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture

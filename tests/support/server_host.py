@@ -1,6 +1,7 @@
 """Runs servers for the tests of another process that has no server installed; a line in is a request, a line out its answer.
 
-{"start": tables of the configuration} is answered with the address of a new server, {"stop": address} ends it. Exits at the end of its input.
+{"start": tables of the configuration} is answered with the address of a new server, {"stop": address} ends it. Exits at the end of
+its input.
 """
 
 from __future__ import annotations
