@@ -43,7 +43,7 @@ DOCS = REPOSITORY / "docs" / "benchmarks"
 def run(
     output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = ALL_SECTIONS, default_malloc: DefaultMalloc = False
 ) -> None:
-    """Measures Touchline beside TD-MPC2's buffer and the gather limit."""
+    """Measures Touchline against TD-MPC2's buffer and the gather limit."""
     effort = _effort(quick, rounds)
     chosen = [name for name in SECTIONS if name in only.split(",")]
     findings = Findings()
@@ -61,7 +61,7 @@ def run(
 def peers(
     output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = "W1,W2", default_malloc: DefaultMalloc = False
 ) -> None:
-    """Measures Touchline beside Reverb, which is tuned first; needs the environment of ``make bench-peers``."""
+    """Measures Touchline against Reverb, which is tuned first; needs the environment of ``make bench-peers``."""
     effort = _effort(quick, rounds)
     findings = Findings()
     described = machine.describe() | {"reverb": peers_suite.versions()}
@@ -110,7 +110,7 @@ def compare_trees(
     rounds: Annotated[int, typer.Option(min=1, help="Slices of each side in a block.")] = 8,
     seconds: Annotated[float, typer.Option(min=0.05, help="Length of a slice.")] = 0.4,
 ) -> None:
-    """Measures another checkout beside this one, in turns, and prints new / old with 95 % intervals."""
+    """Measures another checkout and this one, in turns, and prints new / old with 95 % intervals."""
     chosen = [name.strip() for name in only.split(",")]
     with _progress() as progress:
         task = progress.add_task("filling stores", total=blocks * (1 + rounds * len(chosen) * 2))
@@ -129,7 +129,7 @@ def compare_trees(
 
 @app.command()
 def report(output: Output = DOCS) -> None:
-    """Writes the reports and the plots again from the JSON files."""
+    """Regenerates the reports and the plots from the JSON files."""
     console.print(f"wrote {write_report(output).name}")
     if (output / GPU_FILE).exists():
         console.print(f"wrote {write_gpu_report(output).name}")

@@ -123,7 +123,7 @@ class Actor:
         return sum(episode.length for episode in episodes)
 
     def methods(self) -> dict[str, Any]:
-        """Returns what the driver may call."""
+        """Returns the methods that the driver may call."""
         return {name: getattr(self, name) for name in ("prepare", "fill", "start", "stop", "insert")}
 
 

@@ -25,7 +25,7 @@ class Bar:
     metric: str = "batches_per_s"
     at_most: bool = False
     goal: bool = False
-    """Wished for, not required."""
+    """Whether it is a wish, not a requirement."""
 
 
 BARS = (
@@ -47,7 +47,7 @@ BARS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a bar."""
+    """The result for one bar."""
 
     bar: Bar
     ratio: Interval | None
@@ -55,10 +55,10 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """``met`` where the interval reaches the bar, with ``clearly`` where all of it does."""
+        """``met`` if the interval reaches the bar, with ``clearly`` if all of it does."""
         if self.ratio is None:
             return "not measured"
-        # Turned round where less is better, so that more is better in either case.
+        # Inverted if less is better, so that more is better in either case.
         sign = -1 if self.bar.at_most else 1
         worst, best = sorted((sign * self.ratio.low, sign * self.ratio.high))
         if best < sign * self.bar.value:

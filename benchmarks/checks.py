@@ -1,4 +1,4 @@
-"""Whether what was moved is right: a checksum of each batch, and every byte of some.
+"""Checks that batches are right: a checksum of each batch, and every byte of some.
 
 Needs numpy only.
 """
@@ -13,11 +13,11 @@ from benchmarks.workloads import ROW_ID_BYTES, Content, read_row_ids
 
 
 class WrongDataError(AssertionError):
-    """A batch is not what the store holds: whatever was measured is worthless."""
+    """A batch differs from the store, which makes the measurement worthless."""
 
 
 class BatchLog:
-    """Notes, of every batch of a slice, the slices' row ids and all rewards; after the clock has stopped they are recomputed.
+    """Records the row ids and all rewards of every batch of a slice; after the clock has stopped they are recomputed.
 
     A reward is a 24-bit hash of its row, so a slice that is cut wrongly, of another episode, torn by a write, or out of order does not
     pass. Noting costs some microseconds a batch, the same for every subject.

@@ -1,4 +1,4 @@
-"""Two checkouts of the project beside each other: is the new one slower anywhere?
+"""Compares two checkouts of the project: is the new one slower anywhere?
 
 Both sides live in processes of their own and take turns, slice by slice, in a random order. Everything is made anew for each block, because
 where a process's memory happens to lie is worth several percent for as long as it lives.
@@ -34,7 +34,7 @@ W2_ROWS = 10_000
 
 @dataclass
 class Comparison:
-    """What was measured of one run on both sides, slice by slice."""
+    """Measurements of one run on both sides, slice by slice."""
 
     name: str
     old: list[float] = field(default_factory=list)
@@ -65,9 +65,9 @@ def compare(
     """Measures two checkouts.
 
     Args:
-        old: the other checkout; the new one is this.
+        old: the other checkout; this one is the new one.
         only: names of the runs, from :data:`RUNS`.
-        blocks: how often everything is made anew.
+        blocks: how often everything is built from scratch.
         rounds: slices of each run and side in a block.
         seconds: length of a slice.
         seed: seed of the orders.
@@ -106,7 +106,7 @@ def table(found: Sequence[Comparison]) -> Iterator[str]:
 
 
 def _side(tree: Path, only: Sequence[str], shrink: int) -> Worker:
-    """Returns the process that measures a checkout, with everything made that the runs need."""
+    """Returns the process that measures a checkout, with everything that the runs need."""
     worker = Worker("benchmarks.tree_worker", tree=tree)
     try:
         for folder in worker.call("where"):

@@ -52,11 +52,11 @@ class InProcess:
         return self._timers[name].run(seconds)
 
     def draw(self, name: str, *, seconds: float) -> dict[str, float]:
-        """Returns what drawing the rows of a batch costs in a local buffer."""
+        """Returns the cost of drawing the rows of a batch in a local buffer."""
         return {"draw_s": seconds_per_call(self._locals[name].draw, seconds)}
 
     def methods(self) -> dict[str, Any]:
-        """Returns what the driver may call."""
+        """Returns the methods that the driver may call."""
         return {name: getattr(self, name) for name in ("make_tdmpc2", "make_local", "make_limit", "run", "draw")}
 
 

@@ -15,23 +15,23 @@ from touchline import ReplayClient
 from touchline_protos import Batch
 
 PREFETCH = 16
-"""Batches that the server may have under way for a stream or a ring, where a batch is small."""
+"""Batches that may be in flight for a stream or a ring if a batch is small."""
 
 MAX_PREFETCH_BYTES = 160 << 20
-"""Batches under way are as many as fit in this, 2 at least."""
+"""Size of the batches in flight; at least 2 may be."""
 
 
 def open_stream(client: ReplayClient, *, path: str, prefetch: int, device: str | None = None) -> Iterator[Batch]:
-    """Returns a client's batches, of which one is taken: they are under way.
+    """Returns a client's batches, of which one was taken, so that they are in flight.
 
     Args:
         client: client of the server.
         path: ``stream`` or ``ring``.
-        prefetch: batches under way.
+        prefetch: number of batches in flight.
         device: device that batches are copied to; None leaves them on the host.
 
     Raises:
-        RuntimeError: they come another way.
+        RuntimeError: they come on another path.
     """
     stream = client.batches(prefetch=prefetch, ring=path == "ring", device=device)
     first = next(stream)
@@ -48,7 +48,7 @@ class RemoteSubject:
         address: the server's address.
         content: the rows that the server stores.
         path: ``unary``, ``stream`` or ``ring``.
-        prefetch: batches under way; 0 leaves it to :data:`PREFETCH`.
+        prefetch: number of batches in flight; 0 leaves it to :data:`PREFETCH`.
     """
 
     def __init__(self, address: str, content: Content, *, path: str, prefetch: int = 0) -> None:
@@ -93,7 +93,7 @@ class Learner:
         return self._timers[name].run(seconds, server_pid=server_pid)
 
     def methods(self) -> dict[str, Any]:
-        """Returns what the driver may call."""
+        """Returns the methods that the driver may call."""
         return {"make": self.make, "run": self.run}
 
 

@@ -1,4 +1,4 @@
-"""In this process: Touchline's own buffer, and the limit that a gather has."""
+"""Subjects in this process: Touchline's own buffer, and the limit of a gather."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LocalSubject:
 
 
 class LocalWritingSubject:
-    """The same, with an episode stored before every batch."""
+    """A local subject that stores an episode before every batch."""
 
     def __init__(self, subject: LocalSubject) -> None:
         self.content = subject.content
@@ -76,7 +76,7 @@ class LocalWritingSubject:
 
 
 class GatherLimit:
-    """The least that any buffer does: a vectorised draw from an array of episodes, and one ``numpy.take`` a column into the final layout.
+    """The minimum work of any buffer: a vectorised draw from an array of episodes, and one ``numpy.take`` a column into the final layout.
 
     Reads the columns of a :class:`LocalSubject`, so that both see the same memory; writes into buffers that it uses again and again.
 

@@ -42,7 +42,7 @@ LABELS = {
     "reverb-apart": "Reverb, columns apart",
     "reverb-10k": "Reverb — 4 writers add 10 k steps/s",
 }
-"""What subjects are called for readers."""
+"""Names of subjects for readers."""
 
 
 def draw_all(sections: Sections, verdicts: Sequence[Verdict], folder: Path) -> list[str]:
@@ -62,7 +62,7 @@ def draw_all(sections: Sections, verdicts: Sequence[Verdict], folder: Path) -> l
 
 
 def short(value: float) -> str:
-    """Returns a figure with as many digits as are worth reading."""
+    """Returns a number with as many digits as are worth reading."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -162,7 +162,7 @@ def _load(sections: Sections) -> Figure | None:
         (("reverb", COLOURS["theirs"], "Reverb"), ("stream", COLOURS["faint"], "TCP stream"), ("ring", COLOURS["ours"], "ring"))
     ):
         for place, (_, suffix) in enumerate(groups):
-            # Side by side only what one run measured; without Reverb there is but the other run.
+            # Compare only what one run measured; without Reverb there is only the other run.
             rates = values(sections, "peers W1" if "peers W1" in sections else "W1", subject + suffix, "batches_per_s")
             if not rates:
                 continue

@@ -1,6 +1,6 @@
 """Subjects live in processes of their own, driven by one line of JSON a request and one an answer.
 
-Needs nothing but the standard library.
+Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MALLOC_TUNING = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""The C library keeps freed memory instead of giving it back: big allocations then cost no page faults. The same for all subjects."""
+"""Settings by which the C library keeps freed memory, so that big allocations cost no page faults. The same for all subjects."""
 
 
 class WorkerError(RuntimeError):
-    """A subject's process failed; the message has its own traceback."""
+    """A subject's process failed; the message contains its traceback."""
 
 
 class Worker:
@@ -43,7 +43,7 @@ class Worker:
 
     def __init__(self, module: str, *, python: Path | None = None, tuned: bool = True, tree: Path | None = None) -> None:
         self.module = module
-        # What it prints is shown where it fails and nowhere else: it would tear the progress bar.
+        # Its output is shown only if it fails: it would disturb the progress bar.
         self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [str(python or sys.executable), "-m", module],
@@ -61,7 +61,7 @@ class Worker:
         return self._process.pid
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Returns what the process answers, waiting for it.
+        """Makes a call, waits for the answer of the process and returns it.
 
         Raises:
             WorkerError: it raised, or it ended.
@@ -96,7 +96,7 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(OSError):  # it ended by itself, with a request unread
+        with suppress(OSError):  # it ended by itself, leaving a request unread
             self._process.stdin.close()
         try:
             self._process.wait(10)
@@ -119,7 +119,7 @@ class Worker:
 
 
 def serve(methods: Mapping[str, Callable[..., Any]]) -> None:
-    """Answers calls from standard input until it ends; what anything prints goes to standard error instead."""
+    """Answers calls from standard input until it ends; printed output goes to standard error instead."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
@@ -143,7 +143,7 @@ def product_path(tree: Path) -> str:
     """Returns the PYTHONPATH that makes a process import the product code of a checkout.
 
     Raises:
-        FileNotFoundError: it is no checkout of the project.
+        FileNotFoundError: the folder is not a checkout of the project.
     """
     folders = [tree.resolve() / name / "src" for name in ("protos", "client", "server")]
     for folder in folders:
@@ -153,7 +153,7 @@ def product_path(tree: Path) -> str:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Returns the processor time that a process of this machine has used, all its threads together (Linux)."""
+    """Returns the CPU time that a process of this machine has used in all its threads (Linux)."""
     # The clock id of another process, as clock_getcpuclockid(3) makes it.
     return time.clock_gettime((~pid << 3) | 2)
 

@@ -1,4 +1,4 @@
-"""Rounds: every subject gets a slice of each round, in an order of its own each time, so that all of them see the machine's moods alike."""
+"""Rounds: every subject gets a slice of each round, in a new order each time, so that the machine's fluctuations affect all alike."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Slice = dict[str, float]
-"""What one slice of one subject measured; see :meth:`benchmarks.timing.SliceTimer.run`."""
+"""Measurements of one slice of one subject; see :meth:`benchmarks.timing.SliceTimer.run`."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to measure."""
+    """One thing to measure."""
 
     name: str
     run: Callable[[float], Slice]
@@ -22,7 +22,7 @@ class Subject:
 
 @dataclass
 class Section:
-    """Subjects that are compared with each other, and what was measured of each, round by round."""
+    """Subjects that are compared with each other, with the measurements of each, round by round."""
 
     name: str
     subjects: Sequence[Subject]
@@ -31,7 +31,7 @@ class Section:
 
     @property
     def steps(self) -> int:
-        """Slices in all."""
+        """Total number of slices."""
         return self.rounds * len(self.subjects)
 
     def run(self, *, seed: int, advance: Callable[[str], None]) -> None:

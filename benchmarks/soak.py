@@ -1,4 +1,4 @@
-"""A mixed load for as long as asked: does the server's memory stay where it is?
+"""Runs a mixed load for a given time and checks that the server's memory does not grow.
 
     python -m benchmarks.soak [--minutes 10] [--out docs/benchmarks/soak.png] [--growth-mib 32]
 
@@ -31,10 +31,10 @@ import numpy as np
 ROWS = 100
 OBS, ACTION = 64, 8
 CAPACITY = 40_000
-"""Rows of the ring: full, and evicting, after some 8 seconds at the rate below."""
+"""Rows of the ring, which is full and evicts after some 8 seconds at the rate below."""
 CAST = ("actor", "actor", "actor", "actor", "stream", "stream", "ring")
 PER_SECOND = {"actor": 12.0, "stream": 40.0, "ring": 80.0}
-"""Episodes or batches that each process asks for in a second: a steady load that two cores carry."""
+"""Episodes or batches a second of each process: a steady load that two cores can carry."""
 BATCH_SIZE, HORIZON = 128, 5
 BATCHES_OF_A_STREAM = 500
 """Batches after which a learner closes its stream and opens another one."""
@@ -48,7 +48,7 @@ WARM_UP_SHARE = 0.3
 
 
 def act(address: str, number: int) -> Iterator[None]:
-    """Adds an episode at each ``next``; its rows and its policy version say the same number."""
+    """Adds an episode at each ``next``; its rows and its policy version hold the same number."""
     from touchline import ReplayClient
 
     with ReplayClient(address, actor=f"actor {number % 16}") as client:
@@ -66,7 +66,7 @@ def act(address: str, number: int) -> Iterator[None]:
 
 
 def learn(address: str, *, ring: bool) -> Iterator[None]:
-    """Takes a batch at each ``next`` and looks whether it is one."""
+    """Takes a batch at each ``next`` and checks it."""
     from touchline import ReplayClient
 
     with ReplayClient(address, as_numpy=True) as client:
@@ -110,7 +110,7 @@ class Client:
         self._reader.start()
 
     def take(self) -> list[float]:
-        """Returns what each episode or batch took since the last time, in ms."""
+        """Returns the time of each episode or batch since the last call, in ms."""
         taken, self.took_ms = self.took_ms, []
         return taken
 
@@ -127,7 +127,7 @@ class Client:
 
 
 class Memory(NamedTuple):
-    """What the server holds at a moment."""
+    """Resources that the server holds at a moment."""
 
     at_s: float
     resident_mib: float
@@ -167,7 +167,7 @@ class Server:
 
 
 class Minute(NamedTuple):
-    """A line of the table."""
+    """One line of the table."""
 
     memory: Memory
     store_mib: float
@@ -189,7 +189,7 @@ def line(minute: Minute) -> str:
 
 
 class Soak:
-    """The load, and what is seen of it."""
+    """The load and its observation."""
 
     def __init__(self, server: Server, *, seed: int) -> None:
         self._server = server
@@ -247,7 +247,7 @@ class Soak:
 
 
 def growth_mib(samples: Sequence[Memory]) -> float:
-    """Returns by how much memory grew after the warm-up: the median of its last quarter over that of its first."""
+    """Returns the growth of memory after the warm-up: the median of its last quarter over that of its first."""
     after = [sample.resident_mib for sample in samples if sample.at_s >= WARM_UP_SHARE * samples[-1].at_s]
     quarter = max(1, len(after) // 4)
     return median(after[-quarter:]) - median(after[:quarter])
@@ -272,7 +272,7 @@ def draw(samples: Sequence[Memory], file: Path) -> None:
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Returns what was asked for."""
+    """Returns the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     parser.add_argument("--every-s", type=float, default=60.0, help="seconds between two lines (default: %(default)s)")

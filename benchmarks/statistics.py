@@ -47,7 +47,7 @@ def median_interval(values: Sequence[float], *, coverage: float = 0.95) -> Inter
 
 
 def ratio_interval(over: Sequence[float], under: Sequence[float]) -> Interval:
-    """Returns the median of the ratios round by round, which a machine's moods from one round to the next do not touch.
+    """Returns the median of the ratios round by round, which the machine's fluctuations from round to round do not affect.
 
     Raises:
         ValueError: the numbers of rounds differ.

@@ -16,7 +16,7 @@ PATHS = ("unary", "stream", "ring")
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time a run takes."""
+    """The effort of a run, which decides its time."""
 
     rounds: int = 15
     """Rounds of the sections with the headline ratios."""
@@ -25,7 +25,7 @@ class Effort:
     seconds: float = 0.4
     """Length of a slice."""
     shrink: int = 1
-    """Stores are smaller by this factor: only to see that everything works."""
+    """Factor by which stores are smaller, to see only that everything works."""
 
     def rows(self, workload: str) -> int:
         """Returns the rows of a workload's store."""
@@ -37,7 +37,7 @@ QUICK = Effort(rounds=2, side_rounds=1, seconds=0.1, shrink=20)
 
 @dataclass
 class Findings:
-    """What the sections found."""
+    """Results of the sections."""
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def sizes_section(processes: ProcessGroup, effort: Effort, findings: Findings, r
 
 
 def unequal_section(processes: ProcessGroup, effort: Effort, findings: Findings, run: Run) -> None:
-    """W3: unequal episodes with a task, by both laws; TD-MPC2's buffer has the episode law only."""
+    """W3: unequal episodes with a task, by both laws; TD-MPC2's buffer has only the episode law."""
     inner, learner = processes.worker("benchmarks.in_process"), processes.worker("benchmarks.learner")
     rows = effort.rows("W3")
     inner.call("make_tdmpc2", name="tdmpc2 episode", workload="W3", rows=rows, cache=False, writing=False)

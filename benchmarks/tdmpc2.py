@@ -1,4 +1,4 @@
-"""What learners use today: the construction of TD-MPC2's replay buffer (Hansen et al. 2024) on TorchRL, in the learner's own process.
+"""The construction of TD-MPC2's replay buffer (Hansen et al. 2024) on TorchRL, in the learner's own process.
 
 TD-MPC2 gives a TorchRL ``ReplayBuffer`` a ``SliceSampler`` that finds episodes by an ``episode`` column, asks it for
 batch_size x (horizon + 1) rows, and makes the result time-major: view, permute, select, contiguous. That is built here from TorchRL's
@@ -23,7 +23,7 @@ class Tdmpc2Subject:
     """The buffer, filled with the first episodes of a workload.
 
     Args:
-        content: what to store.
+        content: the rows to store.
         cache: keep the episodes' borders between samples (TD-MPC2 does for several tasks); a write drops them.
         device: device of the storage.
     """
@@ -45,7 +45,7 @@ class Tdmpc2Subject:
         tags = content.tags_to_fill(workload.rows)
         for tag in tags:
             self.add(tag)
-        # The rows that are left stay empty for this subject too, so that no remnant of an episode is cut.
+        # The remaining rows stay empty for this subject too, so that no episode is stored in part.
         self._next = [self._row(tag) for tag in tags[:8]]
 
     def add(self, tag: int) -> None:

@@ -24,12 +24,12 @@ Taken = TypeVar("Taken")
 
 
 class BatchSubject(Protocol):
-    """Something that gives batches."""
+    """A source of batches."""
 
     content: Content
 
     def take(self) -> Any:
-        """Returns the next batch, in whatever form a user of the subject gets it."""
+        """Returns the next batch, in the form in which a user of the subject gets it."""
 
     def noted(self, batch: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns the batch's obs and reward as arrays, without a copy."""
@@ -39,7 +39,7 @@ class BatchSubject(Protocol):
 
 
 class Usage:
-    """Processor time of this process and of a server, from its making on.
+    """CPU time of this process and of a server, measured from construction.
 
     Args:
         server_pid: the server's process; None for none.
@@ -55,7 +55,7 @@ class Usage:
 
         Args:
             latencies: seconds that each batch took to arrive.
-            elapsed_s: seconds of the slice.
+            elapsed_s: length of the slice in seconds.
         """
         own = time.process_time() - self._own_before
         server = self._server() - self._server_before

@@ -32,7 +32,7 @@ INSERT_THREADS = 2
 
 
 class Checkout:
-    """What can be measured of one checkout, by name. Everything is made before the first slice and kept to the end."""
+    """The runs of one checkout, by name. Everything is made before the first slice and kept to the end."""
 
     def __init__(self) -> None:
         self._resources = ExitStack()
@@ -102,7 +102,7 @@ class Checkout:
         self._resources.close()
 
     def methods(self) -> dict[str, Any]:
-        """Returns what the driver may call."""
+        """Returns the methods that the driver may call."""
         return {name: getattr(self, name) for name in ("where", "make_local", "make_batches", "make_inserts", "run", "close")}
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 ROW_ID_BYTES = 8
-"""What an observation begins with: the episode's tag and the step, as two float32 or two uint32."""
+"""Size of the beginning of an observation: the episode's tag and the step, as two float32 or two uint32."""
 
 _NOISE_VALUES = 1 << 16
 _TASKS = 8
@@ -30,7 +30,7 @@ class Workload:
     """Capacity of the store, which is full."""
     min_length: int
     max_length: int
-    """Rows of an episode: uniform between the two."""
+    """Bounds of an episode's rows, which are uniform between them."""
     task: bool = False
     law: str = "episode"
     batch_size: int = 256

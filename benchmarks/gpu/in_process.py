@@ -45,7 +45,7 @@ class InProcess:
         return self._runs[name](seconds)
 
     def methods(self) -> dict[str, Any]:
-        """Returns what the driver may call."""
+        """Returns the methods that the driver may call."""
         return {name: getattr(self, name) for name in ("make_tdmpc2", "make_local", "make_limits", "run")}
 
 

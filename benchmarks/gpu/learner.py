@@ -21,7 +21,7 @@ STEP_PRODUCTS = 10
 
 
 class TrainingStep:
-    """Stands for a training step: reads the batch and keeps the device busy, with no wait of the host's in it."""
+    """Stands for a training step: reads the batch and keeps the device busy, without a wait by the host."""
 
     def __init__(self) -> None:
         self._weights = torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda")
@@ -73,7 +73,7 @@ class DeviceRemoteSubject:
 
 
 class HeldSubject:
-    """The training step on one batch that is on the device already: the least time a batch."""
+    """The training step on one batch that is already on the device: the minimum time a batch."""
 
     def __init__(self, subject: DeviceRemoteSubject, step: TrainingStep) -> None:
         self.content = subject.content
@@ -115,7 +115,7 @@ class Learner:
         return self._timers[name].run(seconds, server_pid=server_pid)
 
     def methods(self) -> dict[str, Any]:
-        """Returns what the driver may call."""
+        """Returns the methods that the driver may call."""
         return {"make": self.make, "make_held": self.make_held, "run": self.run}
 
 

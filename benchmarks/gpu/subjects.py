@@ -1,4 +1,4 @@
-"""What takes batches on the device in the learner's own process: Touchline's buffer, the gather limit and plain copies."""
+"""Subjects that take batches on the device in the learner's own process: Touchline's buffer, the gather limit and plain copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DeviceLocalSubject:
         self._writing = writing
 
     def take(self) -> Batch:
-        """Draws a batch; where it is a writing one, an episode is stored before."""
+        """Draws a batch; a writing subject stores an episode first."""
         if self._writing:
             self.local.add_next()
         return self.local.take()
@@ -56,7 +56,7 @@ class DeviceTdmpc2Subject:
 
 
 class DeviceGatherLimit:
-    """The least that a buffer on the device does: a vectorised draw on the host, one copy of the rows, ``index_select`` into a fixed place.
+    """The minimum work of a buffer on the device: a vectorised draw on the host, one copy of the rows, ``index_select`` into a fixed place.
 
     Args:
         over: the buffer whose columns are read. It must not be written to meanwhile.

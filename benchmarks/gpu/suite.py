@@ -1,4 +1,4 @@
-"""What ``make bench-gpu`` measures of one workload, in one section: in process, served, and beside a training step."""
+"""The measurements of ``make bench-gpu`` for one workload, in one section: in process, served, and during a training step."""
 
 from __future__ import annotations
 

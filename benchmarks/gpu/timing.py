@@ -17,7 +17,7 @@ WARM_UP_S = 0.05
 """Warm-up before each slice, which uses up what a subject prepared during the pause."""
 
 NOTED = 512
-"""Batches that a slice notes at most, and how many take their turn before their places are used again."""
+"""Maximum number of batches that a slice records before their places are reused."""
 
 NOTE_EVERY = 8
 """One batch in this many is recorded: recording is two small copies on the device, whose launches cost the host some 25 µs."""
@@ -29,14 +29,14 @@ class DeviceSubject(Protocol):
     content: Content
 
     def take(self) -> Any:
-        """Returns the next batch; its tensors may still be on their way, in the order of the current stream."""
+        """Returns the next batch; its tensors may still be in flight, in the order of the current stream."""
 
     def columns(self, batch: Any) -> Mapping[str, torch.Tensor]:
         """Returns the batch's tensors by the names of :func:`~benchmarks.checks.check_batch`."""
 
 
 class DeviceLog:
-    """Notes row ids and rewards of batches in memory of the device, and checks them on the host after the clock has stopped."""
+    """Records row ids and rewards of batches in memory of the device, and checks them on the host after the clock has stopped."""
 
     def __init__(self, content: Content) -> None:
         workload = content.workload
@@ -57,7 +57,7 @@ class DeviceLog:
         self._count += 1
 
     def verify(self) -> int:
-        """Checks what was noted and starts afresh; returns how many batches. Raises WrongDataError as :class:`BatchLog` does."""
+        """Checks the recorded batches and starts afresh; returns how many. Raises WrongDataError as :class:`BatchLog` does."""
         count = min(self._count, NOTED)
         self._count = 0
         log = BatchLog(self._content, capacity=max(count, 1))

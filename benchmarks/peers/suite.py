@@ -38,7 +38,7 @@ def versions() -> str:
 def run(
     name: str, processes: ProcessGroup, effort: Effort, findings: Findings, run_section: Run, tell: Callable[[str], None]
 ) -> list[Trial]:
-    """Tunes Reverb for a workload and measures it beside Touchline.
+    """Tunes Reverb for a workload and measures it against Touchline.
 
     Args:
         name: name of the workload.
@@ -49,7 +49,7 @@ def run(
         tell: callback that gets a line about what is going on.
 
     Returns:
-        What was tried, and how fast it was.
+        The tried settings and their speed.
     """
     trials = _tune(name, effort, processes.tuned, tell)
     best = max(trials, key=lambda trial: trial["batches_per_s"])
@@ -62,7 +62,7 @@ def run(
     tables["inserted"] = {"max_size": min(rows, INSERTED_ITEMS), "packed": quickest["columns"] == "packed"}
     sampled = {"reverb": best}
     if packed and name == "W1":
-        # Most users leave the columns apart. (On pixels it makes no difference worth a second table.)
+        # Most users keep the columns separate. (On pixels the difference is not worth a second table.)
         sampled["reverb-apart"] = max((trial for trial in trials if trial["columns"] == "apart"), key=lambda trial: trial["batches_per_s"])
         tables["reverb-apart"] = {"max_size": rows, "packed": False}
     address = peers.start(tables)
@@ -78,7 +78,7 @@ def run(
         learner.call("make", name=table, address=address, workload=name, rows=rows, table=table, packed=columns, **options)
         subjects.append(Subject(table, _sampling(learner, table, peers.pid), seconds))
     reverb = subjects[0]
-    # Of the writers the one that burdens the server least plays the actors under load.
+    # The actors under load use the writer that costs the server least.
     load = peers.prepare(writers, address, "reverb", packed=packed, structured=True)
     inserting = peers.prepare(inserters, address, "inserted", packed=quickest["columns"] == "packed", **_writer_options(quickest))
 

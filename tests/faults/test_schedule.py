@@ -1,5 +1,5 @@
-"""All faults together, overlapping, in an order that a seed decides: servers killed, stopped and started, networks that cut, stall and lose,
-disks that are full or fail, second servers, snapshots, clears, actors killed with their spools. Nothing acknowledged is lost,
+"""All faults together, overlapping, in an order that a seed decides: servers killed, stopped and started, networks that cut, stall
+and lose, disks that are full or fail, second servers, snapshots, clears, actors killed with their spools. Nothing acknowledged is lost,
 nothing is doubled.
 """
 
