@@ -260,7 +260,7 @@ def test_refusals_agree_to_the_word(path: str, stack: ExitStack) -> None:
     assert words[0].startswith("obs.state: a value that is not finite in row 3")
 
 
-def test_sampling_an_empty_buffer_says_so(path: str, stack: ExitStack) -> None:
+def test_sampling_an_empty_buffer_raises_not_ready(path: str, stack: ExitStack) -> None:
     subject = open_subject(path, stack, make_config())
 
     with pytest.raises((NotReadyError, ClientNotReadyError), match="0 steps in 0 episodes"):
@@ -271,7 +271,7 @@ def test_sampling_an_empty_buffer_says_so(path: str, stack: ExitStack) -> None:
 
 
 @pytest.mark.parametrize("stored", [0, 4])
-def test_horizon_longer_than_every_episode_is_not_ready_with_the_figures(path: str, stored: int, stack: ExitStack) -> None:
+def test_horizon_longer_than_every_episode_is_not_ready_with_the_counts(path: str, stored: int, stack: ExitStack) -> None:
     subject = open_subject(path, stack, make_config())
     for number in range(stored):
         subject.verbs.add(make_episode(number, 101 - number))

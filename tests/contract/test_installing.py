@@ -43,7 +43,7 @@ def test_command_for_an_extra_names_its_packages(extra: str) -> None:
     assert {Requirement(word.strip("'")).name for word in words[2:]} == {Requirement(line).name for line in EXTRAS[extra]}
 
 
-def test_command_for_one_package_of_an_extra_names_that_alone() -> None:
+def test_command_for_one_package_of_an_extra_names_only_that_package() -> None:
     assert re.fullmatch(r"pip install 'dm-env>=[\d.]+'", install_command("recorders", "dm-env"))
 
 
@@ -88,7 +88,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_of_a_page_install_what_is_there(page: Path) -> None:
+def test_commands_of_a_page_install_existing_distributions(page: Path) -> None:
     for command in commands(page):
         places = [word.strip("\"'") for word in command.split() if word.strip("\"'").startswith("./")]
         folders = [place.partition("[")[0] for place in places]
@@ -133,7 +133,7 @@ def test_pins_of_users_are_inside_of_the_ranges(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_client_alone_says_what_is_missing(tmp_path: Path) -> None:
+def test_client_without_extras_says_what_is_missing(tmp_path: Path) -> None:
     place = tmp_path / "environment"
     venv.create(place, with_pip=True)
 

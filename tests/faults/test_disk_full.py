@@ -75,7 +75,7 @@ def test_full_disk_refuses_adds_goes_on_sampling_and_resumes(durability: str, sm
 
 
 @pytest.mark.parametrize("durability", MODES)
-def test_start_on_a_disk_without_a_byte_left_samples_and_adding_goes_on_once_there_is_room(durability: str, small_disk: Path) -> None:
+def test_start_on_a_full_disk_samples_and_adding_resumes_once_there_is_space(durability: str, small_disk: Path) -> None:
     data_dir, ballast = small_disk / "data", small_disk / "ballast"
     config = durable_config(data_dir, durability=durability)
     buffer = ReplayBuffer(config)

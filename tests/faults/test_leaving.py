@@ -59,7 +59,7 @@ def process(tmp_path: Path) -> Iterator[ServerProcess]:
         yield started
 
 
-def test_learner_that_does_not_read_costs_less_than_its_credits_and_holds_nobody_up(process: ServerProcess) -> None:
+def test_learner_that_does_not_read_costs_less_than_its_credits_and_blocks_no_one(process: ServerProcess) -> None:
     batch = {"batch_size": 1024, "horizon": 3}
     batch_bytes = 4 * 1024 * 1024
     with Caller(process.address) as caller, Caller(process.address) as others:
@@ -190,7 +190,7 @@ def test_connections_that_come_and_go_leave_nothing(process: ServerProcess) -> N
 
 
 @long
-def test_peers_behind_a_pulled_cable_are_let_go(process: ServerProcess) -> None:
+def test_peers_behind_a_pulled_cable_are_disconnected(process: ServerProcess) -> None:
     with Players(process.address, count=1) as players, TcpProxy(process.address) as proxy:
         players.play(5)
         players.flush_all()

@@ -119,7 +119,7 @@ def test_stream_goes_on_by_itself_after_outages_and_is_never_wrong(limit: int) -
 
 
 @long
-def test_stream_that_may_wait_only_so_long_says_so_and_another_goes_on() -> None:
+def test_stream_with_a_timeout_raises_it_and_another_stream_resumes() -> None:
     with serving() as (server, _), TcpProxy(server.address) as proxy, Players(server.address) as players:
         players.play(2)
         players.flush_all()

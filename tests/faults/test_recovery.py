@@ -415,7 +415,7 @@ def test_file_with_nothing_of_ours_is_left_as_it_is_and_no_command_points_at_ano
     assert "touchline-server check" not in results[1].stderr
 
 
-def test_newer_format_is_told_by_both(closed: Store, tmp_path: Path) -> None:
+def test_newer_format_is_reported_by_both(closed: Store, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(closed.folder, folder)
     _make(folder / FILE_NAME, "PRAGMA user_version = 99")

@@ -121,7 +121,7 @@ def test_full_disk_is_left_waiting_episodes_that_the_next_writer_sends(server: S
         assert list(dict.fromkeys(server.received)) == list(range(30))
 
 
-def test_full_disk_is_logged_once_and_what_is_settled_is_written_once_there_is_room(
+def test_full_disk_is_logged_once_and_answers_are_written_once_there_is_space(
     server: Server, client: ReplayClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with failing_disk() as disk:
@@ -205,7 +205,7 @@ def test_failed_call_ends_keeping_and_what_was_kept_is_sent(fault: Fault, times:
     fault_tally.note(spool_failures=1, spool_refused=len(refused))
 
 
-def test_failed_fsync_is_told_to_the_actor_and_what_it_had_is_sent(
+def test_failed_fsync_is_raised_to_the_actor_and_stored_episodes_are_sent(
     server: Server, client: ReplayClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with failing_disk() as disk:

@@ -230,7 +230,7 @@ def test_cuda_batches_from_a_server_are_those_of_a_local_buffer(stored: str, siz
         assert [as_bits(tensor) for tensor in tensors_of(batch)] == [as_bits(tensor) for tensor in tensors_of(one)]
 
 
-def test_cuda_torchrl_face_samples_on_the_device() -> None:
+def test_cuda_torchrl_adapter_samples_on_the_device() -> None:
     _, cuda = pair()
     face = cuda.as_torchrl()
     cuda.add_episode(traced(3, 30))
@@ -256,7 +256,7 @@ def test_cuda_clear_frees_the_memory_and_another_schema_works() -> None:
     assert cuda.sample().obs.shape == (4, 8, 2)
 
 
-def test_cuda_without_room_falls_back_to_the_cpu_with_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_without_memory_falls_back_to_the_cpu_with_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         buffer = ReplayBuffer(make_config(50_000_000, storage={"device": "cuda"}))

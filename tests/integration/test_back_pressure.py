@@ -120,7 +120,7 @@ def test_calls_on_one_connection_wait_at_the_client_and_others_do_not() -> None:
         waiting[1].cancel()
 
 
-def test_one_connection_that_watches_the_health_keeps_nobody_from_watching() -> None:
+def test_one_connection_that_watches_the_health_does_not_keep_others_from_watching() -> None:
     health = "/grpc.health.v1.Health/"
     with serving() as (server, caller), Caller(server.address) as other:
         watches = [caller.channel.unary_stream(health + "Watch")(b"") for _ in range(MAX_HEALTH_WATCHES // STANDARD_SHARE)]
@@ -140,7 +140,7 @@ def test_one_connection_that_watches_the_health_keeps_nobody_from_watching() -> 
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
-def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
+def test_message_is_not_read_before_its_bytes_are_reserved(method: str) -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         holder = OpenCall(caller, method)
@@ -157,7 +157,7 @@ def test_message_is_not_read_before_there_is_room_for_it(method: str) -> None:
         assert caller.add(make_episode()).counts.episodes_stored == 2
 
 
-def test_call_that_waits_for_room_gets_it_when_another_ends() -> None:
+def test_call_that_waits_for_bytes_gets_them_when_another_ends() -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         holder = OpenCall(caller, "AddEpisode")
         eventually(lambda: in_use(server) == MIB, "the first call holds the budget")
@@ -172,7 +172,7 @@ def test_call_that_waits_for_room_gets_it_when_another_ends() -> None:
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
-def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(method: str) -> None:
+def test_bytes_of_a_cancelled_call_stay_reserved_while_a_thread_has_its_message(method: str) -> None:
     message = encode_add_episode(make_episode(100, obs=400))
     with serving(server={"port": 0, "add_workers": 1}) as (server, caller), ThreadPoolExecutor(1) as keeper:
         caller.add(make_episode(obs=400))
@@ -199,7 +199,7 @@ def test_room_of_a_call_that_was_left_is_taken_until_no_thread_has_its_message(m
         assert caller.counts().episodes_stored == 2
 
 
-def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> None:
+def test_client_and_writer_retry_after_the_delay_and_lose_nothing() -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         holder = OpenCall(caller, "AddEpisode")
@@ -224,7 +224,7 @@ def test_client_and_writer_come_again_after_the_delay_and_nothing_is_lost() -> N
         assert caller.counts().episodes_stored == 2
 
 
-def test_room_for_adds_and_for_sampling_are_apart() -> None:
+def test_budgets_of_adds_and_of_sampling_are_separate() -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         caller.add(make_episode())
         impatient(server)
@@ -246,7 +246,7 @@ def test_room_for_adds_and_for_sampling_are_apart() -> None:
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Ready", "Info", "Clear"])
-def test_call_that_breaks_off_gives_its_room_back(method: str) -> None:
+def test_call_that_breaks_off_releases_its_bytes(method: str) -> None:
     with serving() as (server, caller):
         call = OpenCall(caller, method)
         eventually(lambda: in_use(server) == MAX_REQUEST_BYTES, "it has reserved bytes for its message")
@@ -267,7 +267,7 @@ def test_unary_call_without_a_message_is_an_invalid_argument() -> None:
         eventually(lambda: in_use(server) == 0, "its reservation is released")
 
 
-def test_question_to_the_health_service_that_does_not_come_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_check_whose_message_does_not_come_is_ended_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline_server.service.admission.STANDARD_MESSAGE_S", 0.2)
     check = "/grpc.health.v1.Health/Check"
     never: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -301,7 +301,7 @@ FOUR_MESSAGES = ONE_MESSAGE | {"max_receive_bytes": 8 * MIB}
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes", "Sample", "Info"])
-def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: str) -> None:
+def test_connection_whose_calls_are_silent_gets_only_its_share_of_bytes(method: str) -> None:
     with serving(limits=FOUR_MESSAGES) as (server, caller), Caller(server.address) as other:
         budget = budgets(server).messages if method in ("AddEpisode", "LoadEpisodes") else budgets(server).control
         idle = [OpenCall(caller, method) for _ in range(8)]
@@ -317,7 +317,7 @@ def test_connection_whose_calls_send_nothing_does_not_have_all_the_room(method: 
 
 
 @pytest.mark.parametrize("method", ["AddEpisode", "LoadEpisodes"])
-def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_silent_calls_are_ended_if_others_need_their_bytes(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr("touchline_server.service.receiver.POLL_INTERVAL_S", 0.05)
     with contextlib.ExitStack() as stack:
@@ -342,7 +342,7 @@ def test_calls_that_send_nothing_are_ended_where_others_want_their_room(monkeypa
         eventually(lambda: in_use(server) == 0, "all is free")
 
 
-def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_announced_episodes_that_do_not_arrive_are_ended_if_others_need_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("touchline_server.service.receiver.RECEIVE_TIMEOUT_S", 0.2)
     monkeypatch.setattr("touchline_server.service.receiver.POLL_INTERVAL_S", 0.05)
     monkeypatch.setattr("touchline_server.service.receiver.SLOWEST_UPLOAD_BYTES_PER_S", 1 << 40)
@@ -370,7 +370,7 @@ def test_announced_episodes_that_do_not_come_are_ended_where_others_want_their_r
 # Episodes in chunks
 
 
-def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_back() -> None:
+def test_announced_episode_reserves_its_bytes_before_its_first_chunk_and_releases_them() -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         header, *chunks = encode_load(big_episode(), chunk_bytes=MIB // 4)
@@ -386,7 +386,7 @@ def test_announced_episode_takes_its_room_before_its_first_chunk_and_gives_it_ba
         assert in_use(server) == 0
 
 
-def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call_gives_all_back() -> None:
+def test_second_announced_episode_over_the_budget_is_refused_and_the_call_releases_all() -> None:
     with contextlib.ExitStack() as stack:
         limits = ONE_MESSAGE | {"max_receive_bytes": 5 * MIB, "max_message_bytes": MIB // 2}
         server, caller = stack.enter_context(serving(limits=limits))
@@ -410,7 +410,7 @@ def test_second_announced_episode_is_refused_while_there_is_no_room_and_the_call
 # Outgoing batches
 
 
-def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learners_that_do_not_read_cost_only_the_budget_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     made: Counter[int] = Counter()
 
     def counting(source: BatchFramer, credits: int) -> tuple[int, list[bytes]]:
@@ -443,7 +443,7 @@ def test_learners_that_do_not_read_cost_the_room_for_batches_and_no_more(monkeyp
         eventually(lambda: in_use(server) == 0, "their reservations are released")
 
 
-def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_room() -> None:
+def test_stream_over_the_budget_is_asked_to_retry_and_continues_later() -> None:
     with serving(limits=ONE_MESSAGE) as (server, caller):
         impatient(server)
         caller.add(make_episode())
@@ -466,7 +466,7 @@ def test_stream_without_room_is_told_to_come_again_and_goes_on_when_there_is_roo
         assert waits[0] > 1.0
 
 
-def test_batch_larger_than_all_the_room_is_too_large() -> None:
+def test_batch_larger_than_the_budget_is_too_large() -> None:
     with serving(limits=ONE_MESSAGE) as (_, caller):
         caller.add(make_episode(100, obs=1000))
 
@@ -476,7 +476,7 @@ def test_batch_larger_than_all_the_room_is_too_large() -> None:
         assert "limits.max_send_bytes" in refusal.details
 
 
-def test_sampled_batch_gives_its_room_back_also_where_nobody_waits_for_it_any_more() -> None:
+def test_sampled_batch_releases_its_bytes_even_if_its_caller_has_gone() -> None:
     with serving() as (server, caller):
         caller.add(make_episode(100, obs=2000))
         caller.sample(batch_size=500)
@@ -520,7 +520,7 @@ def test_adds_get_through_while_learners_sample_flat_out() -> None:
 # Peers that vanish
 
 
-def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
+def test_peers_that_vanish_silently_leave_nothing() -> None:
     with serving(server={"port": 0, "keepalive_s": 3.0}) as (server, caller), TcpProxy(server.address) as proxy:
         caller.add(make_episode(100, obs=2000))
         header, *_ = encode_load(Episode({**big_episode().columns}, key=EpisodeKey("gone", 1, 1)), chunk_bytes=MIB // 4)
@@ -545,7 +545,7 @@ def test_peers_that_vanish_without_a_word_leave_nothing() -> None:
         assert caller.add(make_episode(obs=2000)).counts.episodes_stored == 2
 
 
-def test_client_that_stays_over_a_limit_says_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_that_stays_over_a_limit_raises_it_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_errors.OverLimitError, "retry_after_s", 60.0)  # longer than the client retries
     with serving(limits={"max_calls": 1}) as (server, caller):
         waiting = caller.stub.Ready.future(pb.ReadyRequest(min_steps=1, wait_s=600))

@@ -189,7 +189,7 @@ def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_errors")
 @pytest.mark.parametrize(("durability", "seed"), [("", 1), ("batch", 2), ("memory", 3)])
-def test_calls_that_break_off_at_any_moment_leave_nothing(durability: str, seed: int, tmp_path: Path) -> None:
+def test_calls_that_break_off_at_any_moment_leave_nothing_behind(durability: str, seed: int, tmp_path: Path) -> None:
     storage = {"device": "cpu"} | ({"data_dir": str(tmp_path / "data"), "durability": durability} if durability else {})
     before = set(threading.enumerate())
     config = make_config(config={"buffer_size": 2000, "batch_size": 8, "min_history": 0, "horizon": 3}, storage=storage, **SCARCE)

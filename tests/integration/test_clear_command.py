@@ -80,7 +80,7 @@ def test_clear_that_is_not_confirmed_changes_nothing(answer: str | None, status:
     assert words in err
 
 
-def test_clear_of_an_empty_server_says_so_and_asks_nothing(tmp_path: Path) -> None:
+def test_clear_of_an_empty_server_reports_it_without_asking(tmp_path: Path) -> None:
     with ServerThread(durable_config(tmp_path)) as server:
         status, out, _ = run("--address", server.address)
 

@@ -88,7 +88,7 @@ def test_client_copied_keeps_credentials_whatever_the_other_environment_says(mon
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_what_belongs_to_a_process_says_so(way: str) -> None:
+def test_object_bound_to_a_process_refuses_to_be_copied(way: str) -> None:
     pytest.importorskip("tensordict")
     from types import SimpleNamespace
 

@@ -216,7 +216,7 @@ def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread
     assert "touchline: interrupted; run the same command again to continue, nothing is stored twice\n" in errors
 
 
-def test_interrupt_that_python_swallowed_ends_the_command_all_the_same(server: ServerThread, tmp_path: Path) -> None:
+def test_interrupt_swallowed_by_python_still_ends_the_command(server: ServerThread, tmp_path: Path) -> None:
     """An exception in the callback of a weak reference is only printed."""
     with ReplayClient(server.address) as client:
         client.add(make_episode(0))

@@ -88,7 +88,7 @@ def test_float32_that_would_be_infinite_is_refused(server: ServerThread, tmp_pat
     assert found.refused == 1 and "inf as float" in next(iter(found.reasons))
 
 
-def test_npz_member_that_is_there_twice_is_refused(server: ServerThread, tmp_path: Path) -> None:
+def test_npz_member_present_twice_is_refused(server: ServerThread, tmp_path: Path) -> None:
     path = tmp_path / "twice.npz"
     write_npz(path, [make_episode(0)])
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):

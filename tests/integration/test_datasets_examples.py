@@ -75,7 +75,9 @@ def test_pt_files_are_stored_once_whatever_they_are_called(server: ServerThread,
     assert {episode.actor for episode in client.episodes(columns=["reward"])} == {"mt30"}
 
 
-def test_hdf5_file_is_stored_as_one_task_and_its_bad_episodes_are_told(server: ServerThread, client: ReplayClient, tmp_path: Path) -> None:
+def test_hdf5_file_is_stored_as_one_task_and_its_bad_episodes_are_reported(
+    server: ServerThread, client: ReplayClient, tmp_path: Path
+) -> None:
     episodes = [make_episode(number) for number in range(10, 13)]
     with h5py.File(tmp_path / "demos.h5", "w") as file:
         for number, episode in enumerate(episodes):

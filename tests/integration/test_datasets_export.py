@@ -85,7 +85,7 @@ def _round_trip(pair: Pair, target: Path, episodes: list[Columns], format: str |
 
 @UNDISTURBED
 @given(episodes=any_datasets(), compress=st.booleans())
-def test_hdf5_brings_any_episodes_back_to_the_bit(pair: Pair, tmp_path: Path, episodes: list[Columns], compress: bool) -> None:
+def test_hdf5_round_trip_of_any_episodes_is_exact(pair: Pair, tmp_path: Path, episodes: list[Columns], compress: bool) -> None:
     _round_trip(pair, tmp_path / "all.h5", episodes, compress=compress)
 
     assert _origins(pair[1][1]) == _origins(pair[0][1])
@@ -93,7 +93,7 @@ def test_hdf5_brings_any_episodes_back_to_the_bit(pair: Pair, tmp_path: Path, ep
 
 @UNDISTURBED
 @given(episodes=any_datasets(), compress=st.booleans())
-def test_npz_brings_any_episodes_back_to_the_bit(pair: Pair, tmp_path: Path, episodes: list[Columns], compress: bool) -> None:
+def test_npz_round_trip_of_any_episodes_is_exact(pair: Pair, tmp_path: Path, episodes: list[Columns], compress: bool) -> None:
     _round_trip(pair, tmp_path / "all.npz", episodes, compress=compress)
 
     assert _origins(pair[1][1]) == _origins(pair[0][1])
@@ -101,13 +101,13 @@ def test_npz_brings_any_episodes_back_to_the_bit(pair: Pair, tmp_path: Path, epi
 
 @UNDISTURBED
 @given(episodes=any_datasets(equal=True))
-def test_pt_brings_any_episodes_of_one_length_back_to_the_bit(pair: Pair, tmp_path: Path, episodes: list[Columns]) -> None:
+def test_pt_round_trip_of_any_episodes_of_one_length_is_exact(pair: Pair, tmp_path: Path, episodes: list[Columns]) -> None:
     _round_trip(pair, tmp_path / "all.pt", episodes)
 
 
 @UNDISTURBED
 @given(episodes=any_datasets(dtypes=MINARI_DTYPES, empty=False, least_rows=2))
-def test_minari_brings_any_episodes_back_to_the_bit(pair: Pair, tmp_path: Path, episodes: list[Columns]) -> None:
+def test_minari_round_trip_of_any_episodes_is_exact(pair: Pair, tmp_path: Path, episodes: list[Columns]) -> None:
     _round_trip(pair, tmp_path / "all-v0", episodes, format="minari")
 
     assert _origins(pair[1][1]) == _origins(pair[0][1])
@@ -251,7 +251,7 @@ def test_numpy_reads_an_npz_as_documented(empty: Pair, tmp_path: Path) -> None:
 # Unsupported episodes and failures
 
 
-def test_single_rows_are_left_out_of_minari_and_told(empty: Pair, minari_folder: Path) -> None:
+def test_single_rows_are_left_out_of_minari_and_reported(empty: Pair, minari_folder: Path) -> None:
     _, client = empty[0]
     _add(client, [make_episode(0), make_episode(1, rows=1), make_episode(2)])
 
@@ -278,7 +278,7 @@ def test_single_rows_are_left_out_of_minari_and_told(empty: Pair, minari_folder:
         ("a.csv", {"obs": np.zeros(3)}, "unknown format, expected"),
     ],
 )
-def test_what_cannot_be_written_is_said_and_leaves_nothing(
+def test_unsupported_export_is_refused_and_leaves_nothing(
     empty: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, columns: Columns, message: str
 ) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
@@ -312,7 +312,7 @@ def test_relative_path_will_do(empty: Pair, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("name", "format"), PLACES)
-def test_what_is_there_is_replaced_by_force_alone(empty: Pair, tmp_path: Path, name: str, format: str | None) -> None:
+def test_existing_target_is_replaced_only_by_force(empty: Pair, tmp_path: Path, name: str, format: str | None) -> None:
     (_, client), (other, into) = empty
     target = str(tmp_path / name)
     client.add(make_episode(0))

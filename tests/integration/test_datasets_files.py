@@ -115,7 +115,7 @@ def test_episodes_that_no_message_can_hold_are_refused_and_the_others_are_stored
         ("a.csv", b"1,2", "unknown format, expected"),
     ],
 )
-def test_file_of_another_kind_says_so(client: ReplayClient, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_file_of_another_kind_is_refused(client: ReplayClient, tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(DatasetError, match=message):

@@ -54,7 +54,7 @@ def _episodes_of(td: TensorDict) -> list[dict[str, np.ndarray]]:
     return [{name: td[name][row].numpy() for name in td.keys()} for row in range(len(td))]  # noqa: SIM118
 
 
-def test_pt_file_as_tdmpc2_has_them_is_stored_to_the_bit(server: ServerThread, client: ReplayClient, tmp_path: Path) -> None:
+def test_pt_file_of_tdmpc2_is_stored_bit_for_bit(server: ServerThread, client: ReplayClient, tmp_path: Path) -> None:
     td = _multitask(6, 11)
     torch.save(td, tmp_path / "chunk_0.pt")
 

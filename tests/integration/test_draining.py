@@ -85,7 +85,7 @@ def end_of(refusal: Refusal) -> tuple[grpc.StatusCode, str]:
 
 
 @pytest.mark.parametrize("episodes", [0, 1, 3])
-def test_load_that_says_nothing_more_is_told_to_come_again(episodes: int) -> None:
+def test_silent_load_is_asked_to_retry_when_the_server_stops(episodes: int) -> None:
     with serving() as served:
         load = Load(served.caller)
         for number in range(episodes):
@@ -119,7 +119,7 @@ def test_load_in_the_middle_of_an_episode_is_waited_for(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("durability", ["sync", "memory"])
-def test_what_a_load_that_was_broken_off_brought_is_a_duplicate_when_it_comes_again(durability: str, tmp_path: Path) -> None:
+def test_episodes_of_a_broken_load_are_duplicates_when_sent_again(durability: str, tmp_path: Path) -> None:
     config = durable_config(tmp_path / "data", capacity=5_000, durability=durability)
     stopped = config.model_copy(update={"server": config.server.model_copy(update={"drain_timeout_s": FOR_EVER_S})})
     messages = [message for number in range(3) for message in encode_load(keyed_episode(0, number))]
@@ -161,7 +161,7 @@ def _on_a_ring(caller: Caller) -> Any:
 
 
 @pytest.mark.parametrize("open_stream", [_silent, _idle, _unready, _on_a_ring])
-def test_sampling_stream_that_waits_for_its_learner_is_told_to_come_again(open_stream: Callable[[Caller], Any]) -> None:
+def test_sampling_stream_that_waits_for_its_learner_is_asked_to_retry(open_stream: Callable[[Caller], Any]) -> None:
     if open_stream is _on_a_ring and not shared_memory_id():
         pytest.skip("rings need Linux on x86-64")
     with serving() as served:
@@ -175,7 +175,7 @@ def test_sampling_stream_that_waits_for_its_learner_is_told_to_come_again(open_s
         stream.cancel()
 
 
-def test_peers_that_do_not_read_hold_nobody_up() -> None:
+def test_peers_that_do_not_read_do_not_delay_the_stop() -> None:
     with serving(config={"buffer_size": 20_000}, limits={"max_request_bytes": 8 << 20}) as served, Caller(served.server.address) as reader:
         for number in range(10):
             served.caller.add(make_episode(1000, obs=1000, seed=number))

@@ -58,7 +58,7 @@ WAYS: dict[str, Callable[[ReplayClient, dict[str, np.ndarray], Path], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 @pytest.mark.parametrize("durable", [False, True], ids=["in memory", "durable"])
-def test_action_in_row_0_is_told_once_on_both_sides(
+def test_action_in_row_0_is_warned_about_once_on_both_sides(
     way: Callable[..., Any], durable: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = {"data_dir": str(tmp_path / "data")} if durable else {}
@@ -83,7 +83,7 @@ def test_action_in_row_0_is_told_once_on_both_sides(
     ],
     ids=["float64", "zeros", "int", "bool", "bfloat16"],
 )
-def test_every_dtype_of_an_action_in_row_0_is_told(action: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_dtype_of_an_action_in_row_0_is_warned_about(action: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
     buffer = ReplayBuffer(make_config())
     with caplog.at_level(logging.WARNING):
         buffer.add(rows(action))
@@ -107,9 +107,7 @@ def test_every_dtype_of_an_action_in_row_0_is_told(action: np.ndarray, caplog: p
     ],
     ids=["outgoing", "NaN", "some NaN", "int that has no NaN", "bool that has no NaN", "a single row"],
 )
-def test_rows_that_are_in_the_servers_convention_are_not_told(
-    convention: str, action: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_in_the_servers_convention_cause_no_warning(convention: str, action: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), serve(convention) as server, ReplayClient(server.address) as client:
         client.add(rows(action))
         client.load([rows(action)])
@@ -117,7 +115,7 @@ def test_rows_that_are_in_the_servers_convention_are_not_told(
     assert warnings_of(caplog, CLIENT) == warnings_of(caplog, SERVER) == []
 
 
-def test_what_writer_recorders_and_adapters_make_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_writer_recorders_and_adapters_cause_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), serve() as server, ReplayClient(server.address) as client:
         for space in ("CartPole-v1", "Pendulum-v1"):
             client.clear()

@@ -223,7 +223,7 @@ def test_server_that_makes_no_ring_says_why_on_both_sides(ring: dict[str, int], 
     assert len(log) == 1 and why in log[0] and log[0].startswith("WARNING")
 
 
-def test_server_without_a_free_slot_says_so_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+def test_server_without_a_free_slot_is_reported_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
     with ServerThread(config(max_rings=2)) as server, ReplayClient(server.address) as client:
         add_episodes(client)
         with client.batches() as one, client.batches() as other:
@@ -237,7 +237,9 @@ def test_server_without_a_free_slot_says_so_on_both_sides(caplog: pytest.LogCapt
     assert len(learner) == 3 and len(log) == 1
 
 
-def test_server_without_memory_for_a_ring_says_so_on_both_sides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_without_memory_for_a_ring_is_reported_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("touchline_server.service.ring_producer.available_host_bytes", lambda: 100_000)
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
@@ -262,7 +264,7 @@ def test_kernel_that_gives_no_memory_means_frames(monkeypatch: pytest.MonkeyPatc
     assert len(log) == 1
 
 
-def test_learner_that_wants_no_ring_is_told_so_and_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_learner_that_wants_no_ring_gets_the_reason_and_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 

@@ -142,7 +142,7 @@ VERBS: dict[str, Callable[[ReplayClient], Any]] = {
 
 
 @pytest.mark.parametrize("wrong", ["authority", "name", "key", "expired", "plain"])
-def test_wrong_certificate_name_or_key_is_told_at_once_by_every_verb(
+def test_wrong_certificate_name_or_key_is_raised_immediately_by_every_method(
     wrong: str, authority: Authority, other_authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A retry waits for half an hour here, so one attempt has to suffice."""
@@ -197,7 +197,9 @@ def test_server_that_comes_back_with_its_certificate_is_waited_for(authority: Au
     assert counting == [0]
 
 
-def test_server_with_client_ca_lets_in_who_shows_a_certificate_of_it(authority: Authority, other_authority: Authority, pair: Pair) -> None:
+def test_server_with_client_ca_admits_only_clients_with_its_certificate(
+    authority: Authority, other_authority: Authority, pair: Pair
+) -> None:
     good, expired = authority.issue("robot"), authority.issue("retired", starts=timedelta(days=-2), ends=timedelta(days=-1))
     foreign = other_authority.issue("stranger")
     with tls_server(pair, client_ca=authority.cert) as server:
@@ -363,7 +365,7 @@ def outcome(ask: Callable[[], Any]) -> str:
         return " ".join(f"{cause!r} {cause}" for cause in causes if cause is not None)
 
 
-def test_no_secret_is_logged_or_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_secret_is_logged_or_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     secret = "s3cr3t-in-a-file-0123456789"
     tokens = tmp_path / "tokens.toml"
     tokens.write_text(f"[[token]]\nname = 'file-name'\nrole = 'admin'\nvalue = '{secret}'\n", encoding="utf-8")
@@ -412,14 +414,16 @@ def test_server_reads_no_token_from_its_configuration(tmp_path: Path) -> None:
         ({"TOUCHLINE_TLS__CERT": "none.pem"}, "tls.key: '', expected a file"),
     ],
 )
-def test_server_that_cannot_guard_itself_as_it_is_told_does_not_start(tmp_path: Path, environment: dict[str, str], words: str) -> None:
+def test_server_with_an_unsafe_or_broken_security_configuration_does_not_start(
+    tmp_path: Path, environment: dict[str, str], words: str
+) -> None:
     with ServerProcess(tmp_path, "--host", "0.0.0.0", "--port", "0", **environment) as process:
         assert process.wait() == 2
         assert words in process.log.splitlines()[-1]
         assert "-token-0123456789" not in process.log
 
 
-def test_server_that_others_reach_says_so_and_one_on_loopback_does_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_server_on_a_public_address_warns_and_one_on_loopback_does_not(caplog: pytest.LogCaptureFixture) -> None:
     with ServerThread(make_config()):
         assert "any process that reaches the port" not in caplog.text
     with ServerThread(make_config(server={"host": "0.0.0.0", "port": 0})):
@@ -469,7 +473,7 @@ def test_healthcheck_does_not_trust_another_server_in_the_place_of_its_own(
     assert result.exit_code == 1
 
 
-def test_healthcheck_of_another_server_trusts_whom_it_is_told(authority: Authority, pair: Pair, runner: CliRunner) -> None:
+def test_healthcheck_of_another_server_trusts_the_given_ca(authority: Authority, pair: Pair, runner: CliRunner) -> None:
     robot = authority.issue("probe")
     with tls_server(pair, client_ca=authority.cert) as server:
         command = ["healthcheck", "--address", server.address, "--tls-ca", str(authority.cert)]

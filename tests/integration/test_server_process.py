@@ -84,7 +84,7 @@ def test_serve_on_a_port_in_use_exits_1_and_says_what_to_do(process: ServerProce
     assert "Traceback" not in result.stderr
 
 
-def test_serve_on_a_socket_in_no_folder_exits_1_and_says_so(tmp_path: Path) -> None:
+def test_serve_on_a_socket_in_a_missing_folder_exits_1_with_the_reason(tmp_path: Path) -> None:
     result = run("serve", "--unix-socket", str(tmp_path / "none" / "s"))
 
     assert (result.returncode, result.stdout) == (1, "")

@@ -46,7 +46,7 @@ def assert_stored(server: ServerThread, position: int, episode: Episode) -> None
         assert found[name].tobytes() == column.tobytes(), name
 
 
-def test_add_episode_is_stored_to_the_bit_and_counted(served: Served) -> None:
+def test_add_episode_is_stored_bit_for_bit_and_counted(served: Served) -> None:
     server, caller = served
     first, second = make_episode(20, seed=1, actor="a", policy_version=7), make_episode(3, seed=2)
 
@@ -160,7 +160,7 @@ def test_add_episode_past_the_capacity_evicts_the_oldest_whole_ones(served: Serv
 
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, CHUNK_BYTES, 1], ids=["whole", "chunked", "bytewise"])
-def test_load_stores_episodes_to_the_bit_in_order(served: Served, chunk_bytes: int) -> None:
+def test_load_stores_episodes_bit_for_bit_in_order(served: Served, chunk_bytes: int) -> None:
     server, caller = served
     episodes = [make_episode(rows, seed=rows, key=key(rows), actor=f"actor {rows}") for rows in (4, 20, 7)]
 

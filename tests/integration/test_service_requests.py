@@ -163,7 +163,7 @@ def test_sample_stream_out_of_range_is_refused(filled: Served, fields: dict[str,
     assert words in refusal.details
 
 
-def test_sample_before_anything_is_added_is_not_ready_and_says_so(served: Served) -> None:
+def test_sample_before_any_add_is_not_ready(served: Served) -> None:
     _, caller = served
 
     refusal = refused(caller.sample)
@@ -255,7 +255,7 @@ def ready(caller: Caller, **fields: Any) -> pb.ReadyResponse:
     return caller.stub.Ready(pb.ReadyRequest(**fields), timeout=DEADLINE_S)
 
 
-def test_ready_tells_sampling_and_history_apart(served: Served) -> None:
+def test_ready_distinguishes_sampling_from_history(served: Served) -> None:
     _, caller = served
     answers = [ready(caller)]
 
@@ -428,7 +428,7 @@ class WithMetadata(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_client_of_another_major_version_is_told_so(filled: Served, method: str) -> None:
+def test_client_of_another_major_version_is_refused_with_the_versions(filled: Served, method: str) -> None:
     _, caller = filled
     caller.channel = grpc.intercept_channel(caller.channel, WithMetadata((PROTOCOL_METADATA_KEY, "2.0")))
 
@@ -439,7 +439,7 @@ def test_client_of_another_major_version_is_told_so(filled: Served, method: str)
 
 
 @pytest.mark.parametrize("version", ["", "x", "10.0", "-1.0"])
-def test_client_of_a_strange_version_is_told_so(filled: Served, version: str) -> None:
+def test_client_of_a_malformed_version_is_refused(filled: Served, version: str) -> None:
     _, caller = filled
 
     assert refused(caller.raw, "Info", b"", metadata=((PROTOCOL_METADATA_KEY, version),)).reason == "incompatible-version"

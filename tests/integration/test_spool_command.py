@@ -55,7 +55,7 @@ def stored_keys(server: ServerThread) -> list[int]:
 # Sending
 
 
-def test_what_waits_is_sent_under_its_keys_oldest_first_and_to_the_bit(server: ServerThread, tmp_path: Path) -> None:
+def test_waiting_episodes_are_sent_under_their_keys_oldest_first_bit_for_bit(server: ServerThread, tmp_path: Path) -> None:
     episodes = [spooled(number) for number in range(40)]
     fill(tmp_path, *episodes)
     seen: list[tuple[int, int, int]] = []
@@ -157,7 +157,7 @@ def test_server_that_stays_away_ends_the_sending_and_everything_waits_as_before(
 
 
 @needs_server
-def test_client_that_is_not_let_in_ends_the_sending_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unauthorized_client_ends_the_sending_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, spooled(0))
     monkeypatch.setenv("TOUCHLINE_SERVER_TOKENS", "actor:robots:actor-token-0123456789")
     with serve() as guarded:
@@ -201,7 +201,7 @@ def test_episodes_of_another_table_go_to_that_one(tmp_path: Path) -> None:
 # The command
 
 
-def test_show_tells_a_person_what_is_there(run: Run, tmp_path: Path) -> None:
+def test_show_prints_the_content_of_a_spool(run: Run, tmp_path: Path) -> None:
     fill(tmp_path / "spool", *(spooled(number) for number in range(1500)), refused=5)
     damage(tmp_path / "spool", 1000)
 
@@ -244,7 +244,7 @@ def test_retry_and_send_say_what_they_did(server: ServerThread, run: Run, tmp_pa
     assert sorted(stored_keys(server)) == list(range(8))
 
 
-def test_send_without_a_server_says_so_before_it_opens_the_spool(run: Run, tmp_path: Path) -> None:
+def test_send_without_a_server_fails_before_it_opens_the_spool(run: Run, tmp_path: Path) -> None:
     fill(tmp_path / "spool", spooled(0))
 
     status, _, errors = run("send", "spool", "127.0.0.1:1")
@@ -253,7 +253,7 @@ def test_send_without_a_server_says_so_before_it_opens_the_spool(run: Run, tmp_p
     assert errors.startswith("touchline: no server: 127.0.0.1:1") and "Traceback" not in errors
 
 
-def test_send_to_a_server_that_goes_away_says_what_is_left(run: Run, tmp_path: Path) -> None:
+def test_send_to_a_server_that_goes_away_reports_the_unsent_episodes(run: Run, tmp_path: Path) -> None:
     fill(tmp_path / "spool", spooled(0), spooled(1))
 
     def info(request: bytes, context: object) -> bytes:

@@ -107,7 +107,7 @@ def test_log_level_of_the_file_holds_from_the_first_line_on(tmp_path: Path) -> N
     assert server.log == ""
 
 
-def test_serve_on_a_device_that_is_not_there_exits_2_and_says_so(tmp_path: Path) -> None:
+def test_serve_on_a_missing_device_exits_2_with_the_reason(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, "--port", "0", TOUCHLINE_STORAGE__DEVICE="cuda:99") as server:
         status = server.process.wait(DEADLINE_S)
 

@@ -41,7 +41,7 @@ sys.exit(run(make_config(storage={"device": "cpu", "data_dir": sys.argv[1]}), la
 
 
 @BOTH
-def test_signal_while_it_restores_ends_in_order_and_leaves_the_store(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_during_a_restore_exits_cleanly_and_keeps_the_store(tmp_path: Path, number: signal.Signals) -> None:
     config = make_config(storage={"device": "cpu", "data_dir": str(tmp_path / "store")})
     with closing(ReplayBuffer(config)) as buffer:
         for seed in range(50):

@@ -261,7 +261,7 @@ def test_stream_tells_each_actors_name_once_and_no_later_than_its_first_batch(fi
             assert batch.actor_names[actor] == expected
 
 
-def test_streams_are_each_told_all_names(filled: Served) -> None:
+def test_each_stream_receives_all_names(filled: Served) -> None:
     _, caller = filled
 
     told = [{actor.name for actor in read_all(caller, 5, batch_size=64)[1].told_actors} for _ in range(2)]
@@ -360,7 +360,7 @@ def test_learner_that_leaves_is_no_error_also_where_a_write_tells_it_first(
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_failure_to_write_to_a_learner_that_is_there_is_told_and_logged(
+def test_failed_write_to_a_connected_learner_is_reported_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def write(session: SampleSession, *_: Any) -> None:
@@ -496,7 +496,7 @@ def test_streams_that_learners_cancel_are_freed(state: str) -> None:
         assert caller.add(make_episode(obs=200)).counts.episodes_stored >= 1
 
 
-def test_slow_learner_costs_its_credits_and_nobody_waits_for_it(served: Served) -> None:
+def test_slow_learner_costs_its_credits_and_blocks_no_one(served: Served) -> None:
     _, caller = served
     fill(caller, obs=700)
     slow = caller.stream().open(credits=40, batch_size=100)

@@ -334,7 +334,7 @@ def test_server_of_the_other_row_convention_is_refused(backend: str) -> None:
             Buffer(make_cfg(replay_address=server.address), given)
 
 
-def test_learner_alone_waits_for_the_first_episode(server: ServerThread) -> None:
+def test_learner_without_actors_waits_for_the_first_episode(server: ServerThread) -> None:
     sampled: list[Any] = []
     with Buffer(make_cfg(replay_address=server.address)) as buffer, ReplayClient(server.address) as actor:
         learner = threading.Thread(target=lambda: sampled.append(buffer.sample()))
@@ -346,7 +346,7 @@ def test_learner_alone_waits_for_the_first_episode(server: ServerThread) -> None
 
 
 @needs_server
-def test_buffer_in_process_says_that_nothing_is_there() -> None:
+def test_sample_of_an_empty_buffer_in_process_raises_not_ready() -> None:
     with (
         Buffer(make_cfg(), backend=ReplayBuffer(server_config())) as buffer,
         pytest.raises(ServerNotReadyError, match="0 steps in 0 episodes"),

@@ -54,7 +54,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name in about]
 
 
-def test_episodes_of_an_earlier_run_are_told_of_and_stay(server: ServerThread, caplog: pytest.LogCaptureFixture) -> None:
+def test_episodes_of_an_earlier_run_are_warned_about_and_stay(server: ServerThread, caplog: pytest.LogCaptureFixture) -> None:
     with Buffer(make_cfg(replay_address=server.address)) as first:
         for number in range(3):
             first.add(make_episode(number, 10))
@@ -91,7 +91,7 @@ def test_fresh_buffer_begins_with_nothing_and_counts_from_none(
     assert not said(caplog)
 
 
-def test_fresh_false_keeps_what_is_there_whatever_the_variable_says(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_false_keeps_stored_episodes_whatever_the_variable_says(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOUCHLINE_FRESH", "1")
     server.buffer.add({name: torch.zeros(9, 2) if name != "reward" else torch.zeros(9) for name in ("obs", "action", "reward")})
 
@@ -142,9 +142,7 @@ def test_num_eps_is_what_was_there_and_what_was_added_since(earlier: list[int], 
         assert buffer.add(make_episode(number, length)) == at_start + number + 1
 
 
-def test_capacity_below_what_cfg_asks_for_is_told_by_how_much_before_the_load(
-    server: ServerThread, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_capacity_below_cfg_warns_with_the_difference_before_the_load(server: ServerThread, caplog: pytest.LogCaptureFixture) -> None:
     with Buffer(make_cfg(buffer_size=345_690_000, steps=345_690_000, replay_address=server.address)):
         pass
 
@@ -176,7 +174,7 @@ def test_load_that_cannot_fit_is_refused_unless_eviction_is_accepted(
         assert backend.num_eps == 40
 
 
-def test_dead_address_is_told_of_when_the_buffer_is_made(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_dead_address_is_reported_when_the_buffer_is_made(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("touchline._tdmpc2.single_run.AWAY_S", 0.5)
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
@@ -206,7 +204,7 @@ def test_server_that_comes_up_late_is_waited_for(caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("ring", [True, False])
-def test_sample_at_a_horizon_longer_than_every_episode_says_so(ring: bool, server: ServerThread) -> None:
+def test_sample_at_a_horizon_longer_than_every_episode_raises_not_ready(ring: bool, server: ServerThread) -> None:
     with ReplayClient(server.address) as client:
         if not ring:
             client.batches = partial(client.batches, ring=False)  # type: ignore[method-assign]

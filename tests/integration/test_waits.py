@@ -134,7 +134,7 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "clear()"])  # which is not retried
 @pytest.mark.parametrize("place", [away, something_else], ids=["away", "another server"])
-def test_verb_that_nobody_answers_says_so_after_ten_seconds_and_each_minute(
+def test_unanswered_method_logs_its_wait_after_ten_seconds_and_each_minute(
     verb: str, place: Callable[[ExitStack], str], waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = place(stack)
@@ -154,7 +154,7 @@ def test_verb_that_nobody_answers_says_so_after_ten_seconds_and_each_minute(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_verb_that_a_silent_server_leaves_waiting_says_so(
+def test_method_on_a_silent_server_logs_its_wait(
     verb: str, waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("touchline._learner.readiness.PROBE_TIMEOUT_S", 0.1)
@@ -209,7 +209,7 @@ def _drop_in_at(client: ReplayClient, horizon: int) -> Buffer:
 
 
 @pytest.mark.parametrize("path", SAMPLERS)
-def test_sampling_at_a_horizon_longer_than_every_episode_says_so_with_the_figures(
+def test_wait_at_a_horizon_longer_than_every_episode_logs_the_counts(
     path: str, waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = stack.enter_context(ServerThread(make_config()))
@@ -247,7 +247,9 @@ def test_wait_until_ready_says_how_far_min_history_is(
     ]
 
 
-def test_extend_of_the_torchrl_drop_in_says_that_nobody_answers(waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+def test_extend_of_the_torchrl_drop_in_logs_that_no_server_answers(
+    waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
     address = away(stack)
     begin(lambda client: RemoteReplayBuffer(client, batch_size=8).extend(transitions()), ReplayClient(address), stack)
     eventually(lambda: any(address in reason for reason in waits.reasons()), "the failure is known")
