@@ -106,11 +106,8 @@ def serve(
         from touchline_server.service.access import check_exposure, read_access
         from touchline_server.service.tls import server_credentials
 
-        server = {"host": host, "port": port, "unix_socket": unix_socket, "log_level": log_level}
-        given = {key: value for key, value in server.items() if value is not None}
-        if given.keys() & {"host", "port"}:
-            given.setdefault("unix_socket", "")
-        effective = read_cfg(config).override(server=given, storage={"accept_eviction": True} if accept_eviction else {})
+        options = _given(host=host, port=port, unix_socket=unix_socket, log_level=log_level)
+        effective = read_cfg(config).override(server=options, storage={"accept_eviction": True} if accept_eviction else {})
         sources = sources_of(config)
         # The server checks these too; checked here, a mistake is reported before seconds of importing.
         server_credentials(effective.tls)
@@ -134,6 +131,14 @@ def serve(
     except (AddressInUseError, ReplayError) as error:
         exit_with(str(error), EXIT_FAILED)
     raise typer.Exit(status)
+
+
+def _given(**options: str | int | None) -> dict[str, str | int]:
+    """Returns the ``[server]`` keys that options were given for; a host or a port also overrides a configured Unix socket."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if given.keys() & {"host", "port"}:
+        given.setdefault("unix_socket", "")
+    return given
 
 
 def _begin_log(config: Path | None, level: LogLevel | None) -> None:
