@@ -29,11 +29,11 @@ DRAINING = (grpc.StatusCode.UNAVAILABLE, "draining")
 
 
 class Load:
-    """A call that loads episodes, whose messages the test sends one by one. The client keeps it open."""
+    """A call whose messages the test sends; the client keeps it open. Loads episodes unless another method is given."""
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, method: str = "LoadEpisodes") -> None:
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.call = caller.channel.stream_unary(SERVICE + "LoadEpisodes").future(iter(self._messages.get, None), timeout=DEADLINE_S)
+        self.call = caller.channel.stream_unary(SERVICE + method).future(iter(self._messages.get, None), timeout=DEADLINE_S)
 
     def send(self, *messages: bytes) -> None:
         for message in messages:
@@ -137,6 +137,28 @@ def test_episodes_of_a_broken_load_are_duplicates_when_sent_again(durability: st
     outcomes = [result.outcome for result in again.results]
     assert outcomes == [pb.EpisodeResult.OUTCOME_DUPLICATE] * 3 + [pb.EpisodeResult.OUTCOME_ACCEPTED]
     assert again.counts.episodes_stored == 4
+
+
+@pytest.mark.parametrize("method", ["AddEpisode", "Sample", "Info"])
+def test_call_whose_message_has_not_arrived_is_refused_and_not_waited_for(method: str) -> None:
+    with serving() as served:
+        call = Load(served.caller, method)
+        eventually(lambda: served.parts.calls.replay.now == 1, "it is in progress")
+
+        served.stop()
+
+        assert end_of(refused(call.call.result)) == DRAINING
+        call.end()
+
+
+def test_call_that_waits_is_answered_before_the_server_stops() -> None:
+    with serving() as served:
+        ready = served.caller.stub.Ready.future(pb.ReadyRequest(min_steps=1_000, wait_s=FOR_EVER_S), timeout=DEADLINE_S)
+        eventually(lambda: len(served.parts.changes._waiters) == 1, "it waits")
+
+        served.stop()
+
+        assert not ready.result().min_steps_reached
 
 
 def _silent(caller: Caller) -> Any:
