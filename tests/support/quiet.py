@@ -87,7 +87,7 @@ class QuietConnections:
         client = self._stack.enter_context(ReplayClient(self._address, **self._options))
         client.info()  # opens the channel
         states = self._states[name] = []
-        client._channel._channel.subscribe(states.append)
+        client._channel._grpc_channel.subscribe(states.append)
         return client
 
     def _play(self) -> None:

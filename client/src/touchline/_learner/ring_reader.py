@@ -79,7 +79,7 @@ class RingBatches:
         if actors_needed > len(self._actor_names):
             self._wait_for_names(actors_needed)
         memory = self._ring.slots.array(slot)
-        # `held` counts this slot. A view is handed out only if another slot stays free for the server besides.
+        # `held` counts this slot. A view is handed out only if another slot stays free for the server.
         if self._control.held > self._ring.geometry.slots - 2:
             copy = self._pool.lease(self._layout.size_bytes)
             size = self._layout.size_bytes

@@ -1,4 +1,4 @@
-"""The channel to one server: opened on first use, and opened anew in a forked child."""
+"""The channel to one server: opened on first use, and once more in a forked child."""
 
 from __future__ import annotations
 
