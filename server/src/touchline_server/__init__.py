@@ -78,11 +78,11 @@ _ELSEWHERE = {
     "ConfigError": "touchline_server.config.settings",
     "read_cfg": "touchline_server.config.settings",
 }
-"""Where a name comes from; the others are errors."""
+"""Module of each name; all other names are errors."""
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: a health check, `--help` and a server's first line need neither numpy nor pydantic.
+    # Imported on first use: a health check, `--help` and a server's first line need neither numpy nor pydantic.
     if name not in __all__:
         errors = import_module("touchline_server.errors")
         if name not in errors.RENAMED:

@@ -22,29 +22,29 @@ class ServiceParts:
     """The parts of one running service."""
 
     buffer: ReplayBuffer
-    """Stores and draws."""
+    """The buffer that the service serves."""
     budgets: Budgets
-    """Bounds the bytes in transit."""
+    """Bounds on the bytes in transit."""
     readers: MessageReaders
-    """Receive messages within the budgets."""
+    """Readers that receive messages within the budgets."""
     calls: CallCounters
-    """Bounds the calls in progress."""
+    """Bounds on the calls in progress."""
     changes: ChangeNotifier
-    """Wakes calls that wait for the store to change."""
+    """Notifier of calls that wait for the store to change."""
     drain: Drain
-    """Ends what would not end by itself when the server stops."""
+    """Refusal of new calls and cancellation of endless ones when the server stops."""
     throttle: AddThrottle
-    """Keeps sampling's share of the time while learners wait."""
+    """Throttle of adds while learners wait for batches."""
     ingest: EpisodeIngest
-    """Decodes and stores the episodes of a message."""
+    """Path of received episodes into the store."""
     rings: RingPool
-    """Makes rings in shared memory for learners on this host."""
+    """Rings in shared memory for learners on this host."""
     add_pool: ThreadPoolExecutor
     """Threads that store and clear."""
     sample_pool: ThreadPoolExecutor
     """Threads that gather batches and read episodes back."""
     unsubscribe: Callable[[], None]
-    """Ends the store's notifications to ``changes``."""
+    """Function that ends the store's notifications to ``changes``."""
 
     def close(self) -> None:
         """Ends the threads; blocks until they have finished their work."""

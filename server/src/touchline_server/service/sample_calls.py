@@ -64,8 +64,8 @@ class SampleCalls:
         """Returns the bytes of the answer and whether it is gathered inline; 0 bytes if nothing can be sampled.
 
         Raises:
-            TooLargeError: the answer is above the message limit. Checked before anything is drawn: the row numbers alone of the largest
-                batch that may be requested take half a gigabyte.
+            TooLargeError: the answer is above the message limit. Checked before anything is drawn: just the row numbers of the
+                largest batch that may be requested take half a gigabyte.
         """
         columns = self._buffer.store.columns
         # If nothing can be sampled, the call fails as not ready, however large its batch would be.

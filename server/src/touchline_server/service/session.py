@@ -31,11 +31,11 @@ class _Requests(enum.Enum):
     """The learner's side of the stream."""
 
     OPEN = enum.auto()
-    """It may grant more credits."""
+    """Open: more credits may come."""
     CLOSED = enum.auto()
-    """It grants no more; what it has granted is still sent."""
+    """Closed by the learner; the credits that it granted are still used up."""
     INVALID = enum.auto()
-    """It sent a request that does not fit the session, which ends with that error."""
+    """Ended by a request that does not fit the session, which ends with that error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class _FrameTask:
     """Frames that are being made, inline or by a job on a thread."""
 
     frames: asyncio.Future[tuple[int, list[bytes]]]
-    """How many batches, and the frames that carry them; done at once if they were made inline."""
+    """How many batches, and the frames that carry them; done already if they were made inline."""
     job: Job[tuple[int, list[bytes]]] | None
     """The job that makes them; None if they were made inline."""
     reservation: Reservation
@@ -207,7 +207,7 @@ class SampleSession:
 
         def pass_on(target: list[Exception | None] | list[bytes], item: Exception | bytes | None) -> None:
             target.append(item)  # type: ignore[arg-type]
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so no coroutine waits any more
                 loop.call_soon_threadsafe(wake.set)
 
         producer = RingProducer(

@@ -50,7 +50,7 @@ class TableCalls:
         return convert.info(self._buffer)
 
     async def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
-        """Forgets all episodes."""
+        """Removes all episodes."""
         convert.check_table(request.table)
         return pb.ClearResponse(counts=convert.counts(await tasks.run(self._parts.add_pool, self._buffer.clear)))
 
