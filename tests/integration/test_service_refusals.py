@@ -118,7 +118,7 @@ MISFITS = {
     "missing observation": (with_columns(obs=None), INVALID, "obs: missing, expected "),
     "unequal lengths": (with_columns(action=floats(ROWS - 1, 2)), INVALID, "action: shape (9, 2), expected (10, 2) to match obs"),
     "unequal lengths of scalars": (with_columns(reward=floats(ROWS + 1)), INVALID, "reward: shape (11,), expected (10,) to match obs"),
-    "a scalar column": (with_columns(reward=np.float32(1)), INVALID, "reward: a scalar, expected one value a step"),
+    "a scalar column": (with_columns(reward=np.float32(1)), INVALID, "reward: a scalar, expected one value per step"),
     "zero rows": (make_episode(0), INVALID, "obs: zero rows, expected at least 1"),
     "more rows than the capacity": (make_episode(2001), INVALID, "2001 rows, expected at most the buffer's capacity of 2000"),
     "NaN observation": (spoiled("obs", 0, np.nan), INVALID, "obs: a value that is not finite in row 0, expected finite"),
@@ -136,7 +136,7 @@ FIRST_MISFITS = {
     "reserved prefix": (with_columns(provenance__start=floats(ROWS)), INVALID, "provenance.start: a reserved column name"),
     "a column that is a group too": (with_columns(obs__rgb=floats(ROWS, 3)), INVALID, "obs.rgb: obs is a column too"),
     "an empty part": (with_columns(**{"obs": None, "obs..x": floats(ROWS)}), INVALID, "'obs..x': not a column name"),
-    "several rewards": (with_columns(reward=floats(ROWS, 2)), INVALID, "reward: shape (10, 2), expected one value a step: (10,)"),
+    "several rewards": (with_columns(reward=floats(ROWS, 2)), INVALID, "reward: shape (10, 2), expected one value per step: (10,)"),
     "no columns": (Episode({}), INVALID, "no columns, expected obs, action and reward"),
 }
 

@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "complex": (transitions(first=3, extra=torch.zeros(3, dtype=torch.complex64)), "extra: complex64, expected real numbers"),
     "text": (transitions(first=3, extra=NonTensorData("x", batch_size=[3])), "extra: .*expected a tensor"),
-    "sparse": (transitions(first=3, extra=torch.zeros(3, 2).to_sparse()), "extra: Tensor is no array"),
+    "sparse": (transitions(first=3, extra=torch.zeros(3, 2).to_sparse()), "extra: Tensor is not an array"),
     "unequal parts": (lazy_stack([transitions(2), transitions(3)]), "data: a lazy stack whose parts differ in shape"),
     "another key": (transitions(first=3, extra=torch.zeros(3)), "extra: torch.float32 .*, expected no such key as in the earlier steps"),
     "another dtype": (transitions(first=3).double(), "observation: torch.float64 .*, expected torch.float32 .* as in the earlier steps"),

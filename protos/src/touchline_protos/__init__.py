@@ -1,5 +1,4 @@
-"""Touchline's wire contract: the generated stubs, the codec and the values that both sides speak of. Besides, what both sides' files
-have in common."""
+"""What client and server share: the wire contract with stubs and codec, values, shared memory, and files of spools and stores."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 PROTOCOL_VERSION = "1.0"
-"""MAJOR.MINOR. Ends of different major versions refuse each other."""
+"""Version of the wire contract, MAJOR.MINOR. Client and server of different major versions refuse each other."""
 
 __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "MAX_REQUEST_BYTES", "PROTOCOL_METADATA_KEY", "PROTOCOL_VERSION", "Batch", "Counts", "__version__"]
 
 _ELSEWHERE = {"Batch": "touchline_protos.types.batch", "Counts": "touchline_protos.types.counts"}
-"""Where a name comes from that is imported when it is asked for: a health check needs metadata keys and no numpy."""
+"""Modules of the names that are imported on first use: a health check needs the metadata keys, but not numpy."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Text of a peer's in logs, errors and terminals: on one line, whatever it holds.
+"""Keep text that a peer sent on one line, in logs, errors and terminals.
 
-Names, addresses, metadata and error texts come from the other side. A line break in one would begin a line of the log with a text of its
-choice, an escape sequence would repaint a terminal. So every logger of Touchline is made here, with a filter that escapes what is not
-printable, and whatever shows a peer's text elsewhere calls :func:`escape`.
+Names, addresses, metadata and error texts come from the other side. A line break in one could forge a line of the log, an escape sequence
+could repaint a terminal. So every logger of Touchline is created here, with a filter that escapes unprintable characters, and code that
+shows a peer's text elsewhere calls :func:`escape`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 
 def escape(text: str) -> str:
-    """Returns a text on one line, with what is not printable (control characters, separators, direction marks) as in a literal."""
+    """Returns ``text`` with unprintable characters (control characters, separators, direction marks) escaped as in a Python literal."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 class OneLine(logging.Filter):
-    """Keeps a record to one line, and a trace to its own lines; passes every record.
+    """A filter that escapes each record's message to one line, and each line of its traceback. It passes every record. Thread-safe.
 
-    On a logger it holds for what is logged there, whoever handles it; on a handler for what libraries log, too. A record that has
-    ``extra={"own_lines": True}`` is a text of our own, and stays as it is.
+    On a logger it applies to what is logged there, with any handler; on a handler it also applies to what libraries log. A record with
+    ``extra={"own_lines": True}`` contains no peer's text and stays as it is.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -32,7 +32,7 @@ class OneLine(logging.Filter):
         if not getattr(record, "own_lines", False):
             if not isinstance(record.msg, str):
                 record.msg, record.args = "%s", (record.msg,)
-            # A logger's own text may be a peer's, where there are no arguments.
+            # Without arguments, the message itself may be a peer's text.
             record.msg = escape(record.msg)
             if isinstance(record.args, tuple):
                 record.args = tuple(_escaped(argument) for argument in record.args)
@@ -47,7 +47,7 @@ _FILTER = OneLine()
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Returns a module's logger, which keeps a peer's text on one line."""
+    """Returns the logger of a module, with a filter that keeps a peer's text on one line."""
     logger = logging.getLogger(name)
     if _FILTER not in logger.filters:
         logger.addFilter(_FILTER)
@@ -55,7 +55,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def _escaped(argument: Any) -> Any:
-    """Returns an argument of a record as it is where it is a number, or has nothing to escape."""
+    """Returns an argument of a record, escaped if its text has anything to escape. Numbers stay numbers, for ``%d``."""
     if isinstance(argument, int | float):
         return argument
     text = str(argument)
@@ -63,6 +63,6 @@ def _escaped(argument: Any) -> Any:
 
 
 def _trace(error: BaseException) -> Iterable[str]:
-    """Yields the lines of a trace. Frames are our own; texts of errors and notes, which may be a peer's, are indented lines."""
+    """Yields the lines of a traceback. Those of stack frames stay as they are; texts of errors and notes are escaped and indented."""
     for part in traceback.format_exception(type(error), error, error.__traceback__):
         yield part if part.startswith(('  File "', "Traceback ", "\nDuring ", "\nThe above ")) else f"  {escape(part.rstrip(chr(10)))}\n"

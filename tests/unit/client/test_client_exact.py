@@ -24,7 +24,7 @@ from touchline_protos.codec import EpisodeKey
 from touchline_protos.types.casting import ColumnError, cast, narrow
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_protos.types.flatten import flatten_columns, split_episodes, to_array
-from touchline_protos.types.rules import ENDS, check_ends
+from touchline_protos.types.rules import DONE_ALIASES, check_done_name
 
 KEY = EpisodeKey("me", 1, 0)
 NUMBERS = [np.dtype(name) for name in ("bool", "u1", "i1", "i2", "i4", "i8", "f2", "f4", "f8")]
@@ -62,11 +62,11 @@ def episode(rows: int = 4, **columns: Any) -> dict[str, Any]:
         ([Fraction(1, 3)], "of type Fraction, expected numbers"),
         (2**70, "of type int, expected numbers"),
         (1 + 2j, "complex128, expected real numbers"),
-        (np.datetime64("2026-01-01"), r'datetime64\[D\], expected numbers; \.astype\("int64"\)'),
+        (np.datetime64("2026-01-01"), r'datetime64\[D\], expected numbers; convert them with \.astype\("int64"\)'),
         (np.array([3, 4], "m8[s]"), r"timedelta64\[s\], expected numbers"),
         (np.zeros(3, [("x", "f4"), ("y", "i8")]), "a structured array with the fields x, y, expected plain numbers"),
-        ([[1, 2], [3]], r"a list of parts of the shapes \(2,\), \(1,\), expected the same shape"),
-        ([np.zeros(2), np.zeros(3)], r"a list of parts of the shapes \(2,\), \(3,\)"),
+        ([[1, 2], [3]], r"a list of elements of the shapes \(2,\), \(1,\), expected one shape"),
+        ([np.zeros(2), np.zeros(3)], r"a list of elements of the shapes \(2,\), \(3,\)"),
         ((np.zeros((4, 2)), np.zeros((4, 3))), "a tuple of 2 arrays, expected one array: numpy.stack"),
         ((np.zeros((4, 2)), np.zeros((4, 2))), "a tuple of 2 arrays, expected one array"),
         ((torch.zeros(4), torch.zeros(4)), "a tuple of 2 arrays, expected one array"),
@@ -74,10 +74,10 @@ def episode(rows: int = 4, **columns: Any) -> dict[str, Any]:
         (np.ma.masked, "1 masked values, expected none"),
         ([1.0, np.ma.masked], "1 masked values"),
         ([np.ma.array([1, 2], mask=[1, 1]), np.ma.array([3, 4])], "2 masked values"),
-        ([-1, 2**63], "9223372036854775808 beside"),
-        ([0.5, 2**53 + 1], "9007199254740993 beside floats"),
+        ([-1, 2**63], "9223372036854775808 among"),
+        ([0.5, 2**53 + 1], "9007199254740993 among floats"),
         ([np.int64(2**53 + 1), np.float32(0.5)], "9007199254740993, which is 9007199254740992.0 as float64"),
-        ([np.arange(2), np.zeros(2, [("bfloat16", "<u2")])], "a list of parts of different dtypes"),
+        ([np.arange(2), np.zeros(2, [("bfloat16", "<u2")])], "a list of elements of different dtypes"),
     ],
     ids=str,
 )
@@ -223,7 +223,7 @@ def test_tensorclass_is_an_episode_and_a_part_of_one() -> None:
 def test_lazy_stack_of_unequal_lengths_is_refused_as_one_episode_and_loaded_as_several() -> None:
     stack = lazy_stack([TensorDict(episode(rows), [rows]) for rows in (3, 5)])
 
-    with pytest.raises(ColumnError, match=r"^action: a lazy stack whose parts differ in shape, .* all with load\(\)"):
+    with pytest.raises(ColumnError, match=r"^action: a lazy stack whose elements differ in shape, .* all with load\(\)"):
         flatten_columns(stack)
     assert [len(flatten_columns(part)["obs"]) for part in split_episodes(stack)] == [3, 5]
 
@@ -249,12 +249,14 @@ def test_dotted_name_of_the_episode_is_the_nested_one() -> None:
     assert list(flatten_columns({"obs.rgb": np.zeros(4), "info": {"success.rate": np.zeros(4)}})) == ["obs.rgb", "info.success.rate"]
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", DONE_ALIASES)
 def test_column_that_marks_ends_by_another_name_is_refused_unless_done_exists(name: str) -> None:
-    with pytest.raises(ColumnError, match=rf"^{name}: given without done, so batches would say that nothing ever ended; call it done"):
-        check_ends(["obs", "action", "reward", name])
-    check_ends(["obs", "action", "reward", "done", name])
-    check_ends(["obs", "action", "reward", "truncated"])
+    with pytest.raises(
+        ColumnError, match=rf"^{name}: given without done, so batches would say that no episode ever terminated; name it done"
+    ):
+        check_done_name(["obs", "action", "reward", name])
+    check_done_name(["obs", "action", "reward", "done", name])
+    check_done_name(["obs", "action", "reward", "truncated"])
 
 
 def test_mismatched_tuple_of_observations_names_the_tuple() -> None:

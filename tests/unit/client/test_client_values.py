@@ -76,7 +76,7 @@ def test_bfloat16_of_jax_is_that_of_torch() -> None:
     ids=["sparse", "float8", "meta", "float8 of JAX"],
 )
 def test_tensor_that_cannot_be_a_column_is_refused_by_name(value: Any) -> None:
-    with pytest.raises(InvalidEpisodeError, match=r"^obs: .*(is no array|is not supported)"):
+    with pytest.raises(InvalidEpisodeError, match=r"^obs: .*(is not an array|is not supported)"):
         _make(_episode() | {"obs": value})
 
 

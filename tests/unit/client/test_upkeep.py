@@ -20,7 +20,7 @@ from touchline._spool import file, maintenance
 from touchline._spool.file import FILE_NAME, LOCK_NAME, FolderLock
 from touchline._spool.queue import Spool
 from touchline_protos.codec import Episode
-from touchline_protos.files.locks import is_locked, open_own
+from touchline_protos.files.locks import is_locked, open_private
 
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda folder: None, "no spool: there is no such folder"),
@@ -181,7 +181,7 @@ def test_writer_that_starts_while_somebody_looks_waits_a_moment(tmp_path: Path, 
 
 def test_lock_is_seen_while_it_is_held(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    os.close(open_own(path))
+    os.close(open_private(path))
     before = is_locked(path)
     holder = FolderLock(tmp_path)
     held = is_locked(path)

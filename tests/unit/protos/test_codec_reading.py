@@ -126,7 +126,7 @@ BROKEN: dict[str, tuple[list[bytes], str]] = {
     "nothing": ([b""], "0 parts"),
     "two parts": ([group((1, small_episode())) + encode_evicted(1)], "2 parts"),
     "a second selection": ([encode_selection(SELECTION)], "selection comes first"),
-    "a chunk alone": ([announced(1, small_episode(), 8)[1]], "without a header"),
+    "a chunk without a header": ([announced(1, small_episode(), 8)[1]], "without a header"),
     "an eviction of nothing": ([encode_evicted(1)], "episode 1 is withdrawn"),
     "an eviction of another": ([announced(1, small_episode(), 8)[0], encode_evicted(2)], "episode 2 is withdrawn"),
     "a group within an episode": ([announced(1, small_episode(), 8)[0], group((2, small_episode()))], "before the last one is complete"),

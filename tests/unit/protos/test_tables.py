@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from touchline_protos.files import sqlite
-from touchline_protos.files.locks import lock, open_own
+from touchline_protos.files.locks import lock, open_private
 from touchline_protos.files.sqlite import FormatError, SqliteFormat, parts, pragma
 
 TABLES = SqliteFormat(application_id=77, version=3, page_bytes=8192, statements="CREATE TABLE things (name TEXT);")
@@ -82,7 +82,7 @@ def test_parts_are_the_bytes_and_none_is_too_long(monkeypatch: pytest.MonkeyPatc
 
 
 def test_lock_is_one_holders_until_it_closes_the_file(tmp_path: Path) -> None:
-    first, second = open_own(tmp_path / "lock"), open_own(tmp_path / "lock")
+    first, second = open_private(tmp_path / "lock"), open_private(tmp_path / "lock")
     lock(first)
 
     with pytest.raises(BlockingIOError):

@@ -162,7 +162,7 @@ def test_name_with_a_character_that_controls_is_refused(one: str) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp", "Cf"]), min_size=1, max_size=MAX_NAME_CHARS))
 def test_other_names_are_good_in_any_script(name: str) -> None:
-    assert name_fault(name, least_chars=1) is None
+    assert name_fault(name, min_chars=1) is None
 
 
 @given(st.text(max_size=200))

@@ -29,7 +29,7 @@ class Identity:
     def __init__(self, client_id: str | None = None) -> None:
         if client_id is not None and not isinstance(client_id, str):
             raise InvalidArgumentError(f"client_id: {client_id!r}, expected a str or None")
-        fault = None if client_id is None else name_fault(client_id, least_chars=1)
+        fault = None if client_id is None else name_fault(client_id, min_chars=1)
         if fault is not None:
             raise InvalidArgumentError(f"client_id: {fault}")
         self.given_id = client_id

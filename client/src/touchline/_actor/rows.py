@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from touchline.errors import InvalidEpisodeError
-from touchline_protos.types.casting import ROUNDS, ColumnError, cast, narrow
+from touchline_protos.types.casting import ROUNDING_HINT, ColumnError, cast, narrow
 from touchline_protos.types.dtypes import BFLOAT16, dtype_name, to_wire
 from touchline_protos.types.flatten import flatten_columns
 
@@ -129,7 +129,7 @@ class EpisodeRows:
     def _scalar(self, name: str, value: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
         if value.ndim:
             found, expected = dtype_name(value.dtype), dtype_name(dtype)
-            hint = f"; {ROUNDS}" if (found, expected) == ("float64", "float32") else ""
+            hint = f"; {ROUNDING_HINT}" if (found, expected) == ("float64", "float32") else ""
             raise InvalidEpisodeError(f"{name}: dtype {found} in row {self._length}, expected {expected} as in the rows before{hint}")
         try:
             return cast(name, value, dtype, rounding=True, why=f"in row {self._length}, as in the rows before")

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from touchline._spool.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_room
 from touchline.errors import SpoolError
-from touchline_protos.files.locks import HAS_LOCKS, NO_ROOM, is_locked, lock, open_own, rewrite, sync
+from touchline_protos.files.locks import DISK_FULL, HAS_LOCKS, is_locked, lock, open_private, rewrite, sync
 from touchline_protos.files.sqlite import FormatError, SqliteFormat, row_checksum
 from touchline_protos.log_lines import get_logger
 
@@ -81,7 +81,7 @@ class FolderLock:
         try:
             missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
             folder.mkdir(parents=True, exist_ok=True)
-            self._handle = open_own(folder / LOCK_NAME)
+            self._handle = open_private(folder / LOCK_NAME)
         except OSError as error:
             raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
         try:
@@ -100,11 +100,11 @@ class FolderLock:
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
-            if error.errno not in NO_ROOM:  # then the number is not known, and the lock is held all the same
+            if error.errno not in DISK_FULL:  # then the number is not known, and the lock is held all the same
                 os.close(self._handle)
                 raise SpoolError(f"spool_dir: {folder / LOCK_NAME}: {error.strerror}") from None
         try:
-            self._mark = open_own(folder / MARK_NAME)
+            self._mark = open_private(folder / MARK_NAME)
         except OSError as error:
             os.close(self._handle)
             raise SpoolError(f"spool_dir: {folder / MARK_NAME}: {error.strerror}") from None

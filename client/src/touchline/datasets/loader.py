@@ -363,7 +363,7 @@ def _broken_rule(episode: Episode, *, first: bool, incoming: bool) -> InvalidEpi
         rules.check_episode(episode.columns)
         if first:
             rules.check_columns(episode.columns)
-            rules.check_ends(episode.columns)
+            rules.check_done_name(episode.columns)
         rules.check_finite(episode.columns, incoming=incoming)
     except ColumnError as error:
         return InvalidEpisodeError(str(error))

@@ -1,1 +1,1 @@
-"""What the files of a spool and of a durable store have in common."""
+"""Locks, syncing and checksummed SQLite files, for a spool and for a durable store."""

@@ -1,4 +1,4 @@
-"""Files that one process keeps for itself, and what has them outlive the machine's power: what a spool and a durable store both need."""
+"""Files that one process keeps for itself, and that survive a loss of power: what a spool and a durable store have in common."""
 
 from __future__ import annotations
 
@@ -12,44 +12,46 @@ except ImportError:
     HAS_LOCKS = False
 else:
     HAS_LOCKS = True
-"""Whether this system has the file locks of POSIX, without which :func:`lock` is not there."""
+"""Whether this system has POSIX file locks, which :func:`lock` needs."""
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a disk, or a quota, that is full."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""``errno`` values of a full disk, or of an exhausted quota."""
 REWRITE_BYTES = 1 << 20
+"""Bytes that :func:`rewrite` copies at a time."""
 
 
-def open_own(path: Path) -> int:
-    """Opens a file to read and write, and makes it where there is none: for its user alone, and not for child programs.
+def open_private(path: Path) -> int:
+    """Opens a file for reading and writing, creating it if necessary. Only this user may access it, and child programs do not inherit it.
 
     Returns:
-        A descriptor; the caller closes it.
+        A file descriptor; the caller closes it.
 
     Raises:
-        OSError: it cannot be opened or made.
+        OSError: the file cannot be opened or created.
     """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def lock(descriptor: int) -> None:
-    """Takes a file's lock without waiting for it. It ends with the descriptor, so at the latest with the process, however that ends.
+    """Takes a file's lock, without waiting for it. The lock ends with the descriptor, so at the latest with the process, even if killed.
 
     Raises:
-        BlockingIOError: another holds it.
+        BlockingIOError: another process holds the lock.
         OSError: the file system has no locks.
     """
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_locked(path: Path) -> bool:
-    """Returns whether a process holds a file's lock. Looking takes a share of it for a moment, in which nobody gets the lock.
+    """Returns whether a process holds a file's lock. For the moment of the check, no other process can take it.
 
     Raises:
         OSError: the file cannot be read, or the file system has no locks.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        # A shared lock can be had unless a process holds the exclusive one; closing the descriptor releases it.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -59,12 +61,14 @@ def is_locked(path: Path) -> bool:
 
 
 def rewrite(path: Path) -> None:
-    """Writes a file over itself and has it on the disk; nothing happens if there is none.
+    """Writes a file over itself and syncs it to the disk. Does nothing if it does not exist.
 
-    If an fsync failed for it, the kernel may have only in memory what reading finds, and a later fsync would not write it.
+    After a failed fsync the kernel may hold in memory what it could not write, and mark it clean: reading still finds it, and a later
+    fsync does not write it. Writing the same bytes again marks them dirty (Rebello et al., "Can Applications Recover from fsync
+    Failures?", USENIX ATC 2020).
 
     Raises:
-        OSError: it cannot be read or written.
+        OSError: the file cannot be read or written.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -75,17 +79,18 @@ def rewrite(path: Path) -> None:
             os.pwrite(descriptor, os.pread(descriptor, REWRITE_BYTES, begin), begin)
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NO_ROOM:  # of a file system that writes nothing in its place
+        # A copy-on-write file system cannot write in place if the disk is full.
+        if error.errno not in DISK_FULL:
             raise
     finally:
         os.close(descriptor)
 
 
 def sync(path: Path) -> None:
-    """Has the file system write a file's content, or a folder's entries, down.
+    """Syncs the content of a file, or the entries of a folder, to the disk.
 
     Raises:
-        OSError: it cannot, as many cannot for a folder.
+        OSError: the file system cannot, as is common for folders.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

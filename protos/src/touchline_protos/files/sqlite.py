@@ -1,4 +1,4 @@
-"""SQLite files with checksums in their rows: what a spool's and a durable store's have in common. Each says itself what its tables are."""
+"""SQLite files with a checksum in each row, for a spool and for a durable store. Each defines its own tables."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 PART_BYTES = 1 << 28
-"""Longest blob: SQLite's own limit of 10^9 bytes is below what an episode may have, so what is longer is kept in parts."""
+"""Maximum size of a blob in bytes. Larger values are stored in parts, as SQLite's limit, 10^9 bytes, is below that of an episode."""
 
 
 class FormatError(Exception):
-    """A file that is of another application, or of another version of its tables.
+    """The file belongs to another application, or has another version of the tables.
 
     Args:
-        version: of the tables; None where they are another application's, or where the first page is damaged.
+        version: version of the tables; None if they are another application's, or if the first page is damaged.
     """
 
     def __init__(self, version: int | None) -> None:
-        super().__init__(version)  # a copy is made from what is given here
+        super().__init__(version)  # unpickling and copying call the class with these arguments
         self.version = version
 
     def __str__(self) -> str:
@@ -28,23 +28,26 @@ class FormatError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqliteFormat:
-    """What a file holds, and how it says so."""
+    """The identity and the tables of a kind of file. Immutable."""
 
     application_id: int
-    """In ``PRAGMA application_id``."""
+    """Number of the application, in ``PRAGMA application_id``."""
     version: int
-    """Of the tables, in ``PRAGMA user_version``."""
+    """Version of the tables, in ``PRAGMA user_version``."""
     page_bytes: int
-    """Of a file that is made."""
+    """Page size of a new file, in bytes."""
     statements: str
-    """That make the tables."""
+    """SQL statements that create the tables."""
 
     def check(self, connection: sqlite3.Connection) -> bool:
-        """Checks what a file says that it is, and returns whether anything was ever written to it.
+        """Returns whether the file has these tables; False if it is empty.
+
+        Args:
+            connection: connection to the file.
 
         Raises:
-            FormatError: it is something else.
-            sqlite3.Error: SQLite cannot make sense of it.
+            FormatError: the file has another identity or version.
+            sqlite3.Error: it is not a database, or damaged.
         """
         application, version = pragma(connection, "application_id"), pragma(connection, "user_version")
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -57,19 +60,19 @@ class SqliteFormat:
         return True
 
     def prepare(self, connection: sqlite3.Connection, first: Callable[[], object] = lambda: None) -> None:
-        """Checks what a file says that it is, and makes the tables, all or none, where it is empty.
+        """Creates the tables in an empty file, all or none; only checks the identity of any other.
 
         Args:
-            connection: whose transactions are begun and ended by statements.
-            first: writes the first rows of a file that is made, in the transaction that makes it.
+            connection: connection to the file, in autocommit mode: transactions begin and end by statements.
+            first: a function that writes the first rows of a new file, in the transaction that creates the tables.
 
         Raises:
-            FormatError: it is something else.
-            sqlite3.Error: SQLite cannot make sense of it, or cannot write it.
+            FormatError: the file has another identity or version.
+            sqlite3.Error: it is not a database, is damaged, or cannot be written.
         """
         if self.check(connection):
             return
-        # New, or of a process that was killed while it made one.
+        # The file is new, or its process was killed before the transaction below.
         connection.execute(f"PRAGMA page_size = {self.page_bytes}")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
@@ -78,22 +81,22 @@ class SqliteFormat:
         )
         first()
         connection.execute("COMMIT")
-        # From now on the file says what it is, whatever becomes of the log.
+        # Move the identity from the log into the file, which then keeps it even if the log is lost.
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def pragma(connection: sqlite3.Connection, name: str) -> int:
-    """Returns a number that SQLite keeps under a name."""
+    """Returns the value of an integer ``PRAGMA``."""
     return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
 
 
 def row_checksum(*values: object) -> int:
-    """Returns the CRC-32 of a row's values."""
+    """Returns the CRC-32 of a row's values, in the order of its columns. Part of the file format: it must not change."""
     return zlib.crc32(repr(values).encode())
 
 
 def parts(data: bytes | memoryview) -> Iterator[memoryview]:
-    """Yields views of bytes, none longer than :data:`PART_BYTES`; at least one, empty where they are."""
+    """Yields ``data`` in consecutive views of up to :data:`PART_BYTES` bytes: a single empty one if there is no data."""
     view = memoryview(data)
     for begin in range(0, max(len(view), 1), PART_BYTES):
         yield view[begin : begin + PART_BYTES]

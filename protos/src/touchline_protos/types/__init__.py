@@ -1,1 +1,1 @@
-"""Values that both sides speak of."""
+"""Values that client and server share: batches, episodes, counts, dtypes, and the rules for names and columns."""

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 
 Array = Any
-"""A ``numpy.ndarray``, or a ``torch.Tensor`` where the caller asked for one. Nested observations: a dict of these."""
+"""A ``numpy.ndarray``, or a ``torch.Tensor`` if the caller asked for one; for nested observations, a dict of these."""
 
 PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
     ("episode_id", np.dtype("<i8")),
@@ -18,41 +18,41 @@ PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
     ("policy_version", np.dtype("<i8")),
     ("probability", np.dtype("<f8")),
 )
-"""The fields of a batch's provenance and their dtypes, in wire order."""
+"""Names and dtypes of a batch's provenance, in wire order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B slices of H + 1 consecutive steps, time-major: unpacks as ``obs, action, reward, done``, and is indexed and sliced as that tuple.
+    """B slices of H + 1 consecutive steps, time-major. Unpacks, is indexed and is sliced like the tuple ``obs, action, reward, done``.
 
-    Memory: the arrays are the caller's; nothing overwrites them, however long they or any view of them are held. Those of one batch
-    may share one allocation, which is released (or reused for a later batch) when the last of them dies.
+    The arrays belong to the caller and are writable: nothing overwrites them as long as they or any view of them are alive. Those of one
+    batch may share one allocation, which is released, or reused for a later batch, when the last of them dies.
     """
 
     obs: Array
-    """[H+1, B, *obs_shape], as stored; a (nested) dict where observations are nested, its keys in the order of the first episode."""
+    """[H+1, B, *obs_shape], as stored; for nested observations a (nested) dict, its keys in the order of the first episode."""
     action: Array
     """[H, B, *action_shape], as stored."""
     reward: Array
     """[H, B, 1], as stored."""
     done: Array
-    """[H, B, 1]: terminated; float32 zeros where the episodes have no such column."""
+    """[H, B, 1]: 1 if the transition terminated the episode; float32 zeros if the episodes have no such column."""
     task: Array | None
-    """[B], of each slice's first row; None where the episodes have no such column."""
+    """[B]: task of each slice's first row; None if the episodes have no such column."""
     extra: dict[str, Array]
-    """Every other column by its (dotted) name: [H+1, B, ...]."""
+    """Every other column by its (dotted) name: [H+1, B, ...], as stored."""
     episode_id: Array
-    """[B] int64: the episode of each slice."""
+    """[B] int64: id of each slice's episode."""
     start: Array
-    """[B] int64: the step of the episode that is the slice's row 0."""
+    """[B] int64: position in the episode of each slice's row 0."""
     actor: Array
-    """[B] int64: index of the actor that played it, a key of ``actor_names``."""
+    """[B] int64: index of the actor that played the episode, a key of ``actor_names``."""
     policy_version: Array
-    """[B] int64: version of the policy that played it."""
+    """[B] int64: version of the policy that acted."""
     probability: Array
-    """[B] float64: probability with which each slice was drawn, by the sampling law in force."""
+    """[B] float64: probability with which each slice was drawn."""
     actor_names: Mapping[int, str] = field(default_factory=dict)
-    """Names of the actors, at least of those in this batch."""
+    """Names of the actors by index; contains at least those of this batch."""
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.obs, self.action, self.reward, self.done))
@@ -71,11 +71,11 @@ class Batch:
 
 
 def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str]) -> Batch:
-    """Builds a batch from flat arrays.
+    """Returns a batch made of flat arrays.
 
     Args:
-        arrays: columns by dotted name, and the provenance as ``provenance.<field>``. Not copied.
-        actor_names: kept as given, not copied.
+        arrays: columns by dotted name, and provenance as ``provenance.<field>``. Not copied.
+        actor_names: actors' names by index. Not copied.
     """
     obs: Any = {}
     named: dict[str, Array] = {}

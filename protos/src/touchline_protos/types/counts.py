@@ -1,4 +1,4 @@
-"""The figures of a table, the same on both sides of the wire."""
+"""Counts of a table, the same on both sides of the wire."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a table holds now, and what happened to it since it was first created.
+    """Counts of a table: what it stores now, and what has happened since it was created. Immutable.
 
-    ``episodes_added == episodes_stored + episodes_evicted`` and the same for steps, at any moment. A cleared episode counts as evicted.
+    ``episodes_added == episodes_stored + episodes_evicted`` at any moment, and the same for steps. A cleared episode counts as evicted.
     """
 
     steps_stored: int = 0
@@ -21,12 +21,12 @@ class Counts:
     episodes_added: int = 0
     """Episodes ever added."""
     steps_evicted: int = 0
-    """Rows that made room for newer ones."""
+    """Rows replaced by newer ones, or cleared."""
     episodes_evicted: int = 0
-    """Episodes that made room for newer ones."""
+    """Episodes replaced by newer ones, or cleared."""
     episodes_refused: int = 0
-    """Episodes that were malformed or did not fit the schema."""
+    """Episodes refused: malformed, not of the schema, or too large."""
     episodes_duplicate: int = 0
-    """Episodes whose key was stored before: acknowledged, not stored again."""
+    """Episodes sent again under a known key: acknowledged, not stored again."""
     episodes_too_short: int = 0
     """Episodes added with fewer than (configured horizon + 1) rows: stored, never sampled at that horizon."""

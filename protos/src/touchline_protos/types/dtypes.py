@@ -1,7 +1,7 @@
-"""The element types that cross the wire: one table for both directions.
+"""The element types of the wire, in one table for both directions.
 
-numpy has no bfloat16. An array of :data:`BFLOAT16` carries its bits: a one-field structured type, so that it cannot be mistaken for
-uint16 and still gathers, copies and compares like any other 2-byte element.
+numpy has no bfloat16. An array of dtype :data:`BFLOAT16` holds its bits: a structured dtype with one field, which cannot be mistaken for
+uint16, and which is gathered, copied and compared like any other element of 2 bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class DType(enum.IntEnum):
-    """The numbers of ``touchline.v1.DType``."""
+    """Numbers of ``touchline.v1.DType``."""
 
     BOOL = 1
     UINT8 = 2
@@ -27,7 +27,7 @@ class DType(enum.IntEnum):
 
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
-"""Element type of arrays that hold bfloat16 values by their bits: ``array.view(np.uint16)`` gives the bits."""
+"""Element type of bfloat16 arrays; ``array.view(np.uint16)`` returns the bits."""
 
 _NUMPY_OF: dict[DType, np.dtype] = {
     DType.BOOL: np.dtype(np.bool_),
@@ -44,7 +44,7 @@ _NUMPY_OF: dict[DType, np.dtype] = {
 _WIRE_OF: dict[np.dtype, DType] = {dtype: wire for wire, dtype in _NUMPY_OF.items()}
 
 SUPPORTED = "bool, uint8, int8, int16, int32, int64, float16, bfloat16, float32, float64"
-"""The supported element types, for error messages."""
+"""Names of the supported element types, for error messages."""
 
 
 def to_wire(dtype: np.dtype) -> DType:
@@ -63,7 +63,7 @@ def to_numpy(wire: int) -> np.dtype:
     """Returns the numpy dtype of a wire number.
 
     Raises:
-        ValueError: the number is unknown to this version.
+        ValueError: this version does not know the number.
     """
     try:
         return _NUMPY_OF[DType(wire)]
@@ -72,7 +72,7 @@ def to_numpy(wire: int) -> np.dtype:
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """Returns the name that people know: ``float32``, ``bfloat16``."""
+    """Returns a dtype's name for messages: ``float32``, ``bfloat16``."""
     return "bfloat16" if dtype == BFLOAT16 else dtype.name
 
 

@@ -1,10 +1,8 @@
-"""The episode as both ends speak of it, its limits, and what is raised where a message is not one.
+"""Episodes, their limits, and the errors of the codec::
 
-Errors::
-
-    ValueError
-    └── CodecError         malformed: the text names the column, what was found and what was expected
-        └── OversizeError  well-formed as far as read, but over a limit
+ValueError
+└── CodecError         malformed; the text names the column, the value found and the one expected
+    └── OversizeError  well-formed as far as it was read, but over a limit
 """
 
 from __future__ import annotations
@@ -18,24 +16,23 @@ from touchline_protos.types.limits import DEFAULT_MAX_COLUMNS, DEFAULT_MAX_EPISO
 
 @dataclass(frozen=True, slots=True)
 class EpisodeKey:
-    """Makes adding idempotent: unique for each episode, chosen by its sender."""
+    """Identifies an episode for its sender, which makes adding idempotent. Immutable, hashable."""
 
     client_id: str
-    """Names the sender, 1 to 128 characters."""
+    """Name of the sender, 1 to 128 characters."""
     incarnation: int
-    """Differs each time the sender starts (int64)."""
+    """Number that differs each time the sender starts (int64)."""
     sequence: int
-    """Counts the sender's episodes, from 0 (int64)."""
+    """Position among the sender's episodes since its start, from 0 (int64)."""
 
 
 class CodecError(ValueError):
-    """A value that cannot be put into a message, or a message that holds no valid value.
+    """A value that cannot be encoded, or a message that cannot be decoded.
 
     Args:
-        message: what was wrong, with the column's name, what was found and what was expected.
-        key: of the episode that it concerns, where that could be told.
-        fatal: whether the stream that the message came from has lost its framing, so that nothing after it can be
-            understood.
+        message: text that names the column, the value found and the one expected.
+        key: key of the episode concerned; None if unknown.
+        fatal: whether the stream of messages has lost its framing, so that no later message can be understood.
     """
 
     def __init__(self, message: str, *, key: EpisodeKey | None = None, fatal: bool = False) -> None:
@@ -50,65 +47,65 @@ class OversizeError(CodecError):
 
 @dataclass(frozen=True, slots=True)
 class CodecLimits:
-    """What a receiver takes of one episode; checked before anything is allocated."""
+    """Maximum sizes that a receiver accepts of one episode; checked before anything is allocated. Immutable, hashable."""
 
     max_episode_bytes: int = DEFAULT_MAX_EPISODE_BYTES
-    """Payload of all columns together."""
+    """Maximum payload of all columns together, in bytes."""
     max_columns: int = DEFAULT_MAX_COLUMNS
-    """Columns of an episode."""
+    """Maximum number of columns."""
     max_name_chars: int = 256
-    """Characters of a column's or table's name."""
+    """Maximum number of characters in the name of a column or table."""
     max_dims: int = 16
-    """Dimensions of a column, the row dimension included."""
+    """Maximum number of dimensions of a column, including the rows."""
     max_nesting: int = 8
-    """Dots in a column's name: levels of nested mappings that it stands for."""
+    """Maximum number of dots in a column's name, which stand for levels of nested mappings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One whole episode: columns by (dotted) name, ``[rows, ...]`` each.
+    """One whole episode.
 
-    The codec carries any columns; whether they have the same number of rows and fit a schema is the store's business.
+    The codec accepts any columns; the store checks that they have the same number of rows and fit the schema.
     """
 
     columns: dict[str, np.ndarray]
-    """By name, in wire order. Arrays of a decoded episode are C-contiguous and little-endian."""
+    """Columns [rows, ...] by (dotted) name, in wire order. Those of a decoded episode are C-contiguous and little-endian."""
     key: EpisodeKey | None = None
-    """None: a retry is a new episode."""
+    """Key of the episode; None if it has none, so that a retry is a new episode."""
     actor: str = ""
-    """Name of the actor, up to 128 characters."""
+    """Name of the actor that played it, up to 128 characters; may be empty."""
     policy_version: int = 0
-    """Version of the policy that acted (int64); 0 where unknown."""
+    """Version of the policy that acted (int64); 0 if unknown."""
 
     @property
     def length(self) -> int:
-        """Rows, going by the first column that has any dimension; 0 where none has."""
+        """Number of rows, of the first column that has a dimension; 0 if no column has."""
         return next((int(column.shape[0]) for column in self.columns.values() if column.ndim), 0)
 
     @property
     def size_bytes(self) -> int:
-        """Payload of all columns together."""
+        """Payload of all columns together, in bytes."""
         return sum(column.nbytes for column in self.columns.values())
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEpisode:
-    """One whole episode as it is stored. Its arrays are the caller's: fresh, writable, and of nobody else's memory."""
+    """One whole stored episode. Its arrays belong to the caller: writable, and sharing memory with nothing else."""
 
     id: int
-    """The server's number for it, never given to another episode of the same store."""
+    """Id that the store gave it, and gives to no other episode."""
     columns: dict[str, np.ndarray]
-    """[length, ...] by dotted name in the schema's order, to the bit as they were added; those that were asked for."""
+    """Columns [length, ...] that were asked for, by dotted name in the schema's order, bit for bit as they were added."""
     key: EpisodeKey | None
-    """Under which it was added; None where it had none."""
+    """Key under which it was added; None if it had none."""
     actor: str
     """Name of the actor that played it; may be empty."""
     policy_version: int
-    """Version of the policy that played it; 0 where unknown."""
+    """Version of the policy that acted; 0 if unknown."""
     length: int
-    """Rows: one more than its transitions."""
+    """Number of rows: one more than its transitions."""
 
     @property
     def size_bytes(self) -> int:
-        """Payload of its columns together."""
+        """Payload of its columns together, in bytes."""
         return sum(column.nbytes for column in self.columns.values())

@@ -1,4 +1,4 @@
-"""An episode as callers hold it, turned into flat numpy columns. Torch objects are recognised by what they offer, never imported."""
+"""Flatten an episode as callers hold it into numpy columns. Torch objects are recognised by their attributes; torch is never imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from touchline_protos.types.episode import CodecLimits
 __all__ = ["MAX_NESTING", "ColumnError", "flatten_columns", "split_episodes", "to_array"]
 
 MAX_NESTING = CodecLimits().max_nesting
-"""Levels of nested mappings that an episode may have."""
+"""Maximum number of levels of nested mappings in an episode."""
 
 
 def flatten_columns(episode: Any) -> dict[str, np.ndarray]:
@@ -22,14 +22,14 @@ def flatten_columns(episode: Any) -> dict[str, np.ndarray]:
 
     Args:
         episode: a mapping, a TensorDict or a tensorclass, of numpy arrays, torch tensors on any device, or what ``numpy.asarray`` takes;
-            nested mappings flatten with dots (``obs.rgb``). It is not changed.
+            nested mappings are flattened with dots (``obs.rgb``). Not changed.
 
     Returns:
-        Arrays that share the caller's memory wherever that is contiguous and in host memory; read them, do not write.
+        Arrays that share the caller's memory if it is contiguous and in host memory; do not write to them.
 
     Raises:
-        ColumnError: no mapping, a name that is not a string or would come back as another one, mappings nested too deep, the same name
-            twice, or a value that is no array of numbers.
+        ColumnError: the episode is not a mapping, a name is not a string, ambiguous or given twice, mappings are nested too deeply, or a
+            value is not an array of numbers.
     """
     if not hasattr(episode, "keys"):
         raise ColumnError(f"episode: {type(episode).__name__}, expected a mapping of arrays")
@@ -45,11 +45,11 @@ def split_episodes(episodes: Any) -> Iterator[Any]:
     """Yields the episodes of a load.
 
     Args:
-        episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes. The parts of a
+        episodes: one mapping or TensorDict of arrays ``[num_episodes, episode_length, ...]``, or an iterable of episodes. The elements of a
             lazy stack of TensorDicts are episodes, which may differ in length.
 
     Raises:
-        ColumnError: the arrays of a mapping are of unequal numbers of episodes, or have fewer than two dimensions.
+        ColumnError: the arrays of a mapping differ in their numbers of episodes, or have fewer than two dimensions.
     """
     if getattr(episodes, "stack_dim", None) == 0 and hasattr(episodes, "tensordicts"):
         episodes = episodes.tensordicts
@@ -72,6 +72,7 @@ def split_episodes(episodes: Any) -> Iterator[Any]:
 
 
 def _leaves(level: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested mappings by dotted name."""
     if depth > MAX_NESTING:
         raise ColumnError(f"{prefix}: nested more than {MAX_NESTING} levels deep")
     for key in level.keys():  # noqa: SIM118  a TensorDict iterates over its rows, not its keys
@@ -79,7 +80,7 @@ def _leaves(level: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
             raise ColumnError(f"{prefix}{key!r}: a name of type {type(key).__name__}, expected str")
         if "." in key and prefix.startswith("obs."):
             raise ColumnError(
-                f"{prefix}{key}: a dot in the key {key!r}, which a batch would give back as nested mappings; "
+                f"{prefix}{key}: a dot in the key {key!r}, which batches would return as nested mappings; "
                 f"expected a name without one, such as {key.replace('.', '_')!r}, or {_nested(key)}"
             )
         value = _value_of(level, prefix, key)
@@ -97,12 +98,12 @@ def _value_of(level: Any, prefix: str, key: str) -> Any:
     except RuntimeError as error:
         if hasattr(level, "tensordicts"):
             raise ColumnError(
-                f"{prefix}{key}: a lazy stack whose parts differ in shape, expected one shape; add each part by itself, or all with load()"
+                f"{prefix}{key}: a lazy stack whose elements differ in shape, expected one shape; add each by itself, or all with load()"
             ) from None
         raise ColumnError(f"{prefix}{key}: cannot be read ({error})") from None
 
 
 def _nested(key: str) -> str:
-    """Returns how a key with dots is written as nested mappings."""
+    """Returns a key with dots written as nested mappings."""
     *groups, leaf = key.split(".")
     return "".join(f"{{{group!r}: " for group in groups) + f"{{{leaf!r}: ...}}" + "}" * len(groups)

@@ -1,4 +1,4 @@
-"""Why a server refuses a call: the words that programs go by, where the status code is too coarse."""
+"""Reasons for which a server refuses a call, as words for programs; a status code by itself does not distinguish them all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Reason(str, enum.Enum):
-    """Value of the trailing metadata ``touchline-reason``. Its words are part of the wire contract, see docs/wire.md."""
+    """Values of the trailing metadata ``touchline-reason``. They are part of the wire contract, see docs/wire.md."""
 
     INVALID_ARGUMENT = "invalid-argument"
     """An argument is out of range."""

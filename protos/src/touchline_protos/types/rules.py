@@ -1,6 +1,6 @@
-"""What an episode has to be like to be stored, whatever the table's schema: the server asks it of each, a client of a file before it sends.
+"""The rules that every episode must satisfy, whatever the table's schema. The server checks each episode, and a client a file in a dry run.
 
-Every function raises ColumnError with the column, what was found and what was expected.
+Every ``check`` raises a ColumnError that names the column, the value found and the one expected.
 """
 
 from __future__ import annotations
@@ -15,26 +15,36 @@ from touchline_protos.types.episode import CodecLimits
 from touchline_protos.types.flatten import MAX_NESTING
 
 REQUIRED = ("obs", "action", "reward")
+"""Columns that every episode has; ``obs`` may be a group of columns."""
 SCALAR = ("reward", "done", "task")
-"""Columns that hold one value a step: [T+1] or [T+1, 1]."""
+"""Columns with one value per step: [T+1] or [T+1, 1]."""
 RESERVED = ("episode", "index")
-"""Names that TorchRL gives to its own columns."""
+"""Names of TorchRL's own columns."""
 RESERVED_PREFIX = "provenance."
+"""Prefix of the names of a batch's own arrays."""
 MAX_COLUMN_NAME_CHARS = CodecLimits().max_name_chars
-ENDS = ("terminated", "terminateds", "terminal", "terminals", "termination", "terminations", "dones", "is_terminal", "is_done")
-"""Names under which others keep what is ``done`` here. Beside it they are columns like others; without it, batches would say that nothing
-ever ended. A truncation is not the end of what an episode is worth: ``truncated`` may stand by itself."""
+"""Maximum number of characters in a column's name."""
+DONE_ALIASES = ("terminated", "terminateds", "terminal", "terminals", "termination", "terminations", "dones", "is_terminal", "is_done")
+"""Names that other libraries use for ``done``.
+
+Together with ``done`` they are ordinary columns. Without it, batches would say that no episode ever terminated. ``truncated`` is not among
+them, as a truncation does not end the return of an episode.
+"""
 
 ACTION_IN_ROW_0 = (
-    "its row 0 has an action, which is never drawn: under the row convention 'incoming' row t holds the observation that the action in "
-    "row t led to, so row 0 has none (NaN). If row t holds the action that was taken from its observation, set sampling.row_convention = "
-    "'outgoing' on the server and load the episodes again (said once)"
+    "row 0 has an action, which is never drawn: under the row convention 'incoming', row t holds the observation that the action in row t "
+    "led to, so row 0 has none (NaN). If row t holds the action that was taken from its observation, set sampling.row_convention = "
+    "'outgoing' on the server and load the episodes again (logged once)"
 )
-"""What is wrong with episodes for which :func:`has_action_in_row_0` is true, if the row convention is ``incoming``."""
+"""Warning about episodes for which :func:`has_action_in_row_0` is true under the row convention ``incoming``."""
 
 
 def check_episode(episode: Mapping[str, np.ndarray]) -> int:
-    """Checks names and lengths, and returns the number of rows."""
+    """Returns the number of rows of an episode.
+
+    Raises:
+        ColumnError: there are no columns, a name is invalid, or the columns differ in their numbers of rows.
+    """
     if not episode:
         raise ColumnError("no columns, expected obs, action and reward")
     _check_names(episode)
@@ -42,7 +52,11 @@ def check_episode(episode: Mapping[str, np.ndarray]) -> int:
 
 
 def check_columns(episode: Mapping[str, np.ndarray]) -> None:
-    """Checks that an episode can fix a schema: the required columns are there, dtypes and shapes are supported."""
+    """Checks that an episode can define a schema.
+
+    Raises:
+        ColumnError: a required column is missing, a name is reserved, or a dtype or shape is not supported.
+    """
     _check_groups(episode)
     for name, array in episode.items():
         try:
@@ -50,11 +64,19 @@ def check_columns(episode: Mapping[str, np.ndarray]) -> None:
         except ValueError as error:
             raise ColumnError(f"{name}: {error}") from None
         if name in SCALAR and array.shape[1:] not in ((), (1,)):
-            raise ColumnError(f"{name}: shape {array.shape}, expected one value a step: ({array.shape[0]},)")
+            raise ColumnError(f"{name}: shape {array.shape}, expected one value per step: ({array.shape[0]},)")
 
 
 def check_finite(episode: Mapping[str, np.ndarray], *, incoming: bool) -> None:
-    """Checks that observations are finite, and actions, rewards and ``done`` in the rows that have a transition."""
+    """Checks that values are finite: observations in every row, and actions, rewards and ``done`` in the rows with a transition.
+
+    Args:
+        episode: columns [rows, ...] by name.
+        incoming: whether the row without a transition is the first; otherwise it is the last.
+
+    Raises:
+        ColumnError: a value is NaN or infinite; the message says in which row.
+    """
     defined = slice(1, None) if incoming else slice(None, -1)
     for name, array in episode.items():
         if _is_observation(name):
@@ -72,7 +94,7 @@ def check_finite(episode: Mapping[str, np.ndarray], *, incoming: bool) -> None:
 
 
 def has_action_in_row_0(episode: Mapping[str, np.ndarray]) -> bool:
-    """Returns whether row 0 has an action that looks like one that was taken: finite, and where the dtype has no NaN not zero."""
+    """Returns whether row 0 seems to hold an action that was taken: a finite one or, if the dtype has no NaN, one that is not zero."""
     action = episode.get("action")
     if action is None or len(action) < 2 or not action[0].size:
         return False
@@ -82,10 +104,10 @@ def has_action_in_row_0(episode: Mapping[str, np.ndarray]) -> bool:
 
 
 def _first_non_finite(rows: np.ndarray) -> int | None:
-    """Returns the first row with a NaN or an infinity, or None."""
+    """Returns the index of the first row with a NaN or an infinity; None if there is none."""
     if not is_floating(rows.dtype):
         return None
-    # numpy knows nothing of bfloat16: all bits of its exponent are set in NaN and in infinities.
+    # numpy has no bfloat16: NaN and infinities are the values whose 8 exponent bits, 7 to 14, are all set.
     finite = (rows.view(np.uint16) & 0x7F80) != 0x7F80 if rows.dtype == BFLOAT16 else np.isfinite(rows)
     if finite.all():
         return None
@@ -97,9 +119,10 @@ def _is_observation(name: str) -> bool:
 
 
 def _common_length(episode: Mapping[str, np.ndarray]) -> int:
+    """Returns the number of rows that all columns have; that of the observations decides which column an error names."""
     for name, array in episode.items():
         if array.ndim == 0:
-            raise ColumnError(f"{name}: a scalar, expected one value a step: shape (rows, ...)")
+            raise ColumnError(f"{name}: a scalar, expected one value per step: shape (rows, ...)")
     leader = next((name for name in episode if _is_observation(name)), next(iter(episode)))
     length = len(episode[leader])
     for name, array in episode.items():
@@ -114,20 +137,19 @@ def _common_length(episode: Mapping[str, np.ndarray]) -> int:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """Comes first: other messages print names as they are."""
+    """Checks names. Call it first: other messages print them unescaped."""
     for name in names:
         if not (0 < len(name) <= MAX_COLUMN_NAME_CHARS and name.isprintable() and all(name.split("."))):
             raise ColumnError(
-                f"{name[:MAX_COLUMN_NAME_CHARS]!r}: not a column name, "
-                f"expected 1 to {MAX_COLUMN_NAME_CHARS} printable characters and no empty part "
-                "between dots"
+                f"{name[:MAX_COLUMN_NAME_CHARS]!r}: not a column name, expected 1 to {MAX_COLUMN_NAME_CHARS} printable characters and "
+                "no empty part between dots"
             )
         if name.count(".") > MAX_NESTING:
             raise ColumnError(f"{name}: nested {name.count('.')} levels deep, expected at most {MAX_NESTING}")
 
 
 def _check_groups(names: Iterable[str]) -> None:
-    """Checks that the required columns are there, and no reserved one, nor one that is a group too."""
+    """Checks that the required columns exist, that no name is reserved, and that none is both a column and a group."""
     known = set(names)
     for required in REQUIRED:
         if required not in known and not (required == "obs" and any(map(_is_observation, known))):
@@ -142,12 +164,16 @@ def _check_groups(names: Iterable[str]) -> None:
                 raise ColumnError(f"{name}: {parent} is a column too, expected either a column or a group of columns")
 
 
-def check_ends(names: Iterable[str]) -> None:
-    """Checks that a column which tells where episodes end has the name that batches know."""
+def check_done_name(names: Iterable[str]) -> None:
+    """Checks that the column which marks the end of episodes is called ``done``.
+
+    Raises:
+        ColumnError: it has one of :data:`DONE_ALIASES`, and there is no ``done``.
+    """
     known = set(names)
-    for name in ENDS:
+    for name in DONE_ALIASES:
         if name in known and "done" not in known:
             raise ColumnError(
-                f"{name}: given without done, so batches would say that nothing ever ended; call it done (1 where the episode terminated), "
-                "or give done beside it"
+                f"{name}: given without done, so batches would say that no episode ever terminated; name it done (1 if the episode "
+                "terminated), or add a column done"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from touchline_protos.files.locks import NO_ROOM, lock, open_own, rewrite
+from touchline_protos.files.locks import DISK_FULL, lock, open_private, rewrite
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.source import why_unwritable
 from touchline_server.durability.database import FILE_NAME
@@ -44,7 +44,7 @@ class DataDir:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open_own(self.path / LOCK_NAME)
+            self._lock = open_private(self.path / LOCK_NAME)
         except OSError as error:
             raise StorageFailedError(f"storage.data_dir: {self.path}: {why_unwritable(error)}") from None
         try:
@@ -55,7 +55,7 @@ class DataDir:
                 f"storage.data_dir: {self.path} is in use by another touchline-server; stop it or choose another folder"
             ) from None
         try:
-            self._mark = open_own(self.path / MARK_NAME)
+            self._mark = open_private(self.path / MARK_NAME)
         except OSError as error:
             os.close(self._lock)
             raise StorageFailedError(f"storage.data_dir: {self.path}: {why_unwritable(error)}") from None
@@ -80,7 +80,7 @@ class DataDir:
         try:
             os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in DISK_FULL:
                 raise
             # The episodes are committed all the same; what is lost is a check.
             logger.warning("%s: %s", self.path / MARK_NAME, error.strerror)

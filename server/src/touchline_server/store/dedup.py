@@ -194,7 +194,7 @@ class DedupLedger:
             InvalidEpisodeError: the key is malformed.
             KeyConflictError: the key was used for another payload.
         """
-        fault = name_fault(key.client_id, least_chars=1)
+        fault = name_fault(key.client_id, min_chars=1)
         if fault is not None:
             raise InvalidEpisodeError(f"key.client_id: {fault}")
         if not -(2**63) <= key.incarnation < 2**63:

@@ -10,7 +10,7 @@ import numpy as np
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
 from touchline_protos.types import rules
-from touchline_protos.types.casting import ROUNDS, ColumnError
+from touchline_protos.types.casting import ROUNDING_HINT, ColumnError
 from touchline_protos.types.dtypes import dtype_name
 from touchline_server.errors import InvalidEpisodeError
 
@@ -73,7 +73,7 @@ class Schema:
                 raise self._misfit(f"{spec.name}: missing, expected {spec}")
             if array.dtype != spec.dtype:
                 found, expected = dtype_name(array.dtype), dtype_name(spec.dtype)
-                remedy = f"{ROUNDS}; " if (found, expected) == ("float64", "float32") else ""
+                remedy = f"{ROUNDING_HINT}; " if (found, expected) == ("float64", "float32") else ""
                 raise self._misfit(f"{spec.name}: dtype {found}, expected {expected}", remedy)
             if array.shape[1:] != spec.shape:
                 raise self._misfit(f"{spec.name}: shape {array.shape[1:]} a step, expected {spec.shape}")
@@ -109,7 +109,7 @@ class EpisodeValidator:
             length = rules.check_episode(episode)
             if schema is None:
                 schema = Schema.of(episode)
-                rules.check_ends(episode)
+                rules.check_done_name(episode)
             else:
                 schema.check(episode)
             if length > self.capacity:

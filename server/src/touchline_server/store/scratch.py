@@ -6,7 +6,7 @@ import os
 import weakref
 from pathlib import Path
 
-from touchline_protos.files.locks import HAS_LOCKS, lock, open_own
+from touchline_protos.files.locks import HAS_LOCKS, lock, open_private
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.source import why_unwritable
 from touchline_server.errors import StorageFailedError, StoreInUseError
@@ -28,7 +28,7 @@ class ScratchDir:
         folder = Path(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = open_own(folder / LOCK_NAME)
+            descriptor = open_private(folder / LOCK_NAME)
         except OSError as error:
             raise StorageFailedError(
                 f"storage.scratch_dir: {folder}: {why_unwritable(error)}; choose a folder that can be written"
