@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from hypothesis import strategies as st
 
 from touchline_protos.codec import BatchLayout, CodecError, Episode, EpisodeKey, LoadDecoder, TensorSpec
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -115,7 +116,9 @@ def small_episode() -> Episode:
     )
 
 
-def layout(horizon: int = 3, batch_size: int = 4, *, obs: tuple[int, ...] = (5,), task: bool = True) -> BatchLayout:
+def layout(
+    horizon: int = 3, batch_size: int = 4, *, obs: tuple[int, ...] = (5,), task: bool = True, optional: Collection[str] = ()
+) -> BatchLayout:
     """Returns a batch layout with nested observations, an extra column and a task."""
     steps, transitions = (horizon + 1, batch_size), (horizon, batch_size)
     float32 = np.dtype("<f4")
@@ -127,14 +130,16 @@ def layout(horizon: int = 3, batch_size: int = 4, *, obs: tuple[int, ...] = (5,)
         TensorSpec("done", float32, (*transitions, 1)),
         TensorSpec("phase", np.dtype("<i2"), steps),
     ]
-    return BatchLayout(columns + [TensorSpec("task", np.dtype("<i8"), (batch_size,))] * task, batch_size)
+    return BatchLayout(columns + [TensorSpec("task", np.dtype("<i8"), (batch_size,))] * task, batch_size, optional)
 
 
 def fill(views: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """Fills a batch's views with random bits; returns copies of what it wrote."""
     generator = np.random.default_rng(seed)
     for view in views.values():
-        view[...] = np.frombuffer(generator.bytes(view.nbytes), view.dtype).reshape(view.shape)
+        random = np.frombuffer(generator.bytes(view.nbytes), np.uint8)
+        random = random & 1 if view.dtype == np.bool_ else random
+        view[...] = random.view(view.dtype).reshape(view.shape)
     return {name: view.copy() for name, view in views.items()}
 
 
@@ -150,6 +155,9 @@ def batch_arrays(batch: object) -> dict[str, np.ndarray]:
         found["task"] = batch.task
     for name in ("episode_id", "start", "actor", "policy_version", "probability"):
         found[f"provenance.{name}"] = getattr(batch, name)
+    for name, _ in OPTIONAL_PROVENANCE:
+        if getattr(batch, name) is not None:
+            found[f"provenance.{name}"] = getattr(batch, name)
     return found
 
 

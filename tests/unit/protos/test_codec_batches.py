@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from support.codec_cases import batch_arrays, bits, fill, layout, same_arrays
 from touchline_protos.codec import BatchDecoder, BatchLayout, CodecError, OversizeError, TensorSpec, wire
-from touchline_protos.types.batch import Batch
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE, Batch
 from touchline_protos.types.dtypes import to_numpy
 from touchline_protos.v1 import replay_pb2 as pb
 
 FIELDS = ("episode_id", "start", "actor", "policy_version", "probability")
+OPTIONAL = tuple(name for name, _ in OPTIONAL_PROVENANCE)
 ACTORS = {3: "arm", 0: "hand", 1 << 40: "x" * 128}
 
 
@@ -27,7 +28,8 @@ def tensor_array(tensor: pb.Tensor) -> np.ndarray:
 
 def proto_arrays(batch: pb.Batch) -> dict[str, np.ndarray]:
     arrays = {column.name: tensor_array(column.tensor) for column in batch.columns}
-    return arrays | {f"provenance.{name}": tensor_array(getattr(batch.provenance, name)) for name in FIELDS}
+    fields = [*FIELDS, *(name for name in OPTIONAL if batch.provenance.HasField(name))]
+    return arrays | {f"provenance.{name}": tensor_array(getattr(batch.provenance, name)) for name in fields}
 
 
 def chunked(made: BatchLayout, chunk_bytes: int, seed: int = 0) -> tuple[list[bytes], dict[str, np.ndarray]]:
@@ -44,12 +46,9 @@ def chunked(made: BatchLayout, chunk_bytes: int, seed: int = 0) -> tuple[list[by
     return messages, whole
 
 
-LAYOUTS = st.builds(
-    layout,
-    st.integers(0, 4),
-    st.integers(1, 6),
-    obs=st.lists(st.integers(0, 3), max_size=3).map(tuple),
-    task=st.booleans(),
+SHAPES = {"batch_size": st.integers(1, 6), "obs": st.lists(st.integers(0, 3), max_size=3).map(tuple), "task": st.booleans()}
+LAYOUTS = st.builds(layout, st.integers(0, 4), **SHAPES) | st.builds(
+    layout, st.integers(1, 4), **SHAPES, optional=st.sets(st.sampled_from(OPTIONAL), min_size=1)
 )
 
 
@@ -177,7 +176,7 @@ def test_chunks_read_by_the_generated_class_make_the_body_of_the_proto(made: Bat
     shapes = {name: (array.dtype, array.shape) for name, array in written.items()}
     header = chunks[0].header
     tensors = {column.name: column.tensor for column in header.columns}
-    tensors |= {f"provenance.{name}": getattr(header.provenance, name) for name in FIELDS}
+    tensors |= {f"provenance.{name}": getattr(header.provenance, name) for name in FIELDS + made.optional}
     assert {name: (to_numpy(t.dtype), tuple(t.shape)) for name, t in tensors.items()} == shapes
     assert not any(tensor.data for tensor in tensors.values())
 
@@ -277,7 +276,7 @@ def test_layout_refuses_senseless_arguments() -> None:
 
 
 def proto_batch() -> pb.Batch:
-    message, views = layout(2, 3).sample_response(ACTORS)
+    message, views = layout(2, 3, optional=OPTIONAL).sample_response(ACTORS)
     fill(views, 0)
     return pb.SampleResponse.FromString(message).batch
 
@@ -310,12 +309,22 @@ MISTAKES = {
     "leaf and branch": (lambda b: rename(b, "phase", "obs.image"), "obs.image is a column as well"),
     "provenance as column": (lambda b: rename(b, "phase", "provenance.start"), "reserved for provenance"),
     "no provenance": (lambda b: b.ClearField("provenance"), "no provenance"),
-    "part of provenance": (lambda b: b.provenance.ClearField("start"), "4 of its 5 fields"),
+    "part of provenance": (lambda b: b.provenance.ClearField("start"), "4 of its 5 required fields"),
     "start of float64": (
         lambda b: setattr(b.provenance.start, "dtype", pb.DTYPE_FLOAT64),
         "provenance.start: float64, expected int64",
     ),
     "start of 2": (lambda b: reshape(b.provenance.start, 2), r"provenance.start: shape \(2,\)"),
+    "weight of float64": (
+        lambda b: setattr(b.provenance.weight, "dtype", pb.DTYPE_FLOAT64),
+        "provenance.weight: float64, expected float32",
+    ),
+    "table of 2": (lambda b: reshape(b.provenance.table, 2), r"provenance.table: shape \(2,\)"),
+    "valid of [B]": (lambda b: reshape(b.provenance.valid, 3), r"provenance.valid: shape \(3,\), expected \(2, 3, 1\)"),
+    "valid of another horizon": (
+        lambda b: reshape(b.provenance.valid, 3, 3, 1),
+        r"provenance.valid: shape \(3, 3, 1\), expected \(2, 3, 1\)",
+    ),
     "no slices": (lambda b: [reshape(getattr(b.provenance, n), 0) for n in FIELDS], r"shape \(0,\)"),
     "long data": (
         lambda b: setattr(column(b, "reward").tensor, "data", bytes(25)),

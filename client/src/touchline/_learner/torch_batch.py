@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from touchline_protos import Batch
-from touchline_protos.types.batch import PROVENANCE
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import BFLOAT16
 
 
@@ -47,6 +47,7 @@ def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
         extra={name: change(value) for name, value in batch.extra.items()},
         actor_names=batch.actor_names,
         **{name: change(getattr(batch, name)) for name, _ in PROVENANCE},
+        **{name: change(value) for name, _ in OPTIONAL_PROVENANCE if (value := getattr(batch, name)) is not None},
     )
 
 

@@ -18,7 +18,8 @@ A slot of a ring in shared memory contains exactly a body.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ from touchline_protos.codec.wire import (
     text_field,
     writable_storage,
 )
-from touchline_protos.types.batch import PROVENANCE
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.episode import CodecError
 
 PROVENANCE_PREFIX = "provenance."
@@ -56,6 +57,7 @@ MAX_BATCH_DIMS = 32
 """Maximum number of dimensions of a tensor in a batch: a column's, the rows of a slice and the slices, and some to spare."""
 
 _MAX_TEMPLATES = 64
+_COLUMN_NUMBER = itertools.repeat(1)
 _NO_ACTORS: Mapping[int, str] = {}
 
 
@@ -111,12 +113,13 @@ class BatchLayout:
         columns: specs of the columns in wire order, with the leading dimensions of a batch: [H+1, B, ...], [H, B, ...] or [B]. Provenance
             is added to them.
         batch_size: number of slices, B.
+        optional: names of the fields of :data:`OPTIONAL_PROVENANCE` that batches have.
 
     Raises:
         CodecError: the wire cannot represent a column, or its shape does not have the batch size in its place.
     """
 
-    def __init__(self, columns: Sequence[TensorSpec], batch_size: int) -> None:
+    def __init__(self, columns: Sequence[TensorSpec], batch_size: int, optional: Collection[str] = ()) -> None:
         self.columns = tuple(TensorSpec(s.name, little_endian(s.name, s.dtype), tuple(s.shape)) for s in columns)
         """Specs of the columns, in wire order."""
         self.batch_size = batch_size
@@ -125,7 +128,11 @@ class BatchLayout:
             _check_column(spec, batch_size)
         if len({spec.name for spec in self.columns}) != len(self.columns):
             raise CodecError(f"columns {[spec.name for spec in self.columns]}, expected each name once")
-        self._provenance = tuple(TensorSpec(PROVENANCE_PREFIX + name, dtype, (batch_size,)) for name, dtype in PROVENANCE)
+        self.optional = tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
+        """Names of the optional fields of the provenance, in wire order."""
+        provenance = _provenance_specs(self.columns, batch_size, self.optional)
+        self._provenance = tuple(provenance.values())
+        self._provenance_numbers = tuple(provenance)
         self.specs = self.columns + self._provenance
         """Specs of all tensors in body order: columns, then provenance as ``provenance.<field>``."""
         self.data_bytes = sum(spec.size_bytes for spec in self.specs)
@@ -258,8 +265,8 @@ class BatchLayout:
 
     def header(self) -> bytes:
         """Returns a ``Batch`` message without payloads, which describes a body: names, dtypes and shapes in order."""
-        columns = lay_out_tensors(1, self.columns, 0, column=True, with_data=False)
-        provenance = lay_out_tensors(1, self._provenance, 0, column=False, with_data=False)
+        columns = lay_out_tensors(_COLUMN_NUMBER, self.columns, 0, column=True, with_data=False)
+        provenance = lay_out_tensors(self._provenance_numbers, self._provenance, 0, column=False, with_data=False)
         return b"".join(literal for _, literal in columns.literals) + len_field(2, b"".join(literal for _, literal in provenance.literals))
 
     def _make(self, n: int, actors: Mapping[int, str]) -> tuple[bytes, list[dict[str, np.ndarray]]]:
@@ -322,10 +329,10 @@ class BatchLayout:
 
     def _lay_out_batch(self, at: int) -> MessageSkeleton:
         """Lays out the content of a ``Batch`` without actors, from position ``at`` on."""
-        columns = lay_out_tensors(1, self.columns, at, column=True, with_data=True)
+        columns = lay_out_tensors(_COLUMN_NUMBER, self.columns, at, column=True, with_data=True)
 
         def provenance(at: int) -> MessageSkeleton:
-            return lay_out_tensors(1, self._provenance, at, column=False, with_data=True)
+            return lay_out_tensors(self._provenance_numbers, self._provenance, at, column=False, with_data=True)
 
         rest = submessage(2, columns.end, provenance, at_least=sum(spec.size_bytes for spec in self._provenance))
         return MessageSkeleton(columns.literals + rest.literals, columns.payloads + rest.payloads, rest.end)
@@ -338,6 +345,16 @@ def _encode_actor(index: int, name: str) -> bytes:
 
 def _encode_actors(actors: Mapping[int, str]) -> bytes:
     return b"".join(_encode_actor(index, name) for index, name in actors.items())
+
+
+def _provenance_specs(columns: Sequence[TensorSpec], batch_size: int, optional: Collection[str]) -> dict[int, TensorSpec]:
+    """Returns the specs of the provenance by the numbers of their fields: all required ones, and the optional ones of these names."""
+    horizon = next((spec.shape[0] for spec in columns if spec.name == "reward"), 0)
+    return {
+        number: TensorSpec(PROVENANCE_PREFIX + name, dtype, (horizon, batch_size, 1) if name == "valid" else (batch_size,))
+        for number, (name, dtype) in enumerate((*PROVENANCE, *OPTIONAL_PROVENANCE), start=1)
+        if number <= len(PROVENANCE) or name in optional
+    }
 
 
 def _check_column(spec: TensorSpec, batch_size: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from touchline_protos.codec.batch_encoder import MAX_BATCH_DIMS, PROVENANCE_PREFIX
 from touchline_protos.codec.tensors import TensorSlice, TensorSpec, read_column, read_tensor
 from touchline_protos.codec.wire import LEN, VARINT, read_fields, read_text, tag, to_int64
-from touchline_protos.types.batch import PROVENANCE
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import dtype_name
 from touchline_protos.types.episode import CodecError, CodecLimits, OversizeError
 from touchline_protos.types.names import MAX_NAME_CHARS
@@ -19,6 +19,8 @@ _LIMITS = CodecLimits(max_dims=MAX_BATCH_DIMS)
 _COLUMNS = tag(1, LEN)
 _PROVENANCE = tag(2, LEN)
 _ACTORS = tag(3, LEN)
+_FIELDS = (*PROVENANCE, *OPTIONAL_PROVENANCE)
+_VALID = f"{PROVENANCE_PREFIX}valid"
 _ACTOR_INDEX = tag(1, VARINT)
 _ACTOR_NAME = tag(2, LEN)
 
@@ -57,30 +59,34 @@ def parse_batch(message: bytes, start: int, end: int) -> ParsedBatch:
             actors[index] = name
     if provenance is None:
         raise CodecError("no provenance in a batch, expected one")
-    _check_batch([column.spec for column in columns], provenance[0].spec.shape)
+    _check_batch([column.spec for column in columns], {tensor.spec.name: tensor.spec.shape for tensor in provenance})
     return ParsedBatch(columns + provenance, actors)
 
 
 def _read_provenance(message: bytes, start: int, end: int) -> list[TensorSlice]:
-    """Returns the tensors of a ``Provenance`` in order: each once, all of shape [B]."""
+    """Returns the tensors of a ``Provenance`` in order: each required one once, each optional one at most once."""
     found: dict[int, TensorSlice] = {}
     for key, a, b in read_fields(message, start, end):
         number = key >> 3
-        if number > len(PROVENANCE) or key != tag(number, LEN):
+        if number > len(_FIELDS) or key != tag(number, LEN):
             continue  # an unknown field, which a later version may send
-        name, dtype = PROVENANCE[number - 1]
+        name, dtype = _FIELDS[number - 1]
         if number in found:
             raise CodecError(f"{PROVENANCE_PREFIX}{name}: appears twice, expected once")
-        tensor = read_tensor(message, a, b, PROVENANCE_PREFIX + name, max_dims=1)
+        tensor = read_tensor(message, a, b, PROVENANCE_PREFIX + name, max_dims=3)
         if tensor.spec.dtype != dtype:
             raise CodecError(f"{tensor.spec.name}: {dtype_name(tensor.spec.dtype)}, expected {dtype_name(dtype)}")
         found[number] = tensor
-    if len(found) != len(PROVENANCE):
-        raise CodecError(f"provenance has {len(found)} of its {len(PROVENANCE)} fields")
+    required = sum(number <= len(PROVENANCE) for number in found)
+    if required != len(PROVENANCE):
+        raise CodecError(f"provenance has {required} of its {len(PROVENANCE)} required fields")
     tensors = [tensor for _, tensor in sorted(found.items())]
     for tensor in tensors:
-        if len(tensor.spec.shape) != 1 or not tensor.spec.shape[0] or tensor.spec.shape != tensors[0].spec.shape:
-            raise CodecError(f"{tensor.spec.name}: shape {tensor.spec.shape}, expected (B,), the same for all of the provenance")
+        name, shape = tensor.spec.name, tensor.spec.shape
+        if name == _VALID:
+            continue  # [H, B, 1], for which the columns have to be read first
+        if len(shape) != 1 or not shape[0] or shape != tensors[0].spec.shape:
+            raise CodecError(f"{name}: shape {shape}, expected (B,), the same for all of the provenance")
     return tensors
 
 
@@ -99,12 +105,12 @@ def parse_actor(message: bytes, start: int, end: int) -> tuple[int, str]:
     return index, name
 
 
-def _check_batch(columns: list[TensorSpec], batch_shape: tuple[int, ...]) -> None:
+def _check_batch(columns: list[TensorSpec], provenance: dict[str, tuple[int, ...]]) -> None:
     """Raises CodecError unless the columns have the names and shapes of a batch.
 
     Args:
         columns: specs of the columns, without provenance.
-        batch_shape: shape of the provenance's tensors, (B,).
+        provenance: shapes of the provenance's tensors, (B,) except for ``valid``.
     """
     shape_of = {spec.name: spec.shape for spec in columns}
     if len(shape_of) != len(columns):
@@ -122,7 +128,7 @@ def _check_batch(columns: list[TensorSpec], batch_shape: tuple[int, ...]) -> Non
             for depth in range(1, len(parts)):
                 if ".".join(parts[:depth]) in shape_of:
                     raise CodecError(f"{name}: {'.'.join(parts[:depth])} is a column as well, expected one of them")
-    batch_size = batch_shape[0]
+    batch_size = provenance[f"{PROVENANCE_PREFIX}start"][0]
     horizon = shape_of["reward"][0] if shape_of["reward"] else -1
     # The reward first: its length is H, to which the others must fit. Without a dimension it fits no horizon, so -1 makes it fail.
     for name in ("reward", *shape_of):
@@ -136,3 +142,5 @@ def _check_batch(columns: list[TensorSpec], batch_shape: tuple[int, ...]) -> Non
             good, expected = shape[:2] == (rows, batch_size), f"({rows}, {batch_size}, ...)"
         if not good:
             raise CodecError(f"{name}: shape {shape}, expected {expected}")
+    if provenance.get(_VALID, (horizon, batch_size, 1)) != (horizon, batch_size, 1):
+        raise CodecError(f"{_VALID}: shape {provenance[_VALID]}, expected ({horizon}, {batch_size}, 1)")

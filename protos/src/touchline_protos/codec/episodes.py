@@ -14,6 +14,7 @@ Encoding copies each column once, into its place in the message. Decoding copies
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,7 +107,7 @@ def _lay_out_episode(episode: Episode, field: int, at: int) -> tuple[MessageSkel
     payload_bytes = sum(spec.size_bytes for spec in specs)
 
     def content(start: int) -> MessageSkeleton:
-        columns = lay_out_tensors(4, specs, start + len(head), column=True, with_data=True)
+        columns = lay_out_tensors(itertools.repeat(4), specs, start + len(head), column=True, with_data=True)
         return MessageSkeleton([(start, head), *columns.literals], columns.payloads, columns.end)
 
     return submessage(field, at, content, at_least=payload_bytes), specs

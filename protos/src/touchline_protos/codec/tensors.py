@@ -14,7 +14,7 @@ A column ``obs`` of dtype float32 and shape (51, 24), as field 4 of an episode, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -210,19 +210,19 @@ def tensor_field(number: int, spec: TensorSpec, phase: int, column: bool, with_d
     return next(aligned for padding in (0, *range(2, 3 * ALIGNMENT + 4)) if (phase + len(aligned := assemble(padding))) % ALIGNMENT == 0)
 
 
-def lay_out_tensors(number: int, specs: Sequence[TensorSpec], at: int, *, column: bool, with_data: bool) -> MessageSkeleton:
-    """Lays out columns, which all have the field's number, or bare tensors, which are numbered from it on.
+def lay_out_tensors(numbers: Iterable[int], specs: Sequence[TensorSpec], at: int, *, column: bool, with_data: bool) -> MessageSkeleton:
+    """Lays out columns, or bare tensors.
 
     Args:
-        number: number of the (first) field.
+        numbers: number of each tensor's field.
         specs: specs of the tensors, in order.
         at: position of the first field.
         column: whether the fields are columns.
         with_data: whether the payloads follow; otherwise only dtypes and shapes are sent.
     """
     literals, payloads = [], []
-    for index, spec in enumerate(specs):
-        field = tensor_field(number if column else number + index, spec, at % ALIGNMENT, column, with_data)
+    for number, spec in zip(numbers, specs, strict=False):  # columns all have one number, repeated without end
+        field = tensor_field(number, spec, at % ALIGNMENT, column, with_data)
         literals.append((at, field))
         at += len(field)
         payloads.append(at)

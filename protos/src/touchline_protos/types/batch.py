@@ -18,7 +18,15 @@ PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
     ("policy_version", np.dtype("<i8")),
     ("probability", np.dtype("<f8")),
 )
-"""Names and dtypes of a batch's provenance, in wire order."""
+"""Names and dtypes of the provenance of every batch, [B] each, in wire order."""
+
+OPTIONAL_PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
+    ("weight", np.dtype("<f4")),
+    ("table", np.dtype("<i8")),
+    ("valid", np.dtype("?")),
+)
+"""The fields that a batch has only if its request asks for what they describe, and their dtypes, in wire order after the others. They are
+[B] each, except for ``valid``, [H, B, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,12 @@ class Batch:
     """[B] float64: probability with which each slice was drawn."""
     actor_names: Mapping[int, str] = field(default_factory=dict)
     """Names of the actors by index; contains at least those of this batch."""
+    weight: Array | None = None
+    """[B] float32: importance-sampling weight of each slice, at most 1; None unless the law is ``prioritized``."""
+    table: Array | None = None
+    """[B] int64: table of each slice, as its position in the mix; None unless the batch is mixed."""
+    valid: Array | None = None
+    """[H, B, 1] bool: whether a transition is real, not padding after the end of its episode; None unless slices are padded."""
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.obs, self.action, self.reward, self.done))

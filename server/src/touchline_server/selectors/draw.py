@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Slices, drawn but not gathered. All arrays are [slices], int64 except for ``probability`` (float64)."""
+    """Slices, drawn but not gathered. All arrays are [slices] int64 unless they say otherwise."""
 
     first_row: np.ndarray
     """Row of each slice's first step, counted from the begin of the ring and not yet wrapped: below 2 x capacity."""
@@ -19,7 +22,27 @@ class Draw:
     actor: np.ndarray
     policy_version: np.ndarray
     probability: np.ndarray
-    """Probability with which the law draws this slice."""
+    """float64: probability with which the law draws this slice."""
+    weight: np.ndarray | None = None
+    """float32: importance-sampling weight; None unless the law has priorities."""
+    table: np.ndarray | None = None
+    """Position of the slice's table in the mix; None unless the batch is mixed."""
+    valid: np.ndarray | None = None
+    """[H, slices, 1] bool: whether a transition is real; None unless slices are padded."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of the optional fields that this draw has, in wire order."""
+        return tuple(name for name, _ in OPTIONAL_PROVENANCE if getattr(self, name) is not None)
+
+    def provenance(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields name and array of each field that batches of this draw carry."""
+        for name, _ in PROVENANCE:
+            yield name, getattr(self, name)
+        for name, _ in OPTIONAL_PROVENANCE:
+            values = getattr(self, name)
+            if values is not None:
+                yield name, values
 
     def between(self, begin: int, end: int) -> Draw:
         """Returns slices ``begin`` to ``end`` - 1: views."""
@@ -30,4 +53,7 @@ class Draw:
             self.actor[begin:end],
             self.policy_version[begin:end],
             self.probability[begin:end],
+            None if self.weight is None else self.weight[begin:end],
+            None if self.table is None else self.table[begin:end],
+            None if self.valid is None else self.valid[:, begin:end],
         )

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
-from touchline_protos.types.batch import PROVENANCE
 from touchline_server.store.columns import Columns
 from touchline_server.store.output_tensor import OutputTensor
 from touchline_server.store.pinned_draw import DrawnSlices
@@ -62,18 +61,24 @@ class GatherPlan:
         self.outputs = tuple(_output(name, stored.get(name), transitions, horizon) for name in names)
         """The tensors of a batch, in wire order."""
         self._output_of = {output.name: output for output in self.outputs}
-        self._layouts: dict[int, BatchLayout] = {}
+        self._layouts: dict[tuple[int, tuple[str, ...]], BatchLayout] = {}
         self._device_gathers: DeviceGathers | None = None
 
-    def layout(self, batch_size: int) -> BatchLayout:
-        """Returns how a batch of this many slices looks on the wire and in a body."""
-        layout = self._layouts.get(batch_size)
+    def layout(self, batch_size: int, optional: tuple[str, ...] = ()) -> BatchLayout:
+        """Returns how a batch of this many slices looks on the wire and in a body.
+
+        Args:
+            batch_size: B.
+            optional: fields of the optional provenance that it has: see :attr:`Draw.optional`.
+        """
+        key = batch_size, optional
+        layout = self._layouts.get(key)
         if layout is None:
-            layout = BatchLayout([output.spec(batch_size) for output in self.outputs], batch_size)
+            layout = BatchLayout([output.spec(batch_size) for output in self.outputs], batch_size, optional)
             if len(self._layouts) >= MAX_LAYOUTS:
                 self._layouts.clear()
             # Threads may make a layout twice. Whichever is kept: layouts of one batch size are alike.
-            self._layouts[batch_size] = layout
+            self._layouts[key] = layout
         return layout
 
     def fits_inline(self, columns: Columns, layout: BatchLayout, *, batches: int = 1) -> bool:
@@ -92,7 +97,7 @@ class GatherPlan:
         """
         if batches[0].columns.on_cuda:
             for slices, body, gathered in zip(batches, bodies, self.host_bodies(batches), strict=True):
-                for name, array in self.layout(len(slices)).body_views(gathered).items():
+                for name, array in self._layout_of(slices).body_views(gathered).items():
                     _range(body[name], first, first + len(slices))[...] = array
             return
         for slices, body in zip(batches, bodies, strict=True):
@@ -105,7 +110,7 @@ class GatherPlan:
 
         Args:
             slices: drawn.
-            piece: a piece of ``layout(batch_size).chunk_plan()``.
+            piece: a piece of the batch's layout, see :meth:`BatchLayout.chunk_plan`.
             targets: an array for each segment, [rows, *inner]. Nothing but the rows of these slices is written.
             batch_size: B, slices of the whole batch.
             first: slice of the batch at which the drawn ones begin.
@@ -114,6 +119,7 @@ class GatherPlan:
             output = self._output_of.get(name)
             if output is None:
                 values = getattr(slices.draw, name.removeprefix("provenance."))
+                values = values.reshape(-1, *values.shape[2:])  # flat rows, as of a column
                 for source, at, count in _runs(begin, end, first=first, slices=len(slices), batch_size=batch_size):
                     target[at : at + count] = values[source : source + count]
             else:
@@ -123,7 +129,7 @@ class GatherPlan:
         """Returns what gathers the pieces of one whole batch, into an array for each segment. A CUDA device sends it in one transfer."""
         if not slices.columns.on_cuda:
             return partial(self.gather_piece_into, slices, batch_size=len(slices))
-        body = self.layout(len(slices)).body_views(self.host_bodies([slices])[0])
+        body = self._layout_of(slices).body_views(self.host_bodies([slices])[0])
 
         def copy(piece: Piece, targets: Sequence[np.ndarray]) -> None:
             for (name, begin, end, _), target in zip(piece.segments, targets, strict=True):
@@ -139,7 +145,7 @@ class GatherPlan:
         """
         import torch
 
-        size = self.layout(len(batches[0])).body_bytes
+        size = self._layout_of(batches[0]).body_bytes
         memory = torch.empty((len(batches), size), dtype=torch.uint8, pin_memory=batches[0].columns.on_cuda)
         bodies = list(memory)
         self.gather_into_pinned(batches, bodies)
@@ -152,7 +158,7 @@ class GatherPlan:
             batches: equally large draws of the same columns.
             bodies: [body_bytes] uint8 each, filled; pinned if the columns are on a CUDA device.
         """
-        layout = self.layout(len(batches[0]))
+        layout = self._layout_of(batches[0])
         if self._device_gathers is None:
             from touchline_server.store.transfer import DeviceGathers
 
@@ -174,8 +180,8 @@ class GatherPlan:
             dtype = stored[output.name].dtype if output.stored else torch.float32
             tensors[output.name] = torch.empty(output.spec(size).shape, dtype=dtype, device=device)
         self.gather_into_tensors(slices, tensors)
-        for name, _ in PROVENANCE:
-            tensors[f"provenance.{name}"] = torch.from_numpy(getattr(slices.draw, name))
+        for name, values in slices.draw.provenance():
+            tensors[f"provenance.{name}"] = torch.from_numpy(values)
         return tensors
 
     def gather_into_tensors(self, slices: DrawnSlices, tensors: Mapping[str, torch.Tensor], *, first: int = 0) -> None:
@@ -208,6 +214,9 @@ class GatherPlan:
                 gathered = stored[output.name].index_select(0, index).view(output.gathered_shape(size))
                 target.view(output.gathered_shape(batch_size))[:, first : first + size] = gathered
         columns.note_reads()
+
+    def _layout_of(self, slices: DrawnSlices) -> BatchLayout:
+        return self.layout(len(slices), slices.draw.optional)
 
     def _gather_from_host(self, slices: DrawnSlices, body: Body, first: int) -> None:
         columns, rows = slices.columns, slices.rows
@@ -267,10 +276,10 @@ def _range(array: Any, first: int, end: int) -> Any:
 
 
 def _write_provenance(slices: DrawnSlices, body: Body, first: int) -> None:
-    """Copies where each slice came from into a body, [B] each."""
+    """Copies where each slice came from into a body."""
     end = first + len(slices)
-    for name, _ in PROVENANCE:
-        body[f"provenance.{name}"][first:end] = getattr(slices.draw, name)
+    for name, values in slices.draw.provenance():
+        _range(body[f"provenance.{name}"], first, end)[...] = values
 
 
 def _output(name: str, column: ColumnSpec | None, transitions: slice, horizon: int) -> OutputTensor:

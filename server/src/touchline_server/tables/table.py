@@ -194,7 +194,7 @@ class Table:
         pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches)
         try:
             plan = self._plan(pinned.columns.schema, spec.horizon)
-            return BatchDraw(pinned, plan, plan.layout(spec.batch_size))
+            return BatchDraw(pinned, plan, plan.layout(spec.batch_size, pinned.batches[0].draw.optional))
         except BaseException:
             pinned.release()
             raise
