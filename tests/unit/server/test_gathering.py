@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 
 from support.store_cases import as_bits, make_config, traced
 from touchline_protos.codec import BatchLayout, Episode
-from touchline_protos.types.batch import PROVENANCE
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, ReplayBuffer
 from touchline_server.store.gather import GatherPlan
+from touchline_server.store.pinned_draw import DrawnSlices
 from touchline_server.store.tensors import as_tensor
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
@@ -132,9 +135,27 @@ def test_batch_of_any_schema_holds_the_rows_that_it_names(
         assert batch.probability[column] == pytest.approx(chance, rel=1e-12)
 
 
+def with_optional(slices: DrawnSlices, optional: Collection[str], horizon: int, random: np.random.Generator) -> DrawnSlices:
+    """Returns the slices with random values in these optional fields of their provenance."""
+    size = len(slices)
+    values = {
+        "weight": random.random(size, dtype=np.float32),
+        "table": random.integers(0, 3, size),
+        "valid": random.random((horizon, size, 1)) < 0.5,
+    }
+    return replace(slices, draw=replace(slices.draw, **{name: values[name] for name in optional}))
+
+
 def blank_body(layout: BatchLayout) -> dict[str, np.ndarray]:
     """A body in which every byte is 7: what a gather did not write shows."""
     return layout.body_views(bytearray(b"\7" * layout.body_bytes))
+
+
+OPTIONAL = st.sets(st.sampled_from([name for name, _ in OPTIONAL_PROVENANCE]))
+
+
+def wire_order(optional: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,10 +165,17 @@ def blank_body(layout: BatchLayout) -> dict[str, np.ndarray]:
     batch_size=st.integers(1, 9),
     incoming=st.booleans(),
     chunk_bytes=st.integers(64, 400),
+    optional=OPTIONAL,
     seed=st.integers(0, 999),
 )
 def test_every_way_of_gathering_gives_the_same_batch(
-    schema: dict[str, tuple[np.dtype, tuple[int, ...]]], horizon: int, batch_size: int, incoming: bool, chunk_bytes: int, seed: int
+    schema: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    horizon: int,
+    batch_size: int,
+    incoming: bool,
+    chunk_bytes: int,
+    optional: set[str],
+    seed: int,
 ) -> None:
     """Whole into host arrays; piece by piece, as for big batches; as tensors or as one body, the ways of CUDA, here on the CPU."""
     buffer = ReplayBuffer(make_config(20, storage={"allow_non_finite": True}, horizon=horizon))
@@ -157,10 +185,11 @@ def test_every_way_of_gathering_gives_the_same_batch(
     ring = buffer.store.columns
     assert ring is not None
     plan = GatherPlan(ring.schema, horizon=horizon, incoming=incoming)
-    layout = plan.layout(batch_size)
+    layout = plan.layout(batch_size, wire_order(optional))
     whole = blank_body(layout)
 
-    with buffer.store.draw(batch_size, horizon, buffer.spec().law, random) as (slices,):
+    with buffer.store.draw(batch_size, horizon, buffer.spec().law, random) as (drawn,):
+        slices = with_optional(drawn, optional, horizon, random)
         plan.gather_into([slices], [whole])
         tensors = plan.gather_tensors(slices)
         body = layout.body_views(plan.host_bodies([slices])[0])
@@ -177,7 +206,9 @@ def test_every_way_of_gathering_gives_the_same_batch(
         for (name, _, _, _), array in zip(piece.segments, out, strict=True):
             seen[name] += array.tobytes()
     assert seen == {name: array.tobytes() for name, array in whole.items()}
-    assert set(tensors) >= {f"provenance.{name}" for name, _ in PROVENANCE}
+    assert {name for name in tensors if name.startswith("provenance.")} == {f"provenance.{name}" for name, _ in PROVENANCE} | {
+        f"provenance.{name}" for name in optional
+    }
 
 
 def test_gather_tensors_are_fresh_memory() -> None:
@@ -201,6 +232,7 @@ def test_gather_tensors_are_fresh_memory() -> None:
     shares=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     incoming=st.booleans(),
     chunk_bytes=st.integers(64, 400),
+    optional=OPTIONAL,
     seed=st.integers(0, 999),
 )
 def test_body_that_is_gathered_in_ranges_from_several_stores_is_that_of_one_gather(
@@ -210,6 +242,7 @@ def test_body_that_is_gathered_in_ranges_from_several_stores_is_that_of_one_gath
     shares: list[int],
     incoming: bool,
     chunk_bytes: int,
+    optional: set[str],
     seed: int,
 ) -> None:
     """Each range of slices is drawn from one of two stores of equal schema; the ranges are gathered in any order, and piece by piece."""
@@ -222,17 +255,18 @@ def test_body_that_is_gathered_in_ranges_from_several_stores_is_that_of_one_gath
     plan = GatherPlan(stores[0].schema, horizon=horizon, incoming=incoming)
     firsts = np.cumsum([0, *shares])[:-1].tolist()
     batch_size = sum(shares)
-    layout = plan.layout(batch_size)
+    layout = plan.layout(batch_size, wire_order(optional))
     with ExitStack() as pins:
         parts = []
         for number, (first, size) in enumerate(zip(firsts, shares, strict=True)):
             store = stores[data.draw(st.integers(0, 1), f"store of range {number}")]
             (slices,) = pins.enter_context(store.draw(size, horizon, "episode", random))
-            parts.append((first, slices))
+            parts.append((first, with_optional(slices, optional, horizon, random)))
 
         expected = layout.body_views(bytearray(layout.body_bytes))
         for first, slices in parts:
-            alone = plan.layout(len(slices)).body_views(bytearray(plan.layout(len(slices)).body_bytes))
+            part = plan.layout(len(slices), wire_order(optional))
+            alone = part.body_views(bytearray(part.body_bytes))
             plan.gather_into([slices], [alone])
             for name, array in alone.items():
                 axis = array.ndim > 1
