@@ -48,7 +48,7 @@ def server() -> Iterator[ServerThread]:
 
 
 @pytest.mark.parametrize(("columns", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_survey_refuses_what_a_server_refuses(server: ServerThread, tmp_path: Path, columns: dict[str, np.ndarray], message: str) -> None:
+def test_inspect_refuses_what_a_server_refuses(server: ServerThread, tmp_path: Path, columns: dict[str, np.ndarray], message: str) -> None:
     write_npz(tmp_path / "bad.npz", [columns, make_episode(2), columns])
 
     found, _ = datasets.inspect(str(tmp_path / "bad.npz"))
