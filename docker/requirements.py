@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 OWN = "touchline"
-"""What the names of the distributions here begin with."""
+"""Prefix of the names of this repository's distributions."""
 
 
 def requirements(place: str) -> list[str]:

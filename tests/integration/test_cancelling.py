@@ -202,7 +202,7 @@ def test_calls_that_break_off_at_any_moment_leave_nothing_behind(durability: str
             methods = set().union(*pool.map(lambda own: break_many_off(server.address, own, CALLS // AT_ONCE), seeds))
 
         assert len(methods) == 11
-        eventually(lambda: not held_by(server), "everything is given back")
+        eventually(lambda: not held_by(server), "everything is released")
         with Caller(server.address) as caller:
             caller.stub.Clear(pb.ClearRequest())
             assert caller.add(make_episode(100, obs=300)).counts.episodes_stored == 1
@@ -211,7 +211,7 @@ def test_calls_that_break_off_at_any_moment_leave_nothing_behind(durability: str
             stream.close()
             assert len(stream.rest()) == 20
             assert caller.load(encode_load(make_episode(obs=300))).counts.episodes_stored == 2
-        eventually(lambda: not held_by(server), "everything is given back")
+        eventually(lambda: not held_by(server), "everything is released")
 
     ours = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("touchline-")]
     assert ours == []

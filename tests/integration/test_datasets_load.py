@@ -48,7 +48,7 @@ def test_refusals_are_counted_by_reason_with_examples(tmp_path: Path) -> None:
 
 
 def test_refusals_of_other_sizes_have_one_reason(client: ReplayClient, tmp_path: Path) -> None:
-    """And a dtype is no number."""
+    """Digits in a dtype are not counted as numbers."""
     write_npz(tmp_path / "demos.npz", [make_episode(number, rows=rows) for number, rows in enumerate((5, 500, 50_000))])
 
     report = datasets.load(client, str(tmp_path / "demos.npz"), max_episode_bytes=10)
@@ -70,7 +70,7 @@ def test_loading_again_stores_nothing_twice_whatever_the_name(server: ServerThre
 
 
 def test_load_reads_no_more_ahead_than_one_call(client: ReplayClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Besides the call that is under way."""
+    """Besides the call in progress."""
     monkeypatch.setattr("touchline.datasets.loader.CALL_BYTES", 10_000)
     episodes = [make_episode(number, rows=50) for number in range(100)]
     write_npz(tmp_path / "demos.npz", episodes)

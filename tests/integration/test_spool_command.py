@@ -222,7 +222,7 @@ def test_commands_on_what_is_no_spool_say_so_without_a_trace(run: Run, tmp_path:
         status, output, errors = run(*arguments)
 
         assert (status, output) == (1, "")
-        assert errors == "touchline: gone is no spool: there is no such folder; name the spool_dir of an EpisodeWriter\n"
+        assert errors == "touchline: gone is not a spool: there is no such folder; name the spool_dir of an EpisodeWriter\n"
     assert list(tmp_path.iterdir()) == []
 
 

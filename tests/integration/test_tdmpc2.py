@@ -36,7 +36,7 @@ def make_cfg(**changes: Any) -> SimpleNamespace:
 
 
 def server_config(**sampling: Any) -> Config:
-    """Configuration whose batch size, horizon and law differ from those that TD-MPC2 requests."""
+    """Configuration whose batch size, horizon and law differ from TD-MPC2's requests."""
     return Config(
         config={"buffer_size": 2_000, "batch_size": 8, "min_history": 1, "horizon": 1},
         sampling={"seed": 12, "law": "step", **sampling},

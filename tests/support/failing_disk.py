@@ -99,7 +99,7 @@ class FailingDisk:
         self.calls: list[tuple[str, str]] = []
         """Every write, sync and truncation: what and of which file."""
         self.synced: dict[str, bytes] | None = None
-        """What is on the platters, by path: each file as it was when it was synced last. None: not looked at."""
+        """Durable content by path: each file as it was last synced. None: not recorded."""
 
     def fail(self, *faults: Fault) -> None:
         """Has calls fail from now on, and no others."""

@@ -87,7 +87,7 @@ class ReplayBuffer:
         self.table.check_restored()
 
     def close(self) -> None:
-        """Commits what is under way, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
+        """Commits adds in progress, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
         self.table.close()
 
     @property

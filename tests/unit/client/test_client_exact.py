@@ -136,7 +136,7 @@ def test_cast_gives_the_same_numbers_or_is_refused(array: np.ndarray, dtype: np.
             for before, after in zip(array.reshape(-1).tolist(), became.reshape(-1).tolist(), strict=True)
             if exact(before) != exact(after) and not (before != before and after != after)
         ]
-        # A cast that is undefined may happen to give the number back.
+        # A cast that is undefined may happen to return the same number.
         assert changed or dtype.kind in "biu"
         assert str(error).startswith("c: ")
     else:

@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, Any] = {
     "fatal": True,
     "version": 7,
 }
-"""What the errors' constructors take, by the parameter's name."""
+"""Arguments of the errors' constructors, by parameter name."""
 COPIES: list[Callable[[Any], Any]] = [
     *(lambda error, protocol=protocol: pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)),
     lambda error: pickle.loads(cloudpickle.dumps(error)),

@@ -72,7 +72,7 @@ def flat(batch: Batch) -> dict[str, Any]:
 
 
 def expected_batch(model: dict[int, dict[str, np.ndarray]], batch: Batch, *, horizon: int, incoming: bool) -> dict[str, np.ndarray]:
-    """What the slices that the batch says it has must hold."""
+    """Expected content of the slices that the batch claims to hold."""
     slices = list(zip(batch.episode_id.tolist(), batch.start.tolist(), strict=True))
     transition = slice(1, None) if incoming else slice(None, -1)
     expected = {"done": np.zeros((horizon, len(slices), 1), np.float32)}

@@ -77,13 +77,13 @@ def comparable(outcome: Stored | Exception) -> object:
 
 
 def commit(buffer: ReplayBuffer, episodes: Sequence[Episode]) -> list[object]:
-    """What becomes of a group, as the committer hands it to the write path."""
+    """Returns the outcomes of a group that the committer hands to the write path."""
     requests = [AddRequest(episode, payload_digest(episode.columns)) for episode in episodes]
     return [comparable(outcome) for outcome in buffer.store.writes.commit(requests)]
 
 
 def add(buffer: ReplayBuffer, episode: Episode) -> object:
-    """What becomes of one episode, as a caller adds it."""
+    """Returns the outcome of one episode that a caller adds."""
     try:
         return buffer.add_episode(episode)
     except Exception as error:
@@ -105,7 +105,7 @@ def failing_plan(buffer: ReplayBuffer, after: int) -> Iterator[None]:
 
 @contextmanager
 def failing_journal(buffer: ReplayBuffer, after: int) -> Iterator[None]:
-    """The journal step fails; for a journal that writes at once in the middle of its transaction."""
+    """The journal step fails; for a journal that writes immediately, in the middle of its transaction."""
     journal = buffer.store.writes.journal
 
     def fail(*arguments: object, **options: object) -> Any:
@@ -269,7 +269,7 @@ class WritePathInEveryMode(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1), copies=st.integers(0, COLUMNS - 1))
     def fail_to_apply(self, share: float, copies: int) -> None:
-        """What was evicted is gone and the id is used up; otherwise nothing has changed, in particular not the known keys."""
+        """Evicted episodes are gone and the id is used up; otherwise nothing has changed, especially not the known keys."""
         length = max(1, round(share * self.capacity))
         episode = self.episode(length)
         for buffer in self.buffers:

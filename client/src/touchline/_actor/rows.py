@@ -27,7 +27,7 @@ def row_columns(step: Mapping[str, Any], *, known: Container[str] = (), dtype: n
         dtype: that float64 values are rounded to; None leaves them.
 
     Raises:
-        InvalidEpisodeError: a value is no array of numbers, or of a dtype that is not supported.
+        InvalidEpisodeError: a value is not an array of numbers, or of a dtype that is not supported.
     """
     if not hasattr(step, "keys"):
         raise InvalidEpisodeError(f"step: {type(step).__name__}, expected a mapping of values by column name")

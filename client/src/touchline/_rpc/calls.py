@@ -143,7 +143,7 @@ def delay_before_retry(error: TouchlineError, backoff_s: float) -> float:
 
     Args:
         error: error of the last attempt.
-        backoff_s: the client's own delay. It is added to the one that the server asked for, so that clients that were all asked for the
+        backoff_s: the client's own delay. It is added to the delay that the server asked for, so that clients that were all asked for the
             same delay do not return together.
     """
     asked_s = error.retry_after_s if isinstance(error, OverLimitError) else None

@@ -24,7 +24,7 @@ def explain(details: str, address: str, *, server_name: str) -> str | None:
         name, source = (server_name, "server_name") if server_name else (_host_of(address), "the address's host")
         return (
             f"{address}: the server's certificate is not for {name!r} ({source}); expected it among the certificate's names "
-            "(subjectAltName). Use one of those as the address, TlsConfig(server_name=...) or TOUCHLINE_TLS_SERVER_NAME"
+            "(subjectAltName). Use one of these names as the address, TlsConfig(server_name=...) or TOUCHLINE_TLS_SERVER_NAME"
         )
     if "WRONG_VERSION_NUMBER" in details:
         return f"{address}: the server does not use TLS; expected a touchline-server with tls.cert, or a client without TLS"

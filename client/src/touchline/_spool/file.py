@@ -178,7 +178,7 @@ def require_spool(folder: Path) -> None:
         found = "it has no spool.db" if folder.is_dir() else "it is no folder" if folder.exists() else "there is no such folder"
     except OSError as error:
         found = f"it cannot be looked into ({error.strerror})"
-    raise SpoolError(f"{folder} is no spool: {found}; name the spool_dir of an EpisodeWriter")
+    raise SpoolError(f"{folder} is not a spool: {found}; name the spool_dir of an EpisodeWriter")
 
 
 def is_in_use(folder: Path) -> bool:

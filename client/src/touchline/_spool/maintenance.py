@@ -117,7 +117,7 @@ def inspect(folder: Path) -> SpoolReport:
     """Returns what lies in a spool; changes nothing, and may be called while a writer uses it.
 
     Raises:
-        SpoolError: it is no spool, damaged as a whole, or of a newer format.
+        SpoolError: it is not a spool, damaged as a whole, or of a newer format.
     """
     require_spool(folder)
     report = SpoolReport(folder)
@@ -144,7 +144,7 @@ def retry(folder: Path) -> int:
     """Has the refused episodes of a spool wait again, each at its old place, and returns how many they are. Damaged ones stay.
 
     Raises:
-        SpoolError: it is no spool, somebody uses it, it is damaged, or cannot be written.
+        SpoolError: it is not a spool, somebody uses it, it is damaged, or cannot be written.
     """
     check_free(folder)
     folder = folder.resolve()
@@ -179,7 +179,7 @@ def send(folder: Path, address: str, *, timeout_s: float = 60.0, progress: Calla
         What became of them. Its ``trouble`` says why, where some are left: the server was away, or does not let this client in.
 
     Raises:
-        SpoolError: it is no spool, somebody uses it, or it is damaged as a whole.
+        SpoolError: it is not a spool, somebody uses it, or it is damaged as a whole.
         InvalidArgumentError: the address, or what the environment says of TLS or the token.
     """
     check_free(folder)
@@ -212,7 +212,7 @@ def check_free(folder: Path) -> None:
     """Refuses a folder that cannot be changed from outside, before anything is made in it.
 
     Raises:
-        SpoolError: it is no spool, or somebody uses it.
+        SpoolError: it is not a spool, or somebody uses it.
     """
     require_spool(folder)
     if is_in_use(folder):

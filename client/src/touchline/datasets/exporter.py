@@ -64,7 +64,7 @@ class Target(Protocol):
 
 @dataclass(slots=True)
 class ExportReport:
-    """What has become of an export's episodes so far."""
+    """Outcome of an export's episodes so far."""
 
     written: int = 0
     """Episodes written."""

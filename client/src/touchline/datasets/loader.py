@@ -36,7 +36,7 @@ _INT64_MAX = (1 << 63) - 1
 
 @dataclass(slots=True)
 class LoadReport:
-    """What has become of a load's episodes so far. ``read == stored + duplicates + refused`` at any moment."""
+    """Outcome of a load's episodes so far. ``read == stored + duplicates + refused`` at any moment."""
 
     read: int = 0
     """Episodes read from the source and answered by the server."""

@@ -33,7 +33,7 @@ class SizeLimit:
     max_episode_bytes: int = DEFAULT_MAX_EPISODE_BYTES
     """Maximum payload of all columns as they would be stored, in bytes."""
     transforms: ColumnTransforms = field(default_factory=ColumnTransforms)
-    """What is done to the columns; dropped ones do not count."""
+    """Transforms of the columns; dropped ones do not count."""
 
     def __post_init__(self) -> None:
         whole_number("max_episode_bytes", self.max_episode_bytes, least=1, most=(1 << 63) - 1)

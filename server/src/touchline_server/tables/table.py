@@ -109,7 +109,7 @@ class Table:
             raise RestoringError(f"the durable store in {self.config.storage.data_dir} is being read{progress}; try again when it is")
 
     def close(self) -> None:
-        """Commits what is under way, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
+        """Commits adds in progress, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
         if self._committer is not None:
             self._committer.close()
         self.store.close()
