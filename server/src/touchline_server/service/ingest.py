@@ -31,7 +31,7 @@ Decode = Callable[[bytes], Iterable[Episode | CodecError]]
 
 @dataclass(frozen=True, slots=True)
 class IngestResult:
-    """What became of one received episode."""
+    """Outcome of one received episode."""
 
     key: EpisodeKey | None
     """The episode's key, if it has one."""

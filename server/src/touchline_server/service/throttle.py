@@ -48,7 +48,7 @@ class AddThrottle:
             return
         loop = asyncio.get_running_loop()
         # Lock order: an add holds its message's bytes while it waits here. Nothing is reserved or awaited inside except the pause, so an
-        # add that holds the turn always gives it back.
+        # add that holds the turn always returns it.
         async with self._turn:
             delay = self._next - loop.time()
             if delay > 0:
