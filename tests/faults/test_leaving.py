@@ -78,7 +78,7 @@ def test_learner_that_does_not_read_costs_less_than_its_credits_and_blocks_no_on
         for stream in idle:
             stream.cancel()
 
-        # Of each, what is being written, what is made meanwhile, and what its connection has under way; not 1,000 batches.
+        # Each costs the batch being written, the one made meanwhile, and what its connection has in flight; not 1,000 batches.
         assert grown < 3 * 4 * batch_bytes + LEAK_BYTES, f"{grown >> 20} MiB"
         assert others.stream().open(credits=1).read(1)
 

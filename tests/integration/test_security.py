@@ -1,4 +1,4 @@
-"""Access: real servers with real certificates and tokens, every role with every method, and places where no secret may appear."""
+"""Access: real servers with real certificates and tokens, every role with every method, and the places that must not show a secret."""
 
 from __future__ import annotations
 

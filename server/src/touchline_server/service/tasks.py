@@ -23,7 +23,7 @@ class Job(Generic[T]):
     def __init__(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> None:
         self._work: Future[T] = pool.submit(work, *arguments)
         self.result: asyncio.Future[T] = asyncio.wrap_future(self._work)
-        """Waits for the work; returns its result or raises its error."""
+        """Outcome of the work: its result or its error."""
 
     async def cancel_and_join(self) -> None:
         """Cancels the job if it has not started, otherwise waits for it; survives cancellation of the waiter.
