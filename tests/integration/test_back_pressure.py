@@ -20,7 +20,7 @@ from touchline_protos import MAX_REQUEST_BYTES
 from touchline_protos.codec import Episode, encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server import errors as server_errors
-from touchline_server.service.batch_framer import BatchFramer
+from touchline_server.service.batch_framer import BatchFramer, NextFrames
 from touchline_server.service.budgets import HEALTH_MESSAGES, ByteBudget
 from touchline_server.service.call_counters import MAX_HEALTH_WATCHES, STANDARD_SHARE
 
@@ -413,9 +413,9 @@ def test_second_announced_episode_over_the_budget_is_refused_and_the_call_releas
 def test_learners_that_do_not_read_cost_only_the_budget_for_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     made: Counter[int] = Counter()
 
-    def counting(source: BatchFramer, credits: int) -> tuple[int, list[bytes]]:
+    def counting(source: BatchFramer, ahead: NextFrames) -> list[bytes]:
         made[id(source)] += 1
-        return frames(source, credits)
+        return frames(source, ahead)
 
     frames = BatchFramer.frames
     monkeypatch.setattr(BatchFramer, "frames", counting)

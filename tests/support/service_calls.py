@@ -177,6 +177,7 @@ class Caller:
     """A caller with its own channel to a server, using the stubs and the codec. A context manager."""
 
     def __init__(self, address: str) -> None:
+        self.address = address
         self.channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self.stub = replay_pb2_grpc.ReplayStub(self.channel)
         self._streams: list[Stream] = []

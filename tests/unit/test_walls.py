@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "service": {"", "buffer", "tables", "durability", "store", "selectors", "limiters", "config", "errors"},
         "buffer": {"torchrl", "tables", "durability", "store", "config", "errors"},
         "tables": {"durability", "store", "selectors", "limiters", "config", "errors"},
-        "torchrl": {"store", "selectors", "config", "errors"},
+        "torchrl": {"tables", "store", "selectors", "errors"},
         "durability": {"store", "selectors", "config", "errors"},
         "store": {"selectors", "config", "errors"},
         "selectors": {"errors"},

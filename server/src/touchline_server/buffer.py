@@ -266,7 +266,7 @@ class ReplayBuffer:
 
         with self.store.writes.lock:
             if self._torchrl is None:
-                self._torchrl = make_torchrl_buffer(self.store, self.config, self.seeds)
+                self._torchrl = make_torchrl_buffer(self.table)
             return self._torchrl
 
     def add_episode(self, episode: Episode) -> Stored:

@@ -31,6 +31,8 @@ SPIN_S = 50e-6
 """Time for which a side spins before it sleeps."""
 MAX_SLEEP_S = 0.1
 """Longest sleep; after it the caller checks whether the other side is still alive."""
+SHORT_SLEEP_S = 0.01
+"""Longest sleep of a producer that waits for something other than a slot, and may miss the interrupt that reports it."""
 
 # The page as words of 8 bytes. What is fixed when the ring is made:
 _MAGIC, _TOKEN, _SLOTS, _SLOT_BYTES = 0, 1, 3, 4
@@ -67,9 +69,9 @@ class _RingControl:
         self._address = ctypes.addressof(self._words)
         self._syscall = sealed_memory.system_call()
 
-    def _sleep(self, word: int, seen: int, sleep_flag: int) -> None:
-        """Returns once ``word`` differs from ``seen``, or after :data:`MAX_SLEEP_S` seconds."""
-        spin_until = time.perf_counter() + SPIN_S
+    def _sleep(self, word: int, seen: int, sleep_flag: int, *, max_s: float = MAX_SLEEP_S, spin_s: float = SPIN_S) -> None:
+        """Returns once ``word`` differs from ``seen``, or after ``max_s`` seconds. Spins for the first ``spin_s`` seconds."""
+        spin_until = time.perf_counter() + spin_s
         words = self._words
         while words[word] == seen:
             if time.perf_counter() < spin_until:
@@ -79,8 +81,8 @@ class _RingControl:
             words[sleep_flag] = 1
             if words[word] == seen:
                 # The kernel compares the word once more under its own lock, so a store in between ends the wait. It compares only the
-                # lower 32 bits: a change by an exact multiple of 2**32 in between would be missed, and delay this side by MAX_SLEEP_S.
-                timeout = _Timespec(0, int(MAX_SLEEP_S * 1e9))
+                # lower 32 bits: a change by an exact multiple of 2**32 in between would be missed, and delay this side by ``max_s``.
+                timeout = _Timespec(0, int(max_s * 1e9))
                 self._syscall(
                     _FUTEX_CALL, self._futex(word), _FUTEX_WAIT, ctypes.c_uint32(seen & 0xFFFFFFFF), ctypes.byref(timeout), None, 0
                 )
@@ -144,8 +146,16 @@ class ProducerControl(_RingControl):
         words[_HEAD] = self._head
         self._wake(_HEAD, _CONSUMER_SLEEPS)
 
+    def count_used(self) -> int:
+        """Returns the number of slots that are published and not freed."""
+        return self._slots - len(self._find_free())
+
+    def wait_freed(self) -> None:
+        """Returns once a slot was freed, another thread interrupted, or :data:`SHORT_SLEEP_S` passed, even if slots are free already."""
+        self._sleep(_FREED, self._words[_FREED], _PRODUCER_SLEEPS, max_s=SHORT_SLEEP_S, spin_s=0)
+
     def interrupt(self) -> None:
-        """Ends a sleep in :meth:`free_slots`; from any thread."""
+        """Ends a sleep in :meth:`free_slots` or :meth:`wait_freed`; from any thread."""
         self._wake_sleeper(_FREED)
 
     def _find_free(self) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -15,6 +15,7 @@ from touchline_server.service import convert
 from touchline_server.service.ingest import IngestResult
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.receiver import UploadReservation
+from touchline_server.tables.table import Table
 
 LOAD_GRACE_S = 1.0
 """A stopping server ends a LoadEpisodes call that is not in the middle of an episode once nothing has arrived for this time."""
@@ -22,6 +23,7 @@ LOAD_GRACE_S = 1.0
 MAX_LOAD_RESULTS = 100_000
 """Most episodes of one LoadEpisodes call, since its answer has a result for each."""
 
+Decoded = TypeVar("Decoded")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -29,21 +31,20 @@ class AddCalls:
     """The calls that store episodes. Lives in the event loop."""
 
     def __init__(self, parts: ServiceParts) -> None:
-        self._buffer = parts.buffer
+        self._tables = parts.tables
         self._calls = parts.calls
         self._drain = parts.drain
         self._ingest = parts.ingest
         self._readers = parts.readers
-        limits = parts.buffer.config.limits
+        limits = parts.limits
         self._codec_limits = CodecLimits(max_episode_bytes=limits.max_episode_bytes, max_columns=limits.max_columns)
 
     async def add_episode(self, message: bytes, context: Context) -> pb.AddEpisodeResponse:
         """Stores one episode."""
 
-        def decode(message: bytes) -> tuple[Episode]:
-            table, episode = decode_add_episode(message, limits=self._codec_limits)
-            convert.check_table(table)
-            return (episode,)
+        def decode(message: bytes) -> tuple[Table, tuple[Episode]]:
+            name, episode = self._decoded(decode_add_episode, message, limits=self._codec_limits)
+            return self._tables.get(name), (episode,)
 
         (result,) = await self._ingest.ingest(message, decode)
         stored = await self._ingest.wait_durable(result)
@@ -56,19 +57,19 @@ class AddCalls:
             answers = await self._receive_all(requests, decoder, context.peer())
         # The episodes of one call that wait for the disk share its fsync.
         results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
+        table = self._tables.get(decoder.table)
         if decoder.in_progress:
             error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
-            self._buffer.store.count_refused(str(error))
+            table.store.count_refused(str(error))
             raise error
-        return pb.LoadEpisodesResponse(results=results, counts=convert.counts(self._buffer.counts()))
+        return pb.LoadEpisodesResponse(results=results, counts=convert.counts(table.counts()))
 
     async def _receive_all(self, requests: AsyncIterator[bytes], decoder: LoadDecoder, peer: str) -> list[pb.EpisodeResult | IngestResult]:
         answers: list[pb.EpisodeResult | IngestResult] = []
 
-        def decode(message: bytes) -> Iterator[Episode | CodecError]:
-            episodes = decoder.feed(message)
-            convert.check_table(decoder.table)
-            return episodes
+        def decode(message: bytes) -> tuple[Table, Iterator[Episode | CodecError]]:
+            episodes = self._decoded(decoder.feed, message)
+            return self._tables.get(decoder.table), episodes
 
         async with UploadReservation(self._readers, decoder, peer) as reservation:
             while True:
@@ -86,6 +87,14 @@ class AddCalls:
                     answers.append(convert.refusal(result.key, result.outcome) if is_refused else result)  # type: ignore[arg-type]
                 del message  # its bytes are released next
                 await reservation.settle()
+
+    def _decoded(self, decode: Callable[..., Decoded], *arguments: Any, **options: Any) -> Decoded:
+        """Returns what ``decode`` returns. An error counts as an episode that the default table refused: its own table is unknown."""
+        try:
+            return decode(*arguments, **options)
+        except CodecError as error:
+            self._tables.default.store.count_refused(str(error))
+            raise
 
     async def _result(self, result: IngestResult) -> pb.EpisodeResult:
         try:

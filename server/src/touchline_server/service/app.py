@@ -38,6 +38,7 @@ from touchline_server.service.stop_signals import StoppedError, StopSignals
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.service.tls import server_credentials
 from touchline_server.store.memory import keep_freed_memory
+from touchline_server.tables.registry import TableRegistry
 
 logger = get_logger(__name__)
 
@@ -61,28 +62,30 @@ class AddressInUseError(OSError):
     """The server cannot listen at the configured address."""
 
 
-def build_parts(config: Config, buffer: ReplayBuffer) -> ServiceParts:
+def build_parts(config: Config, tables: TableRegistry) -> ServiceParts:
     """Builds the parts of a service. Call it in the event loop in which the service is to live.
 
     Instruments (metrics) belong here too: made here, handed on in :class:`ServiceParts`, with a null object if there are none.
     """
     budgets = Budgets(config.limits)
     changes = ChangeNotifier(asyncio.get_running_loop())
+    drain = Drain(changes.notify)
     throttle = AddThrottle(config.server.sample_share)
     add_pool = ThreadPoolExecutor(config.server.add_workers, thread_name_prefix="touchline-add")
     return ServiceParts(
-        buffer=buffer,
+        tables=tables,
+        limits=config.limits,
         budgets=budgets,
         readers=MessageReaders(budgets, config.limits),
         calls=CallCounters(config.limits),
         changes=changes,
-        drain=Drain(changes.notify),
+        drain=drain,
         throttle=throttle,
-        ingest=EpisodeIngest(buffer, add_pool, throttle),
+        ingest=EpisodeIngest(add_pool, throttle, changes, drain),
         rings=RingPool(config.ring),
         add_pool=add_pool,
         sample_pool=ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample"),
-        unsubscribe=buffer.store.subscribe(changes.notify),
+        unsubscribe=tables.subscribe(changes.notify),
     )
 
 
@@ -117,7 +120,7 @@ class ReplayServer:
             AddressInUseError: the server cannot listen at the configured address.
             ReplayError: the durable store cannot be used.
         """
-        self.parts = build_parts(self._config, self.buffer)
+        self.parts = build_parts(self._config, TableRegistry(self.buffer.table))
         self._health = HealthService(self.buffer)
         self._server = self._build_server()
         swept = sweep_dead_rings()

@@ -6,6 +6,9 @@ faults and copies, so they go in chunks of about 1 MiB, each gathered straight i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 from touchline_protos.codec import BatchLayout
@@ -35,6 +38,15 @@ MAX_STALE_ACTORS = 1024
 """Actors whose names a stream has sent and the table may have forgotten, before the stream forgets them too."""
 
 
+class NextFrames(NamedTuple):
+    """What the next frames of a stream carry. Its batches are reserved with the rate limit."""
+
+    layout: BatchLayout
+    batches: int
+    size_bytes: int
+    """Bytes to reserve for them."""
+
+
 class BatchFramer:
     """Draws the batches of one stream, and makes frames of them. One thread at a time.
 
@@ -53,6 +65,7 @@ class BatchFramer:
             raise InvalidArgumentError(f"max_batches_per_frame: {max_batches}, expected 0 or more")
         self._table = table
         self.spec = spec
+        self.limiter = table.limiter
         self._rng = rng
         self._max_batches = max_batches or DEFAULT_GROUP
         self._sent_actors: set[int] = set()
@@ -72,51 +85,50 @@ class BatchFramer:
         """Returns how a batch looks at present; None while there is no schema."""
         return self._table.layout(self.spec)
 
-    def reserve_bytes(self, credits: int) -> int:
-        """Returns the bytes to reserve for the next frames, given this many credits.
+    def try_reserve(self, credits: int) -> NextFrames | None:
+        """Returns the next frames for this many credits, their batches reserved with the rate limit; None if that allows none now.
 
         Raises:
             TooLargeError: the batch is over the limit.
         """
         layout = self.layout()
         if layout is None:
-            return 0
+            return None
+        wanted = self._group_size(layout, credits)
+        batches = self.limiter.reserve_batches(wanted, self.spec.batch_size)
+        if not batches:
+            return None
         batch_bytes = layout.body_bytes if layout.body_bytes > self._chunked_above else layout.message_bytes()
-        return self._group_size(layout, credits) * batch_bytes
+        return NextFrames(layout, batches, batches * batch_bytes)
 
-    def frames(self, credits: int) -> tuple[int, list[bytes]]:
-        """Draws up to ``credits`` batches.
-
-        Returns:
-            The number of batches, and the frames that carry them.
+    def frames(self, ahead: NextFrames) -> list[bytes]:
+        """Draws batches and returns the frames that carry them.
 
         Raises:
-            NotReadyError: nothing can be sampled.
-            TooLargeError: the batch, or a single row of it, is over the limit.
+            NotReadyError: nothing can be sampled, or the table was cleared and has another schema now.
+            TooLargeError: a single row of the batch is over the limit.
         """
-        expected = self.layout()
-        batches = self._group_size(expected, credits) if expected is not None else 1
-        with self.draw(batches) as drawn:
-            layout = drawn.layout
-            if expected is None or layout.specs != expected.specs:
+        with self.draw(ahead.batches) as drawn:
+            if drawn.layout.specs != ahead.layout.specs:
                 raise NotReadyError("the table was cleared and has another schema now")
             actors = self.new_actors(drawn)
-            if layout.body_bytes > self._chunked_above:
-                return 1, self._chunks(drawn, actors)
-            message, bodies = layout.group(batches, actors)
+            if drawn.layout.body_bytes > self._chunked_above:
+                return self._chunks(drawn, actors)
+            message, bodies = drawn.layout.group(ahead.batches, actors)
             drawn.gather_into(bodies)
-            return batches, [self._checked(message)]
+            return [self._checked(message)]
 
-    def try_frames(self, credits: int) -> tuple[int, list[bytes]] | None:
+    def try_frames(self, ahead: NextFrames) -> list[bytes] | None:
         """Does what :meth:`frames` does, from a thread that must not wait: an event loop's.
 
         Returns:
             None, and nothing was done, if it would take long: see :meth:`GatherPlan.fits_inline`.
         """
-        layout = self.layout()
-        if layout is None or not self._table.fits_inline(self.spec, batches=self._group_size(layout, credits)):
-            return None
-        return self.frames(credits)
+        return self.frames(ahead) if self._table.fits_inline(self.spec, batches=ahead.batches) else None
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Calls ``listener`` after every change of the table; see :meth:`Subscriptions.subscribe`."""
+        return self._table.subscriptions.subscribe(listener)
 
     def new_actors(self, drawn: BatchDraw) -> dict[int, str]:
         """Returns the names of the actors whose names this stream has not sent yet, and takes them as sent."""

@@ -12,7 +12,6 @@ from touchline_protos import PROTOCOL_VERSION, Counts
 from touchline_protos.codec import CodecError, EpisodeKey, OversizeError
 from touchline_protos.types.dtypes import to_wire
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.buffer import ReplayBuffer
 from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import (
     InvalidArgumentError,
@@ -20,12 +19,12 @@ from touchline_server.errors import (
     KeyConflictError,
     ReplayError,
     TooLargeError,
-    UnknownTableError,
 )
 from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
 from touchline_server.store.inserts import Stored
 from touchline_server.store.reader import EpisodeQuery
+from touchline_server.tables.table import Table
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None} | {pb.Law.Value(f"LAW_{law.upper()}"): law for law in LAWS}
 
@@ -82,12 +81,6 @@ async def parse_all(kind: type[M], stream: AsyncIterator[bytes]) -> AsyncIterato
         if len(data) > MAX_STREAM_REQUEST_BYTES:
             raise InvalidArgumentError(f"a message of {len(data)} bytes on the stream, expected at most {MAX_STREAM_REQUEST_BYTES}")
         yield parse(kind, data)
-
-
-def check_table(table: str) -> None:
-    """Raises UnknownTableError unless the table exists."""
-    if table:
-        raise UnknownTableError(f"table: {table!r} does not exist, expected the empty name of the default table")
 
 
 def checked_wait(wait_s: float) -> float:
@@ -160,23 +153,23 @@ def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
     )
 
 
-def info(buffer: ReplayBuffer) -> pb.InfoResponse:
-    """Returns the description of a server's buffer."""
+def info(table: Table) -> pb.InfoResponse:
+    """Returns the description of a server's table."""
     from touchline_server import __version__
 
-    columns = buffer.store.columns
+    columns = table.store.columns
     specs = columns.schema.columns if columns is not None else ()
-    monitor = buffer.storage_monitor
+    monitor = table.storage_monitor
     return pb.InfoResponse(
         version=__version__,
         protocol_version=PROTOCOL_VERSION,
-        config_toml=buffer.config.to_toml(),
+        config_toml=table.config.to_toml(),
         columns=[pb.ColumnSpec(name=spec.name, dtype=int(to_wire(spec.dtype)), shape=spec.shape) for spec in specs],  # type: ignore[arg-type]
         device=columns.where if columns is not None else "",
         size_bytes=columns.size_bytes if columns is not None else 0,
-        capacity=buffer.capacity,
-        max_message_bytes=buffer.config.limits.max_message_bytes,
-        counts=counts(buffer.counts()),
+        capacity=table.store.capacity,
+        max_message_bytes=table.config.limits.max_message_bytes,
+        counts=counts(table.counts()),
         storage_state=_STORAGE_STATE_OF[monitor.state] if monitor is not None else pb.STORAGE_STATE_UNSPECIFIED,
         storage_reason=monitor.reason if monitor is not None else "",
     )

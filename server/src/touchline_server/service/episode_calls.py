@@ -15,6 +15,7 @@ from touchline_server.service.parts import ServiceParts
 from touchline_server.service.session import Write
 from touchline_server.service.streams import answering
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
+from touchline_server.tables.table import Table
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -29,16 +30,16 @@ class EpisodeCalls:
 
     async def get_episodes(self, request: pb.GetEpisodesRequest, context: Context) -> None:
         """Sends the episodes that match a request."""
-        convert.check_table(request.table)
+        table = self._parts.tables.get(request.table)
         query = convert.query(request)
         async with answering(self._parts, context):
-            await self._send(query, request.max_frame_bytes, context.write)
+            await self._send(table, query, request.max_frame_bytes, context.write)
 
-    async def _send(self, query: EpisodeQuery, max_frame_bytes: int, write: Write) -> None:
-        buffer, pool, sending = self._parts.buffer, self._parts.sample_pool, self._parts.budgets.sending
+    async def _send(self, table: Table, query: EpisodeQuery, max_frame_bytes: int, write: Write) -> None:
+        pool, sending = self._parts.sample_pool, self._parts.budgets.sending
         async with self._turn:
-            reader = await tasks.run(pool, EpisodeReader, buffer.store, query)
-        framer = EpisodeFramer(reader, max_message_bytes=buffer.config.limits.max_message_bytes, max_frame_bytes=max_frame_bytes)
+            reader = await tasks.run(pool, EpisodeReader, table.store, query)
+        framer = EpisodeFramer(reader, max_message_bytes=self._parts.limits.max_message_bytes, max_frame_bytes=max_frame_bytes)
         while True:
             # Lock order: bytes before the turn. The turn is only held while a thread makes a frame, never while waiting for bytes.
             await sending.reserve(framer.frame_bytes)

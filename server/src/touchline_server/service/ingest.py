@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
-from touchline_server.buffer import ReplayBuffer
 from touchline_server.errors import ReplayError
 from touchline_server.service import tasks
+from touchline_server.service.change_notifier import ChangeNotifier
+from touchline_server.service.convert import MAX_WAIT_S
+from touchline_server.service.drain import Drain
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.inserts import Stored
+from touchline_server.tables.table import Table
 
 if TYPE_CHECKING:
     from touchline_server.store.inserts import CommitFuture
@@ -25,8 +29,8 @@ MAX_INLINE_BYTES = 1 << 19
 MAX_INLINE_S = 3e-3
 """Time after which the event loop passes the rest of a message to a thread, since it serves no other call meanwhile."""
 
-Decode = Callable[[bytes], Iterable[Episode | CodecError]]
-"""Returns the episodes that are complete with a message; a malformed one is returned as its error."""
+Decode = Callable[[bytes], tuple[Table, Iterable[Episode | CodecError]]]
+"""Returns the table that a message is for, and the episodes that are complete with it; a malformed one is returned as its error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +47,21 @@ class EpisodeIngest:
     """Decodes messages and stores their episodes. Lives in the event loop.
 
     Passing work to a thread and back costs more than storing a small episode does, not least because two threads then compete for the
-    interpreter lock. So small messages are stored inline if nothing is in the way: no other add, no gather, no disk, no device.
+    interpreter lock. So small messages are stored inline if nothing is in the way: no other add, no gather, no disk, no device, no rate
+    limit. Episodes that the rate limit holds back wait in the event loop, never on a thread.
 
     Args:
-        buffer: buffer that stores the episodes.
         pool: threads for what may take longer.
         throttle: delays adds while learners wait.
+        changes: wakes episodes that the rate limit holds back.
+        drain: ends their wait when the server stops.
     """
 
-    def __init__(self, buffer: ReplayBuffer, pool: ThreadPoolExecutor, throttle: AddThrottle) -> None:
-        self._buffer = buffer
+    def __init__(self, pool: ThreadPoolExecutor, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain) -> None:
         self._pool = pool
         self._throttle = throttle
+        self._changes = changes
+        self._drain = drain
 
     async def ingest(self, message: bytes, decode: Decode) -> list[IngestResult]:
         """Stores the episodes that are complete with a message. A refused episode is counted and does not stop the others.
@@ -62,42 +69,29 @@ class EpisodeIngest:
         If it is cancelled, it ends once no thread uses the message any more, so that its bytes can be released then.
 
         Raises:
-            CodecError: the message as a whole is malformed; counted.
+            CodecError: the message as a whole is malformed.
+            DrainingError: the server stops while the rate limit holds an episode back.
             ReplayError: whatever ``decode`` raises.
         """
         await self._throttle.admit()
-        results: list[IngestResult] = []
-        cost_s = 0.0
-
-        def submit(episodes: Iterator[Episode | CodecError] | None, first: Episode | None) -> None:
-            nonlocal cost_s
-            begin = time.thread_time()
-            try:
-                if first is not None:
-                    results.append(self._submit(first))
-                for episode in iter(decode(message)) if episodes is None else episodes:
-                    results.append(self._submit(episode))
-            finally:
-                cost_s += time.thread_time() - begin
-
+        storing = _Storing(message, decode)
         try:
-            if len(message) > MAX_INLINE_BYTES:
-                await tasks.run(self._pool, submit, None, None)
-                return results
-            begin = time.perf_counter()
-            try:
-                episodes = iter(decode(message))
-                blocked = self._store_inline(episodes, results, begin + MAX_INLINE_S)
-            finally:
-                cost_s = time.perf_counter() - begin
-            if blocked is not None:
-                await tasks.run(self._pool, submit, episodes, blocked)
-            return results
-        except CodecError as error:
-            self._buffer.store.count_refused(str(error))
-            raise
+            done = len(message) <= MAX_INLINE_BYTES and storing.try_inline()
+            while not done:
+                done = await tasks.run(self._pool, storing.run)
+                if not done:
+                    await self._wait_for_limiter(storing)
+            return storing.results
         finally:
-            self._throttle.record_cost(cost_s)
+            storing.cancel_reservation()
+            self._throttle.record_cost(storing.cost_s)
+
+    async def _wait_for_limiter(self, storing: _Storing) -> None:
+        """Waits until the rate limit allows the next episode, whose steps are reserved then."""
+        while not storing.try_reserve():
+            # The peer's deadline ends the call, and with it this wait.
+            await self._changes.until(lambda: self._drain.begun or storing.try_reserve(), MAX_WAIT_S)
+            self._drain.raise_if_draining()
 
     async def wait_durable(self, result: IngestResult) -> Stored:
         """Returns once the episode is as durable as configured, without using a thread; immediately if there is no durable store.
@@ -117,27 +111,88 @@ class EpisodeIngest:
             if outcome.done():
                 self._throttle.record_cost(outcome.cost_s)
 
-    def _store_inline(self, episodes: Iterator[Episode | CodecError], results: list[IngestResult], ends_at: float) -> Episode | None:
-        """Stores episodes until one would have to wait or the time is up, and returns that one; None once all are stored."""
-        for episode in episodes:
-            if isinstance(episode, CodecError):
-                results.append(self._submit(episode))
-                continue
-            try:
-                stored = self._buffer.store.try_add(episode) if time.perf_counter() < ends_at else None
-            except ReplayError as error:
-                results.append(IngestResult(episode.key, error))
-                continue
-            if stored is None:
-                return episode
-            results.append(IngestResult(episode.key, stored))
-        return None
 
-    def _submit(self, episode: Episode | CodecError) -> IngestResult:
-        if isinstance(episode, CodecError):
-            self._buffer.store.count_refused(str(episode))
-            return IngestResult(episode.key, episode)
+class _Storing:
+    """The episodes of one message on their way into a table. One thread at a time."""
+
+    def __init__(self, message: bytes, decode: Decode) -> None:
+        self._message = message
+        self._decode = decode
+        self._table: Table
+        self._episodes: Iterator[Episode | CodecError] | None = None
+        self._next: Episode | None = None
+        """Episode that could not be stored yet."""
+        self._reserved = False
+        """Whether the next episode's steps are reserved with the rate limit."""
+        self.results: list[IngestResult] = []
+        self.cost_s = 0.0
+        """Seconds of work so far."""
+
+    def try_inline(self) -> bool:
+        """Stores episodes until one would have to wait or the time is up; returns whether all are stored."""
+        begin = time.perf_counter()
         try:
-            return IngestResult(episode.key, self._buffer.table.submit(episode))
+            for episode in self._remaining():
+                if isinstance(episode, CodecError):
+                    self._refuse(episode)
+                    continue
+                try:
+                    stored = self._table.try_add(episode) if time.perf_counter() < begin + MAX_INLINE_S else None
+                except ReplayError as error:
+                    self.results.append(IngestResult(episode.key, error))
+                    continue
+                if stored is None:
+                    self._next = episode
+                    return False
+                self.results.append(IngestResult(episode.key, stored))
+            return True
+        finally:
+            self.cost_s += time.perf_counter() - begin
+
+    def run(self) -> bool:
+        """Stores episodes until the rate limit holds one back; returns whether all are stored. May wait for other adds and the disk."""
+        begin = time.thread_time()
+        try:
+            for episode in self._remaining():
+                if isinstance(episode, CodecError):
+                    self._refuse(episode)
+                    continue
+                self._next = episode
+                if not self.try_reserve():
+                    return False
+                self._next, self._reserved = None, False
+                self._submit(episode)
+            return True
+        finally:
+            self.cost_s += time.thread_time() - begin
+
+    def try_reserve(self) -> bool:
+        """Reserves the steps of the next episode with the rate limit, unless they are already; returns whether they are."""
+        assert self._next is not None
+        if not self._reserved:
+            self._reserved = self._table.limiter.reserve_insert(self._next.length)
+        return self._reserved
+
+    def cancel_reservation(self) -> None:
+        """Cancels what is reserved for an episode that will not be stored."""
+        if self._reserved and self._next is not None:
+            self._table.limiter.cancel_insert(self._next.length)
+            self._reserved = False
+
+    def _remaining(self) -> Iterator[Episode | CodecError]:
+        if self._episodes is None:
+            self._table, episodes = self._decode(self._message)
+            self._episodes = iter(episodes)
+        # Not a generator: its end would close the episodes, with which the next call goes on.
+        return itertools.chain(() if self._next is None else (self._next,), self._episodes)
+
+    def _submit(self, episode: Episode) -> None:
+        """Stores an episode whose steps are reserved."""
+        try:
+            self.results.append(IngestResult(episode.key, self._table.submit(episode)))
         except ReplayError as error:
-            return IngestResult(episode.key, error)
+            self.results.append(IngestResult(episode.key, error))
+
+    def _refuse(self, error: CodecError) -> None:
+        self._table.store.count_refused(str(error))
+        self.results.append(IngestResult(error.key, error))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from touchline_server.buffer import ReplayBuffer
+from touchline_server.config.sections import LimitsConfig
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.call_counters import CallCounters
 from touchline_server.service.change_notifier import ChangeNotifier
@@ -15,14 +15,17 @@ from touchline_server.service.ingest import EpisodeIngest
 from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.ring_producer import RingPool
 from touchline_server.service.throttle import AddThrottle
+from touchline_server.tables.registry import TableRegistry
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceParts:
     """The parts of one running service."""
 
-    buffer: ReplayBuffer
-    """The buffer that the service serves."""
+    tables: TableRegistry
+    """The tables that the service serves."""
+    limits: LimitsConfig
+    """Bounds on messages and requests."""
     budgets: Budgets
     """Bounds on the bytes in transit."""
     readers: MessageReaders
@@ -30,7 +33,7 @@ class ServiceParts:
     calls: CallCounters
     """Bounds on the calls in progress."""
     changes: ChangeNotifier
-    """Notifier of calls that wait for the store to change."""
+    """Notifier of calls that wait for a table to change."""
     drain: Drain
     """Refusal of new calls and cancellation of endless ones when the server stops."""
     throttle: AddThrottle
@@ -44,7 +47,7 @@ class ServiceParts:
     sample_pool: ThreadPoolExecutor
     """Threads that gather batches and read episodes back."""
     unsubscribe: Callable[[], None]
-    """Function that ends the store's notifications to ``changes``."""
+    """Function that ends the tables' notifications to ``changes``."""
 
     def close(self) -> None:
         """Ends the threads; blocks until they have finished their work."""

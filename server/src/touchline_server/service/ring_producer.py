@@ -159,6 +159,8 @@ class RingProducer:
         # Drawing batches together costs less, but the rows of large ones would stay pinned for long.
         self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
         self._actors_sent = 0
+        self._used = 0
+        """Slots that were published and not seen free again."""
         self._pinned: PinnedRegion | None = None
         self._thread = threading.Thread(target=self._run, name="touchline-ring", daemon=True)
 
@@ -174,36 +176,70 @@ class RingProducer:
 
     def _run(self) -> None:
         error: Exception | None = None
+        control, framer = self._ring.control, self._framer
         try:
             while not self._stopping:
-                slots = self._ring.control.free_slots()
-                if slots:
+                slots = control.free_slots()
+                self._report_freed(self._ring.geometry.slots - len(slots))
+                if not slots:
+                    continue
+                granted = framer.limiter.reserve_batches(min(len(slots), self._group), framer.spec.batch_size)
+                if granted:
                     with self._throttle.sampler_waiting():
-                        self._fill(slots[: self._group])
+                        self._fill(slots[:granted])
+                else:
+                    self._wait_for_limiter()
         except NotReadyError:
             error = SchemaChangedError("the table was cleared; open the stream again")
         except Exception as raised:
             error = raised
         finally:
             try:
+                # Batches that the learner did not free, although it may hold some of them, are not delivered.
+                self._report_freed(control.count_used())
+                framer.limiter.cancel_batches(self._used, framer.spec.batch_size)
                 if self._pinned is not None:
                     self._pinned.close()
             finally:
                 self._on_end(error)
 
+    def _report_freed(self, used: int) -> None:
+        """Reports batches as delivered whose slots were freed since the last look, given the number of used slots now."""
+        if used < self._used:
+            self._framer.limiter.delivered(self._used - used, self._framer.spec.batch_size)
+            self._used = used
+
+    def _wait_for_limiter(self) -> None:
+        """Waits until the rate limit may allow more, a slot was freed (which has to be reported), or a short time has passed."""
+        unsubscribe = self._framer.subscribe(self._ring.control.interrupt)
+        try:
+            self._ring.control.wait_freed()
+        finally:
+            unsubscribe()
+
     def _fill(self, slots: list[int]) -> None:
-        with self._framer.draw(len(slots)) as drawn:
-            if drawn.layout is not self._layout and drawn.layout.specs != self._layout.specs:
-                raise SchemaChangedError("the table has another schema now; open the stream again")
-            self._send_names(drawn)
-            if drawn.on_cuda:
-                self._gather_from_device(slots, drawn)
-                for slot in slots:
-                    self._ring.control.publish(slot, self._actors_sent)
-            else:
-                for batch, slot in enumerate(slots):
-                    drawn.gather_one_into(batch, self._bodies[slot])
-                    self._ring.control.publish(slot, self._actors_sent)
+        """Fills and publishes slots, for which batches are reserved with the rate limit."""
+        used = self._used
+        try:
+            with self._framer.draw(len(slots)) as drawn:
+                if drawn.layout is not self._layout and drawn.layout.specs != self._layout.specs:
+                    raise SchemaChangedError("the table has another schema now; open the stream again")
+                self._send_names(drawn)
+                if drawn.on_cuda:
+                    self._gather_from_device(slots, drawn)
+                    for slot in slots:
+                        self._publish(slot)
+                else:
+                    for batch, slot in enumerate(slots):
+                        drawn.gather_one_into(batch, self._bodies[slot])
+                        self._publish(slot)
+        except BaseException:
+            self._framer.limiter.cancel_batches(used + len(slots) - self._used, self._framer.spec.batch_size)
+            raise
+
+    def _publish(self, slot: int) -> None:
+        self._ring.control.publish(slot, self._actors_sent)
+        self._used += 1
 
     def _send_names(self, drawn: BatchDraw) -> None:
         """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""

@@ -45,14 +45,14 @@ T = TypeVar("T")
 
 
 class ReplayService:
-    """``touchline.v1.Replay`` on one buffer. Lives in one event loop.
+    """``touchline.v1.Replay`` on the tables of a server. Lives in one event loop.
 
     Args:
         parts: what it works with; it makes nothing itself.
     """
 
     def __init__(self, parts: ServiceParts) -> None:
-        self._buffer = parts.buffer
+        self._tables = parts.tables
         self._adds = AddCalls(parts)
         self._samples = SampleCalls(parts)
         self._episodes = EpisodeCalls(parts)
@@ -89,7 +89,7 @@ class ReplayService:
         async def guarded(request: Any, context: Context) -> T:
             try:
                 _check_protocol(context)
-                self._buffer.check_restored()
+                self._tables.check_restored()
                 return await method(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise

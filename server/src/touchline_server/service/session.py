@@ -12,7 +12,7 @@ from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidArgumentError, NotReadyError
-from touchline_server.service.batch_framer import BatchFramer
+from touchline_server.service.batch_framer import BatchFramer, NextFrames
 from touchline_server.service.budgets import Reservation
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.ring_producer import RingProducer, ring_offer
@@ -38,16 +38,18 @@ class _Requests(enum.Enum):
     """Ended by a request that does not fit the session, which ends with that error."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _FrameTask:
     """Frames that are being made, inline or by a job on a thread."""
 
-    frames: asyncio.Future[tuple[int, list[bytes]]]
-    """How many batches, and the frames that carry them; done already if they were made inline."""
-    job: Job[tuple[int, list[bytes]]] | None
+    frames: asyncio.Future[list[bytes]]
+    """Frames in the order of sending; done already if they were made inline."""
+    job: Job[list[bytes]] | None
     """The job that makes them; None if they were made inline."""
     reservation: Reservation
     """Bytes reserved for the frames."""
+    undelivered: int
+    """Batches reserved with the rate limit and not delivered yet."""
 
     async def cancel_and_join(self) -> None:
         """Releases the bytes, once no thread makes the frames any more."""
@@ -96,29 +98,54 @@ class SampleSession:
         """Sends frames as credits allow; the next ones are made while these are written."""
         making: _FrameTask | None = None
         try:
-            while making is not None or await self._can_send(wake):
+            while True:
                 if making is None:
-                    # Lock order: this session holds no bytes here, so sessions cannot wait for each other in a circle. Bytes for frames
-                    # that are made ahead are only ever tried for, below.
-                    size = self._framer.reserve_bytes(self._credits)
-                    await self._sending.reserve(size)
-                    making = self._start_frames(size)
+                    ahead = await self._reserve_frames(wake)
+                    if ahead is None:
+                        return
+                    making = self._start_frames(ahead)
                 task, making = making, None
                 try:
                     with self._parts.throttle.sampler_waiting():
                         try:
-                            batches, frames = await task.frames
+                            frames = await task.frames
                         except NotReadyError:
                             continue  # the table was cleared after the check
-                        self._credits -= batches
+                        self._credits -= task.undelivered
                         self._raise_error()
                         making = self._try_start_frames()
                         await self._write(frames, write, task.reservation)
+                        self._framer.limiter.delivered(task.undelivered, self._framer.spec.batch_size)
+                        task.undelivered = 0
                 finally:
-                    await task.cancel_and_join()
+                    await self._cancel(task)
         finally:
             if making is not None:
-                await making.cancel_and_join()
+                await self._cancel(making)
+
+    async def _reserve_frames(self, wake: asyncio.Event) -> NextFrames | None:
+        """Waits until frames can be sent, and reserves their batches and bytes; returns None once the learner wants no more."""
+        while await self._can_send(wake):
+            ahead = self._framer.try_reserve(self._credits)
+            if ahead is None:
+                await wake.wait()  # for the rate limit; cleared before it was asked
+                continue
+            try:
+                # Lock order: this session holds no bytes here, so sessions cannot wait for each other in a circle. Bytes for frames that
+                # are made ahead are only ever tried for, in _try_start_frames. Bytes come after the rate limit: what waits for that,
+                # maybe for minutes, must not hold any.
+                await self._sending.reserve(ahead.size_bytes)
+            except BaseException:
+                self._framer.limiter.cancel_batches(ahead.batches, self._framer.spec.batch_size)
+                raise
+            return ahead
+        return None
+
+    async def _cancel(self, task: _FrameTask) -> None:
+        """Ends a task, and returns what it has not delivered to the rate limit."""
+        if task.undelivered:
+            self._framer.limiter.cancel_batches(task.undelivered, self._framer.spec.batch_size)
+        await task.cancel_and_join()
 
     async def _can_send(self, wake: asyncio.Event) -> bool:
         """Waits for a credit and for something to sample; returns False once the learner wants no more."""
@@ -132,26 +159,28 @@ class SampleSession:
             await wake.wait()
 
     def _try_start_frames(self) -> _FrameTask | None:
-        """Starts the next frames if there are credits, something to sample and bytes for them at this moment."""
-        if not (self._credits and self._framer.can_sample()):
+        """Starts the next frames if there are credits, something to sample, leave of the rate limit and bytes at this moment."""
+        if not (self._credits and self._framer.can_sample()) or (ahead := self._framer.try_reserve(self._credits)) is None:
             return None
-        size = self._framer.reserve_bytes(self._credits)
-        return self._start_frames(size) if self._sending.try_reserve(size) else None
+        if not self._sending.try_reserve(ahead.size_bytes):
+            self._framer.limiter.cancel_batches(ahead.batches, self._framer.spec.batch_size)
+            return None
+        return self._start_frames(ahead)
 
-    def _start_frames(self, size: int) -> _FrameTask:
-        """Starts the next frames, for which ``size`` bytes are reserved. Small ones are made inline: a thread would cost as much again."""
-        frames: asyncio.Future[tuple[int, list[bytes]]] = asyncio.get_running_loop().create_future()
-        job: Job[tuple[int, list[bytes]]] | None = None
+    def _start_frames(self, ahead: NextFrames) -> _FrameTask:
+        """Starts frames whose batches and bytes are reserved. Small ones are made inline: a thread would cost as much again."""
+        frames: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+        job: Job[list[bytes]] | None = None
         try:
-            made = self._framer.try_frames(self._credits)
+            made = self._framer.try_frames(ahead)
             if made is None:
-                job = Job(self._parts.sample_pool, self._framer.frames, self._credits)
+                job = Job(self._parts.sample_pool, self._framer.frames, ahead)
                 frames = job.result
             else:
                 frames.set_result(made)
         except Exception as error:
             frames.set_exception(error)
-        return _FrameTask(frames, job, Reservation(self._sending, size))
+        return _FrameTask(frames, job, Reservation(self._sending, ahead.size_bytes), ahead.batches)
 
     async def _write(self, frames: list[bytes], write: Write, reservation: Reservation) -> None:
         """Writes frames and releases the bytes of each one."""

@@ -118,7 +118,7 @@ class EpisodeStore:
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Calls ``listener`` after every change, from the thread that made it; it must not block. Returns what ends the subscription."""
-        return self.writes.subscribe(listener)
+        return self.writes.subscriptions.subscribe(listener)
 
     # Reading
 
@@ -162,7 +162,7 @@ class EpisodeStore:
             return self._ring.index.fill(horizon)
 
     def draw(self, batch_size: int, horizon: int, law: str, rng: np.random.Generator, *, batches: int = 1) -> PinnedDraw:
-        """Draws batches, one after the other from the same episodes, and pins their rows until the draw is released.
+        """Draws batches, each from the same episodes, and pins their rows until the draw is released.
 
         Raises:
             NotReadyError: no episode has horizon + 1 rows.
@@ -187,15 +187,15 @@ class EpisodeStore:
             return self._ring.index.find(episode_ids)
 
     def entries_between(self, first_id: int, last_id: int, *, actor: str | None, limit: int) -> list[IndexEntry]:
-        """Returns the first ``limit`` stored episodes of a range of ids, of one actor where one is named; oldest first."""
+        """Returns the first ``limit`` stored episodes of a range of ids, of one actor if ``actor`` is given; oldest first."""
         with self._ring.lock:
             return self._ring.index.between(first_id, last_id, actor=actor, limit=limit)
 
     @contextmanager
     def hold(self, entries: Sequence[IndexEntry]) -> Iterator[tuple[Columns | None, list[IndexEntry]]]:
-        """Keeps episodes from being overwritten until the block ends, which must be soon: who adds and evicts waits for it.
+        """Keeps episodes from being overwritten until the block ends. It must be short: adds that evict wait for it.
 
-        Returns:
+        Yields:
             The columns, and those of the episodes that are still stored.
         """
         with self._ring.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 
@@ -9,18 +10,22 @@ class Subscriptions:
     """The listeners to changes of what a table holds or allows. Thread-safe."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Replaced as a whole, so that notify() needs no lock.
         self._listeners: tuple[Callable[[], None], ...] = ()
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Calls ``listener`` after every change from now on, in the thread that made it; it must not block.
 
         Returns:
-            What ends the subscription.
+            The function that ends the subscription.
         """
-        self._listeners += (listener,)
+        with self._lock:
+            self._listeners += (listener,)
 
         def unsubscribe() -> None:
-            self._listeners = tuple(other for other in self._listeners if other is not listener)
+            with self._lock:
+                self._listeners = tuple(other for other in self._listeners if other is not listener)
 
         return unsubscribe
 

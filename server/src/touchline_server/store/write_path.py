@@ -12,7 +12,7 @@ are not used again.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from touchline_protos import Counts
 from touchline_protos.codec import Episode
@@ -24,6 +24,7 @@ from touchline_server.store.inserts import AddRequest, Duplicate, PlannedInsert,
 from touchline_server.store.journal import Journal, NullJournal
 from touchline_server.store.plan import InsertPlan
 from touchline_server.store.schema import Schema
+from touchline_server.store.subscriptions import Subscriptions
 
 logger = get_logger(__name__)
 
@@ -44,12 +45,8 @@ class WritePath:
         """The write lock, held from plan to apply; readers never take it. Reentrant: TorchRL's buffer holds it around its calls."""
         self.journal: Journal = NullJournal()
         """Where plans are made durable. Set once, before anything is added."""
-        self._listeners: list[Callable[[], None]] = []
-
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Calls ``listener`` after every change, from the thread that made it; it must not block. Returns what ends the subscription."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+        self.subscriptions = Subscriptions()
+        """Listeners to every change of what is stored."""
 
     def add(self, episode: Episode) -> Stored:
         """Stores one episode; without a journal, which needs a digest of each. Raises whatever refused it."""
@@ -77,7 +74,7 @@ class WritePath:
         if outcomes is None:
             return None
         stored = _stored(outcomes[0])
-        self._notify()
+        self.subscriptions.notify()
         return stored
 
     def commit(self, requests: Sequence[AddRequest]) -> list[Outcome]:
@@ -91,7 +88,7 @@ class WritePath:
         assert outcomes is not None
         for outcome in outcomes:
             if isinstance(outcome, Stored):
-                self._notify()
+                self.subscriptions.notify()
                 break
         return outcomes
 
@@ -101,7 +98,7 @@ class WritePath:
         with self.lock:
             self.journal.clear(self._ring.totals.counts(0, 0))
             self._ring.empty()
-        self._notify()
+        self.subscriptions.notify()
 
     def restore(
         self, inserts: Iterable[PlannedInsert], schema: Schema | None, *, counts: Counts, ledger: DedupLedger, next_id: int
@@ -202,10 +199,6 @@ class WritePath:
         if isinstance(outcome, Exception) and _counts_as_refused(outcome):
             self._ring.count_refused(str(outcome), request.episode)
         return outcome
-
-    def _notify(self) -> None:
-        for listener in tuple(self._listeners):
-            listener()
 
 
 def _counts_as_refused(error: Exception) -> bool:

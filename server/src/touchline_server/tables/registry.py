@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from touchline_server.errors import UnknownTableError
+from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.table import Table
 
 
@@ -18,7 +19,9 @@ class TableRegistry:
     def __init__(self, default: Table) -> None:
         self.default = default
         """The table with the empty name."""
-        self._tables = {default.name: default}
+        self._tables: dict[str, Table] = {}
+        self._subscriptions = Subscriptions()
+        self.add(default)
 
     def __iter__(self) -> Iterator[Table]:
         return iter(tuple(self._tables.values()))
@@ -43,3 +46,13 @@ class TableRegistry:
         """
         if self._tables.setdefault(table.name, table) is not table:
             raise ValueError(f"table: {table.name!r} exists already, expected a new name")
+        table.subscriptions.subscribe(self._subscriptions.notify)
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Calls ``listener`` after every change of any table; see :meth:`Subscriptions.subscribe`."""
+        return self._subscriptions.subscribe(listener)
+
+    def check_restored(self) -> None:
+        """Raises RestoringError until the durable store of every table has been read."""
+        for table in self:
+            table.check_restored()

@@ -63,6 +63,8 @@ class Table:
         self.config = config
         self.store = EpisodeStore(config)
         """The stored episodes."""
+        self.subscriptions = self.store.writes.subscriptions
+        """Listeners to every change of what is stored, or of what the rate limit allows."""
         self.limiter = limiter
         """The rate limit, which streams, calls and adds ask."""
         self.seeds = SeedSource(config.sampling.seed)

@@ -18,12 +18,10 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
 from touchline_protos.codec import Episode
 from touchline_protos.types.flatten import ColumnError, flatten_columns
-from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError
+from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, NotReadyError
 from touchline_server.selectors.entries import FIRST_ROW, LENGTH
-from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store.columns import Columns
-from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.tables.table import Table
 from touchline_server.torchrl.internals import adopt, exclude_writes, make_storage, note_written, release
 
 
@@ -33,9 +31,10 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
     Everything goes through the store, so TorchRL also sees the episodes that are added elsewhere.
     """
 
-    def __init__(self, store: EpisodeStore) -> None:
+    def __init__(self, table: Table) -> None:
         super().__init__()
-        self._store = store
+        self._table = table
+        self._store = table.store
 
     def register_storage(self, storage: Storage) -> None:
         """Attaches to the store's storage and catches up with what it holds."""
@@ -79,7 +78,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         rows = []
         for columns in _split_episodes(data):
             episode = Episode(columns)
-            first_row = self._store.add(episode).first_row
+            first_row = self._table.add(episode).first_row
             rows.append(torch.arange(first_row, first_row + episode.length).remainder(self._store.capacity))
         return torch.cat(rows)
 
@@ -118,11 +117,12 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
 class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
     """Draws slices from the store's index, where TorchRL's ``SliceSampler`` derives borders from a column after each write."""
 
-    def __init__(self, store: EpisodeStore, *, horizon: int, law: str, seeds: SeedSource) -> None:
-        super().__init__(slice_len=horizon + 1)
-        self._store = store
-        self._law = law
-        self._random = seeds.stream()
+    def __init__(self, table: Table) -> None:
+        super().__init__(slice_len=table.config.horizon + 1)
+        self._store = table.store
+        self._limiter = table.limiter
+        self._law = table.config.sampling.law
+        self._random = table.seeds.stream()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
         """Returns the rows of ``batch_size // slice_len`` slices, one slice after the other, and where each row came from.
@@ -132,12 +132,23 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
             batch_size: number of rows, a multiple of the slice's length.
 
         Raises:
-            NotReadyError: no episode is long enough.
+            NotReadyError: no episode is long enough, or the table's rate limit does not allow a batch now.
         """
         steps, slices = self._adjusted_batch_size(batch_size)
         random = self._random
         if self._rng is not None:
             random = np.random.default_rng(int(torch.randint(2**62, (), generator=self._rng)))
+        if not self._limiter.reserve_batches(1, slices):
+            raise NotReadyError(f"the rate limit holds batches back: {self._limiter.explain()}")
+        try:
+            sample = self._draw(slices, steps, random)
+        except BaseException:
+            self._limiter.cancel_batches(1, slices)
+            raise
+        self._limiter.delivered(1, slices)
+        return sample
+
+    def _draw(self, slices: int, steps: int, random: np.random.Generator) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
         with self._store.draw(slices, steps - 1, self._law, random) as (drawn,):
             drawn.columns.note_foreign_reads()
             rows = torch.from_numpy(np.ascontiguousarray(drawn.rows.T).reshape(-1))
@@ -162,8 +173,14 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     lock the rows could be overwritten in between.
     """
 
-    def __init__(self, store: EpisodeStore, *, sampler: EpisodeSliceSampler, batch_size: int) -> None:
-        super().__init__(storage=make_storage(store.capacity), writer=EpisodeRingWriter(store), sampler=sampler, batch_size=batch_size)
+    def __init__(self, table: Table, *, batch_size: int) -> None:
+        store = table.store
+        super().__init__(
+            storage=make_storage(store.capacity),
+            writer=EpisodeRingWriter(table),
+            sampler=EpisodeSliceSampler(table),
+            batch_size=batch_size,
+        )
         self._episodes = store
         exclude_writes(self, store.writes.lock)
 
@@ -173,10 +190,9 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
             super().empty(empty_write_count)
 
 
-def make_torchrl_buffer(store: EpisodeStore, config: Config, seeds: SeedSource) -> ReplayBuffer:
-    """Returns a TorchRL buffer over the store; ``batch_size`` is in rows: slices x (horizon + 1)."""
-    sampler = EpisodeSliceSampler(store, horizon=config.horizon, law=config.sampling.law, seeds=seeds)
-    return EpisodeReplayBuffer(store, sampler=sampler, batch_size=config.batch_size * (config.horizon + 1))
+def make_torchrl_buffer(table: Table) -> ReplayBuffer:
+    """Returns a TorchRL buffer over a table; its ``batch_size`` is in rows: slices x (horizon + 1)."""
+    return EpisodeReplayBuffer(table, batch_size=table.config.batch_size * (table.config.horizon + 1))
 
 
 def _split_episodes(data: TensorDictBase) -> Iterator[dict[str, np.ndarray]]:
