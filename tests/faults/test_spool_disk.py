@@ -97,7 +97,7 @@ def test_full_disk_keeps_nothing_from_being_sent_and_restarts_send_each_episode_
         assert play(again, 1000) is not None
         again.close(60)
         last = Spool(folder, limit_bytes=LIMIT)
-        assert last.resumed == (0, 0)
+        assert last.resumed == 0
         last.close()
     assert server.received[-1] == 1000
 
@@ -137,10 +137,10 @@ def test_full_disk_is_logged_once_and_answers_are_written_once_there_is_space(
         writer.close(60)
 
         left = Spool(tmp_path / "spool", limit_bytes=LIMIT)
-        assert left.resumed == (0, 0)
+        assert left.resumed == 0
         left.close()
     assert sorted(server.received) == list(range(11))
-    assert sum("cannot be taken out for now" in line for line in caplog.messages) == 1
+    assert sum("cannot remove answered episodes for now" in line for line in caplog.messages) == 1
 
 
 def traced(number: int) -> Episode:
@@ -186,7 +186,7 @@ def test_failed_call_ends_keeping_and_what_was_kept_is_sent(fault: Fault, times:
                 refused.append(number)
             if len(refused) == 5:
                 break
-        assert "keeps nothing more before it is opened anew" in str(admission.error)
+        assert "accepts nothing more until it is opened again" in str(admission.error)
         kill_image(folder, tmp_path / "killed")
         disk.cut_power(folder, tmp_path / "unpowered")
 
@@ -222,7 +222,7 @@ def test_failed_fsync_is_raised_to_the_actor_and_stored_episodes_are_sent(
 
         assert server.received == [0, 1, 2, 3, 4]
         assert sum("do not outlive this process" in line for line in caplog.messages) == 1
-        with pytest.raises(SpoolError, match="keeps nothing more before it is opened anew"):
+        with pytest.raises(SpoolError, match="accepts nothing more until it is opened again"):
             writer.close(5)
 
 

@@ -184,7 +184,7 @@ next(episodes)
 held, parent = threading.Event(), os.getpid()
 
 def hold():
-    with writer._state.sender._changed, client._channel._lock, batches._source._closed._cond, episodes._source._closed._cond:
+    with writer._state.sender._status.changed, client._channel._lock, batches._source._closed._cond, episodes._source._closed._cond:
         held.set()
         threading.Event().wait()
 

@@ -87,8 +87,8 @@ def test_episodes_whose_acknowledgement_was_lost_are_not_stored_again(server: Se
 
 
 def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline._actor.sender.GROUP_EPISODES", 1)
-    monkeypatch.setattr(maintenance, "POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr("touchline._actor.send_loop.GROUP_EPISODES", 1)
+    monkeypatch.setattr(maintenance, "PROGRESS_INTERVAL_S", 0.01)
     permits = threading.Semaphore(0)
     arrived: list[int] = []
 
@@ -222,7 +222,7 @@ def test_commands_on_what_is_no_spool_say_so_without_a_trace(run: Run, tmp_path:
         status, output, errors = run(*arguments)
 
         assert (status, output) == (1, "")
-        assert errors == "touchline: gone is not a spool: there is no such folder; name the spool_dir of an EpisodeWriter\n"
+        assert errors == "touchline: gone is not a spool: it does not exist; name the spool_dir of an EpisodeWriter\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,7 +294,7 @@ def test_actor_that_uses_the_spool_is_shown_and_not_disturbed(server: ServerThre
     for status, output, errors in (retried, sent):
         assert (status, output) == (1, "")
         assert errors == (
-            f"touchline: spool is in use by process {actor.pid}: end that program first. While it runs, it sends what waits by itself\n"
+            f"touchline: spool is in use by process {actor.pid}: stop that program first. While it runs, it sends what waits by itself\n"
         )
     assert '"acknowledged": 1' in rest
 

@@ -23,12 +23,12 @@ from touchline_protos.codec import Episode
 from touchline_protos.files.locks import is_locked, open_private
 
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda folder: None, "no spool: there is no such folder"),
-    "a file": (lambda folder: folder.write_text("x"), "no spool: it is no folder"),
-    "an empty folder": (lambda folder: folder.mkdir(), r"no spool: it has no spool\.db"),
+    "nothing": (lambda folder: None, "not a spool: it does not exist"),
+    "a file": (lambda folder: folder.write_text("x"), "not a spool: it is not a folder"),
+    "an empty folder": (lambda folder: folder.mkdir(), r"not a spool: it has no spool\.db"),
     "noise": (lambda folder: _make(folder, random.Random(1).randbytes(20_000)), r"spool\.db: damaged .*move the folder"),
     "half a file": (lambda folder: _halve(folder), r"spool\.db: damaged .*move the folder"),
-    "another application's": (lambda folder: _make(folder, b"", "CREATE TABLE x (y)"), "not a spool of touchline's"),
+    "another application's": (lambda folder: _make(folder, b"", "CREATE TABLE x (y)"), "not a Touchline spool"),
     "a newer format": (lambda folder: (fill(folder, spooled(0)), _make(folder, None, "PRAGMA user_version = 7")), "written in format 7"),
 }
 
@@ -161,7 +161,7 @@ def test_spool_in_use_is_not_changed_from_outside(tmp_path: Path, act: Callable[
     fill(tmp_path, spooled(0), spooled(1), refused=1)
     spool = Spool(tmp_path, limit_bytes=LIMIT)
 
-    with pytest.raises(SpoolError, match=rf"is in use by process {os.getpid()}: end that program first"):
+    with pytest.raises(SpoolError, match=rf"is in use by process {os.getpid()}: stop that program first"):
         act(tmp_path)
 
     spool.close()

@@ -235,7 +235,7 @@ def test_unavailable_server_is_tried_until_it_is_back(client: ReplayClient, shel
     writer = EpisodeWriter(client)
     _play(writer, range(3))
     key = writer.end_episode()
-    eventually(lambda: "sending is tried again" in caplog.text, "it is tried in vain")
+    eventually(lambda: "are pending, retrying" in caplog.text, "it is tried in vain")
     with pytest.raises(UnacknowledgedError, match="1 episodes are not acknowledged") as caught:
         writer.flush(0)
     assert [(result.key, type(result.error)) for result in caught.value.results] == [(key, UnavailableError)]
@@ -293,7 +293,7 @@ def test_server_at_its_limits_is_not_asked_again_before_the_delay_that_it_gave()
 def test_server_that_keeps_failing_on_an_episode_has_refused_it(
     client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("touchline._actor.sender.SERVER_ERROR_ATTEMPTS", 2)
+    monkeypatch.setattr("touchline._actor.send_loop.SERVER_ERROR_ATTEMPTS", 2)
     shelf.failures = [(grpc.StatusCode.INTERNAL, "internal")] * 2
     writer = EpisodeWriter(client)
     _play(writer, range(2))
@@ -470,13 +470,13 @@ def test_episode_that_is_answered_before_it_is_counted_leaves_the_thread_at_rest
     monkeypatch.setattr(client, "deliver_all", lambda episodes: iter([[EpisodeResult(key) for key, _ in episodes]]))
     sender = EpisodeSender(client, queue, name="keeper", when_full="block")
     pauses: list[int] = []
-    sleep = sender._sleep
+    sleep = sender._status.sleep
 
     def noted(delay_s: float) -> None:
         pauses.append(sender.counters.pending)
         sleep(delay_s)
 
-    monkeypatch.setattr(sender, "_sleep", noted)
+    monkeypatch.setattr(sender._status, "sleep", noted)
     columns = {name: np.zeros(2, np.float32) for name in ("obs", "action", "reward")}
 
     for sequence in range(4):

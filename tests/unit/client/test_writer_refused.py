@@ -70,9 +70,7 @@ def test_row_that_cannot_be_stored_ends_its_episode_and_the_rest_is_no_other(
 
 def test_row_0_that_cannot_be_stored_refuses_the_whole_episode(client: ReplayClient, stored: list[Episode]) -> None:
     with EpisodeWriter(client) as writer:
-        with pytest.raises(
-            InvalidEpisodeError, match=r"^reward: None, expected numbers \(row 0; row 0 needs only obs: leave out what a reset"
-        ):
+        with pytest.raises(InvalidEpisodeError, match=r"^reward: None, expected numbers \(row 0; row 0 needs only obs: omit what a reset"):
             writer.append({"obs": 0.0, "reward": None, "action": None})
         with pytest.raises(InvalidEpisodeError, match=r"^the episode was refused before"):
             writer.append(row(1))

@@ -108,8 +108,8 @@ def test_drop_oldest_keeps_the_newest_and_the_one_being_sent(client: ReplayClien
     assert (counters.pending, counters.dropped, counters.steps_dropped) == (3, 4, 8)
     assert shelf.firsts == [0, 5, 6]
     lines = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
-    assert "1 episodes were dropped since the last such line (drop-oldest), 1 of 2 rows so far" in lines[0]
-    assert "3 episodes were dropped since the last such line (drop-oldest), 4 of 8 rows so far" in lines[1]
+    assert "dropped 1 episodes since the last such line (drop-oldest), 1 with 2 rows in all" in lines[0]
+    assert "dropped 3 episodes since the last such line (drop-oldest), 4 with 8 rows in all" in lines[1]
     assert len(lines) == 2
 
 
@@ -173,7 +173,7 @@ def test_spooled_episode_goes_out_and_leaves_the_disk(client: ReplayClient, shel
     assert (counters.acknowledged, counters.pending, counters.resumed, counters.steps_acknowledged) == (1, 0, 0, 3)
     assert counters.spool_bytes > 0
     spool = Spool(tmp_path / "spool", limit_bytes=LIMIT)
-    assert spool.resumed == (0, 0)
+    assert spool.resumed == 0
     spool.close()
 
 
@@ -355,7 +355,7 @@ def test_full_spool_holds_the_actor_up_until_there_is_room_and_says_so_once(
         play(writer, number)
     writer.close(60)
     assert shelf.firsts == list(range(20))
-    assert caplog.text.count("is held up: there is no room for another episode, 2 wait") == 1
+    assert caplog.text.count("is blocked: no space for another episode, 2 are pending") == 1
 
 
 @pytest.mark.parametrize("when_full", ["drop-oldest", "drop-newest"])
@@ -394,7 +394,7 @@ def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_roo
     for number in (1, 2):
         writer.append({"obs": np.float32(number), "action": np.zeros(4, np.float32), "reward": 0.0})
 
-    with pytest.raises(SpoolError, match="no room"):
+    with pytest.raises(SpoolError, match="no space"):
         writer.close(0.1)
     loss = writer._state.describe_loss()
     shelf.away.clear()
@@ -567,8 +567,8 @@ def test_line_about_sending_in_vain_is_repeated_after_ten_seconds_and_then_each_
     for second in range(200):
         now[0] = 100.0 + second
         before = len(caplog.messages)
-        log.tried_again(full, second)
+        log.retrying(full, second)
         told += [second] * (len(caplog.messages) - before)
 
     assert told == [0, 10, 70, 130, 190]
-    assert caplog.messages[-1] == "writer: 190 episodes wait, sending is tried again: the disk is full"
+    assert caplog.messages[-1] == "writer: 190 episodes are pending, retrying: the disk is full"

@@ -121,13 +121,13 @@ def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, sp
     bug.setattr(Spool, "peek", peek)
     writer = EpisodeWriter(client, **spool_dir)
     key = play(writer, 0)
-    wait_for = writer._state.sender._changed.wait_for
+    wait_for = writer._state.sender._status.changed.wait_for
 
     def wait_for_and_say_so(*arguments: Any) -> bool:
         waiting.set()
         return wait_for(*arguments)
 
-    bug.setattr(writer._state.sender._changed, "wait_for", wait_for_and_say_so)
+    bug.setattr(writer._state.sender._status.changed, "wait_for", wait_for_and_say_so)
     with pytest.raises(UnacknowledgedError) as caught:
         writer.flush()
 
@@ -262,4 +262,4 @@ def test_want_of_memory_while_reading_the_spool_is_tried_again(
         play(writer, 5)
 
     assert shelf.firsts == [5] and writer.counters.acknowledged == 1
-    assert "no memory left" in caplog.text and not failures(caplog)
+    assert "not enough memory" in caplog.text and not failures(caplog)

@@ -37,7 +37,7 @@ class EpisodeFactory:
         return key, make_episode(columns, key=key, actor=name, policy_version=version, dtype=self._dtype)
 
     def make_all(self, episodes: Any, *, actor: str, policy_version: int) -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-        """Returns an iterator of episodes, each with its key; in the place of a malformed one its error. Checks the origin at once.
+        """Returns an iterator of episodes, each with its key, or with the error of a malformed one. Checks actor and version immediately.
 
         Raises:
             InvalidArgumentError: the actor's name or the policy version is out of range.

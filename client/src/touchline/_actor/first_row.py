@@ -1,4 +1,4 @@
-"""What an actor is told if its episodes look as if they were in the other row convention."""
+"""Warning for an actor whose episodes look as if they used the other row convention."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from touchline_protos.log_lines import get_logger
 from touchline_protos.types import rules
 from touchline_protos.v1 import replay_pb2 as pb
 
-ASK_S = 10.0
-"""Deadline of the one question to the server."""
+INFO_TIMEOUT_S = 10.0
+"""Deadline of the call that asks the server for its row convention."""
 
 logger = get_logger(__name__)
 
 
 class FirstRowCheck:
-    """Warns once of an action in row 0 under the row convention ``incoming``, where it is never drawn. May be used from any thread.
+    """Warns once of an action in row 0 under the row convention ``incoming``, which never samples it. Thread-safe.
 
     Args:
-        rpc: makes the calls.
-        table: that the episodes go to.
+        rpc: client for the calls.
+        table: table of the episodes.
     """
 
     def __init__(self, rpc: RpcClient, *, table: str) -> None:
@@ -32,7 +32,7 @@ class FirstRowCheck:
         self._done = False
 
     def check(self, episodes: Iterable[Episode]) -> None:
-        """Looks at episodes that the server has answered; asks it for its row convention at the first that has an action in row 0."""
+        """Checks stored episodes; asks the server for its row convention at the first one with an action in row 0."""
         if self._done:
             return
         found = next((episode for episode in episodes if rules.has_action_in_row_0(episode.columns)), None)
@@ -41,9 +41,9 @@ class FirstRowCheck:
         self._done = True
         request = pb.InfoRequest(table=self._table).SerializeToString()
         try:
-            convention = server_info_of(self._rpc.unary("Info", request, timeout_s=ASK_S)).row_convention
+            convention = server_info_of(self._rpc.unary("Info", request, timeout_s=INFO_TIMEOUT_S)).row_convention
         except (TouchlineError, KeyError, ValueError) as error:
-            logger.debug("the row convention of %s is not known: %s", self._rpc.channel.address, error)
+            logger.debug("cannot read the row convention of %s: %s", self._rpc.channel.address, error)
             return
         if convention == "incoming":
             logger.warning("an episode of actor %r: %s", found.actor, rules.ACTION_IN_ROW_0)

@@ -1,4 +1,4 @@
-"""Keys of episodes: they make adding idempotent."""
+"""Keys of episodes, which make adding idempotent."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _RANDOM_BITS = 20
 
 
 class Identity:
-    """Who a client is, and a fresh key for each of its episodes. Safe to use from many threads.
+    """Identity of a client, and the source of its episodes' keys. Thread-safe.
 
     Args:
-        client_id: names the sender, 1 to 128 characters; None makes ``<hostname>-<random>``.
+        client_id: name of the client, 1 to 128 characters; None makes ``<hostname>-<random>``.
 
     Raises:
-        InvalidArgumentError: the name is no text, empty, too long, or has control characters.
+        InvalidArgumentError: the name is not a str, is empty or too long, or has control characters.
     """
 
     def __init__(self, client_id: str | None = None) -> None:
@@ -33,21 +33,21 @@ class Identity:
         if fault is not None:
             raise InvalidArgumentError(f"client_id: {fault}")
         self.given_id = client_id
-        """As it was given."""
+        """Name as the caller passed it; None for a generated one."""
         self._renew()
         register_after_fork(self)
 
     @property
     def client_id(self) -> str:
-        """Names the sender."""
+        """Name of the client."""
         return self._client_id
 
     def next_key(self) -> EpisodeKey:
-        """Returns a key that no episode had before."""
+        """Returns a new key."""
         return EpisodeKey(self._client_id, self._incarnation, next(self._sequence))
 
     def after_fork_in_child(self) -> None:
-        """Becomes another sender: parent and child would give the same keys to different episodes."""
+        """Takes a new identity: parent and child would give the same keys to different episodes."""
         self._renew()
 
     def _renew(self) -> None:

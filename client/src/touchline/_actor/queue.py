@@ -1,4 +1,4 @@
-"""Ended episodes that wait to be sent: what a queue of them does, and the one that keeps them in memory."""
+"""Queues of ended episodes: what a sender needs of one, and the queue in memory."""
 
 from __future__ import annotations
 
@@ -11,128 +11,134 @@ from touchline.errors import SpoolError, TouchlineError
 from touchline_protos.codec import Episode, EpisodeKey
 
 OverflowPolicy = Literal["block", "drop-oldest", "drop-newest"]
-"""What a writer does with an ended episode for which there is no room."""
+"""What a writer does with an ended episode that its queue has no space for."""
 
 MAX_PENDING = 64
-"""Episodes that may wait in memory where nothing else was said."""
+"""Default maximum of episodes that wait in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueTicket:
-    """An episode in a queue."""
+    """Reference to an episode in a queue."""
 
     number: int
-    """Its place: later ones have higher numbers."""
+    """Position in the queue's order: later episodes have higher numbers."""
     key: EpisodeKey
     length: int
-    """Rows."""
+    """Number of rows."""
+
+
+Peeked = tuple[QueueTicket, Episode | TouchlineError]
+"""Ticket of an episode, and the episode or the error that keeps it from being sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueItem:
-    """An episode as a queue takes it."""
+    """Episode in the form in which a queue stores it."""
 
     key: EpisodeKey
     length: int
-    """Rows."""
+    """Number of rows."""
     size_bytes: int
     content: Episode | bytes
-    """As it is kept: the episode, or its message."""
+    """Episode, or its encoded message."""
 
 
 @dataclass(frozen=True, slots=True)
 class PutResult:
-    """What became of an episode that was put into a queue."""
+    """Outcome of putting an episode into a queue."""
 
     kept: bool
-    """It is in the queue."""
+    """Whether the episode is in the queue."""
     dropped: list[QueueTicket] = field(default_factory=list)
-    """Those that left the queue for it, unsent; perhaps in vain."""
+    """Episodes dropped from the queue to make space; possible even if the new one was not kept."""
     error: SpoolError | None = None
-    """Why it is not kept, where that is not want of room."""
+    """Reason why the episode was not kept, unless there was no space for it."""
 
 
 class EpisodeQueue(Protocol):
-    """A queue of ended episodes, oldest first. One thread puts, one takes; safe for both at once, and for others that look on.
+    """Queue of ended episodes, oldest first.
 
-    What was taken last, and all before it, is being sent: it is never dropped, because it may be acknowledged at that very moment.
+    One thread puts and one thread takes out; other methods are thread-safe. The episode peeked at last, and those before it, are being
+    sent: they are never dropped, because the server may be acknowledging them at that moment.
     """
 
     @property
     def spool_dir(self) -> str:
-        """The folder that keeps the episodes beyond this process; empty where nothing does."""
+        """Folder that keeps the episodes beyond this process; empty for a queue in memory."""
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on the disk now."""
+        """Bytes on the disk."""
 
     @property
-    def resumed(self) -> tuple[int, int]:
-        """Episodes, and rows in them, that were there when it was opened."""
+    def resumed(self) -> int:
+        """Episodes that were in the queue when it was opened."""
 
     def pack(self, episode: Episode) -> QueueItem:
-        """Returns the episode as it will be kept.
+        """Returns an episode in the queue's own form.
 
         Raises:
-            InvalidEpisodeError: it cannot be put into a message.
-            TooLargeError: it would not fit even if nothing else were there.
+            InvalidEpisodeError: the episode cannot be encoded.
+            TooLargeError: the episode would not fit into an empty queue.
         """
 
     def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
-        """Appends an episode if there is room.
+        """Appends an episode if there is space.
 
         Args:
-            parcel: the episode.
-            drop_oldest: make room by dropping the oldest that are not being sent; none, if that would not be enough.
-            force: beyond the bounds; only a queue in memory does that.
+            item: packed episode.
+            drop_oldest: whether to make space by dropping the oldest episodes that are not being sent. Drops none if that would not
+                suffice.
+            force: whether to exceed the bounds; only a queue in memory does.
         """
 
-    def peek(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
-        """Returns the oldest episode, which stays; or why it cannot be sent. None where there is none.
+    def peek(self, after: QueueTicket | None = None) -> Peeked | None:
+        """Returns the oldest episode without removing it, and marks it as being sent; None if the queue is empty.
 
         Args:
-            after: the oldest of those behind this one, which was taken before; to be sent with it.
+            after: ticket of an episode peeked at before; returns the next one behind it instead.
 
         Raises:
-            SpoolError: reading failed.
+            SpoolError: the spool cannot be read.
         """
 
-    def acknowledge(self, waiting: QueueTicket) -> None:
-        """Forgets an episode that was taken: it is acknowledged.
+    def acknowledge(self, ticket: QueueTicket) -> None:
+        """Removes an episode that was peeked at and is acknowledged; the oldest first.
 
         Raises:
-            SpoolError: writing failed; it is still there.
+            SpoolError: the spool cannot be written; the episode is still there.
         """
 
-    def dead_letter(self, waiting: QueueTicket, error: TouchlineError) -> None:
-        """Takes an episode that was taken out of the queue, because it will never be acknowledged.
+    def dead_letter(self, ticket: QueueTicket, error: TouchlineError) -> None:
+        """Takes an episode out of the queue that was peeked at and will never be acknowledged; a spool keeps it with the reason.
 
         Raises:
-            SpoolError: writing failed; it is still in the queue.
+            SpoolError: the spool cannot be written; the episode is still there.
         """
 
     def waiting_keys(self) -> list[EpisodeKey]:
-        """Returns the keys of all that wait, oldest first.
+        """Returns the keys of all episodes in the queue, oldest first.
 
         Raises:
-            SpoolError: reading failed.
+            SpoolError: the spool cannot be read.
         """
 
     def close(self) -> None:
-        """Lets go of what it holds; what waits in memory is gone."""
+        """Leaves what is in a spool to the next writer. Does nothing for a queue in memory."""
 
 
 class MemoryQueue:
-    """Episodes in this process's memory. See :class:`EpisodeQueue`.
+    """Queue in this process's memory, bounded by number and bytes. See :class:`EpisodeQueue`.
 
     Args:
-        max_pending: episodes that fit.
-        max_bytes: payload that fits; an episode above it waits alone.
+        max_pending: maximum number of episodes.
+        max_bytes: maximum payload; a single episode above it waits by itself.
     """
 
     spool_dir = ""
     size_bytes = 0
-    resumed = (0, 0)
+    resumed = 0
 
     def __init__(self, *, max_pending: int, max_bytes: int) -> None:
         self._max_pending = max_pending
@@ -149,50 +155,51 @@ class MemoryQueue:
         return QueueItem(episode.key, episode.length, episode.size_bytes, episode)
 
     def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
-        """Appends an episode if there is room."""
+        """Appends an episode if there is space."""
         assert isinstance(item.content, Episode)
         with self._lock:
             dropped: list[QueueTicket] = []
-            if not force and not self._has_room(item.size_bytes, len(self._episodes), self._bytes):
-                sizes = [size_bytes for waiting, _, size_bytes in self._episodes if waiting.number <= self._sending]
-                if not drop_oldest or not self._has_room(item.size_bytes, len(sizes), sum(sizes)):
+            if not force and not self._has_space(item.size_bytes, len(self._episodes), self._bytes):
+                # Those being sent are at the front, and stay; the first one behind them is the oldest that may be dropped.
+                sending = [size_bytes for ticket, _, size_bytes in self._episodes if ticket.number <= self._sending]
+                if not drop_oldest or not self._has_space(item.size_bytes, len(sending), sum(sending)):
                     return PutResult(False)
-                while not self._has_room(item.size_bytes, len(self._episodes), self._bytes):
-                    waiting, _, size_bytes = self._episodes[len(sizes)]
-                    del self._episodes[len(sizes)]
+                while not self._has_space(item.size_bytes, len(self._episodes), self._bytes):
+                    ticket, _, size_bytes = self._episodes[len(sending)]
+                    del self._episodes[len(sending)]
                     self._bytes -= size_bytes
-                    dropped.append(waiting)
+                    dropped.append(ticket)
             self._episodes.append((QueueTicket(self._next, item.key, item.length), item.content, item.size_bytes))
             self._next += 1
             self._bytes += item.size_bytes
             return PutResult(True, dropped)
 
-    def peek(self, after: QueueTicket | None = None) -> tuple[QueueTicket, Episode | TouchlineError] | None:
-        """Returns the oldest episode, which stays; or the oldest behind ``after``."""
+    def peek(self, after: QueueTicket | None = None) -> Peeked | None:
+        """Returns the oldest episode without removing it, or the next one behind ``after``."""
         with self._lock:
-            for waiting, episode, _ in self._episodes:
-                if after is None or waiting.number > after.number:
-                    self._sending = waiting.number
-                    return waiting, episode
+            for ticket, episode, _ in self._episodes:
+                if after is None or ticket.number > after.number:
+                    self._sending = ticket.number
+                    return ticket, episode
             return None
 
-    def acknowledge(self, waiting: QueueTicket) -> None:
-        """Forgets an episode that was taken; those go in their order."""
+    def acknowledge(self, ticket: QueueTicket) -> None:
+        """Removes the oldest episode."""
         with self._lock:
-            assert waiting.number <= self._sending and self._episodes[0][0] == waiting
+            assert ticket.number <= self._sending and self._episodes[0][0] == ticket
             self._bytes -= self._episodes.popleft()[2]
 
-    def dead_letter(self, waiting: QueueTicket, error: TouchlineError) -> None:
-        """Forgets an episode that was taken: whoever took it reports it."""
-        self.acknowledge(waiting)
+    def dead_letter(self, ticket: QueueTicket, error: TouchlineError) -> None:
+        """Removes the oldest episode; its sender reports the error."""
+        self.acknowledge(ticket)
 
     def waiting_keys(self) -> list[EpisodeKey]:
-        """Returns the keys of all that wait, oldest first."""
+        """Returns the keys of all episodes in the queue, oldest first."""
         with self._lock:
-            return [waiting.key for waiting, _, _ in self._episodes]
+            return [ticket.key for ticket, _, _ in self._episodes]
 
     def close(self) -> None:
         """Does nothing."""
 
-    def _has_room(self, size_bytes: int, episodes: int, held_bytes: int) -> bool:
+    def _has_space(self, size_bytes: int, episodes: int, held_bytes: int) -> bool:
         return episodes == 0 or (episodes < self._max_pending and held_bytes + size_bytes <= self._max_bytes)

@@ -1,4 +1,4 @@
-"""Who takes the episodes that a writer sends."""
+"""Recipient of the episodes that a sender sends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from touchline_protos.codec import Episode, EpisodeKey
 
 
 class EpisodeRecipient(Protocol):
-    """What :class:`~touchline.ReplayClient` is to a sender."""
+    """Part of :class:`~touchline.ReplayClient` that a sender uses."""
 
     @property
     def address(self) -> str:
-        """Of the server, for the log."""
+        """Address of the server, for log lines."""
 
     @property
     def timeout_s(self) -> float:
-        """How long an orderly end waits."""
+        """Longest wait of an orderly close."""
 
     def deliver(self, episode: Episode) -> None:
-        """Stores one episode, under the key that it carries."""
+        """Stores one episode under the key that it carries."""
 
     def deliver_all(self, episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]]) -> Iterator[list[EpisodeResult]]:
-        """Stores episodes that already carry their keys, and yields what became of them, call by call."""
+        """Stores episodes under the keys that they carry, and yields the results of each call."""

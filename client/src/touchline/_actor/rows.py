@@ -1,4 +1,4 @@
-"""Rows that become an episode."""
+"""Rows on their way to becoming an episode."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from touchline_protos.types.casting import ROUNDING_HINT, ColumnError, cast, nar
 from touchline_protos.types.dtypes import BFLOAT16, dtype_name, to_wire
 from touchline_protos.types.flatten import flatten_columns
 
-_FIRST_ROWS = 128
+_INITIAL_CAPACITY = 128
 _BFLOAT16_NAN_BITS = 0x7FC0
 
 
 def row_columns(step: Mapping[str, Any], *, known: Container[str] = (), dtype: np.dtype[Any] | None = None) -> dict[str, np.ndarray]:
-    """Returns one row's values by dotted name.
+    """Returns the values of one row by dotted column name.
 
-    A plain Python float becomes float32, a bool bool and an int int64; numpy values and tensors keep their dtype.
+    A Python float becomes float32, a bool bool and an int int64; numpy values and tensors keep their dtypes.
 
     Args:
-        step: the row; not changed.
-        known: names of columns that have a dtype: a plain float is not rounded before that is applied to it.
-        dtype: that float64 values are rounded to; None leaves them.
+        step: row by column name, nested or dotted; not modified.
+        known: names of the columns whose dtype is already fixed. A Python float for one of them is not rounded to float32 first.
+        dtype: dtype that float64 values are rounded to; None keeps float64.
 
     Raises:
-        InvalidEpisodeError: a value is not an array of numbers, or of a dtype that is not supported.
+        InvalidEpisodeError: a value is not an array of numbers, or its dtype is not supported.
     """
     if not hasattr(step, "keys"):
         raise InvalidEpisodeError(f"step: {type(step).__name__}, expected a mapping of values by column name")
@@ -44,30 +44,30 @@ def row_columns(step: Mapping[str, Any], *, known: Container[str] = (), dtype: n
 
 
 class EpisodeRows:
-    """Columns that grow by a row at a time. Values are copied in. For one thread at a time."""
+    """Columns that grow by one row at a time. Values are copied in. Not thread-safe."""
 
     def __init__(self) -> None:
         self._columns: dict[str, np.ndarray] = {}
         self._length = 0
-        self._settled = False
-        self._capacity = _FIRST_ROWS
+        self._columns_fixed = False
+        self._capacity = _INITIAL_CAPACITY
 
     def __len__(self) -> int:
         return self._length
 
     @property
     def names(self) -> Container[str]:
-        """Of the columns."""
+        """Names of the columns."""
         return self._columns.keys()
 
     def append(self, row: Mapping[str, np.ndarray]) -> None:
-        """Adds a row; the second may bring columns that the first left out, whose value there is NaN, or zero where there is no NaN.
+        """Adds a row. The second row may have columns that the first one lacks; they are NaN there, or zero if the dtype has no NaN.
 
-        Arrays have the dtype of the rows before. A scalar may be of another one if that loses nothing but digits of a float.
+        An array must have the dtype of the rows before. A scalar is converted if that loses nothing but digits of a float.
 
         Raises:
-            InvalidEpisodeError: a column is missing or unknown, or of another dtype or shape than in the rows before, or a scalar does not
-                fit its column. Nothing is added.
+            InvalidEpisodeError: a column is missing or unknown, an array differs in dtype or shape from the rows before, or a scalar does
+                not fit its column. Nothing is added.
         """
         if self._length:
             row = self._fitted(row)
@@ -83,31 +83,31 @@ class EpisodeRows:
                 column = np.concatenate([column, np.empty_like(column)])
                 self._columns[name] = column
             column[self._length] = value
-        self._settled = self._length > 0
+        self._columns_fixed = self._length > 0
         self._length += 1
         self._capacity = max(self._capacity, *(len(column) for column in self._columns.values()))
 
     def take(self, *, overlap: bool = False) -> dict[str, np.ndarray]:
-        """Returns the columns, which are the caller's, and starts afresh.
+        """Returns the columns [rows, ...], which the caller then owns, and starts over.
 
         Args:
-            overlap: begin the next episode with the last row of this one.
+            overlap: whether the next episode begins with the last row of this one.
         """
         columns = {name: column[: self._length] for name, column in self._columns.items()}
         self.clear()
         if overlap:
             self.append({name: column[-1, ...] for name, column in columns.items()})
-            self._settled = True
+            self._columns_fixed = True
         return columns
 
     def clear(self) -> None:
-        """Forgets the rows."""
+        """Removes all rows."""
         self._columns = {}
         self._length = 0
-        self._settled = False
+        self._columns_fixed = False
 
     def _fitted(self, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns a row with the dtypes of the columns."""
+        """Returns a row in the dtypes of the columns."""
         for name in self._columns:
             if name not in row:
                 raise InvalidEpisodeError(f"{name}: missing in row {self._length}, expected as in the rows before")
@@ -115,7 +115,7 @@ class EpisodeRows:
         for name, value in row.items():
             column = self._columns.get(name)
             if column is None:
-                if self._settled:
+                if self._columns_fixed:
                     raise InvalidEpisodeError(f"{name}: unknown column in row {self._length}, expected {', '.join(self._columns)}")
             elif value.shape != column.shape[1:]:
                 raise InvalidEpisodeError(
@@ -139,14 +139,14 @@ class EpisodeRows:
 
 def _typed(level: Any, name: str, known: Container[str]) -> Any:
     if type(level) is float and name not in known:
-        return cast(name, np.asarray(level), np.dtype(np.float32), rounding=True, why="which stands for a Python float")
+        return cast(name, np.asarray(level), np.dtype(np.float32), rounding=True, why="which stores Python floats")
     if isinstance(level, Mapping):
         return {key: _typed(value, f"{name}.{key}" if name else str(key), known) for key, value in level.items()}
     return level
 
 
 def undefined(dtype: np.dtype) -> Any:
-    """Returns what stands in a row for a value that it does not have: NaN (of one bit pattern a dtype), or zero where there is no NaN."""
+    """Returns the placeholder of a missing value: NaN (always with the same bits), or zero for a dtype without NaN."""
     if dtype == BFLOAT16:
         return np.array((_BFLOAT16_NAN_BITS,), BFLOAT16)
     return np.nan if dtype.kind == "f" else 0

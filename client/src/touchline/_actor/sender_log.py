@@ -1,4 +1,4 @@
-"""What the log tells of a writer's episodes: which were dropped or refused, and what is in the way of the others."""
+"""Log lines about a writer's episodes: which were dropped or refused, and what delays the others."""
 
 from __future__ import annotations
 
@@ -12,84 +12,84 @@ from touchline.types import WriterCounters
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.log_lines import get_logger
 
-LOG_S = 10.0
-"""Between two log lines about dropped episodes, or about an actor that is held up; the first is logged at once."""
+LOG_INTERVAL_S = 10.0
+"""Time between two log lines about dropped episodes, or about a blocked actor; the first is logged immediately."""
 
 logger = get_logger(__name__)
 
 
 class SenderLog:
-    """Tells of what happens to episodes: at once where it is news, now and then where it goes on.
+    """Logs what happens to episodes: immediately if it is news, at intervals while it lasts. For one thread a method.
 
     Args:
-        name: of the sender.
-        place: the spool's folder; empty without one.
-        clock: seconds that never go back; for tests.
+        name: name of the sender.
+        spool_dir: folder of the spool; empty without one.
+        clock: monotonic clock, in seconds; a test may replace it.
     """
 
     def __init__(self, name: str, spool_dir: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._name = name
-        self._place = spool_dir
-        self._troubles: dict[type[TouchlineError], float] = {}
+        self._spool_dir = spool_dir
+        self._next_retry_line: dict[type[TouchlineError], float] = {}
         self._held_up_at = -math.inf
-        self._drops, self._drops_at = 0, -math.inf
+        self._drops_logged, self._drops_at = 0, -math.inf
 
     def resumed(self, episodes: int) -> None:
-        """Tells what the spool had from before."""
+        """Logs how many episodes the spool had from earlier writers."""
         if episodes:
-            logger.info("%s: %d episodes of %s go out first", self._name, episodes, self._place)
+            logger.info("%s: sends %d episodes of %s first", self._name, episodes, self._spool_dir)
 
-    def left(self, episodes: int) -> None:
-        """Tells what stays in the spool."""
+    def left_in_spool(self, episodes: int) -> None:
+        """Logs how many episodes stay in the spool."""
         if episodes:
-            logger.warning("%s: %d episodes wait in %s for its next start", self._name, episodes, self._place)
+            logger.warning("%s: %d episodes wait in %s for its next start", self._name, episodes, self._spool_dir)
 
-    def held_up(self, waiting: int) -> None:
-        """Tells that the actor waits for room, and behind how many."""
+    def held_up(self, pending: int) -> None:
+        """Logs that the actor is blocked, and how many episodes are pending."""
         now = self._clock()
-        if now - self._held_up_at >= LOG_S:
-            logger.warning("%s is held up: there is no room for another episode, %d wait", self._name, waiting)
+        if now - self._held_up_at >= LOG_INTERVAL_S:
+            logger.warning("%s is blocked: no space for another episode, %d are pending", self._name, pending)
             self._held_up_at = now
 
-    def dropped(self, counters: WriterCounters, policy: str, trouble: TouchlineError | None, *, last: bool = False) -> None:
-        """Tells what was dropped, where something was.
+    def dropped(self, counters: WriterCounters, policy: str, error: TouchlineError | None, *, last: bool = False) -> None:
+        """Logs how many episodes were dropped since the last such line, if any were.
 
         Args:
-            counters: with all that was.
-            policy: by which.
-            trouble: why sending is being tried again.
-            last: nothing will be told later.
+            counters: counters of the writer.
+            policy: policy by which they were dropped.
+            error: error because of which sending is being retried.
+            last: whether this is the last call, which logs whatever was not logged yet.
         """
         now = self._clock()
-        if counters.dropped == self._drops or (now - self._drops_at < LOG_S and not last):
+        if counters.dropped == self._drops_logged or (now - self._drops_at < LOG_INTERVAL_S and not last):
             return
         logger.error(
-            "%s: %d episodes were dropped since the last such line (%s), %d of %d rows so far: there is no room, the server does not take "
-            "them fast enough: %s",
+            "%s: dropped %d episodes since the last such line (%s), %d with %d rows in all: no space, the server does not store them fast "
+            "enough: %s",
             self._name,
-            counters.dropped - self._drops,
+            counters.dropped - self._drops_logged,
             policy,
             counters.dropped,
             counters.steps_dropped,
-            trouble or "it answers",
+            error or "it answers",
         )
-        self._drops, self._drops_at = counters.dropped, now
+        self._drops_logged, self._drops_at = counters.dropped, now
 
     def refused(self, key: EpisodeKey, length: int, error: TouchlineError) -> None:
-        """Tells of an episode that is given up."""
-        aside = f"; it is kept aside in {self._place}" if self._place else ""
-        what = "is given up, and may have been stored" if isinstance(error, ServerError) else "is not stored"
-        logger.error("%s: episode %s of %d rows %s%s: %s", self._name, key, length, what, aside, error)
+        """Logs an episode that was given up."""
+        kept = f"; it is kept in {self._spool_dir}" if self._spool_dir else ""
+        outcome = "is given up, and may be stored" if isinstance(error, ServerError) else "is not stored"
+        logger.error("%s: episode %s with %d rows %s%s: %s", self._name, key, length, outcome, kept, error)
 
-    def tried_again(self, trouble: TouchlineError, waiting: int) -> None:
-        """Tells why sending did not succeed: at once for each kind of reason, again after 10 s, then once a minute."""
-        now, due = self._clock(), self._troubles.get(type(trouble))
+    def retrying(self, error: TouchlineError, pending: int) -> None:
+        """Logs why sending did not succeed: immediately for each type of error, again after 10 s, then once a minute."""
+        now, due = self._clock(), self._next_retry_line.get(type(error))
         if due is None or now >= due:
-            self._troubles[type(trouble)] = now + (FIRST_LINE_S if due is None else LINE_INTERVAL_S)
-            logger.warning("%s: %d episodes wait, sending is tried again: %s", self._name, waiting, trouble)
+            self._next_retry_line[type(error)] = now + (FIRST_LINE_S if due is None else LINE_INTERVAL_S)
+            logger.warning("%s: %d episodes are pending, retrying: %s", self._name, pending, error)
 
-    def answered(self) -> None:
-        """Tells that the server answers again; every reason is news from now on."""
-        logger.info("%s goes on: the server answers again", self._name)
-        self._troubles.clear()
+    def recovered(self) -> None:
+        """Logs that the server answers again; from now on every type of error is news."""
+        logger.info("%s: the server answers again", self._name)
+        self._next_retry_line.clear()

@@ -1,4 +1,4 @@
-"""The way of episodes to the server: one at a time in a message, many or big ones as a stream of chunks."""
+"""Upload of episodes to the server: one episode as a single message, many or large ones as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from touchline_protos.v1 import replay_pb2 as pb
 logger = get_logger(__name__)
 
 MAX_LOAD_EPISODES = 1000
-"""Episodes of one call of a load."""
+"""Maximum number of episodes in one call of a load."""
 MAX_LOAD_BYTES = 256 << 20
-"""Payload of one call of a load, unless one episode alone has more."""
+"""Maximum payload of one call of a load, unless a single episode is larger."""
 CHUNK_BYTES = 1 << 20
-"""Payload of a message of a load; measured to be better than 256 KiB and 4 MiB."""
+"""Payload of one message of a load; measured to be faster than 256 KiB and 4 MiB."""
 
 
 class EpisodeUploader:
-    """Sends episodes. Safe to use from many threads.
+    """Sends episodes. Thread-safe.
 
     Args:
-        rpc: makes the calls.
-        table: that gets the episodes.
-        max_message_bytes: an episode above it goes in chunks.
+        rpc: client for the calls.
+        table: table of the episodes.
+        max_message_bytes: maximum size of a message; a larger episode is sent in chunks.
     """
 
     def __init__(self, rpc: RpcClient, *, table: str, max_message_bytes: int) -> None:
@@ -50,10 +50,10 @@ class EpisodeUploader:
         self._first_row = FirstRowCheck(rpc, table=table)
 
     def add(self, episode: Episode, *, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
-        """Sends one episode, in one message if that is not over the limit of either side, else in chunks.
+        """Sends one episode, as a single message if neither side's limit forbids it, otherwise in chunks.
 
         Raises:
-            TouchlineError: it was refused or is not acknowledged.
+            TouchlineError: the episode was refused or is not acknowledged.
         """
         message = self._encode(episode)
         if message is not None:
@@ -61,7 +61,7 @@ class EpisodeUploader:
                 answer = pb.AddEpisodeResponse.FromString(self._rpc.unary("AddEpisode", message, timeout_s=timeout_s))
             except TooLargeError as error:
                 if reason_of(error):
-                    raise  # the message came through: it is the episode that is too large, in chunks as well
+                    raise  # the server read the message: the episode is too large, in chunks as well
                 self._learn_limit()
             else:
                 assert episode.key is not None
@@ -82,22 +82,22 @@ class EpisodeUploader:
         """Sends episodes in calls of a bounded size.
 
         Args:
-            episodes: each with its key; an error stands for an episode that could not be made.
-            timeout_s: the deadline of each call, without what the bytes take.
-            progress: called after each call with the number of episodes answered so far.
+            episodes: pairs of key and episode, or of key and the error of a malformed episode.
+            timeout_s: deadline of each call, in addition to the time for its bytes.
+            progress: callback with the number of episodes answered so far, after each call.
 
         Returns:
-            The counts after the last call; None if there was no call to make.
+            Counts after the last call; None if no call was needed.
 
         Raises:
-            LoadError: some were refused; the others are stored.
-            TouchlineError: a call failed; a note tells how many episodes were answered before.
+            LoadError: some episodes were refused; the others are stored.
+            TouchlineError: a call failed; a note says how many episodes were answered before.
         """
         results: list[EpisodeResult] = []
         counts: Counts | None = None
         try:
-            for part, latest in self.send(episodes, timeout_s=timeout_s, max_bytes=MAX_LOAD_BYTES):
-                results += part
+            for group, latest in self.send(episodes, timeout_s=timeout_s, max_bytes=MAX_LOAD_BYTES):
+                results += group
                 counts = latest or counts
                 if progress is not None:
                     progress(len(results))
@@ -122,34 +122,34 @@ class EpisodeUploader:
         timeout_s: float | None = None,
         max_bytes: int = MAX_LOAD_BYTES,
     ) -> Iterator[tuple[list[EpisodeResult], Counts | None]]:
-        """Sends episodes in calls of a bounded size, and yields what became of those of a call before it takes the next ones.
+        """Sends episodes in calls of a bounded size. Yields the results of each call before it takes the next episodes.
 
         Args:
-            episodes: each with its key; an error stands for an episode that could not be made.
-            timeout_s: the deadline of each call, without what the bytes take.
-            max_bytes: payload of a call, unless one episode alone has more.
+            episodes: pairs of key and episode, or of key and the error of a malformed episode.
+            timeout_s: deadline of each call, in addition to the time for its bytes.
+            max_bytes: maximum payload of a call, unless a single episode is larger.
 
         Yields:
-            The results in the order of the episodes, and the counts after the call; None where there was no call to make.
+            Results in the order of the episodes, and the counts after the call; None if no call was needed.
 
         Raises:
             TouchlineError: a call failed.
         """
-        for part in _parts(episodes, max_bytes):
+        for group in _groups(episodes, max_bytes):
             try:
-                answered = self._send_part(part, timeout_s)
+                answered = self._send_group(group, timeout_s)
             except (InvalidEpisodeError, TooLargeError):
-                checked = [_checked(item) for item in part]
-                if all(before[1] is after[1] for before, after in zip(part, checked, strict=True)):
+                checked = [_checked(item) for item in group]
+                if all(before[1] is after[1] for before, after in zip(group, checked, strict=True)):
                     raise
-                answered = self._send_part(checked, timeout_s)
+                answered = self._send_group(checked, timeout_s)
             yield answered
 
-    def _send_part(self, part: list[_Item], timeout_s: float | None) -> tuple[list[EpisodeResult], Counts | None]:
-        sendable = [episode for _, episode in part if isinstance(episode, Episode)]
+    def _send_group(self, group: list[_Item], timeout_s: float | None) -> tuple[list[EpisodeResult], Counts | None]:
+        sendable = [episode for _, episode in group if isinstance(episode, Episode)]
         answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], None)
         answer = iter(answers)
-        return [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in part], counts
+        return [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in group], counts
 
     def _encode(self, episode: Episode) -> bytes | None:
         if episode.size_bytes > self._max_message_bytes:
@@ -176,11 +176,11 @@ class EpisodeUploader:
         return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
 
     def _learn_limit(self) -> bool:
-        """Takes the server's limit on messages over, where it is the lower one; returns whether that changed anything."""
+        """Adopts the server's limit on messages if it is lower; returns whether it is."""
         answer = pb.InfoResponse.FromString(self._rpc.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
         if not 0 < answer.max_message_bytes < self._max_message_bytes:
             return False
-        logger.info("messages to %s: at most %d bytes, its limit", self._rpc.channel.address, answer.max_message_bytes)
+        logger.info("messages to %s: at most %d bytes, the server's limit", self._rpc.channel.address, answer.max_message_bytes)
         self._max_message_bytes = answer.max_message_bytes
         self._chunk_bytes = min(CHUNK_BYTES, answer.max_message_bytes // 2)
         return True
@@ -190,28 +190,28 @@ _Item = tuple[EpisodeKey, Episode | TouchlineError]
 
 
 def _checked(item: _Item) -> _Item:
-    """Returns an episode that no message can hold as its error: one of them is no reason to refuse the others of its call."""
+    """Returns an item, with an episode that no message can hold replaced by its error, so that the others of its call are stored."""
     key, episode = item
     if isinstance(episode, Episode):
         most = CodecLimits().max_columns
         if len(episode.columns) > most:
             return key, TooLargeError(f"{len(episode.columns)} columns, expected at most {most}")
         try:
-            next(encode_load(episode, chunk_bytes=1))  # its header alone
+            next(encode_load(episode, chunk_bytes=1))  # encodes only its header
         except CodecError as error:
             return key, to_client_error(error)
     return item
 
 
-def _parts(episodes: Iterable[_Item], max_bytes: int) -> Iterator[list[_Item]]:
-    part: list[_Item] = []
+def _groups(episodes: Iterable[_Item], max_bytes: int) -> Iterator[list[_Item]]:
+    group: list[_Item] = []
     size_bytes = 0
     for item in episodes:
         episode_bytes = item[1].size_bytes if isinstance(item[1], Episode) else 0
-        if part and (len(part) == MAX_LOAD_EPISODES or size_bytes + episode_bytes > max_bytes):
-            yield part
-            part, size_bytes = [], 0
-        part.append(item)
+        if group and (len(group) == MAX_LOAD_EPISODES or size_bytes + episode_bytes > max_bytes):
+            yield group
+            group, size_bytes = [], 0
+        group.append(item)
         size_bytes += episode_bytes
-    if part:
-        yield part
+    if group:
+        yield group

@@ -1,4 +1,4 @@
-"""What an episode writer has not sent yet: the writer itself may be dropped, this is not before it is told what becomes of it."""
+"""State of an episode writer, apart from the writer: a writer may be garbage-collected before its episodes are sent."""
 
 from __future__ import annotations
 
@@ -15,53 +15,46 @@ logger = get_logger(__name__)
 
 
 class WriterState:
-    """The rows of a writer's unfinished episode, an episode that ended and was not taken yet, and the outbox of those that were.
+    """Rows of a writer's unfinished episode, an ended episode that the sender has not taken yet, and the sender.
 
     Args:
-        client: sends the episodes.
-        queue: keeps them until they are acknowledged.
-        actor: whose writer it is, in the log.
-        when_full: what happens to an episode for which the queue has no room.
+        client: recipient of the episodes.
+        queue: queue that holds episodes until they are acknowledged.
+        actor: name of the actor, for log lines.
+        when_full: policy for an episode that the queue has no space for.
     """
 
-    def __init__(
-        self,
-        client: EpisodeRecipient,
-        queue: EpisodeQueue,
-        *,
-        actor: str,
-        when_full: OverflowPolicy,
-    ) -> None:
+    def __init__(self, client: EpisodeRecipient, queue: EpisodeQueue, *, actor: str, when_full: OverflowPolicy) -> None:
         self._actor = actor
         self.rows = EpisodeRows()
-        """Of the unfinished episode."""
+        """Rows of the unfinished episode."""
         self.cut = False
-        """Whether the first of them is the last of the piece before."""
+        """Whether the first of these rows is also the last row of the piece before."""
         self.refused = ""
-        """Why further rows are refused until the episode is ended; empty if they are not."""
+        """Reason why rows are refused until the episode ends; empty if they are not."""
         self.due: Episode | None = None
-        """That ended, and is not in the outbox yet."""
+        """Ended episode that the sender has not taken yet."""
         self.sender = EpisodeSender(client, queue, name=f"episode writer of actor {actor!r}", when_full=when_full)
-        """Of those that ended before."""
+        """Sender of the episodes that ended."""
 
     def discard(self, why: str) -> None:
-        """Gives the unfinished episode up; it is logged and counted."""
+        """Discards the unfinished episode; logs and counts it."""
         logger.warning("episode writer of actor %r discarded %d rows of an unfinished episode: %s", self._actor, len(self.rows), why)
         self.rows.clear()
         self.cut = False
         self.sender.count_discarded()
 
     def end(self) -> None:
-        """The writer was dropped without being closed: gives its unfinished episode up, and ends once all others are dealt with.
+        """Ends the state of a writer that was garbage-collected without being closed: gives up its unfinished episode and sends the others.
 
-        They are sent as long as it takes, those of a spool for the client's timeout; what is then left in that waits for the next writer.
+        Without a spool, sending takes as long as it takes; with one, up to the client's timeout, and the rest waits for the next writer.
         """
-        told = self.describe_loss() or self.describe_rest()
-        if self.sender.idle:
+        warning = self.describe_loss() or self.describe_spooled()
+        if self.sender.closed:
             return
-        if told is not None:
-            logger.warning("%s, and nothing refers to it any more; call close(), or use `with`", told)
-        if len(self.rows) > self.cut:  # a row that is also in the piece before is not lost
+        if warning is not None:
+            logger.warning("%s, and nothing refers to it any more; call close(), or use `with`", warning)
+        if len(self.rows) > self.cut:  # the overlapping row of a cut episode is not lost: the piece before has it, too
             self.discard("its writer was dropped without being closed")
         try:
             if self.due is not None:
@@ -73,23 +66,23 @@ class WriterState:
         finally:
             exit_hooks.unregister(self)
 
-    # At the process's exit.
+    # For the exit hooks.
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Waits until every ended episode is acknowledged, and raises what :meth:`EpisodeSender.flush` does."""
+        """Waits until every ended episode is acknowledged; raises as :meth:`EpisodeSender.flush` does."""
         self.sender.flush(timeout_s)
 
     def describe_loss(self) -> str | None:
-        """Returns what would be lost if the process ended now; None for nothing."""
+        """Returns what would be lost if the process ended now; None if nothing would."""
         pending = 0 if self.sender.durable else self.sender.counters.pending
         rows = len(self.rows) + (self.due.length if self.due is not None else 0)
         if not pending and not rows:
             return None
-        waiting = "" if self.sender.durable else f"{pending} episodes not acknowledged, "
-        return f"episode writer of actor {self._actor!r} was not closed: {waiting}{rows} rows of an unfinished one"
+        unacknowledged = "" if self.sender.durable else f"{pending} episodes not acknowledged, "
+        return f"episode writer of actor {self._actor!r} was not closed: {unacknowledged}{rows} rows of an unfinished one"
 
-    def describe_rest(self) -> str | None:
-        """Returns what waits in the spool for the next start; None for nothing."""
+    def describe_spooled(self) -> str | None:
+        """Returns what waits in the spool for the next process; None if nothing does."""
         pending = self.sender.counters.pending
         if not pending or not self.sender.durable:
             return None

@@ -1,1 +1,1 @@
-"""An actor's queue on its own disk."""
+"""Queue of episodes on an actor's own disk."""

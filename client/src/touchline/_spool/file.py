@@ -1,7 +1,7 @@
-"""The file of a spool: its tables, the lock on its folder, and what is said where it cannot be used.
+"""File of a spool: its tables, the lock on its folder, and the errors for a spool that cannot be used.
 
-``episodes`` has one row an episode, ``payloads`` its encoded ``AddEpisodeRequest``, in parts where it is longer than SQLite's longest blob.
-Two checksums guard each episode: ``payload_checksum`` the message, which holds the key, ``row_checksum`` the row.
+``episodes`` has one row per episode, ``payloads`` its encoded ``AddEpisodeRequest``, in parts if that exceeds SQLite's longest blob. Two
+checksums guard each episode: ``payload_checksum`` covers the message, which contains the key, ``row_checksum`` the row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from touchline._spool.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_room
+from touchline._spool.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_space
 from touchline.errors import SpoolError
 from touchline_protos.files.locks import DISK_FULL, HAS_LOCKS, is_locked, lock, open_private, rewrite, sync
 from touchline_protos.files.sqlite import FormatError, SqliteFormat, row_checksum
@@ -23,13 +23,13 @@ from touchline_protos.log_lines import get_logger
 FILE_NAME = "spool.db"
 LOCK_NAME = "lock"
 MARK_NAME = "mark"
-"""File with the number of the last episode that was taken over, beside the database so that the log's end cannot be lost unnoticed."""
+"""File with the id of the last episode written, outside the database, so that a log that loses its end is noticed."""
 PAGE_BYTES = 4096
 PARTS_PER_EPISODE = 16
-"""A part's number in ``payloads`` is the episode's id times this, plus its place: protobuf's 2 GiB are 8 parts."""
+"""Numbers in ``payloads`` reserved for each episode: id * 16 + index of the part. Protobuf's limit of 2 GiB makes 8 parts."""
 
 WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
-"""States of an episode: to be sent; refused by the server for good; not what was written. No flipped bit makes one of another."""
+"""States of an episode: to be sent; refused by the server for good; not what was written. No single flipped bit turns one into another."""
 
 FORMAT = SqliteFormat(
     application_id=0x746C7370,
@@ -46,38 +46,41 @@ CREATE TABLE payloads (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 )
 
 COLUMNS = "id, client_id, incarnation, sequence, length, size_bytes, time, state, reason, payload_checksum"
-"""Of ``episodes``, all that ``row_checksum`` is made of, in its order."""
+"""Columns of ``episodes`` that ``row_checksum`` covers, in its order."""
 
-LOOKS = 10
-POLL_INTERVAL_S = 0.02
-"""A folder that is taken is looked at so often, so far apart: who shows a spool takes a share of the lock for a moment."""
+LOCK_ATTEMPTS = 10
+LOCK_INTERVAL_S = 0.02
+"""Attempts at the folder's lock, and the time between them: `touchline spool show` takes a share of it for a moment."""
 
 SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
-"""What the module raises; the second where SQLite's own message quotes what is damaged."""
+"""Errors of SQLite; the second one if its message quotes damaged text."""
 
 logger = get_logger(__name__)
 
 _inherited: set[Path] = set()
-"""Folders whose spool the parent process had open at a fork: SQLite must not open the same file again in the child."""
+"""Folders whose spool the parent process had open at a fork: SQLite must not open the same file in the child."""
 
 
 def mark_inherited(folder: Path) -> None:
-    """In a forked child: says that a folder is the parent's."""
+    """Marks a folder as the parent's, in a forked child."""
     _inherited.add(folder)
 
 
 class FolderLock:
-    """A folder that one writer holds; it ends with the process, however that ends.
+    """Exclusive lock on a spool's folder. It ends with the process, however that ends.
+
+    Args:
+        folder: folder of the spool, made if it does not exist.
 
     Raises:
-        SpoolError: another writer holds it, or it cannot be made.
+        SpoolError: another writer holds the lock, or the folder cannot be made or locked.
     """
 
     def __init__(self, folder: Path) -> None:
         if not HAS_LOCKS:
-            raise SpoolError("spool_dir: this system has no file locks of POSIX, which a spool needs; leave it out")
+            raise SpoolError("spool_dir: this system lacks POSIX file locks, which a spool needs; omit spool_dir")
         if folder in _inherited:
-            raise SpoolError(f"spool_dir: {folder} is the parent process's; in a forked child name a folder of its own")
+            raise SpoolError(f"spool_dir: {folder} belongs to the parent process; in a forked child, name another folder")
         try:
             missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ class FolderLock:
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
-            if error.errno not in DISK_FULL:  # then the number is not known, and the lock is held all the same
+            if error.errno not in DISK_FULL:  # on a full disk the process id stays unknown, but the lock is held
                 os.close(self._handle)
                 raise SpoolError(f"spool_dir: {folder / LOCK_NAME}: {error.strerror}") from None
         try:
@@ -108,51 +111,51 @@ class FolderLock:
         except OSError as error:
             os.close(self._handle)
             raise SpoolError(f"spool_dir: {folder / MARK_NAME}: {error.strerror}") from None
-        # What a power loss must not take are the folders' entries, too.
+        # A loss of power must not take the folders' entries, either.
         for parent in (folder, *folder.parents):
             _sync_entries(parent)
             if parent == missing:
                 break
 
     def read_mark(self) -> int:
-        """Returns the number of the last episode that was taken over; 0 where none was, or where the mark cannot be read."""
+        """Returns the id of the last episode written; 0 if there is none, or the mark cannot be read."""
         return _read_number(self._mark)
 
     def write_mark(self, number: int) -> None:
-        """Notes the number of an episode that is on the disk. Not synced: a loss of power may take it, and with it a check."""
+        """Writes the id of an episode that is on the disk. Not synced: a loss of power may take the mark, and with it only a check."""
         with contextlib.suppress(OSError):
             os.pwrite(self._mark, f"{number:020d}\n".encode(), 0)
 
     def release(self) -> None:
-        """Lets another writer have it; in a forked child only this process's copy of the handles goes."""
+        """Releases the lock; in a forked child, closes only this process's handles."""
         os.close(self._mark)
         os.close(self._handle)
 
 
 def _lock(handle: int) -> None:
-    """Takes a folder's lock.
+    """Locks a folder's lock file.
 
     Raises:
-        BlockingIOError: another holds it, and for more than a moment.
+        BlockingIOError: another process holds the lock for more than a moment.
     """
-    for _ in range(LOOKS - 1):
+    for _ in range(LOCK_ATTEMPTS - 1):
         with contextlib.suppress(BlockingIOError):
             return lock(handle)
-        time.sleep(POLL_INTERVAL_S)
+        time.sleep(LOCK_INTERVAL_S)
     lock(handle)
 
 
 def _read_number(handle: int) -> int:
-    """Returns the number that a file begins with; 0 where there is none."""
+    """Returns the number at the start of a file; 0 if there is none."""
     text = os.pread(handle, 40, 0).split()
     return int(text[0]) if text and text[0].isdigit() else 0
 
 
 def read_number(path: Path) -> int:
-    """Returns the number that the lock's or the mark's file has; 0 where there is none.
+    """Returns the number in the lock's or the mark's file; 0 if there is none.
 
     Raises:
-        OSError: the file is there and cannot be read.
+        OSError: the file exists but cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -165,24 +168,24 @@ def read_number(path: Path) -> int:
 
 
 def require_spool(folder: Path) -> None:
-    """Refuses a folder without a spool, before anything is made in it.
+    """Checks that a folder has a spool, and makes nothing in it.
 
     Raises:
-        SpoolError: there is none, or it cannot be read.
+        SpoolError: there is no spool, or it cannot be read.
     """
     try:
         if (folder / FILE_NAME).is_file():
             if os.access(folder / FILE_NAME, os.R_OK):
                 return
-            raise SpoolError(f"{folder / FILE_NAME} cannot be read by this user; run it as the one that the writer runs as")
-        found = "it has no spool.db" if folder.is_dir() else "it is no folder" if folder.exists() else "there is no such folder"
+            raise SpoolError(f"{folder / FILE_NAME} is not readable by this user; run this as the writer's user")
+        found = "it has no spool.db" if folder.is_dir() else "it is not a folder" if folder.exists() else "it does not exist"
     except OSError as error:
-        found = f"it cannot be looked into ({error.strerror})"
+        found = f"it cannot be read ({error.strerror})"
     raise SpoolError(f"{folder} is not a spool: {found}; name the spool_dir of an EpisodeWriter")
 
 
 def is_in_use(folder: Path) -> bool:
-    """Returns whether a writer, or another command, holds a folder."""
+    """Returns whether a writer, or another command, holds the folder's lock."""
     try:
         return HAS_LOCKS and is_locked(folder / LOCK_NAME)
     except OSError:
@@ -190,33 +193,33 @@ def is_in_use(folder: Path) -> bool:
 
 
 def open_database(folder: Path, *, table: str | None) -> sqlite3.Connection:
-    """Opens the file in a folder that is locked, and makes it where there is none.
+    """Opens the file in a folder that the caller has locked, and makes it if there is none.
 
     Args:
-        folder: of the file.
-        table: that its episodes are for; None: whatever the file says.
+        folder: folder of the file.
+        table: name of the server's table; None takes the one that the file names.
 
     Raises:
-        SpoolError: it is damaged, of a newer format, of another table, or no spool.
+        SpoolError: the file is damaged, has a newer format, is for another table, or is not a spool.
     """
     path = folder / FILE_NAME
     try:
         rewrite(path.with_name(f"{FILE_NAME}-wal"))
     except OSError as error:
-        raise SpoolError(f"{path}-wal: {error.strerror}; see to the disk, nothing was changed") from None
+        raise SpoolError(f"{path}-wal: {error.strerror}; check the disk, nothing was changed") from None
     connection = _connect(str(path), path)
     try:
         try:
             _prepare(connection, path, table)
         except sqlite3.Error as error:
-            if not has_no_room(error, path):
+            if not has_no_space(error, path):
                 raise
-            # The index of the log, shared with `touchline spool show`, has no room. One in memory needs none.
+            # The log's index, which `touchline spool show` shares, does not fit on the disk. An exclusive lock keeps it in memory.
             connection.close()
             connection = _connect(str(path), path)
             connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
             _prepare(connection, path, table)
-            logger.warning("%s is full: `touchline spool show` cannot look into the spool before this writer is closed", folder)
+            logger.warning("%s: the disk is full; `touchline spool show` works again after this writer is closed", folder)
     except SQLITE_ERRORS as error:
         connection.close()
         raise to_spool_error(error, path) from error
@@ -229,10 +232,10 @@ def open_database(folder: Path, *, table: str | None) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def open_readonly(folder: Path) -> Iterator[sqlite3.Connection | None]:
-    """Opens the file in a folder that a writer may be using, to read it alone; gives None where nothing was ever written to it.
+    """Opens the file in a folder that a writer may be using, read-only; yields None if nothing was ever written to it.
 
     Raises:
-        SpoolError: it is damaged, of a newer format, or no spool; also where the body finds damage.
+        SpoolError: the file is damaged, has a newer format, or is not a spool; also for damage that the body of the ``with`` finds.
     """
     path = folder / FILE_NAME
     with contextlib.closing(_connect(f"file:{quote(str(path))}?mode=ro", path)) as connection:
@@ -246,13 +249,13 @@ def open_readonly(folder: Path) -> Iterator[sqlite3.Connection | None]:
 
 
 def table_of(connection: sqlite3.Connection) -> str | None:
-    """Returns the name of the server's table that a file's episodes are for; None where the file does not say."""
+    """Returns the name of the server's table that a file's episodes are for; None if the file does not name one."""
     found = connection.execute("SELECT value FROM meta WHERE name = 'table'").fetchone()
     return str(found[0]) if found is not None else None
 
 
 def set_state(connection: sqlite3.Connection, number: int, state: int, reason: str) -> None:
-    """Says what an episode is waiting for, or why it is not; in a transaction of the caller's."""
+    """Sets the state of an episode and the reason for it, in a transaction of the caller."""
     row = list(connection.execute(f"SELECT {COLUMNS} FROM episodes WHERE id = ?", (number,)).fetchone())
     row[7:9] = state, reason
     connection.execute(
@@ -261,22 +264,22 @@ def set_state(connection: sqlite3.Connection, number: int, state: int, reason: s
 
 
 def to_spool_error(error: Exception, path: Path) -> SpoolError:
-    """Returns what a failure of SQLite means."""
+    """Returns the error of a spool for one of SQLite."""
     if isinstance(error, UnicodeDecodeError) or code_of(error) in (CORRUPT, NOTADB):
         return SpoolError(f"{path}: damaged ({error}); {recovery_advice(path)}")
     return SpoolError(f"{path}: {error}")
 
 
 def recovery_advice(path: Path) -> str:
-    """Returns what to do about a damaged spool."""
+    """Returns what to do about a damaged spool, as the end of an error text."""
     return (
-        f"move the folder {path.parent} away to start with an empty one (what waits in it is then not sent; "
+        f"move the folder {path.parent} away to start with an empty one (episodes in it are then not sent; "
         "`sqlite3 spool.db .recover` may save rows)"
     )
 
 
 def _sync_entries(folder: Path) -> None:
-    """Has the file system write a folder's entries down, where it can."""
+    """Syncs a folder's entries, if the file system can."""
     with contextlib.suppress(OSError):
         sync(folder)
 
@@ -289,26 +292,26 @@ def _connect(name: str, path: Path) -> sqlite3.Connection:
 
 
 def _set_up(connection: sqlite3.Connection) -> None:
-    connection.text_factory = lambda data: data.decode(errors="replace")  # the checksums tell damage
-    connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
+    connection.text_factory = lambda data: data.decode(errors="replace")  # checksums find damaged text
+    connection.execute("PRAGMA mmap_size = 0")  # reading a damaged mapping would raise SIGBUS
 
 
 def _to_format_error(error: FormatError, path: Path) -> SpoolError:
     if error.version is None:
         return SpoolError(
-            f"{path}: not a spool of touchline's, or its first page is damaged; name another spool_dir, or {recovery_advice(path)}"
+            f"{path}: not a Touchline spool, or its first page is damaged; name another spool_dir, or {recovery_advice(path)}"
         )
     return SpoolError(
-        f"{path}: written in format {error.version}, this touchline reads format {FORMAT.version}; install one that reads it, or name "
-        "another spool_dir"
+        f"{path}: written in format {error.version}, this version of touchline reads format {FORMAT.version}; install one that "
+        "reads it, or name another spool_dir"
     )
 
 
 def check_structure(connection: sqlite3.Connection, path: Path) -> None:
-    """Reads all of a file: a page that lost rows would be no error to SQLite otherwise.
+    """Checks all pages of a file: SQLite does not notice by itself that a page has lost rows.
 
     Raises:
-        SpoolError: it is damaged.
+        SpoolError: the file is damaged.
     """
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":

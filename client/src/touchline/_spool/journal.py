@@ -1,7 +1,7 @@
-"""The writing half of a spool's file: transactions, checkpoints, and whether what is written can be relied upon.
+"""Writing half of a spool's file: transactions, checkpoints, and whether written data can be relied upon.
 
-After a failed fsync the kernel may have dropped the pages that it could not write, and the next fsync succeeds all the same. So once a
-write has failed for another reason than want of room, a spool takes nothing more before it is opened anew; what it has goes on being sent.
+After a failed fsync the kernel may have dropped the pages that it could not write, and the next fsync succeeds nevertheless. So once a
+write has failed for any reason except a full disk, the spool accepts nothing more until it is opened again; what it holds is still sent.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from touchline._spool.file import PAGE_BYTES, SQLITE_ERRORS
-from touchline._spool.sqlite_codes import CORRUPT, IOERR, NOTADB, code_of, has_no_room
+from touchline._spool.sqlite_codes import CORRUPT, IOERR, NOTADB, code_of, has_no_space
 from touchline.errors import SpoolError
 from touchline_protos.files.sqlite import pragma
 from touchline_protos.log_lines import get_logger
 
 FRAME_BYTES = PAGE_BYTES + 24
 COMMIT_BYTES = 8 * FRAME_BYTES
-"""What a transaction adds to the log beside its payload."""
+"""Bytes that a transaction adds to the log besides its payload."""
 
 logger = get_logger(__name__)
 
 
 class SpoolJournal:
-    """Writes to a spool's file, for whoever holds the spool's lock.
+    """Writer of a spool's file. The caller holds the spool's lock.
 
     Args:
-        connection: to the file.
-        path: of the file.
-        log_bytes: length of the write-ahead log at which it is cut; at half of it, it is moved into the main file.
+        connection: connection to the file.
+        path: path of the file.
+        log_bytes: length at which the write-ahead log is truncated; at half of it, it is moved into the main file.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path, *, log_bytes: int) -> None:
@@ -42,16 +42,16 @@ class SpoolJournal:
         self._logged_bytes = 0
         self._synchronous = ""
         self.failure = ""
-        """Why nothing that is written can be relied upon any more; empty while it can."""
-        # SQLite's own checkpoints, after a commit, would fail without a word.
+        """Reason why written data can no longer be relied upon; empty while it can."""
+        # SQLite's automatic checkpoints, after a commit, would fail silently.
         connection.execute("PRAGMA wal_autocheckpoint = 0").fetchall()
 
     def check(self) -> None:
-        """Raises SpoolError if nothing is taken any more."""
+        """Raises SpoolError if nothing more is accepted."""
         if self.failure:
             raise SpoolError(
-                f"{self._path}: {self.failure}; it keeps nothing more before it is opened anew, what is in it goes on being sent. See to "
-                "the disk, close this writer and make another, which reads and checks all of it"
+                f"{self._path}: {self.failure}; it accepts nothing more until it is opened again, and what it holds is still being sent. "
+                "Check the disk, close this writer and make another one, which checks the whole file"
             )
 
     @contextlib.contextmanager
@@ -59,12 +59,13 @@ class SpoolJournal:
         """Runs the body as a transaction.
 
         Args:
-            sync: whether it is to outlive a loss of power.
+            sync: whether the transaction must survive a loss of power.
             size_bytes: payload that it writes.
 
         Raises:
-            SpoolError: nothing is written any more.
-            sqlite3.Error: writing failed. Only if the disk is full, or the commit had not begun, is it known that nothing was written.
+            SpoolError: an earlier write failed, and nothing more is accepted.
+            sqlite3.Error: writing failed. Nothing was written if the disk is full or the commit had not committing; otherwise it is not
+                known.
         """
         self.check()
         self._checkpoint_if_due()
@@ -72,21 +73,22 @@ class SpoolJournal:
         if synchronous != self._synchronous:
             self._connection.execute(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
-        begun = False
+        committing = False
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             yield
-            begun = True
+            committing = True
             self._connection.execute("COMMIT")
         except BaseException as error:
-            self._record_failure(error, begun=begun)
+            self._record_failure(error, committing=committing)
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
         self._logged_bytes += size_bytes + COMMIT_BYTES
 
     def trim(self, *, shrink: bool) -> None:
-        """Keeps the log short, and gives free pages back where ``shrink`` says so. What is committed stays so, whatever becomes of this."""
+        """Keeps the log short, and with ``shrink`` returns free pages to the file system. A failure is only logged: what is committed stays
+        so."""
         if self.failure:
             return
         try:
@@ -95,10 +97,10 @@ class SpoolJournal:
             if shrink and pragma(self._connection, "freelist_count") * PAGE_BYTES > self._log_bytes:
                 self.shrink()
         except (*SQLITE_ERRORS, SpoolError) as error:
-            logger.warning("%s: not tidied: %s", self._path, error)
+            logger.warning("%s: could not be trimmed: %s", self._path, error)
 
     def shrink(self) -> None:
-        """Gives free pages and the log back to the file system. Raises as :meth:`transaction` does."""
+        """Returns free pages and the log to the file system; raises as :meth:`transaction` does."""
         self._checkpoint("TRUNCATE")
         step = max(1, self._log_bytes // 4 // FRAME_BYTES)
         while pragma(self._connection, "freelist_count"):
@@ -109,24 +111,24 @@ class SpoolJournal:
         self._checkpoint("TRUNCATE")
 
     def reuse_log(self) -> None:
-        """Has the log begin anew in the room that its file has already, as far as the main file has room."""
+        """Moves the log into the main file as far as that has space, so that the log's file is written again from its start."""
         with contextlib.suppress(*SQLITE_ERRORS):
             self._checkpoint("PASSIVE")
 
     @property
     def log_size(self) -> int:
-        """Of the log's file."""
+        """Size of the log's file in bytes."""
         try:
             return self._log.stat().st_size
         except OSError:
             return 0
 
     def close(self) -> None:
-        """Closes the file, which moves the log into it; after a failure leaves both as they are, since to close is to write."""
+        """Closes the file, which moves the log into it. After a failure it leaves both as they are, because closing writes."""
         if self.failure:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
             return
-        with contextlib.suppress(sqlite3.Error):  # what is committed is in the log
+        with contextlib.suppress(sqlite3.Error):  # committed transactions are in the log
             self._checkpoint("PASSIVE")
         if self.failure:
             self.close()
@@ -139,25 +141,25 @@ class SpoolJournal:
             try:
                 self._checkpoint("PASSIVE")
             except sqlite3.Error as error:
-                if not has_no_room(error, self._path):
+                if not has_no_space(error, self._path):
                     raise
 
     def _checkpoint(self, mode: str) -> None:
         try:
             self._connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
         except sqlite3.Error as error:
-            self._record_failure(error, begun=False)
+            self._record_failure(error, committing=False)
             raise
         self._logged_bytes = 0
 
-    def _record_failure(self, error: BaseException, *, begun: bool) -> None:
-        """Notes what a failure says of the disk."""
-        if has_no_room(error, self._path) or not (begun or code_of(error) in (IOERR, CORRUPT, NOTADB)):
+    def _record_failure(self, error: BaseException, *, committing: bool) -> None:
+        """Records a failure after which written data cannot be relied upon."""
+        if has_no_space(error, self._path) or not (committing or code_of(error) in (IOERR, CORRUPT, NOTADB)):
             return
         self.failure = str(error) or type(error).__name__
         logger.error(
-            "%s: writing failed (%s): the spool keeps nothing more, so episodes that end from now on do not outlive this process. What is "
-            "in it goes on being sent; an episode whose writing had begun may be in it",
+            "%s: writing failed (%s): the spool accepts nothing more, so episodes that end from now on do not outlive this process. What "
+            "it holds is still being sent; it may hold an episode that was being written",
             self._path,
             self.failure,
         )

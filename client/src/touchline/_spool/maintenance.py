@@ -1,6 +1,6 @@
-"""Upkeep of a robot's spool from outside of the writer: what lies in it, having refused episodes sent again, and sending what waits.
+"""Maintenance of a spool from outside its writer: inspecting it, requeueing refused episodes, and sending what waits.
 
-To look is harmless while a writer uses the spool; the other two take the folder as a writer does, and are refused while another has it.
+Inspecting is harmless while a writer uses the spool. The other two lock the folder as a writer does, and fail while another process has it.
 """
 
 from __future__ import annotations
@@ -41,97 +41,97 @@ from touchline.errors import DeadlineError, OverLimitError, ServerError, SpoolEr
 from touchline_protos.files.sqlite import row_checksum
 
 LEAST_LIMIT_BYTES = 1 << 20
-"""As of a writer's spool."""
-POLL_INTERVAL_S = 0.2
-"""How often it is told how far sending is."""
+"""Lowest limit of a spool, as for a writer."""
+PROGRESS_INTERVAL_S = 0.2
+"""Time between two calls of the progress callback."""
 
 CALL_TIMEOUT_S = 30.0
-"""Longest deadline of a call, without what the bytes take."""
+"""Longest deadline of a call, in addition to the time for its bytes."""
 DAMAGED_ROW = "its row in the spool is not what was written"
-"""Reason of an episode whose own entry cannot be read."""
+"""Reason for an episode whose row is damaged."""
 
 _PASSING = (UnavailableError, DeadlineError, OverLimitError, ServerError, SpoolError)
-"""What may be over by itself; anything else is about this client, and stays."""
+"""Errors that may pass by themselves; any other is about this client, and stays."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpooledEpisode:
-    """An episode in a spool."""
+    """Episode in a spool."""
 
     number: int
-    """In the spool: later ones have higher numbers."""
+    """Id in the spool; later episodes have higher ids."""
     length: int
-    """Rows."""
+    """Number of rows."""
     size_bytes: int
-    """Of its message."""
+    """Size of its message."""
     time_s: float
-    """When it was put there, in seconds since 1970."""
+    """Time at which it was written, in seconds since 1970."""
     reason: str = ""
-    """Why it is not sent; empty where it waits."""
+    """Reason why it is not sent; empty while it waits."""
 
 
 @dataclass(slots=True)
 class SpoolReport:
-    """What lies in a spool, oldest first."""
+    """Content of a spool, oldest first."""
 
     folder: Path
     table: str = ""
-    """Of the server, that the episodes are for; empty is the default one."""
+    """Name of the server's table that the episodes are for; empty for the default one."""
     holder: int | None = None
-    """Process that uses it, 0 where its number is not known; None where nobody does."""
+    """Process id of the writer that uses the spool, 0 if it is not known; None if no process uses it."""
     waiting: list[SpooledEpisode] = field(default_factory=list)
-    """To be sent."""
+    """Episodes to be sent."""
     refused: list[SpooledEpisode] = field(default_factory=list)
-    """By a server, for good."""
+    """Episodes that a server refused for good."""
     damaged: list[SpooledEpisode] = field(default_factory=list)
-    """Not what was written. Of those that wait, only what is noticed without reading their payloads."""
+    """Episodes that are not what was written; damaged payloads of waiting episodes are found only when they are sent."""
     missing: int = 0
-    """The newest that were taken over and are not there: the log was damaged or cut. Perhaps acknowledged before."""
+    """Number of the most recent episodes that the file has lost, with the end of its log; they may have been acknowledged before."""
     disk_bytes: int = 0
-    """What the folder's files take."""
+    """Size of the folder's files."""
 
 
 @dataclass(slots=True)
 class SendReport:
-    """What became of the episodes that waited in a spool. Always ``total == sent + refused + pending``."""
+    """Outcome for the episodes that waited in a spool. Always ``total == sent + refused + pending``."""
 
     total: int = 0
     """Episodes that waited."""
     sent: int = 0
-    """Of these, acknowledged: stored now, or before."""
+    """Acknowledged episodes, stored now or before."""
     steps: int = 0
-    """Rows of those."""
+    """Rows of the acknowledged episodes."""
     refused: int = 0
-    """Of these, refused for good, or damaged; they stay in the spool, with the reason."""
+    """Episodes refused for good, or damaged; they stay in the spool, with the reason."""
     pending: int = 0
-    """Of these, not answered; they wait as before."""
+    """Episodes not answered; they wait as before."""
     size_bytes: int = 0
-    """Of the messages that were answered."""
+    """Size of the answered messages."""
     reasons: dict[str, RefusalSummary] = field(default_factory=dict)
-    """Why, by the message with ``#`` for its numbers; known at the end."""
+    """Refusals by reason, which is the message with ``#`` in place of numbers; filled in at the end."""
     error: TouchlineError | None = None
-    """Why sending is being tried again or, at the end, why it was given up."""
+    """Error because of which sending is being retried or, at the end, was given up."""
 
 
 def inspect(folder: Path) -> SpoolReport:
-    """Returns what lies in a spool; changes nothing, and may be called while a writer uses it.
+    """Returns the content of a spool; changes nothing, and may be called while a writer uses it.
 
     Raises:
-        SpoolError: it is not a spool, damaged as a whole, or of a newer format.
+        SpoolError: the folder is not a spool, or the spool is damaged as a whole or has a newer format.
     """
     require_spool(folder)
     report = SpoolReport(folder)
     try:
         if is_in_use(folder):
             report.holder = read_number(folder / LOCK_NAME)
-        marked = read_number(folder / MARK_NAME)  # before the rows, which may get more meanwhile
+        marked = read_number(folder / MARK_NAME)  # read before the rows: a writer may add some in between
         report.disk_bytes = _disk_bytes(folder)
     except OSError as error:
         raise SpoolError(f"{folder}: {error.strerror}") from error
     last = 0
     with open_readonly(folder) as connection:
         if connection is not None:
-            if report.holder is None:  # who uses it has read all of it, and should not wait for this
+            if report.holder is None:  # a writer checked the file when it opened it, and should not wait for this
                 check_structure(connection, folder / FILE_NAME)
             report.table = table_of(connection) or ""
             _classify(connection, report)
@@ -141,10 +141,10 @@ def inspect(folder: Path) -> SpoolReport:
 
 
 def retry(folder: Path) -> int:
-    """Has the refused episodes of a spool wait again, each at its old place, and returns how many they are. Damaged ones stay.
+    """Requeues the refused episodes of a spool, each at its old place, and returns their number. Damaged episodes stay as they are.
 
     Raises:
-        SpoolError: it is not a spool, somebody uses it, it is damaged, or cannot be written.
+        SpoolError: the folder is not a spool, is in use, or the spool is damaged or cannot be written.
     """
     check_free(folder)
     folder = folder.resolve()
@@ -165,60 +165,60 @@ def retry(folder: Path) -> int:
 
 
 def send(folder: Path, address: str, *, timeout_s: float = 60.0, progress: Callable[[SendReport], None] | None = None) -> SendReport:
-    """Sends what waits in a spool, oldest first, under the keys that the episodes were given when they ended.
+    """Sends the episodes that wait in a spool, oldest first, under the keys that they got when they ended.
 
-    What the server refuses for good stays in the spool with the reason, all of it. What is not answered waits as before.
+    Every episode that the server refuses for good stays in the spool with the reason. Episodes that are not answered wait as before.
 
     Args:
-        folder: of the spool.
-        address: of the server; TLS and token are the environment's.
-        timeout_s: how long the server may be away.
-        watch: called several times a second, with what became of them so far. What it raises ends the sending.
+        folder: folder of the spool.
+        address: address of the server; TLS and token come from the environment.
+        timeout_s: longest time that the server may be away.
+        progress: callback with the outcome so far, called several times a second. An exception from it ends the sending.
 
     Returns:
-        What became of them. Its ``trouble`` says why, where some are left: the server was away, or does not let this client in.
+        The outcome. If episodes are pending, its ``error`` says why: the server was away, or rejects this client.
 
     Raises:
-        SpoolError: it is not a spool, somebody uses it, or it is damaged as a whole.
-        InvalidArgumentError: the address, or what the environment says of TLS or the token.
+        SpoolError: the folder is not a spool or is in use, or the spool is damaged as a whole.
+        InvalidArgumentError: the address, or the environment's TLS settings or token, are invalid.
     """
     check_free(folder)
-    # Refused ones are for a person to look at: none is deleted for a newer one.
-    # What it takes now is within its writer's limit, whatever that is, and so is a log in proportion to it.
+    # Refused episodes are for a person to look at: none is deleted to make space for a newer one.
+    # The writer's limit is not known here. The size now is within it, and so is a log in proportion to that size.
     spool = Spool(folder, limit_bytes=max(LEAST_LIMIT_BYTES, _disk_bytes(folder)), table=None, max_refused=None)
     try:
         before = _read_episodes(folder)
-        report = SendReport(total=spool.resumed[0], pending=spool.resumed[0])
+        report = SendReport(total=spool.resumed, pending=spool.resumed)
         with ReplayClient(address, table=spool.table, timeout_s=min(timeout_s, CALL_TIMEOUT_S)) as client:
             sender = EpisodeSender(client, spool, name=f"sending of {folder}", when_full="block")
             sizes = [0, *accumulate(episode.size_bytes for episode in before.waiting)]
             try:
                 _wait_until_sent(sender, report, sizes, timeout_s=timeout_s, progress=progress or (lambda _: None))
             finally:
-                with contextlib.suppress(UnacknowledgedError):  # the file says which, and why
+                with contextlib.suppress(UnacknowledgedError):  # the file has the reasons
                     sender.close(0)
                 _update(report, sender, sizes)
     finally:
         spool.close()
-    told = {episode.number for episode in (*before.refused, *before.damaged) if episode.reason != DAMAGED_ROW}
+    known = {episode.number for episode in (*before.refused, *before.damaged) if episode.reason != DAMAGED_ROW}
     after = _read_episodes(folder)
     for episode in (*after.refused, *after.damaged):
-        if episode.number not in told:
+        if episode.number not in known:
             add_refusal(report.reasons, episode.number, episode.reason)
     return report
 
 
 def check_free(folder: Path) -> None:
-    """Refuses a folder that cannot be changed from outside, before anything is made in it.
+    """Checks that a folder has a spool that no process uses, and makes nothing in it.
 
     Raises:
-        SpoolError: it is not a spool, or somebody uses it.
+        SpoolError: the folder is not a spool, or is in use.
     """
     require_spool(folder)
     if is_in_use(folder):
         process = read_number(folder / LOCK_NAME)
         raise SpoolError(
-            f"{folder} is in use{f' by process {process}' if process else ''}: end that program first. While it runs, it sends what waits "
+            f"{folder} is in use{f' by process {process}' if process else ''}: stop that program first. While it runs, it sends what waits "
             "by itself"
         )
 
@@ -228,7 +228,7 @@ def _disk_bytes(folder: Path) -> int:
 
 
 def _classify(connection: sqlite3.Connection, report: SpoolReport) -> None:
-    """Notes each episode where it belongs."""
+    """Sorts each episode of a file into a report, by its state."""
     for *row, checksum in connection.execute(f"SELECT {COLUMNS}, row_checksum FROM episodes ORDER BY id"):
         number, state = row[0], row[7]
         if row_checksum(*row) != checksum:
@@ -249,17 +249,17 @@ def _read_episodes(folder: Path) -> SpoolReport:
 def _wait_until_sent(
     sender: EpisodeSender, report: SendReport, sizes: list[int], *, timeout_s: float, progress: Callable[[SendReport], None]
 ) -> None:
-    """Waits until everything is answered, or what is in the way does not pass."""
-    settled, since = 0, time.monotonic()
+    """Waits until everything is answered, or an error lasts for ``timeout_s`` or will not pass."""
+    answered, since = 0, time.monotonic()
     while True:
-        done = sender.wait(POLL_INTERVAL_S)
+        done = sender.wait(PROGRESS_INTERVAL_S)
         _update(report, sender, sizes)
         progress(report)
         if done:
             return
         now = time.monotonic()
-        if report.error is None or report.sent + report.refused != settled:
-            settled, since = report.sent + report.refused, now
+        if report.error is None or report.sent + report.refused != answered:
+            answered, since = report.sent + report.refused, now
         elif not isinstance(report.error, _PASSING) or now - since >= timeout_s:
             return
 
@@ -268,6 +268,6 @@ def _update(report: SendReport, sender: EpisodeSender, sizes: list[int]) -> None
     counters = sender.counters
     report.sent, report.steps = counters.acknowledged, counters.steps_acknowledged
     report.refused, report.pending = counters.refused, counters.pending
-    # They are answered in their order.
+    # Episodes are answered in order.
     report.size_bytes = sizes[min(report.sent + report.refused, len(sizes) - 1)]
-    report.error = sender.trouble if report.pending else None
+    report.error = sender.error if report.pending else None
