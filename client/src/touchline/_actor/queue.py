@@ -11,7 +11,7 @@ from touchline.errors import SpoolError, TouchlineError
 from touchline_protos.codec import Episode, EpisodeKey
 
 OverflowPolicy = Literal["block", "drop-oldest", "drop-newest"]
-"""What a writer does with an ended episode that its queue has no space for."""
+"""Policy of a writer for an ended episode that its queue has no space for."""
 
 MAX_PENDING = 64
 """Default maximum of episodes that wait in memory."""

@@ -111,7 +111,7 @@ class SpoolJournal:
         self._checkpoint("TRUNCATE")
 
     def reuse_log(self) -> None:
-        """Moves the log into the main file as far as that has space, so that the log's file is written again from its start."""
+        """Moves the log into the main file as far as the main file has space, so that the log's file is written again from its start."""
         with contextlib.suppress(*SQLITE_ERRORS):
             self._checkpoint("PASSIVE")
 

@@ -57,7 +57,7 @@ class SpoolSpace:
         return self._is_within(main_bytes, max(self.log_bytes, journal.log_size), size_bytes)
 
     def fits_shrunk(self, connection: sqlite3.Connection, size_bytes: int, *, deleted: Iterable[object] = ()) -> bool:
-        """Returns whether an episode would fit after the free pages and the log were given back to the file system.
+        """Returns whether an episode would fit after the free pages and the log were returned to the file system.
 
         Args:
             connection: connection to the main file.
