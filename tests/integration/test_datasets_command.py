@@ -64,7 +64,7 @@ def server() -> Iterator[ServerThread]:
         yield server
 
 
-def test_load_says_what_it_stored(server: ServerThread, run: Run, tmp_path: Path) -> None:
+def test_load_prints_what_it_stored(server: ServerThread, run: Run, tmp_path: Path) -> None:
     write_npz(tmp_path / "demos.npz", [make_episode(number) for number in range(5)])
 
     status, output, errors = run("load", "demos.npz", TOUCHLINE_ADDRESS=server.address)
@@ -79,7 +79,7 @@ def test_load_says_what_it_stored(server: ServerThread, run: Run, tmp_path: Path
     assert_same(stored(server), [make_episode(number) for number in range(5)])
 
 
-def test_load_with_refused_episodes_ends_with_one_and_says_why(server: ServerThread, run: Run, tmp_path: Path) -> None:
+def test_load_with_refused_episodes_exits_with_1_and_prints_why(server: ServerThread, run: Run, tmp_path: Path) -> None:
     episodes = [make_episode(number) for number in range(6)]
     for number in (1, 2, 3, 4):
         episodes[number]["obs"][number] = np.nan
@@ -117,7 +117,7 @@ def test_dry_run_needs_no_server_and_shows_the_columns(run: Run, tmp_path: Path)
     assert "episode 1: obs: float32 (3,), expected float32 (4,) as in the first episode" in output
 
 
-def test_server_that_is_not_there_is_said_before_anything_is_read(run: Run, tmp_path: Path) -> None:
+def test_unreachable_server_is_reported_before_anything_is_read(run: Run, tmp_path: Path) -> None:
     write_npz(tmp_path / "demos.npz", [make_episode(0)])
 
     status, _, errors = run("load", "demos.npz", "--address", "127.0.0.1:1")
@@ -148,7 +148,7 @@ def test_no_arguments_show_the_commands(run: Run) -> None:
     assert "touchline load" in output + errors
 
 
-def test_without_the_extra_it_says_what_to_install() -> None:
+def test_command_without_the_extra_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; from touchline._cli.main import main; main()"
 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -204,7 +204,7 @@ def test_load_killed_half_way_and_started_again_stores_each_episode_once(server:
     assert f"{server.address} has 600 episodes" in output
 
 
-def test_load_interrupted_says_that_it_can_be_started_again(server: ServerThread, start: Start, tmp_path: Path) -> None:
+def test_interrupted_load_says_how_to_continue(server: ServerThread, start: Start, tmp_path: Path) -> None:
     write_npz(tmp_path / "demos.npz", [make_episode(number, rows=50, obs=500) for number in range(600)])
     process = start("load", "demos.npz", "--address", server.address)
     _wait_until(server, 1, process)

@@ -60,7 +60,7 @@ def test_inspect_refuses_what_a_server_refuses(server: ServerThread, tmp_path: P
 
 
 @pytest.mark.parametrize("columns", [without("reward"), make_episode(1) | {"obs": NAN}], ids=["a missing column", "not finite"])
-def test_dry_run_and_example_exit_with_1_where_an_episode_is_refused(tmp_path: Path, columns: dict[str, np.ndarray]) -> None:
+def test_dry_run_and_example_exit_with_1_if_an_episode_is_refused(tmp_path: Path, columns: dict[str, np.ndarray]) -> None:
     write_npz(tmp_path / "bad.npz", [make_episode(0), columns])
     commands = [("-m", "touchline", "load", "bad.npz", "--dry-run"), (str(EXAMPLE), "bad.npz", "--address", "127.0.0.1:1")]
 
@@ -69,7 +69,7 @@ def test_dry_run_and_example_exit_with_1_where_an_episode_is_refused(tmp_path: P
         assert ran.returncode == 1 and "refused" in ran.stdout, (arguments, ran)
 
 
-def test_example_exits_with_1_where_the_server_refuses(server: ServerThread, tmp_path: Path) -> None:
+def test_example_exits_with_1_if_the_server_refuses_an_episode(server: ServerThread, tmp_path: Path) -> None:
     write_npz(tmp_path / "other.npz", [make_episode(0)])
     with ReplayClient(server.address) as client:
         client.add(make_episode(0, obs=9))

@@ -127,7 +127,7 @@ def test_rows_of_the_other_convention_come_back_too(tmp_path: Path, name: str) -
         assert_same(stored(other), episodes)
 
 
-def test_loading_an_export_where_it_came_from_stores_nothing(empty: Pair, tmp_path: Path) -> None:
+def test_loading_an_export_into_its_own_server_stores_nothing(empty: Pair, tmp_path: Path) -> None:
     _, client = empty[0]
     _add(client, [make_episode(number) for number in range(4)])
     datasets.export(client, str(tmp_path / "all.npz"))

@@ -122,7 +122,7 @@ def test_file_of_another_kind_is_refused(client: ReplayClient, tmp_path: Path, n
         datasets.load(client, str(tmp_path / name))
 
 
-def test_npz_with_arrays_of_no_episode_says_how_it_is_laid_out(client: ReplayClient, tmp_path: Path) -> None:
+def test_npz_with_an_array_outside_any_episode_is_refused_with_the_layout(client: ReplayClient, tmp_path: Path) -> None:
     np.savez(tmp_path / "demos.npz", **make_episode(0))
 
     with pytest.raises(DatasetError, match=r"obs: an array outside any episode, expected names '<episode>/<column>'"):

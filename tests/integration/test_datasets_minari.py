@@ -161,7 +161,7 @@ def test_minari_nested_observations_are_flattened_with_dots(server: ServerThread
     assert np.array_equal(episode["obs.joints.1"], mode)
 
 
-def test_minari_dataset_that_is_not_there_says_where_it_was_sought(client: ReplayClient, minari_folder: Path) -> None:
+def test_missing_minari_dataset_is_refused_with_the_folder_searched(client: ReplayClient, minari_folder: Path) -> None:
     with pytest.raises(DatasetError, match=r"minari:D4RL/door/human-v2: not in Minari's folder .*minari download D4RL/door/human-v2"):
         datasets.load(client, "minari:D4RL/door/human-v2")
 

@@ -118,7 +118,7 @@ def test_sending_that_is_interrupted_goes_on_and_stores_each_once(tmp_path: Path
     assert list(dict.fromkeys(arrived)) == list(range(9))  # the server drops what is sent again under the same key
 
 
-def test_refused_episodes_are_all_kept_with_the_reason_and_go_out_once_the_server_takes_them(server: ServerThread, tmp_path: Path) -> None:
+def test_refused_episodes_are_kept_with_the_reason_and_sent_once_the_server_accepts_them(server: ServerThread, tmp_path: Path) -> None:
     count = MAX_REFUSED + 6
     fill(tmp_path, spooled(0), *(spooled(number, obs=7) for number in range(1, count + 1)), spooled(count + 1))
 
@@ -299,7 +299,7 @@ def test_actor_that_uses_the_spool_is_shown_and_not_disturbed(server: ServerThre
     assert '"acknowledged": 1' in rest
 
 
-def test_send_that_is_interrupted_says_that_nothing_is_lost(server: ServerThread, tmp_path: Path) -> None:
+def test_interrupted_send_says_that_nothing_is_lost(server: ServerThread, tmp_path: Path) -> None:
     fill(tmp_path / "spool", spooled(0), spooled(1))
     asked, go_on = threading.Event(), threading.Event()
 

@@ -40,7 +40,7 @@ def test_display_without_a_terminal_prints_a_line_every_few_seconds() -> None:
     ]
 
 
-def test_display_on_a_terminal_draws_a_bar_and_takes_it_away() -> None:
+def test_display_on_a_terminal_draws_a_bar_and_removes_it() -> None:
     output, clock = io.StringIO(), Clock()
     with ProgressDisplay(Console(file=output, force_terminal=True, width=100, color_system=None), clock) as display:
         display.show("load demos.npz", 0, 8, unit="episodes", size_bytes=0)
@@ -55,7 +55,7 @@ def test_display_on_a_terminal_draws_a_bar_and_takes_it_away() -> None:
     assert output.getvalue().endswith("a line of its own\n")
 
 
-def test_display_begins_anew_with_another_label() -> None:
+def test_display_starts_again_with_another_label() -> None:
     output, clock = io.StringIO(), Clock()
     with ProgressDisplay(Console(file=output, force_terminal=False), clock) as display:
         display.show("fingerprint", 1, 2, unit="bytes", size_bytes=1)

@@ -199,7 +199,7 @@ def test_stream_mixes_groups_and_chunked_batches_and_adds_up_names() -> None:
     assert found[-1].actor_names == {1: "actor 1", 2: "actor 2"} | ACTORS
 
 
-def test_messages_of_one_length_but_another_layout_are_told_apart() -> None:
+def test_messages_of_equal_length_and_different_layout_are_distinguished() -> None:
     decoder = BatchDecoder()
     for dtype in ("<f4", "<i4"):
         made = BatchLayout(

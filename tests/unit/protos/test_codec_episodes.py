@@ -80,7 +80,7 @@ def test_length_boundaries_are_read_by_the_generated_class(size: int) -> None:
 
 
 @pytest.mark.parametrize("boundary", [1 << 7, 1 << 14, 1 << 21])
-def test_payload_is_aligned_also_where_two_lengths_grow_with_the_padding(boundary: int) -> None:
+def test_payload_is_aligned_even_if_the_padding_lengthens_two_lengths(boundary: int) -> None:
     for name_chars in range(6, 16):
         for size in range(max(boundary - 70, 1), boundary + 10):
             for phase in range(ALIGNMENT):
@@ -100,7 +100,7 @@ def test_decoded_columns_are_read_only_views_of_the_message() -> None:
         assert np.shares_memory(array, np.frombuffer(message, np.uint8))
 
 
-def test_encoding_leaves_the_callers_arrays_alone() -> None:
+def test_encoding_does_not_change_the_callers_arrays() -> None:
     array = np.arange(6, dtype=">f4").reshape(2, 3).T
     before = array.copy()
 
@@ -216,7 +216,7 @@ def test_limits_are_the_receivers() -> None:
     assert same_episode(decode_add_episode(message, limits=CodecLimits(132, 4, 6, 2))[1], small_episode())
 
 
-def test_refused_episode_is_told_by_its_key_wherever_that_stands() -> None:
+def test_error_of_a_refused_episode_has_its_key_wherever_the_field_is() -> None:
     key = pb.Episode(key=pb.EpisodeKey(client_id="c", incarnation=2, sequence=3)).SerializeToString()
     bad = pb.Episode(columns=[column("reward", [4], b"")]).SerializeToString()
 

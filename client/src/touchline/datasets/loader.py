@@ -223,11 +223,11 @@ class _LoadRun:
 
     def send(self, episodes: Iterable[DatasetEpisode]) -> LoadReport:
         """Sends all episodes and returns the report."""
-        self._tell("load", 0, self._total)
+        self._report_progress("load", 0, self._total)
         with ReadAhead(episodes, size_of=_size_of, max_bytes=CALL_BYTES) as ahead:
             for results in self._client.deliver_all(self._keyed(ahead), max_bytes=CALL_BYTES):
                 self._account(results)
-                self._tell("load", self._report.read, self._total)
+                self._report_progress("load", self._report.read, self._total)
         return self._report
 
     def _keyed(self, episodes: Iterable[DatasetEpisode]) -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
@@ -245,8 +245,13 @@ class _LoadRun:
     @cached_property
     def _sender(self) -> tuple[str, int]:
         """Client id and incarnation of the keys. Reads the whole source, so only when an episode has no key of its own."""
-        sender = sender_of(self._source, self._transforms, self._reload_label, lambda done, of: self._tell("fingerprint", done, of))
-        self._tell("load", self._report.read, self._total)
+        sender = sender_of(
+            self._source,
+            self._transforms,
+            reload_label=self._reload_label,
+            progress=lambda done, total: self._report_progress("fingerprint", done, total),
+        )
+        self._report_progress("load", self._report.read, self._total)
         return sender
 
     def _actor_of(self, read: DatasetEpisode) -> str:
@@ -268,12 +273,12 @@ class _LoadRun:
             self._report.stored += not result.duplicate
         del self._unanswered[:answered]
 
-    def _tell(self, stage: str, done: int, total: int) -> None:
+    def _report_progress(self, stage: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(stage, done, total, self._report)
 
 
-def sender_of(source: Source, transforms: ColumnTransforms, reload_label: str, progress: Callable[[int, int], None]) -> tuple[str, int]:
+def sender_of(source: Source, transforms: ColumnTransforms, *, reload_label: str, progress: Callable[[int, int], None]) -> tuple[str, int]:
     """Returns the client id and the incarnation of a source's keys. Reads the whole source.
 
     The client id is a hash of the source's content and the transforms, the incarnation a hash of the label, so the same load always has

@@ -58,7 +58,7 @@ def test_file_that_could_not_be_made_whole_is_empty(connection: sqlite3.Connecti
         ("PRAGMA user_version = 0", 0),
     ],
 )
-def test_file_of_another_kind_is_refused_and_left_alone(connection: sqlite3.Connection, statement: str, version: int | None) -> None:
+def test_file_of_another_kind_is_refused_and_not_changed(connection: sqlite3.Connection, statement: str, version: int | None) -> None:
     TABLES.prepare(connection)
     connection.execute(statement)
     before = connection.execute("PRAGMA data_version").fetchone(), connection.total_changes
@@ -71,7 +71,7 @@ def test_file_of_another_kind_is_refused_and_left_alone(connection: sqlite3.Conn
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, [0]), (1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (11, [4, 4, 3])])
-def test_parts_are_the_bytes_and_none_is_too_long(monkeypatch: pytest.MonkeyPatch, size: int, expected: list[int]) -> None:
+def test_parts_concatenate_to_the_bytes_and_are_within_the_limit(monkeypatch: pytest.MonkeyPatch, size: int, expected: list[int]) -> None:
     monkeypatch.setattr(sqlite, "PART_BYTES", 4)
     data = bytes(range(size))
 

@@ -37,7 +37,7 @@ class FixedSource:
 )
 def test_keys_are_those_of_earlier_versions(transforms: ColumnTransforms, reload_label: str, sender: tuple[str, int]) -> None:
     """Computed by the version before the renames: other keys would store the episodes of repeated loads twice."""
-    assert sender_of(FixedSource(), transforms, reload_label, lambda done, total: None) == sender  # type: ignore[arg-type]
+    assert sender_of(FixedSource(), transforms, reload_label=reload_label, progress=lambda done, total: None) == sender  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

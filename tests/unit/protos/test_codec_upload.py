@@ -118,7 +118,7 @@ def test_small_episodes_share_messages_and_big_ones_do_not() -> None:
     ]
 
 
-def test_malformed_episode_of_several_is_told_and_the_others_are_read() -> None:
+def test_malformed_episode_in_a_group_is_refused_and_the_others_are_read() -> None:
     request = pb.LoadEpisodesRequest.FromString(next(encode_loads([small_episode(), small_episode(), small_episode()])))
     request.episodes[1].columns[0].tensor.data += b"x"
     request.episodes[1].key.sequence = 99
@@ -304,7 +304,7 @@ def test_refused_header_allocates_nothing_and_the_stream_goes_on(
     assert same_episode(feed_all(decoder, encode_load(small_episode(), chunk_bytes=10))[0], small_episode())
 
 
-def test_header_alone_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_header_by_itself_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = LoadDecoder()
     allocated: list[object] = []
     monkeypatch.setattr(chunks.np, "empty", lambda *args: allocated.append(args))
@@ -327,7 +327,7 @@ def test_malformed_chunk_refuses_its_episode_and_the_stream_goes_on() -> None:
     assert same_episode(feed_all(decoder, encode_load(small_episode()))[0], small_episode())
 
 
-def test_malformed_whole_episode_is_told_by_its_key_and_the_stream_goes_on() -> None:
+def test_error_of_a_malformed_whole_episode_has_its_key_and_the_stream_continues() -> None:
     decoder = LoadDecoder()
     bad = pb.Episode(key=pb.EpisodeKey(client_id="c", sequence=5), columns=[pb.Column(name="obs")])
 
@@ -338,7 +338,7 @@ def test_malformed_whole_episode_is_told_by_its_key_and_the_stream_goes_on() -> 
     assert same_episode(feed_all(decoder, encode_load(small_episode()))[0], small_episode())
 
 
-def test_bool_column_in_chunks_takes_only_0_and_1() -> None:
+def test_bool_column_in_chunks_accepts_only_0_and_1() -> None:
     decoder = LoadDecoder()
     feed_one(decoder, header(2, spec("done", dtype=pb.DTYPE_BOOL)))
 
