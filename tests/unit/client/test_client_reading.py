@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -15,6 +17,7 @@ import pytest
 
 from support.client_faults import Handler, ScriptedServer, fail, in_turn
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
+from touchline._learner import episodes as module
 from touchline._rpc.calls import Backoff
 from touchline_protos.codec import Episode, EpisodeDecoder, EpisodeSelection, StoredEpisode, TensorSpec
 from touchline_protos.codec.chunks import chunk_message
@@ -252,6 +255,51 @@ def test_reading_that_was_interrupted_within_a_message_goes_on_without_a_gap(ans
 
         assert numbers(episodes) == [1, 9]
     assert answers.requests[1].first_episode_id == 1
+
+
+def test_reading_that_was_interrupted_at_any_line_goes_on_without_a_gap_or_a_repetition() -> None:
+    def handle(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        first = pb.GetEpisodesRequest.FromString(request).first_episode_id
+        yield encode_selection(ALL._replace(first_episode_id=first))
+        yield from (whole(number) for number in range(first, 10))
+
+    def interrupt_at(count: int) -> Iterator[None]:
+        """Raises KeyboardInterrupt at the ``count``-th line that the source of episodes runs."""
+        lines = 0
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal lines
+            if (
+                frame.f_code.co_name not in ("take", "_advance", "_advance_within", "_take_over")
+                or frame.f_code.co_filename != module.__file__
+            ):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == count:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            reached.append(lines >= count)
+
+    reached: list[bool] = []
+    with ScriptedServer(GetEpisodes=handle) as server, ReplayClient(server.address) as client:
+        for count in range(1, 1000):
+            episodes, found = client.episodes(), list[int]()
+            with suppress(KeyboardInterrupt), contextmanager(interrupt_at)(count):
+                for episode in episodes:
+                    found.append(episode.id)
+            assert found + numbers(episodes) == list(range(10)), count
+            if not reached[-1]:
+                break
+
+    assert sum(reached) > 50
+    assert not reached[-1]
 
 
 def test_absent_server_is_unavailable_within_the_time_limit() -> None:

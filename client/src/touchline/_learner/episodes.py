@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
@@ -110,6 +111,16 @@ class EpisodeStream(ProcessBound):
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """Position of the reading. Replaced as a whole, so that Ctrl-C finds the episodes and their ids together, or neither."""
+
+    seen_id: int = -1
+    """Highest id that was dealt with."""
+    ready: deque[StoredEpisode] = field(default_factory=deque)
+    """Episodes up to that id that were not taken yet."""
+
+
 class EpisodeSource:
     """Episodes from GetEpisodes; a call that breaks off is followed by one for the rest. One thread takes, any closes.
 
@@ -125,8 +136,7 @@ class EpisodeSource:
         self._request = request
         self._timeout_s = timeout_s
         self._selection: EpisodeSelection | None = EpisodeSelection() if empty else None
-        self._ready: deque[StoredEpisode] = deque()
-        self._seen_id = -1
+        self._progress = _Progress()
         self._fruitless = 0
         self._fruitless_since = 0.0
         self._delays = rpc.delays()
@@ -145,9 +155,10 @@ class EpisodeSource:
 
     def take(self) -> StoredEpisode | None:
         """Returns the next episode, None at the end; raises as :meth:`EpisodeStream.__next__` does."""
-        while not self._ready and not self._finished:
+        while not self._progress.ready and not self._finished:
             self._advance()
-        return self._ready.popleft() if self._ready else None
+        ready = self._progress.ready
+        return ready.popleft() if ready else None
 
     def close(self) -> None:
         """Ends the call; a ``take`` in progress raises ClosedError."""
@@ -160,7 +171,12 @@ class EpisodeSource:
     def _advance(self) -> None:
         """Receives until there is progress or the end; makes another call whenever one breaks off."""
         with waiting("episodes()", self._rpc.channel.address, lambda: "no message yet") as wait:
-            self._advance_within(wait, time.monotonic() + self._timeout_s)
+            try:
+                self._advance_within(wait, time.monotonic() + self._timeout_s)
+            except BaseException:
+                # After Ctrl-C it is unknown which message was dealt with: another call begins after the last whole episode.
+                self._drop_session()
+                raise
 
     def _advance_within(self, wait: Wait, ends: float) -> None:
         if not self._fruitless:
@@ -169,7 +185,7 @@ class EpisodeSource:
         while not self._finished:
             if self._closed.is_set():
                 raise ClosedError("the stream was closed")
-            if self._selection is not None and self._seen_id >= self._selection.last_episode_id:
+            if self._selection is not None and self._progress.seen_id >= self._selection.last_episode_id:
                 self._finish()
                 return
             session = self._session or self._open()
@@ -182,9 +198,6 @@ class EpisodeSource:
                 self._wait_after(error, session, ends, last)
                 last = error
                 continue
-            except BaseException:
-                self._drop_session()  # it is unknown how much of a message was read; the next call begins after the last whole episode
-                raise
             finally:
                 self._watchdog.disarm()
             if self._take_over(session, episodes):
@@ -235,15 +248,13 @@ class EpisodeSource:
             self._selection = selection
             return True
         if selection.store_generation != self._selection.store_generation:
-            self._drop_session()
             raise UnavailableError(
                 f"{self._rpc.channel.address}: the server came back without the episodes that were being read, expected the same ones; "
                 "call episodes() again"
             )
-        if session.decoder.seen_id > self._seen_id:
+        if session.decoder.seen_id > self._progress.seen_id:
             self._fruitless, session.fruitful = 0, True
-            self._seen_id = session.decoder.seen_id
-            self._ready.extend(episodes)
+            self._progress = _Progress(session.decoder.seen_id, deque([*self._progress.ready, *episodes]))
         return session.frames > 1
 
     def _finish(self) -> None:
@@ -264,10 +275,10 @@ class EpisodeSource:
         left = pb.GetEpisodesRequest()
         left.CopyFrom(self._request)
         if left.episode_ids:
-            left.episode_ids[:] = [number for number in left.episode_ids if number > self._seen_id]
+            left.episode_ids[:] = [number for number in left.episode_ids if number > self._progress.seen_id]
             left.skip_missing = True  # all were stored when the first call began: a missing one was evicted since
         else:
-            left.first_episode_id = max(self._seen_id + 1, self._selection.first_episode_id)
+            left.first_episode_id = max(self._progress.seen_id + 1, self._selection.first_episode_id)
             left.last_episode_id = self._selection.last_episode_id
             left.ClearField("newest")
         return left

@@ -75,7 +75,7 @@ class Credentials:
         self._channel_credentials = _channel_credentials(self._tls) if self._tls is not None else None
         token = environment.get(TOKEN_VARIABLE, "") if token is None else token
         if not token.isascii() or not token.isprintable() or " " in token:
-            raise InvalidArgumentError("token: expected printable ASCII characters without blanks")
+            raise InvalidArgumentError("token: has a character that no header can carry, expected printable ASCII without blanks")
         if allow_plaintext is None:
             allow_plaintext = environment.get(ALLOW_PLAINTEXT_VARIABLE, "") == "1"
         if token and self._tls is None and not allow_plaintext and not is_local(address):
