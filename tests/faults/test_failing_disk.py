@@ -207,7 +207,7 @@ def test_failed_call_at_the_close_is_logged_and_loses_nothing(
 
     buffer.close()
 
-    assert disk.failed.is_set() and "the durable store was not closed in order" in caplog.text
+    assert disk.failed.is_set() and "the durable store was not closed cleanly" in caplog.text
     disk.mend()
     disk.cut_power(tmp_path / "data", tmp_path / "unpowered")
     for folder in (tmp_path / "unpowered", tmp_path / "data"):

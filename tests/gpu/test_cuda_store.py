@@ -267,5 +267,5 @@ def test_cuda_without_memory_falls_back_to_the_cpu_with_a_log_line(caplog: pytes
 
     assert buffer.store.columns is not None
     assert buffer.store.columns.where == "cpu"
-    assert "has no room for" in caplog.text
+    assert "is too small for" in caplog.text
     check_traced(buffer.sample(), horizon=3)

@@ -26,7 +26,7 @@ GIB = 2**30
 
 
 def allocated(capacity: int, episode: Mapping[str, np.ndarray]) -> columns.Columns:
-    return allocate_columns(Schema.of(episode), capacity=capacity, wanted_device="cpu")
+    return allocate_columns(Schema.of(episode), capacity=capacity, configured_device="cpu")
 
 
 def many_dtypes(length: int, seed: int) -> dict[str, np.ndarray]:
@@ -157,10 +157,10 @@ def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
     episode = traced_columns(0, 5)
 
     with caplog.at_level(logging.WARNING, "touchline_server"):
-        ring = allocate_columns(Schema.of(episode), capacity=10, wanted_device="cuda")
+        ring = allocate_columns(Schema.of(episode), capacity=10, configured_device="cuda")
 
     assert ring.where == "cpu"
-    assert "cuda has no room for 0.0 GiB of columns: they go to host memory" in caplog.text
+    assert "cuda is too small for 0.0 GiB of columns: they go to host memory" in caplog.text
     ring.write(0, episode)
     assert np.array_equal(as_array(ring.tensors["stamp"])[:5], episode["stamp"])
 
@@ -258,7 +258,7 @@ def test_disk_without_room_is_an_error_and_a_smaller_schema_works_after(tmp_path
 
     monkeypatch.setattr(columns.os, "posix_fallocate", full)
 
-    with pytest.raises(TooLargeError, match="no room for obs, 8000 bytes: No space left on device"):
+    with pytest.raises(TooLargeError, match="no space for obs, 8000 bytes: No space left on device"):
         buffer.add(plain_columns(5))
 
     assert buffer.store.schema is None

@@ -178,7 +178,7 @@ def ledger_state(buffer: ReplayBuffer) -> tuple[list[Any], list[Any]]:
 @pytest.fixture
 def little_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ledger that soon has to forget."""
-    for name, limit in (("SENDERS", 4), ("RECENT", 4), ("RUNS", 5), ("ALL_RUNS", 11)):
+    for name, limit in (("SENDERS", 4), ("RECENT", 4), ("INTERVALS", 5), ("ALL_INTERVALS", 11)):
         monkeypatch.setattr(dedup, f"MAX_{name}", limit)
 
 
@@ -193,7 +193,7 @@ def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(durability: s
         except KeyConflictError:
             continue  # too far behind a forgotten gap
     kept = ledger_state(buffer)
-    forgotten = buffer.store._ring.ledger.forgotten_senders, buffer.store._ring.ledger.forgotten_runs
+    forgotten = buffer.store._ring.ledger.forgotten_senders, buffer.store._ring.ledger.forgotten_intervals
     buffer.close()
 
     assert ledger_state(opened()) == kept
@@ -378,7 +378,7 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
         raise MemoryError("as the test wants")
 
     with monkeypatch.context() as patch:
-        patch.setattr(write_behind if durability == "memory" else journal, "change_of", fail)
+        patch.setattr(write_behind if durability == "memory" else journal, "make_change", fail)
         with pytest.raises(MemoryError):
             buffer.add_episode(keyed_episode(0, 0))
     other = Episode({name: np.zeros((12, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(12, np.float32)})

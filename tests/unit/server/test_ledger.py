@@ -20,7 +20,7 @@ from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import InvalidEpisodeError, KeyConflictError, ReplayBuffer
 from touchline_server.durability.database import Database
 from touchline_server.store import dedup
-from touchline_server.store.dedup import DedupLedger, KnownEpisode, payload_digest, runs_to_keep, sender_name
+from touchline_server.store.dedup import DedupLedger, KnownEpisode, intervals_to_keep, payload_digest, sender_name
 
 
 def key(sequence: int, client_id: str = "robot", incarnation: int = 1) -> EpisodeKey:
@@ -105,17 +105,17 @@ def answers(keys: DedupLedger, sequences: Iterable[int], client_id: str = "robot
     return found
 
 
-def runs(keys: DedupLedger) -> list[list[tuple[int, int]]]:
-    return [runs for _, _, runs in keys.senders()]
+def intervals(keys: DedupLedger) -> list[list[tuple[int, int]]]:
+    return [spans for _, _, spans in keys.senders()]
 
 
 def test_limits_keep_what_they_promise_to_keep() -> None:
-    """A sender that is forgotten leaves no recent episode behind, and three runs are left to each however many there are."""
-    most = [3] * (dedup.MAX_SENDERS - 100) + [dedup.MAX_RUNS] * 100
+    """A sender that is forgotten leaves no recent episode behind, and each keeps three intervals, however many senders there are."""
+    most = [3] * (dedup.MAX_SENDERS - 100) + [dedup.MAX_INTERVALS] * 100
 
     assert dedup.MAX_RECENT <= dedup.MAX_SENDERS
-    assert sum(most) > dedup.MAX_ALL_RUNS
-    assert min(runs_to_keep(most)) == 3
+    assert sum(most) > dedup.MAX_ALL_INTERVALS
+    assert min(intervals_to_keep(most)) == 3
 
 
 def test_find_key_older_than_its_checksum_is_still_a_duplicate() -> None:
@@ -126,13 +126,13 @@ def test_find_key_older_than_its_checksum_is_still_a_duplicate() -> None:
     assert answers(keys, (0, 4, 5, dedup.MAX_RECENT + 4, dedup.MAX_RECENT + 5)) == [-1, -1, 5, dedup.MAX_RECENT + 4, None]
 
 
-def test_remember_numbers_in_any_order_takes_the_memory_of_their_runs() -> None:
+def test_remember_numbers_in_any_order_takes_the_memory_of_their_intervals() -> None:
     keys = DedupLedger()
     order = np.random.default_rng(0).permutation(500)
     for sequence in order.tolist():
         keys.remember(key(sequence), 0, 0)
 
-    assert runs(keys) == [[(0, 500)]]
+    assert intervals(keys) == [[(0, 500)]]
 
 
 def test_remember_takes_the_largest_numbers() -> None:
@@ -140,42 +140,42 @@ def test_remember_takes_the_largest_numbers() -> None:
     for sequence in (2**63 - 2, 2**63 - 4, 0):
         keys.remember(key(sequence, incarnation=-(2**63)), 0, sequence % 10)
 
-    assert runs(keys) == [[(0, 1), (2**63 - 4, 2**63 - 3), (2**63 - 2, 2**63 - 1)]]
+    assert intervals(keys) == [[(0, 1), (2**63 - 4, 2**63 - 3), (2**63 - 2, 2**63 - 1)]]
     assert keys.find(key(2**63 - 2, incarnation=-(2**63)), 0) == KnownEpisode(6)
 
 
 def test_remember_too_many_gaps_refuses_what_it_forgot_and_acknowledges_nothing_falsely(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limits(monkeypatch, runs=4, recent=2)
+    limits(monkeypatch, intervals=4, recent=2)
     keys = DedupLedger()
     for sequence in range(0, 200, 2):
         keys.remember(key(sequence), 0, sequence)
 
     assert answers(keys, range(190, 202)) == ["refused"] * 2 + [-1, None, -1, None, 196, None, 198, None, None, None]
     assert set(answers(keys, range(190))) == {"refused"}
-    assert runs(keys) == [[(192, 193), (194, 195), (196, 197), (198, 199)]]
-    assert keys.forgotten_runs == 96
+    assert intervals(keys) == [[(192, 193), (194, 195), (196, 197), (198, 199)]]
+    assert keys.forgotten_intervals == 96
     assert [record.args[0] for record in caplog.records] == [1, 2, 4, 8, 16, 32, 64]
 
 
-def test_remember_too_many_runs_of_all_takes_them_from_who_has_most(
+def test_remember_too_many_intervals_of_all_takes_them_from_the_senders_with_most(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limits(monkeypatch, all_runs=64, recent=2)
+    limits(monkeypatch, all_intervals=64, recent=2)
     keys = DedupLedger()
     for number in range(4):
         for sequence in range(0, 6, 2):
             keys.remember(key(sequence, f"robot-{number}"), 0, 0)
-    before = runs(keys)
+    before = intervals(keys)
     for sequence in range(0, 106, 2):
         keys.remember(key(sequence, "broken"), 0, 0)
 
-    assert runs(keys)[:4] == before
-    assert len(runs(keys)[4]) == 51  # 63 of all, a 64th less than may be
+    assert intervals(keys)[:4] == before
+    assert len(intervals(keys)[4]) == 51  # 63 of all, a 64th less than may be
     assert answers(keys, range(2, 6), "broken") == ["refused", "refused", -1, None]
-    assert (keys.forgotten_runs, keys.forgotten_senders) == (2, 0)
-    assert "2 runs of numbers are forgotten, now 2 of 1 senders'" in caplog.text
+    assert (keys.forgotten_intervals, keys.forgotten_senders) == (2, 0)
+    assert "2 intervals of sequence numbers are forgotten, now 2 of 1 senders, whose" in caplog.text
 
 
 def test_remember_too_many_senders_forgets_the_one_that_stored_longest_ago(
@@ -208,9 +208,9 @@ def test_find_does_not_count_as_storing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_memory_at_every_limit_is_what_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The most senders, with the longest names, the most runs, and the most recent episodes: a 16th of each, and of the memory."""
-    limits(monkeypatch, senders=dedup.MAX_SENDERS // 16, recent=dedup.MAX_RECENT // 16, all_runs=dedup.MAX_ALL_RUNS // 16)
-    each = dedup.MAX_ALL_RUNS // dedup.MAX_SENDERS
+    """The most senders, with the longest names, the most intervals, and the most recent episodes: a 16th of each, and of the memory."""
+    limits(monkeypatch, senders=dedup.MAX_SENDERS // 16, recent=dedup.MAX_RECENT // 16, all_intervals=dedup.MAX_ALL_INTERVALS // 16)
+    each = dedup.MAX_ALL_INTERVALS // dedup.MAX_SENDERS
     tracemalloc.start()
     try:
         keys = DedupLedger()
@@ -222,8 +222,8 @@ def test_memory_at_every_limit_is_what_is_documented(monkeypatch: pytest.MonkeyP
     finally:
         tracemalloc.stop()
 
-    assert sum(map(len, runs(keys))) == dedup.MAX_ALL_RUNS
-    assert (keys.forgotten_runs, keys.forgotten_senders) == (0, 0)
+    assert sum(map(len, intervals(keys))) == dedup.MAX_ALL_INTERVALS
+    assert (keys.forgotten_intervals, keys.forgotten_senders) == (0, 0)
     assert held < (40 << 20) / 16
 
 
@@ -236,7 +236,7 @@ class PlainLedger:
         self.below: dict[str, int] = {}
         self.recent: list[tuple[str, int, int, int]] = []
 
-    def runs(self, client: str) -> list[tuple[int, int]]:
+    def intervals(self, client: str) -> list[tuple[int, int]]:
         numbers = self.stored[client]
         firsts = sorted(number for number in numbers if number - 1 not in numbers)
         return [(first, next(after for after in itertools.count(first) if after not in numbers)) for first in firsts]
@@ -259,24 +259,24 @@ class PlainLedger:
             del self.stored[oldest], self.below[oldest]
         self.recent = [*self.recent, (client, sequence, digest, episode_id)][-dedup.MAX_RECENT :]
         self.stored[client].add(sequence)
-        self.keep(client, dedup.MAX_RUNS)
-        if self.count() > dedup.MAX_ALL_RUNS:
-            while self.count() > dedup.MAX_ALL_RUNS - dedup.MAX_ALL_RUNS // 64:
-                sizes = {name: len(self.runs(name)) for name in self.stored}
+        self.keep(client, dedup.MAX_INTERVALS)
+        if self.count() > dedup.MAX_ALL_INTERVALS:
+            while self.count() > dedup.MAX_ALL_INTERVALS - dedup.MAX_ALL_INTERVALS // 64:
+                sizes = {name: len(self.intervals(name)) for name in self.stored}
                 most = max(sizes.values())
                 self.keep(next(name for name, size in sizes.items() if size == most), most - 1)
 
     def keep(self, client: str, most: int) -> None:
-        kept = self.runs(client)[-most:]
-        if len(kept) < len(self.runs(client)):
+        kept = self.intervals(client)[-most:]
+        if len(kept) < len(self.intervals(client)):
             self.below[client] = kept[0][0]
             self.stored[client] = {number for number in self.stored[client] if number >= kept[0][0]}
 
     def count(self) -> int:
-        return sum(len(self.runs(client)) for client in self.stored)
+        return sum(len(self.intervals(client)) for client in self.stored)
 
     def state(self) -> tuple[object, object]:
-        senders = [(sender_name(client, 1), self.below[client], self.runs(client)) for client in self.stored]
+        senders = [(sender_name(client, 1), self.below[client], self.intervals(client)) for client in self.stored]
         return senders, [(sender_name(client, 1), *rest) for client, *rest in self.recent]
 
 
@@ -294,7 +294,7 @@ class LedgersAgainstPlainOne(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        limits(self.patch, senders=4, recent=4, runs=5, all_runs=11)
+        limits(self.patch, senders=4, recent=4, intervals=5, all_intervals=11)
         self.folder = tempfile.TemporaryDirectory()
         self.database = Database(Path(self.folder.name) / "touchline.db")
         self.keys = DedupLedger()
@@ -379,9 +379,9 @@ class LedgersAgainstPlainOne(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_bounded(self) -> None:
-        assert len(runs(self.keys)) <= 4
-        assert max(map(len, runs(self.keys)), default=0) <= 5
-        assert sum(map(len, runs(self.keys))) == self.keys._runs <= 11
+        assert len(intervals(self.keys)) <= 4
+        assert max(map(len, intervals(self.keys)), default=0) <= 5
+        assert sum(map(len, intervals(self.keys))) == self.keys._intervals <= 11
         assert len(list(self.keys.recent())) <= 4
 
 

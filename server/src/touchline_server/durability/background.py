@@ -35,7 +35,7 @@ class CommitterState(enum.Enum):
 class BackgroundCommitter(ABC):
     """What the committers have in common: the thread and its end. Every method may be called from any thread.
 
-    Lock order: the write lock, then ``_changed``; nobody who holds ``_changed`` waits for the write lock.
+    Lock order: the write lock, then ``_changed``. A thread that holds ``_changed`` never waits for the write lock.
 
     Args:
         writes: the write path, restored already.
@@ -68,7 +68,7 @@ class BackgroundCommitter(ABC):
             raise StorageFailedError("the durable store is closed; nothing was stored")
 
     def close(self) -> None:
-        """Commits what waits and closes the file in order. Does nothing in a forked child, or if it is closed already."""
+        """Commits what waits and closes the file cleanly. Does nothing in a forked child, or if it is closed already."""
         if self._sqlite.is_parents:
             return
         with self._changed:
@@ -101,7 +101,7 @@ class BackgroundCommitter(ABC):
         return self._writes.counts()
 
     def _wake(self) -> None:
-        """Has the thread look again at what is due: there is something to commit, or to sync."""
+        """Wakes the thread: there is something to commit, or to sync later."""
         with self._changed:
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""A durable store's folder: one server at a time, and a mark of what was acknowledged that does not lie in the database itself."""
+"""A durable store's folder: its lock, and a mark of what was acknowledged, kept apart from the database so that it can check it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class DurabilityMark:
-    """What a server had acknowledged when it ended, however it ended."""
+    """What a server had acknowledged when it stopped, cleanly or not."""
 
     commits: int
-    """Transactions."""
+    """Number of transactions."""
     synced: bool
-    """Whether each was on the disk before it was acknowledged."""
+    """Whether each transaction was on disk before it was acknowledged."""
     boot_id: str
-    """Of the machine's start: until its next one, what was committed is there, on the disk or not."""
+    """Id of the machine's current boot. Until the next boot, what was committed survives even if it was not synced."""
 
 
 class DataDir:
-    """A data_dir that this process holds. A context manager.
+    """A data_dir locked by this process. A context manager.
 
     Raises:
-        StoreInUseError: another process holds it.
-        StorageFailedError: it cannot be made or opened.
+        StoreInUseError: another process has locked it.
+        StorageFailedError: it cannot be created or opened.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,42 +64,42 @@ class DataDir:
 
     @property
     def database(self) -> Path:
-        """The database's file."""
+        """Path of the database."""
         return self.path / FILE_NAME
 
     def mark(self) -> DurabilityMark | None:
-        """Returns what was acknowledged; None where there is no mark, or none that can be read: it only ever adds to the checks."""
+        """Returns what was acknowledged; None if there is no readable mark, which then checks nothing."""
         return read_mark(self.path)
 
     def record_commit(self, commits: int, *, synced: bool) -> None:
-        """Notes that so many transactions are committed. Not synced: it is to be there after the server's death, not the machine's.
+        """Records how many transactions are committed. The mark is not synced: it has to survive the server's death, not the machine's.
 
         Raises:
-            OSError: the disk does not take it, and not for want of room.
+            OSError: writing failed, for another reason than a full disk.
         """
         try:
             os.pwrite(self._mark, f"{commits:020d} {'sync ' if synced else 'batch'} {self._boot_id}\n".encode(), 0)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            # The episodes are committed all the same; what is lost is a check.
+            # The episodes are committed nevertheless; only a check is lost.
             logger.warning("%s: %s", self.path / MARK_NAME, error.strerror)
 
     def rewrite_log(self) -> None:
-        """Writes the log that a server left behind over itself, and has it on the disk: see :func:`rewrite`. To be called before SQLite
-        opens it.
+        """Overwrites the log that a server left behind with its own content and syncs it: see :func:`rewrite`. Call it before SQLite opens
+        the file.
 
         Raises:
-            StorageFailedError: it cannot be read or written.
+            StorageFailedError: the log cannot be read or written.
         """
         path = self.path / f"{FILE_NAME}-wal"
         try:
             rewrite(path)
         except OSError as error:
-            raise StorageFailedError(f"{path}: {error.strerror}; see to the disk, nothing was changed") from None
+            raise StorageFailedError(f"{path}: {error.strerror}; check the disk, nothing was changed") from None
 
     def watch(self) -> None:
-        """Remembers which files are the store's, for :meth:`displaced`. To be called once the database is open.
+        """Remembers which files are the store's, for :meth:`displaced`. Call it once the database is open.
 
         Raises:
             StorageFailedError: one of them is gone already.
@@ -111,17 +111,17 @@ class DataDir:
                 raise StorageFailedError(f"storage.data_dir: {self.path / name}: {error.strerror}") from None
 
     def displaced(self) -> str:
-        """Returns what has become of the store's files, if they are not where the next start would look; otherwise nothing."""
+        """Returns what happened to the store's files if they are not where the next start would look; empty if they are."""
         for path, identity in self._watched.items():
             try:
                 if _identity(path) != identity:
-                    return f"{path.name} in storage.data_dir is not the file any more that this server opened"
+                    return f"{path.name} in storage.data_dir is no longer the file that this server opened"
             except OSError as error:
                 return f"{path.name} in storage.data_dir is gone ({error.strerror})"
         return ""
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Releases the lock."""
         os.close(self._mark)
         os.close(self._lock)
 
@@ -138,7 +138,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def read_mark(data_dir: Path) -> DurabilityMark | None:
-    """Returns what :meth:`DataDir.mark` does, of a folder that another process may hold."""
+    """Returns the mark of a folder that another process may have locked, like :meth:`DataDir.mark`."""
     try:
         words = (data_dir / MARK_NAME).read_text(encoding="ascii", errors="replace").split()
     except OSError:
@@ -147,7 +147,7 @@ def read_mark(data_dir: Path) -> DurabilityMark | None:
 
 
 def boot_id() -> str:
-    """Returns what names this start of the machine; ``unknown`` where nothing does."""
+    """Returns the id of the machine's current boot; ``unknown`` if the system has none."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

@@ -1,8 +1,8 @@
-"""The durable store's file: its tables, and the statements on them. SQLite in WAL mode keeps it; nothing here knows of threads.
+"""The durable store's SQLite file, in WAL mode: its tables and the statements on them. Not thread-safe.
 
-``episodes`` has one row an episode, ``payloads`` its columns, ``senders``, ``runs`` and ``keys`` the ledger of
-:mod:`touchline_server.store.dedup`, ``counts`` the counts, ``meta`` the rest. Rows carry a CRC-32 over their values, an episode's over
-its payload too: any flipped bit, and any damage within 32 bits in a row, is noticed; other damage escapes once in 4 billion times.
+``episodes`` has one row for each episode, ``payloads`` its columns, ``senders``, ``runs`` and ``keys`` the ledger of
+:mod:`touchline_server.store.dedup`, ``counts`` the counts, ``meta`` the rest. Rows carry a CRC-32 of their values, an episode's of its
+payload too: any flipped bit, and any damage within 32 consecutive bits, is detected; other damage escapes once in 4 billion times.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from touchline_server.store.schema import Schema
 FILE_NAME = "touchline.db"
 COUNT_NAMES = tuple(field.name for field in fields(Counts))
 GENERATION_KEY = "lineage"
-"""In ``meta``: the store's generation."""
+"""Name in ``meta`` of the store's generation."""
 OLDEST_KEY = "oldest_id"
-"""In ``meta``: no episode with a lower id is stored."""
+"""Name in ``meta`` of an id below which no episode is stored."""
 CHECKPOINT_BYTES = 32 << 20
-"""Length of the write-ahead log from which on it is moved into the main file before the next commit."""
+"""Length of the write-ahead log above which it is moved into the main file before the next commit."""
 CHECKPOINT_RETRY_BYTES = 8 << 20
-"""How much is committed between two attempts to move it, if something is in the way."""
+"""Bytes committed between two attempts to move the log, if a reader prevents it."""
 LOG_BYTES = 64 << 20
-"""Length of the log's file above which it is cut; below, it is written over."""
+"""Length of the log's file above which it is truncated; below, it is overwritten."""
 COMMIT_BYTES = 64 << 10
-"""What a commit adds to the log beside its payload: the pages of tables and indexes that it changes."""
+"""Bytes that a commit adds to the log besides its payload: the pages of tables and indexes that it changes."""
 
 BUSY_MS = 10_000
-"""How long another process that writes to the file is waited for."""
+"""Milliseconds to wait for another process that is writing to the file."""
 
 logger = get_logger(__name__)
 
@@ -75,30 +75,30 @@ CREATE TABLE keys (
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """Opens a file. Transactions are begun and ended by whoever writes."""
+    """Opens a file. Callers begin and end transactions themselves."""
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000)
-    connection.execute("PRAGMA mmap_size = 0")  # a damaged file would be a SIGBUS
+    connection.execute("PRAGMA mmap_size = 0")  # mapped, a damaged file would raise SIGBUS
     return connection
 
 
 class Database:
-    """The file of one data_dir, for whoever holds the store's write lock.
+    """The file of one data_dir, for the holder of the write lock.
 
     Args:
-        path: of the file.
-        read_only: leaves the file and its log as they are, also when it is closed.
+        path: path of the file.
+        read_only: True leaves the file and its log unchanged, even on close.
 
     Raises:
-        StoreMismatchError: it is no store of ours, or of a newer format.
-        DamagedStoreError: SQLite cannot make sense of it.
-        StorageFailedError: it cannot be opened or made.
+        StoreMismatchError: the file is not a Touchline store, or of a newer format.
+        DamagedStoreError: SQLite cannot read it.
+        StorageFailedError: it cannot be opened or created.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self.monitor = StorageMonitor()
-        """Whether what is written can be relied upon."""
+        """Whether what is written can be relied on."""
         self._synchronous = ""
         self._logged_bytes = 0
         try:
@@ -106,26 +106,26 @@ class Database:
         except sqlite3.Error as error:
             raise translate(error, path) from error
         self.ledger = LedgerTables(self._connection, path, advice(path))
-        """Who has sent what."""
+        """The tables of the deduplication ledger."""
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """For reading, and for PRAGMAs."""
+        """The connection, for reading and for PRAGMAs."""
         return self._connection
 
     @property
     def commits(self) -> int:
-        """How many transactions there were."""
+        """Number of transactions committed so far."""
         value = self.meta("commits", 0)
         return value if isinstance(value, int) else 0
 
     def meta(self, name: str, default: object = None) -> object:
-        """Returns a value of the table ``meta``. Whether each is as it was written, its name too, :meth:`damaged_values` says."""
+        """Returns a value of the table ``meta``, which :meth:`damaged_values` verifies, names included."""
         row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return default if row is None else row[0]
 
     def damaged_values(self) -> list[str]:
-        """Returns what in ``meta`` and ``counts`` is not as it was written, a line each."""
+        """Returns a line for each value in ``meta`` and ``counts`` that is not as it was written."""
         return [
             f"{table}: {name!r} is damaged"
             for table in ("meta", "counts")
@@ -134,7 +134,7 @@ class Database:
         ]
 
     def schema(self) -> Schema | None:
-        """Returns the columns' schema, None where no episode has fixed it.
+        """Returns the columns' schema; None if no episode has fixed it.
 
         Raises:
             DamagedStoreError: it is not readable.
@@ -148,23 +148,23 @@ class Database:
             raise DamagedStoreError(f"{self.path}: the schema is not readable ({error}); {advice(self.path)}") from None
 
     def counts(self) -> Counts:
-        """Returns the counts as they are in the file, even if :meth:`damaged_values` lists one; 0 for those that are not there."""
+        """Returns the counts in the file, even if :meth:`damaged_values` lists one of them; a missing count is 0."""
         found = dict(self._connection.execute("SELECT name, value FROM counts"))
         return Counts(**{name: found[name] for name in COUNT_NAMES if name in found})
 
     def commit(self, changes: Sequence[Change], *, counts: Counts, meta: Mapping[str, object], sync: bool) -> None:
-        """Stores episodes and forgets those that they evict, all or none.
+        """Inserts episodes and deletes those evicted for them, all or none.
 
         Args:
-            changes: in order.
-            counts: the counts after them.
-            meta: values of ``meta`` that change with them.
-            sync: whether they are on the disk, and not only with the operating system, when this returns.
+            changes: the changes, in the order in which they apply.
+            counts: the counts after the changes.
+            meta: values of ``meta`` that change in the same transaction.
+            sync: whether to return only once everything is on disk, and not merely with the operating system.
 
         Raises:
-            StorageFullError: there is no room. Nothing has changed, unless the text says otherwise.
-            StorageUncertainError: writing failed once the commit had begun. Whether anything has changed is not known.
-            StorageFailedError: writing failed before, now or earlier. Nothing has changed.
+            StorageFullError: the disk is full. Nothing has changed, unless the text says otherwise.
+            StorageUncertainError: writing failed after the commit had begun. Whether anything has changed is unknown.
+            StorageFailedError: writing failed before that, now or earlier. Nothing has changed.
         """
 
         def write() -> None:
@@ -175,12 +175,12 @@ class Database:
         self._transact(write, sync=sync, size_bytes=sum(change.size_bytes for change in changes))
 
     def forget(self, episode_ids: Iterable[int], *, counts: Counts, keys: Iterable[tuple[EpisodeKey, int]] = ()) -> None:
-        """Forgets episodes, in a transaction of its own. Raises as :meth:`commit` does.
+        """Deletes episodes, in a transaction of its own. Raises as :meth:`commit` does.
 
         Args:
-            episode_ids: of the episodes.
-            counts: the counts after it.
-            keys: with their episodes' ids, those to forget too: of episodes that nobody was told are stored. Other keys stay known.
+            episode_ids: ids of the episodes.
+            counts: the counts afterwards.
+            keys: keys to forget, each with its episode's id: those of episodes that were never acknowledged. Other keys stay known.
         """
 
         def write() -> None:
@@ -192,11 +192,11 @@ class Database:
         self._transact(write, sync=True)
 
     def clear(self, unwritten: Iterable[Change], *, counts: Counts) -> None:
-        """Forgets every episode and the schema, keys and counts not. Raises as :meth:`commit` does.
+        """Deletes every episode and the schema; keys and counts stay. Raises as :meth:`commit` does.
 
         Args:
-            unwritten: episodes that were acknowledged and are not in the database: their keys are remembered.
-            counts: the counts after it.
+            unwritten: changes that were acknowledged and are not in the file. Only their keys are written.
+            counts: the counts afterwards.
         """
 
         def write() -> None:
@@ -213,8 +213,8 @@ class Database:
         self._transact(write, sync=True, size_bytes=CHECKPOINT_BYTES)
 
     def shrink(self, pages: int) -> bool:
-        """Gives up to ``pages`` free pages at the file's end back to the file system; returns whether there are more. Raises as
-        :meth:`commit` does."""
+        """Returns up to ``pages`` free pages at the file's end to the file system, and whether there are more. Raises as :meth:`commit`
+        does."""
         free = pragma(self._connection, "freelist_count")
         if free:
             count = min(pages, free)
@@ -223,10 +223,10 @@ class Database:
         return free > pages
 
     def checkpoint_if_due(self) -> None:
-        """Moves the log into the main file once it is long enough. A full disk is no error: what is committed stays in the log.
+        """Moves the log into the main file if it is long enough. A full disk is not an error: what is committed stays in the log.
 
         Raises:
-            StorageFailedError: reading, writing or an fsync failed. Nothing was begun for the caller.
+            StorageFailedError: reading, writing or an fsync failed. Nothing was begun on the caller's behalf.
         """
         if self._logged_bytes < CHECKPOINT_BYTES:
             return
@@ -238,12 +238,12 @@ class Database:
             logger.warning("%s: the log stays as it is: %s", self.path, error)
 
     def checkpoint(self) -> bool:
-        """Moves the log into the main file, as far as nobody reads it; returns whether that was all of it.
+        """Moves the log into the main file, except for what readers still use; returns whether that was all of it.
 
-        SQLite's own checkpoints, after a commit and when a file is closed, would fail without a word.
+        SQLite's own checkpoints, after a commit and on close, would fail silently.
 
         Raises:
-            StorageFullError: there is no room; nothing is lost.
+            StorageFullError: the disk is full; nothing is lost.
             StorageFailedError: reading, writing or an fsync failed.
         """
         self.monitor.check()
@@ -258,7 +258,7 @@ class Database:
         return bool(moved == pages)
 
     def insert_episode(self, row: EpisodeRow, payloads: Sequence[Payload]) -> None:
-        """Writes an episode's rows, inside a transaction of the caller's."""
+        """Writes an episode's rows, inside the caller's transaction."""
         values = row.values
         self._connection.execute(f"INSERT INTO episodes VALUES ({', '.join('?' * (len(values) + 1))})", (*values, row_checksum(*values)))
         for payload in payloads:
@@ -270,22 +270,22 @@ class Database:
                 )
 
     def set_meta(self, meta: Mapping[str, object]) -> None:
-        """Writes values of ``meta``, inside a transaction of the caller's or as one of its own."""
+        """Writes values of ``meta``, inside the caller's transaction or in one of its own."""
         self._set("meta", meta)
 
     def set_counts(self, counts: Counts) -> None:
-        """Writes the counts, inside a transaction of the caller's."""
+        """Writes the counts, inside the caller's transaction."""
         self._set("counts", asdict(counts))
 
     def close(self) -> None:
-        """Closes the file, which moves what is left of the log into it; not after a failure, which would make of it what nobody knows."""
+        """Closes the file, which moves the rest of the log into it. After a failure, abandons it instead: another write could do harm."""
         if self.monitor.state is StorageState.FAILED:
             self.abandon()
         else:
             self._connection.close()
 
     def abandon(self) -> None:
-        """Leaves the files as they are, for as long as the process lives: to close a connection is to write."""
+        """Leaves the files as they are until the process ends, because closing a connection writes to them."""
         keep_open(self._connection)
 
     def _open(self, *, read_only: bool) -> None:
@@ -297,7 +297,7 @@ class Database:
         except sqlite3.Error as error:
             if read_only or not has_no_room(error, self.path):
                 raise
-            # The index of the log, shared with commands that look on, has no room. One in memory needs none.
+            # There is no space for the index of the log, which other processes share. An index in memory needs none.
             self._connection.close()
             self._connection = connect(self.path)
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
@@ -364,7 +364,7 @@ class Database:
         self.set_counts(counts)
         (oldest,) = self._connection.execute("SELECT min(id) FROM episodes").fetchone()
         if oldest is not None:
-            # What is deleted may be found in the file's free pages by whoever recovers.
+            # A recovery may find deleted episodes in the file's free pages.
             meta = {OLDEST_KEY: oldest, **meta}
         self.set_meta({"commits": self.commits + 1, **meta})
 

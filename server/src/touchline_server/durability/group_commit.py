@@ -71,7 +71,7 @@ class GroupCommitter(BackgroundCommitter):
         with self._changed:
             self.check_writable()
             self._append(pending)
-        # Whoever waits for the lock while another thread commits may find its episode committed in that thread's transaction.
+        # While this thread waits for the lock, another one may commit this episode too, in its own transaction.
         with self._writes.lock:
             while not pending.future.done():
                 self._commit_group()

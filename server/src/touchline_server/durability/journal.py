@@ -18,7 +18,7 @@ from touchline_protos import Counts
 from touchline_protos.log_lines import get_logger
 from touchline_server.durability.data_dir import DataDir
 from touchline_server.durability.database import FILE_NAME, Database
-from touchline_server.durability.records import Change, change_of
+from touchline_server.durability.records import Change, make_change
 from touchline_server.durability.storage_state import UNCERTAIN, StorageState
 from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
 from touchline_server.store.inserts import PlannedInsert
@@ -43,7 +43,7 @@ class SqliteJournal:
 
     Args:
         database: the open file; closed with the journal.
-        data_dir: its locked folder; closed with the journal.
+        data_dir: the locked folder; closed with the journal.
         durability: ``sync``, ``batch`` or ``memory``.
         sync_interval_s: longest time between a commit and its fsync, for ``batch`` and ``memory``.
         incoming: the row convention.
@@ -99,7 +99,7 @@ class SqliteJournal:
 
     def write(self, plan: InsertPlan) -> None:
         """Commits a plan. Raises as :meth:`commit` does."""
-        changes = [change_of(insert, incoming=self.incoming, copy=False) for insert in plan.inserts]
+        changes = [make_change(insert, incoming=self.incoming, copy=False) for insert in plan.inserts]
         try:
             self.commit(changes, plan.counts(), next_id=plan.next_id)
         except StorageFullError:
@@ -109,8 +109,7 @@ class SqliteJournal:
     def undo(self, inserts: Sequence[PlannedInsert], counts: Counts) -> None:
         """Deletes episodes that were committed and are not in the ring.
 
-        Their keys are forgotten too: nobody was told that they are stored, so they must not be taken for duplicates when they are sent
-        again.
+        Their keys are forgotten too: they were never acknowledged, so they must not pass for duplicates when they are sent again.
 
         Raises:
             StorageUncertainError: it failed, so file and ring differ until the next start.
@@ -150,7 +149,7 @@ class SqliteJournal:
         """Commits changes, with an fsync if the mode or a reservation of ids asks for one.
 
         Args:
-            changes: in order.
+            changes: the changes, in the order in which they apply.
             counts: the counts after them.
             next_id: id of the first episode after them.
 
@@ -217,12 +216,12 @@ class SqliteJournal:
             logger.warning("free pages remain in the durable store's file: %s", error)
 
     def note_full(self, size_bytes: int) -> None:
-        """Notes that the disk had no space for this many bytes. From any thread."""
+        """Reports the disk as full: it had no space for this many bytes. From any thread."""
         self._refused_bytes = size_bytes
-        self.monitor.fill("storage.data_dir is on a disk that is full; free space there, adding goes on as soon as there is room")
+        self.monitor.fill("storage.data_dir is on a disk that is full; free space there, adding goes on as soon as there is some")
 
     def check_space(self, counts: Counts, *, next_id: int) -> None:
-        """Notes that a full disk has space again, which health and Info would otherwise report only once somebody adds."""
+        """Reports a full disk as usable once it has space again, so that health and Info do not have to wait for the next add."""
         if self.monitor.state is not StorageState.FULL:
             return
         try:
@@ -233,14 +232,14 @@ class SqliteJournal:
             logger.debug("the disk is still full: %s", error)
 
     def close(self, counts: Counts, *, next_id: int) -> None:
-        """Closes the file in order: the next start continues with ``next_id``. After a failure, leaves everything as it is."""
+        """Closes the file cleanly: the next start continues with ``next_id``. After a failure, leaves everything as it is."""
         try:
             self._check_files()
             self._database.commit([], counts=counts, meta={"next_id": next_id}, sync=True)
             self._record_commit(synced=True)
             self.checkpoint()
         except (ReplayError, sqlite3.Error) as error:
-            logger.error("the durable store was not closed in order: %s", error)
+            logger.error("the durable store was not closed cleanly: %s", error)
         finally:
             _journals.discard(self)
             os.close(self._log)
@@ -248,7 +247,7 @@ class SqliteJournal:
             self._data_dir.close()
 
     def abandon(self) -> None:
-        """In a forked child: releases the parent's files without touching them. The parent keeps its locks."""
+        """Releases the parent's files in a forked child, without touching them. The parent keeps its locks."""
         self._database.abandon()
         os.close(self._log)
         self._data_dir.close()

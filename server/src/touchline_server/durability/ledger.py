@@ -1,4 +1,7 @@
-"""The durable half of the ledger: who has sent what, in the tables ``senders``, ``runs`` and ``keys``."""
+"""The durable half of the deduplication ledger: the tables ``senders``, ``runs`` and ``keys``.
+
+A row of ``runs`` is an interval of sequence numbers; its columns ``first`` and ``after`` are the start and the stop.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from touchline_protos.codec import EpisodeKey
 from touchline_protos.files.sqlite import row_checksum
 from touchline_server.errors import DamagedStoreError
 from touchline_server.store import dedup
-from touchline_server.store.dedup import DedupLedger, runs_to_keep
+from touchline_server.store.dedup import DedupLedger, intervals_to_keep
 
 
 class LedgerTables:
-    """The statements on them, inside transactions of the caller's. For whoever holds the store's write lock.
+    """The statements on these tables, inside the caller's transactions. For the holder of the write lock.
 
     Args:
-        connection: to the file.
-        path: of the file, for messages.
+        connection: connection to the file.
+        path: path of the file, for messages.
         advice: what to do about damage, for messages.
     """
 
@@ -27,13 +30,13 @@ class LedgerTables:
         self._path = path
         self._advice = advice
         self._sizes: dict[str, int] | None = None
-        """How many rows each table has; None where that has to be counted."""
+        """Number of rows of each table; None if they have to be counted."""
 
     def load(self, keys: DedupLedger) -> None:
-        """Has an empty ledger know what the tables know.
+        """Restores an empty ledger from the tables.
 
         Raises:
-            DamagedStoreError: a row's checksum is wrong, or a row makes no sense beside the others.
+            DamagedStoreError: a row's checksum is wrong, or a row contradicts another.
         """
         names: dict[int, bytes] = {}
         for number, *values, checksum in self._connection.execute(
@@ -43,11 +46,11 @@ class LedgerTables:
                 raise self._damaged("senders")
             client_id, incarnation, below = values
             names[number] = keys.restore(client_id, incarnation, forgotten_below=below)
-        for sender, first, after, checksum in self._connection.execute("SELECT * FROM runs ORDER BY sender, first"):
-            if sender not in names or row_checksum(sender, first, after) != checksum:
+        for sender, start, stop, checksum in self._connection.execute("SELECT * FROM runs ORDER BY sender, first"):
+            if sender not in names or row_checksum(sender, start, stop) != checksum:
                 raise self._damaged("runs")
             try:
-                keys.restore_run(names[sender], first, after)
+                keys.restore_interval(names[sender], start, stop)
             except ValueError:
                 raise self._damaged("runs") from None
         for episode_id, sender, sequence, digest, checksum in self._connection.execute("SELECT * FROM keys ORDER BY episode_id"):
@@ -56,7 +59,7 @@ class LedgerTables:
             keys.restore_recent(names[sender], sequence, digest, episode_id)
 
     def remember(self, key: EpisodeKey, digest: int, episode_id: int) -> None:
-        """Does to the tables what :meth:`touchline_server.store.dedup.DedupLedger.remember` does in memory, step by step."""
+        """Does to the tables, step by step, what :meth:`touchline_server.store.dedup.DedupLedger.remember` does in memory."""
         sizes = self._counted()
         sender = self._sender(key, episode_id)
         self.insert_key(episode_id, sender, key.sequence, digest)
@@ -64,11 +67,11 @@ class LedgerTables:
         if sizes["keys"] > dedup.MAX_RECENT:
             self._delete("keys", "episode_id = (SELECT min(episode_id) FROM keys)")
         self._add_number(sender, key.sequence)
-        if sizes["runs"] > dedup.MAX_ALL_RUNS:
-            self._bound_runs()
+        if sizes["runs"] > dedup.MAX_ALL_INTERVALS:
+            self._bound_intervals()
 
     def forget(self, key: EpisodeKey, episode_id: int) -> None:
-        """Undoes :meth:`remember`, but for what was forgotten for it."""
+        """Undoes :meth:`remember`, except for what was forgotten meanwhile and the order of the senders."""
         execute = self._connection.execute
         self._delete("keys", "episode_id = ?", episode_id)
         found = execute(
@@ -78,18 +81,18 @@ class LedgerTables:
         ).fetchone()
         if found is None or found[2] <= key.sequence:
             return
-        sender, first, after = found
-        self._delete("runs", "sender = ? AND first = ?", sender, first)
-        for part in ((first, key.sequence), (key.sequence + 1, after)):
-            if part[0] < part[1]:
-                self._add_run(sender, *part)
-        if first + 1 == after:
+        sender, start, stop = found
+        self._delete("runs", "sender = ? AND first = ?", sender, start)
+        for rest_start, rest_stop in ((start, key.sequence), (key.sequence + 1, stop)):
+            if rest_start < rest_stop:
+                self._add_interval(sender, rest_start, rest_stop)
+        if start + 1 == stop:
             self._delete(
                 "senders", "id = ? AND forgotten_below = 0 AND id NOT IN (SELECT sender FROM runs WHERE sender = ?)", sender, sender
             )
 
     def rolled_back(self) -> None:
-        """Is told that the transaction has ended without a change."""
+        """Resets what is known of the tables' sizes, because the transaction was rolled back."""
         self._sizes = None
 
     def insert_sender(self, number: int, client_id: str, incarnation: int, *, forgotten_below: int, last_episode: int) -> None:
@@ -97,13 +100,13 @@ class LedgerTables:
         row = (number, client_id, incarnation, forgotten_below)
         self._connection.execute("INSERT INTO senders VALUES (?, ?, ?, ?, ?, ?)", (*row, last_episode, row_checksum(*row)))
 
-    def insert_runs(self, sender: int, runs: Iterable[tuple[int, int]]) -> None:
-        """Writes runs of a sender's numbers: [first, after) of each."""
-        for row in ((sender, first, after) for first, after in runs):
+    def insert_intervals(self, sender: int, intervals: Iterable[tuple[int, int]]) -> None:
+        """Writes intervals of a sender's numbers: start and stop of each."""
+        for row in ((sender, start, stop) for start, stop in intervals):
             self._connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", (*row, row_checksum(*row)))
 
     def insert_key(self, episode_id: int, sender: int, sequence: int, digest: int) -> None:
-        """Writes what is known of an episode."""
+        """Writes a recent episode's row."""
         row = (episode_id, sender, sequence, digest)
         self._connection.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?)", (*row, row_checksum(*row)))
 
@@ -137,40 +140,40 @@ class LedgerTables:
 
     def _add_number(self, sender: int, sequence: int) -> None:
         execute = self._connection.execute
-        first, after = sequence, sequence + 1
-        before = execute("SELECT first FROM runs WHERE sender = ? AND after = ?", (sender, first)).fetchone()
-        behind = execute("SELECT after FROM runs WHERE sender = ? AND first = ?", (sender, after)).fetchone()
-        if behind is not None:
-            self._delete("runs", "sender = ? AND first = ?", sender, after)
-            after = behind[0]
-        if before is not None:
-            first = before[0]
-            row = (sender, first, after)
-            execute("UPDATE runs SET after = ?, checksum = ? WHERE sender = ? AND first = ?", (after, row_checksum(*row), sender, first))
+        start, stop = sequence, sequence + 1
+        below = execute("SELECT first FROM runs WHERE sender = ? AND after = ?", (sender, start)).fetchone()
+        above = execute("SELECT after FROM runs WHERE sender = ? AND first = ?", (sender, stop)).fetchone()
+        if above is not None:
+            self._delete("runs", "sender = ? AND first = ?", sender, stop)
+            stop = above[0]
+        if below is not None:
+            start = below[0]
+            checksum = row_checksum(sender, start, stop)
+            execute("UPDATE runs SET after = ?, checksum = ? WHERE sender = ? AND first = ?", (stop, checksum, sender, start))
             return
-        self._add_run(sender, first, after)
-        if behind is None:
-            (runs,) = execute("SELECT count(*) FROM runs WHERE sender = ?", (sender,)).fetchone()
-            self._keep(sender, runs, dedup.MAX_RUNS)
+        self._add_interval(sender, start, stop)
+        if above is None:
+            (intervals,) = execute("SELECT count(*) FROM runs WHERE sender = ?", (sender,)).fetchone()
+            self._keep(sender, intervals, dedup.MAX_INTERVALS)
 
-    def _add_run(self, sender: int, first: int, after: int) -> None:
-        self.insert_runs(sender, [(first, after)])
+    def _add_interval(self, sender: int, start: int, stop: int) -> None:
+        self.insert_intervals(sender, [(start, stop)])
         self._counted()["runs"] += 1
 
-    def _bound_runs(self) -> None:
+    def _bound_intervals(self) -> None:
         sizes = self._connection.execute(
             "SELECT id, size FROM senders JOIN (SELECT sender, count(*) AS size FROM runs GROUP BY sender) ON sender = id "
             "ORDER BY last_episode"
         ).fetchall()
-        for (sender, runs), keep in zip(sizes, runs_to_keep([runs for _, runs in sizes]), strict=True):
-            self._keep(sender, runs, keep)
+        for (sender, intervals), keep in zip(sizes, intervals_to_keep([intervals for _, intervals in sizes]), strict=True):
+            self._keep(sender, intervals, keep)
 
-    def _keep(self, sender: int, runs: int, keep: int) -> None:
-        """Forgets the oldest of so many runs of a sender."""
-        if runs <= keep:
+    def _keep(self, sender: int, intervals: int, keep: int) -> None:
+        """Drops all but the newest ``keep`` of a sender's intervals."""
+        if intervals <= keep:
             return
         execute = self._connection.execute
-        (below,) = execute("SELECT first FROM runs WHERE sender = ? ORDER BY first LIMIT 1 OFFSET ?", (sender, runs - keep)).fetchone()
+        (below,) = execute("SELECT first FROM runs WHERE sender = ? ORDER BY first LIMIT 1 OFFSET ?", (sender, intervals - keep)).fetchone()
         self._delete("runs", "sender = ? AND first < ?", sender, below)
         name = execute("SELECT client_id, incarnation FROM senders WHERE id = ?", (sender,)).fetchone()
         execute("UPDATE senders SET forgotten_below = ?, checksum = ? WHERE id = ?", (below, row_checksum(sender, *name, below), sender))

@@ -1,4 +1,4 @@
-"""What a person does with a durable store: check it, take a consistent copy. :mod:`touchline_server.durability.recovery` mends one."""
+"""Commands on a durable store: check it, take a consistent copy. :mod:`touchline_server.durability.recovery` repairs one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from touchline_server.store.episode_store import new_store_generation
 from touchline_server.store.schema import Schema
 
 MAX_FINDINGS = 20
-"""Lines of SQLite's own check that are told."""
+"""Most lines of SQLite's own check that are reported."""
 
 
 @dataclass
@@ -31,8 +31,9 @@ class CheckReport:
     """What was found in a store."""
 
     episodes: int = 0
-    """Those that are whole."""
+    """Number of episodes that are whole."""
     steps: int = 0
+    """Number of their steps."""
     damage: list[str] = field(default_factory=list)
     """One line for each thing that is not as it was written."""
 
@@ -42,41 +43,41 @@ def check(data_dir: Path, progress: Progress | None = None) -> CheckReport:
 
     Raises:
         StorageFailedError: there is no store, or it cannot be read at all.
-        StoreMismatchError: it is of another format, or none of ours.
+        StoreMismatchError: it has another format, or is not a Touchline store.
         DamagedStoreError: nothing of a store is left in it.
     """
     path = existing(data_dir)
-    findings = CheckReport()
+    report = CheckReport()
     try:
         database = Database(path, read_only=True)
     except (DamagedStoreError, StoreMismatchError) as error:
-        findings.episodes, findings.steps = whole_episodes(path)
-        findings.damage.append(f"SQLite cannot open it: {str(error).partition(';')[0]}")
-        return findings
+        report.episodes, report.steps = whole_episodes(path)
+        report.damage.append(f"SQLite cannot open it: {str(error).partition(';')[0]}")
+        return report
     try:
         database.connection.execute("BEGIN")  # one moment's state, whatever a server adds meanwhile
         commits = _number(database, "commits")
-        for (line,) in _guarded(database.connection, f"PRAGMA integrity_check({MAX_FINDINGS})", findings):
+        for (line,) in _guarded(database.connection, f"PRAGMA integrity_check({MAX_FINDINGS})", report):
             if line != "ok":
-                findings.damage.append(f"SQLite: {line}")
-        _check_episodes(database, findings, progress)
-        _check_rest(database, findings)
+                report.damage.append(f"SQLite: {line}")
+        _check_episodes(database, report, progress)
+        _check_rest(database, report)
     finally:
         database.close()
     mark = read_mark(data_dir)
     if mark is not None and mark.commits > commits and not _is_held(data_dir):
-        findings.damage.append(f"the last {mark.commits - commits} acknowledged transactions are missing")
-    return findings
+        report.damage.append(f"the last {mark.commits - commits} acknowledged transactions are missing")
+    return report
 
 
 def snapshot(data_dir: Path, target: Path) -> Path:
-    """Copies one moment's state of a store, also while a server uses it: adding and sampling go on. The copy has a lineage of its own.
+    """Copies a consistent state of a store, even while a server uses it: adding and sampling continue. The copy has its own generation.
 
     Returns:
         The copy's file: its folder is a data_dir that a server can start on.
 
     Raises:
-        StorageFailedError: there is no store, no room for the copy, or one is there already.
+        StorageFailedError: there is no store, no space for the copy, or the folder has a store already.
     """
     path = existing(data_dir)
     file = target / FILE_NAME
@@ -88,9 +89,9 @@ def snapshot(data_dir: Path, target: Path) -> Path:
         unfinished.unlink(missing_ok=True)
         source, copy = connect(path), connect(unfinished)
         try:
-            # All pages in one step: what is committed meanwhile goes to the log and does not start the copy again.
+            # All pages in one step, so that commits meanwhile, which go to the log, do not restart the copy.
             source.backup(copy, pages=-1)
-            # From here on the two give the same ids to different episodes.
+            # From here on, the two use the same ids for different episodes.
             generation = new_store_generation()
             copy.execute(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (GENERATION_KEY, generation, row_checksum(GENERATION_KEY, generation))
@@ -109,58 +110,58 @@ def snapshot(data_dir: Path, target: Path) -> Path:
     return file
 
 
-def _guarded(connection: sqlite3.Connection, query: str, findings: CheckReport, *arguments: object) -> Iterator[tuple[object, ...]]:
-    """Yields a query's rows up to where SQLite cannot go on, which is noted."""
+def _guarded(connection: sqlite3.Connection, query: str, report: CheckReport, *arguments: object) -> Iterator[tuple[object, ...]]:
+    """Yields a query's rows as far as SQLite can read them; records the error at which it stops."""
     try:
         yield from connection.execute(query, arguments)
     except (sqlite3.Error, OverflowError) as error:
         finding = f"SQLite: {error} ({query})"
-        if finding not in findings.damage:
-            findings.damage.append(finding)
+        if finding not in report.damage:
+            report.damage.append(finding)
 
 
-def _check_episodes(database: Database, findings: CheckReport, progress: Progress | None) -> None:
-    numbers = [row[0] for row in _guarded(database.connection, "SELECT id FROM episodes ORDER BY id", findings)]
-    schema = _schema(database, findings)
+def _check_episodes(database: Database, report: CheckReport, progress: Progress | None) -> None:
+    numbers = [row[0] for row in _guarded(database.connection, "SELECT id FROM episodes ORDER BY id", report)]
+    schema = _schema(database, report)
     for position, number in enumerate(numbers):
-        whole = _read_whole(database, int(str(number)), schema, findings)
+        whole = _read_whole(database, int(str(number)), schema, report)
         if whole is not None:
-            findings.episodes += 1
-            findings.steps += whole[0].length
+            report.episodes += 1
+            report.steps += whole[0].length
         if progress is not None:
             progress(position + 1, len(numbers))
 
 
-def _check_rest(database: Database, findings: CheckReport) -> None:
+def _check_rest(database: Database, report: CheckReport) -> None:
     try:
         database.ledger.load(DedupLedger())
         damage, counts = database.damaged_values(), database.counts()
     except (ReplayError, sqlite3.Error, TypeError, ValueError) as error:
-        findings.damage.append(str(error))
+        report.damage.append(str(error))
         return
     if damage:
-        findings.damage += damage
+        report.damage += damage
         return
-    for name, found in (("episodes", findings.episodes), ("steps", findings.steps)):
+    for name, found in (("episodes", report.episodes), ("steps", report.steps)):
         added, evicted, stored = (getattr(counts, f"{name}_{what}") for what in ("added", "evicted", "stored"))
         if not found == stored == added - evicted:
-            findings.damage.append(f"{found} whole {name}, expected {stored} by the counts")
+            report.damage.append(f"{found} whole {name}, expected {stored} by the counts")
 
 
-def _schema(database: Database, findings: CheckReport) -> Schema | None:
+def _schema(database: Database, report: CheckReport) -> Schema | None:
     try:
         if any(line.startswith("meta: 'schema'") for line in database.damaged_values()):
-            return None  # which is told with the others; each episode says what its columns are
+            return None  # reported with the others; each episode knows its own columns
         return database.schema()
     except (DamagedStoreError, sqlite3.Error) as error:
-        findings.damage.append(str(error))
+        report.damage.append(str(error))
         return None
 
 
 def _read_whole(
-    database: Database, number: int, schema: Schema | None, findings: CheckReport
+    database: Database, number: int, schema: Schema | None, report: CheckReport
 ) -> tuple[EpisodeRow, dict[str, np.ndarray]] | None:
-    """Returns an episode, None where it is not as it was written, which is noted."""
+    """Returns an episode; records the damage and returns None if it is not as it was written."""
     try:
         values = database.connection.execute("SELECT * FROM episodes WHERE id = ?", (number,)).fetchone()
         if values is None:
@@ -172,7 +173,7 @@ def _read_whole(
         if any(len(array) != row.length for array in columns.values()):
             raise DamagedStoreError(f"not {row.length} rows in every column")
     except (ReplayError, sqlite3.Error, OverflowError, MemoryError) as error:
-        findings.damage.append(f"episode {number}: {str(error).partition(';')[0]}")
+        report.damage.append(f"episode {number}: {str(error).partition(';')[0]}")
         return None
     return row, columns
 
@@ -190,7 +191,7 @@ def _number(database: Database, name: str) -> int:
 
 
 def _is_held(data_dir: Path) -> bool:
-    """Returns whether a server uses it: its mark is then ahead of the moment that was read."""
+    """Returns whether a server uses the folder: its mark is then ahead of the state that was read."""
     try:
         DataDir(data_dir).close()
     except ReplayError:

@@ -1,8 +1,8 @@
-"""Rows read straight from the pages of a database file and its log, whatever has become of the structures that lead to them.
+"""Rows read directly from the pages of a database file and its log, whatever happened to the structures that lead to them.
 
-SQLite gives up at the first page that it needs and cannot make sense of; whoever recovers wants every row whose own bytes are there. The
-format is that of https://sqlite.org/fileformat2.html: sections 1.6 (b-tree pages), 2.1 (records), 4 (log). Nothing found
-here is certain to be a row of ours before its checksum was verified.
+SQLite gives up at the first page that it needs and cannot read; a recovery wants every row whose own bytes are left. The format is
+https://sqlite.org/fileformat2.html: sections 1.6 (b-tree pages), 2.1 (records) and 4 (log). Nothing found here is certain to be a row
+of the store before its checksum is verified.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ _LOG_MAGIC = b"\x37\x7f\x06"
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _FRAME_BYTES = _FRAME_HEADER_BYTES + PAGE_BYTES
 PREFIX_BYTES = 4096
-"""What :meth:`PageFile.row` reads of a cell where not all of it is asked for: every value of ours but the data of a column."""
+"""Bytes of a cell that :meth:`PageFile.row` reads by default: every value of a row except the data of a column."""
 
 Value = int | float | str | bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Where a row lies."""
+    """The place of a row in a file."""
 
     rowid: int | None
-    """None in an index, and so in a table WITHOUT ROWID."""
+    """Row number; None in an index, and so in a table WITHOUT ROWID."""
     size_bytes: int
+    """Size of the whole record."""
     local: bytes
-    """What of it is in the page itself."""
+    """The part of the record in the page itself."""
     overflow: int
-    """The page with what comes next; 0 where that is all."""
+    """Number of the page with the next part; 0 if there is none."""
 
 
 class PageFile:
-    """A database's pages, those in its log in place of those in the file. Changes nothing. A context manager.
+    """A database's pages; those in its log supersede those in the file. Read-only. A context manager.
 
     Raises:
         OSError: a file cannot be read.
@@ -69,7 +70,7 @@ class PageFile:
             raise
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of pages."""
         return self._pages
 
     def __enter__(self) -> Self:
@@ -79,29 +80,29 @@ class PageFile:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the files."""
+        """Closes the files."""
         os.close(self._file)
         if self._log is not None:
             self._log.close()
 
     def page(self, number: int) -> bytes:
-        """Returns a page as it was committed last, the first is number 1; zeros where the file is cut off."""
+        """Returns the last committed version of a page, the first being number 1; zeros if the file is truncated before it."""
         if self._log is not None and number in self._log.newest:
             return self._log.page(self._log.newest[number])
         return self._page_of_file(number)
 
     def cells(self) -> Iterator[Cell]:
-        """Yields each cell that could be a row. What was deleted, or was moved to another page, may be among them."""
-        # Free pages too: a list of them that is damaged, or of another moment, names pages that are in use.
+        """Yields each cell that could be a row, deleted and moved ones included."""
+        # Free pages as well: a damaged or outdated list of free pages may contain pages in use.
         for number in range(2, self._pages + 1):
             for page in self._versions(number):
                 yield from _cells(page)
 
     def row(self, cell: Cell, *, whole: bool = False) -> list[Value]:
-        """Returns a cell's values: all, or those that are within its first :data:`PREFIX_BYTES`.
+        """Returns a cell's values: all of them, or those within its first :data:`PREFIX_BYTES`.
 
         Raises:
-            ValueError: it is no row, or a part of it is missing.
+            ValueError: the cell is not a row, or is incomplete.
         """
         wanted = cell.size_bytes if whole else min(cell.size_bytes, PREFIX_BYTES)
         if cell.size_bytes > self._pages * PAGE_BYTES:
@@ -120,7 +121,7 @@ class PageFile:
         return b"".join(parts)
 
     def _versions(self, number: int) -> Iterator[bytes]:
-        """Yields a page; where its newest version is damaged, the older ones too, which have most of its rows."""
+        """Yields a page; if its newest version is damaged, also the older ones, which have most of its rows."""
         log = self._log
         if log is None or number not in log.newest:
             yield self._page_of_file(number)
@@ -136,22 +137,22 @@ class PageFile:
 
 
 class _Log:
-    """The frames of a write-ahead log that are of its last generation and committed."""
+    """The committed frames of a write-ahead log's last generation."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.newest: dict[int, int] = {}
         """The last frame of each page."""
         self.damaged: set[int] = set()
-        """Frames that are not as they were written, or cannot be verified because the one before is not."""
+        """Frames that are damaged, or that cannot be verified because the frame before is damaged."""
         self.size = 0
-        """Pages of the database after the last commit; 0 where that is not known."""
+        """Number of pages of the database after the last commit; 0 if unknown."""
         self._pages: list[tuple[int, int]] = []
         header = os.pread(self._file, _LOG_HEADER_BYTES, 0).ljust(_LOG_HEADER_BYTES, b"\0")
         order = ">" if header[3] & 1 else "<"
         before = struct.unpack(">II", header[24:32])
         whole = header[:3] == _LOG_MAGIC and _checksum(header[:24], (0, 0), order) == before
-        # Those of the first frame that is as it was written, if the header is not.
+        # If the header is damaged, the salts of the first intact frame.
         salts = header[16:24] if whole else None
         uncommitted: list[tuple[int, int]] = []
         for frame in range((os.fstat(self._file).st_size - _LOG_HEADER_BYTES) // _FRAME_BYTES):
@@ -162,7 +163,7 @@ class _Log:
             before = found
             salts = data[8:16] if salts is None and whole else salts
             if salts is not None and data[8:16] != salts:
-                continue  # of an earlier generation, which this one has not overwritten, or its head is damaged
+                continue  # from an earlier generation that is not overwritten yet, or its header is damaged
             if not whole:
                 self.damaged.add(frame)
             uncommitted.append((page, frame))
@@ -188,10 +189,11 @@ class _Log:
 
 
 def _weights(pairs: int) -> np.ndarray:
-    """Returns what each pair of words counts in a checksum, [2, 2, pairs] uint32, modulo 2**32."""
-    # (s1, s2) -> (s1 + s2 + x1, s1 + 2 s2 + x1 + x2) for each pair (x1, x2): Fibonacci numbers, from the last pair to the first.
+    """Returns the weight of each pair of words in the two sums of a checksum, [2, 2, pairs] uint32, modulo 2**32."""
+    # Each pair (x1, x2) maps (s1, s2) to (s1 + s2 + x1, s1 + 2 s2 + x1 + x2), so weights are Fibonacci numbers, growing from the last pair
+    # to the first.
     weights = np.empty((2, 2, pairs), np.uint32)
-    columns = [(1, 1), (0, 1)]  # what x1 and x2 of the last pair add to s1 and s2
+    columns = [(1, 1), (0, 1)]  # the weights of x1 and x2 of the last pair in s1 and s2
     for pair in range(pairs - 1, -1, -1):
         for word, (one, two) in enumerate(columns):
             weights[:, word, pair] = one, two
@@ -203,16 +205,22 @@ _WEIGHTS = {size: _weights(size // 8) for size in (8, 24, PAGE_BYTES)}
 
 
 def _checksum(data: bytes, seed: tuple[int, int], order: str) -> tuple[int, int]:
-    """Returns SQLite's checksum of bytes in the log, from what it was before them (section 4.2)."""
+    """Returns SQLite's running checksum of the log (section 4.2) after these bytes.
+
+    Args:
+        data: the bytes, of one of the sizes in ``_WEIGHTS``.
+        seed: the checksum before them.
+        order: byte order of the log, ``<`` or ``>``.
+    """
     words = np.frombuffer(data, f"{order}u4").astype(np.uint32).reshape(-1, 2)
-    # What went before counts as if it were added to the first pair.
+    # The seed has the same weight as if it were added to the first pair.
     words[0] += np.array(((seed[0] + seed[1]) % 2**32, seed[1]), np.uint32)
     one, two = (_WEIGHTS[len(data)] * words.T).sum(axis=(1, 2), dtype=np.uint64)
     return int(one) % 2**32, int(two) % 2**32
 
 
 def _cells(page: bytes) -> Iterator[Cell]:
-    """Yields the cells of a page with rows; those that cannot be any are left out."""
+    """Yields the cells of a page that has rows, except for impossible ones."""
     kind = page[0]
     if kind not in (_TABLE_LEAF, _INDEX_LEAF, _INDEX_INTERIOR):
         return
@@ -239,7 +247,7 @@ def _cells(page: bytes) -> Iterator[Cell]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Returns a number of one to nine bytes, signed as SQLite has it, and where it ends; raises IndexError where the data do."""
+    """Returns a variable-length integer of one to nine bytes, signed, and the position behind it; raises IndexError if it is truncated."""
     value = 0
     for end in range(at + 1, at + 9):
         byte = data[end - 1]
@@ -251,7 +259,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _values(record: bytes) -> list[Value]:
-    """Returns the values of a record, without those that are not wholly in it; raises ValueError where it is none."""
+    """Returns the values of a record, except for truncated ones at its end; raises ValueError if it is malformed."""
     try:
         head, at = _varint(record, 0)
         kinds = []

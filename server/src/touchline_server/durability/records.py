@@ -27,7 +27,7 @@ class EpisodeRow:
     actor: str
     policy_version: int
     length: int
-    """Rows."""
+    """Number of rows."""
     return_: float | None
     """Sum of the defined rewards; None if it is not finite."""
     time: float
@@ -77,7 +77,7 @@ class Change:
         return sum(len(payload.data) for payload in self.insert.payloads) if self.insert is not None else 0
 
 
-def change_of(planned: PlannedInsert, *, incoming: bool, copy: bool) -> Change:
+def make_change(planned: PlannedInsert, *, incoming: bool, copy: bool) -> Change:
     """Returns what a planned insert changes in the durable store.
 
     Args:

@@ -1,7 +1,7 @@
-"""Keeps what is whole of a damaged store: reads its rows from the pages themselves and puts them into a fresh file.
+"""Recovery of a damaged store: reads its rows from the pages themselves and writes those that are whole to a new file.
 
-What a row says for itself decides: each carries a checksum, an episode's also over its columns. So it does not matter what else of the
-file is left: a header, a way to the row, a log, the end of the file.
+Only a row's own checksum decides, and an episode's also covers its columns. So it does not matter what else of the file is left: a header,
+the structures that lead to the row, a log, the end of the file.
 """
 
 from __future__ import annotations
@@ -32,44 +32,45 @@ from touchline_server.store.dedup import DedupLedger, payload_digest, sender_nam
 from touchline_server.store.schema import Schema
 
 MAX_COMBINATIONS = 64
-"""Ways to put an episode together that are tried, where an older copy of one of its rows is found too."""
+"""Most combinations of rows that are tried for an episode, if older copies of some of its rows are found."""
 _SETTINGS = ("commits", "next_id", "row_convention", GENERATION_KEY)
-"""What every store has in ``meta``."""
+"""Names that every store has in ``meta``."""
 _RETURN, _TIME = 7, 8
-"""Columns of ``episodes`` that are numbers with a point: SQLite stores 3.0 as 3."""
+"""Columns of ``episodes`` that hold floats: SQLite stores 3.0 as 3."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class Recovery:
-    """What became of a store."""
+    """The result of a recovery."""
 
     episodes: int = 0
-    """Kept."""
+    """Number of episodes kept."""
     steps: int = 0
+    """Number of their steps."""
     lost: list[str] = field(default_factory=list)
-    """One line for each thing that is not kept, or not certain to be all there."""
+    """One line for each thing that is lost, or may be incomplete."""
     replaced: bool = False
-    """Whether the fresh file took the old one's place."""
+    """Whether the new file has replaced the old one."""
 
 
 def recover(data_dir: Path, progress: Progress | None = None, *, accept_loss: bool = False) -> Recovery:
-    """Puts what is whole into a fresh database, and keeps the old one beside it, untouched, its name ending in ``.damaged``.
+    """Writes what is whole to a new database, and keeps the old one beside it, unchanged, under a name that ends in ``.damaged``.
 
     Args:
         data_dir: the folder.
-        progress: told how many of how many episodes are written.
-        accept_loss: whether to do so although something is lost; otherwise everything is then left as it was.
+        progress: called with the number of episodes done so far and the total.
+        accept_loss: whether to replace the old database even if something is lost; if False, everything then stays as it was.
 
     Returns:
-        What is kept, what is lost, and whether the fresh database is in place.
+        What is kept, what is lost, and whether the new database is in place.
 
     Raises:
-        StoreInUseError: a server uses it.
-        StorageFailedError: there is no store, there is no room, or a recovery's leftovers are in the way.
-        StoreMismatchError: the file is another application's, or of another format.
-        DamagedStoreError: nothing of it is left.
+        StoreInUseError: a server uses the folder.
+        StorageFailedError: there is no store, the disk is full, or there are too many old databases already.
+        StoreMismatchError: the file belongs to another application, or has another format.
+        DamagedStoreError: nothing of a store is left.
     """
     path = existing(data_dir)
     fresh_path = path.with_suffix(".recovered")
@@ -104,7 +105,7 @@ def recover(data_dir: Path, progress: Progress | None = None, *, accept_loss: bo
 
 
 def existing(data_dir: Path) -> Path:
-    """Returns the database's file in a folder; raises StorageFailedError where there is none."""
+    """Returns the path of the database in a folder; raises StorageFailedError if there is none."""
     path = data_dir / FILE_NAME
     try:
         found = path.is_file()
@@ -116,7 +117,7 @@ def existing(data_dir: Path) -> Path:
 
 
 def whole_episodes(path: Path) -> tuple[int, int]:
-    """Returns how many episodes and steps of a file are whole, which SQLite may be unable to open. Raises as :func:`recover` does."""
+    """Returns how many episodes and steps of a file are whole, even if SQLite cannot open it. Raises as :func:`recover` does."""
     try:
         with PageFile(path) as pages:
             found = _Found(pages, path)
@@ -127,31 +128,31 @@ def whole_episodes(path: Path) -> tuple[int, int]:
 
 
 class _Found:
-    """Every row of ours in a file, sorted by table; data of columns are read when they are asked for."""
+    """Every row found in a file, by table. The data of columns are read on demand."""
 
     def __init__(self, pages: PageFile, path: Path) -> None:
         self._pages = pages
         self.path = path
         self._rows: dict[int, EpisodeRow] = {}
         self._payloads: dict[int, dict[int, list[Cell]]] = {}
-        """Of each episode, the cells of each row number: more than one where an older copy is there too."""
+        """Cells of each episode by row number: more than one if older copies are found."""
         self.meta: dict[str, Value] = {}
         self.counts: dict[str, int] = {}
         self.senders: dict[int, tuple[str, int, int, int]] = {}
-        """Client id, incarnation, the number below which it is forgotten and its newest episode, by number."""
+        """Client id, incarnation, smallest number not forgotten and newest episode of each sender, by its row number."""
         self.runs: dict[tuple[int, int], int] = {}
-        """Where each run ends, by sender and first number."""
+        """Stop of each interval, by sender and start."""
         self.keys: dict[int, tuple[int, int, int]] = {}
-        """Sender, sequence number and digest by episode."""
+        """Sender, sequence number and digest of each recent episode, by its id."""
         for cell in pages.cells():
             try:
                 self._sort(cell, pages.row(cell))
             except (ValueError, TypeError):
-                continue  # no row of ours, or a part of it is missing
+                continue  # not one of the store's rows, or incomplete
         self._check_something()
 
     def _check_something(self) -> None:
-        """Raises StoreMismatchError or DamagedStoreError where there is nothing of a store."""
+        """Raises StoreMismatchError or DamagedStoreError if there is nothing of a store."""
         header = self._pages.page(1)
         application, version = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
         ours = header.startswith(MAGIC) and application == TABLES.application_id
@@ -161,24 +162,24 @@ class _Found:
             )
         if not (ours or self._rows or self.meta or self.counts or self.senders):
             raise DamagedStoreError(
-                f"{self.path}: nothing of a store of touchline-server's is left in it; put a copy back, or remove {self.path.parent} or "
+                f"{self.path}: nothing of a touchline-server store is left in it; put a copy back, or remove {self.path.parent} or "
                 "choose another storage.data_dir to start with nothing"
             )
 
     def schema(self) -> Schema | None:
-        """Returns the schema as it was written, None where it is lost or was never fixed."""
+        """Returns the schema as it was written; None if it is lost or was never fixed."""
         try:
             return schema_of(str(self.meta["schema"]))
         except (ValueError, TypeError, KeyError):
             return None
 
     def number(self, name: str) -> int:
-        """Returns a number of ``meta``, 0 where it is lost."""
+        """Returns a number in ``meta``; 0 if it is lost."""
         value = self.meta.get(name)
         return value if isinstance(value, int) else 0
 
     def episodes(self) -> list[EpisodeRow]:
-        """Returns the rows of episodes, oldest first, without those that were evicted: what is deleted may still be in the file."""
+        """Returns the rows of episodes, oldest first, except for evicted ones: deleted rows may still be in the file."""
         rows = [self._rows[number] for number in sorted(self._rows)]
         oldest = self.meta.get(OLDEST_KEY)
         if isinstance(oldest, int):
@@ -187,7 +188,7 @@ class _Found:
         return rows if stored is None else rows[len(rows) - min(stored, len(rows)) :]
 
     def columns(self, row: EpisodeRow) -> dict[str, np.ndarray] | None:
-        """Returns an episode's columns as they were written, None where they are not whole."""
+        """Returns an episode's columns as they were written; None if they are not whole."""
         candidates = self._payloads.get(row.id, {})
         choices = itertools.product(*(candidates[number] for number in sorted(candidates)))
         for cells in itertools.islice(choices, MAX_COMBINATIONS):
@@ -210,12 +211,12 @@ class _Found:
         }
 
     def _sort(self, cell: Cell, values: list[Value]) -> None:
-        """Puts a row with its table, which its number of values and its checksum tell."""
+        """Adds a row to its table, which follows from its number of values and its checksum."""
         if cell.rowid is None:
             if len(values) in (3, 4) and row_checksum(*values[:-1]) == values[-1]:
                 self._sort_indexed(values)
             return
-        if not values or values[0] is not None:  # the row's number, which stands in the cell
+        if not values or values[0] is not None:  # the row number, which SQLite keeps in the cell
             return
         if len(values) in (6, 7) and isinstance(values[1], int) and isinstance(values[2], str) and isinstance(values[5], str):
             copies = self._payloads.setdefault(values[1], {}).setdefault(cell.rowid, [])
@@ -247,7 +248,7 @@ class _Found:
                 self.counts[name] = max(value, self.counts.get(name, 0))
             case [str(name), value, _]:
                 known = self.meta.get(name)
-                # They only ever grow; of an older copy the smaller ones are found.
+                # These numbers only ever grow, so the larger one is the newer.
                 self.meta[name] = max(value, known) if isinstance(value, int) and isinstance(known, int) else value
 
 
@@ -280,10 +281,10 @@ def _write(found: _Found, target: Path, mark: DurabilityMark | None, progress: P
                 progress(position + 1, len(rows))
         ledger.write(fresh)
         fresh.set_counts(_counts(found, recovery, rows_lost=len(recovery.lost)))
-        _tell_settings(found, mark, recovery)
+        _check_settings(found, mark, recovery)
         if found.counts.get("episodes_evicted", 1) and not _ledger_is_whole(found.path):
             recovery.lost.append("the ledger may lack rows: an episode that was evicted may be taken for new if it is sent again")
-        # Far enough that no id is given out again, whatever the lost ones were.
+        # Far enough ahead that no id is used again, whatever the lost ones were.
         newest = max((*(row.id for row in rows), *found.keys), default=-1)
         reserved = max(found.number("next_id"), newest + 1) + ID_BLOCK
         meta: dict[str, object] = {"commits": 1, "next_id": reserved}
@@ -292,19 +293,19 @@ def _write(found: _Found, target: Path, mark: DurabilityMark | None, progress: P
             meta["schema"] = schema_text(schema)
         fresh.set_meta(meta)
         fresh.connection.execute("COMMIT")
-        fresh.checkpoint()  # the file is moved without its log
+        fresh.checkpoint()  # only the file is moved, not its log
     return recovery
 
 
 def _begin_next(fresh: Database) -> None:
-    """Ends a transaction and begins another: in one alone, the log would take as much room as the file."""
+    """Ends a transaction and begins another: in a single one, the log would grow as large as the file."""
     fresh.connection.execute("COMMIT")
     fresh.checkpoint()
     fresh.connection.execute("BEGIN IMMEDIATE")
 
 
 def _counts(found: _Found, recovery: Recovery, *, rows_lost: int) -> Counts:
-    """Returns the counts of what is kept; notes what the old ones say is missing."""
+    """Returns the counts of what is kept; records what is missing by the old counts."""
     counts = {name: found.counts.get(name, 0) for name in COUNT_NAMES}
     if found.counts.keys() != counts.keys():
         recovery.lost.append("counts: they begin again with what is kept, and how many episodes there were is not known")
@@ -318,10 +319,10 @@ def _counts(found: _Found, recovery: Recovery, *, rows_lost: int) -> Counts:
     return Counts(**counts)
 
 
-def _tell_settings(found: _Found, mark: DurabilityMark | None, recovery: Recovery) -> None:
+def _check_settings(found: _Found, mark: DurabilityMark | None, recovery: Recovery) -> None:
     for name in _SETTINGS:
         if name not in found.meta:
-            what = "; the next start takes the configured one, so see to it that it is right" if name == "row_convention" else ""
+            what = "; the next start takes the configured one, so make sure that it is right" if name == "row_convention" else ""
             recovery.lost.append(f"the setting {name} of the file{what}")
     known = "commits" in found.meta or not found.meta
     missing = mark.commits - found.number("commits") if mark is not None and known else 0
@@ -330,7 +331,7 @@ def _tell_settings(found: _Found, mark: DurabilityMark | None, recovery: Recover
 
 
 def _ledger_is_whole(path: Path) -> bool:
-    """Returns whether SQLite itself reads the ledger through: then no row of it can have been overlooked."""
+    """Returns whether SQLite itself can read the whole ledger: then no row of it was overlooked."""
     try:
         with closing(Database(path, read_only=True)) as database:
             database.ledger.load(DedupLedger())
@@ -340,7 +341,7 @@ def _ledger_is_whole(path: Path) -> bool:
 
 
 class _Ledger:
-    """What is left of a ledger, and what its senders are called."""
+    """What is left of a ledger, with the names of its senders."""
 
     def __init__(self, found: _Found) -> None:
         self._keys = DedupLedger()
@@ -354,33 +355,33 @@ class _Ledger:
         for (sender, first), after in sorted(found.runs.items()):
             if sender in names:
                 try:
-                    self._keys.restore_run(names[sender], first, after)
+                    self._keys.restore_interval(names[sender], first, after)
                 except ValueError:
-                    continue  # an older copy of one that is there
+                    continue  # an older copy of a known interval
         for episode_id, (sender, sequence, digest) in sorted(found.keys.items()):
             if sender in names:
                 self._keys.restore_recent(names[sender], sequence, digest, episode_id)
 
     def remember(self, row: EpisodeRow) -> None:
-        """Knows an episode that is kept, where its rows of the ledger were lost."""
+        """Adds an episode that is kept, if its rows of the ledger were lost."""
         if row.key is None:
             return
         try:
             if self._keys.find(row.key, row.digest) is None:
                 self._keys.remember(row.key, row.digest, row.id)
         except ReplayError:
-            return  # known under this key, by another payload or beyond its gaps: it stays so
+            return  # the key is known, with another payload or below a forgotten interval: it stays so
         name = sender_name(row.key.client_id, row.key.incarnation)
         self._senders[name] = (row.key.client_id, row.key.incarnation)
         self._last_episodes[name] = max(row.id, self._last_episodes.get(name, 0))
 
     def write(self, fresh: Database) -> None:
-        """Puts it into a fresh database."""
+        """Writes the ledger to a new database."""
         numbers: dict[bytes, int] = {}
         for name, below, runs in self._keys.senders():
             number = numbers[name] = len(numbers) + 1
             fresh.ledger.insert_sender(number, *self._senders[name], forgotten_below=below, last_episode=self._last_episodes[name])
-            fresh.ledger.insert_runs(number, runs)
+            fresh.ledger.insert_intervals(number, runs)
         for name, sequence, digest, episode_id in self._keys.recent():
             if name in numbers:
                 fresh.ledger.insert_key(episode_id, numbers[name], sequence, digest)
@@ -391,7 +392,7 @@ def _free_name(path: Path) -> Path:
         name = Path(f"{path}.damaged" if number == 1 else f"{path}.damaged-{number}")
         if not name.exists():
             return name
-    raise StorageFailedError(f"{path}.damaged: there are too many of them; remove those that nobody needs")
+    raise StorageFailedError(f"{path}.damaged: there are too many of them; remove those that are not needed")
 
 
 def _remove(path: Path) -> None:

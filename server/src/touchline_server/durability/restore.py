@@ -1,4 +1,4 @@
-"""What is in a durable store: read, verified, and put back into the ring."""
+"""Restoring a table at start: reads a durable store, verifies it, and puts its episodes back into the ring."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from touchline_server.store.schema import Schema
 logger = get_logger(__name__)
 
 CAPACITY_KEY = "capacity"
-"""In ``meta``: rows of the ring that the store was last used with."""
+"""Name in ``meta`` of the capacity of the ring that the store was last used with."""
 
 Progress = Callable[[int, int], None]
-"""Is told how many of how many rows are read."""
+"""Callback with the number of rows read so far and the total."""
 
 
 def open_durable(
@@ -47,7 +47,7 @@ def open_durable(
     Args:
         store: the empty store.
         config: the configuration.
-        progress: called with how many of how many rows are read.
+        progress: called with the number of rows read so far and the total.
         accept_eviction: whether stored episodes that do not fit into the ring may be evicted.
 
     Returns:
@@ -149,7 +149,7 @@ def _stored_episodes(
 
 
 def restored_ledger(database: Database) -> DedupLedger:
-    """Returns the ledger as it was. Raises as :meth:`LedgerTables.load` does."""
+    """Returns the ledger in a database. Raises as :meth:`LedgerTables.load` does."""
     ledger = DedupLedger()
     database.ledger.load(ledger)
     return ledger
@@ -176,10 +176,10 @@ def as_row(values: tuple[object, ...], path: Path) -> EpisodeRow:
 
 
 def read_columns(connection: sqlite3.Connection, row: EpisodeRow, path: Path) -> dict[str, np.ndarray]:
-    """Returns an episode's columns, which may share SQLite's bytes and are not writable.
+    """Returns an episode's columns, [rows, ...] by dotted name: read-only views of SQLite's bytes.
 
     Raises:
-        DamagedStoreError: they are not those that were stored.
+        DamagedStoreError: they are not as they were stored.
     """
     found: dict[str, tuple[str, str, list[bytes]]] = {}
     query = "SELECT column, dtype, shape, data FROM payloads WHERE episode_id = ? ORDER BY row"
@@ -204,14 +204,14 @@ def _check_fits(columns: dict[str, np.ndarray], row: EpisodeRow, schema: Schema 
     except InvalidEpisodeError as error:
         raise DamagedStoreError(f"{path}: episode {row.id} does not fit the schema ({error}); {advice(path)}") from None
     if any(len(array) != row.length for array in columns.values()):
-        raise DamagedStoreError(f"{path}: episode {row.id} has not {row.length} rows in every column; {advice(path)}")
+        raise DamagedStoreError(f"{path}: episode {row.id} does not have {row.length} rows in every column; {advice(path)}")
 
 
 def _newest(rows: list[EpisodeRow], capacity: int) -> list[EpisodeRow]:
-    room = capacity
+    free = capacity
     for position in range(len(rows) - 1, -1, -1):
-        room -= rows[position].length
-        if room < 0:
+        free -= rows[position].length
+        if free < 0:
             return rows[position + 1 :]
     return rows
 
@@ -261,13 +261,13 @@ def _log_restored(path: Path, schema: Schema | None, counts: Counts, *, seconds:
 
 
 def _note_capacity(database: Database, capacity: int) -> None:
-    """Notes the ring's size, which a later start that would evict names beside its own."""
+    """Writes down the capacity, for the error of a later start with a smaller one."""
     if database.meta(CAPACITY_KEY) == capacity:
         return
     try:
         database.set_meta({CAPACITY_KEY: capacity})
     except sqlite3.Error as error:
-        logger.warning("%s: the buffer size was not noted: %s", database.path, error)  # a full disk: adding is what says so
+        logger.warning("%s: the buffer size was not noted: %s", database.path, error)  # a full disk, which the first add reports
 
 
 def _check_counts(path: Path, counts: Counts, rows: Sequence[EpisodeRow]) -> None:
@@ -288,7 +288,7 @@ def _refuse_if_missing(data_dir: DataDir) -> None:
 
 
 def _check_acknowledged(data_dir: DataDir, database: Database) -> None:
-    """Refuses a database that lacks what was acknowledged, which a log that was cut, damaged or deleted leaves without a trace."""
+    """Refuses a database that lacks what was acknowledged. A truncated, damaged or deleted log leaves no other trace."""
     mark, commits = data_dir.mark(), database.commits
     if mark is None or commits >= mark.commits:
         return
@@ -306,15 +306,15 @@ def _check_acknowledged(data_dir: DataDir, database: Database) -> None:
     )
 
 
-def _check_convention(database: Database, wanted: str, store: EpisodeStore) -> None:
-    """Refuses a database of another row convention, and has its ids be the store's; a new one takes both."""
+def _check_convention(database: Database, configured: str, store: EpisodeStore) -> None:
+    """Refuses a database of another row convention and adopts its generation; a new database takes both from the store."""
     found = database.meta("row_convention")
     if found is None:
-        database.set_meta({"row_convention": wanted, GENERATION_KEY: store.store_generation})
-    elif found != wanted:
+        database.set_meta({"row_convention": configured, GENERATION_KEY: store.store_generation})
+    elif found != configured:
         raise StoreMismatchError(
-            f'{database.path}: written with sampling.row_convention = "{found}", configured is "{wanted}"; set it so, or choose another '
-            "storage.data_dir"
+            f'{database.path}: written with sampling.row_convention = "{found}", configured is "{configured}"; set it so, or choose '
+            "another storage.data_dir"
         )
     generation = database.meta(GENERATION_KEY)
     store.store_generation = generation if isinstance(generation, int) else 0

@@ -1,4 +1,4 @@
-"""What SQLite's errors mean for a durable store, and for what may be said of what was being written."""
+"""Maps SQLite's errors to the domain's: what failed, and whether something may have been stored."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from touchline_server.durability.storage_state import UNCERTAIN, StorageMonitor
 from touchline_server.errors import DamagedStoreError, StorageFailedError, StorageFullError, StorageUncertainError
 
 FREE_BYTES = 1 << 20
-"""A disk with less is full: SQLite's index of the log grows by 32 KiB, and its error for want of room there is one of many."""
+"""A disk with less free space counts as full. SQLite's index of the log grows by 32 KiB, and its error on a full disk has other causes."""
 HARMLESS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_TOOBIG)
-"""Errors before a commit that say nothing of the disk."""
+"""Errors before a commit that do not mean that the disk is failing."""
 
 
 def advice(path: Path) -> str:
@@ -25,43 +25,43 @@ def advice(path: Path) -> str:
 
 
 def has_no_room(error: BaseException, path: Path) -> bool:
-    """Returns whether an error says that the disk is full."""
+    """Returns whether an error means that the disk is full."""
     code = getattr(error, "sqlite_errorcode", 0)
     return code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR_SHMSIZE and _is_full(path))
 
 
 def translate(error: sqlite3.Error, path: Path) -> ReplayStorageError:
-    """Returns the domain's error of one of SQLite's, of reading or opening a file."""
+    """Returns the domain's error for one of SQLite's from opening or reading a file."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if has_no_room(error, path):
-        return StorageFullError(f"{path.parent} is full: nothing was stored; free space there, adding goes on as soon as there is room")
+        return StorageFullError(f"{path.parent} is full: nothing was stored; free space there, adding goes on as soon as there is some")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (isinstance(error, sqlite3.DatabaseError) and not code):
         return DamagedStoreError(f"{path} is damaged ({error}); {advice(path)}")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StorageFailedError(f"{path}: another process is writing to it or keeps it locked ({error}); nothing was stored")
-    return StorageFailedError(f"{path}: {error}; nothing was stored, see to the disk and its permissions")
+    return StorageFailedError(f"{path}: {error}; nothing was stored, check the disk and its permissions")
 
 
 def translate_write(error: BaseException, path: Path, monitor: StorageMonitor, *, begun: bool) -> ReplayStorageError:
-    """Returns the domain's error of a failed write, and notes what it says of the disk.
+    """Returns the domain's error for a failed write, and reports the state of the disk to its monitor.
 
     Args:
-        error: SQLite's; or another that came while a transaction was being committed.
-        path: of the file.
-        monitor: of its disk.
+        error: SQLite's error, or another exception raised during a commit.
+        path: path of the file.
+        monitor: the disk's monitor.
         begun: whether the commit had begun.
     """
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if has_no_room(error, path):
-        full = f"{path.parent} is full: {{}}; free space there, adding goes on as soon as there is room"
-        # A log without room for its last page has no commit in it; one whose index has no room may.
+        full = f"{path.parent} is full: {{}}; free space there, adding goes on as soon as there is some"
+        # If the log's last page did not fit, there is no commit in it; if only its index did not fit, there may be.
         return StorageFullError(full.format("nothing was stored" if code == sqlite3.SQLITE_FULL or not begun else UNCERTAIN))
     if code in HARMLESS and (code != sqlite3.SQLITE_NOMEM or not begun):
         return translate(error, path) if isinstance(error, sqlite3.Error) else StorageFailedError(f"{path}: {error}; nothing was stored")
     what = str(error) or type(error).__name__
     name = getattr(error, "sqlite_errorname", "")
     monitor.fail(f"{path.name}: {what}{f' ({name})' if name else ''}")
-    rest = "see to the disk, then start the server again, which verifies what is stored"
+    rest = "check the disk, then restart the server, which verifies what is stored"
     if begun:
         return StorageUncertainError(f"{path}: {what}; {UNCERTAIN}; nothing more is stored: {rest}")
     failed = translate(error, path) if isinstance(error, sqlite3.Error) else None
@@ -71,7 +71,7 @@ def translate_write(error: BaseException, path: Path, monitor: StorageMonitor, *
 
 
 def keep_open(connection: sqlite3.Connection) -> None:
-    """Keeps a connection from being closed, by the end of the interpreter either: closing the last one writes to the file."""
+    """Keeps a connection from ever being closed, even at interpreter exit: closing the last one writes to the file."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 

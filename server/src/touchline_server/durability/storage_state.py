@@ -1,8 +1,8 @@
-"""What is known of the disk under a durable store: whether it takes what is written, is full, or is not to be trusted any more.
+"""The state of the disk under a durable store: usable, full, or failed.
 
 After a failed fsync the kernel may have dropped the pages that it could not write, and the next fsync succeeds all the same (Rebello
-et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020). So there is no way back from FAILED but a restart, which reads
-and verifies the file.
+et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020). So only a restart, which reads and verifies the file, leads out
+of FAILED.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from touchline_server.errors import StorageFailedError, StorageUncertainError
 logger = get_logger(__name__)
 
 UNCERTAIN = "the episode may have been stored: send it again under the same key"
-"""What is said of an episode once its commit had begun."""
+"""What an error says of an episode whose commit had begun."""
 
 
 class StorageState(enum.Enum):
-    """What a durable store does with what is added."""
+    """What a durable store does with an episode."""
 
     OK = "ok"
-    """Takes it."""
+    """Stores it."""
     FULL = "full"
-    """Refuses it until there is room on the disk."""
+    """Refuses it until there is space on the disk."""
     FAILED = "failed"
-    """Refuses it until the server is started again."""
+    """Refuses it until the server is restarted."""
 
 
 class StorageMonitor:
-    """Keeps the state of one durable store. Safe to use from many threads."""
+    """The state of one durable store's disk. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -42,40 +42,40 @@ class StorageMonitor:
 
     @property
     def state(self) -> StorageState:
-        """What the store does with what is added."""
+        """The present state."""
         return self._state
 
     @property
     def reason(self) -> str:
-        """Why it is not OK; empty if it is."""
+        """Why the state is not OK; empty if it is."""
         return self._reason
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Calls ``listener`` after every change, from the thread that noticed it; it must not block."""
+        """Calls ``listener`` after every change, from the thread that detected it; it must not block."""
         self._listeners.append(listener)
 
     def fill(self, reason: str) -> None:
-        """Notes that the disk is full."""
+        """Sets the state to FULL: the disk has no space."""
         if self._change(StorageState.FULL, reason):
-            logger.error("adding is refused until there is room on the disk: %s", reason)
+            logger.error("adding is refused until there is space on the disk: %s", reason)
 
     def fail(self, reason: str) -> None:
-        """Notes that nothing written from now on can be relied upon."""
+        """Sets the state to FAILED: nothing written from now on can be relied on."""
         if self._change(StorageState.FAILED, reason):
-            logger.error("adding has ended until the server is started again, sampling goes on: %s", reason)
+            logger.error("adding is refused until the server is restarted, sampling goes on: %s", reason)
 
     def recover(self) -> None:
-        """Notes that something was written."""
+        """Sets the state from FULL to OK: something was written."""
         if self._state is StorageState.FULL and self._change(StorageState.OK, ""):
-            logger.warning("adding goes on: there is room on the disk again")
+            logger.warning("adding goes on: there is space on the disk again")
 
     def check(self) -> None:
-        """Raises StorageFailedError if the store takes nothing more; nothing was begun."""
+        """Raises StorageFailedError if the state is FAILED; nothing was begun."""
         if self._state is StorageState.FAILED:
             raise StorageFailedError(f"{self._refusal()}; nothing was stored by this call")
 
     def check_written(self) -> None:
-        """Raises StorageUncertainError if the store takes nothing more, though a commit has just succeeded."""
+        """Raises StorageUncertainError if the state is FAILED although a commit has just succeeded."""
         if self._state is StorageState.FAILED:
             raise StorageUncertainError(f"{self._refusal()}; {UNCERTAIN}")
 
@@ -83,7 +83,7 @@ class StorageMonitor:
         return f"the durable store takes nothing more until the server is started again ({self._reason})"
 
     def _change(self, state: StorageState, reason: str) -> bool:
-        """Returns whether the state is another one now."""
+        """Sets the state; returns whether it is another one than before. FAILED stays."""
         with self._lock:
             if self._state is StorageState.FAILED:
                 return False

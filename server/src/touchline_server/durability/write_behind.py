@@ -11,7 +11,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
 from touchline_server.durability.background import BackgroundCommitter
 from touchline_server.durability.journal import SqliteJournal
-from touchline_server.durability.records import Change, change_of
+from touchline_server.durability.records import Change, make_change
 from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import StorageFailedError, StorageFullError
 from touchline_server.store.dedup import payload_digest
@@ -24,9 +24,9 @@ logger = get_logger(__name__)
 MAX_GROUP_BYTES = 64 << 20
 """Most payload in one transaction, unless a single episode has more."""
 MAX_UNWRITTEN_BYTES = 256 << 20
-"""Most payload that is in memory only; beyond it, whoever adds writes some of it first."""
+"""Most payload that is in memory only; beyond it, a thread that adds writes some of it first."""
 MAX_UNWRITTEN_PLANS = 4096
-"""Most plans that are in memory only; beyond it, whoever adds writes some of them first."""
+"""Most plans that are in memory only; beyond it, a thread that adds writes some of them first."""
 
 
 @dataclass(eq=False, slots=True)
@@ -89,7 +89,7 @@ class WriteBehindJournal:
             except StorageFullError:
                 self._sqlite.note_full(sum(insert.request.episode.size_bytes for insert in plan.inserts))
                 raise
-        changes = [change_of(insert, incoming=self._sqlite.incoming, copy=True) for insert in plan.inserts]
+        changes = [make_change(insert, incoming=self._sqlite.incoming, copy=True) for insert in plan.inserts]
         self._append(_Unwritten(changes, plan.counts(), plan.next_id, sum(change.size_bytes for change in changes)))
 
     def undo(self, inserts: Sequence[PlannedInsert], counts: Counts) -> None:
@@ -145,7 +145,7 @@ class WriteBehindJournal:
             )
 
     def note_full(self, size_bytes: int) -> None:
-        """Notes that there was no space for this many bytes. From any thread."""
+        """Reports the disk as full: it had no space for this many bytes. From any thread."""
         self._sqlite.note_full(size_bytes)
 
     def _append(self, unwritten: _Unwritten) -> None:
@@ -154,7 +154,7 @@ class WriteBehindJournal:
 
 
 class WriteBehindCommitter(BackgroundCommitter):
-    """Takes each episode through the write path at once, and writes what its journal keeps in memory on its thread.
+    """Takes each episode through the write path in the caller's thread; its own thread writes what the journal keeps in memory.
 
     Args:
         writes: the write path, restored already.
@@ -176,7 +176,7 @@ class WriteBehindCommitter(BackgroundCommitter):
         """Stores an episode in memory; waits for the disk only if too much is in memory only. Raises as :meth:`EpisodeStore.add` does."""
         self.check_writable()
         while self.journal.is_full and self._work():
-            pass  # the disk does not keep up: whoever adds writes what others left
+            pass  # the disk does not keep up: this thread writes what others left
         self.check_writable()
         if self.journal.is_full:
             self.journal.note_full(episode.size_bytes)

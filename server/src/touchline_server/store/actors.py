@@ -1,4 +1,4 @@
-"""Names of actors and clients, for as long as an episode of theirs is stored, and the numbers that stand for them in index and batches."""
+"""Names of actors and clients with stored episodes, and the numbers that stand for them in the index and in batches."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import sys
 from touchline_server.errors import OverLimitError
 
 MAX_NAME_BYTES = 128 << 20
-"""Memory of the names of one kind: some 150,000 of the longest ones that are stored at a time, 350,000 ordinary ones."""
+"""Most memory for the names of one kind: about 150,000 of the longest names, or 350,000 ordinary ones, at a time."""
 
 ENTRY_BYTES = 320
-"""What a name takes in its tables, beside its own text."""
+"""Memory of a name in the tables, in addition to its text."""
 
 
 class NameTable:
-    """Counts for each name how many stored episodes have it, and forgets it with the last of them.
+    """Names with reference counts: a name is forgotten with the last stored episode that has it.
 
-    Numbers begin at 0 and are never given out again: who was told a name by its number never takes it for another's. Changes are for one
-    thread at a time, reading for any.
+    Numbers start at 0 and are never reused, so a number never stands for two names. Only one thread at a time may change the table; any
+    thread may read it.
 
     Args:
-        what: has such a name, for the text of errors.
+        what: plural noun for the names, for error texts.
     """
 
     def __init__(self, what: str) -> None:
@@ -30,7 +30,7 @@ class NameTable:
         self._episodes: dict[int, int] = {}
         self._next = 0
         self.size_bytes = 0
-        """Memory that the names take."""
+        """Memory used by the names."""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -39,31 +39,31 @@ class NameTable:
         return number in self._names
 
     def name(self, number: int) -> str:
-        """Returns a number's name; there must be one."""
+        """Returns the name of a number that is in use."""
         return self._names[number]
 
     def number(self, name: str) -> int:
-        """Returns a name's number; there must be one."""
+        """Returns the number of a name that is in use."""
         return self._numbers[name]
 
     def find(self, name: str) -> int | None:
-        """Returns a name's number, None where no stored episode has it."""
+        """Returns the number of a name; None if no stored episode has it."""
         return self._numbers.get(name)
 
-    def check_room(self, name: str) -> None:
-        """Returns if an episode of this name may be stored.
+    def check_memory(self, name: str) -> None:
+        """Checks that an episode with this name may be stored.
 
         Raises:
-            OverLimitError: it is a new one, and the names of stored episodes take what they may.
+            OverLimitError: the name is new, and the names of stored episodes use all the memory they may.
         """
         if name not in self._numbers and self.size_bytes + _cost(name) > MAX_NAME_BYTES:
             raise OverLimitError(
-                f"{self._what}: the {len(self)} different ones of the stored episodes take {self.size_bytes} of {MAX_NAME_BYTES} bytes, no "
-                "room for a new one; it may come again once episodes of others are evicted or cleared"
+                f"{self._what}: the {len(self)} different ones of the stored episodes take {self.size_bytes} of {MAX_NAME_BYTES} bytes, "
+                "too much for a new one; send the episode again once others are evicted or cleared"
             )
 
     def hold(self, name: str) -> int:
-        """Counts an episode that is stored, and returns its name's number. Does not fail: :meth:`check_room` was asked before."""
+        """Adds an episode to a name; returns the name's number. Cannot fail if :meth:`check_memory` passed."""
         number = self._numbers.get(name)
         if number is None:
             number = self._next
@@ -75,17 +75,17 @@ class NameTable:
         return number
 
     def release(self, number: int) -> None:
-        """Counts an episode that is gone. Nobody may ask for the name any more whose last one it was."""
-        left = self._episodes[number] - 1
-        if left:
-            self._episodes[number] = left
+        """Removes an episode from a name. If it was the last one, the name must not be looked up any more."""
+        episodes = self._episodes[number] - 1
+        if episodes:
+            self._episodes[number] = episodes
             return
         del self._episodes[number]
         name = self._names.pop(number)
         del self._numbers[name]
         self.size_bytes -= _cost(name)
         if not self._names:
-            # Dictionaries keep their size when they are emptied.
+            # A dictionary keeps its memory when it is emptied.
             self._names, self._numbers, self._episodes = {}, {}, {}
 
 

@@ -1,9 +1,9 @@
 """The columns of a table: numpy arrays in host memory or in files here, tensors in CUDA memory in :mod:`.cuda_columns`.
 
 ``numpy.take`` with ``out=`` and ``mode="clip"`` gathers twice as fast as ``torch.index_select`` on the CPU (``mode="raise"`` buffers its
-output). Clipping would hide a bad row, so rows are wrapped where the draw is made and never come from outside.
+output). Clipping would hide a bad row, so row numbers are wrapped at the draw and never come from outside.
 
-Torch is imported only for CUDA: a server without it listens 3 s sooner and takes 300 MB less.
+Torch is imported only for CUDA: a server without it is up 3 s sooner and uses 300 MB less.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-"""Memory of this process alone: a fork's copy is its own."""
+"""Flags for memory that a fork does not share."""
 
 
 class Columns:
     """The allocated columns of one schema, [capacity, *shape] each, in host memory or in files.
 
-    Not thread-safe by itself: the store lets one writer in at a time and never writes a row that a gather may be reading.
+    Not thread-safe: the store admits one writer at a time and never writes a row that a gather may be reading.
     """
 
     on_cuda = False
-    """Whether they are in CUDA memory."""
+    """Whether the columns are in CUDA memory."""
 
     def __init__(self, schema: Schema, capacity: int, folder: str | None = None) -> None:
         """Allocates. Use :func:`allocate_columns`."""
         self.schema = schema
         self.capacity = capacity
         self.files: dict[str, Path] = {}
-        """File by column, for columns on a disk; one without bytes has none."""
+        """Path of each column's file, for columns on disk; a column without bytes has none."""
         self._on_disk = folder is not None
         try:
             self._arrays = {
@@ -66,34 +66,40 @@ class Columns:
 
     @property
     def device(self) -> torch.device:
-        """Torch's name of the device."""
+        """The torch device."""
         import torch
 
         return torch.device("cpu")
 
     @property
     def where(self) -> str:
-        """The device's name: ``cpu``, ``cuda:N`` or ``disk``."""
+        """Name of the device: ``cpu``, ``cuda:N`` or ``disk``."""
         return "disk" if self._on_disk else "cpu"
 
     @property
     def in_host_memory(self) -> bool:
-        """Whether writing is only a copy in memory."""
+        """Whether writing is merely a copy in host memory."""
         return not self._on_disk
 
     @property
     def size_bytes(self) -> int:
-        """Bytes allocated."""
+        """Number of bytes allocated."""
         return self.capacity * self.schema.row_bytes
 
     def release(self) -> None:
-        """Frees files; memory is freed once no view of it is left. The columns are not written from then on."""
-        # The next columns of these names get files of their own: views of the old ones stay as they are.
+        """Deletes files; memory is freed with its last view. The columns must not be written afterwards."""
+        # Later columns of the same names get new files, so views of the old ones stay valid.
         for path in self.files.values():
             path.unlink(missing_ok=True)
 
     def write(self, first_row: int, episode: Mapping[str, np.ndarray]) -> None:
-        """Copies an episode's columns, each once, into consecutive rows modulo the capacity: in two pieces at the seam."""
+        """Copies an episode's columns into consecutive rows.
+
+        Args:
+            first_row: physical row of the first step, in [0, capacity).
+            episode: columns [length, ...] by dotted name, length at most the capacity.
+        """
+        # Logical rows first_row to first_row + length - 1; those from the capacity on wrap to row 0.
         length = len(next(iter(episode.values())))
         before_seam = min(length, self.capacity - first_row)
         for name, source in episode.items():
@@ -102,13 +108,13 @@ class Columns:
                 self._write_rows(name, 0, source[before_seam:])
 
     def note_reads(self) -> None:
-        """Notes that the current stream was given gathers, which may outlive their pin: the next write follows them."""
+        """Makes the next write follow the gathers queued on the current stream, which may outlive their pin."""
 
     def note_foreign_reads(self) -> None:
-        """Notes the same of gathers by other code, on whatever stream, that end before the write lock is given back."""
+        """Makes the next write follow gathers by other code, on any stream, that are queued before the write lock is released."""
 
     def settle(self) -> None:
-        """Waits until the device is done with all that it was given, whoever gave it."""
+        """Waits until the device has done all queued work, of any stream."""
 
     def gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
         """Copies rows of one column into host memory.
@@ -121,12 +127,12 @@ class Columns:
         self._arrays[name].take(rows, 0, out, "clip")
 
     def copy_bytes(self, name: str, first_row: int, offset_bytes: int, out: np.ndarray) -> None:
-        """Copies a piece of one column's rows, which are consecutive modulo the capacity, into host memory.
+        """Copies part of the bytes of one column's consecutive rows into host memory.
 
         Args:
             name: the column.
-            first_row: at which the rows begin, in [0, capacity).
-            offset_bytes: where in their bytes the piece begins.
+            first_row: physical row of the first byte at offset 0, in [0, capacity); later rows wrap at the capacity.
+            offset_bytes: offset of the part from there.
             out: [size] uint8, contiguous: filled.
         """
         if not len(out):
@@ -148,12 +154,12 @@ class Columns:
         out[:] = self._arrays[name].reshape(-1).view(np.uint8)[begin : begin + len(out)]
 
     def _map(self, spec: ColumnSpec, folder: str, number: int) -> np.ndarray:
-        """Returns a column over a new file, whose blocks are reserved: a full disk is an error here and not a crash at a later write."""
+        """Returns a column over a new file with all blocks reserved: a full disk raises here, instead of a SIGBUS at a later write."""
         shape, size = (self.capacity, *spec.shape), self.capacity * spec.row_bytes
         if not size:
-            return np.empty(shape, spec.dtype)  # there is no file of no bytes
+            return np.empty(shape, spec.dtype)  # an empty file cannot be mapped
         path = Path(folder, f"{number:03}-{quote(spec.name, safe='')[:100]}.memmap")
-        # A file that an earlier server left may still be mapped by somebody: it is replaced and not written to.
+        # A file left by an earlier server may still be mapped by another process: replace it, do not write to it.
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self.files[spec.name] = path
@@ -161,19 +167,19 @@ class Columns:
             os.posix_fallocate(descriptor, 0, size)
             memory = mmap.mmap(descriptor, size)
         except OSError as error:
-            raise TooLargeError(f"{path.parent}: no room for {spec.name}, {size} bytes: {error.strerror}") from error
+            raise TooLargeError(f"{path.parent}: no space for {spec.name}, {size} bytes: {error.strerror}") from error
         finally:
             os.close(descriptor)
         return np.frombuffer(memory, spec.dtype).reshape(shape)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an array on whole pages of its own. A page takes memory once it is written; all of them go back with the last view.
+    """Returns an array on whole pages of its own. A page uses memory once it is written; all pages are freed with the last view.
 
-    Asks for huge pages: random rows are gathered an eighth faster from them, and the first writing of 1 M rows takes 0.3 s longer.
+    Asks for huge pages: gathering random rows is an eighth faster with them, and first writing 1 M rows takes 0.3 s longer.
 
     Raises:
-        MemoryError: the system gives no such memory.
+        MemoryError: the system does not provide the memory.
     """
     size = math.prod(shape) * dtype.itemsize
     if not size:
@@ -183,6 +189,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     except (OSError, OverflowError) as error:
         raise MemoryError(str(error)) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel that has none
+        with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)

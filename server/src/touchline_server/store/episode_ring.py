@@ -133,9 +133,9 @@ class EpisodeRing:
         return schema
 
     def allocate(self, schema: Schema) -> Columns:
-        """Returns columns that nobody sees until the first episode in them is applied. Raises as :func:`allocate_columns` does."""
+        """Returns columns that stay invisible until the first episode in them is applied. Raises as :func:`allocate_columns` does."""
         storage = self._storage
-        return allocate_columns(schema, capacity=self.capacity, wanted_device=storage.device, scratch_dir=storage.scratch_dir)
+        return allocate_columns(schema, capacity=self.capacity, configured_device=storage.device, scratch_dir=storage.scratch_dir)
 
     # Apply
 
@@ -166,14 +166,14 @@ class EpisodeRing:
         return Stored(insert.episode_id, first_row, False, counts)
 
     def evict_through(self, episode_id: int) -> None:
-        """Evicts every stored episode with this id or a smaller one, and waits until nobody reads their rows any more."""
+        """Evicts every stored episode with this id or a smaller one, and waits until no reader uses their rows any more."""
         with self.lock:
             self._evict_through(episode_id)
             self.epochs.wait_quiescent()
             self.index.release_names()
 
     def try_evict_through(self, episode_id: int) -> bool:
-        """Evicts like :meth:`evict_through`, but only if nobody is reading; returns whether it did. Never waits for a reader."""
+        """Evicts like :meth:`evict_through`, but only if there are no readers; returns whether it did. Never waits for a reader."""
         with self.lock:
             if self.epochs.active:
                 return False

@@ -47,7 +47,7 @@ class EpisodeStore:
         self._scratch = ScratchDir(config.storage.scratch_dir) if config.storage.device == "disk" else None
         self._ring = EpisodeRing(config)
         self.writes = WritePath(self._ring)
-        """The way to change what is stored, for whoever groups adds or holds the write lock."""
+        """The way to change what is stored, for a committer and for holders of the write lock."""
         self.incoming = self._ring.incoming
         """The row convention: True if the first row's action, reward and done are undefined, False if the last row's are."""
         self.store_generation = new_store_generation()

@@ -33,7 +33,7 @@ class IndexEntry:
     first_row: int
     """Physical row of its first step, valid while the episode is stored."""
     length: int
-    """Rows."""
+    """Number of rows."""
     origin: Episode
     """Key, actor and policy version; no columns."""
 
@@ -75,7 +75,7 @@ class Fill:
 
 
 class EpisodeIndex:
-    """Where every stored episode lies in a ring of ``capacity`` rows, who played it, and under which key it was added.
+    """The stored episodes: place in a ring of ``capacity`` rows, actor, policy version and key of each.
 
     An episode occupies ``length`` consecutive rows modulo the capacity, directly after the one before it, so the free rows are always
     one run that begins at the write cursor.
@@ -126,9 +126,9 @@ class EpisodeIndex:
         fault = name_fault(episode.actor)
         if fault is not None:
             raise InvalidEpisodeError(f"actor: {fault}")
-        self.actors.check_room(episode.actor)
+        self.actors.check_memory(episode.actor)
         if episode.key is not None:
-            self._clients.check_room(episode.key.client_id)
+            self._clients.check_memory(episode.key.client_id)
 
     def append(self, episode: Episode, *, episode_id: int, length: int) -> None:
         """Makes an episode visible whose ``length`` rows were written at the cursor, into rows that were free."""
@@ -144,10 +144,10 @@ class EpisodeIndex:
         self.cursor = (self.cursor + length) % self.capacity
 
     def evict_through(self, episode_id: int) -> int:
-        """Forgets the episodes with this id or a smaller one, except for their actors' names: see :meth:`release_names`.
+        """Removes the episodes with this id or a smaller one, except for their actors' names: see :meth:`release_names`.
 
         Returns:
-            The number of episodes forgotten.
+            The number of episodes removed.
         """
         episodes = 0
         while len(self._episodes) and self._episodes.oldest[ID] <= episode_id:
@@ -165,7 +165,7 @@ class EpisodeIndex:
         return episodes
 
     def release_names(self) -> None:
-        """Forgets the names of actors without stored episodes. No reader may still use entries drawn before the eviction."""
+        """Releases the names of actors without stored episodes. No reader may still use entries drawn before the eviction."""
         for number in self._evicted_actors:
             self.actors.release(number)
         self._evicted_actors.clear()

@@ -13,7 +13,7 @@ from touchline_server.store.schema import Schema
 
 @dataclass(eq=False, slots=True)
 class AddRequest:
-    """An episode to be stored. Not frozen, which would triple the cost of making one; nobody changes it."""
+    """An episode to be stored. Immutable, but not a frozen dataclass, which would triple the cost of creating one."""
 
     episode: Episode
     digest: int
@@ -41,7 +41,7 @@ class PlannedInsert:
     request: AddRequest
     episode_id: int
     length: int
-    """Rows."""
+    """Number of rows."""
     evicted: Sequence[int]
     """Ids of the episodes evicted for it, ascending; episodes of its own group may be among them."""
     schema: Schema | None

@@ -1,4 +1,4 @@
-"""How much memory there is: what the store asks before it allocates."""
+"""Available memory, which the store checks before it allocates."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Where this process's container has its limit and usage, and the part of the usage that the kernel gives back when asked (files that
-were read once): control groups version 2, then 1."""
+"""Folder of the container's control group, and its files for the limit, the usage, and in ``memory.stat`` the part of the usage that the
+kernel can reclaim (cached files): version 2, then version 1."""
 
 
 KEPT_BLOCK_BYTES = 1 << 28
-"""Blocks up to this size are kept when they are freed."""
+"""Largest block that the heap keeps when it is freed."""
 KEPT_BYTES = 1 << 29
-"""So much free memory is kept at the top of the heap."""
+"""Free memory kept at the top of the heap."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def available_host_bytes() -> int:
-    """Returns the bytes of host memory that this process could still use: what the machine has left, or its container if less."""
+    """Returns the bytes of host memory that this process can still use: what is free on the machine, or in its container if less."""
     available = _machine_bytes()
     for folder, limit_file, usage_file, reclaimable in _CGROUPS:
         try:
@@ -30,19 +30,19 @@ def available_host_bytes() -> int:
         except OSError:
             continue
         if limit.isdigit():
-            # A version 1 group without a limit names a number near 2**63.
-            used = max(usage - _figure(folder / "memory.stat", reclaimable), 0)
+            # A version 1 group without a limit has a number near 2**63.
+            used = max(usage - _number_in(folder / "memory.stat", reclaimable), 0)
             available = min(available, max(int(limit) - used, 0))
     return available
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep the memory of freed messages for the next ones, for this whole process.
+    """Makes the C library keep the memory of freed messages for the next ones, in this whole process.
 
-    A fresh large allocation costs more in page faults than filling it, and glibc gives large ones back to the kernel when they are freed.
+    A new large allocation costs more in page faults than filling it, and by default glibc returns large blocks to the kernel when freed.
 
     Returns:
-        Whether the C library took it; only glibc does.
+        Whether the C library supports it; only glibc does.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Gives what is free in the C library's heap back to the kernel, where it is glibc: what was kept for the next messages as well."""
+    """Returns all free memory of the heap to the kernel, including what :func:`keep_freed_memory` keeps. Does nothing without glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
@@ -60,11 +60,11 @@ def give_back_freed_memory() -> None:
 
 
 def _machine_bytes() -> int:
-    return _figure(Path("/proc/meminfo"), "MemAvailable:") * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _number_in(Path("/proc/meminfo"), "MemAvailable:") * 1024 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _figure(file: Path, name: str) -> int:
-    """Returns the number behind a name in a file of names and numbers; 0 where there is none."""
+def _number_in(file: Path, name: str) -> int:
+    """Returns the number that follows a name in a file of names and numbers; 0 if there is none."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

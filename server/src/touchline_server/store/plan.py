@@ -12,9 +12,9 @@ from touchline_server.store.inserts import AddRequest, Duplicate, PlannedInsert
 
 
 class InsertPlan:
-    """Inserts planned one after the other, each as if those before it were stored already.
+    """Inserts planned in sequence, each as if those before it were stored already.
 
-    For one thread that holds the write lock from the plan to its application: until then nobody else changes the ring.
+    For the thread that holds the write lock, until the plan is applied: no other thread may change the ring meanwhile.
 
     Args:
         ring: what is stored now.
@@ -25,9 +25,9 @@ class InsertPlan:
     def __init__(self, ring: EpisodeRing) -> None:
         self._ring = ring
         self.columns: Columns | None = ring.columns
-        """Where the rows go. The first episode of a table allocates them; nobody else sees them before it is applied."""
+        """Columns to copy the rows into. A table's first episode allocates them; they stay invisible until it is applied."""
         self.inserts: list[PlannedInsert] = []
-        """In the order in which they are to be written and applied."""
+        """Inserts in the order in which they are written and applied."""
         self._steps = ring.index.steps
         self._evicted = 0
         """Episodes evicted by the plan, counted from the oldest stored one, then on through the plan's own inserts."""

@@ -1,4 +1,4 @@
-"""Which episodes were refused before, so that one that is sent again and again counts once."""
+"""Memory of refused episodes, so that an episode that is sent again and again counts once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server.store.dedup import payload_digest
 
 MAX_REMEMBERED = 4096
-"""Refused episodes that are remembered, the newest ones."""
+"""Number of refused episodes remembered, the most recent ones."""
 
 
 class RefusedEpisodes:
-    """Remembers refused episodes by key and payload. Not thread-safe: the store holds its lock."""
+    """Refused episodes by key and payload digest. Not thread-safe: the store holds its lock."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[EpisodeKey, int], None] = OrderedDict()
 
     def is_new(self, refused: tuple[EpisodeKey, int] | None) -> bool:
-        """Notes a refusal; returns whether it is the first of this episode. None, an episode without a key, is always new."""
+        """Adds a refusal; returns whether it is the episode's first. None, an episode without a key, is always new."""
         if refused is None:
             return True
         if refused in self._known:
@@ -31,7 +31,7 @@ class RefusedEpisodes:
 
 
 def identify(episode: Episode | None) -> tuple[EpisodeKey, int] | None:
-    """Returns what tells an episode from others, also where it is malformed; None where nothing does."""
+    """Returns the key and payload digest of an episode, which may be malformed; None if it has no key."""
     if episode is None or episode.key is None:
         return None
     return episode.key, payload_digest(episode.columns)

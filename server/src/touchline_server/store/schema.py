@@ -19,16 +19,16 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ColumnSpec:
-    """What one column holds."""
+    """Name, dtype and row shape of one column."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    """Of one row."""
+    """Shape of one row."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Number of bytes of one row."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Schema:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of all columns."""
+        """Number of bytes of one row of all columns."""
         return sum(spec.row_bytes for spec in self.columns)
 
     def check(self, episode: Mapping[str, np.ndarray]) -> None:
@@ -87,20 +87,21 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeValidator:
-    """Decides whether an episode may be stored. Immutable, so thread-safe."""
+    """Checks whether an episode may be stored. Immutable, so thread-safe."""
 
     capacity: int
-    """Rows of the ring."""
+    """Number of rows of the ring."""
     incoming: bool
-    """Row convention: which row's action, reward and done are undefined (the first if incoming, else the last)."""
+    """The row convention: True if the first row's action, reward and done are undefined, False if the last row's are."""
     allow_non_finite: bool
+    """Whether NaN and infinity are allowed in defined values."""
 
     def check(self, episode: Mapping[str, np.ndarray], schema: Schema | None) -> Schema:
         """Returns the schema that the episode fits: the given one, or the one that it fixes as the first episode.
 
         Args:
             episode: columns [T+1, ...] by dotted name.
-            schema: of the table; None before the first episode.
+            schema: the table's schema; None before the first episode.
 
         Raises:
             InvalidEpisodeError: with the column, what was found and what was expected.
@@ -122,7 +123,7 @@ class EpisodeValidator:
 
 
 class FirstRowCheck:
-    """Warns once of an action in row 0 under the row convention ``incoming``, where it is never drawn. Used under the store's write lock.
+    """Warns once of an action in row 0, which is never drawn under the row convention ``incoming``. For the holder of the write lock.
 
     Args:
         incoming: the row convention.
@@ -133,11 +134,11 @@ class FirstRowCheck:
         self.reset()
 
     def reset(self) -> None:
-        """Warns again: the table was emptied."""
+        """Makes the next such episode warn again: the table was emptied."""
         self._done = not self._incoming
 
     def check(self, episode: Episode) -> None:
-        """Looks at an episode that is about to be stored."""
+        """Checks an episode that is about to be stored."""
         if not self._done and rules.has_action_in_row_0(episode.columns):
             self._done = True
             logger.warning("an episode of actor %r: %s", episode.actor, rules.ACTION_IN_ROW_0)

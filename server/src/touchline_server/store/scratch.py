@@ -1,4 +1,4 @@
-"""The folder of memory-mapped columns: one buffer's at a time, since two would map the same files and write into each other's episodes."""
+"""The folder of memory-mapped columns, locked by one buffer at a time: two would write into each other's episodes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOCK_NAME = "touchline-scratch.lock"
 
 
 class ScratchDir:
-    """A ``storage.scratch_dir`` that a buffer holds: until :meth:`release`, the end of this object, or that of the process.
+    """A locked ``storage.scratch_dir``: until :meth:`release`, the end of this object, or the end of the process.
 
     Raises:
-        StoreInUseError: another buffer holds it, in this process or in another.
-        StorageFailedError: it cannot be made or written.
+        StoreInUseError: another buffer has locked it, in this process or in another.
+        StorageFailedError: it cannot be created or written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -30,9 +30,7 @@ class ScratchDir:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = open_private(folder / LOCK_NAME)
         except OSError as error:
-            raise StorageFailedError(
-                f"storage.scratch_dir: {folder}: {why_unwritable(error)}; choose a folder that can be written"
-            ) from None
+            raise StorageFailedError(f"storage.scratch_dir: {folder}: {why_unwritable(error)}; choose a writable folder") from None
         self._close = weakref.finalize(self, os.close, descriptor)
         try:
             if HAS_LOCKS:
@@ -43,8 +41,8 @@ class ScratchDir:
                 f"storage.scratch_dir: {folder} is in use by another buffer, with files of the same names; stop it or choose another folder"
             ) from None
         except OSError as error:
-            logger.warning("storage.scratch_dir: %s has no locks (%s): see to it that no other buffer uses it", folder, error.strerror)
+            logger.warning("storage.scratch_dir: %s has no locks (%s): make sure that no other buffer uses it", folder, error.strerror)
 
     def release(self) -> None:
-        """Lets go of it. Doing so again does nothing."""
+        """Releases the lock. May be called again."""
         self._close()

@@ -44,7 +44,7 @@ class WritePath:
         self.lock = threading.RLock()
         """The write lock, held from plan to apply; readers never take it. Reentrant: TorchRL's buffer holds it around its calls."""
         self.journal: Journal = NullJournal()
-        """Where plans are made durable. Set once, before anything is added."""
+        """The journal in use. Set once, before anything is added."""
         self.subscriptions = Subscriptions()
         """Listeners to every change of what is stored."""
 
@@ -63,8 +63,8 @@ class WritePath:
         if self.journal.may_wait or columns is None or not columns.in_host_memory or not self.lock.acquire(blocking=False):
             return None
         try:
-            # Looked up again: the table may have been cleared before this thread's turn. Active readers are looked at once more when
-            # it comes to evicting; here it saves the work of planning.
+            # Checked again under the lock: the table may have been cleared meanwhile. Readers are checked again before the eviction; this
+            # first check only saves the work of planning.
             if self._ring.columns is None or self._ring.epochs.active:
                 return None
             digest = payload_digest(episode.columns) if episode.key is not None else 0
@@ -107,7 +107,7 @@ class WritePath:
 
         Args:
             inserts: the stored episodes, oldest first; read one at a time.
-            schema: of the columns; None if there are no episodes.
+            schema: the columns' schema; None if there are no episodes.
             counts: the counts with these episodes.
             ledger: the known keys.
             next_id: smallest id for the next episode.
@@ -163,7 +163,7 @@ class WritePath:
             except BaseException as error:
                 plan.rollback()
                 if not isinstance(error, Exception):
-                    raise  # an interrupt: nobody knows what of the group is in the ring
+                    raise  # an interrupt: how much of the group is in the ring is unknown
                 lost = plan.inserts[position:]
                 _set_outcome(lost, self._undo(lost, error))
                 return
@@ -202,7 +202,7 @@ class WritePath:
 
 
 def _counts_as_refused(error: Exception) -> bool:
-    """Returns whether an episode is lost to its sender; OverLimitError only asks to come again later, a full disk may take long."""
+    """Returns whether the error refuses an episode. OverLimitError only asks to send it again later, except if a disk is full."""
     return isinstance(error, StorageFullError) or not isinstance(error, OverLimitError)
 
 
