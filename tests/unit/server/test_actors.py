@@ -33,7 +33,7 @@ def test_table_against_a_plain_list(steps: list[tuple[str, bool]]) -> None:
     for name, add in steps:
         if add or not stored:
             number = table.hold(name)
-            assert ever.setdefault(number, name) == name, "a number is one name's for ever"
+            assert ever.setdefault(number, name) == name, "a number stands for one name only"
             stored.append(number)
         else:
             table.release(stored.pop(0))

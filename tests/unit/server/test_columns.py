@@ -116,7 +116,7 @@ def test_device_cuda_by_name_is_taken_without_asking_for_room() -> None:
     assert choose_device("cuda:1", 10**15) == "cuda:1"
 
 
-def test_device_cuda_that_is_not_there_is_refused_at_once() -> None:
+def test_device_cuda_without_cuda_is_refused_immediately() -> None:
     missing = f"cuda:{torch.cuda.device_count()}"
 
     with pytest.raises(ConfigError, match=f"storage.device: '{missing}', expected a device that torch finds"):
@@ -151,7 +151,7 @@ def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
-        raise torch.cuda.OutOfMemoryError("no room")
+        raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("touchline_server.store.cuda_columns.CudaColumns", full)
     episode = traced_columns(0, 5)
@@ -222,10 +222,10 @@ def test_disk_clear_frees_the_files_and_leaves_older_views_as_they_were(tmp_path
     assert view.tolist() == traced_columns(1, 10)["stamp"].tolist()
 
 
-def test_disk_folder_that_cannot_be_made_is_an_error_at_once(tmp_path: Path) -> None:
+def test_disk_folder_that_cannot_be_created_is_refused_immediately(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(StorageFailedError, match=r"storage\.scratch_dir: .*/file/folder: Not a directory; choose a folder"):
+    with pytest.raises(StorageFailedError, match=r"storage\.scratch_dir: .*/file/folder: Not a directory; choose a writable folder"):
         on_disk(tmp_path / "file" / "folder")
 
 
@@ -242,7 +242,7 @@ def test_disk_folder_of_another_buffer_is_refused_until_that_one_lets_go(tmp_pat
     second.add_episode(traced(2, 10))
     assert np.array_equal(next(first.episodes()).columns["stamp"], traced_columns(1, 10)["stamp"])  # it has files of its own
     del second
-    gc.collect()  # who is forgotten lets go, too
+    gc.collect()  # a buffer that is garbage releases its folder, too
     assert on_disk(tmp_path).counts().episodes_stored == 0
 
 

@@ -1,4 +1,4 @@
-"""The durable store in one process: restarts, exactly once, the file's size, refusals."""
+"""The durable store in one process: restarts, exactly once, groups, a full disk, refusals, maintenance."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def committer(buffer: ReplayBuffer) -> BackgroundCommitter:
 
 
 def limit_pages(buffer: ReplayBuffer, more: int) -> None:
-    """Leaves the database room for so many pages more than it has."""
+    """Limits the database to ``more`` pages above its present size."""
     with buffer.store.writes.lock:
         connection = committer(buffer)._sqlite._database.connection
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
         connection.execute(f"PRAGMA max_page_count = {pages + more}")
 
 
-def give_room(buffer: ReplayBuffer) -> None:
+def free_space(buffer: ReplayBuffer) -> None:
     with buffer.store.writes.lock:
         committer(buffer)._sqlite._database.connection.execute("PRAGMA max_page_count = 1000000")
 
@@ -103,7 +103,7 @@ def test_restart_restores_ring_counts_schema_and_ids(durability: str, opened: Op
         buffer.add({"obs": np.zeros((5, 2)), "action": np.zeros((5, 1)), "reward": np.zeros(5)})
 
 
-def test_restart_brings_every_dtype_and_shape_back_to_the_bit(opened: Opener) -> None:
+def test_restart_restores_every_dtype_and_shape_bit_for_bit(opened: Opener) -> None:
     rng = np.random.default_rng(0)
     dtypes = ["?", "u1", "i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8", BFLOAT16]
     columns = {
@@ -183,7 +183,7 @@ def little_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("little_ledger")
-def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(durability: str, opened: Opener) -> None:
+def test_ledger_in_the_file_equals_the_one_in_memory_with_gaps_and_limits(durability: str, opened: Opener) -> None:
     buffer = opened(durability=durability)
     rng = np.random.default_rng(3)
     for sequence in rng.permutation(90)[:60]:
@@ -201,7 +201,7 @@ def test_ledger_in_the_file_is_that_in_memory_with_gaps_and_limits(durability: s
 
 
 @pytest.mark.usefixtures("little_ledger")
-def test_sender_that_a_group_forgets_and_hears_again_is_known_by_what_is_new(opened: Opener) -> None:
+def test_sender_forgotten_and_seen_again_in_one_group_is_known_by_its_new_episode(opened: Opener) -> None:
     buffer = opened(durability="sync")
     buffer.add_episode(keyed_episode(0, 0))
     with buffer.store.writes.lock:
@@ -217,7 +217,7 @@ def test_sender_that_a_group_forgets_and_hears_again_is_known_by_what_is_new(ope
 
 
 @pytest.mark.usefixtures("little_ledger")
-def test_recovered_ledger_is_the_one_that_was(opened: Opener, tmp_path: Path) -> None:
+def test_recovered_ledger_equals_the_one_before(opened: Opener, tmp_path: Path) -> None:
     buffer = opened()
     for number in range(9):
         buffer.add_episode(keyed_episode(number % 3, number // 3 * 2))
@@ -230,7 +230,7 @@ def test_recovered_ledger_is_the_one_that_was(opened: Opener, tmp_path: Path) ->
     assert ledger_state(opened()) == kept
 
 
-def test_recover_puts_stored_episodes_into_a_ledger_that_lost_them(opened: Opener, tmp_path: Path) -> None:
+def test_recover_adds_stored_episodes_to_a_ledger_that_lost_them(opened: Opener, tmp_path: Path) -> None:
     buffer = opened()
     for sequence in range(6):
         buffer.add_episode(keyed_episode(sequence % 2, sequence))
@@ -272,7 +272,7 @@ def test_same_key_in_one_group_is_stored_once(opened: Opener) -> None:
 # Groups
 
 
-def test_threads_share_transactions_and_every_episode_is_there(durability: str, opened: Opener, tmp_path: Path) -> None:
+def test_threads_share_transactions_and_every_episode_is_stored(durability: str, opened: Opener, tmp_path: Path) -> None:
     buffer = opened(durability=durability, capacity=100_000)
     start = threading.Barrier(8)
 
@@ -317,7 +317,7 @@ def test_torchrl_extend_is_durable_too(opened: Opener) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", "batch"])
-def test_full_disk_fails_the_group_alone_and_adding_resumes(mode: str, opened: Opener) -> None:
+def test_full_disk_refuses_only_the_group_and_adding_resumes(mode: str, opened: Opener) -> None:
     buffer = opened(durability=mode, capacity=100_000)
     for sequence in range(10):
         buffer.add_episode(keyed_episode(0, sequence))
@@ -332,14 +332,14 @@ def test_full_disk_fails_the_group_alone_and_adding_resumes(mode: str, opened: O
     assert contents(buffer).items() >= before.items()
     assert buffer.counts().episodes_refused == counts.episodes_refused + 1
     assert buffer.sample().episode_id.shape == (8,)
-    give_room(buffer)
+    free_space(buffer)
     assert buffer.add_episode(keyed_episode(0, refused_at)).episode_id == refused_at
     found = contents(buffer)
     buffer.close()
     assert contents(opened(capacity=100_000)) == found
 
 
-def test_episode_that_is_tried_again_on_a_full_disk_counts_as_refused_once(opened: Opener) -> None:
+def test_episode_retried_on_a_full_disk_counts_as_refused_once(opened: Opener) -> None:
     buffer = opened(durability="batch", capacity=100_000)
     buffer.add_episode(keyed_episode(0, 0))
     limit_pages(buffer, 4)
@@ -364,7 +364,7 @@ def test_full_disk_before_the_first_episode_fixes_no_schema(opened: Opener) -> N
         buffer.add({"obs": np.ones((400, 200)), "action": np.ones((400, 1)), "reward": np.ones(400)})
 
     assert buffer.store.schema is None
-    give_room(buffer)
+    free_space(buffer)
     buffer.add({"obs": np.ones((6, 2)), "action": np.ones((6, 1)), "reward": np.ones(6)})
     assert buffer.counts().episodes_stored == 1
 
@@ -375,7 +375,7 @@ def test_first_episode_that_cannot_be_copied_leaves_no_schema_behind(
     buffer = opened(durability=durability)
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        raise MemoryError("as the test wants")
+        raise MemoryError("planned failure")
 
     with monkeypatch.context() as patch:
         patch.setattr(write_behind if durability == "memory" else journal, "make_change", fail)
@@ -401,12 +401,12 @@ def test_full_disk_in_memory_mode_keeps_what_it_acknowledged_and_bounds_it(opene
     acknowledged = contents(buffer)
 
     assert 20 <= len(acknowledged) < 1_000
-    give_room(buffer)
+    free_space(buffer)
     buffer.close()
     assert contents(opened(capacity=100_000)) == acknowledged
 
 
-def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_group_that_cannot_be_copied_leaves_ring_and_file_equal(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = opened(durability="sync", capacity=200)
     for sequence in range(10):
         buffer.add_episode(keyed_episode(0, sequence))
@@ -414,7 +414,7 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
 
     def fail(columns: Columns, name: str, first_row: int, source: np.ndarray) -> None:
         if name == "reward" and len(source) == keyed_episode(0, 11).length:
-            raise MemoryError("as the test wants")
+            raise MemoryError("planned failure")
         write_rows(columns, name, first_row, source)
 
     monkeypatch.setattr(Columns, "_write_rows", fail)
@@ -438,7 +438,7 @@ def test_ring_that_cannot_take_a_committed_group_and_its_file_stay_alike(opened:
     assert not any(buffer.add_episode(keyed_episode(0, sequence)).duplicate for sequence in (11, 12))
 
 
-def test_episode_that_the_ring_could_not_take_is_stored_when_it_is_sent_again_after_a_restart(
+def test_episode_that_could_not_be_copied_is_stored_when_sent_again_after_a_restart(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = opened(durability="sync")
@@ -446,7 +446,7 @@ def test_episode_that_the_ring_could_not_take_is_stored_when_it_is_sent_again_af
         buffer.add_episode(keyed_episode(0, sequence))
 
     def fail(columns: Columns, name: str, first_row: int, source: np.ndarray) -> None:
-        raise MemoryError("as the test wants")
+        raise MemoryError("planned failure")
 
     monkeypatch.setattr(Columns, "_write_rows", fail)
     with pytest.raises(MemoryError):
@@ -462,7 +462,7 @@ def test_episode_that_the_ring_could_not_take_is_stored_when_it_is_sent_again_af
     assert buffer.add_episode(keyed_episode(0, 2)).duplicate
 
 
-def test_failed_fsync_is_told_and_nothing_more_is_acknowledged(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_fsync_is_reported_and_nothing_more_is_acknowledged(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = opened(durability="batch")
     failed = threading.Event()
 
@@ -535,14 +535,14 @@ def test_newer_format_and_foreign_file_are_refused(opened: Opener, tmp_path: Pat
         opened()
 
 
-def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
 
     with pytest.raises(StorageFailedError, match="Not a directory"):
         DataDir(tmp_path / "file" / "data")
 
 
-def test_key_that_no_table_holds_is_refused(opened: Opener) -> None:
+def test_key_beyond_sqlite_types_is_refused(opened: Opener) -> None:
     buffer = opened()
 
     for key in (EpisodeKey("a", 2**63, 0), EpisodeKey("a", 0, 2**63), EpisodeKey("\ud800", 0, 0)):
@@ -551,10 +551,10 @@ def test_key_that_no_table_holds_is_refused(opened: Opener) -> None:
     assert buffer.counts().episodes_refused == 3
 
 
-# Upkeep
+# Maintenance
 
 
-def test_snapshot_of_a_store_in_use_is_a_store_of_one_moment(opened: Opener, tmp_path: Path) -> None:
+def test_snapshot_of_a_store_in_use_is_consistent(opened: Opener, tmp_path: Path) -> None:
     buffer = opened(capacity=2_000)
     for sequence in range(30):
         buffer.add_episode(keyed_episode(0, sequence))
@@ -574,7 +574,7 @@ def test_snapshot_of_a_store_in_use_is_a_store_of_one_moment(opened: Opener, tmp
         maintenance.snapshot(tmp_path / "data", tmp_path / "copy")
 
 
-def test_snapshot_has_a_lineage_of_its_own_for_both_go_on_with_the_same_ids(opened: Opener, tmp_path: Path) -> None:
+def test_snapshot_has_its_own_generation_because_both_continue_with_the_same_ids(opened: Opener, tmp_path: Path) -> None:
     buffer = opened()
     buffer.add_episode(keyed_episode(0, 0))
 
@@ -601,19 +601,19 @@ def test_commands_check_and_copy_a_store_in_use(opened: Opener, tmp_path: Path) 
     assert (refused.exit_code, "is in use by another touchline-server" in refused.stderr) == (1, True)
 
 
-def test_check_of_a_store_in_use_finds_nothing_and_changes_nothing(opened: Opener, tmp_path: Path) -> None:
+def test_check_of_a_store_in_use_reports_and_changes_nothing(opened: Opener, tmp_path: Path) -> None:
     buffer = opened()
     for sequence in range(30):
         buffer.add_episode(keyed_episode(0, sequence))
 
-    findings = maintenance.check(tmp_path / "data")
+    report = maintenance.check(tmp_path / "data")
 
-    assert findings.damage == []
-    assert (findings.episodes, findings.steps) == (buffer.num_eps, buffer.size)
+    assert report.damage == []
+    assert (report.episodes, report.steps) == (buffer.num_eps, buffer.size)
     assert not buffer.add_episode(keyed_episode(0, 30)).duplicate
 
 
-def test_deleted_database_is_noticed(opened: Opener, tmp_path: Path) -> None:
+def test_deleted_database_is_detected(opened: Opener, tmp_path: Path) -> None:
     buffer = opened()
     buffer.add_episode(keyed_episode(0, 0))
     buffer.close()
@@ -623,6 +623,6 @@ def test_deleted_database_is_noticed(opened: Opener, tmp_path: Path) -> None:
         opened()
 
 
-def test_check_of_a_folder_that_cannot_be_looked_into_says_so(tmp_path: Path) -> None:
+def test_check_of_an_unreadable_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageFailedError, match=r"File name too long|there is no touchline\.db"):
         maintenance.check(tmp_path / ("x" * 300))

@@ -20,7 +20,7 @@ from touchline_server.durability.database import FILE_NAME
 RING_FACTOR = 2
 EPISODE_BYTES = 300
 COLUMN_BYTES = 150
-"""Of each column of each episode, beside its name."""
+"""Bytes for each column of each episode, in addition to its name."""
 LEDGER_BYTES = 2 << 20
 LOG_BYTES = 36 << 20
 TRANSACTION_FACTOR = 2
@@ -43,7 +43,7 @@ def bound_bytes(capacity: int, example_of: Episode, episodes: int) -> int:
 
 
 def fill(folder: Path, *, capacity: int, lengths: list[int], width: int, columns: int, turns: int) -> None:
-    """Fills a ring several times over, and holds the files against the bound after each group."""
+    """Fills a ring several times over, and compares the files with the bound after each group."""
     most = number = 0
     with closing(ReplayBuffer(durable_config(folder, capacity=capacity))) as buffer:
         while buffer.counts().steps_added < turns * capacity:
@@ -69,7 +69,7 @@ def fill(folder: Path, *, capacity: int, lengths: list[int], width: int, columns
 @example(lengths=[1], width=1, columns=1)
 @example(lengths=[2], width=16, columns=1)
 @example(lengths=[1], width=1, columns=30)
-# Columns of a bit more than half a page: each is alone on its page.
+# Columns of a bit more than half a page: each has a page of its own.
 @example(lengths=[18], width=60, columns=2)
 # Columns of a bit more than a page.
 @example(lengths=[20], width=110, columns=2)

@@ -93,7 +93,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
 
 
 def answers(keys: DedupLedger, sequences: Iterable[int], client_id: str = "robot") -> list[object]:
-    """What each number is answered: an id, -1, None where it is new, "refused"."""
+    """The answer to each number: an id, -1, None if it is new, or "refused"."""
     found: list[object] = []
     for sequence in sequences:
         try:
@@ -232,7 +232,7 @@ class PlainLedger:
 
     def __init__(self) -> None:
         self.stored: dict[str, set[int]] = {}
-        """By client, the one that stored longest ago first."""
+        """Stored numbers by client, the least recent client first."""
         self.below: dict[str, int] = {}
         self.recent: list[tuple[str, int, int, int]] = []
 

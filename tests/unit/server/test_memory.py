@@ -33,7 +33,7 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
-    """Has the control groups looked for in these folders, by version 2, then 1."""
+    """Replaces the folders of the control groups, version 2 first, then version 1."""
     found = [(folder, *names) for folder, (_, *names) in zip(folders, memory._CGROUPS, strict=False)]
     monkeypatch.setattr(memory, "_CGROUPS", tuple(found))
 

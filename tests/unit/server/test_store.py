@@ -108,7 +108,7 @@ def test_copy_that_fails_leaves_nothing_visible_and_later_adds_work(monkeypatch:
 
     def fail(*arguments: Any) -> None:
         if not next(left):
-            raise MemoryError("no room")
+            raise MemoryError("planned failure")
         write_rows(*arguments)
 
     with monkeypatch.context() as patch:
@@ -125,8 +125,8 @@ def test_copy_that_fails_leaves_nothing_visible_and_later_adds_work(monkeypatch:
     check_traced(buffer.sample(batch_size=100), horizon=3)
 
 
-class Told(threading.Condition):
-    """A condition that tells when somebody begins to wait."""
+class ObservedCondition(threading.Condition):
+    """A condition that sets ``waited`` when a thread begins to wait."""
 
     def __init__(self, lock: threading.Lock) -> None:
         super().__init__(lock)
@@ -137,12 +137,12 @@ class Told(threading.Condition):
         return super().wait(timeout)
 
 
-def store_of(*lengths: int, capacity: int) -> tuple[EpisodeStore, Told]:
+def store_of(*lengths: int, capacity: int) -> tuple[EpisodeStore, ObservedCondition]:
     store = EpisodeStore(make_config(capacity))
     for number, length in enumerate(lengths):
         store.add(traced(number, length))
-    told = store._ring.epochs._unpinned = Told(store._ring.lock)
-    return store, told
+    condition = store._ring.epochs._unpinned = ObservedCondition(store._ring.lock)
+    return store, condition
 
 
 def stamps(store: EpisodeStore, rows: np.ndarray, columns: Columns) -> np.ndarray:
@@ -151,14 +151,14 @@ def stamps(store: EpisodeStore, rows: np.ndarray, columns: Columns) -> np.ndarra
     return out
 
 
-def test_pinned_draw_holds_back_the_writer_and_nobody_else() -> None:
-    store, told = store_of(10, 5, 5, capacity=20)
+def test_pinned_draw_delays_only_the_writer() -> None:
+    store, condition = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
         with store.draw(50, 3, "episode", random) as (slices,):
             before = stamps(store, slices.rows, slices.columns)
             adding = pool.submit(store.add, traced(7, 10))
-            assert told.waited.wait(60)
+            assert condition.waited.wait(60)
 
             assert not adding.done()
             with store.draw(20, 3, "episode", random) as (later,):
@@ -175,12 +175,12 @@ def test_pinned_draw_holds_back_the_writer_and_nobody_else() -> None:
 
 
 def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> None:
-    store, told = store_of(10, 5, 5, capacity=20)
+    store, condition = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
         with store.draw(1, 3, "episode", random):
             adding = pool.submit(store.add, traced(7, 10))
-            assert told.waited.wait(60)
+            assert condition.waited.wait(60)
             later = store.draw(1, 3, "episode", random)
             later.__enter__()
         adding.result(60)
@@ -190,15 +190,15 @@ def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> 
 
 
 def test_writer_that_evicts_nothing_does_not_wait() -> None:
-    store, told = store_of(5, capacity=20)
+    store, condition = store_of(5, capacity=20)
 
     with store.draw(4, 3, "episode", np.random.default_rng(0)):
         store.add(traced(1, 15))
 
-    assert not told.waited.is_set()
+    assert not condition.waited.is_set()
 
 
-def test_add_at_once_stores_as_add_does() -> None:
+def test_try_add_stores_as_add_does() -> None:
     one, _ = store_of(5, 8, capacity=20)
     other, _ = store_of(5, 8, capacity=20)
     for number in range(2, 9):
@@ -218,10 +218,10 @@ def test_add_at_once_stores_as_add_does() -> None:
         )
 
 
-def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
+def test_try_add_that_would_wait_stores_nothing() -> None:
     empty = EpisodeStore(make_config(20))
     assert empty.try_add(traced(1, 5)) is None  # the columns are to be allocated
-    store, told = store_of(5, 8, capacity=20)
+    store, condition = store_of(5, 8, capacity=20)
     before = store.counts()
 
     with store.draw(1, 3, "episode", np.random.default_rng(0)):
@@ -233,11 +233,11 @@ def test_add_at_once_stores_nothing_where_it_would_wait() -> None:
         finally:
             store.writes.lock.release()
 
-    assert store.counts() == before and not told.waited.is_set()
+    assert store.counts() == before and not condition.waited.is_set()
     assert store.try_add(traced(2, 6)) is not None
 
 
-def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_try_add_does_not_wait_for_a_reader_between_its_check_and_its_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = store_of(10, 10, capacity=20)
     check, readers = store._ring.check, ExitStack()
 
@@ -255,11 +255,11 @@ def test_add_at_once_does_not_wait_for_who_comes_between_its_look_and_its_evicti
     assert store.try_add(traced(2, 6)) is not None
 
 
-def test_add_at_once_does_not_allocate_where_the_table_is_cleared_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_try_add_does_not_allocate_if_the_table_is_cleared_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = store_of(10, capacity=20)
 
-    class Overtaken:
-        """The write lock, which somebody who clears gets first."""
+    class OvertakenLock:
+        """The write lock, which a clear takes first."""
 
         def __init__(self, lock: Any) -> None:
             self._lock = lock
@@ -272,12 +272,12 @@ def test_add_at_once_does_not_allocate_where_the_table_is_cleared_before_its_tur
         def release(self) -> None:
             self._lock.release()
 
-    monkeypatch.setattr(store.writes, "lock", Overtaken(store.writes.lock))
+    monkeypatch.setattr(store.writes, "lock", OvertakenLock(store.writes.lock))
     assert store.try_add(traced(2, 6)) is None
     assert store.columns is None
 
 
-def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:
+def test_try_add_never_writes_to_a_disk(tmp_path: Path) -> None:
     store = EpisodeStore(make_config(20, storage={"device": "disk", "scratch_dir": str(tmp_path)}))
     store.add(traced(0, 5))
 
@@ -285,12 +285,12 @@ def test_add_at_once_leaves_the_disk_to_others(tmp_path: Path) -> None:
 
 
 def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:
-    store, told = store_of(10, 5, capacity=20)
+    store, condition = store_of(10, 5, capacity=20)
     with ThreadPoolExecutor(1) as pool:
         with store.draw(20, 3, "episode", np.random.default_rng(0)) as (slices,):
             before = stamps(store, slices.rows, slices.columns)
             clearing = pool.submit(store.clear)
-            assert told.waited.wait(60)
+            assert condition.waited.wait(60)
 
             assert not clearing.done()
             assert not store.can_sample(3)
@@ -300,18 +300,18 @@ def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:
     assert (counts.episodes_stored, counts.episodes_evicted) == (0, 2)
 
 
-def test_draw_whose_block_raises_lets_go_of_its_rows() -> None:
-    store, told = store_of(10, 10, capacity=20)
+def test_draw_whose_block_raises_releases_its_rows() -> None:
+    store, condition = store_of(10, 10, capacity=20)
     with pytest.raises(KeyError), store.draw(4, 3, "episode", np.random.default_rng(0)):
         raise KeyError
 
     store.add(traced(2, 20))
 
-    assert not told.waited.is_set()
+    assert not condition.waited.is_set()
     assert store.counts().episodes_stored == 1
 
 
-def test_draw_of_several_batches_draws_them_one_after_the_other() -> None:
+def test_draw_of_several_batches_equals_draws_in_sequence() -> None:
     store, _ = store_of(10, 7, capacity=20)
 
     with store.draw(16, 3, "episode", np.random.default_rng(5), batches=3) as together:
@@ -327,7 +327,7 @@ def test_draw_of_several_batches_draws_them_one_after_the_other() -> None:
 
 
 def test_draw_nothing_long_enough_raises_with_the_counts_and_pins_nothing() -> None:
-    store, told = store_of(3, 2, capacity=6)
+    store, condition = store_of(3, 2, capacity=6)
 
     with (
         pytest.raises(NotReadyError, match="5 steps in 2 episodes are stored, none of the episodes has the 4 steps that horizon 3 needs"),
@@ -336,10 +336,10 @@ def test_draw_nothing_long_enough_raises_with_the_counts_and_pins_nothing() -> N
         pass
 
     store.add(traced(9, 6))
-    assert not told.waited.is_set()
+    assert not condition.waited.is_set()
 
 
-def test_subscribe_tells_of_every_change_until_it_ends() -> None:
+def test_subscribe_reports_every_change_until_it_ends() -> None:
     store, _ = store_of(capacity=20)
     seen: list[int] = []
     unsubscribe = store.subscribe(lambda: seen.append(store.counts().episodes_stored))
@@ -353,7 +353,7 @@ def test_subscribe_tells_of_every_change_until_it_ends() -> None:
     assert seen == [1, 2, 0]
 
 
-def test_read_names_only_gives_those_columns() -> None:
+def test_read_episode_names_only_returns_those_columns() -> None:
     store, _ = store_of(5, capacity=20)
 
     episode = read_episode(store, store.entries()[0], ["reward", "stamp"])

@@ -21,7 +21,7 @@ class BrokenCopyError(Exception):
 
 
 class BufferAgainstList(RuleBasedStateMachine):
-    """The model keeps (id, number, length), oldest first; an episode's number tells its contents."""
+    """The model keeps (id, number, length), oldest first; an episode's number determines its contents."""
 
     @initialize(capacity=st.integers(4, 24), incoming=st.booleans())
     def begin(self, capacity: int, incoming: bool) -> None:
@@ -76,7 +76,7 @@ class BufferAgainstList(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1), copies=st.integers(0, 5))
     def add_with_a_copy_that_fails(self, share: float, copies: int) -> None:
-        """Some rows are written, then the copy breaks: what made room is gone, and nothing else is different."""
+        """Some rows are written, then the copy breaks: the evicted episodes are gone, and nothing else has changed."""
         length = max(1, round(share * self.capacity))
         write_rows, left = Columns._write_rows, copies
 

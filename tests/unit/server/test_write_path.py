@@ -34,7 +34,7 @@ COLUMNS = 6
 
 
 class PlannedFailureError(Exception):
-    """Raised where a test wants it."""
+    """Raised on purpose."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def failing_plan(buffer: ReplayBuffer, after: int) -> Iterator[None]:
     """The plan step fails: at the check of each episode, or in allocating the columns."""
 
     def fail(*arguments: object) -> Any:
-        raise TooLargeError("as the test wants")
+        raise TooLargeError("planned failure")
 
     name = "check" if after % 2 or buffer.store.columns is not None else "allocate"
     with pytest.MonkeyPatch.context() as patch:
@@ -105,11 +105,11 @@ def failing_plan(buffer: ReplayBuffer, after: int) -> Iterator[None]:
 
 @contextmanager
 def failing_journal(buffer: ReplayBuffer, after: int) -> Iterator[None]:
-    """The journal step fails; for a journal that writes immediately, in the middle of its transaction."""
+    """The journal step fails; if the journal writes immediately, in the middle of its transaction."""
     journal = buffer.store.writes.journal
 
     def fail(*arguments: object, **options: object) -> Any:
-        raise StorageFullError("as the test wants")
+        raise StorageFullError("planned failure")
 
     with pytest.MonkeyPatch.context() as patch:
         if isinstance(journal, NullJournal):
@@ -123,7 +123,7 @@ def failing_journal(buffer: ReplayBuffer, after: int) -> Iterator[None]:
                 apply(change)
                 left -= 1
                 if left < 0:
-                    full = sqlite3.OperationalError("as the test wants")
+                    full = sqlite3.OperationalError("planned failure")
                     full.sqlite_errorcode = sqlite3.SQLITE_FULL
                     raise full
 
