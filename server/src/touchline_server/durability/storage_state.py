@@ -17,7 +17,7 @@ from touchline_server.errors import StorageFailedError, StorageUncertainError
 logger = get_logger(__name__)
 
 UNCERTAIN = "the episode may have been stored: send it again under the same key"
-"""What an error says of an episode whose commit had begun."""
+"""Text of an error about an episode whose commit had begun."""
 
 
 class StorageState(enum.Enum):

@@ -5,7 +5,7 @@ reading, copies rows with ``lock`` released, and publishes the episode (``lock``
 the write cursor has not moved.
 
 Sampling: draws and pins under ``lock``, gathers without it, unpins. So no gather reads a row that is being written, and a writer waits
-only for gathers that were already under way when it evicted.
+only for gathers that were already in progress when it evicted.
 
 Lock order: the write lock (:mod:`touchline_server.store.write_path`), then ``lock``. Nothing is called out to with ``lock`` held.
 """

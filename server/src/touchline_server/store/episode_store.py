@@ -100,7 +100,7 @@ class EpisodeStore:
     def try_add(self, episode: Episode) -> Stored | None:
         """Stores one episode like :meth:`add`, or does nothing and returns None if it would have to wait. For an event loop's thread.
 
-        It would have to wait for another add, for gathers under way, for a disk or a device, or for columns to be allocated.
+        It would have to wait for another add, for gathers in progress, for a disk or a device, or for columns to be allocated.
 
         Raises:
             ReplayError: as :meth:`add`.

@@ -29,7 +29,7 @@ from touchline_server.store.subscriptions import Subscriptions
 logger = get_logger(__name__)
 
 Outcome = Stored | Exception
-"""What became of a request: the answer, or why it was refused."""
+"""Outcome of a request: the answer, or why it was refused."""
 
 
 class WritePath:
