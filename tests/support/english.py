@@ -188,7 +188,11 @@ def _python(source: str) -> Iterator[Segment]:
             yield Segment("text", node.lineno, node.value)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     yield from _joined((token.start[0], token.string.lstrip("#")) for token in tokens if token.type == tokenize.COMMENT)
-    yield from (Segment("name", token.start[0], token.string) for token in tokens if token.type == tokenize.NAME)
+    names = [""] * (source.count("\n") + 1)
+    for token in tokens:
+        if token.type == tokenize.NAME:
+            names[token.start[0] - 1] += f" {token.string}"
+    yield Segment("name", 1, "\n".join(names))
 
 
 def _docstrings(tree: ast.AST) -> Iterator[tuple[ast.Constant, Kind, str]]:
