@@ -1,10 +1,10 @@
-"""An actor: plays robot soccer and sends what the four players lived through to a replay server.
+"""An actor: plays robot soccer and sends the episodes of the four players to a replay server.
 
     python examples/actor.py --address 127.0.0.1:50051 --matches 10
 
-Prints a line of JSON for each match, and at the end one with its totals. SIGTERM or Ctrl-C ends the match under way, sends it, and exits
-with 0. While the server is away it keeps playing, until 64 episodes a player wait; they go out when the server is back. With
---spool-dir they wait on the disk, 1 GiB a player, and go out when the server or, after a kill or a power cut, this program is back.
+Prints a line of JSON for each match, and at the end one with its totals. SIGTERM or Ctrl-C ends the match in progress, sends it, and exits
+with 0. While the server is away it keeps playing, until 64 episodes a player wait; they are sent when the server is back. With
+--spool-dir they wait on the disk, 1 GiB a player, and are sent when the server or, after a kill or a power cut, this program is back.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     import dm_env
 
 FLUSH_TIMEOUT_S = 30.0
-"""How long the server may take, after the last match, to acknowledge what waits."""
+"""Time for the server to acknowledge the waiting episodes after the last match."""
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGINT; a second one kills."""
+    """Flag that the first SIGTERM or SIGINT sets; a second one kills."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -50,17 +50,17 @@ class StopRequest:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     parser.add_argument("--actor-name", default=f"soccer-{socket.gethostname()}", help="default: soccer-<hostname>")
-    parser.add_argument("--spool-dir", type=Path, help="folder for what is not acknowledged; default: memory")
-    parser.add_argument("--seed", type=int, help="of pitch and policies; default: made from the actor's name")
-    parser.add_argument("--matches", type=int, default=0, help="how many to play; 0, the default: until stopped")
+    parser.add_argument("--spool-dir", type=Path, help="folder for unacknowledged episodes (default: none, they wait in memory)")
+    parser.add_argument("--seed", type=int, help="seed of pitch and policies (default: derived from the actor's name)")
+    parser.add_argument("--matches", type=int, default=0, help="number of matches; 0, the default: until stopped")
     parser.add_argument("--match-seconds", type=float, default=10.0, help="time limit of a match, in the simulation's time")
     return parser.parse_args()
 
 
 def rewards_of(step: dm_env.TimeStep) -> list[float]:
-    """Returns each player's reward for a step."""
+    """Returns the reward of each player for a step."""
     return [shaped_reward(float(goal), observation) for goal, observation in zip(step.reward, step.observation, strict=True)]
 
 

@@ -1,9 +1,9 @@
-"""The demo: a replay server, two actors that play robot soccer into it, and a learner that trains a world model out of it.
+"""The demo: a replay server, two actors that play robot soccer into it, and a learner that trains a world model from it.
 
     python examples/demo.py --seconds 90
 
-Everything is a process of its own and talks over gRPC, as it would on several machines. Afterwards the figures of both ends are
-compared: every episode that was played must have been acknowledged, and be stored or evicted; and the model must predict the rewards of
+Everything is a process of its own and talks over gRPC, as it would on several machines. Afterwards the counts of both ends are
+compared: every episode that was played must be acknowledged, and stored or evicted; and the model must predict the rewards of
 held-out matches better than their mean does. Exit status 0 if so, 1 if not or if something failed, 130 after Ctrl-C.
 """
 
@@ -41,12 +41,12 @@ RATE_WINDOW_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What both ends say at the end."""
+    """Reports of both ends at the end."""
 
     played: dict[str, int]
-    """The actors' own totals, summed."""
+    """Sums of the actors' own totals."""
     counts: Counts
-    """The server's figures."""
+    """The server's counts."""
     held_out: dict[str, Any] | None
     """The learner's last score."""
 
@@ -75,7 +75,7 @@ class Demo:
         self._actors: list[Child] = []
 
     def run(self) -> Outcome:
-        """Plays and learns, stops everything in order and returns the figures.
+        """Plays and learns, stops everything cleanly and returns the outcome.
 
         Raises:
             ChildError, TouchlineError: a process failed, or the server does not answer.
@@ -96,7 +96,7 @@ class Demo:
                     self._watch(children, client, display)
                 for actor in self._actors:
                     actor.ask_to_stop()
-                for actor in self._actors:  # each sends what it has played, and returns once that is acknowledged
+                for actor in self._actors:  # each sends the episodes that it has played, and exits once they are acknowledged
                     actor.stop()
                 counts = client.counts()
             learner.stop()
@@ -154,7 +154,7 @@ class Demo:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file of JSON lines, but not a last line that is still being written; empty where there is no file."""
+    """Returns the objects of a file of JSON lines, but not a last line that is still being written; empty if there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -166,9 +166,9 @@ def error_share(held_out: dict[str, Any] | None, step: slice = slice(None)) -> f
 
 
 def summarize(outcome: Outcome, console: Console) -> None:
-    """Prints what was checked."""
+    """Prints the checks and their results."""
     played, counts = outcome.played, outcome.counts
-    table = Table(title="What became of what was played", title_justify="left", title_style="bold")
+    table = Table(title="Outcome of the played episodes and steps", title_justify="left", title_style="bold")
     for heading in ("", "played", "acknowledged", "stored", "evicted"):
         table.add_column(heading, justify="left" if not heading else "right")
     for kind, stored, evicted in (
@@ -202,7 +202,7 @@ def summarize(outcome: Outcome, console: Console) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_seconds = float(os.environ.get("DEMO_SECONDS", "90"))
-    parser.add_argument("--seconds", type=float, default=default_seconds, help="of play (default: $DEMO_SECONDS, else 90)")
+    parser.add_argument("--seconds", type=float, default=default_seconds, help="time of play in seconds (default: $DEMO_SECONDS, else 90)")
     parser.add_argument("--match-seconds", type=float, default=10.0, help="time limit of a match, in the simulation's time")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of logs and picture (default: demo-output)")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""How the demo shows that it is under way: a live panel on a terminal, a plain line now and then elsewhere."""
+"""Shows the demo's progress: a live panel on a terminal, otherwise a plain line now and then."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PLAIN_EVERY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What there is to tell at one moment."""
+    """The demo's state at one moment."""
 
     phase: str
-    """What goes on, in a few words."""
+    """Current activity in a few words."""
     elapsed_s: float
-    """Since play began."""
+    """Time since play began."""
     total_s: float
-    """How long it is to last."""
+    """Planned time of play."""
     counts: Counts
-    """Of the server's table."""
+    """Counts of the server's table."""
     steps_per_s: float
-    """Rows that came in lately."""
+    """Recent rate of incoming rows."""
     updates: int | None = None
-    """That the learner made; None before the first report, as the others."""
+    """Updates of the learner; this and the next fields are None before its first report."""
     batches_per_s: float | None = None
     loss: float | None = None
     held_out: float | None = None
@@ -42,7 +42,7 @@ class Snapshot:
 
     @property
     def left_s(self) -> float:
-        """Seconds of play that are left."""
+        """Remaining seconds of play."""
         return max(0.0, self.total_s - self.elapsed_s)
 
 
@@ -50,7 +50,7 @@ class Display(Protocol):
     """Shows snapshots."""
 
     def show(self, snapshot: Snapshot) -> None:
-        """Shows the newest; may leave some out."""
+        """Shows the newest snapshot; may skip some."""
 
 
 @contextmanager

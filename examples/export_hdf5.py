@@ -17,9 +17,9 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("path", help="of the file to write")
+    arguments.add_argument("path", help="file to write")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     with ReplayClient(options.address) as client:

@@ -1,4 +1,4 @@
-"""Writes an actor's episodes from a replay server to a data set in Minari's folder, and reads it as Minari's users do.
+"""Writes an actor's episodes from a replay server to a data set in Minari's folder, and reads it with Minari.
 
     python examples/export_minari.py soccer/left-v0 --actor left --address replay-host:50051
 
@@ -17,10 +17,10 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("dataset", help="id of the data set to make: <name>-v<number>, perhaps with <namespace>/ before it")
-    arguments.add_argument("--actor", help="whose episodes (default: all)")
+    arguments.add_argument("dataset", help="id of the data set to make: <name>-v<number>, optionally with <namespace>/ before it")
+    arguments.add_argument("--actor", help="actor whose episodes are exported (default: all)")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     with ReplayClient(options.address) as client:

@@ -2,7 +2,7 @@
 
     python examples/export_npz.py newest.npz --newest 100 --column obs --column reward --address replay-host:50051
 
-Needs numpy alone. The members of the file are `<episode id>/<column>`; columns that are not asked for do not travel. Prints a line of JSON.
+Needs only numpy. The members of the file are `<episode id>/<column>`; only the requested columns are transferred. Prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("path", help="of the file to write")
-    arguments.add_argument("--newest", type=int, default=100, help="how many episodes")
-    arguments.add_argument("--column", action="append", help="to write; may be given again (default: all)")
+    arguments.add_argument("path", help="file to write")
+    arguments.add_argument("--newest", type=int, default=100, help="number of episodes")
+    arguments.add_argument("--column", action="append", help="column to write; repeatable (default: all)")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     with ReplayClient(options.address) as client:

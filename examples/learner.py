@@ -1,11 +1,11 @@
-"""A learner: trains a small world model on what a replay server holds.
+"""A learner: trains a small world model on the episodes of a replay server.
 
     python examples/learner.py --address 127.0.0.1:50051 --seconds 60 --metrics metrics.jsonl
 
 Waits until the server has `min_history` rows, then trains on slices that the server pushes. One match of ten (column `match`) is
-held out: its slices are never trained on, they tell how well the model predicts rewards that it has not seen, against predicting their
-mean. Whole matches, because the four episodes of one match share the ball. SIGTERM or Ctrl-C ends training as the time limit does:
-a last report, the checkpoint, exit status 0.
+held out: its slices are never trained on, they show how well the model predicts rewards that it has not seen, compared with predicting
+their mean. Whole matches, because the four episodes of one match share the ball. SIGTERM or Ctrl-C ends training as the time limit does,
+with a last report, the checkpoint and exit status 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from world_model import Losses, WorldModel
 HOLD_OUT_EVERY = 10
 """Matches number 1, 11, 21, ... of each actor are held out."""
 MAX_HELD_OUT_SLICES = 4096
-"""About so many held-out slices are kept, the newest."""
+"""Approximate number of held-out slices that are kept, the newest."""
 REPORT_EVERY_S = 1.0
 CHECKPOINT_EVERY_S = 30.0
 LEARNING_RATE = 1e-3
@@ -74,12 +74,12 @@ class HeldOut:
 
 
 class Learner:
-    """The model, its optimiser and what they report.
+    """The model, its optimiser and their reports.
 
     Args:
-        model: is trained.
-        metrics: file that a line of JSON is appended to about every second; None for none.
-        checkpoint: file with the model's weights: taken up if it is there, and written; None for none.
+        model: model to train.
+        metrics: file to which a line of JSON is appended about every second; None for none.
+        checkpoint: file for the model's weights: loaded if it exists, and written; None for none.
     """
 
     def __init__(self, model: WorldModel, *, metrics: Path | None = None, checkpoint: Path | None = None) -> None:
@@ -97,7 +97,7 @@ class Learner:
             logging.info("goes on from %s", checkpoint)
 
     def train(self, batch: Batch, stream: BatchStream) -> None:
-        """Makes one update, if the batch has slices that are not held out. The stream is where it came from."""
+        """Makes one update, if the batch has slices that are not held out. ``stream`` is the stream of the batch."""
         self._transport = {"transport": stream.transport}
         if stream.transport_reason:
             self._transport["transport_reason"] = stream.transport_reason
@@ -119,7 +119,7 @@ class Learner:
             self.save()
 
     def report(self, *, final: bool = False) -> None:
-        """Prints and writes how the last batch came, the mean losses since the last report, and the score on what is held out."""
+        """Prints and writes the transport of the last batch, the mean losses since the last report, and the score on held-out slices."""
         now = time.monotonic()
         line: dict[str, Any] = {"time": time.time(), "updates": self.updates, "final": final}
         line |= self._transport
@@ -144,7 +144,7 @@ class Learner:
 
 
 class StopRequest:
-    """Interrupts what is waited for on SIGTERM, SIGINT or when the time is up; once."""
+    """Interrupts a wait on SIGTERM, SIGINT or when the time is up; once."""
 
     def __init__(self, *, after_s: float | None) -> None:
         self.requested = False
@@ -159,7 +159,7 @@ class StopRequest:
 
 
 def batches(client: ReplayClient, *, batch_size: int, device: str) -> Iterator[tuple[Batch, BatchStream]]:
-    """Yields batches on a device for ever, each with its stream; a server that is away is waited for."""
+    """Yields batches on a device without end, each with its stream; waits for a server that is away."""
     while True:
         client.wait_until_ready()
         try:
@@ -173,14 +173,14 @@ def batches(client: ReplayClient, *, batch_size: int, device: str) -> Iterator[t
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
-    parser.add_argument("--seconds", type=float, help="ends after so long, waiting for data included; default: no limit")
-    parser.add_argument("--updates", type=int, help="ends after so many updates; default: no limit")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--seconds", type=float, help="time limit in seconds, including the wait for data (default: none)")
+    parser.add_argument("--updates", type=int, help="number of updates after which it ends (default: no limit)")
     parser.add_argument("--batch-size", type=int, default=128, help="slices in a batch")
-    parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or cuda:N (default: cpu, since the model is small)")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's first weights")
-    parser.add_argument("--metrics", type=Path, help="appends a line of JSON about every second")
-    parser.add_argument("--checkpoint", type=Path, help="takes the weights up from here if they are there, and saves them")
+    parser.add_argument("--device", default="cpu", help="device to train on: cpu, cuda or cuda:N (default: cpu, since the model is small)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's first weights")
+    parser.add_argument("--metrics", type=Path, help="file to which a line of JSON is appended about every second")
+    parser.add_argument("--checkpoint", type=Path, help="file from which the weights are loaded, if it exists, and to which they are saved")
     return parser.parse_args()
 
 

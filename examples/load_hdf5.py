@@ -1,9 +1,9 @@
-"""Stores the episodes of an HDF5 file on a replay server, as one actor's and as one of the tasks that a learner trains on.
+"""Stores the episodes of an HDF5 file on a replay server, under one actor and as one of the tasks that a learner trains on.
 
     python examples/load_hdf5.py demos.h5 --actor teleoperation --task 3 --drop camera --address replay-host:50051
 
-Needs touchline[hdf5]. The layout of the file is in docs/datasets.md: a group an episode, a dataset a column. What is
-float64 is stored as float32, as TD-MPC2 has it. Prints lines of JSON; the status is 1 if episodes were refused.
+Needs touchline[hdf5]. The layout of the file is in docs/datasets.md: a group an episode, a dataset a column. float64
+is stored as float32, as TD-MPC2 does. Prints lines of JSON; the status is 1 if episodes were refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("path", help="of the file")
-    arguments.add_argument("--actor", help="who played the episodes (default: whom the file names)")
-    arguments.add_argument("--task", type=int, help="number that is stored as the column `task`")
-    arguments.add_argument("--drop", action="append", default=[], help="column that is not stored; may be given again")
+    arguments.add_argument("path", help="file to load")
+    arguments.add_argument("--actor", help="actor of the episodes (default: as the file says)")
+    arguments.add_argument("--task", type=int, help="number to store as the column `task`")
+    arguments.add_argument("--drop", action="append", default=[], help="column to leave out; repeatable")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     transforms = datasets.ColumnTransforms(task=options.task, drop=tuple(options.drop), float32=True)

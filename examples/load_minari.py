@@ -1,4 +1,4 @@
-"""Stores a data set of Minari's on a replay server, each episode once, however often this is run.
+"""Stores a Minari data set on a replay server, each episode once, however often this is run.
 
     python examples/load_minari.py D4RL/door/human-v2 --address replay-host:50051
 
@@ -16,9 +16,9 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("dataset", help="id in Minari's folder")
+    arguments.add_argument("dataset", help="id of the data set in Minari's folder")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     with ReplayClient(options.address, actor=options.dataset) as client:

@@ -1,9 +1,10 @@
-"""Looks through an NPZ file of episodes, and stores them on a replay server if all of them can be.
+"""Inspects an NPZ file of episodes, and stores them on a replay server if all of them are valid.
 
     python examples/load_npz.py demos.npz --address replay-host:50051
 
-Such a file is made with numpy alone: np.savez("demos.npz", **{"0/obs": obs, "0/action": action, "0/reward": reward, "1/obs": ...}), columns
-[rows, ...] whose row 0 is the reset observation's. Prints lines of JSON; what cannot be stored is told by reason, and the status is 1.
+Such a file is made with only numpy: np.savez("demos.npz", **{"0/obs": obs, "0/action": action, "0/reward": reward, "1/obs": ...}), columns
+[rows, ...] whose row 0 is the reset observation's. Prints lines of JSON; if episodes cannot be stored, it
+prints the reasons and exits with 1.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("path", help="of the file")
+    arguments.add_argument("path", help="file to load")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     found, columns = datasets.inspect(options.path)  # needs no server

@@ -2,8 +2,8 @@
 
     python examples/load_pt.py mt30/*.pt --address replay-host:50051
 
-Needs touchline[torch]. Files are read without unpickling. One with more in it than tensors is refused, with the name of what that is;
-`--trust-pickle` reads it all the same, which runs whatever code is in it. Prints a line of JSON for each file.
+Needs touchline[torch]. Files are read without unpickling. A file with anything except tensors is refused, with the name of that object;
+`--trust-pickle` reads it anyway, which runs any code in it. Prints a line of JSON for each file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from touchline import ReplayClient, datasets
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("files", nargs="+", help="of TensorDicts [episodes, rows]; a folder of such files is one source")
-    arguments.add_argument("--actor", default="mt30", help="who played the episodes; the files do not say (default: mt30)")
-    arguments.add_argument("--trust-pickle", action="store_true", help="for files whose maker you trust")
+    arguments.add_argument("files", nargs="+", help="files of TensorDicts [episodes, rows]; a folder of such files is one source")
+    arguments.add_argument("--actor", default="mt30", help="actor of the episodes, which the files do not name (default: mt30)")
+    arguments.add_argument("--trust-pickle", action="store_true", help="unpickle anything; only for files whose maker you trust")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     refused = 0

@@ -32,7 +32,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 RATE_WINDOW_S = 15.0
-"""Whole episodes arrive in bursts; steps a second are a mean over so long."""
+"""Time over which steps a second are averaged, since whole episodes arrive in bursts."""
 MEDIAN_MATCHES = 7
 
 
@@ -48,11 +48,11 @@ def draw(
     """Writes the picture as a PNG.
 
     Args:
-        path: of the file.
-        began: when play began; like all times here, seconds since the epoch.
-        learner: its reports, as in its metrics file.
+        path: path of the file.
+        began: time when play began; all times are in seconds since the epoch.
+        learner: reports of the learner, as in its metrics file.
         matches: the actors' reports of matches.
-        arrivals: when the server had ever been given how many steps.
+        arrivals: pairs of a time and the number of steps added to the server until then.
         caption: a line below the title.
     """
     with pyplot.style.context(STYLE):

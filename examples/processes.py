@@ -14,7 +14,7 @@ STOP_TIMEOUT_S = 60.0
 
 
 class ChildError(Exception):
-    """A child failed, or did not do in time what it should; the message has the end of its log."""
+    """A child failed or missed a deadline; the message has the end of its log."""
 
 
 class Child:
@@ -26,13 +26,13 @@ class Child:
         self.stdout, self.log = folder / f"{name}.out", folder / f"{name}.log"
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         with self.stdout.open("wb") as stdout, self.log.open("wb") as log:
-            # In a session of its own, so that Ctrl-C reaches the demo alone, which then stops its children in order.
+            # In a session of its own, so that Ctrl-C reaches only the demo, which then stops its children cleanly.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=log, env=environment, start_new_session=True
             )
 
     def check(self) -> None:
-        """Does nothing while it runs.
+        """Checks that the process runs.
 
         Raises:
             ChildError: it ended.
@@ -57,7 +57,7 @@ class Child:
             time.sleep(0.05)
 
     def ask_to_stop(self) -> None:
-        """Sends SIGTERM, once: to a program that is stopping already, a second one means at once."""
+        """Sends SIGTERM, once: a second one would kill a program that is already stopping."""
         if not self._asked and self._process.poll() is None:
             self._asked = True
             self._process.terminate()
@@ -77,7 +77,7 @@ class Child:
             raise self._error(f"ended with status {status}")
 
     def end(self, *, grace_s: float) -> None:
-        """Makes sure that it does not run any more: SIGTERM if it was not asked before, and SIGKILL after a while."""
+        """Makes sure that it has ended: by SIGTERM, if it was not sent before, and SIGKILL after a while."""
         self.ask_to_stop()
         try:
             self._process.wait(grace_s)
@@ -92,20 +92,20 @@ class Child:
 
 
 class Children:
-    """Starts children and ends all of them, last started first, when its `with` block is left, however that happens."""
+    """Starts children, and ends all of them at the end of its `with` block, last started first, however the block ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._children: list[Child] = []
 
     def start(self, name: str, *command: str) -> Child:
-        """Starts one."""
+        """Starts a child."""
         child = Child(name, command, self._folder)
         self._children.append(child)
         return child
 
     def check(self) -> None:
-        """Raises ChildError if one has ended."""
+        """Raises ChildError if a child has ended."""
         for child in self._children:
             child.check()
 

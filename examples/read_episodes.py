@@ -2,7 +2,7 @@
 
     python examples/read_episodes.py --address 127.0.0.1:50051 --newest 200
 
-Prints a line of JSON for each actor, the best one first. Only the reward's column travels.
+Prints a line of JSON for each actor, the best one first. Only the column `reward` is transferred.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from touchline import ReplayClient
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
-    parser.add_argument("--newest", type=int, default=None, help="how many episodes to read, the newest ones (default: all)")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--newest", type=int, default=None, help="number of episodes to read, the newest ones (default: all)")
     return parser.parse_args()
 
 

@@ -2,8 +2,8 @@
 
     python examples/record_dm_env.py --address 127.0.0.1:50051 --domain cartpole --task swingup --episodes 10
 
-Needs touchline[recorders] and dm_control. The suite's observations are several arrays of float64, which would be stored as they are:
-`obs.position`, `obs.velocity`. `transform=` makes of them the one of float32 that TD-MPC2 trains on. Prints a line of JSON at the end.
+Needs touchline[recorders] and dm_control. The suite's observations are several float64 arrays, which would be stored as they are:
+`obs.position`, `obs.velocity`. `transform=` joins them into the one float32 array that TD-MPC2 trains on. Prints a line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from touchline.recorders import DmEnvRecorder
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row with its observation as one array, and nothing in float64."""
+    """Returns the row with its observation as one array, without float64."""
     row["obs"] = np.concatenate([np.ravel(part) for part in row["obs"].values()])
     return {name: value.astype(np.float32) for name, value in row.items()}
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--domain", default="cartpole", help="of the suite's")
-    arguments.add_argument("--task", default="swingup", help="of the domain's")
-    arguments.add_argument("--episodes", type=int, default=10, help="how many to play")
-    arguments.add_argument("--seed", type=int, default=0, help="of the task and of the random actions")
+    arguments.add_argument("--domain", default="cartpole", help="domain of the suite")
+    arguments.add_argument("--task", default="swingup", help="task of the domain")
+    arguments.add_argument("--episodes", type=int, default=10, help="number of episodes to play")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the task and of the random actions")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     task = suite.load(options.domain, options.task, task_kwargs={"random": options.seed})

@@ -2,7 +2,7 @@
 
     python examples/record_gymnasium.py --address 127.0.0.1:50051 --task Pendulum-v1 --episodes 10
 
-Wrapping the environment is all that an actor does; the loop is the one that it had before. Prints a line of JSON at the end.
+An actor only wraps its environment; its loop stays the same. Prints a line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from touchline.recorders import GymnasiumRecorder
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
-    parser.add_argument("--task", default="Pendulum-v1", help="its name in Gymnasium's registry")
-    parser.add_argument("--episodes", type=int, default=10, help="how many to play")
-    parser.add_argument("--seed", type=int, default=0, help="of the task and of the random actions")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--task", default="Pendulum-v1", help="name of the task in Gymnasium's registry")
+    parser.add_argument("--episodes", type=int, default=10, help="number of episodes to play")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the task and of the random actions")
     return parser.parse_args()
 
 

@@ -2,8 +2,8 @@
 
     python examples/record_pettingzoo.py --address 127.0.0.1:50051 --episodes 10
 
-Needs touchline[recorders], mpe2 and pygame-ce. Each agent's episodes are an actor's of their own, `simple_spread/agent_0`, ...; a learner
-tells them apart by `batch.actor_names`. Prints a line of JSON at the end.
+Needs touchline[recorders], mpe2 and pygame-ce. Each agent's episodes have an actor of their own, `simple_spread/agent_0`, ...; a learner
+distinguishes them by `batch.actor_names`. Prints a line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ except ImportError:  # PettingZoo before 1.25 has it itself
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--episodes", type=int, default=10, help="how many to play, of 25 steps")
-    arguments.add_argument("--seed", type=int, default=0, help="of the task and of the random actions")
+    arguments.add_argument("--episodes", type=int, default=10, help="number of episodes to play, of 25 steps each")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the task and of the random actions")
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    arguments.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    arguments.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     options = arguments.parse_args()
 
     world = simple_spread_v3.parallel_env(N=3, max_cycles=25, continuous_actions=True)
@@ -34,7 +34,7 @@ if __name__ == "__main__":
             env.action_space(agent).seed(options.seed + number)
         for episode in range(options.episodes):
             env.reset(seed=options.seed + episode)
-            while env.agents:  # those that are not done yet
+            while env.agents:  # the agents that are not done yet
                 env.step({agent: env.action_space(agent).sample() for agent in env.agents})
     counters = env.recording.counters  # everything was acknowledged when the environment was closed
     print(json.dumps({"episodes_acknowledged": counters.acknowledged, "steps_acknowledged": counters.steps_acknowledged}))

@@ -1,4 +1,4 @@
-"""Robot soccer for replay: dm_control's 2 against 2 BoxHead match, what is stored of it, and a policy that plays it.
+"""Robot soccer for replay: dm_control's 2 against 2 BoxHead match, its stored form, and a policy that plays it.
 
 `touchline.recorders.DmEnvRecorder` around a match gives four episodes, one a player, in TD-MPC2's row convention: an episode of T
 transitions has T + 1 rows; row 0 holds the reset observation, its action, reward and done are NaN; row t holds the observation that the
@@ -33,7 +33,7 @@ GOAL_REWARD = 5.0
 REWARDED_SPEEDS = {"stats_vel_to_ball": 0.05, "stats_vel_ball_to_goal": 0.05}
 """Reward of a step: 5 for a goal (-5 for one against), 0.05 for each m/s of the player to the ball and of the ball to the opponents' goal.
 
-Goals alone are too rare to learn from; these two shaping terms are among those of Liu et al. 2019, "Emergent Coordination Through
+Goals by themselves are too rare to learn from; these two shaping terms are among those of Liu et al. 2019, "Emergent Coordination Through
 Competition" (the paper of this environment).
 """
 
@@ -44,7 +44,7 @@ def make_match(*, seed: int, match_seconds: float) -> Any:
         team_size=PLAYERS // 2,
         time_limit=match_seconds,
         random_state=seed,
-        enable_field_box=True,  # the ball bounces off the borders: no throw-ins
+        enable_field_box=True,  # the ball bounces off the borders, without throw-ins
         terminate_on_goal=True,
         walker_type=soccer.WalkerType.BOXHEAD,
     )
@@ -53,8 +53,8 @@ def make_match(*, seed: int, match_seconds: float) -> Any:
 def flat_observation(observation: Mapping[str, np.ndarray]) -> Array:
     """Returns one player's observation as a flat float32 vector, its keys in alphabetical order.
 
-    Of the game's statistics (`stats_*`) it has the two speeds that the reward is made of and no other. The sensors tell as much, but in
-    turning frames; with the speeds themselves the next reward is a matter of what the players do, and is learnt within a minute.
+    Of the game's statistics (`stats_*`) it has only the two speeds that the reward is made of. The sensors measure the same, but in turning
+    frames; with the speeds themselves the next reward depends on what the players do, and is learnt within a minute.
     """
     keys = sorted(key for key in observation if not key.startswith("stats_") or key in REWARDED_SPEEDS)
     return np.concatenate([np.ravel(observation[key]) for key in keys]).astype(np.float32)
@@ -94,7 +94,7 @@ class NoisyChaser:
 
 
 class MatchRows:
-    """Makes of a recorder's rows what is stored: pass it to a recorder as `transform`, and set `match` before each match.
+    """Turns a recorder's rows into stored rows: pass it to a recorder as `transform`, and set `match` before each match.
 
     A row is obs [obs_size], action [3], reward [] and done [], float32, and match [], int32, so that a learner can tell which episodes
     share a match. `done` means terminated: 1 in the last row of a match that a goal ended; the time limit is a truncation and leaves it 0.
@@ -116,11 +116,11 @@ def play_match(match: dm_env.Environment, policies: Sequence[NoisyChaser]) -> It
     """Plays one match.
 
     Args:
-        match: from `make_match`, or a recorder around it.
-        policies: one a player.
+        match: environment made by `make_match`, or a recorder around it.
+        policies: policy of each player.
 
     Yields:
-        What the reset gave, then what each step gave: lists of four observations and rewards, +1, -1 or 0 for a goal.
+        The result of the reset, then of each step: lists of four observations and rewards, +1, -1 or 0 for a goal.
     """
     for policy in policies:
         policy.reset()

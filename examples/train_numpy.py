@@ -2,7 +2,7 @@
 
     python examples/train_numpy.py --address 127.0.0.1:50051 --updates 500
 
-For users of numpy and JAX: `batches(as_numpy=True)` gives writable numpy arrays, which `jax.numpy.asarray` takes as they are. The model
+For users of numpy and JAX: `batches(as_numpy=True)` yields writable numpy arrays, which `jax.numpy.asarray` accepts as they are. The model
 is one hidden layer that predicts each reward from the observation before it and the action, trained by Adam. Prints lines of JSON.
 """
 
@@ -65,8 +65,8 @@ def pairs_of(batch: Batch) -> tuple[Array, Array]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
-    parser.add_argument("--updates", type=int, default=500, help="how many to make")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--updates", type=int, default=500, help="number of updates")
     return parser.parse_args()
 
 

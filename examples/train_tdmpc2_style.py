@@ -1,9 +1,9 @@
-"""A trainer as TD-MPC2 has it, with Touchline in the place of its buffer: plays a task and trains a world model in turns.
+"""A trainer in the style of TD-MPC2 with Touchline as its buffer: alternately plays a task and trains a world model.
 
     python examples/train_tdmpc2_style.py --address 127.0.0.1:50051 --episodes 20
 
-What TD-MPC2's own code would change is the import: `from touchline.tdmpc2 import Buffer` for `from common.buffer import Buffer`. With
-`--in-process` there is no server: the buffer is in this process, as TD-MPC2's is. Prints a line of JSON for each episode.
+In TD-MPC2's own code only the import changes: `from touchline.tdmpc2 import Buffer` instead of `from common.buffer import Buffer`. With
+`--in-process` there is no server: the buffer is in this process, like TD-MPC2's. Prints a line of JSON for each episode.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from touchline.tdmpc2 import Buffer
 from world_model import WorldModel
 
 SEED_EPISODES = 3
-"""Played before training starts."""
+"""Episodes played before training starts."""
 UPDATES = 40
-"""Made after each episode."""
+"""Updates after each episode."""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
-    parser.add_argument("--in-process", action="store_true", help="no server: a buffer in this process")
-    parser.add_argument("--episodes", type=int, default=20, help="how many to play")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--in-process", action="store_true", help="use a buffer in this process instead of a server")
+    parser.add_argument("--episodes", type=int, default=20, help="number of episodes to play")
     return parser.parse_args()
 
 
@@ -52,7 +52,7 @@ def row(obs: Any, action: torch.Tensor, reward: float, terminated: float) -> Ten
 
 
 def play(env: Any, *, seed: int) -> TensorDict:
-    """Returns an episode [rows] of random play; row 0 is the reset, with NaN for what has not happened yet."""
+    """Returns an episode [rows] of random play; row 0 is the reset, with NaN for action, reward and termination."""
     obs, _ = env.reset(seed=seed)
     rows = [row(obs, torch.full(env.action_space.shape, torch.nan), torch.nan, torch.nan)]
     over = False

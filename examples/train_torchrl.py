@@ -1,8 +1,8 @@
-"""A TorchRL trainer with Touchline in the place of its replay buffer: DQN on CartPole.
+"""A TorchRL trainer with Touchline as its replay buffer: DQN on CartPole.
 
     python examples/train_torchrl.py --address 127.0.0.1:50051 --frames 5000
 
-The collector, the loss and the loop are TorchRL's; what changes is the one line that makes the buffer. Prints lines of JSON: frames
+The collector, the loss and the loop are TorchRL's; only the line that makes the buffer changes. Prints lines of JSON: frames
 played, transitions on the server, and the mean length of the episodes that ended since the line before, which grows as it learns.
 """
 
@@ -29,14 +29,14 @@ except ImportError:  # TorchRL before 0.11
 FRAMES_PER_BATCH = 100
 RANDOM_FRAMES = 500
 UPDATES = 50
-"""After each batch of frames."""
+"""Updates after each batch of frames."""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
-    parser.add_argument("--address", default=default_address, help="of the server (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
-    parser.add_argument("--frames", type=int, default=5000, help="how many to play")
+    parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
+    parser.add_argument("--frames", type=int, default=5000, help="number of frames to play")
     return parser.parse_args()
 
 

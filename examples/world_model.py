@@ -1,10 +1,9 @@
-"""A small latent world model in the manner of TD-MPC2 (Hansen et al. 2024, "TD-MPC2: Scalable, Robust World Models", section 3).
+"""A small latent world model in the style of TD-MPC2 (Hansen et al. 2024, "TD-MPC2: Scalable, Robust World Models", section 3).
 
 An encoder maps an observation to a latent state z, the dynamics maps (z, action) to the next z, the reward head maps (z, action) to the
-reward. All learn together on slices of H transitions: from the first observation the model runs on its own predictions and
-has to agree with what was seen, step t weighing rho^t. The latent targets come from a slowly following (EMA) copy of the encoder.
-What TD-MPC2 has besides, the value functions, the policy prior and the planner, is left out; the reward is one number here, not a
-discrete distribution.
+reward. All learn together on slices of H transitions: from the first observation the model runs on its own predictions, which
+have to agree with the observations, with step t weighted by rho^t. The latent targets come from a slowly following (EMA) copy of the
+encoder. TD-MPC2's value functions, policy prior and planner are left out; the reward is one number here, not a discrete distribution.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from torch.nn import functional as F
 
 
 class Losses(NamedTuple):
-    """What one batch gave; scalars."""
+    """Losses of one batch, as scalars."""
 
     total: Tensor
     consistency: Tensor
-    """Squared distance between the predicted and the target latents, each step weighed."""
+    """Squared distance between the predicted and the target latents, weighted by step."""
     reward: Tensor
-    """Error of the reward, in standard deviations of the reward (smooth L1), each step weighed."""
+    """Error of the reward, in standard deviations of the reward (smooth L1), weighted by step."""
 
 
 class SimNorm(nn.Module):
@@ -35,7 +34,7 @@ class SimNorm(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and standard deviation of what it was shown, kept in float64."""
+    """Running mean and standard deviation of its inputs, in float64."""
 
     count: Tensor
     mean: Tensor
@@ -48,7 +47,7 @@ class Normalizer(nn.Module):
         self.register_buffer("square", torch.zeros(size, dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
-        """Takes in x: [..., size]."""
+        """Adds x [..., size] to the statistics."""
         rows = x.reshape(-1, x.shape[-1]).double()
         self.count += len(rows)
         self.mean += (rows.mean(0) - self.mean) * len(rows) / self.count
@@ -75,11 +74,11 @@ class WorldModel(nn.Module):
     """Encoder, latent dynamics and reward head.
 
     Args:
-        obs_size: of the flat observation.
-        action_size: of the flat action.
+        obs_size: size of the flat observation.
+        action_size: size of the flat action.
         latent_size: a multiple of 8.
         rho: weight of step t is rho^t.
-        target_follows: how much of the encoder the EMA target takes over with each `follow()`.
+        target_follows: share of the encoder that the EMA target adopts at each `follow()`.
     """
 
     def __init__(self, obs_size: int, action_size: int, *, latent_size: int = 64, rho: float = 0.5, target_follows: float = 0.01) -> None:
@@ -92,7 +91,7 @@ class WorldModel(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def loss(self, obs: Tensor, action: Tensor, reward: Tensor) -> Losses:
-        """Returns the losses of a batch, and lets the normalisation see it.
+        """Returns the losses of a batch, and updates the normalisation with it.
 
         Args:
             obs: [H+1, B, obs_size]. action: [H, B, action_size]. reward: [H, B, 1].

@@ -1,4 +1,4 @@
-"""The spool's file: what it keeps, for whom, how much of it, and what it says where it is not whole."""
+"""The spool's file: its content, its lock, its size, and its errors if it is damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIMIT = 4 << 20
 
 
 def traced(number: int, rows: int = 20, *, width: int = 16) -> Episode:
-    """An episode that its number determines."""
+    """Returns an episode that follows from its number."""
     rng = np.random.default_rng(number)
     columns = {"obs": rng.standard_normal((rows, width), dtype=np.float32), "reward": rng.standard_normal(rows, dtype=np.float32)}
     return Episode(columns, key=EpisodeKey("robot", 1, number), actor="left", policy_version=number)
@@ -50,7 +50,7 @@ def numbers(spool: Spool) -> list[int]:
 
 
 def fill(spool: Spool, rows: int = 500) -> int:
-    """Puts episodes until there is no room; returns how many."""
+    """Puts episodes until the spool is full; returns how many."""
     count = 0
     while put(spool, traced(count, rows)).kept:
         count += 1
@@ -153,7 +153,7 @@ def test_bool_column_that_no_server_takes_is_an_invalid_episode_and_no_damage(sp
     assert taken is not None and type(taken[1]) is InvalidEpisodeError
 
 
-# Room
+# Space
 
 
 def test_folder_never_takes_more_than_the_limit_whatever_is_put_and_removed(folder: Path) -> None:
@@ -279,7 +279,7 @@ def test_full_disk_is_no_room_and_leaves_what_is_there(spool: Spool) -> None:
     put(spool, traced(0))
     assert spool._connection is not None
     pages = spool._connection.execute("PRAGMA page_count").fetchone()[0]
-    spool._connection.execute(f"PRAGMA max_page_count = {pages + 5}")  # what a disk without room does to SQLite
+    spool._connection.execute(f"PRAGMA max_page_count = {pages + 5}")  # effect of a full disk on SQLite
 
     full = put(spool, traced(1, 500))
     spool._connection.execute("PRAGMA max_page_count = 1000000")
@@ -402,7 +402,7 @@ def test_forked_child_cannot_use_the_spool_and_leaves_it_whole(spool: Spool, fol
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     with pytest.raises(SpoolError, match="in use by another writer"):
-        Spool(folder, limit_bytes=LIMIT)  # the child's end has not let go of it
+        Spool(folder, limit_bytes=LIMIT)  # the child's end has not released it
     put(spool, traced(1))
     assert numbers(spool) == [0, 1]
 
@@ -415,7 +415,7 @@ def test_closed_spool_says_so(spool: Spool) -> None:
         spool.peek()
 
 
-# Files that are not as they should be
+# Damaged and foreign files
 
 
 def _closed(folder: Path, count: int = 6) -> Path:
@@ -504,7 +504,7 @@ def test_damaged_episode_is_reported_set_aside_and_the_others_go_on(folder: Path
     payload = traced(2, 60).columns["obs"].tobytes()[:64]
     data = path.read_bytes()
     assert payload in data
-    path.write_bytes(data.replace(payload, payload[:30] + bytes([payload[30] ^ 1]) + payload[31:]))  # perhaps a stale copy, too
+    path.write_bytes(data.replace(payload, payload[:30] + bytes([payload[30] ^ 1]) + payload[31:]))  # possibly also a stale copy
 
     spool = Spool(folder, limit_bytes=LIMIT)
     seen = []

@@ -1,4 +1,4 @@
-"""Both queues of pending episodes against a plain list, after any sequence of puts, answers, drops and, on the disk, crashes."""
+"""Both queues of pending episodes, compared with a plain list after any sequence of puts, answers, drops and, on the disk, crashes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LIMIT = 1 << 20
 
 
 def numbered(number: int, size: int) -> Episode:
-    """An episode of about so many bytes that number and size determine."""
+    """Returns an episode of about ``size`` bytes that follows from number and size."""
     rng = np.random.default_rng([number, size])
     return Episode({"obs": rng.integers(0, 256, (size, 1), np.uint8)}, EpisodeKey("robot", 1, number), "left", size)
 
 
 class QueueAgainstList(RuleBasedStateMachine):
-    """The model keeps (number, size), oldest first, and how many of the first are being sent."""
+    """The model: (number, size) of each episode, oldest first, and the number of those being sent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class SpoolAgainstList(QueueAgainstList):
     def crash(self) -> None:
         before = self.folder
         self.lives += 1
-        shutil.copytree(before, self.folder)  # what a kill leaves: files as they are, log and all
+        shutil.copytree(before, self.folder)  # as a kill leaves it: all files unchanged, including the log
         self.spool.close()
         self.open()
 

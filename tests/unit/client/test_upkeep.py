@@ -1,4 +1,4 @@
-"""A spool looked at and mended from outside of its writer."""
+"""Inspecting and repairing a spool from outside of its writer."""
 
 from __future__ import annotations
 

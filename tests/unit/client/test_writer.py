@@ -1,4 +1,4 @@
-"""The episode writer, against a server that stores, refuses and goes away on demand."""
+"""The episode writer with a server that stores, refuses and goes away on demand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 
 
 class Shelf:
-    """What the server stored; while ``away`` is set it is unavailable, and ``failures`` are answered first, one a call."""
+    """A server's stored episodes; while ``away`` is set it is unavailable, and ``failures`` are answered first, one a call."""
 
     def __init__(self, *failures: tuple[grpc.StatusCode, str]) -> None:
         self.failures = list(failures)
@@ -71,7 +71,7 @@ def client(shelf: Shelf) -> Iterator[ReplayClient]:
 
 
 def _play(writer: EpisodeWriter, numbers: range) -> None:
-    """Appends rows in TD-MPC2's convention: the reset observation alone, then one row a transition."""
+    """Appends rows in TD-MPC2's convention: only the reset observation, then one row a transition."""
     for number in numbers:
         step = {"obs": np.float32(number)}
         writer.append(step if number == numbers[0] else step | {"action": np.float32(number), "reward": float(number)})
@@ -169,7 +169,7 @@ def test_full_queue_blocks_until_there_is_room(client: ReplayClient, shelf: Shel
 
 
 class Rack(Shelf):
-    """A shelf that also takes loads, and holds the first call until it is told to go on."""
+    """A shelf that also accepts loads, and blocks the first call until it is released."""
 
     def __init__(self, *failures: tuple[grpc.StatusCode, str], load_fails: bool = False) -> None:
         super().__init__(*failures)
@@ -282,7 +282,7 @@ def test_server_at_its_limits_is_not_asked_again_before_the_delay_that_it_gave()
         return pb.AddEpisodeResponse().SerializeToString()
 
     with ScriptedServer(AddEpisode=refuse_once) as server, ReplayClient(server.address) as client:
-        # The client makes no second attempt, so that the delay is the writer's to keep.
+        # The client makes no second attempt, so the writer has to observe the delay.
         with EpisodeWriter(trying_once(client)) as writer:
             _play(writer, range(2))
 
@@ -308,7 +308,7 @@ def test_server_that_keeps_failing_on_an_episode_has_refused_it(
 
 
 def _refused(writer: EpisodeWriter) -> Any:
-    """Ends an episode and waits until it was answered."""
+    """Ends an episode and waits for its answer."""
     _play(writer, range(2))
     key = writer.end_episode()
     eventually(lambda: not writer.counters.pending, "the episode is answered")
@@ -335,7 +335,7 @@ def test_refused_episode_is_logged_counted_and_reported_once(
     assert [(result.key, type(result.error)) for result in caught.value.results] == [(key, InvalidEpisodeError)]
     assert "obs: as the test wants" in caplog.text
     assert writer.counters.refused == 1
-    writer.close(60)  # says nothing of it again
+    writer.close(60)  # does not report it again
 
 
 def test_append_that_reports_a_refusal_may_be_made_again(client: ReplayClient, shelf: Shelf) -> None:
@@ -370,7 +370,7 @@ def test_failed_body_with_the_server_away_raises_its_own_error_and_logs_the_loss
     client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf.away.set()
-    hasty = ReplayClient(client.address, timeout_s=0.2, actor="keeper")  # for so long closing waits
+    hasty = ReplayClient(client.address, timeout_s=0.2, actor="keeper")  # time that closing waits
     with pytest.raises(ZeroDivisionError), EpisodeWriter(hasty) as writer:
         _play(writer, range(3))
         writer.end_episode()
@@ -450,7 +450,7 @@ def test_writer_forgotten_at_exit_neither_hangs_nor_loses_in_silence(tmp_path: P
 
 
 class _SlowlyCounted(MemoryQueue):
-    """Has the last of three episodes answered before who put it knows that it was kept."""
+    """Answers the last of three episodes before its ``put`` returns."""
 
     def put(self, item: QueueItem, *, drop_oldest: bool, force: bool = False) -> PutResult:
         admission = super().put(item, drop_oldest=drop_oldest, force=force)

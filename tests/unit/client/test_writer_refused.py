@@ -1,4 +1,4 @@
-"""A row that cannot be stored: what becomes of its episode. And numbers that come as another type than in the row before."""
+"""Rows that cannot be stored and their episodes, and numbers of another type than in the row before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that become columns."""
+"""Assembling rows into columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The episode writer when there is no room, and when it has a spool."""
+"""The episode writer with a full queue, and with a spool."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIMIT = 2 << 20
 
 
 class Shelf:
-    """What the server stored, each key once; ``away`` makes it unavailable, ``deaf`` has it store without an answer in time."""
+    """A server's stored episodes, each key once; ``away`` makes it unavailable, ``deaf`` makes it store without answering in time."""
 
     def __init__(self) -> None:
         self.away = threading.Event()
@@ -80,7 +80,7 @@ def client(shelf: Shelf) -> Iterator[ReplayClient]:
 
 
 def play(writer: EpisodeWriter, first: int, rows: int = 2) -> EpisodeKey | None:
-    """Appends an episode's rows and ends it; the first observation names it."""
+    """Appends an episode's rows and ends it; the first observation identifies it."""
     for number in range(rows):
         writer.append({"obs": np.float32(first + number), "action": np.zeros(4, np.float32), "reward": 0.0})
     return writer.end_episode()
@@ -90,7 +90,7 @@ def check(counters: WriterCounters) -> None:
     assert counters.appended + counters.resumed == counters.pending + counters.acknowledged + counters.refused + counters.dropped
 
 
-# No room, without a spool
+# A full queue, without a spool
 
 
 def test_drop_oldest_keeps_the_newest_and_the_one_being_sent(client: ReplayClient, shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +235,7 @@ def test_close_leaves_what_waits_to_the_next_start_and_says_so(
     client: ReplayClient, shelf: Shelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf.away.set()
-    hasty = ReplayClient(client.address, timeout_s=0.2)  # for so long closing waits
+    hasty = ReplayClient(client.address, timeout_s=0.2)  # time that closing waits
     with hasty, EpisodeWriter(hasty, spool_dir=tmp_path, actor="keeper") as writer:
         play(writer, 0)
         writer.append({"obs": np.float32(9)})
@@ -415,7 +415,7 @@ def test_spool_that_cannot_be_written_is_told_and_nothing_is_lost_once_it_can(
     connection.execute("PRAGMA query_only = ON")
     rows = [{"obs": np.float32(number), "action": np.float32(0), "reward": 0.0} for number in range(3)]
     writer.append(rows[0])
-    writer.append(rows[1])  # a cut here is tried again by the next call
+    writer.append(rows[1])  # the next call retries a cut that failed here
     calls = [writer.end_episode, writer.end_episode] if ended_by == "end" else [writer.end_episode]
     for call in [*calls, lambda: writer.append(rows[2])]:
         with pytest.raises(SpoolError):

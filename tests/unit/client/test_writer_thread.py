@@ -1,4 +1,4 @@
-"""The episode writer whose background thread ends of what nobody expected: nobody waits for it, and what a spool has stays there."""
+"""The episode writer whose background thread ends unexpectedly: no caller waits for it, and a spool keeps its episodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUG = ZeroDivisionError("a bug")
 
 
 class Shelf:
-    """The keys and first observations of what the server stored, in their order."""
+    """Keys and first observations of the server's stored episodes, in order."""
 
     def __init__(self) -> None:
         self.keys: list[EpisodeKey | None] = []
@@ -50,7 +50,7 @@ def client(shelf: Shelf) -> Iterator[ReplayClient]:
 
 @pytest.fixture(autouse=True)
 def forget_writers() -> Iterator[None]:
-    """Those that failed have something to lose for ever, of which the end of the tests' process would speak."""
+    """Unregisters failed writers, which would otherwise report their unsent episodes when the tests' process exits."""
     yield
     for writer in list(exit_hooks._open):
         exit_hooks.unregister(writer)
@@ -58,13 +58,13 @@ def forget_writers() -> Iterator[None]:
 
 @pytest.fixture(params=["memory", "spool"])
 def spool_dir(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """Where a writer keeps its episodes."""
+    """Folder of a writer's spool; None for memory."""
     return {"spool_dir": tmp_path / "spool"} if request.param == "spool" else {}
 
 
 @pytest.fixture
 def bug(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Ends the thread of every writer when it looks for an episode; undone within the test where a later writer is to work."""
+    """Ends the thread of every writer when it looks for an episode; a test undoes this if a later writer has to work."""
 
     def peek(*_: object) -> None:
         raise BUG
@@ -90,7 +90,7 @@ def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def check(error: UnacknowledgedError, keys: list[EpisodeKey | None]) -> None:
-    """It says what happened, what to do, and what is not acknowledged."""
+    """Asserts that the error says what happened, what to do, and what is not acknowledged."""
     assert f"{len(keys)} episodes are not acknowledged: the thread that sends the episodes ended unexpectedly" in str(error)
     assert repr(BUG) in str(error) and "close this writer and make another" in str(error)
     assert [(result.key, type(result.error)) for result in error.results] == [(key, ServerError) for key in keys]
@@ -155,7 +155,7 @@ def test_actor_that_is_held_up_when_the_thread_dies_is_let_go(
     check(caught.value, [key])
     assert len(failures(caplog)) == 1
     with pytest.raises(UnacknowledgedError, match="ended unexpectedly"):
-        writer.end_episode()  # its rows are still there, and the room still is not
+        writer.end_episode()  # its rows are kept, and the queue is still full
 
 
 def test_spool_of_a_writer_whose_thread_died_goes_on_taking_and_the_next_writer_sends_all(
@@ -166,14 +166,14 @@ def test_spool_of_a_writer_whose_thread_died_goes_on_taking_and_the_next_writer_
     keys = [play(writer, 0)]
     eventually(lambda: bool(failures(caplog)), "the thread died")
     with pytest.raises(UnacknowledgedError):
-        writer.append(row(10))  # told once, and before the row is taken
+        writer.append(row(10))  # raised once, before the row is accepted
     keys += [play(writer, number) for number in (10, 20)]
     writer.append(row(30))
     writer.append(row(31))
     with pytest.raises(UnacknowledgedError) as caught:
         writer.close()
     counters = writer.counters
-    writer.close()  # says nothing of it again
+    writer.close()  # does not report it again
 
     bug.undo()
     with EpisodeWriter(client, spool_dir=tmp_path) as following:
@@ -213,7 +213,7 @@ def test_append_that_cuts_an_episode_after_the_thread_died_adds_its_row_once(
         writer.append(row(number))
 
     with pytest.raises(UnacknowledgedError):
-        writer.append(row(13))  # the cut piece has to go first
+        writer.append(row(13))  # the cut piece has to be queued first
 
     assert len(writer._state.rows) == 1 and writer._state.due is not None and writer._state.due.columns["obs"].tolist() == [10, 11, 12]
 

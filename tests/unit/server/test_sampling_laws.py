@@ -1,4 +1,4 @@
-"""Both laws by chi-square on episodes of unequal length, and where the randomness comes from. All seeds are fixed: nothing is luck."""
+"""Both laws by chi-square on episodes of unequal length, and the sources of randomness. All seeds are fixed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from touchline_server.selectors.seeds import SeedSource
 
 HORIZON = 3
 LENGTHS = (4, 25, 9, 3, 6, 14)
-"""Of six episodes; the fourth is too short."""
+"""Lengths of six episodes; the fourth is too short."""
 DRAWS = 40_000
 
 
@@ -33,7 +33,7 @@ def cells_of(lengths: dict[int, int]) -> list[tuple[int, int]]:
 
 
 def drawn(buffer: ReplayBuffer, law: str, cells: list[tuple[int, int]]) -> np.ndarray:
-    """[cells] counts of DRAWS slices."""
+    """Returns the counts [cells] of DRAWS slices."""
     counts = np.zeros(len(cells))
     for _ in range(DRAWS // buffer.config.batch_size):
         batch = buffer.sample(law=law)
@@ -42,19 +42,19 @@ def drawn(buffer: ReplayBuffer, law: str, cells: list[tuple[int, int]]) -> np.nd
 
 
 def episode_law(lengths: dict[int, int]) -> np.ndarray:
-    """Expected counts: a uniform episode, then a uniform start in it."""
+    """Returns the expected counts of a uniform episode, then a uniform start in it."""
     starts = [length - HORIZON for length in lengths.values() if length > HORIZON]
     return np.concatenate([np.full(count, DRAWS / len(starts) / count) for count in starts])
 
 
 def step_law(lengths: dict[int, int]) -> np.ndarray:
-    """Expected counts: all starts alike."""
+    """Returns the expected counts of equally likely starts."""
     cells = len(cells_of(lengths))
     return np.full(cells, DRAWS / cells)
 
 
 def torchrl_draws(cells: list[tuple[int, int]]) -> np.ndarray:
-    """What TorchRL's own sampler draws from the same episodes, [cells] counts of DRAWS slices."""
+    """Returns the counts [cells] of DRAWS slices that TorchRL's own sampler draws from the same episodes."""
     slices = 2_000
     buffer = TorchRLBuffer(
         storage=LazyTensorStorage(100),
@@ -126,7 +126,7 @@ def test_probability_of_a_draw_is_that_of_its_law(law: str, expected: Callable[[
 
 
 def play(buffer: ReplayBuffer) -> list[tuple[list[int], list[int]]]:
-    """The slices of a fixed sequence of adds and draws."""
+    """Returns the slices of a fixed sequence of adds and draws."""
     slices = []
     for number in range(30):
         buffer.add_episode(traced(number, 4 + number * 7 % 11))

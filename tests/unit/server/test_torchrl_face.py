@@ -1,4 +1,4 @@
-"""The same store as a regular TorchRL buffer."""
+"""The store as a regular TorchRL buffer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Got conflicting batch_sizes")
 
 
 def as_td(*numbers_and_lengths: tuple[int, int]) -> TensorDict:
-    """Traced episodes one after the other, told apart by ``episode`` where there are several; nested observations."""
+    """Returns traced episodes in sequence, with an ``episode`` column if there are several; nested observations."""
     episodes = [traced_columns(number, length) for number, length in numbers_and_lengths]
     columns = {tuple(name.split(".")): torch.from_numpy(np.concatenate([episode[name] for episode in episodes])) for name in episodes[0]}
     if len(episodes) > 1:
@@ -31,7 +31,7 @@ def as_td(*numbers_and_lengths: tuple[int, int]) -> TensorDict:
 
 
 def check_slices(sample: TensorDictBase, steps: int = HORIZON + 1) -> list[int]:
-    """Asserts that a sample is slices of traced episodes, all columns of it; returns the slices' episodes."""
+    """Asserts that a sample consists of slices of traced episodes, in all columns; returns the slices' episodes."""
     stamp = sample["stamp"].reshape(-1, steps)
     assert (stamp.diff(dim=1) == 1).all()
     assert (stamp // STRIDE == stamp[:, :1] // STRIDE).all()
@@ -44,7 +44,7 @@ def check_slices(sample: TensorDictBase, steps: int = HORIZON + 1) -> list[int]:
 
 @pytest.fixture(params=["before", "after"])
 def buffer(request: pytest.FixtureRequest) -> ReplayBuffer:
-    """A ring of 40 rows with two episodes in it; TorchRL's face was made before or after the first."""
+    """A ring of 40 rows with two episodes; the TorchRL adapter was made before or after the first."""
     buffer = ReplayBuffer(make_config(40, horizon=HORIZON, batch_size=16, seed=1))
     if request.param == "before":
         buffer.as_torchrl()
@@ -80,7 +80,7 @@ def test_extend_one_episode_is_stored_like_an_add(buffer: ReplayBuffer) -> None:
 
 
 def test_extend_several_episodes_splits_and_evicts_whole_ones(buffer: ReplayBuffer) -> None:
-    """10 + 7 rows are stored; 6 and 20 more need the first to go; what wraps comes back in order."""
+    """10 + 7 rows are stored; 6 and 20 more evict the first episode; a wrapped episode comes back in order."""
     face = buffer.as_torchrl()
 
     rows = face.extend(as_td((5, 6), (6, 20)))
@@ -337,7 +337,7 @@ def test_no_episode_can_be_stored_in_the_middle_of(buffer: ReplayBuffer, monkeyp
 
 
 def test_add_extend_sample_and_empty_from_many_threads_agree() -> None:
-    """Samples are whole slices of live episodes whatever else goes on, and both sides count the same in the end."""
+    """Samples are whole slices of live episodes during any other work, and both sides have the same counts in the end."""
     buffer = ReplayBuffer(make_config(120, batch_size=8))
     face = buffer.as_torchrl()
     buffer.add_episode(traced(0, 20))
