@@ -54,7 +54,7 @@ class QueueAgainstList(RuleBasedStateMachine):
         assert dropped == self.model[self.sending :][: len(dropped)]
         assert not dropped or (drop_oldest and not certain)
         assert admission.kept or not certain
-        assert admission.kept or not drop_oldest or self.sending, "there is always room for one where all may be dropped"
+        assert admission.kept or not drop_oldest or self.sending, "one always fits if all others may be dropped"
         del self.model[self.sending : self.sending + len(dropped)]
         if admission.kept:
             self.model.append((number, size))

@@ -235,7 +235,7 @@ def test_unavailable_server_is_tried_until_it_is_back(client: ReplayClient, shel
     writer = EpisodeWriter(client)
     _play(writer, range(3))
     key = writer.end_episode()
-    eventually(lambda: "are pending, retrying" in caplog.text, "it is tried in vain")
+    eventually(lambda: "are pending, retrying" in caplog.text, "retries fail")
     with pytest.raises(UnacknowledgedError, match="1 episodes are not acknowledged") as caught:
         writer.flush(0)
     assert [(result.key, type(result.error)) for result in caught.value.results] == [(key, UnavailableError)]

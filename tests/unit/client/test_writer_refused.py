@@ -21,7 +21,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"obs": "left", "action": 9.0, "reward": 9.0}, r"obs: text \('left'\)"),
     "another shape": ({"obs": [9.0, 9.0], "action": 9.0, "reward": 9.0}, r"obs: shape \(2,\) in row 3"),
     "a masked value": ({"obs": np.ma.masked, "action": 9.0, "reward": 9.0}, "obs: 1 masked values"),
-    "a float that is none of float32": ({"obs": 9.0, "action": 9.0, "reward": 1e300}, r"reward: 1e\+300, which is inf as float32"),
+    "a float outside of float32": ({"obs": 9.0, "action": 9.0, "reward": 1e300}, r"reward: 1e\+300, which is inf as float32"),
 }
 
 

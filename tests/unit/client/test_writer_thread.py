@@ -58,7 +58,7 @@ def forget_writers() -> Iterator[None]:
 
 @pytest.fixture(params=["memory", "spool"])
 def spool_dir(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """Folder of a writer's spool; None for memory."""
+    """Keywords of a writer with or without a spool."""
     return {"spool_dir": tmp_path / "spool"} if request.param == "spool" else {}
 
 
