@@ -222,7 +222,7 @@ def test_ratio_interval_different_numbers_of_rounds_raises() -> None:
     ("over", "at_most", "word"),
     [(1.0, False, "not met"), (3.0, False, "clearly met"), (1.0, True, "clearly met"), (3.0, True, "not met")],
 )
-def test_judge_ratio_beside_the_bar_says_so(over: float, at_most: bool, word: str) -> None:
+def test_judge_constant_ratio_is_clearly_met_or_not(over: float, at_most: bool, word: str) -> None:
     bar = Bar("a", "S", "x", "y", 2.0, "", at_most=at_most)
     sections = {"S": {"slices": {"x": [{"batches_per_s": over}] * 6, "y": [{"batches_per_s": 1.0}] * 6}}}
 

@@ -101,7 +101,7 @@ def test_datasets_import_loads_no_package_of_a_format() -> None:
     assert loaded & {"torch", "tensordict", "h5py", "minari", "gymnasium", "typer", "rich"} == set()
 
 
-def test_protos_import_loads_numpy_alone() -> None:
+def test_protos_import_loads_only_numpy() -> None:
     loaded = _modules_loaded_by("import touchline_protos.codec")
 
     assert "numpy" in loaded

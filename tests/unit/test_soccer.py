@@ -88,7 +88,7 @@ def test_match_gives_an_episode_a_player_of_one_row_more_than_steps() -> None:
         }
 
 
-def test_match_is_stored_to_the_bit_as_it_was_played() -> None:
+def test_match_is_stored_exactly_as_it_was_played() -> None:
     for stored, played in zip(played_match(seed=0), rows_by_hand(0, seconds=1.0, number=3), strict=True):
         assert stored.keys() == played.keys()
         for name, column in played.items():
@@ -96,7 +96,7 @@ def test_match_is_stored_to_the_bit_as_it_was_played() -> None:
             assert stored[name].tobytes() == column.tobytes(), name
 
 
-def test_match_row_0_has_an_observation_alone() -> None:
+def test_match_row_0_has_only_an_observation() -> None:
     for episode in played_match(seed=0):
         for name in ("action", "reward", "done"):
             assert np.isnan(episode[name][0]).all()

@@ -152,7 +152,7 @@ def test_clear_that_is_over_a_limit_is_not_retried() -> None:
         assert server.count("Clear") == 1
 
 
-def test_unavailable_until_the_deadline_says_so(clock: Clock) -> None:
+def test_unavailable_until_the_deadline_raises_unavailable(clock: Clock) -> None:
     with ScriptedServer(Ready=failing(UNAVAILABLE, details="gone for lunch")) as server:
         with pytest.raises(UnavailableError, match="gone for lunch"):
             RpcClient(ServerChannel(server.address, max_message_bytes=1 << 20), timeout_s=20.0, sleep=clock.sleep).unary("Ready", b"")
@@ -258,7 +258,7 @@ def test_sample_that_is_not_ready_carries_the_counts() -> None:
     assert caught.value.counts.steps_stored == 7
 
 
-def test_closed_client_says_so() -> None:
+def test_closed_client_raises_closed_error() -> None:
     client = ReplayClient("127.0.0.1:1")
     client.close()
     client.close()

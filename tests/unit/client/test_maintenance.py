@@ -81,7 +81,7 @@ def test_survey_changes_nothing(tmp_path: Path) -> None:
     assert {name: data for name, data in _content(tmp_path / "closed").items() if not name.endswith(("-wal", "-shm"))} == before
 
 
-def test_survey_of_a_spool_in_use_disturbs_nobody(tmp_path: Path) -> None:
+def test_inspect_of_a_spool_in_use_does_not_disturb_its_writer(tmp_path: Path) -> None:
     spool = Spool(tmp_path, limit_bytes=LIMIT)
     counts = []
     for number in range(5):
@@ -168,7 +168,7 @@ def test_spool_in_use_is_not_changed_from_outside(tmp_path: Path, act: Callable[
     assert len(maintenance.inspect(tmp_path).refused) == 1
 
 
-def test_writer_that_starts_while_somebody_looks_waits_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_that_starts_during_an_inspection_waits_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, spooled(0))
     looking = [os.open(tmp_path / LOCK_NAME, os.O_RDONLY)]
     fcntl.flock(looking[0], fcntl.LOCK_SH | fcntl.LOCK_NB)

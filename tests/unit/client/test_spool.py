@@ -74,7 +74,7 @@ def spool(folder: Path) -> Iterator[Spool]:
 
 @given(episode=episodes(), key=st.builds(EpisodeKey, IDS, INT64, INT64))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_episode_comes_back_to_the_bit_in_another_process_life(
+def test_any_episode_comes_back_exactly_in_another_process(
     tmp_path_factory: pytest.TempPathFactory, episode: Episode, key: EpisodeKey
 ) -> None:
     folder = tmp_path_factory.mktemp("spool")
@@ -137,7 +137,7 @@ def test_only_what_must_outlive_a_power_loss_waits_for_the_disk(spool: Spool) ->
     assert statements.index("PRAGMA synchronous = FULL") < next(i for i, text in enumerate(statements) if text.startswith("INSERT"))
 
 
-def test_episode_that_no_message_can_hold_is_refused_at_once(spool: Spool) -> None:
+def test_episode_that_no_message_can_hold_is_refused_immediately(spool: Spool) -> None:
     episode = Episode({"obs": np.zeros((2, 3), np.complex64)}, key=EpisodeKey("robot", 1, 0))
 
     with pytest.raises(InvalidEpisodeError, match="obs"):
@@ -181,7 +181,7 @@ def test_full_spool_keeps_most_of_its_limit_and_takes_nothing_more(spool: Spool)
     assert count * size > LIMIT // 2
 
 
-def test_acknowledged_episodes_make_room_again(spool: Spool) -> None:
+def test_acknowledged_episodes_free_their_space(spool: Spool) -> None:
     count = fill(spool)
 
     spool.acknowledge(peek(spool)[0])
@@ -191,7 +191,7 @@ def test_acknowledged_episodes_make_room_again(spool: Spool) -> None:
     assert numbers(spool) == list(range(2, count + 1))
 
 
-def test_drop_oldest_makes_room_and_spares_the_one_being_sent(spool: Spool) -> None:
+def test_drop_oldest_frees_space_and_spares_the_episode_being_sent(spool: Spool) -> None:
     count = fill(spool)
     peek(spool)
 
@@ -227,7 +227,7 @@ def test_number_of_episodes_is_bounded_where_it_was_asked_for(folder: Path) -> N
     assert found == [1, 3]
 
 
-def test_episode_too_large_for_an_empty_spool_is_told_with_the_figures(spool: Spool) -> None:
+def test_episode_too_large_for_an_empty_spool_is_refused_with_the_sizes(spool: Spool) -> None:
     with pytest.raises(TooLargeError, match=rf"needs \d+ bytes of spool, whose limit is {LIMIT}: raise spool_limit_bytes"):
         spool.pack(traced(0, 60_000))
 
@@ -247,7 +247,7 @@ def test_largest_episode_that_is_not_too_large_fits(spool: Spool) -> None:
     assert spool.size_bytes <= LIMIT
 
 
-def test_drained_spool_gives_its_room_back(spool: Spool) -> None:
+def test_drained_spool_returns_its_space(spool: Spool) -> None:
     count = fill(spool)
     full = spool.size_bytes
 
@@ -257,7 +257,7 @@ def test_drained_spool_gives_its_room_back(spool: Spool) -> None:
     assert spool.size_bytes < full // 4
 
 
-def test_smaller_limit_keeps_what_is_there_and_takes_nothing_until_there_is_room(folder: Path) -> None:
+def test_smaller_limit_keeps_stored_episodes_and_accepts_none_until_there_is_space(folder: Path) -> None:
     spool = Spool(folder, limit_bytes=LIMIT)
     count = fill(spool)
     spool.close()
@@ -275,7 +275,7 @@ def test_smaller_limit_keeps_what_is_there_and_takes_nothing_until_there_is_room
     assert size <= LIMIT // 2
 
 
-def test_full_disk_is_no_room_and_leaves_what_is_there(spool: Spool) -> None:
+def test_full_disk_counts_as_a_full_spool_and_keeps_stored_episodes(spool: Spool) -> None:
     put(spool, traced(0))
     assert spool._connection is not None
     pages = spool._connection.execute("PRAGMA page_count").fetchone()[0]
@@ -290,7 +290,7 @@ def test_full_disk_is_no_room_and_leaves_what_is_there(spool: Spool) -> None:
     assert numbers(spool) == [0, 1]
 
 
-def test_write_that_fails_is_told_and_may_be_made_again(spool: Spool) -> None:
+def test_write_that_fails_is_reported_and_can_be_retried(spool: Spool) -> None:
     assert spool._connection is not None
     spool._connection.execute("PRAGMA query_only = ON")
 
@@ -331,7 +331,7 @@ def test_refused_episodes_are_kept_up_to_a_number(spool: Spool) -> None:
     assert kept == list(range(3, MAX_REFUSED + 3))
 
 
-def test_refused_episodes_go_before_there_is_no_room(spool: Spool) -> None:
+def test_refused_episodes_are_removed_before_the_spool_is_full(spool: Spool) -> None:
     put(spool, traced(0, 500))
     put(spool, traced(1, 500))
     for _ in range(2):
@@ -407,7 +407,7 @@ def test_forked_child_cannot_use_the_spool_and_leaves_it_whole(spool: Spool, fol
     assert numbers(spool) == [0, 1]
 
 
-def test_closed_spool_says_so(spool: Spool) -> None:
+def test_closed_spool_raises_closed_error(spool: Spool) -> None:
     spool.close()
     spool.close()
 
@@ -435,7 +435,7 @@ def test_newer_format_is_refused_with_what_to_do(folder: Path) -> None:
         Spool(folder, limit_bytes=LIMIT)
 
 
-def test_other_database_is_refused_and_left_alone(folder: Path) -> None:
+def test_other_database_is_refused_and_unchanged(folder: Path) -> None:
     folder.mkdir(parents=True)
     connection = sqlite3.connect(folder / FILE_NAME)
     connection.execute("CREATE TABLE mine (value)")
@@ -456,7 +456,7 @@ def test_other_table_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["text", "cut"])
-def test_file_that_sqlite_cannot_read_is_refused_with_what_to_do_and_the_lock_let_go(folder: Path, damage: str) -> None:
+def test_file_that_sqlite_cannot_read_is_refused_with_a_remedy_and_the_lock_is_released(folder: Path, damage: str) -> None:
     path = _closed(folder)
     if damage == "text":
         path.write_bytes(b"no database" * 1000)
@@ -475,7 +475,9 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         Spool(tmp_path / "file" / "spool", limit_bytes=LIMIT)
 
 
-def test_log_that_was_cut_is_told_once_and_numbers_go_on_behind_it(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_that_was_cut_is_reported_once_and_numbers_continue_after_it(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     spool = Spool(folder, limit_bytes=LIMIT)
     for number in range(5):
         put(spool, traced(number, 60))

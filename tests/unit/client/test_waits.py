@@ -69,7 +69,7 @@ def test_wait_is_logged_after_ten_seconds_and_then_each_minute_however_often_it_
     assert len(told) >= len(expected) and len(told) <= 1 + max(0.0, total - FIRST_LINE_S) / LINE_INTERVAL_S + 1e-6
 
 
-def test_line_says_who_waits_for_what_how_long_and_why() -> None:
+def test_line_names_the_method_the_address_the_time_and_the_reason() -> None:
     clock = Clock()
     log = WaitLog(clock=clock, threaded=False)
     with Lines(clock) as lines:

@@ -144,7 +144,7 @@ def test_policy_version_counts_from_the_next_episode_or_piece_on(client: ReplayC
     assert [episode.policy_version for episode in shelf.episodes] == [1, 2, 3]
 
 
-def test_full_queue_blocks_until_there_is_room(client: ReplayClient, shelf: Shelf) -> None:
+def test_full_queue_blocks_until_there_is_space(client: ReplayClient, shelf: Shelf) -> None:
     shelf.away.set()
     third = threading.Event()
     writer = EpisodeWriter(client, max_pending=2)

@@ -82,7 +82,7 @@ def test_row_0_that_cannot_be_stored_refuses_the_whole_episode(client: ReplayCli
     assert [episode.columns["obs"].tolist() for episode in stored] == [[0, 1]]
 
 
-def test_row_after_a_reset_alone_that_cannot_be_stored_leaves_no_episode(
+def test_invalid_row_right_after_a_reset_leaves_no_episode(
     client: ReplayClient, stored: list[Episode], caplog: pytest.LogCaptureFixture
 ) -> None:
     with EpisodeWriter(client) as writer, caplog.at_level(logging.WARNING):

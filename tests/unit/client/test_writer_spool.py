@@ -128,7 +128,7 @@ def test_drop_newest_keeps_the_oldest_and_returns_no_key(client: ReplayClient, s
     assert shelf.firsts == [0, 1, 2]
 
 
-def test_bytes_in_memory_are_bounded_and_a_larger_episode_waits_alone(client: ReplayClient, shelf: Shelf) -> None:
+def test_bytes_in_memory_are_bounded_and_a_larger_episode_waits_by_itself(client: ReplayClient, shelf: Shelf) -> None:
     shelf.away.set()
     row = 4 * (1 + 4 + 1)
     writer = EpisodeWriter(client, max_pending=50, max_pending_bytes=10 * row, when_full="drop-newest")
@@ -231,7 +231,7 @@ def test_episode_whose_acknowledgement_was_lost_is_sent_again_under_the_same_key
     assert len(shelf.episodes) == 1
 
 
-def test_close_leaves_what_waits_to_the_next_start_and_says_so(
+def test_close_leaves_pending_episodes_to_the_next_start_with_a_warning(
     client: ReplayClient, shelf: Shelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf.away.set()
@@ -331,7 +331,7 @@ def test_episode_larger_than_the_spool_is_refused_and_reported(client: ReplayCli
     assert writer.counters.refused == 1
 
 
-def test_full_spool_holds_the_actor_up_until_there_is_room_and_says_so_once(
+def test_full_spool_blocks_the_actor_until_there_is_space_and_is_logged_once(
     client: ReplayClient, shelf: Shelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf.away.set()
@@ -359,7 +359,7 @@ def test_full_spool_holds_the_actor_up_until_there_is_room_and_says_so_once(
 
 
 @pytest.mark.parametrize("when_full", ["drop-oldest", "drop-newest"])
-def test_full_spool_drops_as_it_was_told_within_its_bytes(client: ReplayClient, shelf: Shelf, tmp_path: Path, when_full: Any) -> None:
+def test_full_spool_drops_by_its_policy_within_its_bytes(client: ReplayClient, shelf: Shelf, tmp_path: Path, when_full: Any) -> None:
     shelf.away.set()
     writer = EpisodeWriter(client, spool_dir=tmp_path, spool_limit_bytes=1 << 20, when_full=when_full)
     keys = []
@@ -385,7 +385,7 @@ def test_full_spool_drops_as_it_was_told_within_its_bytes(client: ReplayClient, 
         assert numbers[1:] == list(range(41 - len(numbers), 40))
 
 
-def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_room(
+def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_space(
     client: ReplayClient, shelf: Shelf, tmp_path: Path
 ) -> None:
     shelf.away.set()
@@ -406,7 +406,7 @@ def test_close_with_a_full_spool_keeps_the_unfinished_episode_until_there_is_roo
 
 
 @pytest.mark.parametrize("ended_by", ["end", "cut"])
-def test_spool_that_cannot_be_written_is_told_and_nothing_is_lost_once_it_can(
+def test_spool_that_cannot_be_written_is_reported_and_loses_nothing_once_it_can(
     client: ReplayClient, shelf: Shelf, tmp_path: Path, ended_by: str
 ) -> None:
     shelf.away.set()

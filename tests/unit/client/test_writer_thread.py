@@ -97,7 +97,7 @@ def check(error: UnacknowledgedError, keys: list[EpisodeKey | None]) -> None:
 
 
 @pytest.mark.parametrize("wait", [EpisodeWriter.flush, EpisodeWriter.close])
-def test_who_waits_for_a_thread_that_died_is_told(
+def test_waiting_for_a_dead_thread_raises_its_error(
     client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wait: Callable[..., None]
 ) -> None:
     writer = EpisodeWriter(client, **spool_dir)
@@ -110,7 +110,9 @@ def test_who_waits_for_a_thread_that_died_is_told(
     assert len(failures(caplog)) == 1 and "the thread that sends the episodes ended unexpectedly" in failures(caplog)[0]
 
 
-def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch) -> None:
+def test_caller_that_waits_when_the_thread_dies_gets_its_error(
+    client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch
+) -> None:
     waiting = threading.Event()
 
     def peek(*_: object) -> None:
@@ -134,7 +136,7 @@ def test_who_waits_already_when_the_thread_dies_is_told(client: ReplayClient, sp
     check(caught.value, [key])
 
 
-def test_actor_that_is_held_up_when_the_thread_dies_is_let_go(
+def test_blocked_actor_is_released_when_the_thread_dies(
     client: ReplayClient, spool_dir: dict[str, Any], bug: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     held_up = threading.Event()
@@ -218,7 +220,9 @@ def test_append_that_cuts_an_episode_after_the_thread_died_adds_its_row_once(
     assert len(writer._state.rows) == 1 and writer._state.due is not None and writer._state.due.columns["obs"].tolist() == [10, 11, 12]
 
 
-def test_thread_that_cannot_be_started_is_told(client: ReplayClient, spool_dir: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_that_cannot_be_started_is_reported(
+    client: ReplayClient, spool_dir: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_threads(monkeypatch, "touchline-writer")
     writer = EpisodeWriter(client, **spool_dir)
     key = play(writer, 0)

@@ -113,7 +113,7 @@ def test_buffer_is_used_again_after_its_last_view_died() -> None:
     assert address in {b.obs["state"].ctypes.data for b in (first, second)}
 
 
-def test_received_arrays_are_writable_and_apart_from_the_message_and_each_other() -> None:
+def test_received_arrays_are_writable_and_share_no_memory() -> None:
     received = message(3, n=2)
     copy = bytes(bytearray(received))
     first, second = BatchDecoder().feed(received)

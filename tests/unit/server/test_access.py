@@ -219,7 +219,7 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (f"actor:a:{SECRET}", f"admin:b:{SECRET}", "the token 'a' and another have the same value"),
     ],
 )
-def test_tokens_that_could_not_be_told_apart_are_refused(one: str, other: str, words: str) -> None:
+def test_indistinguishable_tokens_are_refused(one: str, other: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         read_access(Config(), {"TOUCHLINE_SERVER_TOKENS": f"{one} {other}"})
 
@@ -255,7 +255,7 @@ def test_variable_that_cannot_be_used_is_refused_and_not_quoted(text: str) -> No
         ("replay", False),
     ],
 )
-def test_loopback_is_told_from_the_rest(host: str, loopback: bool) -> None:
+def test_loopback_addresses_are_recognised(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 
@@ -280,7 +280,7 @@ TLS = {"cert": "cert.pem", "key": "key.pem"}
         ({"server": {"host": "0.0.0.0"}, "tls": TLS | {"client_ca": "ca.pem"}}, {}, None),
     ],
 )
-def test_server_that_others_reach_unguarded_says_so(
+def test_unprotected_server_on_a_public_address_warns(
     tables: dict[str, dict[str, object]], environment: dict[str, str], warning: str | None
 ) -> None:
     config = Config(**tables)

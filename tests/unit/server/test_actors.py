@@ -74,7 +74,7 @@ def test_clear_gives_the_memory_of_names_back(store: EpisodeStore) -> None:
     assert len(store.actors) == 0
 
 
-def test_new_name_beyond_the_limit_is_refused_as_a_limit_and_comes_again(store: EpisodeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_name_beyond_the_limit_is_refused_and_accepted_after_an_eviction(store: EpisodeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     room_for(monkeypatch, 3, like="actor 0")
     for number in range(3):
         store.add(make_episode(20, actor=f"actor {number}"))

@@ -18,7 +18,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_server import Config, InvalidArgumentError, NotReadyError, ReplayBuffer
 
 
-def test_buffer_takes_its_figures_from_the_configuration() -> None:
+def test_buffer_takes_its_numbers_from_the_configuration() -> None:
     buffer = ReplayBuffer(Config(config={"buffer_size": 500, "batch_size": 7, "min_history": 50, "horizon": 2}))
 
     buffer.add(plain_columns(10))

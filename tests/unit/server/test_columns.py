@@ -101,7 +101,7 @@ def test_device_auto_without_cuda_is_the_cpu() -> None:
     [(4 * GIB - 1, "cuda:0"), (4 * GIB, "cpu"), (40 * GIB, "cpu")],
     ids=["a bit less than the free memory by 2.5", "the free memory by 2.5", "much more"],
 )
-def test_device_auto_is_cuda_only_with_room_for_more_than_the_columns(
+def test_device_auto_is_cuda_only_with_memory_for_more_than_the_columns(
     monkeypatch: pytest.MonkeyPatch, required: int, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -112,7 +112,7 @@ def test_device_auto_is_cuda_only_with_room_for_more_than_the_columns(
     assert choose_device("auto", required) == expected
 
 
-def test_device_cuda_by_name_is_taken_without_asking_for_room() -> None:
+def test_device_cuda_by_name_is_taken_without_checking_its_memory() -> None:
     assert choose_device("cuda:1", 10**15) == "cuda:1"
 
 
@@ -137,7 +137,7 @@ def test_allocation_that_does_not_fit_is_refused_before_anything_is_allocated(mo
     assert (buffer.num_eps, buffer.counts().episodes_refused) == (0, 1)
 
 
-def test_allocation_that_did_not_fit_works_once_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocation_that_did_not_fit_works_once_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = ReplayBuffer(make_config(1000))
     with monkeypatch.context() as patch:
         patch.setattr(allocation, "available_host_bytes", lambda: 1000)
@@ -229,7 +229,7 @@ def test_disk_folder_that_cannot_be_created_is_refused_immediately(tmp_path: Pat
         on_disk(tmp_path / "file" / "folder")
 
 
-def test_disk_folder_of_another_buffer_is_refused_until_that_one_lets_go(tmp_path: Path) -> None:
+def test_disk_folder_of_another_buffer_is_refused_until_it_is_released(tmp_path: Path) -> None:
     first = on_disk(tmp_path)
     first.add_episode(traced(1, 10))
 
@@ -246,7 +246,7 @@ def test_disk_folder_of_another_buffer_is_refused_until_that_one_lets_go(tmp_pat
     assert on_disk(tmp_path).counts().episodes_stored == 0
 
 
-def test_disk_without_room_is_an_error_and_a_smaller_schema_works_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error_and_a_smaller_schema_works_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = on_disk(tmp_path)
 
     reserve = os.posix_fallocate

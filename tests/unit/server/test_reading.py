@@ -65,7 +65,7 @@ def rows_of(row: dict[str, np.ndarray], length: int, seed: int) -> dict[str, np.
 
 
 @given(schemas(), st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 40), st.sampled_from([1, 7, 64, 1 << 20]))
-def test_episodes_of_any_schema_come_back_to_the_bit_over_the_seam_in_pieces_of_any_size(
+def test_episodes_of_any_schema_come_back_exactly_across_the_wrap_in_pieces_of_any_size(
     row: dict[str, np.ndarray], lengths: list[int], capacity: int, piece_bytes: int
 ) -> None:
     capacity = max(capacity, 4, *lengths)
@@ -331,7 +331,7 @@ def test_frame_limit_below_the_smallest_is_refused() -> None:
         frames_of(filled(), max_frame_bytes=4095)
 
 
-def test_suspended_reading_holds_nobody_up() -> None:
+def test_suspended_reading_blocks_no_one() -> None:
     buffer = filled(100)
     episodes = buffer.episodes()
     next(episodes)

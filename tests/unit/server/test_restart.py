@@ -48,7 +48,7 @@ def rows_of(episodes: dict[int, Any]) -> list[int]:
 
 @settings(max_examples=15, deadline=None)
 @given(capacity=st.integers(4, 2_000), durability=st.sampled_from(MODES))
-def test_start_that_would_evict_is_refused_with_the_figures_and_loses_nothing(
+def test_start_that_would_evict_is_refused_with_the_counts_and_loses_nothing(
     filled: tuple[Path, dict[int, Any]], capacity: int, durability: str
 ) -> None:
     data_dir, episodes = filled
@@ -72,7 +72,7 @@ def test_start_that_would_evict_is_refused_with_the_figures_and_loses_nothing(
 
 
 @pytest.mark.parametrize("how", ["argument", "configuration"])
-def test_accepted_eviction_keeps_the_newest_and_says_so(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_accepted_eviction_keeps_the_newest_and_is_logged(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = fill(tmp_path)
     config = durable_config(tmp_path, capacity=200, storage={"accept_eviction": how == "configuration"})
 
@@ -183,7 +183,7 @@ def test_start_says_what_it_restored(filled: tuple[Path, dict[int, Any]], caplog
     assert "columns: obs.image uint8 (8, 8), obs.state float32 (17,), action float64 (3,), reward float32 ()" in caplog.text
 
 
-def test_start_on_an_empty_folder_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_start_on_an_empty_folder_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "touchline_server"):
         ReplayBuffer(durable_config(tmp_path)).close()
 
@@ -199,7 +199,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", list(MISFITS))
-def test_episode_that_does_not_fit_restored_ones_is_told_whose_columns_they_are_and_how_to_change_them(name: str, tmp_path: Path) -> None:
+def test_episode_that_does_not_match_restored_columns_is_refused_with_their_origin_and_a_remedy(name: str, tmp_path: Path) -> None:
     fill(tmp_path, episodes=3)
     change, remedy = MISFITS[name]
     columns = dict(keyed_episode(0, 99).columns)

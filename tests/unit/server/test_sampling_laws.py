@@ -146,7 +146,7 @@ def test_seed_none_gives_fresh_entropy() -> None:
     assert play(ReplayBuffer(make_config(50))) != play(ReplayBuffer(make_config(50)))
 
 
-def test_seed_source_streams_of_one_seed_differ_and_come_again() -> None:
+def test_seed_source_streams_of_one_seed_differ_and_repeat() -> None:
     one, other = ([source.stream().random(4).tolist() for _ in range(3)] for source in (SeedSource(7), SeedSource(7)))
 
     assert one == other
@@ -160,7 +160,7 @@ def test_seed_source_without_a_seed_gives_streams_that_differ() -> None:
 
 
 @pytest.mark.parametrize("configured", [None, 9])
-def test_request_seed_alone_decides_the_batch(configured: int | None) -> None:
+def test_request_seed_decides_the_batch(configured: int | None) -> None:
     fresh, used = filled(seed=configured), filled(seed=8)
     for _ in range(3):
         used.sample()
@@ -171,7 +171,7 @@ def test_request_seed_alone_decides_the_batch(configured: int | None) -> None:
     assert not torch.equal(one.extra["stamp"], third.extra["stamp"])
 
 
-def test_request_seed_leaves_the_buffers_own_stream_alone() -> None:
+def test_request_seed_does_not_advance_the_buffers_own_stream() -> None:
     one, other = filled(seed=1), filled(seed=1)
 
     one.sample(seed=5)

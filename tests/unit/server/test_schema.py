@@ -193,7 +193,7 @@ def test_add_nan_in_the_undefined_row_is_accepted_and_never_sampled(convention: 
     refused(buffer, plain_columns(4) | columns | {"reward": nan_at(defined, (4,), np.float64)}, "reward: a value that is not finite in row")
 
 
-def test_add_non_finite_values_where_configured_are_stored_to_the_bit() -> None:
+def test_add_non_finite_values_if_configured_are_stored_exactly() -> None:
     buffer = ReplayBuffer(make_config(CAPACITY, storage={"allow_non_finite": True}))
     columns = plain_columns(ROWS, obs=nan_at(3), reward=nan_at(4, (ROWS,), value=np.inf))
 

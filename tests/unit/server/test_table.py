@@ -86,7 +86,7 @@ def test_add_to_a_table_does_not_wait_for_another_whose_writer_waits() -> None:
     assert other.counts().episodes_added == 50
 
 
-def test_buffer_is_the_face_of_the_table_that_it_is_given() -> None:
+def test_buffer_uses_the_table_that_it_is_given() -> None:
     table = Table("demos", make_config(60))
     buffer = ReplayBuffer(table.config, table=table)
 

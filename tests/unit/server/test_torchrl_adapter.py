@@ -271,7 +271,7 @@ def test_failed_copy_is_not_seen_by_torchrl(buffer: ReplayBuffer, monkeypatch: p
     assert set(check_slices(face.sample(400))) == {1}
 
 
-def test_face_made_after_the_ring_wrapped_samples_live_rows_only() -> None:
+def test_adapter_made_after_the_ring_wrapped_samples_only_live_rows() -> None:
     buffer = ReplayBuffer(make_config(40, batch_size=100))
     for number in range(9):
         buffer.add_episode(traced(number, 11 + number % 3))
