@@ -160,7 +160,7 @@ def test_pt_file_with_code_in_it_needs_trust(server: ServerThread, client: Repla
         ({"obs": torch.zeros(2, 3), "reward": torch.zeros(3, 3)}, r"reward: shape \(3, 3\), expected \(2, 3\) episodes and rows"),
         ({"obs": torch.zeros(2)}, r"obs: shape \(2,\), expected \(episodes, rows"),
         ({"obs": 3}, "obs: int, expected a tensor"),
-        ({"done": torch.zeros(2, 3), "terminated": torch.zeros(2, 3)}, "done: given beside terminated"),
+        ({"done": torch.zeros(2, 3), "terminated": torch.zeros(2, 3)}, "done: present together with terminated"),
         (torch.zeros(3), "Tensor, expected a TensorDict"),
         ({}, "no columns"),
     ],

@@ -285,7 +285,7 @@ def test_bad_episodes_are_refused(buffer: Buffer) -> None:
 
     with pytest.raises((InvalidEpisodeError, ServerInvalidEpisodeError), match="obs: "):
         buffer.add(make_episode(1, 9).set("obs", torch.zeros(9, 5)))
-    with pytest.raises(InvalidEpisodeError, match="done: given beside terminated"):
+    with pytest.raises(InvalidEpisodeError, match="done: present together with terminated"):
         buffer.add(make_episode(1, 9).set("done", torch.zeros(9)))
     with pytest.raises((LoadError, ServerInvalidEpisodeError), match="obs: "):
         buffer.load(torch.stack([make_episode(1, 9).set("obs", torch.zeros(9, 5))]))

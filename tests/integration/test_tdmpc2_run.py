@@ -65,7 +65,7 @@ def test_episodes_of_an_earlier_run_are_warned_about_and_stay(server: ServerThre
         assert second.add(make_episode(3, 10)) == 4
 
     assert told == [
-        f"the server at {server.address} already holds 3 episodes (30 steps), which this run samples too; fresh=True or TOUCHLINE_FRESH=1 "
+        f"the server at {server.address} already holds 3 episodes (30 steps), which this run samples, too; fresh=True or TOUCHLINE_FRESH=1 "
         "empties it first"
     ]
 

@@ -1,7 +1,7 @@
-"""TD-MPC2's buffer, served by Touchline: ``from touchline.tdmpc2 import Buffer`` in the place of ``from common.buffer import Buffer``.
+"""TD-MPC2's buffer, served by Touchline: ``from touchline.tdmpc2 import Buffer`` instead of ``from common.buffer import Buffer``.
 
-It keeps the constructor, properties, verbs, shapes and sampling law of ``common/buffer.py`` in the official code of TD-MPC2 (Hansen et
-al. 2024), whose trainers and agents work with it unchanged.
+It keeps the constructor, properties, methods, shapes and sampling law of ``common/buffer.py`` in TD-MPC2's official code (Hansen et al.
+2024), so its trainers and agents work unchanged.
 """
 
 from __future__ import annotations
@@ -27,39 +27,55 @@ from touchline.errors import ClosedError, InvalidArgumentError
 from touchline_protos import Batch
 
 LAW = "episode"
-"""How TD-MPC2 draws: an episode uniformly, then a start within it uniformly. Sent with the request."""
+"""TD-MPC2's sampling law: an episode uniformly, then a start within it uniformly. Sent with each request."""
 
 Sampled = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """obs, action, reward, terminated, task; see :meth:`Buffer.sample`."""
 
 
 class Buffer(ProcessBound):
-    """TD-MPC2's replay buffer on a Touchline server, or on a buffer in this process. Also a context manager that closes it.
+    """TD-MPC2's replay buffer, kept by a Touchline server or by a buffer in this process. ::
 
-    It is the buffer of one run: when it is made it asks the server for its figures, waits up to 60 s for one that is not there (and says so
-    at once in the log), and warns of episodes of an earlier run and of a capacity that is not ``cfg``'s.
+        from types import SimpleNamespace
 
-    Over the network the next batches are under way while the learner uses this one, so an episode that was added just now is first drawn
-    from a few batches later. Other processes may add to and sample from the same server; ``num_eps`` counts their episodes too.
+        import torch
+        from tensordict import TensorDict
 
-    One thread samples; the rest may be called from any.
+        from touchline.tdmpc2 import Buffer
+
+        cfg = SimpleNamespace(buffer_size=100_000, steps=100_000, batch_size=256, horizon=3, replay_address="127.0.0.1:50051")
+        with Buffer(cfg) as buffer:
+            columns = {"obs": torch.randn(51, 24), "action": torch.randn(51, 6), "reward": torch.randn(51), "terminated": torch.zeros(51)}
+            episode = TensorDict(columns, batch_size=[51])  # 50 transitions
+            for name in ("action", "reward", "terminated"):
+                episode[name][0] = torch.nan  # row 0 is the reset: it has only an observation
+            buffer.add(episode)
+            obs, action, reward, terminated, task = buffer.sample()  # [4, 256, 24], [3, 256, 6], [3, 256, 1], [3, 256, 1], None
+
+    **One run.** The buffer belongs to one run. When it is made, it asks the server for its counts and waits up to 60 s for an absent one
+    (and logs that immediately); it warns of episodes from an earlier run, and of a capacity that differs from ``cfg``'s.
+
+    **Freshness.** Over the network, the next batches are in flight while the learner uses this one, so an episode added just now first
+    appears a few batches later. Other processes may add to the same server and sample from it; ``num_eps`` counts their episodes, too.
+
+    **Threads.** One thread samples; everything else is thread-safe. Also a context manager that closes the buffer.
 
     Args:
-        cfg: TD-MPC2's, read by attribute: ``buffer_size``, ``steps``, ``batch_size``, ``horizon``; where they are there also
-            ``replay_address`` (``"host:50051"``, else the environment's ``TOUCHLINE_ADDRESS``) and ``device`` (else CUDA where torch finds
-            it, else the CPU).
-        backend: instead of a server: ``touchline_server.ReplayBuffer(...)``, or a client that is already there. It stays the caller's.
-        fresh: empties the server, for all who use it, before anything else; with tokens, the role is admin. None: only if
+        cfg: TD-MPC2's configuration, read by attribute: ``buffer_size``, ``steps``, ``batch_size``, ``horizon``. Optional:
+            ``replay_address`` (``"host:50051"``; default: the environment's ``TOUCHLINE_ADDRESS``) and ``device`` (default: CUDA if torch
+            finds it, else the CPU).
+        backend: buffer to use instead of a server: ``touchline_server.ReplayBuffer(...)``, or a client. The caller closes it.
+        fresh: whether to empty the server first, for all of its users; with tokens, this takes the role admin. None: only if
             ``TOUCHLINE_FRESH`` is 1.
-        accept_eviction: lets ``load`` evict what it loaded before, when all of it does not fit; None: only if
+        accept_eviction: whether ``load`` may evict what it loaded before, if not all of it fits. None: only if
             ``TOUCHLINE_ACCEPT_EVICTION`` is 1.
-        timeout_s: the longest wait of ``sample`` over the network. None: as long as it takes while the server is there and nothing can be
-            sampled, and 60 s while it is away.
+        timeout_s: longest wait of ``sample`` over the network. None waits without limit for something to sample, and 60 s for an absent
+            server.
 
     Raises:
         InvalidArgumentError: neither a server nor a backend was named, or the server's row convention is not TD-MPC2's.
-        UnavailableError: no server answers there.
-        AccessDeniedError: the token is not good for it; to empty the server it has to be an admin's.
+        UnavailableError: no server answers at that address.
+        AccessDeniedError: the token lacks the role; emptying the server takes an admin's.
     """
 
     _instead = "make one there, from the same cfg"
@@ -92,24 +108,24 @@ class Buffer(ProcessBound):
 
     @property
     def capacity(self) -> int:
-        """``min(cfg.buffer_size, cfg.steps)``. How many rows are kept is the server's configuration; a difference is logged."""
+        """``min(cfg.buffer_size, cfg.steps)``. The server's own configuration decides how many rows it keeps; a difference is logged."""
         return self._capacity
 
     @property
     def num_eps(self) -> int:
-        """Episodes of this run: those that were stored when it began, and all that were added since, evicted ones included."""
+        """Number of episodes: those stored when this run began, and all added since, including evicted ones."""
         return self._run.episodes()
 
     def add(self, td: TensorDict) -> int:
         """Stores one episode and returns ``num_eps``.
 
         Args:
-            td: [rows]: ``obs`` (or a TensorDict of several), ``action``, ``reward``, perhaps ``terminated`` and ``task``. Row 0 is the
-                reset observation, with NaN as action, reward and terminated. Not changed.
+            td: episode [rows] with ``obs`` (or a TensorDict of several observations), ``action``, ``reward``, and optionally ``terminated``
+                and ``task``. Row 0 holds the reset's observation, with NaN as action, reward and terminated. Not modified.
 
         Raises:
-            InvalidEpisodeError: malformed, or not of the schema (the error of the backend's own tree where one was given).
-            touchline.TouchlineError: not stored, or not known to be.
+            InvalidEpisodeError: the episode is malformed or does not fit the schema (with a backend, the error of its own tree).
+            touchline.TouchlineError: the episode is not stored, or may not be.
         """
         self._backend.add(columns_of(td))
         return self.num_eps
@@ -118,12 +134,12 @@ class Buffer(ProcessBound):
         """Stores many episodes and returns ``num_eps``.
 
         Args:
-            td: [episodes, rows], as TD-MPC2's multi-task data sets have it; columns as in :meth:`add`. Not changed.
+            td: episodes [episodes, rows], as in TD-MPC2's multi-task data sets; columns as for :meth:`add`. Not modified.
 
         Raises:
-            TooLargeError: with what was loaded before it does not fit into the server's buffer; nothing of it is stored. See
+            TooLargeError: together with what was loaded before, the episodes exceed the server's buffer; none is stored. See
                 ``accept_eviction``.
-            LoadError: some were refused; all others are stored. Further as :meth:`add`.
+            LoadError: some episodes were refused; all others are stored. Otherwise as :meth:`add`.
         """
         columns = columns_of(td)
         self._run.check_load(columns)
@@ -133,18 +149,22 @@ class Buffer(ProcessBound):
     def sample(self) -> Sampled:
         """Returns a batch on the configured device; over the network, waits until there is something to sample (see ``timeout_s``).
 
+        The caller owns the tensors; nothing overwrites them.
+
         Returns:
-            obs: [H+1, B, *obs_shape], as stored; a TensorDict [H+1, B] where observations are several.
+            obs: [H+1, B, *obs_shape], as stored; a TensorDict [H+1, B] if there are several observations.
             action: [H, B, A], as stored.
             reward: [H, B, 1], as stored.
-            terminated: [H, B, 1], of a floating dtype; zeros where the episodes have none.
-            task: [B], or None where the episodes have none.
+            terminated: [H, B, 1], of a floating dtype; zeros if the episodes have none.
+            task: [B], as stored; None if the episodes have none.
 
         Raises:
             ClosedError: the buffer was closed.
+            ForkError: this is a forked child, and the buffer belongs to its parent.
             UnavailableError: the server was away for 60 s, or ``timeout_s``.
-            NotReadyError: nothing could be sampled within ``timeout_s``, or in process now: the text says how long the longest episode is.
-            touchline.TouchlineError: the server refused.
+            NotReadyError: nothing could be sampled within ``timeout_s``; in process, nothing can be sampled now. The text says how long the
+                longest episode is.
+            touchline.TouchlineError: the server refused the request.
         """
         batch = self._next_batch()
         obs = batch.obs
@@ -200,12 +220,12 @@ class Buffer(ProcessBound):
 def _address(cfg: Any) -> str:
     address = getattr(cfg, "replay_address", None) or os.environ.get("TOUCHLINE_ADDRESS")
     if not address:
-        raise InvalidArgumentError("no server: set cfg.replay_address or TOUCHLINE_ADDRESS (host:50051), or give a backend")
+        raise InvalidArgumentError("no server: set cfg.replay_address or TOUCHLINE_ADDRESS (host:50051), or pass a backend")
     return str(address)
 
 
-def _device(wanted: Any) -> torch.device:
-    device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _device(name: Any) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

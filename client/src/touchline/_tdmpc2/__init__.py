@@ -1,1 +1,1 @@
-"""What is behind the drop-in for TD-MPC2's buffer."""
+"""Parts of the drop-in for TD-MPC2's buffer."""

@@ -1,4 +1,4 @@
-"""What a drop-in for a buffer in the trainer's own process has to mind on a server, which outlives the run and serves others."""
+"""One training run on a server that outlives the run and serves others, unlike a buffer in the trainer's own process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from touchline_protos.log_lines import get_logger
 FRESH_VARIABLE = "TOUCHLINE_FRESH"
 ACCEPT_EVICTION_VARIABLE = "TOUCHLINE_ACCEPT_EVICTION"
 AWAY_S = 60.0
-"""How long a server that is not there is waited for when the run begins."""
+"""Longest wait for an absent server when the run begins."""
 
 logger = get_logger(__name__)
 
 
 class Backend(Protocol):
-    """The in-process buffer's verbs: what ``touchline_server.ReplayBuffer`` and :class:`~touchline.ReplayClient` have in common."""
+    """Methods of a buffer that ``touchline_server.ReplayBuffer`` and :class:`~touchline.ReplayClient` have in common."""
 
     @property
     def capacity(self) -> int:
-        """Rows that fit."""
+        """Maximum number of rows."""
 
     def add(self, episode: Mapping[str, Any], /) -> int:
         """Stores one episode."""
@@ -39,25 +39,25 @@ class Backend(Protocol):
         """Draws one batch."""
 
     def counts(self) -> Counts:
-        """Returns the figures of this moment."""
+        """Returns the counts of this moment."""
 
     def clear(self) -> Counts:
-        """Empties it."""
+        """Removes all episodes."""
 
 
 class SingleRun:
-    """One run on a buffer that may have had others. Says in the log what the run finds there.
+    """One run on a buffer that may have served others. Logs what the run finds there. Not thread-safe, except ``episodes``.
 
     Args:
-        backend: the buffer.
-        capacity: rows that the run asks for.
-        fresh: empties the buffer first; None: only if ``TOUCHLINE_FRESH`` is 1.
+        backend: buffer of the run.
+        capacity: number of rows that the run asks for.
+        fresh: whether to empty the buffer first; None: only if ``TOUCHLINE_FRESH`` is 1.
         accept_eviction: whether a load may evict what was loaded before; None: only if ``TOUCHLINE_ACCEPT_EVICTION`` is 1.
 
     Raises:
-        InvalidArgumentError: the buffer's row convention is not ``incoming``, or a variable has another value than 0 and 1.
+        InvalidArgumentError: the buffer's row convention is not ``incoming``, or a variable is neither 0 nor 1.
         UnavailableError: no server answers.
-        AccessDeniedError: the token is not good for it.
+        AccessDeniedError: the token lacks the role.
     """
 
     def __init__(self, backend: Backend, *, capacity: int, fresh: bool | None = None, accept_eviction: bool | None = None) -> None:
@@ -72,30 +72,33 @@ class SingleRun:
         self._before = counts.episodes_evicted
         if counts.episodes_stored:
             logger.warning(
-                "%s already holds %d episodes (%d steps), which this run samples too; fresh=True or %s=1 empties it first",
+                "%s already holds %d episodes (%d steps), which this run samples, too; fresh=True or %s=1 empties it first",
                 self._place,
                 counts.episodes_stored,
                 counts.steps_stored,
                 FRESH_VARIABLE,
             )
-        self._tell_capacity(capacity)
+        self._warn_of_capacity(capacity)
 
     def episodes(self) -> int:
-        """Returns the episodes of this run: those that were stored when it began, and all that were added since."""
+        """Returns the number of this run's episodes: those stored when it began, and all added since."""
         counts = self._backend.counts()
-        self._before = min(self._before, counts.episodes_evicted)  # less than before: the server came back without its episodes
+        self._before = min(self._before, counts.episodes_evicted)  # fewer than before: the server has restarted without its episodes
         return counts.episodes_added - self._before
 
     def check_load(self, columns: Mapping[str, Any]) -> None:
-        """Notes a load, [episodes, rows, ...] a column.
+        """Checks a load and adds it to the run's total.
+
+        Args:
+            columns: columns [episodes, rows, ...].
 
         Raises:
-            TooLargeError: what is loaded in this run would not fit into the buffer any more.
+            TooLargeError: the run's loads would exceed the buffer together.
         """
         shape = tuple(next(iter(columns.values())).shape) if columns else ()
-        rows = shape[0] * shape[1] if len(shape) > 1 else 0  # of another form: the backend says what is wrong
+        rows = shape[0] * shape[1] if len(shape) > 1 else 0  # a malformed load: the backend raises the error
         if self._loaded + rows > self._capacity and not self._accept_eviction:
-            before = f" after {self._loaded:,} that were loaded before" if self._loaded else ""
+            before = f" after {self._loaded:,} loaded before" if self._loaded else ""
             raise TooLargeError(
                 f"load: {rows:,} steps{before}, expected at most {self._capacity:,} in all, the capacity of {self._place} "
                 f"(config.buffer_size): {self._loaded + rows - self._capacity:,} would be evicted. Start the server with a larger "
@@ -108,29 +111,29 @@ class SingleRun:
             counts = self._backend.clear()
         except AccessDeniedError as error:
             raise AccessDeniedError(
-                f"fresh: to empty the server takes a token of the role admin (TOUCHLINE_TOKEN): {error}. Or have its operator run "
-                f"`touchline clear`, and leave fresh=True and {FRESH_VARIABLE} out"
+                f"fresh: emptying the server takes a token of the role admin (TOUCHLINE_TOKEN): {error}. Or ask its operator to run "
+                f"`touchline clear`, and remove fresh=True and {FRESH_VARIABLE}"
             ) from error
         logger.info("%s was emptied for this run", self._place)
         return counts
 
-    def _tell_capacity(self, wanted: int) -> None:
-        if self._capacity == wanted:
+    def _warn_of_capacity(self, requested: int) -> None:
+        if self._capacity == requested:
             return
-        difference = f"{abs(wanted - self._capacity):,} {'fewer' if self._capacity < wanted else 'more'} than"
+        difference = f"{abs(requested - self._capacity):,} {'fewer' if self._capacity < requested else 'more'} than"
         logger.warning(
             "%s keeps %s steps (config.buffer_size), %s the %s that cfg asks for, min(cfg.buffer_size, cfg.steps); to change it, start the "
             "server with TOUCHLINE_CONFIG__BUFFER_SIZE=%d",
             self._place,
             f"{self._capacity:,}",
             difference,
-            f"{wanted:,}",
-            wanted,
+            f"{requested:,}",
+            requested,
         )
 
 
 def _describe(backend: Any) -> tuple[str, int, str]:
-    """Returns what to call a buffer, how many rows fit into it, and its row convention."""
+    """Returns a buffer's name for messages, its capacity in rows, and its row convention."""
     if not isinstance(backend, ReplayClient):
         return "the buffer", backend.capacity, str(backend.config.sampling.row_convention)
     info = _first_answer(backend)
@@ -138,7 +141,7 @@ def _describe(backend: Any) -> tuple[str, int, str]:
 
 
 def _first_answer(client: ReplayClient) -> ServerInfo:
-    """Returns what a server says about itself. Logs at once that it is away, and waits; as long as it takes for one that restores."""
+    """Returns a server's information. Logs immediately if it is away, and waits: without limit while it is restoring."""
     with waiting("the drop-in buffer", client.address, lambda: "no answer yet", first_s=0.0):
         while True:
             try:
