@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from touchline_protos import Counts
@@ -275,7 +275,7 @@ class Database:
 
     def set_counts(self, counts: Counts) -> None:
         """Writes the counts, inside the caller's transaction."""
-        self._set("counts", asdict(counts))
+        self._set("counts", {name: getattr(counts, name) for name in COUNT_NAMES})
 
     def close(self) -> None:
         """Closes the file, which moves the rest of the log into it. After a failure, abandons it instead: another write could do harm."""

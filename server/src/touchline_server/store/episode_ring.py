@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,11 +52,12 @@ class Totals:
 
     def with_inserts(self, lengths: Sequence[int], horizon: int) -> Totals:
         """Returns the totals after episodes of these lengths were added too."""
-        return replace(
-            self,
-            steps_added=self.steps_added + sum(lengths),
-            episodes_added=self.episodes_added + len(lengths),
-            episodes_too_short=self.episodes_too_short + sum(length <= horizon for length in lengths),
+        return Totals(
+            self.steps_added + sum(lengths),
+            self.episodes_added + len(lengths),
+            self.episodes_refused,
+            self.episodes_duplicate,
+            self.episodes_too_short + sum(length <= horizon for length in lengths),
         )
 
     def counts(self, steps_stored: int, episodes_stored: int) -> Counts:
