@@ -37,7 +37,9 @@ function valuesOf(tensor) {
 function batchOf(batch) {
   return {
     columns: Object.fromEntries(batch.columns.map(({ name, tensor }) => [name, valuesOf(tensor)])),
-    provenance: Object.fromEntries(Object.entries(batch.provenance).map(([name, tensor]) => [name, valuesOf(tensor)])),
+    provenance: Object.fromEntries(
+      Object.entries(batch.provenance).filter(([, tensor]) => tensor !== null).map(([name, tensor]) => [name, valuesOf(tensor)]),
+    ),
     actors: Object.fromEntries(batch.actors.map(({ index, name }) => [index, name])),
   };
 }
