@@ -1,16 +1,16 @@
 """``touchline.v1.Replay``: its methods, and what holds for all of them.
 
 An add (AddEpisode, LoadEpisodes)         file
-    token, count of calls                 admission.py, access.py, call_counters.py
+    token, drain, count of calls          admission.py, access.py, drain.py, call_counters.py
     bytes reserved, message received      receiver.py, budgets.py
     version, restoring, errors            service.py, grpc_status.py
     one episode, or a stream of them      add_calls.py
     turn, decode, inline or on a thread   throttle.py, ingest.py, touchline_protos/codec/
-    plan, journal, apply                  ../store/episode_store.py, ../durability/
+    rate limit, plan, journal, apply      ../tables/table.py, ../limiters/, ../store/write_path.py, ../durability/
 
 A batch (Sample, SampleStream)
-    as above, then credits and waiting    sample_calls.py, session.py, change_notifier.py
-    drawn, gathered into a message        batch_framer.py, ../store/gather.py
+    admitted as above, then credits       sample_calls.py, session.py, change_notifier.py
+    drawn, gathered into a message        batch_framer.py, ../store/batch_draw.py, ../store/gather.py
     or into a slot of a ring              ring_producer.py, touchline_protos/shm/
 """
 
