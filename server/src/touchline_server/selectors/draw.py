@@ -33,6 +33,8 @@ class Draw:
     @property
     def optional(self) -> tuple[str, ...]:
         """Names of the optional fields that this draw has, in wire order."""
+        if self.weight is None and self.table is None and self.valid is None:
+            return ()  # most draws; asked for each of them
         return tuple(name for name, _ in OPTIONAL_PROVENANCE if getattr(self, name) is not None)
 
     def provenance(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -44,7 +44,8 @@ class BatchDraw:
 
     def actors(self) -> set[int]:
         """Returns the numbers of the actors of all slices."""
-        return set(np.unique(np.concatenate([slices.draw.actor for slices in self.batches])).tolist())
+        actors = [slices.draw.actor for slices in self.batches]
+        return set(np.unique(actors[0] if len(actors) == 1 else np.concatenate(actors)).tolist())
 
     def gather_into(self, bodies: Sequence[Body]) -> None:
         """Gathers each batch into a body on the host."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
+from touchline_protos.types.batch import PROVENANCE
 from touchline_server.store.columns import Columns
 from touchline_server.store.output_tensor import OutputTensor
 from touchline_server.store.pinned_draw import DrawnSlices
@@ -37,6 +38,9 @@ MAX_INLINE_BYTES = 1 << 21
 MAX_INLINE_ROWS = 1 << 14
 """Batches of together this many bytes and rows are gathered in an event loop: it takes a millisecond or two. Handing work to a thread
 costs as much as a small batch, and the two then share the interpreter lock."""
+
+_PROVENANCE_FIELDS = tuple((f"provenance.{name}", name) for name, _ in PROVENANCE)
+"""Names in a body, and fields of a draw, of what every batch carries."""
 
 MAX_LAYOUTS = 64
 """Layouts that a plan keeps, one for each batch size in use."""
@@ -61,6 +65,7 @@ class GatherPlan:
         self.outputs = tuple(_output(name, stored.get(name), transitions, horizon) for name in names)
         """The tensors of a batch, in wire order."""
         self._output_of = {output.name: output for output in self.outputs}
+        self._whole: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
         self._layouts: dict[tuple[int, tuple[str, ...]], BatchLayout] = {}
         self._device_gathers: DeviceGathers | None = None
 
@@ -219,19 +224,45 @@ class GatherPlan:
         return self.layout(len(slices), slices.draw.optional)
 
     def _gather_from_host(self, slices: DrawnSlices, body: Body, first: int) -> None:
-        columns, rows = slices.columns, slices.rows
         batch_size = len(body["provenance.start"])
-        whole = len(slices) == batch_size
+        if len(slices) == batch_size:
+            self._gather_whole(slices, body)
+            return
         for output in self.outputs:
             target = body[output.name]
-            if not output.stored:
-                _range(target, first, first + len(slices)).fill(0)
-            elif whole:
-                columns.gather(output.name, rows[output.steps], target.reshape(output.gathered_shape(batch_size)))
-            else:
+            if output.stored:
                 flat = target.reshape(output.step_count * batch_size, *output.inner_shape)
                 self._gather_rows(output, slices, flat, begin=0, first=first, batch_size=batch_size)
+            else:
+                _range(target, first, first + len(slices)).fill(0)
         _write_provenance(slices, body, first)
+
+    def _gather_whole(self, slices: DrawnSlices, body: Body) -> None:
+        """Gathers a batch that fills its body. Every small batch of every learner passes here, so shapes are looked up, not computed."""
+        rows, gather = slices.rows, slices.columns.gather
+        for name, steps, stored, shape in self._whole_of(rows.shape[1]):
+            if stored:
+                gather(name, rows[steps], body[name] if shape is None else body[name].reshape(shape))
+            else:
+                body[name].fill(0)
+        draw = slices.draw
+        for name, field in _PROVENANCE_FIELDS:
+            body[name][...] = getattr(draw, field)
+        for field in draw.optional:
+            body[f"provenance.{field}"][...] = getattr(draw, field)
+
+    def _whole_of(self, batch_size: int) -> list[tuple[str, slice, bool, tuple[int, ...] | None]]:
+        """Returns name, steps, whether it is stored, and gathered shape of each output; None for a shape that is the batch's own."""
+        whole = self._whole.get(batch_size)
+        if whole is None:
+            whole = []
+            for output in self.outputs:
+                shape = output.gathered_shape(batch_size)
+                whole.append((output.name, output.steps, output.stored, None if shape == output.spec(batch_size).shape else shape))
+            if len(self._whole) >= MAX_LAYOUTS:
+                self._whole.clear()
+            self._whole[batch_size] = whole
+        return whole
 
     def _gather_rows(
         self, output: OutputTensor, slices: DrawnSlices, target: np.ndarray, *, begin: int, first: int, batch_size: int

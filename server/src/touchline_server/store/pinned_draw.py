@@ -67,6 +67,8 @@ class PinnedDraw:
 def locate_batches(draw: Draw, columns: Columns, *, batches: int, horizon: int) -> list[DrawnSlices]:
     """Returns a draw of equally large batches, each with its physical rows."""
     rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity)
+    if batches == 1:
+        return [DrawnSlices(draw, rows[0], columns)]
     size = rows.shape[2]
     return [DrawnSlices(draw.between(batch * size, (batch + 1) * size), rows[batch], columns) for batch in range(batches)]
 
