@@ -59,7 +59,7 @@ class SampleCalls:
         """Waits until a batch can be drawn and the rate limit allows it; then one is reserved with the limit.
 
         Raises:
-            NotReadyError: there is still nothing to sample, or no leave of the rate limit, after ``wait_s`` seconds.
+            NotReadyError: there is still nothing to sample, or the rate limit does not allow a batch, after ``wait_s`` seconds.
             DrainingError: the server is stopping.
         """
         drain, reserved = self._parts.drain, False

@@ -159,7 +159,7 @@ class SampleSession:
             await wake.wait()
 
     def _try_start_frames(self) -> _FrameTask | None:
-        """Starts the next frames if there are credits, something to sample, leave of the rate limit and bytes at this moment."""
+        """Starts the next frames if there are credits, something to sample, permission of the rate limit and bytes at this moment."""
         if not (self._credits and self._framer.can_sample()) or (ahead := self._framer.try_reserve(self._credits)) is None:
             return None
         if not self._sending.try_reserve(ahead.size_bytes):
