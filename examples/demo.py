@@ -175,8 +175,8 @@ def summarize(outcome: Outcome, console: Console) -> None:
         ("episodes", counts.episodes_stored, counts.episodes_evicted),
         ("steps", counts.steps_stored, counts.steps_evicted),
     ):
-        figures = (played[f"{kind}_played"], played[f"{kind}_acknowledged"], stored, evicted)
-        table.add_row(kind, *(f"{figure:,}" for figure in figures))
+        numbers = (played[f"{kind}_played"], played[f"{kind}_acknowledged"], stored, evicted)
+        table.add_row(kind, *(f"{number:,}" for number in numbers))
     console.print(table)
     verdict = "[green]holds[/]" if outcome.nothing_lost else "[bold red]does NOT hold[/]"
     console.print(f"played = acknowledged = stored + evicted: {verdict}\n")

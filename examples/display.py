@@ -88,20 +88,20 @@ class _LiveDisplay:
 
     def show(self, snapshot: Snapshot) -> None:
         counts = snapshot.counts
-        figures = Table.grid(padding=(0, 2))
-        figures.add_column(style="dim")
-        figures.add_column(justify="right", style="bold cyan")
-        figures.add_column(style="dim")
-        figures.add_row("episodes", f"{counts.episodes_added:,}", f"{counts.episodes_stored:,} stored, {counts.episodes_evicted:,} evicted")
-        figures.add_row("steps", f"{counts.steps_added:,}", f"{snapshot.steps_per_s:,.0f} a second")
-        figures.add_row("batches", _or_dash(snapshot.batches_per_s, ".0f"), "a second")
-        figures.add_row("updates", _or_dash(snapshot.updates, ","), "of the world model")
-        figures.add_row("loss", _or_dash(snapshot.loss, ".4f"), "latent consistency and reward")
-        figures.add_row("reward error", _or_dash(snapshot.held_out, ".0%"), "of predicting the mean, on held-out matches")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column(justify="right", style="bold cyan")
+        table.add_column(style="dim")
+        table.add_row("episodes", f"{counts.episodes_added:,}", f"{counts.episodes_stored:,} stored, {counts.episodes_evicted:,} evicted")
+        table.add_row("steps", f"{counts.steps_added:,}", f"{snapshot.steps_per_s:,.0f} a second")
+        table.add_row("batches", _or_dash(snapshot.batches_per_s, ".0f"), "a second")
+        table.add_row("updates", _or_dash(snapshot.updates, ","), "of the world model")
+        table.add_row("loss", _or_dash(snapshot.loss, ".4f"), "latent consistency and reward")
+        table.add_row("reward error", _or_dash(snapshot.held_out, ".0%"), "of predicting the mean, on held-out matches")
         time = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=snapshot.total_s, completed=min(snapshot.elapsed_s, snapshot.total_s), width=32)
         time.add_row(bar, Text(f"{snapshot.left_s:.0f} s left, {snapshot.phase}", style="dim"))
-        self._live.update(Panel(Group(figures, Text(), time), title="Touchline: robot soccer into a replay server", expand=False))
+        self._live.update(Panel(Group(table, Text(), time), title="Touchline: robot soccer into a replay server", expand=False))
 
 
 def _learning(snapshot: Snapshot) -> str:

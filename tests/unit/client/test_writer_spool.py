@@ -563,12 +563,12 @@ def test_line_about_sending_in_vain_is_repeated_after_ten_seconds_and_then_each_
     log = SenderLog("writer", "", clock=lambda: now[0])
     full = OverLimitError("the disk is full")
 
-    told = []
+    logged = []
     for second in range(200):
         now[0] = 100.0 + second
         before = len(caplog.messages)
         log.retrying(full, second)
-        told += [second] * (len(caplog.messages) - before)
+        logged += [second] * (len(caplog.messages) - before)
 
-    assert told == [0, 10, 70, 130, 190]
+    assert logged == [0, 10, 70, 130, 190]
     assert caplog.messages[-1] == "writer: 190 episodes are pending, retrying: the disk is full"

@@ -87,35 +87,36 @@ class FolderLock:
             self._handle = open_private(folder / LOCK_NAME)
         except OSError as error:
             raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
+        # From here on the handle must be closed on failure, or this process would keep the lock.
+        try:
+            self._lock_and_name_holder(folder)
+            self._mark = _open_mark(folder)
+        except SpoolError:
+            os.close(self._handle)
+            raise
+        # A loss of power must not take the folders' entries, either.
+        for parent in (folder, *folder.parents):
+            _sync_entries(parent)
+            if parent == missing:
+                break
+
+    def _lock_and_name_holder(self, folder: Path) -> None:
         try:
             _lock(self._handle)
         except BlockingIOError:
             holder = _read_number(self._handle)
-            os.close(self._handle)
             raise SpoolError(
                 f"spool_dir: {folder} is in use by another writer{f' (process {holder})' if holder else ''}; close it, or give each writer "
                 "a folder of its own"
             ) from None
         except OSError as error:
-            os.close(self._handle)
             raise SpoolError(f"spool_dir: {folder} cannot be locked ({error.strerror}); name one on a local disk") from None
         try:
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             if error.errno not in DISK_FULL:  # on a full disk the process id stays unknown, but the lock is held
-                os.close(self._handle)
                 raise SpoolError(f"spool_dir: {folder / LOCK_NAME}: {error.strerror}") from None
-        try:
-            self._mark = open_private(folder / MARK_NAME)
-        except OSError as error:
-            os.close(self._handle)
-            raise SpoolError(f"spool_dir: {folder / MARK_NAME}: {error.strerror}") from None
-        # A loss of power must not take the folders' entries, either.
-        for parent in (folder, *folder.parents):
-            _sync_entries(parent)
-            if parent == missing:
-                break
 
     def read_mark(self) -> int:
         """Returns the id of the last episode written; 0 if there is none, or the mark cannot be read."""
@@ -130,6 +131,13 @@ class FolderLock:
         """Releases the lock; in a forked child, closes only this process's handles."""
         os.close(self._mark)
         os.close(self._handle)
+
+
+def _open_mark(folder: Path) -> int:
+    try:
+        return open_private(folder / MARK_NAME)
+    except OSError as error:
+        raise SpoolError(f"spool_dir: {folder / MARK_NAME}: {error.strerror}") from None
 
 
 def _lock(handle: int) -> None:
