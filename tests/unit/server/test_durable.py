@@ -570,7 +570,7 @@ def test_snapshot_of_a_store_in_use_is_consistent(opened: Opener, tmp_path: Path
     assert copy.add_episode(keyed_episode(0, 12)).duplicate
     assert copy.store.writes.next_id >= 30
     copy.close()
-    with pytest.raises(StorageFailedError, match="is there already"):
+    with pytest.raises(StorageFailedError, match="exists already"):
         maintenance.snapshot(tmp_path / "data", tmp_path / "copy")
 
 
@@ -619,7 +619,7 @@ def test_deleted_database_is_detected(opened: Opener, tmp_path: Path) -> None:
     buffer.close()
     os.unlink(tmp_path / "data" / "touchline.db")
 
-    with pytest.raises(DamagedStoreError, match="is missing, and it was there"):
+    with pytest.raises(DamagedStoreError, match="is missing, although something was stored in it"):
         opened()
 
 

@@ -28,6 +28,7 @@ from touchline_server.store.dedup import payload_digest
 from touchline_server.store.episode_ring import EpisodeRing
 from touchline_server.store.inserts import AddRequest, PlannedInsert, Stored
 from touchline_server.store.journal import NullJournal
+from touchline_server.store.scratch import LOCK_NAME
 
 COLUMNS = 6
 """Columns of a traced episode."""
@@ -152,6 +153,19 @@ def failing_apply(buffer: ReplayBuffer, after: int) -> Iterator[None]:
 
 Failing = Callable[[ReplayBuffer, int], Any]
 LATE_FAILURES: list[Failing] = [failing_journal, failing_apply]
+
+
+@pytest.mark.parametrize("step", [failing_journal, failing_apply])
+def test_first_episode_that_fails_leaves_no_columns_and_no_files(step: Failing, tmp_path: Path) -> None:
+    buffer = ReplayBuffer(make_config(20, storage={"device": "disk", "scratch_dir": str(tmp_path)}))
+
+    with step(buffer, 0):
+        assert not isinstance(add(buffer, traced(0, 5)), Stored)
+
+    assert buffer.store.columns is None and buffer.store.schema is None
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    assert isinstance(add(buffer, traced(1, 5)), Stored)
+    buffer.close()
 
 
 class WritePathInEveryMode(RuleBasedStateMachine):

@@ -69,7 +69,7 @@ class BackgroundCommitter(ABC):
 
     def close(self) -> None:
         """Commits what waits and closes the file cleanly. Does nothing in a forked child, or if it is closed already."""
-        if self._sqlite.is_parents:
+        if self._sqlite.belongs_to_parent:
             return
         with self._changed:
             if self._state is not CommitterState.OPEN:

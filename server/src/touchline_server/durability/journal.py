@@ -77,7 +77,7 @@ class SqliteJournal:
         _journals.add(self)
 
     @property
-    def is_parents(self) -> bool:
+    def belongs_to_parent(self) -> bool:
         """Whether this is a forked child of the process that owns the journal. Any thread may ask."""
         return os.getpid() != self._process
 
@@ -88,7 +88,7 @@ class SqliteJournal:
 
     def check_writable(self) -> None:
         """Raises StorageFailedError if nothing can be written any more, or not by this process. Takes no lock; any thread may call it."""
-        if self.is_parents:
+        if self.belongs_to_parent:
             raise StorageFailedError(
                 f"storage.data_dir: {self._data_dir.path} is the parent process's (process {self._process}); nothing was stored. In a "
                 "forked child create a ReplayBuffer of its own, with another storage.data_dir or none"

@@ -14,7 +14,7 @@ from touchline_protos.files.sqlite import row_checksum
 from touchline_server.durability.data_dir import MARK_NAME, DataDir, read_mark
 from touchline_server.durability.database import FILE_NAME, GENERATION_KEY, Database, connect
 from touchline_server.durability.records import EpisodeRow
-from touchline_server.durability.recovery import Progress, existing, whole_episodes
+from touchline_server.durability.recovery import Progress, require_database, whole_episodes
 from touchline_server.durability.restore import as_row, read_columns
 from touchline_server.durability.sqlite_errors import translate
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
@@ -46,7 +46,7 @@ def check(data_dir: Path, progress: Progress | None = None) -> CheckReport:
         StoreMismatchError: it has another format, or is not a Touchline store.
         DamagedStoreError: nothing of a store is left in it.
     """
-    path = existing(data_dir)
+    path = require_database(data_dir)
     report = CheckReport()
     try:
         database = Database(path, read_only=True)
@@ -55,7 +55,7 @@ def check(data_dir: Path, progress: Progress | None = None) -> CheckReport:
         report.damage.append(f"SQLite cannot open it: {str(error).partition(';')[0]}")
         return report
     try:
-        database.connection.execute("BEGIN")  # one moment's state, whatever a server adds meanwhile
+        database.connection.execute("BEGIN")  # a consistent state, whatever a server adds meanwhile
         commits = _number(database, "commits")
         for (line,) in _guarded(database.connection, f"PRAGMA integrity_check({MAX_FINDINGS})", report):
             if line != "ok":
@@ -79,13 +79,13 @@ def snapshot(data_dir: Path, target: Path) -> Path:
     Raises:
         StorageFailedError: there is no store, no space for the copy, or the folder has a store already.
     """
-    path = existing(data_dir)
+    path = require_database(data_dir)
     file = target / FILE_NAME
     unfinished = target / f"{FILE_NAME}.unfinished"
     try:
         target.mkdir(parents=True, exist_ok=True)
         if file.exists() or (target / MARK_NAME).exists():
-            raise StorageFailedError(f"{file} is there already; choose another folder")
+            raise StorageFailedError(f"{file} exists already; choose another folder")
         unfinished.unlink(missing_ok=True)
         source, copy = connect(path), connect(unfinished)
         try:

@@ -72,7 +72,7 @@ def recover(data_dir: Path, progress: Progress | None = None, *, accept_loss: bo
         StoreMismatchError: the file belongs to another application, or has another format.
         DamagedStoreError: nothing of a store is left.
     """
-    path = existing(data_dir)
+    path = require_database(data_dir)
     fresh_path = path.with_suffix(".recovered")
     with DataDir(data_dir) as held:
         kept_as = _free_name(path)
@@ -104,7 +104,7 @@ def recover(data_dir: Path, progress: Progress | None = None, *, accept_loss: bo
     return recovery
 
 
-def existing(data_dir: Path) -> Path:
+def require_database(data_dir: Path) -> Path:
     """Returns the path of the database in a folder; raises StorageFailedError if there is none."""
     path = data_dir / FILE_NAME
     try:

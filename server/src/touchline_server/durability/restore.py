@@ -267,7 +267,7 @@ def _note_capacity(database: Database, capacity: int) -> None:
     try:
         database.set_meta({CAPACITY_KEY: capacity})
     except sqlite3.Error as error:
-        logger.warning("%s: the buffer size was not noted: %s", database.path, error)  # a full disk, which the first add reports
+        logger.warning("%s: the buffer size was not recorded: %s", database.path, error)  # a full disk, which the first add reports
 
 
 def _check_counts(path: Path, counts: Counts, rows: Sequence[EpisodeRow]) -> None:
@@ -283,7 +283,8 @@ def _refuse_if_missing(data_dir: DataDir) -> None:
     mark = data_dir.mark()
     if mark is not None and mark.commits and not data_dir.database.exists():
         raise DamagedStoreError(
-            f"{data_dir.database} is missing, and it was there; put it back, or remove the whole folder to start with nothing"
+            f"{data_dir.database} is missing, although something was stored in it; put it back, or remove the whole folder to start with "
+            "nothing"
         )
 
 
