@@ -249,7 +249,7 @@ def test_files_that_are_taken_away_end_adding_and_sampling_goes_on(durability: s
             buffer.add_episode(keyed_episode(0, 5))
         until(lambda: state_of(buffer) is StorageState.FAILED, "files that are gone were not noticed")
     for sequence in range(6, 10):
-        with pytest.raises(StorageFailedError, match=r"in storage\.data_dir is (gone|not the file any more).*nothing was stored"):
+        with pytest.raises(StorageFailedError, match=r"in storage\.data_dir is (gone|no longer the file).*nothing was stored"):
             buffer.add_episode(keyed_episode(0, sequence))
 
     assert buffer.sample().episode_id.shape == (8,)

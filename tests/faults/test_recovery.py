@@ -138,7 +138,7 @@ def recover(folder: Path, store: Store, must_keep: set[int], what: str) -> dict[
         # Nothing was changed, not by the check either, and the advice does not lead back to the check.
         after = {name: (folder / name).read_bytes() for name in before}
         assert after == before, what
-        if not must_keep and "nothing of a store of touchline-server's is left" in first.stderr:
+        if not must_keep and "nothing of a touchline-server store is left" in first.stderr:
             return {}
         assert "touchline-server check" not in first.stderr, what
         assert "recover --accept-loss" in first.stderr, (what, first.stderr)
@@ -411,7 +411,7 @@ def test_file_with_nothing_of_ours_is_left_as_it_is_and_no_command_points_at_ano
 
     assert file.read_bytes() == before
     assert results[1].exit_code == 1
-    assert "nothing of a store of touchline-server's is left in it; put a copy back" in results[1].stderr
+    assert "nothing of a touchline-server store is left in it; put a copy back" in results[1].stderr
     assert "touchline-server check" not in results[1].stderr
 
 
