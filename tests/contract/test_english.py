@@ -6,24 +6,15 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from support.english import PROSE, WORD_LIST, Finding, Pattern, Segment, WordList, below, findings_of, read_word_list, source_files
-
-NOT_YET_CLEAN = Path(__file__).with_name("english_not_yet_clean.txt")
-"""Files and folders whose texts have not been rewritten yet, one a line."""
+from support.english import PROSE, WORD_LIST, Finding, Pattern, Segment, WordList, findings_of, read_word_list, source_files
 
 WORDS = read_word_list()
 PLANTED = [(pattern, text) for pattern in WORDS.patterns for text in pattern.planted]
 PLANTED_FILES = [(file["path"], file["source"], file["lines"]) for file in tomllib.loads(WORD_LIST.read_text("utf-8"))["planted_files"]]
 FINE = [(pattern, text) for pattern in WORDS.patterns for text in pattern.fine]
-
-
-def not_yet_clean() -> list[str]:
-    lines = NOT_YET_CLEAN.read_text("utf-8").split("\n") if NOT_YET_CLEAN.exists() else []
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def found_in(pattern: Pattern, text: str) -> list[Finding]:
@@ -54,19 +45,10 @@ def test_findings_exception_covers_only_its_path() -> None:
     assert words.findings("b.md", phrase)
 
 
-def test_texts_outside_the_list_of_unfinished_paths_are_clean() -> None:
-    unfinished = not_yet_clean()
-
-    found = [finding for path in source_files() if not below(path, unfinished) for finding in findings_of(path, WORDS)]
+def test_every_text_is_clean() -> None:
+    found = [finding for path in source_files() for finding in findings_of(path, WORDS)]
 
     assert not found, "\n" + "\n".join(map(str, found))
-
-
-@pytest.mark.parametrize("entry", not_yet_clean())
-def test_unfinished_path_still_has_findings(entry: str) -> None:
-    paths = [path for path in source_files() if below(path, [entry])]
-
-    assert any(findings_of(path, WORDS) for path in paths), f"{entry} is clean: delete its line in {NOT_YET_CLEAN.name}"
 
 
 def test_exceptions_of_the_word_list_are_needed() -> None:

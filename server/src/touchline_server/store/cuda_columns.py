@@ -14,7 +14,7 @@ from touchline_server.store.schema import Schema
 from touchline_server.store.tensors import as_array, as_tensor, torch_dtype
 
 OutOfMemoryError = torch.cuda.OutOfMemoryError
-"""Raised where the device has no room for the columns."""
+"""Error of an allocation for which the device has no memory left."""
 
 
 class CudaColumns(Columns):
@@ -55,7 +55,7 @@ class CudaColumns(Columns):
         return False
 
     def write(self, first_row: int, episode: Mapping[str, np.ndarray]) -> None:
-        """Does what :meth:`Columns.write` does, after the gathers that were noted, and waits until it is done."""
+        """Writes as :meth:`Columns.write` does, after the recorded gathers, and waits until it is done."""
         with self._order.writing():
             super().write(first_row, episode)
 
@@ -86,15 +86,15 @@ class CudaColumns(Columns):
 
     def _copy_run(self, name: str, begin: int, out: np.ndarray) -> None:
         with self._order.copying():
-            # To pageable memory, so that the host waits for it: nothing is read once this returns.
+            # The target is pageable memory, so the host waits for the copy: nothing is read once this returns.
             torch.from_numpy(out).copy_(self._tensors[name].reshape(-1).view(torch.uint8)[begin : begin + len(out)])
 
 
 class _DeviceOrder:
-    """Keeps writes to columns on a CUDA device after the gathers before them, and before those that come later.
+    """Orders writes to columns on a CUDA device after earlier gathers and before later ones.
 
-    Writes have a stream of their own. It waits, on the device, for the gathers that were noted, and the writer waits for that stream alone:
-    for nothing else that the device was given, such as a learner's training step.
+    Writes have a stream of their own. On the device it waits for the recorded gathers, and the writer waits only for that stream, not for
+    other work on the device, such as a learner's training step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,12 +117,12 @@ class _DeviceOrder:
         self._foreign = True
 
     def copying(self) -> AbstractContextManager[object]:
-        """Has copies to the host that are made in the block wait for each other alone, and not for what callers gave the device."""
+        """Makes copies to the host within the block wait only for each other, not for callers' work on the device."""
         return torch.cuda.stream(self._copies)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Has what is queued in the block come after the noted gathers, and waits for it."""
+        """Queues the block's work after the recorded gathers, and waits for it."""
         with self._lock:
             reads, self._reads = self._reads, {}
             foreign, self._foreign = self._foreign, False
@@ -134,5 +134,5 @@ class _DeviceOrder:
                     self._stream.wait_event(event)
                 yield
         finally:
-            # Gathers on any stream may follow as soon as the episode is published, and the memory may go if it is not.
+            # Gathers on any stream may follow as soon as the episode is published, and the memory may be freed if it is not.
             self._stream.synchronize()

@@ -1,4 +1,4 @@
-"""Drawn slices whose rows stay as they are until they are gathered: phase one of a batch. Phase two is in :mod:`.gather`."""
+"""Drawn slices whose rows stay unchanged until they are gathered: phase one of a batch. Phase two is in :mod:`.gather`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DrawnSlices:
     rows: np.ndarray
     """[H+1, slices] int64: physical rows."""
     columns: Columns
-    """What the rows are rows of."""
+    """Columns that the rows belong to."""
 
     def __len__(self) -> int:
         return self.rows.shape[1]

@@ -1,7 +1,8 @@
-"""Stored episodes on their way out: which are meant, and their rows, a piece at a time.
+"""Reads stored episodes back: selects them and copies their rows, a piece at a time.
 
-An episode is read in pieces of about 1 MiB. While one is copied its rows are pinned, so that adding waits for a piece at most; before
-each one the episode is looked up again, so that what was evicted between two pieces is left out and rows of two are never mixed.
+An episode is read in pieces of about 1 MiB. The rows of a piece are pinned while it is copied, so an add waits for at most one piece.
+Before each piece the episode is looked up again, so an episode that was evicted between two pieces is left out, and rows of two
+episodes are never mixed.
 """
 
 from __future__ import annotations
@@ -20,40 +21,40 @@ from touchline_server.store.index import IndexEntry
 from touchline_server.store.schema import ColumnSpec, Schema
 
 PIECE_BYTES = 1 << 20
-"""Copied at a time."""
+"""Size of a piece, the unit of pinning and copying."""
 
 MAX_EPISODE_IDS = 1_000_000
-"""Ids that may be asked for at a time."""
+"""Maximum number of ids in a query."""
 
 AHEAD = 64
-"""Episodes that are located at a time."""
+"""Number of episodes that are located together."""
 
 MAX_NAMED = 10
-"""Missing ids that an error names."""
+"""Number of missing ids that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeQuery:
-    """Which episodes, and what of them.
+    """A selection of episodes and of their columns.
 
     Raises:
-        InvalidArgumentError: the selectors do not go together, or are out of range.
+        InvalidArgumentError: the fields exclude each other, or are out of range.
     """
 
     ids: Sequence[int] | None = None
-    """These alone, in any order; none of the next four may be given with it."""
+    """Ids of the episodes, in any order; excludes the next four fields."""
     first: int | None = None
-    """From this id on, itself included."""
+    """Lowest id, inclusive."""
     last: int | None = None
-    """Up to this id, itself included."""
+    """Highest id, inclusive."""
     actor: str | None = None
-    """Of the actor of this name alone."""
+    """Name of the actor whose episodes are selected."""
     newest: int | None = None
-    """Of those that the three above leave, so many of the newest."""
+    """Number of episodes: only the newest of the episodes that match."""
     columns: Sequence[str] | None = None
-    """Names of columns; ``obs`` stands for ``obs.*`` as well. None or empty: all."""
+    """Names of columns; ``obs`` also stands for ``obs.*``. None or empty for all."""
     skip_missing: bool = False
-    """Whether ids that are not stored are left out."""
+    """Whether ids that are not stored are skipped instead of raising an error."""
 
     def __post_init__(self) -> None:
         others = {"first": self.first, "last": self.last, "actor": self.actor, "newest": self.newest}
@@ -63,12 +64,12 @@ class EpisodeQuery:
         if self.ids is not None and len(self.ids) > MAX_EPISODE_IDS:
             raise InvalidArgumentError(f"ids: {len(self.ids)}, expected at most {MAX_EPISODE_IDS} at a time")
         if self.skip_missing and self.ids is None:
-            raise InvalidArgumentError("skip_missing without ids, expected it with ids alone")
+            raise InvalidArgumentError("skip_missing without ids, expected it only with ids")
         if self.newest is not None and self.newest < 1:
             raise InvalidArgumentError(f"newest: {self.newest}, expected 1 or more")
         _check_id("first", self.first)
         _check_id("last", self.last)
-        # There may be a million, and this is the event loop: each is looked at by itself only where one of them is wrong.
+        # There may be a million, and this is the event loop: check them one by one only if one is wrong.
         if self.ids and not (_is_id(min(self.ids)) and _is_id(max(self.ids))):
             for at, number in enumerate(self.ids):
                 _check_id(f"ids[{at}]", number)
@@ -84,15 +85,15 @@ def _check_id(name: str, number: int | None) -> None:
 
 
 class EpisodeReader:
-    """Reads what was stored, and meant by a query, when this was made; ids ascending. One thread at a time.
+    """Reads the episodes that were stored and matched a query at construction, in ascending order of ids. One thread at a time.
 
     Args:
-        store: to read from.
-        query: which episodes.
+        store: the store to read from.
+        query: the selection of episodes.
 
     Raises:
         UnknownEpisodeError: an id is not stored, and the query does not skip it.
-        InvalidArgumentError: a column that the schema does not have.
+        InvalidArgumentError: the schema does not have a column of the query.
     """
 
     def __init__(self, store: EpisodeStore, query: EpisodeQuery) -> None:
@@ -102,10 +103,10 @@ class EpisodeReader:
         entries = store.entries()
         schema = store.schema
         self.columns: tuple[ColumnSpec, ...] = chosen_columns(schema, query.columns or ()) if schema is not None else ()
-        """What is read of each episode, in the schema's order."""
+        """Selected columns, in the schema's order."""
         self._schema = schema
         self.row_bytes = sum(spec.row_bytes for spec in self.columns)
-        """Of the chosen columns."""
+        """Size of a row of the selected columns."""
         chosen = entries[self._chosen(entries, query)]
         self._ids: deque[int] | None = deque(chosen[:, ID].tolist()) if query.ids is not None else None
         self.selection = (
@@ -113,17 +114,17 @@ class EpisodeReader:
             if len(chosen)
             else EpisodeSelection(store_generation=store.store_generation)
         )
-        """What there is to read."""
+        """Summary of the selected episodes."""
         self._next = self.selection.first_episode_id
 
-    def take(self, room_bytes: int, limit: int = AHEAD) -> list[IndexEntry]:
-        """Returns the next episodes, as many as fit into so many bytes and at most ``limit``, but one at least; none at the end."""
+    def take(self, max_bytes: int, limit: int = AHEAD) -> list[IndexEntry]:
+        """Returns the next episodes, up to ``limit`` and ``max_bytes``, but at least one; an empty list at the end."""
         taken: list[IndexEntry] = []
         while len(taken) < limit and (self._ahead or self._locate()):
             size_bytes = self._ahead[0].length * self.row_bytes
-            if taken and size_bytes > room_bytes:
+            if taken and size_bytes > max_bytes:
                 break
-            room_bytes -= size_bytes
+            max_bytes -= size_bytes
             taken.append(self._ahead.popleft())
         return taken
 
@@ -131,13 +132,13 @@ class EpisodeReader:
         """Copies a piece of a column's bytes.
 
         Args:
-            entry: an episode that :meth:`take` gave.
+            entry: entry of the episode, from :meth:`take`.
             column: position in :attr:`columns`.
-            offset_bytes: where in the column's bytes the piece begins.
-            out: [size] uint8: filled.
+            offset_bytes: offset of the piece in the column's bytes.
+            out: [size] uint8, filled with the piece.
 
         Returns:
-            Whether the episode is still stored; if not, ``out`` is as it was.
+            Whether the episode is still stored; if not, ``out`` is unchanged.
         """
         with self._store.hold([entry]) as (columns, held):
             if columns is None or not held:
@@ -146,14 +147,14 @@ class EpisodeReader:
             return True
 
     def copy_whole(self, entries: Sequence[IndexEntry], outs: Sequence[Sequence[np.ndarray]]) -> bool:
-        """Copies episodes at once, as small ones are.
+        """Copies small episodes together.
 
         Args:
-            entries: that :meth:`take` gave.
-            outs: for each of them and each of :attr:`columns`, its bytes: [size] uint8, filled.
+            entries: entries of the episodes, from :meth:`take`.
+            outs: arrays [size] uint8 for each episode and each of :attr:`columns`, filled with its bytes.
 
         Returns:
-            Whether all are still stored; if not, the arrays are as they were.
+            Whether all are still stored; if not, the arrays are unchanged.
         """
         with self._store.hold(entries) as (columns, held):
             if columns is None or len(held) < len(entries):
@@ -164,15 +165,15 @@ class EpisodeReader:
             return True
 
     def still_stored(self, entries: Sequence[IndexEntry]) -> list[IndexEntry]:
-        """Returns those that were not evicted meanwhile."""
+        """Returns the entries that have not been evicted meanwhile."""
         return self._store.entries_of([entry.episode_id for entry in entries])
 
     def specs(self, entry: IndexEntry) -> list[TensorSpec]:
-        """Returns what an episode's chosen columns hold, their shapes with its rows."""
+        """Returns name, dtype and shape [rows, ...] of an episode's selected columns."""
         return [TensorSpec(spec.name, spec.dtype, (entry.length, *spec.shape)) for spec in self.columns]
 
     def episodes(self) -> Iterator[StoredEpisode]:
-        """Yields the episodes as fresh arrays; one that is evicted meanwhile is left out."""
+        """Yields the episodes as fresh arrays; leaves out those evicted meanwhile."""
         while taken := self.take(0, limit=1):
             episode = self._read(taken[0])
             if episode is not None:
@@ -206,7 +207,7 @@ class EpisodeReader:
         return bool(self._ahead)
 
     def _chosen(self, entries: np.ndarray, query: EpisodeQuery) -> np.ndarray:
-        """Returns which entries are meant: [n] bool, or positions, ascending."""
+        """Returns the selected entries: a mask [n] bool, or ascending positions."""
         ids = entries[:, ID]
         if query.ids is not None:
             wanted = np.unique(np.array(query.ids, dtype=np.int64))
@@ -228,10 +229,10 @@ class EpisodeReader:
 
 
 def chosen_columns(schema: Schema, names: Sequence[str]) -> tuple[ColumnSpec, ...]:
-    """Returns the columns that are asked for by name or by the name of their group; all where there are no names.
+    """Returns the columns with these names or in groups with these names; all columns if ``names`` is empty.
 
     Raises:
-        InvalidArgumentError: a name that is neither.
+        InvalidArgumentError: a name is neither a column nor a group.
     """
     if not names:
         return schema.columns
@@ -243,6 +244,6 @@ def chosen_columns(schema: Schema, names: Sequence[str]) -> tuple[ColumnSpec, ..
 
 
 def pieces(size_bytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yields offset and size of each piece of so many bytes."""
+    """Yields offset and size of each piece of up to ``piece_bytes``."""
     for offset in range(0, size_bytes, piece_bytes):
         yield offset, min(piece_bytes, size_bytes - offset)

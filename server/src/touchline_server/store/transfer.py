@@ -1,4 +1,4 @@
-"""Batches of a CUDA store on their way to host memory: the rows go to the device, and the batch comes back in one copy."""
+"""Moves batches of a CUDA store to host memory: the rows go to the device, and the batch comes back in one copy."""
 
 from __future__ import annotations
 
@@ -113,5 +113,5 @@ class DeviceGathers:
         except IndexError:
             gather = DeviceToHostGather(self._outputs, layout, slices.columns, slices.rows.shape)
         yield gather
-        # Not in a finally block: after an error, work may still be under way in it.
+        # Not in a finally block: after an error, work may still be in progress in it.
         idle.append(gather)
