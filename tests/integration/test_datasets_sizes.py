@@ -103,7 +103,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], int, str]] = {
         2,
         "obs: float32 (33554432,): with this column the episode would take 402,653,184 bytes",
     ),
-    "member.npz": (bombs.npz_lying_about_a_member, 2, "EOF: reading array data"),
+    "member.npz": (bombs.npz_lying_about_a_member, 2, "1/obs.npy: cannot be read: 100 bytes of values, expected 8,388,608"),
     "text.npz": (bombs.npz_long_text, 2, "episode.json: cannot be read: more than 65,536 bytes of text"),
     "nothing.npz": (
         bombs.npz_rows_of_nothing,

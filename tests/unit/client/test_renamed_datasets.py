@@ -41,7 +41,13 @@ def test_keys_are_those_of_earlier_versions(transforms: ColumnTransforms, reload
 
 
 @pytest.mark.parametrize(
-    ("former", "present"), [("Changes", "ColumnTransforms"), ("UnholdableError", "UnsupportedEpisodeError"), ("survey", "inspect")]
+    ("former", "present"),
+    [
+        ("Changes", "ColumnTransforms"),
+        ("UnholdableError", "UnsupportedEpisodeError"),
+        ("survey", "inspect"),
+        ("Refusals", "RefusalSummary"),
+    ],
 )
 def test_former_name_is_the_present_one_and_warns(former: str, present: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"touchline.datasets.{former} is now touchline.datasets.{present}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from touchline.datasets.errors import DatasetError
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.single_file import SingleFileSource
 from touchline.datasets.size_limit import MAX_METADATA_BYTES, SizeCounter
-from touchline.datasets.source import DatasetEpisode
+from touchline.datasets.source import BLOCK_BYTES, DatasetEpisode
 
 FORMAT = "npz"
 PROVENANCE = "episode.json"
@@ -78,14 +79,12 @@ class NpzSource(SingleFileSource[zipfile.ZipFile]):
 
     def _read_column(self, member: str, name: str, columns: dict[str, Any], counter: SizeCounter) -> None:
         with self._file.open(member) as file:
-            shape, dtype = _read_header(file)
-        if not counter.add(name, shape, dtype):
-            return
-        if name in columns:
-            raise DatasetError("given twice, expected every column once")
-        # Opened again: a member that is read from its beginning to its end has its checksum compared.
-        with self._file.open(member) as file:
-            columns[name] = np.lib.format.read_array(file, allow_pickle=False)
+            shape, fortran_order, dtype = _read_header(file)
+            if not counter.add(name, shape, dtype):
+                return
+            if name in columns:
+                raise DatasetError("given twice, expected every column once")
+            columns[name] = _read_values(file, math.prod(shape), dtype).reshape(shape, order="F" if fortran_order else "C")
 
     def _text(self, member: str) -> bytes:
         with self._file.open(member) as file:
@@ -103,8 +102,8 @@ class NpzSource(SingleFileSource[zipfile.ZipFile]):
             raise DatasetError(f"{self._path}: {METADATA}: cannot be read: {error}") from None
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Returns the shape and the dtype that the header of an ``.npy`` announces.
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Returns shape, whether the order is Fortran's, and dtype, as the header of an ``.npy`` announces them.
 
     Raises:
         ValueError: the header is malformed.
@@ -112,8 +111,31 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     major, _ = np.lib.format.read_magic(file)
     # Version 3 differs from 2 only in the encoding of field names, and numpy reads it with the same function.
     read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
+    shape, fortran_order, dtype = read(file)
+    return shape, fortran_order, dtype
+
+
+def _read_values(file: IO[bytes], count: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Returns the ``count`` values that follow the header, flat and in the order of the file.
+
+    ``numpy.lib.format.read_array`` would read the header once more, so the member would have to be opened, and partly inflated, twice.
+
+    Raises:
+        DatasetError: the member has fewer or more values.
+    """
+    values = np.empty(count, dtype)
+    target = values.view(np.uint8).data
+    filled = 0
+    while filled < len(target):
+        block = file.read(min(len(target) - filled, BLOCK_BYTES))
+        if not block:
+            raise DatasetError(f"{filled:,} bytes of values, expected {len(target):,}")
+        target[filled : filled + len(block)] = block
+        filled += len(block)
+    # At the end of the member, zipfile compares its checksum.
+    if file.read(1):
+        raise DatasetError(f"more than {filled:,} bytes of values, expected as many as the header announces")
+    return values
 
 
 class NpzTarget:

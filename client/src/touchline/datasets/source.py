@@ -13,7 +13,7 @@ from touchline.errors import TouchlineError
 from touchline_protos.codec import EpisodeKey
 
 BLOCK_BYTES = 1 << 22
-"""Bytes of a file that are hashed at a time."""
+"""Number of bytes that are read from a file at a time."""
 
 
 @dataclass(frozen=True, slots=True)
