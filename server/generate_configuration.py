@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from touchline_server.config.sections import Section
+from touchline_server.config.sections import MAX_TABLE_NAME_CHARS, TABLE_SECTIONS, Section, TableConfig
 from touchline_server.config.settings import Config
 from touchline_server.config.source import ENV_DELIMITER, ENV_PREFIX
 
@@ -45,10 +45,19 @@ COMPOSE_DEFAULTS = {"storage.data_dir": "-/data/episodes"}
 """Defaults that differ in compose. With ``-`` and not ``:-``, so that an empty value turns the durable store off."""
 
 
+TABLES_TEXT = f"""\
+Further tables, a section each. NAME has 1 to {MAX_TABLE_NAME_CHARS} lower-case letters, digits, '-' and '_', with a letter first. The keys
+are those of [config], [storage] and [sampling], which describe the default table, except data_dir. A key that a table leaves out has the
+default table's value. A table's episodes are stored in a folder of its name in data_dir, and its memory-mapped files in a folder of its
+name in the default table's scratch_dir, unless it has one of its own. Variables are named TOUCHLINE_TABLES__NAME__KEY. Tables can also be
+created while the server runs: `touchline table create`."""
+
+
 def sections() -> Iterator[tuple[str, type[Section]]]:
-    """Yields the name and the class of every section, in order."""
+    """Yields the name and the class of every section except the tables', in order."""
     for name, field in Config.model_fields.items():
-        yield name, type(field.default)
+        if name != "tables":
+            yield name, type(field.default)
 
 
 def description(field: FieldInfo) -> str:
@@ -84,6 +93,7 @@ def default_toml() -> str:
             lines += comment(description(field).replace("``", ""))
             example = EXAMPLES.get(f"{name}.{key}")
             lines.append(f"# {key} = {example}" if example else f"{key} = {toml_value(field.default)}")
+    lines += ["", *comment(" ".join(TABLES_TEXT.split())), "#", "# [tables.demos]", "# buffer_size = 100_000", '# law = "step"']
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +108,15 @@ def docs_tables(_: str) -> str:
             meaning = re.sub(r"\bdocs/(\w+)\.md", r"[\1](\1.md)", meaning)
             rows.append(f"| `{name}.{key}` | {default} | {meaning} |")
         parts.append("\n".join(rows))
+    keys = ", ".join(f"`{key}`" for key in TableConfig.model_fields)
+    parts.append(f"### [tables.NAME]\n\n{docs_text(TABLES_TEXT)}\n\nThe keys: {keys}.")
     return "\n\n".join(parts) + "\n"
+
+
+def docs_text(text: str) -> str:
+    """Returns a text with the names of sections, keys and variables as code."""
+    known = "|".join(re.escape(f"[{name}]") for name in TABLE_SECTIONS)
+    return re.sub(rf"{known}|\b(?:data_dir|scratch_dir|TOUCHLINE_\w+)\b", lambda match: f"`{match[0]}`", text)
 
 
 def compose_variables(indent: str) -> str:

@@ -34,7 +34,6 @@ from touchline_server.service.app import build_parts
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.store.inserts import Stored
-from touchline_server.tables.registry import TableRegistry
 
 Target = Callable[[bytes], bool]
 """Function that returns whether any part of its input was accepted."""
@@ -506,7 +505,7 @@ class FuzzedSessions:
 
     @staticmethod
     async def _build(config: Config, buffer: ReplayBuffer) -> ServiceParts:
-        return build_parts(config, TableRegistry(buffer.table))
+        return build_parts(config, buffer.registry)
 
     async def _run(self, messages: list[bytes]) -> bool:
         learner = _Learner(messages)

@@ -1,4 +1,7 @@
-"""The in-process replay buffer: one table, usable on its own, and what the server serves as its default table."""
+"""The in-process replay buffer: one table, usable on its own, and what the server serves as its default table.
+
+Further tables are buffers too, in :attr:`ReplayBuffer.tables`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from touchline_protos.types.flatten import ColumnError, flatten_columns, split_e
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, NotReadyError
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
+from touchline_server.tables.registry import TableRegistry
 from touchline_server.tables.table import SampleSpec, Table
 
 if TYPE_CHECKING:
@@ -34,9 +38,21 @@ class ReplayBuffer:
 
     It is the in-process interface to one table. Every method may be called from any thread. Adding copies what it is given; batches are
     the caller's.
+
+    >>> buffer = ReplayBuffer(Config(tables={"demos": {"law": "step"}}))
+    >>> buffer.tables["demos"].add(episode)
+    >>> buffer.create_table("expert", buffer_size=10_000).add(episode)
     """
 
-    def __init__(self, config: Config, *, restore: bool = True, accept_eviction: bool = False, table: Table | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        restore: bool = True,
+        accept_eviction: bool = False,
+        table: Table | None = None,
+        registry: TableRegistry | None = None,
+    ) -> None:
         """Makes a buffer. It is empty, or holds what its ``storage.data_dir`` held; the first episode allocates the columns.
 
         Args:
@@ -45,12 +61,17 @@ class ReplayBuffer:
             accept_eviction: whether stored episodes for which ``config.buffer_size`` has become too small may be evicted, as
                 ``storage.accept_eviction`` allows for the server; without either that is a StoreMismatchError.
             table: the table to work on; a new one by default.
+            registry: the tables that ``table`` is one of; by default the configuration's, which :meth:`close` closes.
 
         Raises:
             ConfigError, ReplayError: as :meth:`restore`.
         """
-        self.table = table if table is not None else Table("", config, accept_eviction=accept_eviction)
+        self.table = table if table is not None else Table("", config.for_table(""), accept_eviction=accept_eviction)
         """The table. The service works on it, past this class."""
+        self.registry = registry if registry is not None else TableRegistry(self.table, config, accept_eviction=accept_eviction)
+        """All tables. The service works on them, past this class."""
+        self._owns_tables = registry is None
+        self._others: dict[str, ReplayBuffer] = {}
         self.config = config
         self.store = self.table.store
         self.seeds = self.table.seeds
@@ -62,10 +83,10 @@ class ReplayBuffer:
             self.restore()
 
     def restore(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Opens ``storage.data_dir``, if one is configured, and puts its episodes into the ring.
+        """Opens ``storage.data_dir``, if one is configured, and puts the episodes of every table into its ring.
 
         Args:
-            progress: called again and again with the rows read so far and all rows.
+            progress: called again and again with the rows read so far and all rows, of one table after the other.
 
         Raises:
             ConfigError: a CUDA device that this machine does not have.
@@ -75,7 +96,7 @@ class ReplayBuffer:
             StorageFailedError: it cannot be read or written.
             TooLargeError: there is no memory for the columns.
         """
-        self.table.restore(progress)
+        self.registry.restore(None if progress is None else lambda _, read, total: progress(read, total))
 
     @property
     def restored(self) -> bool:
@@ -87,8 +108,46 @@ class ReplayBuffer:
         self.table.check_restored()
 
     def close(self) -> None:
-        """Commits adds in progress, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
-        self.table.close()
+        """Commits adds in progress, and releases ``storage.data_dir`` and ``storage.scratch_dir``. Of every table; a further table's buffer
+        is closed with the default one's.
+        """
+        if self._owns_tables:
+            self.registry.close()
+
+    @property
+    def tables(self) -> Mapping[str, ReplayBuffer]:
+        """A buffer for each table by its name; the empty name is the default table's."""
+        buffers = {table.name: self._buffer_of(table) for table in self.registry}
+        self._others = {name: buffer for name, buffer in buffers.items() if buffer is not self}
+        return MappingProxyType(buffers)
+
+    def create_table(self, name: str, **keys: Any) -> ReplayBuffer:
+        """Creates a table, and remembers it in ``storage.data_dir``, if there is one. With the same keys again it does nothing.
+
+        Args:
+            name: name of lower-case letters, digits, ``-`` and ``_``.
+            keys: keys as in ``[tables.NAME]`` of the configuration: ``buffer_size=100_000``; the default table has the others.
+
+        Returns:
+            The table's buffer.
+
+        Raises:
+            InvalidArgumentError: the name cannot be one or is taken, or a key or a value is wrong; the text names it.
+            ReplayError: its folder cannot be used.
+        """
+        return self._buffer_of(self.registry.create(name, keys))
+
+    def drop_table(self, name: str) -> Counts:
+        """Removes a table, its episodes and its folder. A table of the configuration comes back, empty, at the next start.
+
+        Returns:
+            The table's counts before.
+
+        Raises:
+            UnknownTableError: there is no table of this name.
+            InvalidArgumentError: it is the default table.
+        """
+        return self.registry.drop(name)
 
     @property
     def capacity(self) -> int:
@@ -280,6 +339,14 @@ class ReplayBuffer:
     def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
         """Returns what to draw, with the configured values for what is None; see :meth:`Table.spec`."""
         return self.table.spec(batch_size=batch_size, horizon=horizon, law=law)
+
+    def _buffer_of(self, table: Table) -> ReplayBuffer:
+        if table is self.table:
+            return self
+        buffer = self._others.get(table.name)
+        if buffer is None or buffer.table is not table:
+            buffer = self._others[table.name] = ReplayBuffer(table.config, restore=False, table=table, registry=self.registry)
+        return buffer
 
     def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
         limiter = self.table.limiter

@@ -45,7 +45,7 @@ def test_default_toml_names_every_key() -> None:
 
     sections = tomllib.loads(text.replace("# seed = 0", "seed = 0"))
 
-    expected = {section: list(keys) for section, keys in Config().model_dump().items()}
+    expected = {section: list(keys) for section, keys in Config().model_dump(exclude={"tables"}).items()}
     assert {section: list(keys) for section, keys in sections.items()} == expected
 
 
@@ -183,7 +183,7 @@ def test_every_key_has_the_same_value_from_code_file_and_environment(monkeypatch
             monkeypatch.setenv(f"TOUCHLINE_{section}__{key}".upper(), str(value).lower() if isinstance(value, bool) else str(value))
 
     defaults, dumped = Config().model_dump(), in_code.model_dump()
-    assert dumped == OTHER_VALUES
+    assert dumped == OTHER_VALUES | {"tables": {}}
     assert all(dumped[section][key] != value for section, keys in defaults.items() for key, value in keys.items())
     assert in_code == from_file == read_cfg()
 
@@ -494,6 +494,7 @@ def test_every_key_is_described() -> None:
     described = {
         f"{table}.{key}": field.description
         for table, model in Config.model_fields.items()
+        if table != "tables"
         for key, field in type(model.default).model_fields.items()
     }
 

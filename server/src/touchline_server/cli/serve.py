@@ -12,7 +12,7 @@ import typer
 
 from touchline_server import __version__
 from touchline_server.cli.options import CONFIGURATION, LISTENING, STORE, ConfigPath
-from touchline_server.cli.terminal import EXIT_FAILED, EXIT_USAGE, exit_with, progress_bar
+from touchline_server.cli.terminal import EXIT_FAILED, EXIT_USAGE, exit_with, progress_bars
 from touchline_server.config.source import ConfigError, glance, sources_of
 from touchline_server.errors import ReplayError, StoreMismatchError
 from touchline_server.service.stop_signals import StopSignals
@@ -122,7 +122,7 @@ def serve(
         handler.addFilter(OneLine())  # also for what gRPC and asyncio log
 
     try:
-        with progress_bar(f"restoring {effective.storage.data_dir}") as progress:
+        with progress_bars(lambda table: f"restoring {Path(effective.storage.data_dir, table)}") as progress:
             status = run(effective, progress, stop)
     except ConfigError as error:
         exit_with(str(error), EXIT_USAGE)

@@ -73,3 +73,24 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
                 stack.close()
 
         yield show
+
+
+@contextmanager
+def progress_bars(label: Callable[[str], str]) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows the progress of one thing after another, each as :func:`progress_bar` does.
+
+    Args:
+        label: function that returns the label of a thing by its name.
+
+    Yields:
+        A function that takes a thing's name, the amount done and the total.
+    """
+    with ExitStack() as stack:
+        bars: dict[str, Callable[[int, int], None]] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = stack.enter_context(progress_bar(label(name)))
+            bars[name](done, total)
+
+        yield show

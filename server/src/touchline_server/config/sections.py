@@ -7,9 +7,9 @@ the tables of ``docs/configuration.md``, and the variables that ``docker-compose
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from touchline_protos.types.limits import DEFAULT_MAX_COLUMNS, DEFAULT_MAX_EPISODE_BYTES, DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 
@@ -84,10 +84,10 @@ class StorageConfig(Section):
     refused."""
     data_dir: str = ""
     """Folder of the durable store: a server that starts on it has the stored episodes again. Empty: episodes live as long as the server."""
-    durability: Literal["sync", "batch", "memory"] = "batch"
+    durability: Literal["sync", "batch", "memory", "none"] = "batch"
     """Promise of an acknowledgement, with a data_dir. ``"sync"``: the episode is on disk. ``"batch"``: it survives a crash of the server,
-    and after sync_interval_ms one of the machine. ``"memory"``: it is in memory and will be written later. See
-    docs/guarantees.md."""
+    and after sync_interval_ms one of the machine. ``"memory"``: it is in memory and will be written later. ``"none"``: it is in memory and
+    never written, although there is a data_dir. See docs/guarantees.md."""
     sync_interval_ms: Annotated[_Int, Field(ge=1, le=60_000)] = 100
     """Longest time in milliseconds from an acknowledgement until the episode is on disk, for durability ``"batch"``."""
     accept_eviction: bool = False
@@ -106,6 +106,55 @@ class SamplingConfig(Section):
     row_convention: Literal["incoming", "outgoing"] = "incoming"
     """Meaning of row t of an episode. ``"incoming"``: observation t, and the action, reward and done that led to it (TD-MPC2; row 0 is the
     reset observation). ``"outgoing"``: observation t, and the action taken from it with its reward and done."""
+
+
+TABLE_SECTIONS: dict[str, type[Section]] = {"config": BufferConfig, "storage": StorageConfig, "sampling": SamplingConfig}
+"""Sections that describe the default table. Every other table takes from them what it leaves out."""
+
+KEYS_OF_THE_SERVER = {"data_dir"}
+"""Keys of those sections that are not a table's own: its folder is a folder of its name in data_dir."""
+
+MAX_TABLE_NAME_CHARS = 64
+"""Length of the longest name of a table."""
+
+RESERVED_TABLE_NAMES = ("default", "lock", "acknowledged")
+"""Names that no table may have: the default table's is empty, and the others are files in data_dir."""
+
+
+def check_table_name(name: str) -> str:
+    """Returns the name of a table other than the default one.
+
+    It is a folder, a part of an environment variable's name and a word on a command line, so it has only characters that all of them take.
+
+    Raises:
+        ValueError: the text cannot be a name.
+    """
+    if name in RESERVED_TABLE_NAMES:
+        raise ValueError("expected another name: this one is reserved")
+    if len(name) > MAX_TABLE_NAME_CHARS or "__" in name or re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+        raise ValueError(
+            f"expected a name of 1 to {MAX_TABLE_NAME_CHARS} lower-case letters, digits, '-' and '_', with a letter first and no '__'"
+        )
+    return name
+
+
+def _table_keys() -> dict[str, Any]:
+    """Returns the keys of a table other than the default one, flat, each with type and bounds of its section."""
+    keys: dict[str, Any] = {}
+    for section in TABLE_SECTIONS.values():
+        for key, field in section.model_fields.items():
+            if key not in KEYS_OF_THE_SERVER:
+                keys[key] = (Annotated[(field.annotation, *field.metadata, Field(description=field.description))], None)
+    return keys
+
+
+if TYPE_CHECKING:
+
+    class TableConfig(Section):
+        """The keys of one table, ``[tables.NAME]``. Only those that are set count: the default table has the others."""
+
+else:
+    TableConfig = create_model("TableConfig", __base__=Section, **_table_keys())
 
 
 class ServerConfig(Section):

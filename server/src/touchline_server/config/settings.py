@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, PrivateAttr, ValidationError, field_serializer, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.sections import (
     MOVED_KEYS,
+    TABLE_SECTIONS,
     AuthConfig,
     BufferConfig,
     LimitsConfig,
@@ -26,7 +28,9 @@ from touchline_server.config.sections import (
     Section,
     ServerConfig,
     StorageConfig,
+    TableConfig,
     TlsConfig,
+    check_table_name,
 )
 from touchline_server.config.source import (
     ENV_DELIMITER,
@@ -54,7 +58,8 @@ class Config(Section):
 
     Args:
         sections: ``config``, ``storage``, ``sampling``, ``server``, ``limits``, ``ring``, ``tls`` and ``auth``, each as a section object
-            or a mapping. A section or key that is left out has its default.
+            or a mapping, and ``tables``, a mapping from the name of each further table to its keys. A section or key that is left out has
+            its default, and a key that a table leaves out has the default table's value.
 
     Raises:
         ConfigError: an unknown section or key, a bad value, or values that do not fit together.
@@ -68,17 +73,58 @@ class Config(Section):
     ring: RingConfig = RingConfig()
     tls: TlsConfig = TlsConfig()
     auth: AuthConfig = AuthConfig()
+    tables: Mapping[Annotated[str, AfterValidator(check_table_name)], TableConfig] = {}
+    _table: str = PrivateAttr("")
 
     def __init__(self, **sections: BaseModel | Mapping[str, Any]) -> None:
         self._fill(sections, {})
 
-    def _fill(self, sections: Mapping[str, BaseModel | Mapping[str, Any]], sources: Mapping[tuple[str, str], str]) -> None:
-        """Validates the sections and takes their values; ``sources`` gives the origin of the value of a (section, key), for errors."""
-        plain = {name: dict(section) if isinstance(section, Mapping) else section for name, section in sections.items()}
+    def _fill(self, sections: Mapping[str, BaseModel | Mapping[str, Any]], sources: Mapping[tuple[str, ...], str]) -> None:
+        """Validates the sections and takes their values; ``sources`` gives the origin of each value by its place, for errors."""
+        plain: dict[str, Any] = {name: dict(section) if isinstance(section, Mapping) else section for name, section in sections.items()}
         try:
             super().__init__(**plain)
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(detail, sources) for detail in error.errors(include_url=False))) from None
+
+    def __hash__(self) -> int:
+        return hash(self.to_toml())
+
+    @field_serializer("tables")
+    def _only_set_keys(self, tables: Mapping[str, Section]) -> dict[str, dict[str, Any]]:
+        return {name: table.model_dump(exclude_unset=True) for name, table in tables.items()}
+
+    # One table
+
+    def for_table(self, name: str) -> Config:
+        """Returns the configuration of one table: its own keys in ``config``, ``storage`` and ``sampling``, and no other tables.
+
+        Folders that are not the table's own become a folder of its name in the default table's: ``storage.data_dir`` always, and
+        ``storage.scratch_dir`` unless the table sets it.
+
+        Args:
+            name: the table's name; empty for the default table.
+        """
+        sections = {section: getattr(self, section) for section in type(self).model_fields if section != "tables"}
+        if name:
+            own = self.tables[name].model_dump(exclude_unset=True)
+            folders = {key: str(Path(folder, name)) for key in ("data_dir", "scratch_dir") if (folder := getattr(self.storage, key))}
+            for section, kind in TABLE_SECTIONS.items():
+                values = {**(folders if section == "storage" else {}), **own}
+                changes = {key: value for key, value in values.items() if key in kind.model_fields}
+                sections[section] = sections[section].model_copy(update=changes)
+        table = type(self).model_construct(**sections)
+        table._table = name
+        return table
+
+    def key(self, section: str, key: str) -> str:
+        """Returns the full name of a key of this table, for errors: ``config.buffer_size`` or ``tables.demos.buffer_size``."""
+        return f"tables.{self._table}.{key}" if self._table else f"{section}.{key}"
+
+    @property
+    def durable_dir(self) -> str:
+        """Folder of the table's durable store; empty if it has none."""
+        return "" if self.storage.durability == "none" else self.storage.data_dir
 
     @property
     def buffer_size(self) -> int:
@@ -113,41 +159,52 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """Returns the configuration in force as TOML, which reads back equal; an unset seed is left out."""
-        sections = []
-        for section, keys in self.model_dump().items():
-            lines = [f"{key} = {_toml_value(value)}" for key, value in keys.items() if value is not None]
-            sections.append("\n".join([f"[{section}]", *lines]))
-        return "\n\n".join(sections) + "\n"
+        return "\n".join(to_toml(section, keys) for section, keys in self._sections())
 
     def changed(self) -> str:
         """Returns the keys that differ from their defaults, for the log: ``config.horizon = 5, server.port = 0``."""
-        default = Config().model_dump()
-        return ", ".join(
-            f"{section}.{key} = {_toml_value(value)}"
-            for section, keys in self.model_dump().items()
-            for key, value in keys.items()
-            if value != default[section][key]
-        )
+        default = dict(Config()._sections())
+        changed = []
+        for section, keys in self._sections():
+            if section not in default and not keys:
+                changed.append(section)
+            known = default.get(section, {})
+            changed += [f"{section}.{key} = {_toml_value(value)}" for key, value in keys.items() if key not in known or value != known[key]]
+        return ", ".join(changed)
+
+    def _sections(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the full name and the keys of every section, those of the tables last."""
+        sections = self.model_dump()
+        tables = sections.pop("tables", {})
+        yield from sections.items()
+        for name, keys in tables.items():
+            yield f"tables.{name}", keys
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        faults = [*self._buffer_faults(), *self._limit_faults(), *self._file_faults()]
+        tables = [self.for_table(name) for name in ("", *self.tables)]
+        faults = [*self._limit_faults(), *self._file_faults()]
+        for table in tables:
+            faults += table._table_faults()
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
-    def _buffer_faults(self) -> list[str]:
+    def _table_faults(self) -> list[str]:
         buffer, limits = self.config, self.limits
         faults = []
         if buffer.batch_size > limits.max_batch_size:
             limit = f"limits.max_batch_size ({limits.max_batch_size})"
-            faults.append(f"config.batch_size: {buffer.batch_size}, expected at most {limit}")
+            faults.append(f"{self.key('config', 'batch_size')}: {buffer.batch_size}, expected at most {limit}")
         if buffer.horizon > limits.max_horizon:
             limit = f"limits.max_horizon ({limits.max_horizon})"
-            faults.append(f"config.horizon: {buffer.horizon}, expected at most {limit}")
+            faults.append(f"{self.key('config', 'horizon')}: {buffer.horizon}, expected at most {limit}")
         if buffer.buffer_size < buffer.horizon + 1:
-            limit = f"config.horizon + 1 ({buffer.horizon + 1})"
-            faults.append(f"config.buffer_size: {buffer.buffer_size}, expected at least {limit}")
+            limit = f"{self.key('config', 'horizon')} + 1 ({buffer.horizon + 1})"
+            faults.append(f"{self.key('config', 'buffer_size')}: {buffer.buffer_size}, expected at least {limit}")
+        if self.storage.device == "disk" and not self.storage.scratch_dir:
+            scratch_dir, device = self.key("storage", "scratch_dir"), self.key("storage", "device")
+            faults.append(f"{scratch_dir}: '', expected a folder, because {device} is 'disk'")
         return faults
 
     def _limit_faults(self) -> list[str]:
@@ -164,8 +221,6 @@ class Config(Section):
 
     def _file_faults(self) -> list[str]:
         faults = []
-        if self.storage.device == "disk" and not self.storage.scratch_dir:
-            faults.append("storage.scratch_dir: '', expected a folder, because storage.device is 'disk'")
         if bool(self.tls.cert) != bool(self.tls.key):
             missing, given = ("tls.key", "tls.cert") if self.tls.cert else ("tls.cert", "tls.key")
             faults.append(f"{missing}: '', expected a file, because {given} is set")
@@ -186,10 +241,13 @@ def read_cfg(path: str | os.PathLike[str] | None = None) -> Config:
     """
     name, text = read_text(path)
     sections = _parse_sections(name, text)
-    sources = {(section, key): f"in {name}" for section, keys in sections.items() for key in keys}
-    for (section, key), variable in _overrides().items():
-        sections.setdefault(section, {})[key] = os.environ[variable]
-        sources[section, key] = f"from the environment variable {variable}"
+    sources = dict.fromkeys(_places(sections), f"in {name}")
+    for place, variable in _overrides().items():
+        keys: dict[str, Any] = sections
+        for part in place[:-1]:
+            keys = keys.setdefault(part, {})
+        keys[place[-1]] = os.environ[variable]
+        sources[place] = f"from the environment variable {variable}"
     config = Config.__new__(Config)
     config._fill(sections, sources)
     return config
@@ -206,20 +264,33 @@ def _parse_sections(name: str, text: str) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _overrides() -> dict[tuple[str, str], str]:
-    """Returns the environment variables that override keys, by section and key.
+def _places(keys: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yields the place of every value: the names of the sections around it, and its key."""
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            yield from _places(value, (*place, key))
+        else:
+            yield (*place, key)
+
+
+def _overrides() -> dict[tuple[str, ...], str]:
+    """Returns the environment variables that override keys, by the place of the key: ``("tables", "demos", "buffer_size")``.
 
     Raises:
-        ConfigError: a variable of this form names no section.
+        ConfigError: a variable of this form names no section, or a table without a key of it.
     """
     for variable in os.environ:
         if variable.startswith(ENV_PREFIX) and ENV_DELIMITER not in variable.removeprefix(ENV_PREFIX):
             _warn_of_one_underscore(variable)
-    found = variables_in_force()
-    for (section, _), variable in found.items():
+    found: dict[tuple[str, ...], str] = {}
+    for (section, key), variable in variables_in_force().items():
         if section not in Config.model_fields:
             known = ", ".join(Config.model_fields)
             raise ConfigError(f"environment variable {variable}: unknown section {section!r}, expected one of {known}")
+        place = (section, *key.split(ENV_DELIMITER)) if section == "tables" else (section, key)
+        if section == "tables" and len(place) < 3:
+            raise ConfigError(f"environment variable {variable}: expected {ENV_PREFIX}TABLES{ENV_DELIMITER}NAME{ENV_DELIMITER}KEY")
+        found[place] = variable
     return found
 
 
@@ -230,7 +301,7 @@ def _warn_of_one_underscore(variable: str) -> None:
     """
     section, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("_")
     section, key = MOVED_KEYS.get((section, key), (section, key))
-    if section in Config.model_fields and key in _keys_of(section) and variable not in _CLIENT_VARIABLES:
+    if section in Config.model_fields and key in _keys_of((section,)) and variable not in _CLIENT_VARIABLES:
         meant = f"{ENV_PREFIX}{section}{ENV_DELIMITER}{key}".upper()
         logger.warning("environment variable %s has no effect: %s, with two underscores, overrides %s.%s", variable, meant, section, key)
 
@@ -246,18 +317,22 @@ _EXPECTED = {
 """Expected type, by the first word of pydantic's error type."""
 
 
-def _explain(detail: ErrorDetails, sources: Mapping[tuple[str, str], str]) -> str:
+def _explain(detail: ErrorDetails, sources: Mapping[tuple[str, ...], str]) -> str:
     """Returns what was wrong, actual and expected; several lines if it is about values that do not fit together."""
-    place = tuple(str(part) for part in detail["loc"][:2])
+    loc = [str(part) for part in detail["loc"]]
+    # What is behind a key is pydantic's: the alternatives of a type, for example.
+    place = tuple(loc[: 3 if loc[:1] == ["tables"] else 2])
     if not place:
         return str(detail["ctx"]["error"])
-    source = f" ({sources[place]})" if len(place) == 2 and place in sources else ""
+    if place[2:] == ("[key]",):
+        return f"{'.'.join(place[:2])}: {_expected(detail)}"
+    source = f" ({sources[place]})" if place in sources else ""
     name = f"{'.'.join(place)}{source}"
     if detail["type"] != "extra_forbidden":
         return f"{name}: {_short(detail['input'])}, {_expected(detail)}"
     if place in MOVED_KEYS:
         return f"{name} is now {'.'.join(MOVED_KEYS[place])}"
-    what, known = ("section", Config.model_fields) if len(place) == 1 else ("key", _keys_of(place[0]))
+    what, known = ("section", Config.model_fields) if len(place) == 1 else ("key", _keys_of(place[:-1]))
     return f"{name}: unknown {what}, expected one of {', '.join(known)}"
 
 
@@ -280,14 +355,23 @@ def _expected(detail: ErrorDetails) -> str:
             return _EXPECTED.get(kind.partition("_")[0], detail["msg"])
 
 
-def _keys_of(section: str) -> Mapping[str, FieldInfo]:
-    default: Section = Config.model_fields[section].default
+def _keys_of(section: tuple[str, ...]) -> Mapping[str, FieldInfo]:
+    if section[0] == "tables":
+        return TableConfig.model_fields if len(section) > 1 else {}
+    default: Section = Config.model_fields[section[0]].default
     return type(default).model_fields
 
 
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def to_toml(section: str, keys: Mapping[str, Any]) -> str:
+    """Returns a section as TOML, with the sections in it after it; keys that are None are left out."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in keys.items() if value is not None and not isinstance(value, Mapping)]
+    inner = [f"\n{to_toml(f'{section}.{key}', value)}" for key, value in keys.items() if isinstance(value, Mapping)]
+    return "\n".join([f"[{section}]", *lines, ""]) + "".join(inner)
 
 
 def _toml_value(value: str | int | float | bool) -> str:

@@ -61,7 +61,7 @@ def open_durable(
         StorageFailedError: it cannot be read or written.
         TooLargeError: there is no memory for its columns.
     """
-    data_dir = DataDir(config.storage.data_dir)
+    data_dir = DataDir(config.durable_dir)
     database: Database | None = None
     try:
         _refuse_if_missing(data_dir)
@@ -72,7 +72,7 @@ def open_durable(
                 raise DamagedStoreError(f"{database.path}: {damage}; {advice(database.path)}")
             _check_acknowledged(data_dir, database)
             _check_convention(database, config.sampling.row_convention, store)
-            restore(store, database, progress, accept_eviction=accept_eviction)
+            restore(store, database, progress, accept_eviction=accept_eviction, key=config.key)
             _note_capacity(database, store.capacity)
         except sqlite3.Error as error:
             raise translate(error, database.path) from error
@@ -104,8 +104,23 @@ def _attach(store: EpisodeStore, config: Config, database: Database, data_dir: D
     return group_committer
 
 
-def restore(store: EpisodeStore, database: Database, progress: Progress | None = None, *, accept_eviction: bool = False) -> None:
-    """Restores episodes, counts, keys and the next id into an empty store. Raises as :func:`open_durable` does."""
+def restore(
+    store: EpisodeStore,
+    database: Database,
+    progress: Progress | None = None,
+    *,
+    accept_eviction: bool = False,
+    key: Callable[[str, str], str] = "{}.{}".format,
+) -> None:
+    """Restores episodes, counts, keys and the next id into an empty store. Raises as :func:`open_durable` does.
+
+    Args:
+        store: the empty store.
+        database: the open database.
+        progress: called with the rows read so far and all rows.
+        accept_eviction: whether stored episodes that do not fit into the ring may be evicted.
+        key: returns the full name of a section's key of this table, for messages.
+    """
     begin_s = time.monotonic()
     schema, counts, ledger = database.schema(), database.counts(), restored_ledger(database)
     rows = list(episode_rows(database.connection, database.path))
@@ -118,7 +133,7 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
     kept = _newest(rows, store.capacity)
     dropped = rows[: len(rows) - len(kept)]
     if dropped and not accept_eviction:
-        raise StoreMismatchError(_eviction_text(database, rows, dropped, store.capacity))
+        raise StoreMismatchError(_eviction_text(database, rows, dropped, store.capacity, key))
     schema = replace(schema, restored_from=str(database.path.parent)) if kept and schema is not None else None
     counts = _without(counts, dropped)
     store.writes.restore(
@@ -129,7 +144,7 @@ def restore(store: EpisodeStore, database: Database, progress: Progress | None =
         next_id=max(reserved, rows[-1].id + 1 if rows else 0),
     )
     if dropped:
-        _drop(database, dropped, counts, store.capacity)
+        _drop(database, dropped, counts, store.capacity, key)
     _log_restored(database.path, schema, counts, seconds=time.monotonic() - begin_s)
 
 
@@ -216,14 +231,16 @@ def _newest(rows: list[EpisodeRow], capacity: int) -> list[EpisodeRow]:
     return rows
 
 
-def _eviction_text(database: Database, rows: list[EpisodeRow], dropped: list[EpisodeRow], capacity: int) -> str:
+def _eviction_text(
+    database: Database, rows: list[EpisodeRow], dropped: list[EpisodeRow], capacity: int, key: Callable[[str, str], str]
+) -> str:
     stored, lost = sum(row.length for row in rows), sum(row.length for row in dropped)
-    before = database.meta(CAPACITY_KEY)
+    size, before = key("config", "buffer_size"), database.meta(CAPACITY_KEY)
     earlier = f"it was {before} when this store was last used, " if isinstance(before, int) and before != capacity else ""
     return (
-        f"config.buffer_size: {capacity} rows, expected at least {stored}: {earlier}and {database.path.parent} holds {len(rows)} episodes "
+        f"{size}: {capacity} rows, expected at least {stored}: {earlier}and {database.path.parent} holds {len(rows)} episodes "
         f"of {stored} rows, so this start would evict the oldest {len(dropped)} of them ({lost} rows) for good; nothing was changed. Set "
-        "config.buffer_size back, or accept it: --accept-eviction, storage.accept_eviction = true, or "
+        f"{size} back, or accept it: --accept-eviction, {key('storage', 'accept_eviction')} = true, or "
         "ReplayBuffer(config, accept_eviction=True)"
     )
 
@@ -240,7 +257,7 @@ def _without(counts: Counts, dropped: Sequence[EpisodeRow]) -> Counts:
     )
 
 
-def _drop(database: Database, dropped: Sequence[EpisodeRow], counts: Counts, capacity: int) -> None:
+def _drop(database: Database, dropped: Sequence[EpisodeRow], counts: Counts, capacity: int, key: Callable[[str, str], str]) -> None:
     logger.warning(
         "config.buffer_size is %d rows, less than what is stored: the newest episodes are kept, the %d oldest (%d rows) are evicted, as "
         "accepted",

@@ -8,7 +8,6 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +37,7 @@ from touchline_server.service.stop_signals import StoppedError, StopSignals
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.service.tls import server_credentials
 from touchline_server.store.memory import keep_freed_memory
-from touchline_server.tables.registry import TableRegistry
+from touchline_server.tables.registry import RestoreProgress, TableRegistry
 
 logger = get_logger(__name__)
 
@@ -110,17 +109,17 @@ class ReplayServer:
         self.address = ""
         """Address of the server once it has started: ``HOST:PORT`` or ``unix:PATH``."""
 
-    async def start(self, progress: Callable[[int, int], None] | None = None) -> None:
+    async def start(self, progress: RestoreProgress | None = None) -> None:
         """Listens, then restores the durable store if there is one. Until that is done, health says NOT_SERVING and calls are refused.
 
         Args:
-            progress: called from another thread with the rows restored so far and the rows in all.
+            progress: called from another thread with the table, its rows restored so far and its rows in all.
 
         Raises:
             AddressInUseError: the server cannot listen at the configured address.
-            ReplayError: the durable store cannot be used.
+            ReplayError: a table's durable store cannot be used.
         """
-        self.parts = build_parts(self._config, TableRegistry(self.buffer.table))
+        self.parts = build_parts(self._config, self.buffer.registry)
         self._health = HealthService(self.buffer)
         self._server = self._build_server()
         swept = sweep_dead_rings()
@@ -129,7 +128,7 @@ class ReplayServer:
         try:
             self.address = self._listen()
             await self._server.start()
-            await asyncio.get_running_loop().run_in_executor(None, self.buffer.restore, progress)
+            await asyncio.get_running_loop().run_in_executor(None, self.buffer.registry.restore, progress)
         except BaseException:
             await self._server.stop(0)
             self.parts.close()
@@ -211,14 +210,14 @@ def _options(config: Config, budgets: Budgets) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def run(config: Config, progress: Callable[[int, int], None] | None = None, stop: StopSignals | None = None) -> int:
+def run(config: Config, progress: RestoreProgress | None = None, stop: StopSignals | None = None) -> int:
     """Serves until SIGTERM or SIGINT, then drains. A signal before the server listens keeps it from starting; further ones are ignored.
 
     Prints ``listening on HOST:PORT`` once the server serves, that is, after the durable store (if any) is restored.
 
     Args:
         config: the configuration.
-        progress: called from another thread with the rows restored so far and the rows in all.
+        progress: called from another thread with the table, its rows restored so far and its rows in all.
         stop: the signals, if they are handled already; None: handle them from now on.
 
     Returns:
@@ -242,14 +241,14 @@ def run(config: Config, progress: Callable[[int, int], None] | None = None, stop
     return 0
 
 
-async def _serve(config: Config, progress: Callable[[int, int], None] | None, stop: StopSignals) -> None:
+async def _serve(config: Config, progress: RestoreProgress | None, stop: StopSignals) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def note_progress(done: int, total: int) -> None:
+    def note_progress(table: str, done: int, total: int) -> None:
         stop.check()
         if progress is not None:
-            progress(done, total)
+            progress(table, done, total)
 
     stop.on_stop(lambda: loop.call_soon_threadsafe(stopping.set))
     try:
@@ -269,7 +268,8 @@ async def _serve(config: Config, progress: Callable[[int, int], None] | None, st
     await stopping.wait()
     logger.info("draining")
     await server.stop()
-    logger.info("stopped: %s", server.buffer.counts())
+    for table in server.buffer.registry:
+        logger.info("stopped: %s%s", f"table {table.name!r}: " if table.name else "", table.store.counts())
 
 
 class ServerThread:

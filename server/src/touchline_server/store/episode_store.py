@@ -112,6 +112,11 @@ class EpisodeStore:
         self.writes.clear()
         return self.counts()
 
+    def discard(self) -> None:
+        """Releases the columns of a store that will not be used any more. Changes nothing durable; a committer must be closed before."""
+        with self.writes.lock:
+            self._ring.empty()
+
     def count_refused(self, reason: str, episode: Episode | None = None) -> None:
         """Counts and logs an episode refused before it got here; one with a key only once, however often it is sent again."""
         self._ring.count_refused(reason, episode)

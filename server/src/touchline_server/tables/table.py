@@ -13,7 +13,7 @@ import numpy as np
 from touchline_protos import Counts
 from touchline_protos.codec import BatchLayout, Episode
 from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError
+from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.unlimited import UNLIMITED
 from touchline_server.selectors.registry import check_law
@@ -69,8 +69,10 @@ class Table:
         """The rate limit, which streams, calls and adds ask."""
         self.seeds = SeedSource(config.sampling.seed)
         """The random generators of this table's streams of batches."""
-        self.restored = not config.storage.data_dir
+        self.restored = not config.durable_dir
         """Whether the durable store, if there is to be one, has been read. Until then every other method raises RestoringError."""
+        self.dropped = False
+        """Whether the table was dropped. Then every method raises UnknownTableError."""
         self._accept_eviction = accept_eviction or config.storage.accept_eviction
         self._restore_progress = (0, 0)
         self._committer: BackgroundCommitter | None = None
@@ -78,7 +80,7 @@ class Table:
         self._plans: OrderedDict[tuple[Schema, int], GatherPlan] = OrderedDict()
 
     def restore(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Opens ``storage.data_dir``, if one is configured, and puts its episodes into the ring.
+        """Opens the folder of the durable store, if one is configured, and puts its episodes into the ring.
 
         Args:
             progress: called again and again with the rows read so far and all rows.
@@ -108,7 +110,23 @@ class Table:
         if not self.restored:
             read, total = self._restore_progress
             progress = f" ({read} of {total} rows, {100 * read // total} %)" if total else ""
-            raise RestoringError(f"the durable store in {self.config.storage.data_dir} is being read{progress}; try again when it is")
+            raise RestoringError(f"the durable store in {self.config.durable_dir} is being read{progress}; try again when it is")
+        self.check_not_dropped()
+
+    def check_not_dropped(self) -> None:
+        """Raises UnknownTableError once the table was dropped. Calls that wait for the table ask it after every change."""
+        if self.dropped:
+            raise UnknownTableError(f"table: {self.name!r} was dropped")
+
+    def drop(self) -> None:
+        """Ends everything that waits for the table, answers the adds that it has accepted, and frees its memory."""
+        self.dropped = True
+        self.subscriptions.notify()
+        if self._committer is not None:
+            self._committer.close()
+        self.store.discard()
+        self.store.close()
+        give_back_freed_memory()
 
     def close(self) -> None:
         """Commits adds in progress, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
@@ -151,6 +169,7 @@ class Table:
 
     def try_add(self, episode: Episode) -> Stored | None:
         """Stores one episode, or returns None if that means waiting: for the limiter, or see :meth:`EpisodeStore.try_add`."""
+        self.check_not_dropped()
         if not self.limiter.reserve_insert(episode.length):
             return None
         return self._insert(self.store.try_add, episode)
