@@ -219,8 +219,10 @@ class EpisodeSender:
             return True
 
     def _start_thread(self) -> None:
+        if self._thread is not None:
+            return
         with self._status.changed:
-            if self._thread is not None or self._status.state is not SenderState.RUNNING:
+            if self._status.state is not SenderState.RUNNING:
                 return
             thread = threading.Thread(target=self._loop.run, name="touchline-writer", daemon=True)
             try:

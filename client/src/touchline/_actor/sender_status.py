@@ -88,8 +88,13 @@ class SenderStatus:
     def count(self, **more: int) -> None:
         """Adds to the counters; ``pending`` follows from the others."""
         with self.changed:
-            now = replace(self.counters, **{name: getattr(self.counters, name) + count for name, count in more.items()})
-            self.counters = replace(now, pending=now.appended + now.resumed - now.acknowledged - now.refused - now.dropped)
+            now = self.counters
+
+            def total(name: str) -> int:
+                return int(getattr(now, name)) + more.get(name, 0)
+
+            pending = total("appended") + now.resumed - total("acknowledged") - total("refused") - total("dropped")
+            self.counters = replace(now, pending=pending, **{name: total(name) for name in more})
             self.changed.notify_all()
 
     def note_refused(self, result: EpisodeResult, **more: int) -> None:
