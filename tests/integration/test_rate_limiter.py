@@ -212,15 +212,16 @@ def test_adds_wait_for_the_limit_and_hold_nobody_else_up(verb: str) -> None:
 
 def test_add_that_is_cancelled_while_the_limit_holds_it_back_reserves_nothing() -> None:
     limiter = RecordingLimiter(episodes=0)
-    with served(limiter) as (buffer, caller):
+    buffer = limited(limiter)
+    with ServerThread(buffer.config, buffer) as server, Caller(server.address) as caller:
         add = caller.channel.unary_unary(SERVICE + "AddEpisode")
         assert refused(add, encode_add_episode(make_episode(STEPS)), timeout=0.5).code is grpc.StatusCode.DEADLINE_EXCEEDED
+        eventually(lambda: not server._server.parts.calls.replay.now, "the server has ended the call as well")
         limiter.allow(episodes=2)
         caller.add(make_episode(STEPS))
 
-        eventually(lambda: not limiter.open_steps, "the cancelled call has ended")
         assert buffer.counts().episodes_added == 1
-        assert limiter.steps["inserted"] == STEPS
+        assert limiter.steps["inserted"] == STEPS and not limiter.open_steps
 
 
 def test_stopping_server_does_not_wait_for_the_limit() -> None:
