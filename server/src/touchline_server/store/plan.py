@@ -82,7 +82,8 @@ class InsertPlan:
         known = self._ring.ledger.find(key, request.digest)
         if known is not None:
             return Duplicate(known.episode_id)
-        # Only a second request looks for the first, so a plan of one never pays for hashing a key.
+        if not self.inserts:
+            return None  # so a plan of one never hashes its key, which costs as much as the rest of the plan
         for insert in self.inserts[self._keyed :]:
             if insert.request.episode.key is not None:
                 self._keys[insert.request.episode.key] = insert

@@ -54,8 +54,12 @@ class WritePath:
 
     def store(self, request: AddRequest) -> Stored:
         """Stores one episode. Raises whatever refused it."""
-        (outcome,) = self.commit((request,))
-        return _stored(outcome)
+        with self.lock:
+            outcomes = self._commit((request,), may_wait=True)
+        assert outcomes is not None
+        stored = _stored(outcomes[0])
+        self.subscriptions.notify()
+        return stored
 
     def try_add(self, episode: Episode) -> Stored | None:
         """Stores one episode like :meth:`add`, or does nothing and returns None if that would mean waiting."""
@@ -188,6 +192,8 @@ class WritePath:
         outcome: Outcome | None
         if isinstance(answer, PlannedInsert):
             outcome = answer.outcome
+            if isinstance(outcome, Stored):
+                return outcome
         elif isinstance(answer, Duplicate):
             original = answer.original
             # An original of the same group may have failed, and this one with it.
