@@ -435,7 +435,7 @@ def test_client_of_another_major_version_is_refused_with_the_versions(filled: Se
     refusal = refused(answer_at_once, caller, method)
 
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version")
-    assert "the client speaks protocol 2.0, this server 1.0" in refusal.details
+    assert "the client speaks protocol 2.0, this server 1.1" in refusal.details
 
 
 @pytest.mark.parametrize("version", ["", "x", "10.0", "-1.0"])

@@ -11,6 +11,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.batch import Batch
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import Config, ReplayBuffer
+from touchline_server.selectors.options import LawSettings
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.tensors import as_array
@@ -121,7 +122,7 @@ def as_bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
 
 def filled_index(capacity: int, lengths: list[int]) -> EpisodeIndex:
     """An index to which episodes of these lengths were added, numbered from 0."""
-    index = EpisodeIndex(capacity)
+    index = EpisodeIndex(LawSettings(capacity))
     for number, length in enumerate(lengths):
         append_episode(index, number, length)
     return index

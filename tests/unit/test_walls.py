@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "__main__": {"cli"},
         "cli": {"", "service", "durability", "config", "errors"},
         "service": {"", "buffer", "tables", "durability", "store", "selectors", "limiters", "config", "errors"},
-        "buffer": {"torchrl", "tables", "durability", "store", "config", "errors"},
+        "buffer": {"torchrl", "tables", "durability", "store", "selectors", "config", "errors"},
         "tables": {"durability", "store", "selectors", "limiters", "config", "errors"},
         "torchrl": {"tables", "store", "selectors", "errors"},
         "durability": {"store", "selectors", "config", "errors"},

@@ -218,6 +218,7 @@ class ReplayClient:
         horizon: int | None = None,
         law: str | None = None,
         seed: int | None = None,
+        beta: float | None = None,
         wait_s: float = 0.0,
         as_numpy: bool | None = None,
     ) -> Batch:
@@ -228,8 +229,9 @@ class ReplayClient:
         Args:
             batch_size: number of slices B; None takes the server's configuration, as it does for ``horizon`` and ``law``.
             horizon: transitions H in a slice.
-            law: sampling law, ``"episode"`` or ``"step"``.
+            law: sampling law, ``"episode"``, ``"step"`` or ``"prioritized"``.
             seed: seed of the draw; the same seed on the same stored episodes gives the same batch.
+            beta: exponent of the weights under ``"prioritized"``, 0 to 1; None takes the server's configuration.
             wait_s: longest wait for something to sample.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
 
@@ -243,7 +245,7 @@ class ReplayClient:
             TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
         convert = self._converter(as_numpy)
-        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, wait_s=wait_s)
+        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, wait_s=wait_s, beta=beta)
         return convert(self._sampler.sample(request))
 
     def batches(
@@ -255,6 +257,7 @@ class ReplayClient:
         horizon: int | None = None,
         law: str | None = None,
         seed: int | None = None,
+        beta: float | None = None,
         as_numpy: bool | None = None,
         timeout_s: float | None = None,
         ring: bool = True,
@@ -271,8 +274,9 @@ class ReplayClient:
                 ahead. All tensors of such a batch share one allocation on the device.
             batch_size: number of slices B; None takes the server's configuration, as it does for ``horizon`` and ``law``.
             horizon: transitions H in a slice.
-            law: sampling law, ``"episode"`` or ``"step"``.
+            law: sampling law, ``"episode"``, ``"step"`` or ``"prioritized"``.
             seed: seed of the draws; the same seed, adds and draws give the same batches.
+            beta: exponent of the weights under ``"prioritized"``, 0 to 1; None takes the server's configuration.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
             timeout_s: longest wait for a batch, whether the server is away or nothing can be sampled. None waits without limit while the
                 server is there, and 60 s while it is away.
@@ -283,7 +287,7 @@ class ReplayClient:
             InvalidArgumentError: an argument is out of range, or the device does not exist.
         """
         whole_number("prefetch", prefetch, least=1)
-        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed)
+        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, beta=beta)
         limit_s = seconds_or_none("timeout_s", timeout_s)
         source: BatchSource = StreamSource(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":

@@ -19,6 +19,7 @@ from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, NotReadyError
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 from touchline_server.tables.registry import TableRegistry
 from touchline_server.tables.table import SampleSpec, Table
@@ -244,6 +245,7 @@ class ReplayBuffer:
         horizon: int | None = None,
         law: str | None = None,
         seed: int | None = None,
+        beta: float | None = None,
     ) -> Batch:
         """Draws one batch.
 
@@ -252,6 +254,7 @@ class ReplayBuffer:
             horizon: H, transitions in a slice.
             law: ``episode`` or ``step``.
             seed: seed of this draw only: the same seed and the same stored episodes give the same batch.
+            beta: exponent of the weights of ``prioritized``, 0 to 1.
 
         Returns:
             Fresh tensors on the buffer's device (see :class:`~touchline_protos.Batch` for shapes), provenance on the host.
@@ -260,7 +263,7 @@ class ReplayBuffer:
             NotReadyError: no stored episode has horizon + 1 rows, or the table's rate limit does not allow a batch now.
             InvalidArgumentError: an argument is out of range.
         """
-        spec = self.spec(batch_size=batch_size, horizon=horizon, law=law)
+        spec = self.spec(batch_size=batch_size, horizon=horizon, law=law, options=LawOptions(beta=beta))
         if seed is not None:
             return self._sample(spec, self.seeds.stream(seed))
         with self._rng_lock:
@@ -336,9 +339,16 @@ class ReplayBuffer:
         """Stores one episode without waiting for the disk: see :meth:`EpisodeStore.submit`."""
         return self.table.submit(episode)
 
-    def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
+    def spec(
+        self,
+        *,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        options: LawOptions = NO_OPTIONS,
+    ) -> SampleSpec:
         """Returns what to draw, with the configured values for what is None; see :meth:`Table.spec`."""
-        return self.table.spec(batch_size=batch_size, horizon=horizon, law=law)
+        return self.table.spec(batch_size=batch_size, horizon=horizon, law=law, options=options)
 
     def _buffer_of(self, table: Table) -> ReplayBuffer:
         if table is self.table:

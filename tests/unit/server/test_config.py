@@ -143,7 +143,14 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "sync_interval_ms": 5,
         "accept_eviction": True,
     },
-    "sampling": {"law": "step", "seed": 3, "row_convention": "outgoing"},
+    "sampling": {
+        "law": "step",
+        "priority_alpha": 0.7,
+        "priority_beta": 0.5,
+        "priority_eta": 0.8,
+        "seed": 3,
+        "row_convention": "outgoing",
+    },
     "server": {
         "host": "::1",
         "port": 0,

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from support.store_cases import append_episode, evict_for, filled_index
 from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH
+from touchline_server.selectors.options import LawSettings
 from touchline_server.selectors.registry import LAWS
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.pinned_draw import physical_rows
@@ -38,7 +39,7 @@ def test_fill_whole_episodes_of_any_lengths_have_any_min_steps_in_the_end(data: 
     lengths = data.draw(st.lists(st.integers(2, capacity), min_size=1, max_size=12), "lengths, played again and again")
     steps = data.draw(st.integers(1, capacity), "min_steps")
     before = data.draw(st.integers(0, 60), "episodes before the wait begins")
-    index = EpisodeIndex(capacity)
+    index = EpisodeIndex(LawSettings(capacity))
 
     enough_after = None
     for number in range(before + capacity**2 + capacity):
@@ -66,7 +67,7 @@ class IndexAgainstList(RuleBasedStateMachine):
     @initialize(capacity=st.integers(1, 30))
     def begin(self, capacity: int) -> None:
         self.capacity = capacity
-        self.index = EpisodeIndex(capacity)
+        self.index = EpisodeIndex(LawSettings(capacity))
         self.model: list[tuple[int, int]] = []
         self.rows: list[tuple[int, int] | None] = [None] * capacity
         self.next_row = 0

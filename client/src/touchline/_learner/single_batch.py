@@ -7,7 +7,7 @@ import threading
 from touchline._learner.readiness import Readiness
 from touchline._learner.stream import RECONNECT_S, StreamSource
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import horizon_of
+from touchline._rpc.convert import horizon_of, newer_feature
 from touchline._rpc.waits import waiting
 from touchline.errors import NotReadyError, ServerError, TooLargeError, TouchlineError
 from touchline_protos import Batch
@@ -36,6 +36,7 @@ class SingleBatchSampler:
             ServerError: the answer is malformed.
             TouchlineError: the call failed.
         """
+        self._rpc.check_server_version(newer_feature(request), table=request.table)
         address, horizon = self._rpc.channel.address, horizon_of(request)
         try:
             with waiting("sample()", address, lambda: self._readiness.explain(horizon)):

@@ -40,6 +40,7 @@ from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.log_lines import escape
 from touchline_protos.types.metadata import REASON_METADATA_KEY, RETRY_METADATA_KEY
 from touchline_protos.types.reasons import Reason
+from touchline_protos.v1 import replay_pb2 as pb
 
 ERROR_OF_REASON: dict[str, type[TouchlineError]] = {
     Reason.INVALID_ARGUMENT: InvalidArgumentError,
@@ -86,6 +87,7 @@ VERBS = {
     "AddEpisode": "add()",
     "LoadEpisodes": "load()",
     "Sample": "sample()",
+    "UpdatePriorities": "update_priorities()",
     "Ready": "ready() or counts()",
     "Info": "info()",
     "Clear": "clear()",
@@ -194,10 +196,32 @@ class RpcClient:
         self._sleep = sleep
         # Seeded by the system's entropy on purpose: jitter must differ between processes that were started alike.
         self._rng = random.Random()
+        self._server_version: tuple[int, ...] | None = None
 
     def delays(self) -> Iterator[float]:
         """Yields the delays of one sequence of attempts."""
         return self.backoff.delays(self._rng)
+
+    def check_server_version(self, feature: str, *, least: tuple[int, int] = (1, 1), table: str = "") -> None:
+        """Checks that the server knows a feature. It is asked once, when a feature is first used that not all servers know.
+
+        Args:
+            feature: the feature, as the user knows it; empty checks nothing.
+            least: version of the protocol that introduced it.
+            table: a table that this client may ask about.
+
+        Raises:
+            IncompatibleVersionError: the server is older: it would ignore the feature.
+            TouchlineError: the server could not be asked.
+        """
+        if not feature:
+            return
+        if self._server_version is None:
+            info = pb.InfoResponse.FromString(self.unary("Info", pb.InfoRequest(table=table).SerializeToString()))
+            self._server_version = tuple(int(part) for part in info.protocol_version.split(".") if part.isdecimal())
+        if self._server_version < least:
+            speaks, needs = (".".join(map(str, version)) for version in (self._server_version, least))
+            raise IncompatibleVersionError(f"{self.channel.address}: the server speaks {speaks}, {feature} needs {needs}: update it")
 
     def unary(self, name: str, request: bytes, *, timeout_s: float | None = None, wait_s: float = 0.0, retry: bool = True) -> bytes:
         """Returns the response to one request.

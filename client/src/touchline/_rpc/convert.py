@@ -28,7 +28,14 @@ from touchline_protos.v1 import replay_pb2 as pb
 MAX_SECONDS = 366 * 24 * 3600
 """Longest time that is accepted: gRPC treats a much longer one, even infinity, as a deadline that has passed."""
 
-_LAWS = {None: pb.LAW_UNSPECIFIED, "episode": pb.LAW_EPISODE, "step": pb.LAW_STEP}
+_LAWS = {
+    None: pb.LAW_UNSPECIFIED,
+    "episode": pb.LAW_EPISODE,
+    "step": pb.LAW_STEP,
+    "prioritized": pb.LAW_PRIORITIZED,
+}
+_LAWS_OF_1_0 = (pb.LAW_UNSPECIFIED, pb.LAW_EPISODE, pb.LAW_STEP)
+_LAW_NAMES = ", ".join(repr(law) for law in _LAWS if law)
 _ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
     pb.EpisodeResult.OUTCOME_INVALID: InvalidEpisodeError,
     pb.EpisodeResult.OUTCOME_KEY_CONFLICT: KeyConflictError,
@@ -51,6 +58,21 @@ def whole_number(name: str, value: int, *, least: int, most: int = (1 << 31) - 1
     if not least <= number <= most:
         raise InvalidArgumentError(f"{name}: {number}, expected {least} to {most}")
     return number
+
+
+def number(name: str, value: float, *, least: float, most: float) -> float:
+    """Returns the value as a float.
+
+    Raises:
+        InvalidArgumentError: the value is not a number from ``least`` to ``most``.
+    """
+    try:
+        good = least <= value <= most
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InvalidArgumentError(f"{name}: {value!r}, expected a number from {least:g} to {most:g}")
+    return float(value)
 
 
 def seconds(name: str, value: float, *, or_zero: bool = False) -> float:
@@ -121,6 +143,7 @@ def sample_request(
     law: str | None,
     seed: int | None,
     wait_s: float = 0.0,
+    beta: float | None = None,
 ) -> pb.SampleRequest:
     """Returns a SampleRequest; an argument that is None is left to the server's configuration.
 
@@ -128,7 +151,7 @@ def sample_request(
         InvalidArgumentError: a value that no server accepts.
     """
     if law not in _LAWS:
-        raise InvalidArgumentError(f"law: {law!r}, expected 'episode' or 'step'")
+        raise InvalidArgumentError(f"law: {law!r}, expected one of {_LAW_NAMES}")
     seconds("wait_s", wait_s, or_zero=True)
     request = pb.SampleRequest(table=table, law=_LAWS[law], wait_s=wait_s)
     if batch_size is not None:
@@ -137,7 +160,18 @@ def sample_request(
         request.horizon = whole_number("horizon", horizon, least=1)
     if seed is not None:
         request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
+    if beta is not None:
+        request.law_options.beta = number("beta", beta, least=0, most=1)
     return request
+
+
+def newer_feature(request: pb.SampleRequest) -> str:
+    """Returns the first thing in a request that a server of protocol 1.0 does not know, and so might ignore; empty if there is none."""
+    if request.law not in _LAWS_OF_1_0:
+        return f"law={next(name for name, law in _LAWS.items() if law == request.law)!r}"
+    if request.HasField("law_options"):
+        return " and ".join(f"{field.name}=" for field, _ in request.law_options.ListFields())
+    return ""
 
 
 def horizon_of(request: pb.SampleRequest) -> int | None:

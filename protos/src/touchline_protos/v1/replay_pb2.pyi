@@ -25,6 +25,10 @@ class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAW_UNSPECIFIED: _ClassVar[Law]
     LAW_EPISODE: _ClassVar[Law]
     LAW_STEP: _ClassVar[Law]
+    LAW_RECENT: _ClassVar[Law]
+    LAW_PRIORITIZED: _ClassVar[Law]
+    LAW_FRESH_FIRST: _ClassVar[Law]
+    LAW_TASK: _ClassVar[Law]
 
 class StorageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -46,6 +50,10 @@ DTYPE_FLOAT64: DType
 LAW_UNSPECIFIED: Law
 LAW_EPISODE: Law
 LAW_STEP: Law
+LAW_RECENT: Law
+LAW_PRIORITIZED: Law
+LAW_FRESH_FIRST: Law
+LAW_TASK: Law
 STORAGE_STATE_UNSPECIFIED: StorageState
 STORAGE_STATE_OK: StorageState
 STORAGE_STATE_FULL: StorageState
@@ -216,20 +224,32 @@ class EpisodeResult(_message.Message):
     def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., outcome: _Optional[_Union[EpisodeResult.Outcome, str]] = ..., episode_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SampleRequest(_message.Message):
-    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s")
+    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     HORIZON_FIELD_NUMBER: _ClassVar[int]
     LAW_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    LAW_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     table: str
     batch_size: int
     horizon: int
     law: Law
     seed: int
     wait_s: float
-    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    law_options: LawOptions
+    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ...) -> None: ...
+
+class LawOptions(_message.Message):
+    __slots__ = ("recent_steps", "recent_half_life", "beta")
+    RECENT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_HALF_LIFE_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    recent_steps: int
+    recent_half_life: float
+    beta: float
+    def __init__(self, recent_steps: _Optional[int] = ..., recent_half_life: _Optional[float] = ..., beta: _Optional[float] = ...) -> None: ...
 
 class SampleResponse(_message.Message):
     __slots__ = ("batch",)
@@ -274,6 +294,26 @@ class ActorName(_message.Message):
     index: int
     name: str
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class UpdatePrioritiesRequest(_message.Message):
+    __slots__ = ("table", "episode_id", "start", "priorities")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    PRIORITIES_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    episode_id: Tensor
+    start: Tensor
+    priorities: Tensor
+    def __init__(self, table: _Optional[str] = ..., episode_id: _Optional[_Union[Tensor, _Mapping]] = ..., start: _Optional[_Union[Tensor, _Mapping]] = ..., priorities: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class UpdatePrioritiesResponse(_message.Message):
+    __slots__ = ("updated", "evicted")
+    UPDATED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    updated: int
+    evicted: int
+    def __init__(self, updated: _Optional[int] = ..., evicted: _Optional[int] = ...) -> None: ...
 
 class SampleStreamRequest(_message.Message):
     __slots__ = ("open", "credit", "ring")

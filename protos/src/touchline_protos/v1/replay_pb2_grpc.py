@@ -65,6 +65,11 @@ class ReplayStub(object):
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesRequest.SerializeToString,
                 response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesResponse.FromString,
                 _registered_method=True)
+        self.UpdatePriorities = channel.unary_unary(
+                '/touchline.v1.Replay/UpdatePriorities',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.UpdatePrioritiesRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.UpdatePrioritiesResponse.FromString,
+                _registered_method=True)
         self.Ready = channel.unary_unary(
                 '/touchline.v1.Replay/Ready',
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.ReadyRequest.SerializeToString,
@@ -137,6 +142,14 @@ class ReplayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdatePriorities(self, request, context):
+        """Sets the priorities of slices that were drawn, for the law PRIORITIZED. Slices of episodes that are no longer stored are counted and
+        otherwise ignored. Idempotent. INVALID_ARGUMENT for a malformed request, of which nothing is applied. Since 1.1.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ready(self, request, context):
         """Reports whether batches can be sampled and enough history is stored, immediately or after waiting for it.
         """
@@ -186,6 +199,11 @@ def add_ReplayServicer_to_server(servicer, server):
                     servicer.GetEpisodes,
                     request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesRequest.FromString,
                     response_serializer=touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesResponse.SerializeToString,
+            ),
+            'UpdatePriorities': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePriorities,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.UpdatePrioritiesRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.UpdatePrioritiesResponse.SerializeToString,
             ),
             'Ready': grpc.unary_unary_rpc_method_handler(
                     servicer.Ready,
@@ -338,6 +356,33 @@ class Replay(object):
             '/touchline.v1.Replay/GetEpisodes',
             touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesRequest.SerializeToString,
             touchline__protos_dot_v1_dot_replay__pb2.GetEpisodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdatePriorities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/touchline.v1.Replay/UpdatePriorities',
+            touchline__protos_dot_v1_dot_replay__pb2.UpdatePrioritiesRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.UpdatePrioritiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

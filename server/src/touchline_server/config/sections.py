@@ -47,6 +47,7 @@ def _check_law(value: str) -> str:
 _Int = Annotated[int, BeforeValidator(_refuse_bool)]
 _Count = Annotated[_Int, Field(ge=1, le=_INT64_MAX)]
 _Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf_nan=False)]
+_Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1, allow_inf_nan=False)]
 _Seed = Annotated[Annotated[int, Field(ge=0, le=_INT64_MAX)] | None, BeforeValidator(_refuse_bool), BeforeValidator(_unset_if_empty)]
 
 
@@ -100,7 +101,14 @@ class SamplingConfig(Section):
 
     law: Annotated[str, AfterValidator(_check_law)] = "episode"
     """Law of the draws. ``"episode"``: an episode that is long enough, uniformly, then a start within it, uniformly, as TorchRL's
-    SliceSampler and TD-MPC2 draw. ``"step"``: every possible start with the same probability."""
+    SliceSampler and TD-MPC2 draw. ``"step"``: every possible start with the same probability. ``"prioritized"``: a start in proportion to
+    the priority of its slice, which the learner sends back."""
+    priority_alpha: _Share = 0.6
+    """Exponent of the priorities of the law ``"prioritized"``, 0 to 1: 0 draws every start alike, 1 in proportion to its priority."""
+    priority_beta: _Share = 0.4
+    """Exponent of the weights of the law ``"prioritized"``, 0 to 1, unless a request asks for another: 1 corrects all of the law's bias."""
+    priority_eta: _Share = 0.9
+    """Share, 0 to 1, of the highest priority of a slice's steps in the priority of the slice; the rest is their mean's (R2D2)."""
     seed: _Seed = None
     """Seed of the draws, an integer of at least 0: the same seed, episodes and draws give the same batches. Unset: fresh entropy."""
     row_convention: Literal["incoming", "outgoing"] = "incoming"

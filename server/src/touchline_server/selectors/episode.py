@@ -6,6 +6,7 @@ import numpy as np
 
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.selectors.selector import Selector
 
 
@@ -17,7 +18,7 @@ class EpisodeSelector(Selector):
 
     law = "episode"
 
-    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:
+    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """See :meth:`Selector.draw`."""
         eligible = self._eligible.at(horizon)
         # [batches, 2, B]: so a batch takes the same numbers from the generator whether it is drawn by itself or with others.

@@ -9,10 +9,12 @@ from touchline_server.errors import InvalidArgumentError
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import Entry, EntryQueue
 from touchline_server.selectors.episode import EpisodeSelector
+from touchline_server.selectors.options import LawSettings
+from touchline_server.selectors.prioritized import PrioritizedSelector
 from touchline_server.selectors.selector import Selector
 from touchline_server.selectors.step import StepSelector
 
-LAWS: Mapping[str, type[Selector]] = MappingProxyType({kind.law: kind for kind in (EpisodeSelector, StepSelector)})
+LAWS: Mapping[str, type[Selector]] = MappingProxyType({kind.law: kind for kind in (EpisodeSelector, StepSelector, PrioritizedSelector)})
 """Every law by its name. The configuration, requests and adapters know a law by being in here."""
 
 
@@ -32,10 +34,12 @@ class Selectors:
 
     Args:
         stored: the queue of all stored episodes. Their owner feeds every change to the selectors, right after it.
+        settings: the table's parameters of the laws.
     """
 
-    def __init__(self, stored: EntryQueue) -> None:
+    def __init__(self, stored: EntryQueue, settings: LawSettings) -> None:
         self._stored = stored
+        self._settings = settings
         self.eligible = EligibilityIndex(stored)
         """The eligible episodes by horizon, which all laws share."""
         self._by_law: dict[str, Selector] = {}
@@ -45,7 +49,7 @@ class Selectors:
         """Returns the selector of a law in :data:`LAWS`. The first use of one with state is O(episodes)."""
         selector = self._by_law.get(law)
         if selector is None:
-            selector = self._by_law[law] = LAWS[law](self.eligible)
+            selector = self._by_law[law] = LAWS[law](self.eligible, self._settings)
             if selector.stateful:
                 for entry in self._stored.live.tolist():
                     selector.append(tuple(entry))

@@ -11,6 +11,7 @@ from touchline_server.errors import InvalidArgumentError
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import Entry
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
 
 
 class Selector(ABC):
@@ -24,15 +25,19 @@ class Selector(ABC):
 
     Args:
         eligible: the table's eligible episodes by horizon.
+        settings: the table's parameters of the laws.
     """
 
     law: ClassVar[str]
     """The law's name, as in the configuration and in requests."""
     stateful: ClassVar[bool] = False
     """Whether :meth:`append`, :meth:`evict` and :meth:`clear` are called."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Fields of the optional provenance that every draw of the law has: see :attr:`Draw.optional`."""
 
-    def __init__(self, eligible: EligibilityIndex) -> None:
+    def __init__(self, eligible: EligibilityIndex, settings: LawSettings) -> None:
         self._eligible = eligible
+        self._settings = settings
 
     def append(self, entry: Entry) -> None:  # noqa: B027  a law without state has nothing to do
         """Adds the newest episode, which is visible from now on."""
@@ -44,10 +49,17 @@ class Selector(ABC):
         """Removes all episodes."""
 
     @abstractmethod
-    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1) -> Draw:
+    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """Draws ``batches`` times ``batch_size`` slices of ``horizon`` + 1 steps with replacement, in one go.
 
         The numbers are the same as those of ``batches`` draws of ``batch_size`` in a row. There must be an eligible episode.
+
+        Args:
+            batch_size: slices in a batch.
+            horizon: transitions in a slice.
+            rng: the random numbers.
+            batches: number of batches.
+            options: the request's parameters of the law.
         """
 
     def update(self, episode_id: np.ndarray, start: np.ndarray, priorities: np.ndarray) -> int:

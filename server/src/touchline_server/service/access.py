@@ -46,6 +46,7 @@ ROLES_OF: dict[str, frozenset[Role]] = {
     "Sample": frozenset({Role.LEARNER}),
     "SampleStream": frozenset({Role.LEARNER}),
     "GetEpisodes": frozenset({Role.LEARNER}),
+    "UpdatePriorities": frozenset({Role.LEARNER}),
     # Actors and learners wait for each other, and need the limits and the row convention. Neither answer contains an episode or a secret.
     "Ready": _BOTH,
     "Info": _BOTH,

@@ -20,6 +20,7 @@ from touchline_server.errors import (
     ReplayError,
     TooLargeError,
 )
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
 from touchline_server.store.inserts import Stored
@@ -130,6 +131,12 @@ def law(number: int) -> str | None:
         return _LAW_OF[number]
     except KeyError:
         raise InvalidArgumentError(f"law: number {number}, expected one of {sorted(_LAW_OF)}") from None
+
+
+def law_options(request: pb.SampleRequest) -> LawOptions:
+    """Returns a request's parameters of its law."""
+    given = {field.name: value for field, value in request.law_options.ListFields()}
+    return LawOptions(**given) if given else NO_OPTIONS
 
 
 def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:

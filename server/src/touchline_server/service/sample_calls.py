@@ -139,4 +139,5 @@ def _spec(table: Table, request: pb.SampleRequest) -> SampleSpec:
         batch_size=request.batch_size if request.HasField("batch_size") else None,
         horizon=request.horizon if request.HasField("horizon") else None,
         law=convert.law(request.law),
+        options=convert.law_options(request),
     )

@@ -23,6 +23,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError
+from touchline_server.selectors.options import LawSettings
 from touchline_server.store.allocation import allocate_columns
 from touchline_server.store.columns import Columns
 from touchline_server.store.dedup import DedupLedger
@@ -99,7 +100,7 @@ class EpisodeRing:
         self.lock = threading.Lock()
         """Guards index, epochs, totals and which columns there are. Held briefly, never while rows are copied."""
         self.epochs = ReaderEpochs(self.lock)
-        self.index = EpisodeIndex(self.capacity)
+        self.index = EpisodeIndex(_law_settings(config))
         self.columns: Columns | None = None
         """The allocated columns; None before the first episode."""
         self.ledger = DedupLedger()
@@ -235,3 +236,15 @@ class EpisodeRing:
 
     def _counts(self) -> Counts:
         return self.totals.counts(self.index.steps, len(self.index))
+
+
+def _law_settings(config: Config) -> LawSettings:
+    """Returns a table's parameters of its laws."""
+    sampling = config.sampling
+    return LawSettings(
+        capacity=config.buffer_size,
+        incoming=sampling.row_convention == "incoming",
+        priority_alpha=sampling.priority_alpha,
+        priority_beta=sampling.priority_beta,
+        priority_eta=sampling.priority_eta,
+    )

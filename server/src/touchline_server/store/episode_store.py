@@ -16,6 +16,7 @@ from touchline_protos import Counts
 from touchline_protos.codec import Episode
 from touchline_server.config.settings import Config
 from touchline_server.errors import NotReadyError
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.actors import NameTable
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_ring import EpisodeRing
@@ -166,7 +167,16 @@ class EpisodeStore:
         with self._ring.lock:
             return self._ring.index.fill(horizon)
 
-    def draw(self, batch_size: int, horizon: int, law: str, rng: np.random.Generator, *, batches: int = 1) -> PinnedDraw:
+    def draw(
+        self,
+        batch_size: int,
+        horizon: int,
+        law: str,
+        rng: np.random.Generator,
+        *,
+        batches: int = 1,
+        options: LawOptions = NO_OPTIONS,
+    ) -> PinnedDraw:
         """Draws batches, each from the same episodes, and pins their rows until the draw is released.
 
         Raises:
@@ -176,7 +186,7 @@ class EpisodeStore:
             index, columns = self._ring.index, self._ring.columns
             if columns is None or not len(index.eligible(horizon)):
                 raise NotReadyError(index.fill(horizon).explain_not_ready())
-            draw = index.selectors.of(law).draw(batch_size, horizon, rng, batches=batches)
+            draw = index.selectors.of(law).draw(batch_size, horizon, rng, batches=batches, options=options)
             pin = self._ring.epochs.pin()
         try:
             located = locate_batches(draw, columns, batches=batches, horizon=horizon)

@@ -18,6 +18,7 @@ from touchline_protos.types.names import name_fault
 from touchline_server.errors import InvalidEpisodeError
 from touchline_server.selectors.eligible import EligibleEpisodes
 from touchline_server.selectors.entries import ACTOR, ID, LENGTH, Entry, EntryQueue
+from touchline_server.selectors.options import LawSettings
 from touchline_server.selectors.registry import Selectors
 from touchline_server.store.actors import NameTable
 
@@ -83,8 +84,8 @@ class EpisodeIndex:
     Not thread-safe: the store holds its lock around every call, except for looking up actor names.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, settings: LawSettings) -> None:
+        self.capacity = settings.capacity
         self.cursor = 0
         """Physical row at which the next episode begins."""
         self.steps = 0
@@ -94,7 +95,7 @@ class EpisodeIndex:
         self._episodes = EntryQueue()
         self._keys: deque[EpisodeKey | None] = deque()
         """Key of each entry, in the same order; keys of one client share the string of its id."""
-        self.selectors = Selectors(self._episodes)
+        self.selectors = Selectors(self._episodes, settings)
         """The sampling laws over these episodes."""
         self._longest: deque[tuple[int, int]] = deque()
         """Id and length of each episode that is longer than all newer ones: the first is the longest of all (a monotonic queue)."""

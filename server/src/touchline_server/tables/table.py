@@ -16,7 +16,8 @@ from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.unlimited import UNLIMITED
-from touchline_server.selectors.registry import check_law
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options
+from touchline_server.selectors.registry import LAWS, check_law
 from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store import cuda_device
 from touchline_server.store.batch_draw import BatchDraw
@@ -43,6 +44,13 @@ class SampleSpec(NamedTuple):
     batch_size: int
     horizon: int
     law: str
+    options: LawOptions = NO_OPTIONS
+    """The request's parameters of the law."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Fields of the optional provenance of its batches, in wire order."""
+        return LAWS[self.law].optional
 
 
 class Table:
@@ -183,7 +191,14 @@ class Table:
 
     # Sampling
 
-    def spec(self, *, batch_size: int | None = None, horizon: int | None = None, law: str | None = None) -> SampleSpec:
+    def spec(
+        self,
+        *,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        options: LawOptions = NO_OPTIONS,
+    ) -> SampleSpec:
         """Returns what to draw, with the configured values for what is None.
 
         Raises:
@@ -197,7 +212,7 @@ class Table:
             raise InvalidArgumentError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
         if not 1 <= horizon <= limits.max_horizon:
             raise InvalidArgumentError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
-        return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law))
+        return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law), check_options(options))
 
     def draw(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> BatchDraw:
         """Draws batches, and pins them until the end of a ``with`` block, in which they are gathered.
@@ -212,7 +227,7 @@ class Table:
         Raises:
             NotReadyError: no stored episode has horizon + 1 steps.
         """
-        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches)
+        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options)
         try:
             plan = self._plan(pinned.columns.schema, spec.horizon)
             return BatchDraw(pinned, plan, plan.layout(spec.batch_size, pinned.batches[0].draw.optional))
@@ -223,7 +238,7 @@ class Table:
     def layout(self, spec: SampleSpec) -> BatchLayout | None:
         """Returns how a batch looks at present; None while there is no schema."""
         schema = self.store.schema
-        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size)
+        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size, spec.optional)
 
     def fits_inline(self, spec: SampleSpec, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
@@ -231,7 +246,7 @@ class Table:
         if columns is None:
             return False
         plan = self._plan(columns.schema, spec.horizon)
-        return plan.fits_inline(columns, plan.layout(spec.batch_size), batches=batches)
+        return plan.fits_inline(columns, plan.layout(spec.batch_size, spec.optional), batches=batches)
 
     def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
         """Returns the names of actors by their numbers."""

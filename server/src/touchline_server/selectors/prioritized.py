@@ -1,0 +1,300 @@
+"""The law ``prioritized``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+
+from touchline_server.errors import InvalidArgumentError
+from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.eligible import EligibilityIndex
+from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION, Entry
+from touchline_server.selectors.episode_rows import EpisodeRows
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
+from touchline_server.selectors.selector import Selector
+from touchline_server.selectors.sum_tree import SumTree
+
+FIRST_PRIORITY = 1.0
+"""Priority of new steps until a higher one is given."""
+
+MIN_PRIORITY = 2.0**-20
+"""Priority, about 1e-6 and exact in float32, that a smaller one counts as, 0 included. So every slice keeps a chance, as by the epsilon of
+Schaul et al. 2016, 3.3."""
+
+MAX_TREES = 4
+"""Horizons whose trees are kept up to date at a time; the one used longest ago gives way to a new one."""
+
+WINDOW_ELEMENTS = 1 << 18
+"""Steps looked at together in an update."""
+
+
+class PrioritizedSelector(Selector):
+    """A start in proportion to priority ** alpha of its slice. Draw and update are O(log rows) a slice, vectorised.
+
+    Each step has a priority. That of a slice is eta x the highest + (1 - eta) x the mean of its transitions' (R2D2, Kapturowski et al.
+    2019, 2.3); alpha and the weights are those of Schaul et al. 2016, 3.3 and 3.4. A step is new with the highest priority that was ever
+    given, at least :data:`FIRST_PRIORITY`.
+
+    For each horizon in use there is a :class:`SumTree` over the rows of the ring. A row's weight is priority ** alpha of the slice that
+    starts there, and 0 if none does: too near to its episode's end, or not in use. So a draw is exact over the stored valid starts.
+
+    Memory a row of the ring: 4 bytes, and 8.54 for each horizon in use, up to :data:`MAX_TREES` of them.
+    """
+
+    law = "prioritized"
+    stateful = True
+    optional = ("weight",)
+
+    def __init__(self, eligible: EligibilityIndex, settings: LawSettings) -> None:
+        super().__init__(eligible, settings)
+        self._capacity = settings.capacity
+        self._rows = EpisodeRows(settings.capacity)
+        self._priorities = np.zeros(settings.capacity, dtype=np.float32)
+        """Priority of the step in each physical row."""
+        self._highest = FIRST_PRIORITY
+        self._trees: OrderedDict[int, SumTree] = OrderedDict()
+        self.changes = 0
+        """Number of changes of priorities so far: whether there is anything new to save."""
+
+    # Fed with what is stored
+
+    def append(self, entry: Entry) -> None:
+        """See :meth:`Selector.append`."""
+        self._rows.append(entry)
+        for begin, end in self._runs(entry[FIRST_ROW], entry[LENGTH]):
+            self._priorities[begin:end] = self._highest
+        # All steps have one priority, so it is the slices' as well.
+        weight = float(self._weights(np.array(self._highest)))
+        for horizon, tree in self._trees.items():
+            self._fill(tree, entry, horizon, weight)
+
+    def evict(self, entry: Entry) -> None:
+        """See :meth:`Selector.evict`."""
+        self._rows.drop_oldest()
+        for horizon, tree in self._trees.items():
+            self._fill(tree, entry, horizon, 0.0)
+
+    def clear(self) -> None:
+        """See :meth:`Selector.clear`. The highest priority is forgotten too."""
+        self._rows.clear()
+        self._trees.clear()
+        self._highest = FIRST_PRIORITY
+        self.changes += 1
+
+    # Draw
+
+    def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
+        """See :meth:`Selector.draw`."""
+        tree = self._tree(horizon)
+        total = tree.total
+        rows = tree.find(rng.random(batches * batch_size))
+        entries = self._rows.entries.take(self._rows.at_rows(rows), axis=0)
+        # The row is physical. It lies behind the seam of the ring if it is less than its episode's first.
+        first_row = np.where(rows < entries[:, FIRST_ROW], rows + self._capacity, rows)
+        probability = tree.weights[rows] / total
+        beta = self._settings.priority_beta if options.beta is None else options.beta
+        return Draw(
+            first_row=first_row,
+            episode_id=entries[:, ID],
+            start=first_row - entries[:, FIRST_ROW],
+            actor=entries[:, ACTOR],
+            policy_version=entries[:, POLICY_VERSION],
+            probability=probability,
+            weight=importance_weights(probability.reshape(batches, -1), beta).reshape(-1),
+        )
+
+    # Update
+
+    def update(self, episode_id: np.ndarray, start: np.ndarray, priorities: np.ndarray) -> int:
+        """See :meth:`Selector.update`.
+
+        Raises:
+            InvalidArgumentError: a slice does not lie within its stored episode. Nothing has changed.
+        """
+        transitions = len(priorities)
+        position, stored = self._rows.of_ids(episode_id)
+        if not stored.all():
+            episode_id, start, position, priorities = episode_id[stored], start[stored], position[stored], priorities[:, stored]
+        if not len(position):
+            return 0
+        entries = self._rows.entries.take(position, axis=0)
+        last_start = entries[:, LENGTH] - transitions - 1
+        outside = np.flatnonzero((start < 0) | (start > last_start))
+        if len(outside):
+            bad = outside[0]
+            raise InvalidArgumentError(
+                f"start: {start[bad]} of {transitions} transitions in episode {episode_id[bad]}, which has {entries[bad, LENGTH]} steps, "
+                f"expected 0 to {last_start[bad]}"
+            )
+        self._set_steps(entries[:, FIRST_ROW] + start, priorities.T)
+        for horizon, tree in self._trees.items():
+            self._set_slices(tree, horizon, entries, start, transitions)
+        self.changes += 1
+        return len(position)
+
+    def export(self) -> tuple[float, np.ndarray, np.ndarray]:
+        """Returns what :meth:`load` takes: the highest priority, ids and lengths [episodes, 2] int64, and all steps' priorities [steps]
+        float32, oldest episode first. Copies."""
+        entries = self._rows.entries
+        episodes = entries[:, [ID, LENGTH]]
+        if not len(entries):
+            return self._highest, episodes, np.zeros(0, dtype=np.float32)
+        runs = self._runs(int(entries[0, FIRST_ROW]), int(entries[:, LENGTH].sum()))
+        return self._highest, episodes, np.concatenate([self._priorities[begin:end] for begin, end in runs])
+
+    def load(self, highest: float, episodes: np.ndarray, priorities: np.ndarray) -> int:
+        """Sets the priorities of those of the exported episodes that are stored, and returns the number of these."""
+        self._highest = max(self._highest, highest)
+        position, stored = self._rows.of_ids(episodes[:, 0])
+        first = np.cumsum(episodes[:, 1]) - episodes[:, 1]
+        loaded = 0
+        for number in np.flatnonzero(stored).tolist():
+            entry = self._rows.entries[position[number]]
+            length = int(entry[LENGTH])
+            if length == episodes[number, 1]:
+                at = int(first[number])
+                for begin, end in self._runs(int(entry[FIRST_ROW]), length):
+                    self._priorities[begin:end] = priorities[at : at + end - begin]
+                    at += end - begin
+                loaded += 1
+        self._trees.clear()
+        return loaded
+
+    def _set_steps(self, first_row: np.ndarray, priorities: np.ndarray) -> None:
+        """Sets the priorities of the transitions of slices.
+
+        Args:
+            first_row: [slices] int64: logical row of each slice's first step.
+            priorities: [slices, transitions].
+        """
+        rows = first_row[:, None] + (self._offset + np.arange(priorities.shape[1]))
+        # Of a step in several slices, the last one counts: numpy assigns in order.
+        self._priorities[self._physical(rows)] = np.maximum(priorities, np.float32(MIN_PRIORITY))
+        self._highest = max(self._highest, float(priorities.max()))
+
+    def _set_slices(self, tree: SumTree, horizon: int, entries: np.ndarray, start: np.ndarray, transitions: int) -> None:
+        """Sets the weights of all slices of a horizon that share a transition with updated ones.
+
+        Those of an updated slice with ``transitions`` transitions from ``start`` on begin at ``start`` - (horizon - 1) to
+        ``start`` + transitions - 1; those that do not lie within the episode are left alone.
+        """
+        count = transitions + horizon - 1
+        starts = np.arange(count) - (horizon - 1)
+        steps = self._offset - (horizon - 1) + np.arange(count + horizon - 1)
+        block = max(WINDOW_ELEMENTS // len(steps), 1)
+        for begin in range(0, len(start), block):
+            part = slice(begin, begin + block)
+            first_row = entries[part, FIRST_ROW] + start[part]
+            # Rows beyond the episode are read as well, and only count for slices that are left out below.
+            values = self._priorities[self._physical(first_row[:, None] + steps)]
+            weights = self._weights(self._aggregate(values, horizon))
+            rows = self._physical(first_row[:, None] + starts)
+            begins = start[part][:, None] + starts
+            inside = (begins >= 0) & (begins < (entries[part, LENGTH] - horizon)[:, None])
+            tree.assign(rows[inside], weights[inside])
+
+    # Trees
+
+    def _tree(self, horizon: int) -> SumTree:
+        tree = self._trees.get(horizon)
+        if tree is None:
+            if len(self._trees) == MAX_TREES:
+                self._trees.popitem(last=False)
+            tree = self._trees[horizon] = self._build(horizon)
+        self._trees.move_to_end(horizon)
+        return tree
+
+    def _build(self, horizon: int) -> SumTree:
+        """Returns the tree of a horizon: O(rows log horizon)."""
+        tree = SumTree(self._capacity)
+        # Ring order, and on behind the seam, so that the slice at row r has its transitions at r + offset and on.
+        length = self._capacity + horizon - 1
+        ring = np.take(self._priorities, np.arange(self._offset, self._offset + length) % self._capacity)
+        weights = self._weights(self._aggregate(ring, horizon))
+        valid = np.zeros(self._capacity, dtype=bool)
+        for first_row, steps in self._rows.entries[:, [FIRST_ROW, LENGTH]].tolist():
+            for begin, end in self._runs(first_row, steps - horizon):
+                valid[begin:end] = True
+        weights[~valid] = 0.0
+        tree.load(weights)
+        return tree
+
+    def _fill(self, tree: SumTree, entry: Entry, horizon: int, weight: float) -> None:
+        for begin, end in self._runs(entry[FIRST_ROW], entry[LENGTH] - horizon):
+            tree.fill(begin, end, weight)
+
+    def _aggregate(self, priorities: np.ndarray, horizon: int) -> np.ndarray:
+        """Returns the priority of each slice of ``horizon`` consecutive priorities: [..., n] float32 to [..., n - horizon + 1] float64."""
+        highest, total = window_max_and_sum(priorities.astype(np.float64), horizon)
+        eta = self._settings.priority_eta
+        return eta * highest + (1.0 - eta) / horizon * total
+
+    def _weights(self, priorities: np.ndarray) -> np.ndarray:
+        # Priorities are above 0, except in rows that never were in use; those get no weight anyway.
+        return np.asarray(np.maximum(priorities, MIN_PRIORITY) ** self._settings.priority_alpha)
+
+    # Rows
+
+    @property
+    def _offset(self) -> int:
+        """Step of a slice that holds its first transition."""
+        return 1 if self._settings.incoming else 0
+
+    def _physical(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the physical rows of logical ones, which may lie before row 0 as well as behind the seam."""
+        return np.remainder(rows, self._capacity)
+
+    def _runs(self, first_row: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yields begin and end of the physical rows of ``count`` rows from ``first_row`` on: two runs if the seam lies in them."""
+        if count > 0:
+            end = first_row + count
+            yield first_row, min(end, self._capacity)
+            if end > self._capacity:
+                yield 0, end - self._capacity
+
+
+def window_max_and_sum(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns maximum and sum of each ``width`` consecutive values of the last axis, in O(log width) passes.
+
+    Windows of 1, 2, 4, ... values are combined to one of ``width`` as the binary digits of it say.
+
+    Args:
+        values: [..., n] float64.
+        width: 1 to n.
+
+    Returns:
+        Two arrays [..., n - width + 1].
+    """
+    count = values.shape[-1] - width + 1
+    highest = total = values  # of windows of ``size`` values
+    best = np.full((*values.shape[:-1], count), -np.inf)
+    added = np.zeros(best.shape)
+    size, done = 1, 0
+    while True:
+        if width & size:
+            window = slice(done, done + count)
+            np.maximum(best, highest[..., window], out=best)
+            np.add(added, total[..., window], out=added)
+            done += size
+        if done == width:
+            return best, added
+        highest = np.maximum(highest[..., :-size], highest[..., size:])
+        total = total[..., :-size] + total[..., size:]
+        size *= 2
+
+
+def importance_weights(probability: np.ndarray, beta: float) -> np.ndarray:
+    """Returns (N p) ** -beta of each slice over the largest of its batch, N being the number of valid starts (Schaul et al. 2016, 3.4).
+
+    Args:
+        probability: [batches, B] float64.
+        beta: 0 (all weights are 1) to 1.
+
+    Returns:
+        [batches, B] float32.
+    """
+    # N cancels out, and the largest weight is that of the smallest probability.
+    smallest = probability.min(axis=1, keepdims=True)
+    return np.asarray((smallest / probability) ** beta, dtype=np.float32)
