@@ -51,7 +51,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             cwd=REPOSITORY,
-            env=child_environment(tuned=tuned) | ({"PYTHONPATH": product_path(tree)} if tree is not None else {}),
+            env=child_environment(tuned=tuned) | (product_environment(tree) if tree is not None else {}),
             text=True,
         )
 
@@ -139,17 +139,17 @@ def child_environment(*, tuned: bool) -> dict[str, str]:
     return environment | (MALLOC_TUNING if tuned else {})
 
 
-def product_path(tree: Path) -> str:
-    """Returns the PYTHONPATH that makes a process import the product code of a checkout.
+def product_environment(tree: Path) -> dict[str, str]:
+    """Returns the variables with which a process runs the product code of a checkout, with that checkout's default configuration.
 
     Raises:
-        FileNotFoundError: the folder is not a checkout of the project.
+        FileNotFoundError: it is not a checkout of the project.
     """
     folders = [tree.resolve() / name / "src" for name in ("protos", "client", "server")]
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: not found, expected a checkout of the project in {tree}")
-    return os.pathsep.join(str(folder) for folder in folders)
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders)), "TOUCHLINE_CFG": str(tree.resolve() / "cfg" / "default.toml")}
 
 
 def cpu_seconds(pid: int) -> float:
