@@ -226,7 +226,7 @@ def test_add_that_is_cancelled_while_the_limit_holds_it_back_reserves_nothing() 
 
 def test_stopping_server_does_not_wait_for_the_limit() -> None:
     limiter = RecordingLimiter(episodes=0)
-    buffer = limited(limiter)
+    buffer = limited(limiter, server={"port": 0, "drain_timeout_s": 3600.0})  # only the wait's own end is in time
     with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         server = stack.enter_context(ServerThread(buffer.config, buffer))
         caller = Caller(server.address)
