@@ -6,15 +6,12 @@ faults and copies, so they go in chunks of about 1 MiB, each gathered straight i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
-
-import numpy as np
 
 from touchline_protos.codec import BatchLayout
 from touchline_server.errors import InvalidArgumentError, NotReadyError, TooLargeError
 from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.tables.table import SampleSpec, Table
+from touchline_server.tables.sampler import Reserved, Sampler
 
 CHUNK_BYTES = 1 << 20
 """Size of a chunk; 256 KiB and 4 MiB were both measured to be slower."""
@@ -39,10 +36,10 @@ MAX_STALE_ACTORS = 1024
 
 
 class NextFrames(NamedTuple):
-    """What the next frames of a stream carry. Its batches are reserved with the rate limit."""
+    """What the next frames of a stream carry."""
 
     layout: BatchLayout
-    batches: int
+    reserved: Reserved
     size_bytes: int
     """Bytes to reserve for them."""
 
@@ -51,39 +48,23 @@ class BatchFramer:
     """Draws the batches of one stream, and makes frames of them. One thread at a time.
 
     Args:
-        table: the table that batches are drawn from.
-        spec: what to draw.
-        rng: the stream's own random numbers.
+        sampler: the source of the stream's batches.
+        max_message_bytes: size limit of a frame.
         max_batches: most batches in a frame; 0 leaves it to the server.
 
     Raises:
         InvalidArgumentError: ``max_batches`` is negative.
     """
 
-    def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator, *, max_batches: int) -> None:
+    def __init__(self, sampler: Sampler, *, max_message_bytes: int, max_batches: int) -> None:
         if max_batches < 0:
             raise InvalidArgumentError(f"max_batches_per_frame: {max_batches}, expected 0 or more")
-        self._table = table
-        self.spec = spec
-        self.limiter = table.limiter
-        self._rng = rng
+        self.sampler = sampler
         self._max_batches = max_batches or DEFAULT_GROUP
         self._sent_actors: set[int] = set()
-        self._max_message_bytes = table.config.limits.max_message_bytes
+        self._max_message_bytes = max_message_bytes
         self._group_bytes = min(GROUP_BYTES, self._max_message_bytes // 2)
         self._chunked_above = min(CHUNKED_ABOVE_BYTES, self._group_bytes // 2)
-
-    def can_sample(self) -> bool:
-        """Returns whether anything can be drawn."""
-        return self._table.store.can_sample(self.spec.horizon)
-
-    def draw(self, batches: int) -> BatchDraw:
-        """Draws batches from the stream's own random numbers; see :meth:`Table.draw`."""
-        return self._table.draw(self.spec, self._rng, batches=batches)
-
-    def layout(self) -> BatchLayout | None:
-        """Returns how a batch looks at present; None while there is no schema."""
-        return self._table.layout(self.spec)
 
     def try_reserve(self, credits: int) -> NextFrames | None:
         """Returns the next frames for this many credits, their batches reserved with the rate limit; None if that allows none now.
@@ -91,15 +72,14 @@ class BatchFramer:
         Raises:
             TooLargeError: the batch is over the limit.
         """
-        layout = self.layout()
+        layout = self.sampler.layout()
         if layout is None:
             return None
-        wanted = self._group_size(layout, credits)
-        batches = self.limiter.reserve_batches(wanted, self.spec.batch_size)
-        if not batches:
+        reserved = self.sampler.reserve(self._group_size(layout, credits))
+        if reserved is None:
             return None
         batch_bytes = layout.body_bytes if layout.body_bytes > self._chunked_above else layout.message_bytes()
-        return NextFrames(layout, batches, batches * batch_bytes)
+        return NextFrames(layout, reserved, reserved.batches * batch_bytes)
 
     def frames(self, ahead: NextFrames) -> list[bytes]:
         """Draws batches and returns the frames that carry them.
@@ -108,13 +88,13 @@ class BatchFramer:
             NotReadyError: nothing can be sampled, or the table was cleared and has another schema now.
             TooLargeError: a single row of the batch is over the limit.
         """
-        with self.draw(ahead.batches) as drawn:
+        with self.sampler.draw(ahead.reserved) as drawn:
             if drawn.layout.specs != ahead.layout.specs:
                 raise NotReadyError("the table was cleared and has another schema now")
             actors = self.new_actors(drawn)
             if drawn.layout.body_bytes > self._chunked_above:
                 return self._chunks(drawn, actors)
-            message, bodies = drawn.layout.group(ahead.batches, actors)
+            message, bodies = drawn.layout.group(ahead.reserved.batches, actors)
             drawn.gather_into(bodies)
             return [self._checked(message)]
 
@@ -124,21 +104,17 @@ class BatchFramer:
         Returns:
             None, and nothing was done, if it would take long: see :meth:`GatherPlan.fits_inline`.
         """
-        return self.frames(ahead) if self._table.fits_inline(self.spec, batches=ahead.batches) else None
-
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Calls ``listener`` after every change of the table; see :meth:`Subscriptions.subscribe`."""
-        return self._table.subscriptions.subscribe(listener)
+        return self.frames(ahead) if self.sampler.fits_inline(batches=ahead.reserved.batches) else None
 
     def new_actors(self, drawn: BatchDraw) -> dict[int, str]:
         """Returns the names of the actors whose names this stream has not sent yet, and takes them as sent."""
-        store = self._table.store
+        sampler = self.sampler
         new = drawn.actors() - self._sent_actors
-        if new and len(self._sent_actors) > 2 * len(store.actors) + MAX_STALE_ACTORS:
-            # Numbers are never reused, so an actor whose name the table has forgotten does not come back.
-            self._sent_actors = {number for number in self._sent_actors if number in store.actors}
+        if new and len(self._sent_actors) > 2 * sampler.actor_count() + MAX_STALE_ACTORS:
+            # Numbers are never reused, so an actor whose name a table has forgotten does not come back.
+            self._sent_actors = {number for number in self._sent_actors if sampler.has_actor(number)}
         self._sent_actors |= new
-        return {number: store.actor_name(number) for number in sorted(new)}
+        return sampler.actor_names(new)
 
     def _group_size(self, layout: BatchLayout, credits: int) -> int:
         size = layout.body_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -23,6 +24,7 @@ from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.memory import available_host_bytes
+from touchline_server.tables.sampler import Reserved, Split
 
 logger = get_logger(__name__)
 
@@ -159,8 +161,8 @@ class RingProducer:
         # Drawing batches together costs less, but the rows of large ones would stay pinned for long.
         self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
         self._actors_sent = 0
-        self._used = 0
-        """Slots that were published and not seen free again."""
+        self._used: deque[Split] = deque()
+        """The splits of the batches in slots that were published and not seen free again, oldest first."""
         self._pinned: PinnedRegion | None = None
         self._thread = threading.Thread(target=self._run, name="touchline-ring", daemon=True)
 
@@ -183,10 +185,10 @@ class RingProducer:
                 self._report_freed(self._ring.geometry.slots - len(slots))
                 if not slots:
                     continue
-                granted = framer.limiter.reserve_batches(min(len(slots), self._group), framer.spec.batch_size)
-                if granted:
+                reserved = framer.sampler.reserve(min(len(slots), self._group))
+                if reserved is not None:
                     with self._throttle.sampler_waiting():
-                        self._fill(slots[:granted])
+                        self._fill(slots[: reserved.batches], reserved)
                 else:
                     self._wait_for_limiter()
         except NotReadyError:
@@ -197,7 +199,8 @@ class RingProducer:
             try:
                 # Batches that the learner did not free, although it may hold some of them, are not delivered.
                 self._report_freed(control.count_used())
-                framer.limiter.cancel_batches(self._used, framer.spec.batch_size)
+                for split in self._used:
+                    framer.sampler.cancel(1, split)
                 if self._pinned is not None:
                     self._pinned.close()
             finally:
@@ -205,41 +208,47 @@ class RingProducer:
 
     def _report_freed(self, used: int) -> None:
         """Reports batches as delivered whose slots were freed since the last look, given the number of used slots now."""
-        if used < self._used:
-            self._framer.limiter.delivered(self._used - used, self._framer.spec.batch_size)
-            self._used = used
+        while used < len(self._used):
+            # The learner may hold an older batch and have freed a newer one: only their number counts.
+            split, count = self._used.popleft(), 1
+            while used < len(self._used) and self._used[0] == split:
+                self._used.popleft()
+                count += 1
+            self._framer.sampler.delivered(count, split)
 
     def _wait_for_limiter(self) -> None:
         """Waits until the rate limit may allow more, a slot was freed (which has to be reported), or a short time has passed."""
-        unsubscribe = self._framer.subscribe(self._ring.control.interrupt)
+        unsubscribe = self._framer.sampler.subscribe(self._ring.control.interrupt)
         try:
             self._ring.control.wait_freed()
         finally:
             unsubscribe()
 
-    def _fill(self, slots: list[int]) -> None:
-        """Fills and publishes slots, for which batches are reserved with the rate limit."""
-        used = self._used
+    def _fill(self, slots: list[int], reserved: Reserved) -> None:
+        """Fills and publishes slots, one for each reserved batch."""
+        published = 0
         try:
-            with self._framer.draw(len(slots)) as drawn:
+            with self._framer.sampler.draw(reserved) as drawn:
                 if drawn.layout is not self._layout and drawn.layout.specs != self._layout.specs:
                     raise SchemaChangedError("the table has another schema now; open the stream again")
                 self._send_names(drawn)
                 if drawn.on_cuda:
                     self._gather_from_device(slots, drawn)
                     for slot in slots:
-                        self._publish(slot)
+                        self._publish(slot, reserved.split)
+                        published += 1
                 else:
                     for batch, slot in enumerate(slots):
                         drawn.gather_one_into(batch, self._bodies[slot])
-                        self._publish(slot)
+                        self._publish(slot, reserved.split)
+                        published += 1
         except BaseException:
-            self._framer.limiter.cancel_batches(used + len(slots) - self._used, self._framer.spec.batch_size)
+            self._framer.sampler.cancel(reserved.batches - published, reserved.split)
             raise
 
-    def _publish(self, slot: int) -> None:
+    def _publish(self, slot: int, split: Split) -> None:
         self._ring.control.publish(slot, self._actors_sent)
-        self._used += 1
+        self._used.append(split)
 
     def _send_names(self, drawn: BatchDraw) -> None:
         """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""

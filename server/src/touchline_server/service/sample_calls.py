@@ -15,6 +15,7 @@ from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.session import SampleSession
 from touchline_server.service.streams import answering
+from touchline_server.tables.sampler import Reserved, Sampler, TableSampler
 from touchline_server.tables.table import SampleSpec, Table
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -32,16 +33,16 @@ class SampleCalls:
     async def sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         """Draws one batch, waiting up to ``wait_s`` seconds until it can."""
         table = self._parts.tables.get(request.table)
-        spec = _spec(table, request)
         # numpy's generators are not thread-safe, so each call gets one of its own.
         rng = table.seeds.stream(request.seed) if request.HasField("seed") else self._rng(table).spawn(1)[0]
-        await self._reserve_batch(table, spec, convert.checked_wait(request.wait_s))
+        sampler = TableSampler(table, _spec(table, request), rng)
+        reserved = await self._reserve_batch(sampler, convert.checked_wait(request.wait_s))
         try:
-            message = await self._answer(table, spec, rng, context)
+            message = await self._answer(sampler, reserved, context)
         except BaseException:
-            table.limiter.cancel_batches(1, spec.batch_size)
+            sampler.cancel(*reserved)
             raise
-        table.limiter.delivered(1, spec.batch_size)
+        sampler.delivered(*reserved)
         return message
 
     async def sample_stream(self, stream: AsyncIterator[bytes], context: Context) -> None:
@@ -55,32 +56,32 @@ class SampleCalls:
                 raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
             await SampleSession(self._framer(first.open), self._parts).run(first.open, requests, context.write)
 
-    async def _reserve_batch(self, table: Table, spec: SampleSpec, wait_s: float) -> None:
-        """Waits until a batch can be drawn and the rate limit allows it; then one is reserved with the limit.
+    async def _reserve_batch(self, sampler: Sampler, wait_s: float) -> Reserved:
+        """Waits until a batch can be drawn and the rate limit allows it, and reserves it with the limit.
 
         Raises:
             NotReadyError: there is still nothing to sample, or the rate limit does not allow a batch, after ``wait_s`` seconds.
             DrainingError: the server is stopping.
         """
-        drain, reserved = self._parts.drain, False
+        drain = self._parts.drain
+        reserved: Reserved | None = None
 
         def is_over() -> bool:
             nonlocal reserved
-            if not reserved and not drain.begun and table.store.can_sample(spec.horizon):
-                reserved = table.limiter.reserve_batches(1, spec.batch_size) > 0
-            return drain.begun or reserved
+            if reserved is None and not drain.begun and sampler.can_sample():
+                reserved = sampler.reserve(1)
+            return drain.begun or reserved is not None
 
         try:
             await self._parts.changes.until(is_over, wait_s)
             drain.raise_if_draining()
         except BaseException:
-            if reserved:
-                table.limiter.cancel_batches(1, spec.batch_size)
+            if reserved is not None:
+                sampler.cancel(*reserved)
             raise
-        if not reserved:
-            fill = table.store.fill(spec.horizon)
-            limited = f"the rate limit holds batches back: {table.limiter.explain()}"
-            raise NotReadyError(limited if fill.eligible else fill.explain_not_ready())
+        if reserved is None:
+            raise NotReadyError(sampler.explain_not_ready())
+        return reserved
 
     def _rng(self, table: Table) -> np.random.Generator:
         rng = self._rngs.get(table.name)
@@ -88,39 +89,40 @@ class SampleCalls:
             rng = self._rngs[table.name] = table.seeds.stream()
         return rng
 
-    async def _answer(self, table: Table, spec: SampleSpec, rng: np.random.Generator, context: Context) -> bytes:
+    async def _answer(self, sampler: Sampler, reserved: Reserved, context: Context) -> bytes:
         sending = self._parts.budgets.sending
-        size, inline = self._size(table, spec)
+        size, inline = self._size(sampler)
         await sending.reserve(size)
         # gRPC calls this once it has passed the answer to the transport or given up the call.
         context.add_done_callback(lambda _: sending.release(size))  # type: ignore[arg-type]
         if inline:
-            return self._sample_message(table, spec, rng)
-        return await tasks.run(self._parts.sample_pool, self._sample_message, table, spec, rng)
+            return self._sample_message(sampler, reserved)
+        return await tasks.run(self._parts.sample_pool, self._sample_message, sampler, reserved)
 
     def _framer(self, opening: pb.SampleStreamOpen) -> BatchFramer:
         table = self._parts.tables.get(opening.sample.table)
         rng = table.seeds.stream(opening.sample.seed if opening.sample.HasField("seed") else None)
-        return BatchFramer(table, _spec(table, opening.sample), rng, max_batches=opening.max_batches_per_frame)
+        sampler = TableSampler(table, _spec(table, opening.sample), rng)
+        return BatchFramer(sampler, max_message_bytes=self._max_message_bytes, max_batches=opening.max_batches_per_frame)
 
-    def _size(self, table: Table, spec: SampleSpec) -> tuple[int, bool]:
+    def _size(self, sampler: Sampler) -> tuple[int, bool]:
         """Returns the bytes of the answer and whether it is gathered inline; 0 bytes if nothing can be sampled.
 
         Raises:
             TooLargeError: the answer is above the message limit. Checked before anything is drawn: just the row numbers of the
                 largest batch that may be requested take half a gigabyte.
         """
-        layout = table.layout(spec)
+        layout = sampler.layout()
         # If nothing can be sampled, the call fails as not ready, however large its batch would be.
-        if layout is None or not table.store.can_sample(spec.horizon):
+        if layout is None or not sampler.can_sample():
             return 0, False
         size = layout.message_bytes(unary=True)
         self._check_message_size(size)
-        return size, table.fits_inline(spec)
+        return size, sampler.fits_inline()
 
-    def _sample_message(self, table: Table, spec: SampleSpec, rng: np.random.Generator) -> bytes:
-        with table.draw(spec, rng) as drawn:
-            actors = table.actor_names(drawn.actors())
+    def _sample_message(self, sampler: Sampler, reserved: Reserved) -> bytes:
+        with sampler.draw(reserved) as drawn:
+            actors = sampler.actor_names(drawn.actors())
             self._check_message_size(drawn.layout.message_bytes(actors=actors, unary=True))
             message, body = drawn.layout.sample_response(actors)
             drawn.gather_into((body,))

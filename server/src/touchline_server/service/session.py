@@ -17,6 +17,7 @@ from touchline_server.service.budgets import Reservation
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.ring_producer import RingProducer, ring_offer
 from touchline_server.service.tasks import Job, consume_exception
+from touchline_server.tables.sampler import Split
 
 MAX_CREDITS = 1 << 20
 """Most credits that a learner may hold."""
@@ -50,6 +51,8 @@ class _FrameTask:
     """Bytes reserved for the frames."""
     undelivered: int
     """Batches reserved with the rate limit and not delivered yet."""
+    split: Split
+    """The split of each of them."""
 
     async def cancel_and_join(self) -> None:
         """Releases the bytes, once no thread makes the frames any more."""
@@ -115,7 +118,7 @@ class SampleSession:
                         self._raise_error()
                         making = self._try_start_frames()
                         await self._write(frames, write, task.reservation)
-                        self._framer.limiter.delivered(task.undelivered, self._framer.spec.batch_size)
+                        self._framer.sampler.delivered(task.undelivered, task.split)
                         task.undelivered = 0
                 finally:
                     await self._cancel(task)
@@ -136,7 +139,7 @@ class SampleSession:
                 # maybe for minutes, must not hold any.
                 await self._sending.reserve(ahead.size_bytes)
             except BaseException:
-                self._framer.limiter.cancel_batches(ahead.batches, self._framer.spec.batch_size)
+                self._framer.sampler.cancel(*ahead.reserved)
                 raise
             return ahead
         return None
@@ -144,7 +147,7 @@ class SampleSession:
     async def _cancel(self, task: _FrameTask) -> None:
         """Ends a task, and returns what it has not delivered to the rate limit."""
         if task.undelivered:
-            self._framer.limiter.cancel_batches(task.undelivered, self._framer.spec.batch_size)
+            self._framer.sampler.cancel(task.undelivered, task.split)
         await task.cancel_and_join()
 
     async def _can_send(self, wake: asyncio.Event) -> bool:
@@ -152,7 +155,7 @@ class SampleSession:
         while True:
             wake.clear()
             self._raise_error()
-            if self._credits and self._framer.can_sample():
+            if self._credits and self._framer.sampler.can_sample():
                 return True
             if self._requests is not _Requests.OPEN and not self._credits:
                 return False
@@ -160,10 +163,10 @@ class SampleSession:
 
     def _try_start_frames(self) -> _FrameTask | None:
         """Starts the next frames if there are credits, something to sample, permission of the rate limit and bytes at this moment."""
-        if not (self._credits and self._framer.can_sample()) or (ahead := self._framer.try_reserve(self._credits)) is None:
+        if not (self._credits and self._framer.sampler.can_sample()) or (ahead := self._framer.try_reserve(self._credits)) is None:
             return None
         if not self._sending.try_reserve(ahead.size_bytes):
-            self._framer.limiter.cancel_batches(ahead.batches, self._framer.spec.batch_size)
+            self._framer.sampler.cancel(*ahead.reserved)
             return None
         return self._start_frames(ahead)
 
@@ -180,7 +183,7 @@ class SampleSession:
                 frames.set_result(made)
         except Exception as error:
             frames.set_exception(error)
-        return _FrameTask(frames, job, Reservation(self._sending, ahead.size_bytes), ahead.batches)
+        return _FrameTask(frames, job, Reservation(self._sending, ahead.size_bytes), *ahead.reserved)
 
     async def _write(self, frames: list[bytes], write: Write, reservation: Reservation) -> None:
         """Writes frames and releases the bytes of each one."""
@@ -196,7 +199,7 @@ class SampleSession:
 
     async def _serve_by_ring(self, learner_id: str, write: Write, wake: asyncio.Event) -> bool:
         """Serves the whole session by a ring; returns False if there can be none, and messages have to do."""
-        if not await self._can_send(wake) or (layout := self._framer.layout()) is None:
+        if not await self._can_send(wake) or (layout := self._framer.sampler.layout()) is None:
             return False
         try:
             ring = self._parts.rings.open(learner_id, layout, self._credits)

@@ -1,0 +1,158 @@
+"""Where the batches of one stream, or one call, come from: a table here, several in :mod:`.mix_sampler`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from touchline_protos.codec import BatchLayout
+from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.tables.table import SampleSpec, Table
+
+Split = tuple[int, ...]
+"""Number of slices that each table provides of a batch; one table provides all of them."""
+
+
+class Reserved(NamedTuple):
+    """Batches that may be drawn and handed over: they are reserved with the rate limit of each table that they come from."""
+
+    batches: int
+    split: Split
+    """The split of each of them."""
+
+
+class Sampler(Protocol):
+    """The batches of one stream. What it is made of is fixed; one thread at a time.
+
+    What is reserved ends in exactly one report a batch, in any order: ``delivered`` or ``cancel``. See :class:`RateLimiter`.
+    """
+
+    batch_size: int
+    """B, slices in a batch."""
+    horizon: int
+    """H, transitions in a slice."""
+
+    def can_sample(self) -> bool:
+        """Returns whether a batch can be drawn now, whatever the rate limit says."""
+        ...
+
+    def explain_not_ready(self) -> str:
+        """Returns why no batch can be drawn, or what the rate limit waits for, for errors."""
+        ...
+
+    def layout(self) -> BatchLayout | None:
+        """Returns how a batch looks at present; None while there is no schema."""
+        ...
+
+    def fits_inline(self, *, batches: int = 1) -> bool:
+        """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
+        ...
+
+    def reserve(self, batches: int) -> Reserved | None:
+        """Reserves up to ``batches`` batches with the rate limit; returns None if that allows none now."""
+        ...
+
+    def delivered(self, batches: int, split: Split) -> None:
+        """Reports that reserved batches were delivered."""
+        ...
+
+    def cancel(self, batches: int, split: Split) -> None:
+        """Reports that reserved batches will not be delivered."""
+        ...
+
+    def draw(self, reserved: Reserved) -> BatchDraw:
+        """Draws reserved batches, and pins them until the end of a ``with`` block; see :meth:`Table.draw`."""
+        ...
+
+    def has_actor(self, number: int) -> bool:
+        """Returns whether the name of an actor's number is still known. Numbers are never reused."""
+        ...
+
+    def actor_count(self) -> int:
+        """Returns the number of actors whose names are known."""
+        ...
+
+    def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Returns the names of actors by their numbers."""
+        ...
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Calls ``listener`` after every change of a table; see :meth:`Subscriptions.subscribe`."""
+        ...
+
+
+class TableSampler:
+    """Batches of one table; see :class:`Sampler`.
+
+    Args:
+        table: the table.
+        spec: what to draw.
+        rng: the stream's own random numbers.
+    """
+
+    __slots__ = ("_rng", "_spec", "_split", "_table", "batch_size", "horizon")
+
+    def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator) -> None:
+        self._table = table
+        self._spec = spec
+        self._rng = rng
+        self.batch_size = spec.batch_size
+        self.horizon = spec.horizon
+        self._split = (spec.batch_size,)
+
+    def can_sample(self) -> bool:
+        """See :class:`Sampler`."""
+        return self._table.store.can_sample(self.horizon)
+
+    def explain_not_ready(self) -> str:
+        """See :class:`Sampler`."""
+        return explain_not_ready(self._table, self.horizon)
+
+    def layout(self) -> BatchLayout | None:
+        """See :class:`Sampler`."""
+        return self._table.layout(self._spec)
+
+    def fits_inline(self, *, batches: int = 1) -> bool:
+        """See :class:`Sampler`."""
+        return self._table.fits_inline(self._spec, batches=batches)
+
+    def reserve(self, batches: int) -> Reserved | None:
+        """See :class:`Sampler`."""
+        granted = self._table.limiter.reserve_batches(batches, self.batch_size)
+        return Reserved(granted, self._split) if granted else None
+
+    def delivered(self, batches: int, split: Split) -> None:
+        """See :class:`Sampler`."""
+        self._table.limiter.delivered(batches, split[0])
+
+    def cancel(self, batches: int, split: Split) -> None:
+        """See :class:`Sampler`."""
+        self._table.limiter.cancel_batches(batches, split[0])
+
+    def draw(self, reserved: Reserved) -> BatchDraw:
+        """See :class:`Sampler`."""
+        return self._table.draw(self._spec, self._rng, batches=reserved.batches)
+
+    def has_actor(self, number: int) -> bool:
+        """See :class:`Sampler`."""
+        return number in self._table.store.actors
+
+    def actor_count(self) -> int:
+        """See :class:`Sampler`."""
+        return len(self._table.store.actors)
+
+    def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
+        """See :class:`Sampler`."""
+        return self._table.actor_names(numbers)
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """See :class:`Sampler`."""
+        return self._table.subscriptions.subscribe(listener)
+
+
+def explain_not_ready(table: Table, horizon: int) -> str:
+    """Returns why a table has no batch: what is stored or, if that suffices, what its rate limit waits for."""
+    fill = table.store.fill(horizon)
+    return f"the rate limit holds batches back: {table.limiter.explain()}" if fill.eligible else fill.explain_not_ready()
