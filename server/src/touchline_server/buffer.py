@@ -17,10 +17,13 @@ from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
 from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
+from touchline_protos.types.mix import Mix
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidEpisodeError, NotReadyError
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
+from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
+from touchline_server.tables.mix_sampler import MixSampler, MixSpec
 from touchline_server.tables.registry import TableRegistry
 from touchline_server.tables.table import SampleSpec, Table
 
@@ -246,6 +249,8 @@ class ReplayBuffer:
         law: str | None = None,
         seed: int | None = None,
         beta: float | None = None,
+        mix: Mix | None = None,
+        when_empty: str = "wait",
     ) -> Batch:
         """Draws one batch.
 
@@ -255,14 +260,24 @@ class ReplayBuffer:
             law: ``episode`` or ``step``.
             seed: seed of this draw only: the same seed and the same stored episodes give the same batch.
             beta: exponent of the weights of ``prioritized``, 0 to 1.
+            mix: share of each table in the batch, ``{"online": 0.5, "demos": 0.5}``, instead of this table; see docs/tables.md. Each
+                draws by its own law, if ``law`` is None; the first has the configured numbers.
+            when_empty: ``wait`` raises NotReadyError while a table of the mix has nothing to sample, ``others`` gives its share to the
+                others.
 
         Returns:
             Fresh tensors on the buffer's device (see :class:`~touchline_protos.Batch` for shapes), provenance on the host.
 
         Raises:
             NotReadyError: no stored episode has horizon + 1 rows, or the table's rate limit does not allow a batch now.
-            InvalidArgumentError: an argument is out of range.
+            InvalidArgumentError: an argument is out of range, or the columns of two tables of the mix do not fit each other.
+            UnknownTableError: a table of the mix does not exist.
         """
+        if mix is not None:
+            sampler = self._mix_sampler(
+                MixSpec.of(mix, when_empty), seed, batch_size=batch_size, horizon=horizon, law=law, options=LawOptions(beta=beta)
+            )
+            return self._sample_mixed(sampler)
         spec = self.spec(batch_size=batch_size, horizon=horizon, law=law, options=LawOptions(beta=beta))
         if seed is not None:
             return self._sample(spec, self.seeds.stream(seed))
@@ -370,18 +385,42 @@ class ReplayBuffer:
         limiter.delivered(1, spec.batch_size)
         return batch
 
+    def _mix_sampler(self, mix: MixSpec, seed: int | None, **request: Any) -> MixSampler:
+        tables = [self.registry.get(name) for name in mix.names]
+        if seed is not None:
+            return MixSampler(mix, tables, tables[0].seeds.stream(seed), **request)
+        with self._rng_lock:
+            rng = self._rng.spawn(1)[0]
+        return MixSampler(mix, tables, rng, **request)
+
+    def _sample_mixed(self, sampler: MixSampler) -> Batch:
+        reserved = sampler.reserve(1)
+        if reserved is None:
+            raise NotReadyError(sampler.explain_not_ready())
+        try:
+            with sampler.draw(reserved) as drawn:
+                batch = assemble_batch(
+                    self._tensors(drawn), MappingProxyType(sampler.actor_names(drawn.actors())), table_names=sampler.table_names
+                )
+        except BaseException:
+            sampler.cancel(*reserved)
+            raise
+        sampler.delivered(*reserved)
+        return batch
+
     def _gather(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
         with self.table.draw(spec, rng) as drawn:
-            if drawn.on_cuda:
-                tensors = drawn.gather_tensors()
-            else:
-                from touchline_server.store.tensors import as_tensor
+            return assemble_batch(self._tensors(drawn), MappingProxyType(self.table.actor_names(drawn.actors())))
 
-                # Pooled: page faults of a fresh allocation cost more than the gather of a large batch itself.
-                arrays = drawn.layout.body_views(self._pool.lease(drawn.layout.body_bytes))
-                drawn.gather_into((arrays,))
-                tensors = {name: as_tensor(array) for name, array in arrays.items()}
-            return assemble_batch(tensors, MappingProxyType(self.table.actor_names(drawn.actors())))
+    def _tensors(self, drawn: DrawnBatches) -> dict[str, Any]:
+        if drawn.on_cuda:
+            return drawn.gather_tensors()
+        from touchline_server.store.tensors import as_tensor
+
+        # Pooled: page faults of a fresh allocation cost more than the gather of a large batch itself.
+        arrays = drawn.layout.body_views(self._pool.lease(drawn.layout.body_bytes))
+        drawn.gather_into((arrays,))
+        return {name: as_tensor(array) for name, array in arrays.items()}
 
     @staticmethod
     def _episode(td: Mapping[str, Any], actor: str, policy_version: int, key: EpisodeKey | None) -> Episode:

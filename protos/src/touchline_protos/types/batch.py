@@ -67,6 +67,8 @@ class Batch:
     """[B] int64: table of each slice, as its position in the mix; None unless the batch is mixed."""
     valid: Array | None = None
     """[H, B, 1] bool: whether a transition is real, not padding after the end of its episode; None unless slices are padded."""
+    table_names: tuple[str, ...] = ()
+    """Names of the tables of the mix, by their positions in ``table``; empty unless the batch is mixed."""
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.obs, self.action, self.reward, self.done))
@@ -84,12 +86,13 @@ class Batch:
         return (self.obs, self.action, self.reward, self.done)[index]
 
 
-def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str]) -> Batch:
+def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str], *, table_names: tuple[str, ...] = ()) -> Batch:
     """Returns a batch made of flat arrays.
 
     Args:
         arrays: columns by dotted name, and provenance as ``provenance.<field>``. Not copied.
         actor_names: actors' names by index. Not copied.
+        table_names: names of the mix's tables, by position.
     """
     obs: Any = {}
     named: dict[str, Array] = {}
@@ -109,4 +112,4 @@ def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str]) 
             extra[name] = array
     if "obs" in named:
         obs = named.pop("obs")
-    return Batch(obs=obs, task=named.pop("task", None), extra=extra, actor_names=actor_names, **named)
+    return Batch(obs=obs, task=named.pop("task", None), extra=extra, actor_names=actor_names, table_names=table_names, **named)

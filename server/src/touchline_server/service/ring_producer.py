@@ -22,8 +22,8 @@ from touchline_server.config.sections import RingConfig
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.throttle import AddThrottle
-from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.memory import available_host_bytes
+from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.tables.sampler import Reserved, Split
 
 logger = get_logger(__name__)
@@ -250,7 +250,7 @@ class RingProducer:
         self._ring.control.publish(slot, self._actors_sent)
         self._used.append(split)
 
-    def _send_names(self, drawn: BatchDraw) -> None:
+    def _send_names(self, drawn: DrawnBatches) -> None:
         """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""
         names = self._framer.new_actors(drawn)
         if names:
@@ -258,7 +258,7 @@ class RingProducer:
             actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
             self._send(pb.SampleStreamResponse(actors=actors).SerializeToString())
 
-    def _gather_from_device(self, slots: list[int], drawn: BatchDraw) -> None:
+    def _gather_from_device(self, slots: list[int], drawn: DrawnBatches) -> None:
         """Gathers on the device, which copies straight into the slots if their memory can be pinned; waits for it once."""
         if self._pinned is None:
             import torch

@@ -20,8 +20,7 @@ class BatchDraw:
     """Batches of one table, drawn together and pinned until the end of a ``with`` block.
 
     Code that fills messages, slots and tensors uses this class only, and neither the store nor the plan. Batches that are mixed from
-    several tables are another class with the same methods, whose parts each gather a range of the slices (``first`` of
-    :meth:`GatherPlan.gather_into`).
+    several tables are a :class:`~touchline_server.store.mixed_draw.MixedDraw`, with the same methods.
     """
 
     __slots__ = ("_pinned", "batches", "layout", "plan")
@@ -67,8 +66,12 @@ class BatchDraw:
         """Returns what gathers the pieces of the first batch, into an array for each segment."""
         return self.plan.piece_gatherer(self.batches[0])
 
+    def release(self) -> None:
+        """Unpins the rows, which may be overwritten from now on. Must be called once."""
+        self._pinned.release()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pinned.release()
+        self.release()

@@ -16,6 +16,7 @@ from touchline_protos import Counts
 from touchline_protos.codec import Episode
 from touchline_server.config.settings import Config
 from touchline_server.errors import NotReadyError
+from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.actors import NameTable
 from touchline_server.store.columns import Columns
@@ -176,8 +177,11 @@ class EpisodeStore:
         *,
         batches: int = 1,
         options: LawOptions = NO_OPTIONS,
+        mark: Callable[[Draw], Draw] | None = None,
     ) -> PinnedDraw:
         """Draws batches, each from the same episodes, and pins their rows until the draw is released.
+
+        A mix of several tables completes its fields of the draw by ``mark``, before the draw is cut into batches.
 
         Raises:
             NotReadyError: no episode has horizon + 1 rows.
@@ -189,6 +193,8 @@ class EpisodeStore:
             draw = index.selectors.of(law).draw(batch_size, horizon, rng, batches=batches, options=options)
             pin = self._ring.epochs.pin()
         try:
+            if mark is not None:
+                draw = mark(draw)
             located = locate_batches(draw, columns, batches=batches, horizon=horizon)
         except BaseException:  # there may be no memory for the rows of a large batch
             with self._ring.lock:

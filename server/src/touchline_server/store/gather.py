@@ -220,6 +220,10 @@ class GatherPlan:
                 target.view(output.gathered_shape(batch_size))[:, first : first + size] = gathered
         columns.note_reads()
 
+    def write_provenance(self, slices: DrawnSlices, body: Body, *, first: int = 0) -> None:
+        """Copies where each slice came from into a body on the host, from slice ``first`` on."""
+        _write_provenance(slices, body, first)
+
     def _layout_of(self, slices: DrawnSlices) -> BatchLayout:
         return self.layout(len(slices), slices.draw.optional)
 

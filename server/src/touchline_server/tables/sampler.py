@@ -9,6 +9,7 @@ import numpy as np
 
 from touchline_protos.codec import BatchLayout
 from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.tables.table import SampleSpec, Table
 
 Split = tuple[int, ...]
@@ -35,7 +36,11 @@ class Sampler(Protocol):
     """H, transitions in a slice."""
 
     def can_sample(self) -> bool:
-        """Returns whether a batch can be drawn now, whatever the rate limit says."""
+        """Returns whether a batch can be drawn now, whatever the rate limit says.
+
+        Raises:
+            UnknownTableError: the table was dropped.
+        """
         ...
 
     def explain_not_ready(self) -> str:
@@ -62,7 +67,7 @@ class Sampler(Protocol):
         """Reports that reserved batches will not be delivered."""
         ...
 
-    def draw(self, reserved: Reserved) -> BatchDraw:
+    def draw(self, reserved: Reserved) -> DrawnBatches:
         """Draws reserved batches, and pins them until the end of a ``with`` block; see :meth:`Table.draw`."""
         ...
 
@@ -104,11 +109,13 @@ class TableSampler:
 
     def can_sample(self) -> bool:
         """See :class:`Sampler`."""
+        self._table.check_not_dropped()
         return self._table.store.can_sample(self.horizon)
 
     def explain_not_ready(self) -> str:
         """See :class:`Sampler`."""
-        return explain_not_ready(self._table, self.horizon)
+        fill = self._table.store.fill(self.horizon)
+        return f"the rate limit holds batches back: {self._table.limiter.explain()}" if fill.eligible else fill.explain_not_ready()
 
     def layout(self) -> BatchLayout | None:
         """See :class:`Sampler`."""
@@ -150,9 +157,3 @@ class TableSampler:
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """See :class:`Sampler`."""
         return self._table.subscriptions.subscribe(listener)
-
-
-def explain_not_ready(table: Table, horizon: int) -> str:
-    """Returns why a table has no batch: what is stored or, if that suffices, what its rate limit waits for."""
-    fill = table.store.fill(horizon)
-    return f"the rate limit holds batches back: {table.limiter.explain()}" if fill.eligible else fill.explain_not_ready()

@@ -16,6 +16,7 @@ from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.unlimited import UNLIMITED
+from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options
 from touchline_server.selectors.registry import LAWS, check_law
 from touchline_server.selectors.seeds import SeedSource
@@ -214,7 +215,9 @@ class Table:
             raise InvalidArgumentError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
         return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law), check_options(options))
 
-    def draw(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> BatchDraw:
+    def draw(
+        self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1, mark: Callable[[Draw], Draw] | None = None
+    ) -> BatchDraw:
         """Draws batches, and pins them until the end of a ``with`` block, in which they are gathered.
 
         The rate limit is not asked: the caller that hands the batches over asks it.
@@ -223,11 +226,12 @@ class Table:
             spec: what to draw.
             rng: the random numbers; by the same ones, ``batches`` draws in a row give the same batches.
             batches: number of batches.
+            mark: function that completes the draw's fields for a mix of several tables.
 
         Raises:
             NotReadyError: no stored episode has horizon + 1 steps.
         """
-        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options)
+        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options, mark=mark)
         try:
             plan = self._plan(pinned.columns.schema, spec.horizon)
             return BatchDraw(pinned, plan, plan.layout(spec.batch_size, pinned.batches[0].draw.optional))
@@ -235,10 +239,16 @@ class Table:
             pinned.release()
             raise
 
-    def layout(self, spec: SampleSpec) -> BatchLayout | None:
-        """Returns how a batch looks at present; None while there is no schema."""
+    def layout(self, spec: SampleSpec, *, optional: tuple[str, ...] | None = None) -> BatchLayout | None:
+        """Returns how a batch looks at present; None while there is no schema.
+
+        Args:
+            spec: what to draw.
+            optional: fields of the optional provenance, in wire order; None takes those of the spec.
+        """
         schema = self.store.schema
-        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size, spec.optional)
+        optional = spec.optional if optional is None else optional
+        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size, optional)
 
     def fits_inline(self, spec: SampleSpec, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""

@@ -1,0 +1,310 @@
+"""Batches that are mixed from several tables, an exact number of slices from each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from touchline_protos.codec import BatchLayout
+from touchline_protos.types.batch import OPTIONAL_PROVENANCE
+from touchline_protos.types.dtypes import dtype_name
+from touchline_protos.types.mix import check_mix, check_when_empty, split_batch
+from touchline_server.errors import InvalidArgumentError, NotReadyError, SchemaChangedError
+from touchline_server.limiters.unlimited import UNLIMITED
+from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions
+from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.mixed_draw import MixedDraw
+from touchline_server.store.schema import Schema
+from touchline_server.tables.sampler import Reserved, Split
+from touchline_server.tables.table import Table
+
+
+class MixSpec(NamedTuple):
+    """A request's mix: checked."""
+
+    names: tuple[str, ...]
+    """Names of the tables, in the order of the mix."""
+    shares: tuple[float, ...]
+    """Share of each table; only their proportions count."""
+    when_empty: str
+    """``wait`` for a table without anything to sample, or give its share to the ``others``."""
+
+    @classmethod
+    def of(cls, mix: object, when_empty: str = "wait") -> MixSpec:
+        """Returns a request's mix.
+
+        Args:
+            mix: share of each table by its name; see :data:`touchline_protos.types.mix.Mix`.
+            when_empty: ``wait`` or ``others``.
+
+        Raises:
+            InvalidArgumentError: the mix is not one; see :func:`touchline_protos.types.mix.check_mix`.
+        """
+        try:
+            pairs = check_mix(mix)  # type: ignore[arg-type]
+            return cls(tuple(name for name, _ in pairs), tuple(share for _, share in pairs), check_when_empty(when_empty))
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from None
+
+
+class MixSampler:
+    """Batches that are mixed from several tables; see :class:`Sampler`.
+
+    The slices of a batch stand table by table, in the order of the mix. Each table draws by its own law, from random numbers of its own.
+    In the batches, the number of an actor is its number in its table, times the number of tables, plus the table's position in the mix: so
+    actors of different tables never have the same one.
+
+    Args:
+        mix: the mix.
+        tables: tables of the mix, in its order.
+        rng: the stream's random numbers; each table's are spawned from them.
+        batch_size: B, slices in a batch; None takes the first table's, as for ``horizon``.
+        horizon: H, transitions in a slice.
+        law: the law of every table; None takes each table's own.
+        options: the request's parameters of the laws.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range, or the columns of two tables do not fit each other.
+    """
+
+    def __init__(
+        self,
+        mix: MixSpec,
+        tables: Sequence[Table],
+        rng: np.random.Generator,
+        *,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        options: LawOptions = NO_OPTIONS,
+    ) -> None:
+        self._mix = mix
+        self.table_names = mix.names
+        """Names of the tables, in the order of the mix."""
+        self._tables = tuple(tables)
+        first = tables[0].spec(batch_size=batch_size, horizon=horizon, law=law, options=options)
+        self.batch_size, self.horizon = first.batch_size, first.horizon
+        self._specs = [first] + [
+            table.spec(batch_size=first.batch_size, horizon=first.horizon, law=law, options=options) for table in tables[1:]
+        ]
+        optional = {"table"}.union(*(spec.optional for spec in self._specs))
+        self._optional = tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
+        self._rngs = rng.spawn(len(tables))
+        self._splits: dict[tuple[bool, ...], Split] = {}
+        self._layout: BatchLayout | None = None
+        self._schemas: list[Schema | None] = [None] * len(tables)
+        """Each table's schema that is known to fit the layout."""
+        fault = _misfit(self._tables)
+        if fault is not None:
+            raise InvalidArgumentError(fault)
+
+    def can_sample(self) -> bool:
+        """Returns whether a batch can be drawn now: from every table, or from one at least if the others take over its share."""
+        return self._split() is not None
+
+    def explain_not_ready(self) -> str:
+        """Returns for each table that the mix waits for what it lacks."""
+        split = self._split()
+        reasons = []
+        for table, share, count in zip(self._tables, self._mix.shares, split or self._mix.shares, strict=True):
+            if split is None and share and not self._is_ready(table):
+                reasons.append(f"table {table.name!r}: {table.store.fill(self.horizon).explain_not_ready()}")
+            elif split is not None and count and table.limiter is not UNLIMITED:
+                reasons.append(f"table {table.name!r}: the rate limit holds batches back: {table.limiter.explain()}")
+        return "; ".join(reasons) or "a table of the mix had nothing to sample a moment ago"
+
+    def layout(self) -> BatchLayout | None:
+        """Returns how a batch looks; None while no table has a schema. It stays the same as long as this object is used."""
+        if self._layout is None:
+            for table, spec in zip(self._tables, self._specs, strict=True):
+                # The law's fields are those of the whole batch, whatever the table's own law adds.
+                layout = table.layout(spec, optional=self._optional)
+                if layout is not None:
+                    fault = _misfit(self._tables)
+                    if fault is not None:
+                        raise SchemaChangedError(fault)
+                    self._layout = layout
+                    break
+        return self._layout
+
+    def fits_inline(self, *, batches: int = 1) -> bool:
+        """Returns whether an event loop may gather batches by itself: as if each table provided all slices."""
+        for table, spec in zip(self._tables, self._specs, strict=True):
+            if table.store.columns is not None and not table.fits_inline(spec, batches=batches):
+                return False
+        return True
+
+    def reserve(self, batches: int) -> Reserved | None:
+        """Reserves batches with the rate limit of each table; as many as all of them allow. None if a table has nothing to sample."""
+        split = self._split()
+        if split is None:
+            return None
+        granted = batches
+        asked: list[tuple[Table, int]] = []
+        for table, count in zip(self._tables, split, strict=True):
+            if not count:
+                continue
+            allowed = table.limiter.reserve_batches(granted, count)
+            for other, its_count in asked:
+                if allowed < granted:
+                    other.limiter.cancel_batches(granted - allowed, its_count)
+            granted = allowed
+            if not granted:
+                return None
+            asked.append((table, count))
+        return Reserved(granted, split)
+
+    def delivered(self, batches: int, split: Split) -> None:
+        """Reports that reserved batches were delivered, to each table the slices that it provided."""
+        for table, count in zip(self._tables, split, strict=True):
+            if count:
+                table.limiter.delivered(batches, count)
+
+    def cancel(self, batches: int, split: Split) -> None:
+        """Reports that reserved batches will not be delivered."""
+        for table, count in zip(self._tables, split, strict=True):
+            if count and batches:
+                table.limiter.cancel_batches(batches, count)
+
+    def draw(self, reserved: Reserved) -> MixedDraw:
+        """Draws reserved batches, and pins them until the end of a ``with`` block.
+
+        Raises:
+            NotReadyError: a table has nothing to sample any more.
+            SchemaChangedError: a table has other columns now.
+        """
+        layout = self.layout()
+        if layout is None:
+            raise NotReadyError(self.explain_not_ready())
+        parts: list[BatchDraw] = []
+        try:
+            for position, count in enumerate(reserved.split):
+                if count:
+                    parts.append(self._draw_part(position, count, reserved.batches, layout))
+        except BaseException:
+            for part in parts:
+                part.release()
+            raise
+        return MixedDraw(parts, layout)
+
+    def has_actor(self, number: int) -> bool:
+        """Returns whether the name of an actor's number is still known."""
+        number, position = divmod(number, len(self._tables))
+        return number in self._tables[position].store.actors
+
+    def actor_count(self) -> int:
+        """Returns the number of actors whose names are known."""
+        return sum(len(table.store.actors) for table in self._tables)
+
+    def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Returns the names of actors by their numbers in these batches."""
+        tables = len(self._tables)
+        return {number: self._tables[number % tables].store.actor_name(number // tables) for number in sorted(numbers)}
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Calls ``listener`` after every change of any of the tables."""
+        ends = [table.subscriptions.subscribe(listener) for table in self._tables]
+
+        def end() -> None:
+            for unsubscribe in ends:
+                unsubscribe()
+
+        return end
+
+    def _split(self) -> Split | None:
+        """Returns the split of a batch that is drawn now; None if there can be none."""
+        ready = [self._is_ready(table) for table in self._tables]
+        split = self._split_of([True] * len(ready) if self._mix.when_empty == "wait" else ready)
+        return split if all(has or not count for has, count in zip(ready, split, strict=True)) and any(split) else None
+
+    def _split_of(self, taking_part: Sequence[bool]) -> Split:
+        """Returns the split of a batch among some of the tables; nothing from any if their shares are 0."""
+        key = tuple(taking_part)
+        split = self._splits.get(key)
+        if split is None:
+            shares = [share if takes else 0.0 for share, takes in zip(self._mix.shares, key, strict=True)]
+            split = self._splits[key] = split_batch(shares, self.batch_size) if any(shares) else (0,) * len(shares)
+        return split
+
+    def _is_ready(self, table: Table) -> bool:
+        table.check_not_dropped()
+        return table.store.can_sample(self.horizon)
+
+    def _draw_part(self, position: int, count: int, batches: int, layout: BatchLayout) -> BatchDraw:
+        table = self._tables[position]
+        spec = self._specs[position]._replace(batch_size=count)
+        part = table.draw(spec, self._rngs[position], batches=batches, mark=lambda draw: self._mark(draw, position))
+        try:
+            self._check_fits(position, part, layout)
+        except BaseException:
+            part.release()
+            raise
+        return part
+
+    def _mark(self, draw: Draw, position: int) -> Draw:
+        """Returns a table's draw with the fields of the mix's: its position, actors' numbers of the mix, and what other laws add."""
+        slices = len(draw.start)
+        missing: dict[str, np.ndarray] = {}
+        if draw.weight is None and "weight" in self._optional:
+            missing["weight"] = np.ones(slices, np.float32)
+        if draw.valid is None and "valid" in self._optional:
+            missing["valid"] = np.ones((self.horizon, slices, 1), np.bool_)
+        return replace(
+            draw,
+            actor=draw.actor * len(self._tables) + position,
+            table=np.full(slices, position, np.int64),
+            **missing,
+        )
+
+    def _check_fits(self, position: int, part: BatchDraw, layout: BatchLayout) -> None:
+        schema = part.batches[0].columns.schema
+        if self._schemas[position] is schema:
+            return
+        columns = {spec.name: (spec.dtype, spec.shape[2:]) for spec in layout.columns}
+        if columns != {spec.name: (spec.dtype, spec.shape[2:]) for spec in part.layout.columns}:
+            raise SchemaChangedError(_misfit(self._tables) or "a table of the mix has other columns now; open the stream again")
+        self._schemas[position] = schema
+
+
+def _misfit(tables: Sequence[Table]) -> str | None:
+    """Returns in what the columns of two tables do not fit each other, beginning with the column's name; None if all fit.
+
+    Tables without a schema, which have not got an episode yet, fit.
+    """
+    conventions = {table.config.sampling.row_convention: table for table in tables}
+    if len(conventions) > 1:
+        (one, table), (other, second) = sorted(conventions.items())[:2]
+        return f"row_convention: {one!r} in table {table.name!r}, {other!r} in table {second.name!r}, expected the same in a mix"
+    reference: tuple[Table, Schema] | None = None
+    for table in tables:
+        schema = table.store.schema
+        if schema is None:
+            continue
+        if reference is None:
+            reference = table, schema
+            continue
+        fault = _difference(reference[0].name, reference[1], table.name, schema)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _difference(name: str, schema: Schema, other_name: str, other: Schema) -> str | None:
+    """Returns how the schemas of two tables differ, whatever the order of their columns; None if they do not."""
+    columns = {spec.name: spec for spec in schema.columns}
+    others = {spec.name: spec for spec in other.columns}
+    for column in [*columns, *others]:
+        for one, two, there, missing in ((columns, others, name, other_name), (others, columns, other_name, name)):
+            if column in one and column not in two:
+                return f"{column}: missing in table {missing!r}, {one[column]} in table {there!r}, expected the same columns in a mix"
+        spec, its = columns[column], others[column]
+        if spec.dtype != its.dtype:
+            found = f"dtype {dtype_name(its.dtype)} in table {other_name!r}, {dtype_name(spec.dtype)} in table {name!r}"
+            return f"{column}: {found}, expected the same in a mix"
+        if spec.shape != its.shape:
+            return f"{column}: shape {its.shape} a step in table {other_name!r}, {spec.shape} in table {name!r}, expected the same in a mix"
+    return None
