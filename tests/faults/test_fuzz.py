@@ -181,6 +181,14 @@ class Stranger:
                 pb.GetEpisodesRequest,
                 pb.GetEpisodesRequest(first_episode_id=1, newest=2, columns=["obs"], max_frame_bytes=4096),
             ),
+            "UpdatePriorities": (
+                pb.UpdatePrioritiesRequest,
+                pb.UpdatePrioritiesRequest(
+                    episode_id=pb.Tensor(dtype=pb.DTYPE_INT64, shape=[1], data=bytes(8)),
+                    start=pb.Tensor(dtype=pb.DTYPE_INT64, shape=[1], data=bytes(8)),
+                    priorities=pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2, 1], data=bytes(8)),
+                ),
+            ),
             "Clear": (pb.ClearRequest, pb.ClearRequest(table="x")),
         }
         of = {"AddEpisode": "adding", "LoadEpisodes": "loading", "SampleStream": "session"}
@@ -191,7 +199,7 @@ class Stranger:
 
     def call(self) -> tuple[str, grpc.StatusCode, bytes]:
         """Makes a call; returns the method, how it ended and what was sent."""
-        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 0.2])[0]
+        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2])[0]
         data = self._inputs[name].input()
         try:
             if name == "LoadEpisodes":

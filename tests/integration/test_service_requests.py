@@ -136,7 +136,7 @@ BAD_FIELDS = [
     ({"horizon": 0}, "horizon: 0, expected 1 to 1024"),
     ({"horizon": -3}, "horizon: -3, expected"),
     ({"horizon": 1025}, "horizon: 1025, expected 1 to 1024"),
-    ({"law": 7}, "law: number 7, expected one of [0, 1, 2]"),
+    ({"law": 7}, "law: number 7, expected one of [0, 1, 2"),
     ({"seed": -1}, "seed: -1, expected 0 or more"),
 ]
 BAD_WAITS = [({"wait_s": wait_s}, "expected 0 to 3600 seconds") for wait_s in (-0.1, 3601.0, float("nan"), float("inf"))]
@@ -407,7 +407,7 @@ def test_another_table_is_not_found(filled: Served, method: str) -> None:
 
 # Protocol versions, health, reflection
 
-METHODS = ["AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "Ready", "Info", "Clear"]
+METHODS = ["AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Ready", "Info", "Clear"]
 
 
 class WithMetadata(

@@ -49,7 +49,7 @@ from touchline.errors import (
     UnknownEpisodeError,
     UnknownTableError,
 )
-from touchline.types import ColumnInfo, ReadyState, ServerInfo, WriterCounters
+from touchline.types import ColumnInfo, PriorityCounters, ReadyState, ServerInfo, WriterCounters
 from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import EpisodeKey, StoredEpisode
@@ -76,6 +76,7 @@ __all__ = [
     "LoadError",
     "NotReadyError",
     "OverLimitError",
+    "PriorityCounters",
     "ReadyState",
     "ReplayClient",
     "ServerError",

@@ -23,6 +23,7 @@ from touchline._actor.episode_factory import EpisodeFactory
 from touchline._actor.keys import Identity
 from touchline._actor.upload import MAX_LOAD_BYTES, EpisodeUploader
 from touchline._learner.episodes import EpisodeSource, EpisodeStream
+from touchline._learner.priorities import PriorityUpdates
 from touchline._learner.readiness import Readiness
 from touchline._learner.single_batch import SingleBatchSampler
 from touchline._learner.stream import RECONNECT_S, BatchSource, BatchStream, StreamSource
@@ -109,6 +110,8 @@ class ReplayClient:
         self._uploader = EpisodeUploader(self._rpc, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         self._readiness = Readiness(self._rpc, table=table)
         self._sampler = SingleBatchSampler(self._rpc, self._readiness)
+        self.priorities = PriorityUpdates(self._rpc, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
+        """Updates of priorities on their way to the server: to wait for them, and to count them."""
 
     @property
     def address(self) -> str:
@@ -296,6 +299,20 @@ class ReplayClient:
 
         return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), same_batch)
 
+    def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any) -> None:
+        """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.
+
+        Args:
+            slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
+            priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
+                device; copied before the call returns.
+
+        Raises:
+            InvalidArgumentError: a shape, a dtype or a number is wrong, or the batch was drawn by another law.
+            TouchlineError: an earlier update failed; this one was taken all the same.
+        """
+        self.priorities.update(slices, priorities)
+
     # Reading back.
 
     def episodes(
@@ -408,6 +425,7 @@ class ReplayClient:
 
     def close(self) -> None:
         """Closes the connection; calls and streams in progress end with an error. Closing again does nothing."""
+        self.priorities.close()
         self._channel.close()
 
     def __enter__(self) -> ReplayClient:

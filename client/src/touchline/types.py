@@ -46,6 +46,20 @@ class ReadyState:
 
 
 @dataclass(frozen=True, slots=True)
+class PriorityCounters:
+    """What happened to the slices whose priorities a client was given."""
+
+    updated: int
+    """Slices whose priorities the server has set."""
+    evicted: int
+    """Slices of episodes that were no longer stored."""
+    dropped: int
+    """Slices that were not sent, because the server did not keep up, or whose update failed."""
+    pending: int
+    """Slices that are still to be sent."""
+
+
+@dataclass(frozen=True, slots=True)
 class ColumnInfo:
     """Dtype and shape of a stored column."""
 

@@ -18,8 +18,9 @@ from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_protos.types.mix import Mix
+from touchline_protos.types.priorities import priority_update
 from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidEpisodeError, NotReadyError
+from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, NotReadyError
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
@@ -257,7 +258,7 @@ class ReplayBuffer:
         Args:
             batch_size: B, slices; the configured number by default, as for the others.
             horizon: H, transitions in a slice.
-            law: ``episode`` or ``step``.
+            law: ``episode``, ``step`` or ``prioritized``.
             seed: seed of this draw only: the same seed and the same stored episodes give the same batch.
             beta: exponent of the weights of ``prioritized``, 0 to 1.
             mix: share of each table in the batch, ``{"online": 0.5, "demos": 0.5}``, instead of this table; see docs/tables.md. Each
@@ -283,6 +284,26 @@ class ReplayBuffer:
             return self._sample(spec, self.seeds.stream(seed))
         with self._rng_lock:
             return self._sample(spec, self._rng)
+
+    def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any) -> int:
+        """Sets the priorities of a batch that was drawn by the law ``prioritized``, for later draws.
+
+        Args:
+            slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
+            priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
+                device; not changed.
+
+        Returns:
+            The number of slices whose episodes are still stored; the others are ignored.
+
+        Raises:
+            InvalidArgumentError: a shape, a dtype or a number is wrong, or the batch was drawn by another law. Nothing has changed.
+        """
+        try:
+            update = priority_update(slices, priorities)
+        except ColumnError as error:
+            raise InvalidArgumentError(str(error)) from None
+        return self.table.update_priorities(update)
 
     def episodes(
         self,

@@ -45,6 +45,7 @@ def test_export_list_is_frozen() -> None:
         "LoadError",
         "NotReadyError",
         "OverLimitError",
+        "PriorityCounters",
         "ReadyState",
         "ReplayClient",
         "ServerError",

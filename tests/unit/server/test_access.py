@@ -72,7 +72,10 @@ def test_every_method_of_the_service_has_its_roles() -> None:
 
 
 def test_roles_may_call_what_is_theirs(access: Access) -> None:
-    actors, learners = {"AddEpisode", "LoadEpisodes", "Ready", "Info"}, {"Sample", "SampleStream", "GetEpisodes", "Ready", "Info"}
+    actors, learners = (
+        {"AddEpisode", "LoadEpisodes", "Ready", "Info"},
+        {"Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Ready", "Info"},
+    )
 
     assert may_call(access, ACTOR) == actors
     assert may_call(access, LEARNER) == learners

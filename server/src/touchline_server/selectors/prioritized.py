@@ -16,6 +16,9 @@ from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettin
 from touchline_server.selectors.selector import Selector
 from touchline_server.selectors.sum_tree import SumTree
 
+PRIORITIZED = "prioritized"
+"""Name of the law."""
+
 FIRST_PRIORITY = 1.0
 """Priority of new steps until a higher one is given."""
 
@@ -43,7 +46,7 @@ class PrioritizedSelector(Selector):
     Memory a row of the ring: 4 bytes, and 8.54 for each horizon in use, up to :data:`MAX_TREES` of them.
     """
 
-    law = "prioritized"
+    law = PRIORITIZED
     stateful = True
     optional = ("weight",)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from touchline_protos import PROTOCOL_VERSION, Counts
 from touchline_protos.codec import CodecError, EpisodeKey, OversizeError
-from touchline_protos.types.dtypes import to_wire
+from touchline_protos.types.casting import ColumnError
+from touchline_protos.types.dtypes import to_numpy, to_wire
+from touchline_protos.types.priorities import PriorityUpdate, check_priorities
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.durability.storage_state import StorageState
 from touchline_server.errors import (
@@ -139,6 +143,18 @@ def law_options(request: pb.SampleRequest) -> LawOptions:
     return LawOptions(**given) if given else NO_OPTIONS
 
 
+def priority_update(request: pb.UpdatePrioritiesRequest) -> PriorityUpdate:
+    """Returns the priorities in a request.
+
+    Raises:
+        InvalidArgumentError: a tensor is malformed, or a number out of range.
+    """
+    try:
+        return check_priorities(*(_array(name, getattr(request, name)) for name in ("episode_id", "start", "priorities")))
+    except ColumnError as error:
+        raise InvalidArgumentError(str(error)) from None
+
+
 def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
     """Returns which episodes a request selects.
 
@@ -158,6 +174,18 @@ def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
         columns=tuple(request.columns),
         skip_missing=request.skip_missing,
     )
+
+
+def _array(name: str, tensor: pb.Tensor) -> np.ndarray:
+    """Returns a small tensor as a view of its bytes; raises InvalidArgumentError if it is malformed."""
+    expected = pb.DTYPE_FLOAT32 if name == "priorities" else pb.DTYPE_INT64
+    if tensor.dtype != expected:
+        raise InvalidArgumentError(f"{name}: dtype number {tensor.dtype}, expected {pb.DType.Name(expected)}")
+    dtype, shape = to_numpy(expected), tuple(tensor.shape)
+    size = math.prod(shape) * dtype.itemsize
+    if len(shape) > 2 or any(extent < 0 for extent in shape) or size != len(tensor.data):
+        raise InvalidArgumentError(f"{name}: {len(tensor.data)} bytes of data for {dtype.name} of shape {shape}, expected {size}")
+    return np.frombuffer(tensor.data, dtype).reshape(shape)
 
 
 def info(table: Table) -> pb.InfoResponse:

@@ -1,4 +1,4 @@
-"""Sample and SampleStream."""
+"""Sample, SampleStream and UpdatePriorities."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from touchline_server.service.session import SampleSession
 from touchline_server.service.streams import answering
 from touchline_server.tables.sampler import Reserved, Sampler, TableSampler
 from touchline_server.tables.table import SampleSpec, Table
+
+MAX_INLINE_PRIORITIES = 1 << 14
+"""Priorities that the event loop sets by itself: a millisecond. A thread would cost as much as a small update."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -55,6 +58,17 @@ class SampleCalls:
             if first.WhichOneof("request") != "open":
                 raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
             await SampleSession(self._framer(first.open), self._parts).run(first.open, requests, context.write)
+
+    async def update_priorities(self, request: pb.UpdatePrioritiesRequest, context: Context) -> pb.UpdatePrioritiesResponse:
+        """Sets the priorities of slices that were drawn."""
+        table = self._parts.tables.get(request.table)
+        update = convert.priority_update(request)
+        slices = len(update.start)
+        if update.priorities.size <= MAX_INLINE_PRIORITIES:
+            updated = table.update_priorities(update)
+        else:
+            updated = await tasks.run(self._parts.sample_pool, table.update_priorities, update)
+        return pb.UpdatePrioritiesResponse(updated=updated, evicted=slices - updated)
 
     async def _reserve_batch(self, sampler: Sampler, wait_s: float) -> Reserved:
         """Waits until a batch can be drawn and the rate limit allows it, and reserves it with the limit.

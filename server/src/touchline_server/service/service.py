@@ -77,6 +77,7 @@ class ReplayService:
                 "Sample": grpc.unary_unary_rpc_method_handler(sample, None, None),
                 "SampleStream": grpc.stream_stream_rpc_method_handler(self._guarded(self._samples.sample_stream), None, None),
                 "GetEpisodes": grpc.unary_stream_rpc_method_handler(get_episodes, None, None),
+                "UpdatePriorities": unary(self._samples.update_priorities, pb.UpdatePrioritiesRequest),
                 "Ready": unary(self._table.ready, pb.ReadyRequest),
                 "Info": unary(self._table.info, pb.InfoRequest),
                 "Clear": unary(self._table.clear, pb.ClearRequest),

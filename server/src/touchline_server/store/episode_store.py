@@ -14,6 +14,7 @@ import numpy as np
 
 from touchline_protos import Counts
 from touchline_protos.codec import Episode
+from touchline_protos.types.priorities import PriorityUpdate
 from touchline_server.config.settings import Config
 from touchline_server.errors import NotReadyError
 from touchline_server.selectors.draw import Draw
@@ -201,6 +202,18 @@ class EpisodeStore:
                 self._ring.epochs.unpin(pin)
             raise
         return PinnedDraw(located, self._ring.lock, self._ring.epochs, pin)
+
+    def update_priorities(self, law: str, update: PriorityUpdate) -> int:
+        """Sets priorities of slices, for draws by a law that has priorities.
+
+        Returns:
+            The number of slices whose episodes are stored; the others are ignored.
+
+        Raises:
+            InvalidArgumentError: a slice does not lie within its episode, or the law has no priorities. Nothing has changed.
+        """
+        with self._ring.lock:
+            return self._ring.index.selectors.of(law).update(update.episode_id, update.start, update.priorities)
 
     def entries_of(self, episode_ids: Sequence[int]) -> list[IndexEntry]:
         """Returns those of these episodes that are stored."""

@@ -12,12 +12,14 @@ import numpy as np
 
 from touchline_protos import Counts
 from touchline_protos.codec import BatchLayout, Episode
+from touchline_protos.types.priorities import PriorityUpdate
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.unlimited import UNLIMITED
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options
+from touchline_server.selectors.prioritized import PRIORITIZED
 from touchline_server.selectors.registry import LAWS, check_law
 from touchline_server.selectors.seeds import SeedSource
 from touchline_server.store import cuda_device
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from touchline_server.durability.background import BackgroundCommitter
     from touchline_server.durability.storage_state import StorageMonitor
     from touchline_server.store.inserts import CommitFuture
+
+MAX_UPDATE_SLICES = 65_536
+"""Most slices whose priorities are updated by one call."""
 
 MAX_PLANS = 64
 """Gather plans kept: one for each schema and horizon in use."""
@@ -238,6 +243,18 @@ class Table:
         except BaseException:
             pinned.release()
             raise
+
+    def update_priorities(self, update: PriorityUpdate) -> int:
+        """Sets the priorities of slices that were drawn by the law ``prioritized``, and returns how many of them are still stored.
+
+        Raises:
+            InvalidArgumentError: the update is too large, or a slice does not lie within its episode. Nothing has changed.
+        """
+        self.check_restored()
+        most = self.config.limits.max_horizon, MAX_UPDATE_SLICES
+        if any(found > allowed for found, allowed in zip(update.priorities.shape, most, strict=True)):
+            raise InvalidArgumentError(f"priorities: shape {update.priorities.shape}, expected at most {most} (limits.max_horizon first)")
+        return self.store.update_priorities(PRIORITIZED, update)
 
     def layout(self, spec: SampleSpec, *, optional: tuple[str, ...] | None = None) -> BatchLayout | None:
         """Returns how a batch looks at present; None while there is no schema.

@@ -1,0 +1,215 @@
+"""Priorities on their way back to the server: sent by a thread, so that the learner goes on with its next batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from touchline._rpc.calls import RpcClient
+from touchline._rpc.convert import seconds_or_none
+from touchline._rpc.fork import register_after_fork
+from touchline.errors import ClosedError, DeadlineError, InvalidArgumentError, TouchlineError
+from touchline.types import PriorityCounters
+from touchline_protos import Batch
+from touchline_protos.log_lines import get_logger
+from touchline_protos.types.casting import ColumnError
+from touchline_protos.types.priorities import PriorityUpdate, priority_update
+from touchline_protos.v1 import replay_pb2 as pb
+
+MAX_PENDING = 64
+"""Updates that wait for the server; the oldest gives way to a new one."""
+
+MAX_CALL_SLICES = 16_384
+"""Slices in a call. What waits while a call is in progress goes into the next one together."""
+
+IDLE_S = 5.0
+"""Time without an update after which the thread ends; the next update starts another one."""
+
+CLOSE_S = 1.0
+"""Longest time that closing waits for updates to be sent."""
+
+LOG_INTERVAL_S = 10.0
+"""Time between two log lines about dropped updates."""
+
+HEADER_BYTES = 4096
+"""Bytes reserved in a message for everything but the arrays."""
+
+logger = get_logger(__name__)
+
+
+class PriorityUpdates:
+    """Updates of priorities, sent in their order, one call at a time. Thread-safe; a forked child starts without any.
+
+    What waits while a call is in progress goes into the next one together. If the server does not keep up, :data:`MAX_PENDING` updates
+    wait; then the oldest is dropped, counted and logged. Slices of episodes that were evicted meanwhile are counted and not applied.
+
+    Args:
+        rpc: client of the server's service.
+        table: table on the server.
+        max_message_bytes: size limit of a request.
+    """
+
+    def __init__(self, rpc: RpcClient, *, table: str, max_message_bytes: int) -> None:
+        self._rpc = rpc
+        self._table = table
+        self._max_bytes = max_message_bytes - HEADER_BYTES
+        self._reset()
+        register_after_fork(self)
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        """Guards all that follows."""
+        self._pending: deque[PriorityUpdate] = deque()
+        self._sending = False
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._error: TouchlineError | None = None
+        self._updated = self._evicted = self._dropped = 0
+        self._next_line = 0.0
+
+    def after_fork_in_child(self) -> None:
+        """Starts without updates: those that waited at the fork are the parent's."""
+        self._reset()
+
+    def counters(self) -> PriorityCounters:
+        """Returns what happened to the slices so far."""
+        with self._changed:
+            pending = sum(len(update.start) for update in self._pending)
+            return PriorityCounters(self._updated, self._evicted, self._dropped, pending)
+
+    def update(self, slices: Batch | tuple[Any, Any], priorities: Any) -> None:
+        """Takes an update and returns; see :meth:`touchline.ReplayClient.update_priorities`.
+
+        Raises:
+            InvalidArgumentError: a shape, a dtype or a number is wrong, or the batch was drawn by another law.
+            ClosedError: the client was closed.
+            TouchlineError: an earlier update failed. This one was taken all the same.
+        """
+        try:
+            update = priority_update(slices, priorities)
+        except ColumnError as error:
+            raise InvalidArgumentError(str(error)) from None
+        if self._rpc.channel.closed:
+            raise ClosedError(f"the client of {self._rpc.channel.address} was closed")
+        with self._changed:
+            if len(self._pending) == MAX_PENDING:
+                self._drop(self._pending.popleft(), "the server does not keep up with them")
+            self._pending.append(update)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="touchline-priorities", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+            self._raise_error()
+
+    def flush(self, timeout_s: float | None = None) -> PriorityCounters:
+        """Waits until every update has been answered, and returns what happened to the slices so far.
+
+        Args:
+            timeout_s: longest wait; None takes the client's.
+
+        Raises:
+            DeadlineError: it has not within ``timeout_s``.
+            TouchlineError: an update failed.
+        """
+        limit_s = seconds_or_none("timeout_s", timeout_s) or self._rpc.timeout_s
+        with self._changed:
+            done = self._changed.wait_for(lambda: not self._pending and not self._sending, limit_s)
+            self._raise_error()
+            if not done:
+                raise DeadlineError(f"priorities: {len(self._pending)} updates wait after {limit_s:g} s, expected none")
+        return self.counters()
+
+    def close(self) -> None:
+        """Ends the thread. Updates that wait are sent if that takes no more than :data:`CLOSE_S`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending and not self._sending, CLOSE_S)
+            self._closed = True
+            while self._pending:
+                self._drop(self._pending.popleft(), "the client was closed")
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closed, IDLE_S)
+                if not self._pending:
+                    self._thread = None
+                    return
+                update = self._take()
+                self._sending = True
+            try:
+                self._send(update)
+            except Exception as error:
+                with self._changed:
+                    self._fail(update, error)
+            finally:
+                with self._changed:
+                    self._sending = False
+                    self._changed.notify_all()
+
+    def _take(self) -> PriorityUpdate:
+        """Removes and returns the oldest updates as one, as many as fit in a call. Called with the lock held."""
+        first = self._pending.popleft()
+        transitions = len(first.priorities)
+        most = max(min(MAX_CALL_SLICES, self._max_bytes // (16 + 4 * transitions)), 1)
+        if len(first.start) > most:
+            self._pending.appendleft(_part(first, most, None))
+            return _part(first, 0, most)
+        group, slices = [first], len(first.start)
+        while self._pending and len(self._pending[0].priorities) == transitions and slices + len(self._pending[0].start) <= most:
+            group.append(self._pending.popleft())
+            slices += len(group[-1].start)
+        if len(group) == 1:
+            return first
+        return PriorityUpdate(
+            np.concatenate([update.episode_id for update in group]),
+            np.concatenate([update.start for update in group]),
+            np.concatenate([update.priorities for update in group], axis=1),
+        )
+
+    def _send(self, update: PriorityUpdate) -> None:
+        self._rpc.check_server_version("update_priorities()", table=self._table)
+        answer = pb.UpdatePrioritiesResponse.FromString(self._rpc.unary("UpdatePriorities", update_request(self._table, update)))
+        with self._changed:
+            self._updated += answer.updated
+            self._evicted += answer.evicted
+
+    def _fail(self, update: PriorityUpdate, error: Exception) -> None:
+        self._dropped += len(update.start)
+        if not isinstance(error, TouchlineError):
+            error = TouchlineError(f"update_priorities(): {error!r}")
+        if self._error is None and not self._closed:
+            self._error = error
+
+    def _drop(self, update: PriorityUpdate, reason: str) -> None:
+        self._dropped += len(update.start)
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LOG_INTERVAL_S
+            logger.warning("priorities of %d slices were dropped so far: %s", self._dropped, reason)
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def update_request(table: str, update: PriorityUpdate) -> bytes:
+    """Returns an UpdatePrioritiesRequest."""
+    return pb.UpdatePrioritiesRequest(
+        table=table,
+        episode_id=_tensor(update.episode_id, pb.DTYPE_INT64),
+        start=_tensor(update.start, pb.DTYPE_INT64),
+        priorities=_tensor(update.priorities, pb.DTYPE_FLOAT32),
+    ).SerializeToString()
+
+
+def _tensor(array: np.ndarray, dtype: pb.DType) -> pb.Tensor:
+    return pb.Tensor(dtype=dtype, shape=array.shape, data=array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def _part(update: PriorityUpdate, begin: int, end: int | None) -> PriorityUpdate:
+    return PriorityUpdate(update.episode_id[begin:end], update.start[begin:end], update.priorities[:, begin:end])
