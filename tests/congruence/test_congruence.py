@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from support.lockstep_cases import AGENTS, make_match
 from support.store_cases import sample_with
 from touchline import InvalidEpisodeError as ClientInvalidEpisodeError
 from touchline import NotReadyError as ClientNotReadyError
@@ -322,3 +323,62 @@ def test_cleared_table_with_another_schema_goes_on(path: str, stack: ExitStack) 
             break
     assert batch.obs.shape == (HORIZON + 1, BATCH, 2)
     assert (batch.obs[0, :, 0] == batch.episode_id - 30).all()
+
+
+def assert_slices_of(batch: Batch, *, matches: dict[int, dict[str, np.ndarray]], width: int = 4) -> None:
+    """Asserts that each slice has the rows of the match that its provenance names, bit for bit."""
+    size = len(batch.start)
+    assert batch.obs.shape == (HORIZON + 1, size, AGENTS, width)
+    assert batch.action.shape == (HORIZON, size, AGENTS, 2)
+    assert batch.reward.shape == batch.done.shape == (HORIZON, size, AGENTS)
+    assert batch.extra["alive"].shape == (HORIZON + 1, size, AGENTS)
+    for column, (number, start) in enumerate(zip(batch.episode_id.tolist(), batch.start.tolist(), strict=True)):
+        rows = slice(start, start + HORIZON + 1)
+        match = {name: values[rows] for name, values in matches[number].items()}
+        assert np.array_equal(np.asarray(batch.obs[:, column]), match["obs"])
+        assert np.array_equal(np.asarray(batch.extra["alive"][:, column]), match["alive"])
+        for name in ("action", "reward", "done"):
+            assert np.array_equal(np.asarray(getattr(batch, name)[:, column]), match[name][1:])
+
+
+@pytest.mark.parametrize("width", [4, 4_000])  # a batch that shares a frame, and one in chunks
+def test_lockstep_batch_is_the_same_on_every_path(path: str, width: int, stack: ExitStack) -> None:
+    config = make_config()
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    matches = {number: make_match(number, 5 + 7 * number, width=width) for number in range(5)}
+    for side in (subject, reference):
+        for match in matches.values():
+            side.verbs.add(match)
+    count = 1 if path == "unary" else 6
+
+    for one, other in zip(subject.draw(5, count), reference.draw(5, count), strict=True):
+        assert len(one.start) == BATCH
+        assert_slices_of(one, matches=matches, width=width)
+        for name in ("obs", "action", "reward", "done", "episode_id", "start"):
+            assert np.array_equal(np.asarray(getattr(one, name)), np.asarray(getattr(other, name)))
+
+
+def test_done_of_the_whole_match_keeps_its_shape_and_a_missing_one_has_the_rewards(path: str, stack: ExitStack) -> None:
+    for done in (True, False):
+        subject = open_subject(path, stack, make_config())
+        match = make_match(1, 30)
+        match["done"] = (np.arange(30) == 29).astype(np.float32)
+        if not done:
+            del match["done"]
+        subject.verbs.add(match)
+
+        batch = subject.draw(1, 1)[0]
+
+        assert batch.reward.shape == (HORIZON, BATCH, AGENTS)
+        assert batch.done.shape == ((HORIZON, BATCH, 1) if done else (HORIZON, BATCH, AGENTS))
+        ends = np.asarray(batch.start) + HORIZON == 29
+        assert np.array_equal(np.asarray(batch.done)[-1].any(axis=-1), ends if done else np.zeros(BATCH, bool))
+
+
+def test_single_agent_after_matches_is_refused_with_both_shapes(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    subject.verbs.add(make_match(0, 10))
+
+    with pytest.raises(Exception, match=r"reward: shape \(\) a step, expected \(3,\) as in the first episode") as caught:
+        subject.verbs.add(make_match(0, 10) | {"reward": np.zeros(10, np.float32)})
+    assert type(caught.value).__name__ == "InvalidEpisodeError"

@@ -19,8 +19,9 @@ except ImportError as error:
     raise ImportError(f"touchline.tdmpc2 needs torch and tensordict ({error}): {install_command('torch')}") from error
 
 from touchline._learner.stream import BatchStream
+from touchline._learner.torch_batch import check_one_agent
 from touchline._rpc.process_bound import ProcessBound
-from touchline._tdmpc2.column_names import columns_of
+from touchline._tdmpc2.column_names import check_one_reward, columns_of
 from touchline._tdmpc2.single_run import Backend, SingleRun
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError
@@ -127,7 +128,9 @@ class Buffer(ProcessBound):
             InvalidEpisodeError: the episode is malformed or does not fit the schema (with a backend, the error of its own tree).
             touchline.TouchlineError: the episode is not stored, or may not be.
         """
-        self._backend.add(columns_of(td))
+        columns = columns_of(td)
+        check_one_reward(columns, leading=1)
+        self._backend.add(columns)
         return self.num_eps
 
     def load(self, td: TensorDict) -> int:
@@ -142,6 +145,7 @@ class Buffer(ProcessBound):
             LoadError: some episodes were refused; all others are stored. Otherwise as :meth:`add`.
         """
         columns = columns_of(td)
+        check_one_reward(columns, leading=2)
         self._run.check_load(columns)
         self._backend.load(columns)
         return self.num_eps
@@ -160,6 +164,7 @@ class Buffer(ProcessBound):
 
         Raises:
             ClosedError: the buffer was closed.
+            InvalidArgumentError: the server's episodes are matches in lockstep, with a reward per agent.
             ForkError: this is a forked child, and the buffer belongs to its parent.
             UnavailableError: the server was away for 60 s, or ``timeout_s``.
             NotReadyError: nothing could be sampled within ``timeout_s``; in process, nothing can be sampled now. The text says how long the
@@ -167,6 +172,7 @@ class Buffer(ProcessBound):
             touchline.TouchlineError: the server refused the request.
         """
         batch = self._next_batch()
+        check_one_agent(batch, "TD-MPC2")
         obs = batch.obs
         if isinstance(obs, dict):
             obs = TensorDict(obs, batch_size=[self._horizon + 1, self._batch_size]).to(self._device, non_blocking=True).contiguous()

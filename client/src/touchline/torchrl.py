@@ -46,6 +46,7 @@ except ImportError as error:
     raise ImportError(f"touchline.torchrl needs torch and tensordict ({error}): {install_command('torchrl')}") from error
 
 from touchline._learner.stream import BatchStream
+from touchline._learner.torch_batch import check_one_agent
 from touchline._learner.trajectories import Trajectories, check_transitions, path_of
 from touchline._rpc.dropping import when_dropped
 from touchline.client import ReplayClient
@@ -182,7 +183,7 @@ class RemoteReplayBuffer:
 
         Raises:
             NotReadyError: nothing could be sampled within ``timeout_s``; unfinished trajectories are not on the server yet.
-            InvalidArgumentError: there is no batch size, or it is not a multiple of ``slice_len``.
+            InvalidArgumentError: there is no batch size, it is not a multiple of ``slice_len``, or there is a reward per agent (lockstep).
             ClosedError: the buffer was closed.
         """
         batch = self._next_batch(self._slices_of(batch_size if batch_size is not None else self._batch_size))
@@ -354,7 +355,8 @@ class RemoteReplayBuffer:
             raise ClosedError("the buffer was closed") from None
 
     def _unpack(self, batch: Batch) -> TensorDict:
-        """Returns the transitions of a batch, [slices * slice_len]."""
+        """Returns the transitions of a batch, [slices * slice_len]. Raises InvalidArgumentError if it has a reward per agent."""
+        check_one_agent(batch, "RemoteReplayBuffer")
         incoming = self._is_incoming()
         data = TensorDict({}, batch_size=[batch.action.shape[1] * self._slice_len], device=batch.action.device)
         # A single observation is `obs` itself; episodes of other writers may have several, under names of their own.

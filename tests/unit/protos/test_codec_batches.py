@@ -218,6 +218,29 @@ def test_messages_of_equal_length_and_different_layout_are_distinguished() -> No
             assert decoder.feed(message)[0].obs.dtype == np.dtype(dtype)
 
 
+@pytest.mark.parametrize("done", [1, 5])
+def test_lockstep_batch_has_a_reward_per_agent(done: int) -> None:
+    made = BatchLayout(
+        [
+            TensorSpec("obs", np.dtype("<f4"), (3, 4, 5, 2)),
+            TensorSpec("action", np.dtype("<i8"), (2, 4, 5)),
+            TensorSpec("reward", np.dtype("<f4"), (2, 4, 5)),
+            TensorSpec("done", np.dtype("<f4"), (2, 4, done)),
+        ],
+        4,
+        ("valid",),
+    )
+    message, views = made.group(1)
+    written = fill(views[0], 3)
+
+    batch = BatchDecoder().feed(message)[0]
+
+    for name in ("reward", "done", "action"):
+        assert bits(getattr(batch, name)) == bits(written[name])
+    assert batch.reward.shape == (2, 4, 5) and batch.done.shape == (2, 4, done)
+    assert batch.valid is not None and batch.valid.shape == (2, 4, 1)
+
+
 def test_known_layout_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made, decoder = layout(), BatchDecoder()
     message, views = made.group(2)
@@ -335,6 +358,16 @@ MISTAKES = {
         "reward: 3 bytes of data, expected 24",
     ),
     "reward of another shape": (lambda b: reshape(column(b, "reward").tensor, 3, 2, 1), r"reward: shape \(3, 2, 1\)"),
+    "done of more agents than the reward": (
+        lambda b: reshape(column(b, "done").tensor, 2, 3, 2),
+        r"done: shape \(2, 3, 2\), expected \(2, 3, 1\)",
+    ),
+    "done of fewer agents than the reward": (
+        lambda b: (reshape(column(b, "reward").tensor, 2, 3, 4), reshape(column(b, "done").tensor, 2, 3, 2)),
+        r"done: shape \(2, 3, 2\), expected \(2, 3, 1\) or \(2, 3, 4\)",
+    ),
+    "reward of no agents": (lambda b: reshape(column(b, "reward").tensor, 2, 3, 0), r"reward: shape \(2, 3, 0\), expected \(2, 3, 1\)"),
+    "reward of agents of teams": (lambda b: reshape(column(b, "reward").tensor, 2, 3, 2, 2), r"reward: shape \(2, 3, 2, 2\)"),
     "scalar reward": (lambda b: reshape(column(b, "reward").tensor), r"reward: shape \(\)"),
     "obs of another length": (
         lambda b: reshape(column(b, "phase").tensor, 2, 3),

@@ -30,14 +30,16 @@ EXTRA_NAMES = ["gain", "info.lives", "info.map.tiles", "observation", "actions"]
 
 @st.composite
 def schemas(draw: st.DrawFn) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Dtype and inner shape by column, in any order."""
+    """Dtype and inner shape by column, in any order: of one agent, or of several in lockstep."""
+    agents = draw(st.sampled_from([(), (), (2,), (3,)]))
     observations = draw(st.sampled_from([["obs"], ["obs.a"], ["obs.a", "obs.b.c", "obs.b.d"]]))
-    columns = {name: (draw(DTYPES), draw(INNER)) for name in observations}
-    columns["action"] = (draw(DTYPES), draw(INNER))
-    columns["reward"] = (draw(DTYPES), draw(SCALAR))
-    for name in ("done", "task"):
-        if draw(st.booleans()):
-            columns[name] = (draw(DTYPES), draw(SCALAR))
+    columns = {name: (draw(DTYPES), agents + draw(INNER)) for name in observations}
+    columns["action"] = (draw(DTYPES), agents + draw(INNER))
+    columns["reward"] = (draw(DTYPES), agents or draw(SCALAR))
+    if draw(st.booleans()):
+        columns["done"] = (draw(DTYPES), draw(st.sampled_from([(), (1,), agents])))
+    if draw(st.booleans()):
+        columns["task"] = (draw(DTYPES), draw(SCALAR))
     for name in draw(st.lists(st.sampled_from(EXTRA_NAMES), unique=True, max_size=3)):
         columns[name] = (draw(DTYPES), draw(INNER))
     return {name: columns[name] for name in draw(st.permutations(list(columns)))}
@@ -75,15 +77,17 @@ def expected_batch(model: dict[int, dict[str, np.ndarray]], batch: Batch, *, hor
     """Expected content of the slices that the batch claims to hold."""
     slices = list(zip(batch.episode_id.tolist(), batch.start.tolist(), strict=True))
     transition = slice(1, None) if incoming else slice(None, -1)
-    expected = {"done": np.zeros((horizon, len(slices), 1), np.float32)}
-    for name in next(iter(model.values())):
+    columns = next(iter(model.values()))
+    agents = columns["reward"].shape[1:] or (1,)
+    expected = {"done": np.zeros((horizon, len(slices), *agents), np.float32)}
+    for name in columns:
         rows = np.stack([model[number][name][start : start + horizon + 1] for number, start in slices], axis=1)
         if name == "task":
             rows = rows[0].reshape(len(slices))
         elif name in ("action", "reward", "done"):
             rows = rows[transition]
             if name != "action":
-                rows = rows.reshape(horizon, len(slices), 1)
+                rows = rows.reshape(horizon, len(slices), *(columns[name].shape[1:] or (1,)))
         expected[name] = rows
     return expected
 

@@ -52,6 +52,24 @@ MALFORMED = {
     "text": (plain_columns(ROWS, c=np.array(["x"] * ROWS)), "c: text ('x'), expected numbers"),
     "objects": (plain_columns(ROWS, c=np.array([object()] * ROWS)), "c: objects (of type object first), expected numbers"),
     "a wide reward": (plain_columns(ROWS, reward=np.zeros((ROWS, 2))), "reward: shape (10, 2), expected one value per step: (10,)"),
+    "a reward per agent without agents": (
+        plain_columns(ROWS, obs=np.zeros((ROWS, 5)), action=np.zeros((ROWS, 2)), reward=np.zeros((ROWS, 2))),
+        "reward: shape (10, 2), expected one value per step: (10,); one per agent needs obs (10, 2, ...), found (10, 5)",
+    ),
+    "an action of other agents": (
+        plain_columns(ROWS, obs=np.zeros((ROWS, 2, 5)), action=np.zeros((ROWS, 3)), reward=np.zeros((ROWS, 2))),
+        "one per agent needs action (10, 2, ...), found (10, 3)",
+    ),
+    "a done of other agents": (
+        plain_columns(
+            ROWS, obs=np.zeros((ROWS, 2)), action=np.zeros((ROWS, 2)), reward=np.zeros((ROWS, 2)), done=np.zeros((ROWS, 3), np.float32)
+        ),
+        "done: shape (10, 3), expected one value per step: (10,), or one per agent as the reward: (10, 2)",
+    ),
+    "no agents": (
+        plain_columns(ROWS, obs=np.zeros((ROWS, 0)), action=np.zeros((ROWS, 0)), reward=np.zeros((ROWS, 0))),
+        "reward: shape (10, 0), expected one value per step: (10,), or one per agent: (rows, agents)",
+    ),
     "a wide done": (plain_columns(ROWS, done=np.zeros((ROWS, 1, 1), np.float32)), "done: shape (10, 1, 1), expected one value per step"),
     "a wide task": (plain_columns(ROWS, task=np.zeros((ROWS, 3), np.int64)), "task: shape (10, 3), expected one value per step"),
     "a reserved name": (plain_columns(ROWS, episode=np.zeros(ROWS)), "episode: a reserved column name"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from touchline.errors import InvalidArgumentError
 from touchline_protos import Batch
 from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import BFLOAT16
@@ -29,6 +30,24 @@ def batch_converter(*, as_numpy: bool) -> Callable[[Batch], Batch]:
     if torch is None:
         return same_batch
     return lambda batch: to_tensors(torch, batch)
+
+
+def check_one_agent(batch: Batch, learner: str) -> None:
+    """Checks that a batch has one reward per step, for learners that train one agent.
+
+    Args:
+        batch: a batch of tensors or arrays.
+        learner: name of the learner's interface, for the error.
+
+    Raises:
+        InvalidArgumentError: the episodes are matches in lockstep, with a reward per agent.
+    """
+    agents = batch.reward.shape[-1]
+    if agents != 1:
+        raise InvalidArgumentError(
+            f"reward: of {agents} agents in lockstep, expected one value per step: {learner} trains one agent. Record without lockstep, or "
+            "sample with ReplayClient.batches()"
+        )
 
 
 def same_batch(batch: Batch) -> Batch:

@@ -100,6 +100,10 @@ class MinariTarget:
         for required in ("action", "reward"):
             if required not in columns:
                 raise DatasetError(f"{self._place}: no column {required}, which a Minari data set must have")
+        if columns["reward"][0].size > 1:
+            raise DatasetError(
+                f"{self._place}: reward: of {columns['reward'][0].size} agents in lockstep; Minari stores one reward per step, use hdf5"
+            )
         for name, column in columns.items():
             if not all(column.shape[1:]):
                 raise DatasetError(f"{self._place}: {name}: shape {column.shape[1:]} per row; Minari cannot store empty arrays, use hdf5")

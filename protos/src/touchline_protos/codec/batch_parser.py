@@ -130,13 +130,18 @@ def _check_batch(columns: list[TensorSpec], provenance: dict[str, tuple[int, ...
                     raise CodecError(f"{name}: {'.'.join(parts[:depth])} is a column as well, expected one of them")
     batch_size = provenance[f"{PROVENANCE_PREFIX}start"][0]
     horizon = shape_of["reward"][0] if shape_of["reward"] else -1
+    # One agent or more: (H, B, agents). A `done` for the whole match has one value whatever the number of agents.
+    agents = max(shape_of["reward"][2], 1) if len(shape_of["reward"]) == 3 else 1
     # The reward first: its length is H, to which the others must fit. Without a dimension it fits no horizon, so -1 makes it fail.
     for name in ("reward", *shape_of):
         shape = shape_of[name]
         if name == "task":
             good, expected = shape == (batch_size,), f"({batch_size},)"
         elif name in ("reward", "done"):
-            good, expected = shape == (horizon, batch_size, 1), f"({horizon}, {batch_size}, 1)"
+            expected = f"({horizon}, {batch_size}, 1)"
+            good = shape == (horizon, batch_size, 1) or shape == (horizon, batch_size, agents)
+            if agents > 1:
+                expected += f" or ({horizon}, {batch_size}, {agents})"
         else:
             rows = horizon if name == "action" else horizon + 1
             good, expected = shape[:2] == (rows, batch_size), f"({rows}, {batch_size}, ...)"

@@ -42,9 +42,10 @@ class Batch:
     action: Array
     """[H, B, *action_shape], as stored."""
     reward: Array
-    """[H, B, 1], as stored."""
+    """[H, B, 1], as stored; [H, B, agents] if the episodes are matches in lockstep."""
     done: Array
-    """[H, B, 1]: 1 if the transition terminated the episode; float32 zeros if the episodes have no such column."""
+    """[H, B, 1]: 1 if the transition terminated the episode; float32 zeros if the episodes have no such column. In lockstep
+    [H, B, agents]: 1 if it terminated the agent, while the match may go on without it."""
     task: Array | None
     """[B]: task of each slice's first row; None if the episodes have no such column."""
     extra: dict[str, Array]

@@ -17,7 +17,7 @@ from touchline_protos.types.flatten import MAX_NESTING
 REQUIRED = ("obs", "action", "reward")
 """Columns that every episode has; ``obs`` may be a group of columns."""
 SCALAR = ("reward", "done", "task")
-"""Columns with one value per step: [T+1] or [T+1, 1]."""
+"""Columns with one value per step: [T+1] or [T+1, 1]. In lockstep, ``reward`` and ``done`` may have one per agent: [T+1, agents]."""
 RESERVED = ("episode", "index")
 """Names of TorchRL's own columns."""
 RESERVED_PREFIX = "provenance."
@@ -64,7 +64,31 @@ def check_columns(episode: Mapping[str, np.ndarray]) -> None:
         except ValueError as error:
             raise ColumnError(f"{name}: {error}") from None
         if name in SCALAR and array.shape[1:] not in ((), (1,)):
-            raise ColumnError(f"{name}: shape {array.shape}, expected one value per step: ({array.shape[0]},)")
+            _check_per_agent(name, episode)
+
+
+def _check_per_agent(name: str, episode: Mapping[str, np.ndarray]) -> None:
+    """Checks a column of :data:`SCALAR` with more than one value per step: in lockstep it has one per agent.
+
+    Raises:
+        ColumnError: it is the task, has further axes, or the agents are not the second axis of observations and actions, too.
+    """
+    shape, reward = episode[name].shape, episode["reward"].shape
+    expected = f"expected one value per step: ({shape[0]},)"
+    if name == "task":
+        raise ColumnError(f"{name}: shape {shape}, {expected}")
+    if len(reward) == 2 and reward[1] > 1:
+        expected += f", or one per agent as the reward: {reward}"
+    elif name == "reward":
+        expected += ", or one per agent: (rows, agents)"
+    if len(shape) != 2 or shape[1] < 2 or shape != reward:
+        raise ColumnError(f"{name}: shape {shape}, {expected}")
+    for other, array in episode.items():
+        if (other == "action" or _is_observation(other)) and array.shape[:2] != shape:
+            raise ColumnError(
+                f"{name}: shape {shape}, expected one value per step: ({shape[0]},); one per agent needs {other} "
+                f"({shape[0]}, {shape[1]}, ...), found {array.shape}"
+            )
 
 
 def check_finite(episode: Mapping[str, np.ndarray], *, incoming: bool) -> None:

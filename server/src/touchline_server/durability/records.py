@@ -29,7 +29,7 @@ class EpisodeRow:
     length: int
     """Number of rows."""
     return_: float | None
-    """Sum of the defined rewards; None if it is not finite."""
+    """Sum of the defined rewards, of a match in lockstep over all agents; None if it is not finite."""
     time: float
     """When the episode was stored, in seconds since 1970."""
     digest: int
@@ -100,7 +100,7 @@ def make_change(planned: PlannedInsert, *, incoming: bool, copy: bool) -> Change
 
 
 def episode_return(reward: np.ndarray, *, incoming: bool) -> float | None:
-    """Returns the sum of the defined rewards, [rows] or [rows, 1]; None if it is not finite."""
+    """Returns the sum of the defined rewards, [rows], [rows, 1] or [rows, agents]; None if it is not finite."""
     defined = reward[1:] if incoming else reward[:-1]
     if defined.dtype == BFLOAT16:
         # bfloat16 is the upper half of a float32's bits.

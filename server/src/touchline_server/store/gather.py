@@ -62,7 +62,8 @@ class GatherPlan:
         stored = {spec.name: spec for spec in schema.columns}
         # Within a group the order is the schema's, which is that of episodes and of TorchRL's samples too.
         names = sorted(dict.fromkeys((*stored, "done")), key=_group_order)
-        self.outputs = tuple(_output(name, stored.get(name), transitions, horizon) for name in names)
+        without_done = stored["reward"].shape if "done" not in stored else ()
+        self.outputs = tuple(_output(name, stored.get(name), transitions, horizon, missing=without_done) for name in names)
         """The tensors of a batch, in wire order."""
         self._output_of = {output.name: output for output in self.outputs}
         self._whole: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
@@ -317,16 +318,19 @@ def _write_provenance(slices: DrawnSlices, body: Body, first: int) -> None:
         _range(body[f"provenance.{name}"], first, end)[...] = values
 
 
-def _output(name: str, column: ColumnSpec | None, transitions: slice, horizon: int) -> OutputTensor:
-    """Returns how one tensor of a batch is made from its column; without a column (only ``done``) it is float32 zeros."""
-    inner = column.shape if column is not None else ()
+def _output(name: str, column: ColumnSpec | None, transitions: slice, horizon: int, *, missing: tuple[int, ...]) -> OutputTensor:
+    """Returns how one tensor of a batch is made from its column.
+
+    Without a column (only ``done``) it is float32 zeros, of the shape ``missing`` per step: the reward's.
+    """
+    inner = column.shape if column is not None else missing
     steps = slice(None)
     trailing: tuple[int, ...] | None = inner
     if name == "task":
         steps, trailing = slice(0, 1), None
     elif name in TRANSITION_COLUMNS:
-        # A reward or done may be stored as [] or [1]; in a batch it is [1].
-        steps, trailing = transitions, inner if name == "action" else (1,)
+        # A reward or done may be stored as [] or [1], in a batch it is [1]; in lockstep it is [agents] in both.
+        steps, trailing = transitions, inner if name == "action" else inner or (1,)
     dtype = column.dtype if column is not None else np.dtype("<f4")
     return OutputTensor(name, steps, len(range(horizon + 1)[steps]), inner, dtype, column is not None, trailing)
 
