@@ -183,7 +183,7 @@ def test_bytes_of_a_cancelled_call_stay_reserved_while_a_thread_has_its_message(
             for call in left:
                 call.send(message)
             eventually(lambda: in_use(server) == 4 * len(message), "four messages are in the server")
-            waiting = server._server.parts.add_pool._work_queue
+            waiting = server._server.parts.add_pools.of(None)._work_queue
             eventually(lambda: waiting.qsize() == 3, "the thread has begun with one")
             for call in left:
                 call.cancel()

@@ -170,7 +170,7 @@ def held_by(server: ServerThread) -> dict[str, Any]:
         "turn": parts.throttle._turn.locked(),
         "pins": server.buffer.store._ring.epochs.active,
         "writing": not server.buffer.store.writes.lock.acquire(blocking=False) or server.buffer.store.writes.lock.release(),
-        "work": parts.add_pool._work_queue.qsize() + parts.sample_pool._work_queue.qsize(),
+        "work": parts.add_pools.of(None)._work_queue.qsize() + parts.sample_pool._work_queue.qsize(),
         "rings' threads": sum(thread.name == "touchline-ring" for thread in threading.enumerate()),
     }
     return {name: value for name, value in found.items() if value not in (None, 0, False, (0, False))}

@@ -67,7 +67,7 @@ def tls_server(pair: Pair, *, client_ca: Path | None = None, **tables: dict[str,
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerThread]:
     """A server with a token for each role."""
     monkeypatch.setenv("TOUCHLINE_SERVER_TOKENS", VARIABLE)
-    with ServerThread(make_config()) as server:
+    with ServerThread(make_config(tables={"spare": {}})) as server:
         yield server
 
 
@@ -232,6 +232,8 @@ REQUESTS = {
     "AddEpisode": encode_add_episode(make_episode()),
     "LoadEpisodes": encode_add_episode(make_episode()),
     "SampleStream": pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString(),
+    "CreateTable": pb.CreateTableRequest(table="new").SerializeToString(),
+    "DropTable": pb.DropTableRequest(table="spare").SerializeToString(),
 }
 """One message for each method; the others accept an empty one."""
 

@@ -407,7 +407,10 @@ def test_another_table_is_not_found(filled: Served, method: str) -> None:
 
 # Protocol versions, health, reflection
 
-METHODS = ["AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Ready", "Info", "Clear"]
+METHODS = [
+    *("AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Ready", "Info", "Clear"),
+    *("CreateTable", "DropTable", "ListTables"),
+]
 
 
 class WithMetadata(

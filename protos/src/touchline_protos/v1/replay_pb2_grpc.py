@@ -85,6 +85,21 @@ class ReplayStub(object):
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.ClearRequest.SerializeToString,
                 response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.ClearResponse.FromString,
                 _registered_method=True)
+        self.CreateTable = channel.unary_unary(
+                '/touchline.v1.Replay/CreateTable',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.CreateTableRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.CreateTableResponse.FromString,
+                _registered_method=True)
+        self.DropTable = channel.unary_unary(
+                '/touchline.v1.Replay/DropTable',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableResponse.FromString,
+                _registered_method=True)
+        self.ListTables = channel.unary_unary(
+                '/touchline.v1.Replay/ListTables',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesResponse.FromString,
+                _registered_method=True)
 
 
 class ReplayServicer(object):
@@ -172,6 +187,30 @@ class ReplayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateTable(self, request, context):
+        """Creates a table. With a data_dir it is remembered over a restart. Idempotent: with the same keys again it does nothing. Since 1.1.
+        INVALID_ARGUMENT    the name cannot be one or is taken, or a key or a value is wrong; the text names it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropTable(self, request, context):
+        """Removes a table with its episodes, in memory and on disk. Calls and streams that wait for it end with NOT_FOUND; other tables are not
+        touched. A table of the server's configuration comes back, empty, at the next start. Since 1.1.
+        INVALID_ARGUMENT    the table is the default one, which cannot be dropped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTables(self, request, context):
+        """Describes every table that the call's token may use. Since 1.1.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -219,6 +258,21 @@ def add_ReplayServicer_to_server(servicer, server):
                     servicer.Clear,
                     request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.ClearRequest.FromString,
                     response_serializer=touchline__protos_dot_v1_dot_replay__pb2.ClearResponse.SerializeToString,
+            ),
+            'CreateTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateTable,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.CreateTableRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.CreateTableResponse.SerializeToString,
+            ),
+            'DropTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropTable,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableResponse.SerializeToString,
+            ),
+            'ListTables': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTables,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -464,6 +518,87 @@ class Replay(object):
             '/touchline.v1.Replay/Clear',
             touchline__protos_dot_v1_dot_replay__pb2.ClearRequest.SerializeToString,
             touchline__protos_dot_v1_dot_replay__pb2.ClearResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/touchline.v1.Replay/CreateTable',
+            touchline__protos_dot_v1_dot_replay__pb2.CreateTableRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.CreateTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/touchline.v1.Replay/DropTable',
+            touchline__protos_dot_v1_dot_replay__pb2.DropTableRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.DropTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTables(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/touchline.v1.Replay/ListTables',
+            touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.ListTablesResponse.FromString,
             options,
             channel_credentials,
             insecure,

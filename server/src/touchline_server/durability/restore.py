@@ -119,7 +119,7 @@ def restore(
         database: the open database.
         progress: called with the rows read so far and all rows.
         accept_eviction: whether stored episodes that do not fit into the ring may be evicted.
-        key: returns the full name of a section's key of this table, for messages.
+        key: function that returns the full name of a section's key, for messages.
     """
     begin_s = time.monotonic()
     schema, counts, ledger = database.schema(), database.counts(), restored_ledger(database)

@@ -1,4 +1,4 @@
-"""The tables that were created at run time, as a data_dir remembers them, and the folders of those that were dropped."""
+"""The tables that were created at run time, as a data_dir remembers them, and the folders of dropped tables."""
 
 from __future__ import annotations
 

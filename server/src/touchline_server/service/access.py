@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from touchline_protos.types.metadata import TOKEN_METADATA_KEY
+from touchline_server.config.sections import check_table_name
 from touchline_server.config.settings import Config
 from touchline_server.config.source import ConfigError, why_unreadable
 from touchline_server.errors import AccessDeniedError, UnauthenticatedError
@@ -50,7 +51,10 @@ ROLES_OF: dict[str, frozenset[Role]] = {
     # Actors and learners wait for each other, and need the limits and the row convention. Neither answer contains an episode or a secret.
     "Ready": _BOTH,
     "Info": _BOTH,
+    "ListTables": _BOTH,
     "Clear": frozenset(),
+    "CreateTable": frozenset(),
+    "DropTable": frozenset(),
 }
 """Roles, besides admin, that may call each method of ``touchline.v1.Replay``. All other methods, and reflection, are for admins only."""
 
@@ -69,6 +73,8 @@ class Token:
     roles: frozenset[Role]
     digest: bytes = field(repr=False)
     """SHA-256 digest of its value."""
+    tables: frozenset[str] | None = None
+    """Names of the tables that it is confined to, the default table's being empty; None: it may use every table."""
 
 
 _OWN: tuple[tuple[str, Callable[[Token], object]], ...] = (("name", lambda token: token.name), ("value", lambda token: token.digest))
@@ -84,6 +90,8 @@ class Access:
 
     def __init__(self, tokens: Iterable[Token]) -> None:
         self._tokens = tuple(tokens)
+        self.confines = any(token.tables is not None for token in self._tokens)
+        """Whether any token is confined to tables."""
 
     def check(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> None:
         """Returns if the call is allowed.
@@ -107,9 +115,27 @@ class Access:
             expected = " or ".join(sorted(allowed | {Role.ADMIN}))
             raise AccessDeniedError(f"the token {token.name!r} is for {_join(token.roles)}, expected one for {expected} to call {name}")
 
+    def check_table(self, table: str, metadata: Iterable[tuple[str, str | bytes]]) -> frozenset[str] | None:
+        """Returns if a call may use a table of this name, which need not exist: with the names of all that it may use, None for every one.
+
+        Raises:
+            AccessDeniedError: the call's token is confined to other tables.
+        """
+        token = self._token_of(metadata)
+        if token.tables is not None and table not in token.tables:
+            raise AccessDeniedError(f"the token {token.name!r} is for {_tables_text(token.tables)}, expected one for {_table_text(table)}")
+        return token.tables
+
+    def tables_of(self, metadata: Iterable[tuple[str, str | bytes]]) -> frozenset[str] | None:
+        """Returns the names of the tables that a call may use; None: every table."""
+        return self._token_of(metadata).tables
+
     def describe(self) -> str:
-        """Returns the tokens' names and roles, for the log."""
-        return ", ".join(f"{token.name} ({_join(token.roles)})" for token in self._tokens)
+        """Returns the tokens' names, roles and tables, for the log."""
+        return ", ".join(
+            f"{token.name} ({_join(token.roles)}{'' if token.tables is None else f', {_tables_text(token.tables)}'})"
+            for token in self._tokens
+        )
 
     def _token_of(self, metadata: Iterable[tuple[str, str | bytes]]) -> Token:
         given = [value for key, value in metadata if key == TOKEN_METADATA_KEY]
@@ -224,16 +250,42 @@ def _read_variable(text: str) -> Iterator[Token]:
 
 def _token(entry: dict[str, Any], where: str) -> Token:
     """Returns the token that an entry describes. No error quotes its value."""
-    unknown = sorted(entry.keys() - {"name", "role", "value", "sha256"})
+    unknown = sorted(entry.keys() - {"name", "role", "tables", "value", "sha256"})
     if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}, expected name, role, and value or sha256")
+        raise ConfigError(
+            f"{where}: unknown key {unknown[0]!r}, expected name, role, value or sha256, and tables if it is confined to some"
+        )
     name, role = entry.get("name"), entry.get("role")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise ConfigError(f"{where}: expected a name of 1 to 64 letters, digits, '.', '-', '_' and '@'")
     roles = [role] if isinstance(role, str) else role
     if not isinstance(roles, list) or not roles or not all(one in list(Role) for one in roles):
         raise ConfigError(f"{where} ({name}): expected a role, or several, of {', '.join(Role)}")
-    return Token(name, frozenset(Role(one) for one in roles), _digest(entry, f"{where} ({name})"))
+    digest, tables = _digest(entry, f"{where} ({name})"), _tables(entry, f"{where} ({name})")
+    return Token(name, frozenset(Role(one) for one in roles), digest, tables)
+
+
+def _tables(entry: dict[str, Any], where: str) -> frozenset[str] | None:
+    names = entry.get("tables")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: tables: {names!r}, expected a list of names of tables; the default table's name is empty")
+    for name in names:
+        try:
+            if name:
+                check_table_name(name)
+        except ValueError as error:
+            raise ConfigError(f"{where}: tables: {name!r}, {error}") from None
+    return frozenset(names)
+
+
+def _table_text(name: str) -> str:
+    return f"table {name!r}" if name else "the default table"
+
+
+def _tables_text(names: frozenset[str]) -> str:
+    return " and ".join(_table_text(name) for name in sorted(names))
 
 
 def _digest(entry: dict[str, Any], where: str) -> bytes:

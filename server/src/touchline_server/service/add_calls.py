@@ -44,7 +44,7 @@ class AddCalls:
 
         def decode(message: bytes) -> tuple[Table, tuple[Episode]]:
             name, episode = self._decoded(decode_add_episode, message, limits=self._codec_limits)
-            return self._tables.get(name), (episode,)
+            return self._tables.get(name, context), (episode,)
 
         (result,) = await self._ingest.ingest(message, decode)
         stored = await self._ingest.wait_durable(result)
@@ -54,24 +54,26 @@ class AddCalls:
         """Stores the episodes of a stream of messages, and answers at its end."""
         decoder = LoadDecoder(self._codec_limits)
         with self._calls.streams.count(context.peer()):
-            answers = await self._receive_all(requests, decoder, context.peer())
+            answers = await self._receive_all(requests, decoder, context)
         # The episodes of one call that wait for the disk share its fsync.
         results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
-        table = self._tables.get(decoder.table)
+        table = self._tables.get(decoder.table, context)
         if decoder.in_progress:
             error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")
             table.store.count_refused(str(error))
             raise error
         return pb.LoadEpisodesResponse(results=results, counts=convert.counts(table.counts()))
 
-    async def _receive_all(self, requests: AsyncIterator[bytes], decoder: LoadDecoder, peer: str) -> list[pb.EpisodeResult | IngestResult]:
+    async def _receive_all(
+        self, requests: AsyncIterator[bytes], decoder: LoadDecoder, context: Context
+    ) -> list[pb.EpisodeResult | IngestResult]:
         answers: list[pb.EpisodeResult | IngestResult] = []
 
         def decode(message: bytes) -> tuple[Table, Iterator[Episode | CodecError]]:
             episodes = self._decoded(decoder.feed, message)
-            return self._tables.get(decoder.table), episodes
+            return self._tables.get(decoder.table, context), episodes
 
-        async with UploadReservation(self._readers, decoder, peer) as reservation:
+        async with UploadReservation(self._readers, decoder, context.peer()) as reservation:
             while True:
                 # A peer in the middle of an episode is waited for. One that is not may never send anything again.
                 async with nullcontext() if decoder.in_progress else self._drain.cancel_on_drain(grace_s=LOAD_GRACE_S):
@@ -93,7 +95,7 @@ class AddCalls:
         try:
             return decode(*arguments, **options)
         except CodecError as error:
-            self._tables.default.store.count_refused(str(error))
+            self._tables.registry.default.store.count_refused(str(error))
             raise
 
     async def _result(self, result: IngestResult) -> pb.EpisodeResult:

@@ -21,6 +21,7 @@ from touchline_protos.shm.ring import sweep_dead_rings
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config.settings import Config
 from touchline_server.service.access import Access, check_exposure, read_access
+from touchline_server.service.add_pools import AddPools
 from touchline_server.service.admission import Admission
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.call_counters import CallCounters
@@ -34,6 +35,7 @@ from touchline_server.service.refusal_log import DropUndecodable
 from touchline_server.service.ring_producer import RingPool
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.service.stop_signals import StoppedError, StopSignals
+from touchline_server.service.table_access import TableAccess
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.service.tls import server_credentials
 from touchline_server.store.memory import keep_freed_memory
@@ -61,7 +63,7 @@ class AddressInUseError(OSError):
     """The server cannot listen at the configured address."""
 
 
-def build_parts(config: Config, tables: TableRegistry) -> ServiceParts:
+def build_parts(config: Config, tables: TableRegistry, access: Access | None = None) -> ServiceParts:
     """Builds the parts of a service. Call it in the event loop in which the service is to live.
 
     Instruments (metrics) belong here too: made here, handed on in :class:`ServiceParts`, with a null object if there are none.
@@ -70,9 +72,9 @@ def build_parts(config: Config, tables: TableRegistry) -> ServiceParts:
     changes = ChangeNotifier(asyncio.get_running_loop())
     drain = Drain(changes.notify)
     throttle = AddThrottle(config.server.sample_share)
-    add_pool = ThreadPoolExecutor(config.server.add_workers, thread_name_prefix="touchline-add")
+    add_pools = AddPools(tables, config.server.add_workers)
     return ServiceParts(
-        tables=tables,
+        tables=TableAccess(tables, access),
         limits=config.limits,
         budgets=budgets,
         readers=MessageReaders(budgets, config.limits),
@@ -80,9 +82,10 @@ def build_parts(config: Config, tables: TableRegistry) -> ServiceParts:
         changes=changes,
         drain=drain,
         throttle=throttle,
-        ingest=EpisodeIngest(add_pool, throttle, changes, drain),
+        ingest=EpisodeIngest(add_pools, throttle, changes, drain),
         rings=RingPool(config.ring),
-        add_pool=add_pool,
+        add_pools=add_pools,
+        table_pool=ThreadPoolExecutor(1, thread_name_prefix="touchline-table"),
         sample_pool=ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample"),
         unsubscribe=tables.subscribe(changes.notify),
     )
@@ -119,8 +122,8 @@ class ReplayServer:
             AddressInUseError: the server cannot listen at the configured address.
             ReplayError: a table's durable store cannot be used.
         """
-        self.parts = build_parts(self._config, self.buffer.registry)
-        self._health = HealthService(self.buffer)
+        self.parts = build_parts(self._config, self.buffer.registry, self._access)
+        self._health = HealthService(self.buffer.registry)
         self._server = self._build_server()
         swept = sweep_dead_rings()
         if swept:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+import tomllib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -188,23 +189,52 @@ def _array(name: str, tensor: pb.Tensor) -> np.ndarray:
     return np.frombuffer(tensor.data, dtype).reshape(shape)
 
 
-def info(table: Table) -> pb.InfoResponse:
-    """Returns the description of a server's table."""
+def info(table: Table, tables: Sequence[str]) -> pb.InfoResponse:
+    """Returns the description of the server and one table; ``tables`` are the names of all that the caller may use."""
     from touchline_server import __version__
 
     columns = table.store.columns
     specs = columns.schema.columns if columns is not None else ()
-    monitor = table.storage_monitor
+    described = table_info(table, created=False)
     return pb.InfoResponse(
         version=__version__,
         protocol_version=PROTOCOL_VERSION,
-        config_toml=table.config.to_toml(),
+        config_toml=described.config_toml,
         columns=[pb.ColumnSpec(name=spec.name, dtype=int(to_wire(spec.dtype)), shape=spec.shape) for spec in specs],  # type: ignore[arg-type]
+        device=described.device,
+        size_bytes=described.size_bytes,
+        capacity=described.capacity,
+        max_message_bytes=table.config.limits.max_message_bytes,
+        counts=described.counts,
+        storage_state=described.storage_state,
+        storage_reason=described.storage_reason,
+        tables=tables,
+    )
+
+
+def table_info(table: Table, *, created: bool) -> pb.TableInfo:
+    """Returns the description of a table; ``created`` is whether it was created at run time."""
+    columns, monitor = table.store.columns, table.storage_monitor
+    return pb.TableInfo(
+        table=table.name,
+        config_toml=table.config.to_toml(),
+        counts=counts(table.counts()),
+        capacity=table.store.capacity,
         device=columns.where if columns is not None else "",
         size_bytes=columns.size_bytes if columns is not None else 0,
-        capacity=table.store.capacity,
-        max_message_bytes=table.config.limits.max_message_bytes,
-        counts=counts(table.counts()),
         storage_state=_STORAGE_STATE_OF[monitor.state] if monitor is not None else pb.STORAGE_STATE_UNSPECIFIED,
         storage_reason=monitor.reason if monitor is not None else "",
+        created=created,
     )
+
+
+def table_keys(config_toml: str) -> dict[str, Any]:
+    """Returns the keys of a table from their TOML. Only their syntax is checked.
+
+    Raises:
+        InvalidArgumentError: the text is not TOML.
+    """
+    try:
+        return tomllib.loads(config_toml)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgumentError(f"config_toml: not valid TOML: {error}") from None

@@ -30,7 +30,7 @@ class EpisodeCalls:
 
     async def get_episodes(self, request: pb.GetEpisodesRequest, context: Context) -> None:
         """Sends the episodes that match a request."""
-        table = self._parts.tables.get(request.table)
+        table = self._parts.tables.get(request.table, context)
         query = convert.query(request)
         async with answering(self._parts, context):
             await self._send(table, query, request.max_frame_bytes, context.write)
@@ -47,6 +47,7 @@ class EpisodeCalls:
             try:
                 async with self._turn:
                     frame = await tasks.run(pool, framer.next)
+                table.check_not_dropped()
                 if frame is None:
                     return
                 reservation.resize(len(frame))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
 from touchline_server.errors import ReplayError
 from touchline_server.service import tasks
+from touchline_server.service.add_pools import AddPools
 from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.convert import MAX_WAIT_S
 from touchline_server.service.drain import Drain
@@ -51,14 +52,14 @@ class EpisodeIngest:
     limit. Episodes that the rate limit holds back wait in the event loop, never on a thread.
 
     Args:
-        pool: threads for what may take longer.
+        pools: threads for what may take longer, of its own for each table.
         throttle: delays adds while learners wait.
         changes: wakes episodes that the rate limit holds back.
         drain: ends their wait when the server stops.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain) -> None:
-        self._pool = pool
+    def __init__(self, pools: AddPools, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain) -> None:
+        self._pools = pools
         self._throttle = throttle
         self._changes = changes
         self._drain = drain
@@ -78,13 +79,19 @@ class EpisodeIngest:
         try:
             done = len(message) <= MAX_INLINE_BYTES and storing.try_inline()
             while not done:
-                done = await tasks.run(self._pool, storing.run)
+                done = await tasks.run(await self._pool_of(storing), storing.run)
                 if not done:
                     await self._wait_for_limiter(storing)
             return storing.results
         finally:
             storing.cancel_reservation()
             self._throttle.record_cost(storing.cost_s)
+
+    async def _pool_of(self, storing: _Storing) -> ThreadPoolExecutor:
+        """Returns the threads of the table that a message is for; with several tables, a large message is decoded to find that out."""
+        if storing.table is None and self._pools.are_several:
+            await tasks.run(self._pools.decoding, storing.open)
+        return self._pools.of(storing.table)
 
     async def _wait_for_limiter(self, storing: _Storing) -> None:
         """Waits until the rate limit allows the next episode, whose steps are reserved then."""
@@ -118,7 +125,8 @@ class _Storing:
     def __init__(self, message: bytes, decode: Decode) -> None:
         self._message = message
         self._decode = decode
-        self._table: Table
+        self.table: Table | None = None
+        """Table that the message is for; None until it is decoded."""
         self._episodes: Iterator[Episode | CodecError] | None = None
         self._next: Episode | None = None
         """Episode that could not be stored yet."""
@@ -127,6 +135,14 @@ class _Storing:
         self.results: list[IngestResult] = []
         self.cost_s = 0.0
         """Seconds of work so far."""
+
+    def open(self) -> None:
+        """Decodes the message as far as to know its table."""
+        begin = time.thread_time()
+        try:
+            self._open()
+        finally:
+            self.cost_s += time.thread_time() - begin
 
     def try_inline(self) -> bool:
         """Stores episodes until one would have to wait or the time is up; returns whether all are stored."""
@@ -137,7 +153,7 @@ class _Storing:
                     self._refuse(episode)
                     continue
                 try:
-                    stored = self._table.try_add(episode) if time.perf_counter() < begin + MAX_INLINE_S else None
+                    stored = self._opened.try_add(episode) if time.perf_counter() < begin + MAX_INLINE_S else None
                 except ReplayError as error:
                     self.results.append(IngestResult(episode.key, error))
                     continue
@@ -170,29 +186,38 @@ class _Storing:
         """Reserves the steps of the next episode with the rate limit, unless they are already; returns whether they are."""
         assert self._next is not None
         if not self._reserved:
-            self._reserved = self._table.limiter.reserve_insert(self._next.length)
+            self._reserved = self._opened.limiter.reserve_insert(self._next.length)
         return self._reserved
 
     def cancel_reservation(self) -> None:
         """Cancels what is reserved for an episode that will not be stored."""
         if self._reserved and self._next is not None:
-            self._table.limiter.cancel_insert(self._next.length)
+            self._opened.limiter.cancel_insert(self._next.length)
             self._reserved = False
 
-    def _remaining(self) -> Iterator[Episode | CodecError]:
+    @property
+    def _opened(self) -> Table:
+        assert self.table is not None
+        return self.table
+
+    def _open(self) -> None:
         if self._episodes is None:
-            self._table, episodes = self._decode(self._message)
+            self.table, episodes = self._decode(self._message)
             self._episodes = iter(episodes)
+
+    def _remaining(self) -> Iterator[Episode | CodecError]:
+        self._open()
+        assert self._episodes is not None
         # Not a generator: its end would close the episodes, with which the next call goes on.
         return itertools.chain(() if self._next is None else (self._next,), self._episodes)
 
     def _submit(self, episode: Episode) -> None:
         """Stores an episode whose steps are reserved."""
         try:
-            self.results.append(IngestResult(episode.key, self._table.submit(episode)))
+            self.results.append(IngestResult(episode.key, self._opened.submit(episode)))
         except ReplayError as error:
             self.results.append(IngestResult(episode.key, error))
 
     def _refuse(self, error: CodecError) -> None:
-        self._table.store.count_refused(str(error))
+        self._opened.store.count_refused(str(error))
         self.results.append(IngestResult(error.key, error))

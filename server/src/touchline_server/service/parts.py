@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from touchline_server.config.sections import LimitsConfig
+from touchline_server.service.add_pools import AddPools
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.call_counters import CallCounters
 from touchline_server.service.change_notifier import ChangeNotifier
@@ -14,16 +15,16 @@ from touchline_server.service.drain import Drain
 from touchline_server.service.ingest import EpisodeIngest
 from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.ring_producer import RingPool
+from touchline_server.service.table_access import TableAccess
 from touchline_server.service.throttle import AddThrottle
-from touchline_server.tables.registry import TableRegistry
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceParts:
     """The parts of one running service."""
 
-    tables: TableRegistry
-    """The tables that the service serves."""
+    tables: TableAccess
+    """The tables that calls may use."""
     limits: LimitsConfig
     """Bounds on messages and requests."""
     budgets: Budgets
@@ -42,8 +43,10 @@ class ServiceParts:
     """Path of received episodes into the store."""
     rings: RingPool
     """Rings in shared memory for learners on this host."""
-    add_pool: ThreadPoolExecutor
-    """Threads that store and clear."""
+    add_pools: AddPools
+    """Threads that store and clear, for each table."""
+    table_pool: ThreadPoolExecutor
+    """Thread that creates and drops tables, one at a time."""
     sample_pool: ThreadPoolExecutor
     """Threads that gather batches and read episodes back."""
     unsubscribe: Callable[[], None]
@@ -52,5 +55,6 @@ class ServiceParts:
     def close(self) -> None:
         """Ends the threads; blocks until they have finished their work."""
         self.unsubscribe()
-        self.add_pool.shutdown()
+        self.add_pools.close()
+        self.table_pool.shutdown()
         self.sample_pool.shutdown()

@@ -192,6 +192,7 @@ class RingProducer:
                 else:
                     self._wait_for_limiter()
         except NotReadyError:
+            # A dropped table has nothing to draw either; the session says so.
             error = SchemaChangedError("the table was cleared; open the stream again")
         except Exception as raised:
             error = raised

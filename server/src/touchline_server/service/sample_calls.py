@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 import numpy as np
@@ -30,12 +31,14 @@ class SampleCalls:
     def __init__(self, parts: ServiceParts) -> None:
         self._parts = parts
         self._max_message_bytes = parts.limits.max_message_bytes
-        self._rngs = {table.name: table.seeds.stream() for table in parts.tables}
-        """Sources of the random numbers of Sample calls without a seed, by table."""
+        self._rngs: WeakKeyDictionary[Table, np.random.Generator] = WeakKeyDictionary()
+        """Sources of the random numbers of Sample calls without a seed."""
+        for table in parts.tables.registry:
+            self._rng(table)
 
     async def sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         """Draws one batch, waiting up to ``wait_s`` seconds until it can."""
-        table = self._parts.tables.get(request.table)
+        table = self._parts.tables.get(request.table, context)
         # numpy's generators are not thread-safe, so each call gets one of its own.
         rng = table.seeds.stream(request.seed) if request.HasField("seed") else self._rng(table).spawn(1)[0]
         sampler = TableSampler(table, _spec(table, request), rng)
@@ -57,11 +60,11 @@ class SampleCalls:
                 return
             if first.WhichOneof("request") != "open":
                 raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
-            await SampleSession(self._framer(first.open), self._parts).run(first.open, requests, context.write)
+            await SampleSession(self._framer(first.open, context), self._parts).run(first.open, requests, context.write)
 
     async def update_priorities(self, request: pb.UpdatePrioritiesRequest, context: Context) -> pb.UpdatePrioritiesResponse:
         """Sets the priorities of slices that were drawn."""
-        table = self._parts.tables.get(request.table)
+        table = self._parts.tables.get(request.table, context)
         update = convert.priority_update(request)
         slices = len(update.start)
         if update.priorities.size <= MAX_INLINE_PRIORITIES:
@@ -98,9 +101,9 @@ class SampleCalls:
         return reserved
 
     def _rng(self, table: Table) -> np.random.Generator:
-        rng = self._rngs.get(table.name)
+        rng = self._rngs.get(table)
         if rng is None:
-            rng = self._rngs[table.name] = table.seeds.stream()
+            rng = self._rngs[table] = table.seeds.stream()
         return rng
 
     async def _answer(self, sampler: Sampler, reserved: Reserved, context: Context) -> bytes:
@@ -113,8 +116,8 @@ class SampleCalls:
             return self._sample_message(sampler, reserved)
         return await tasks.run(self._parts.sample_pool, self._sample_message, sampler, reserved)
 
-    def _framer(self, opening: pb.SampleStreamOpen) -> BatchFramer:
-        table = self._parts.tables.get(opening.sample.table)
+    def _framer(self, opening: pb.SampleStreamOpen, context: Context) -> BatchFramer:
+        table = self._parts.tables.get(opening.sample.table, context)
         rng = table.seeds.stream(opening.sample.seed if opening.sample.HasField("seed") else None)
         sampler = TableSampler(table, _spec(table, opening.sample), rng)
         return BatchFramer(sampler, max_message_bytes=self._max_message_bytes, max_batches=opening.max_batches_per_frame)

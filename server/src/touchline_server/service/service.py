@@ -52,7 +52,7 @@ class ReplayService:
     """
 
     def __init__(self, parts: ServiceParts) -> None:
-        self._tables = parts.tables
+        self._tables = parts.tables.registry
         self._adds = AddCalls(parts)
         self._samples = SampleCalls(parts)
         self._episodes = EpisodeCalls(parts)
@@ -81,6 +81,9 @@ class ReplayService:
                 "Ready": unary(self._table.ready, pb.ReadyRequest),
                 "Info": unary(self._table.info, pb.InfoRequest),
                 "Clear": unary(self._table.clear, pb.ClearRequest),
+                "CreateTable": unary(self._table.create_table, pb.CreateTableRequest),
+                "DropTable": unary(self._table.drop_table, pb.DropTableRequest),
+                "ListTables": unary(self._table.list_tables, pb.ListTablesRequest),
             },
         )
 

@@ -155,6 +155,7 @@ class SampleSession:
         while True:
             wake.clear()
             self._raise_error()
+            self._framer.sampler.check_not_dropped()
             if self._credits and self._framer.sampler.can_sample():
                 return True
             if self._requests is not _Requests.OPEN and not self._credits:
@@ -222,6 +223,7 @@ class SampleSession:
             await write(ring_offer(ring, layout))
             while self._attachment is None and self._requests is _Requests.OPEN:
                 wake.clear()
+                self._framer.sampler.check_not_dropped()
                 await wake.wait()
             self._raise_error()
         finally:
@@ -254,6 +256,7 @@ class SampleSession:
         try:
             while self._requests is _Requests.OPEN:
                 wake.clear()
+                self._framer.sampler.check_not_dropped()
                 while messages:
                     await write(messages.pop(0))
                 if ends and ends[0] is not None:

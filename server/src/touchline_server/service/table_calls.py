@@ -1,4 +1,4 @@
-"""Ready, Info and Clear."""
+"""Ready, Info and Clear, and the calls that create, drop and list tables."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ class TableCalls:
 
     def __init__(self, parts: ServiceParts) -> None:
         self._parts = parts
+        self._changing = parts.table_pool
 
     async def ready(self, request: pb.ReadyRequest, context: Context) -> pb.ReadyResponse:
         """Waits up to ``wait_s`` seconds until enough is stored, and answers what is."""
-        table = self._parts.tables.get(request.table)
+        table = self._parts.tables.get(request.table, context)
         store, drain = table.store, self._parts.drain
         min_steps = _min_steps(request, table.config)
         horizon = table.spec(horizon=request.horizon if request.HasField("horizon") else None).horizon
 
         def is_over() -> bool:
+            table.check_not_dropped()
             fill = store.fill(horizon)
             return drain.begun or (fill.eligible > 0 and fill.has(min_steps))
 
@@ -46,12 +48,33 @@ class TableCalls:
 
     async def info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
         """Answers what the server is and holds."""
-        return convert.info(self._parts.tables.get(request.table))
+        table = self._parts.tables.get(request.table, context)
+        return convert.info(table, [other.name for other in self._parts.tables.visible(context)])
 
     async def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
         """Removes all episodes."""
-        table = self._parts.tables.get(request.table)
-        return pb.ClearResponse(counts=convert.counts(await tasks.run(self._parts.add_pool, table.clear)))
+        table = self._parts.tables.get(request.table, context)
+        return pb.ClearResponse(counts=convert.counts(await tasks.run(self._parts.add_pools.of(table), table.clear)))
+
+    async def create_table(self, request: pb.CreateTableRequest, context: Context) -> pb.CreateTableResponse:
+        """Creates a table."""
+        self._parts.tables.check(request.table, context)
+        keys = convert.table_keys(request.config_toml)
+        await tasks.run(self._changing, self._parts.tables.registry.create, request.table, keys)
+        return pb.CreateTableResponse()
+
+    async def drop_table(self, request: pb.DropTableRequest, context: Context) -> pb.DropTableResponse:
+        """Removes a table."""
+        table = self._parts.tables.get(request.table, context)
+        counts = await tasks.run(self._changing, self._parts.tables.registry.drop, table.name)
+        return pb.DropTableResponse(counts=convert.counts(counts))
+
+    async def list_tables(self, request: pb.ListTablesRequest, context: Context) -> pb.ListTablesResponse:
+        """Describes the tables that the caller may use."""
+        tables = self._parts.tables
+        return pb.ListTablesResponse(
+            tables=[convert.table_info(table, created=tables.registry.is_created(table.name)) for table in tables.visible(context)]
+        )
 
 
 def _min_steps(request: pb.ReadyRequest, config: Config) -> int:

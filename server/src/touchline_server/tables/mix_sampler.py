@@ -102,8 +102,14 @@ class MixSampler:
         if fault is not None:
             raise InvalidArgumentError(fault)
 
+    def check_not_dropped(self) -> None:
+        """See :class:`Sampler`."""
+        for table in self._tables:
+            table.check_not_dropped()
+
     def can_sample(self) -> bool:
         """Returns whether a batch can be drawn now: from every table, or from one at least if the others take over its share."""
+        self.check_not_dropped()
         return self._split() is not None
 
     def explain_not_ready(self) -> str:

@@ -49,7 +49,12 @@ class TableRegistry:
         self._changing = threading.Lock()
         """Held while a table is created or dropped, and while they are restored."""
         self._subscriptions = Subscriptions()
+        self.members = Subscriptions()
+        """Listeners to tables that are created and dropped."""
         self.add(default)
+
+    def __len__(self) -> int:
+        return len(self._tables)
 
     def __iter__(self) -> Iterator[Table]:
         return iter(tuple(self._tables.values()))
@@ -74,6 +79,10 @@ class TableRegistry:
         if self._tables.setdefault(table.name, table) is not table:
             raise ValueError(f"table: {table.name!r} exists already, expected a new name")
         table.subscriptions.subscribe(self._subscriptions.notify)
+
+    def is_created(self, name: str) -> bool:
+        """Returns whether a table was created at run time."""
+        return name in self._created
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Calls ``listener`` after every change of any table; see :meth:`Subscriptions.subscribe`."""
@@ -129,6 +138,10 @@ class TableRegistry:
             ReplayError: its folder cannot be used.
         """
         self.check_restored()
+        try:
+            check_table_name(name)
+        except ValueError as error:
+            raise InvalidArgumentError(f"table: {name!r}, {error}") from None
         with self._changing:
             if name in self._tables:
                 if self._created.get(name) == dict(keys):
@@ -149,8 +162,8 @@ class TableRegistry:
                 self._remove_folder(name)
                 raise
             self.add(table)
-            logger.info("created table %r: %s", name, config.changed() or "like the default table")
-        self._subscriptions.notify()
+            logger.info("created table %r: %s", name, dict(keys) or "like the default table")
+        self.members.notify()
         return table
 
     def drop(self, name: str) -> Counts:
@@ -173,7 +186,7 @@ class TableRegistry:
                 raise InvalidArgumentError("table: '' is the default table, which cannot be dropped; clear it")
             counts = table.counts()
             del self._tables[name]
-            self._subscriptions.notify()
+            self.members.notify()
             table.drop()
             # The folder goes before its entry in the list: a crash in between leaves an empty table, and no folder that no table uses.
             self._remove_folder(name)
@@ -202,10 +215,6 @@ class TableRegistry:
         self._created = {name: keys for name, keys in self._created.items() if name not in self._config.tables}
 
     def _config_of(self, name: str, keys: Mapping[str, Any]) -> Config:
-        try:
-            check_table_name(name)
-        except ValueError as error:
-            raise InvalidArgumentError(f"table: {name!r}, {error}") from None
         try:
             return self._config.override(tables={name: keys}).for_table(name)
         except ConfigError as error:

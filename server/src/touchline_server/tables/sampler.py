@@ -35,6 +35,10 @@ class Sampler(Protocol):
     horizon: int
     """H, transitions in a slice."""
 
+    def check_not_dropped(self) -> None:
+        """Raises UnknownTableError once a table was dropped. Callers that wait for the tables ask it after every change."""
+        ...
+
     def can_sample(self) -> bool:
         """Returns whether a batch can be drawn now, whatever the rate limit says.
 
@@ -106,6 +110,10 @@ class TableSampler:
         self.batch_size = spec.batch_size
         self.horizon = spec.horizon
         self._split = (spec.batch_size,)
+
+    def check_not_dropped(self) -> None:
+        """See :class:`Sampler`."""
+        self._table.check_not_dropped()
 
     def can_sample(self) -> bool:
         """See :class:`Sampler`."""

@@ -14,7 +14,7 @@ from touchline_protos import Counts
 from touchline_protos.codec import BatchLayout, Episode
 from touchline_protos.types.priorities import PriorityUpdate
 from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, UnknownTableError
+from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, StorageFailedError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.unlimited import UNLIMITED
 from touchline_server.selectors.draw import Draw
@@ -179,7 +179,11 @@ class Table:
     def submit(self, episode: Episode) -> Stored | CommitFuture:
         """Stores one episode without waiting for the disk, see :meth:`EpisodeStore.submit`. Its steps are reserved with the limiter."""
         self.check_restored()
-        return self._insert(self.store.submit, episode)
+        try:
+            return self._insert(self.store.submit, episode)
+        except StorageFailedError:
+            self.check_not_dropped()  # after the check above
+            raise
 
     def try_add(self, episode: Episode) -> Stored | None:
         """Stores one episode, or returns None if that means waiting: for the limiter, or see :meth:`EpisodeStore.try_add`."""
