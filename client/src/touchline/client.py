@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from touchline._actor.episode_factory import EpisodeFactory
 from touchline._actor.keys import Identity
@@ -33,6 +33,7 @@ from touchline._rpc.channel import ServerChannel, check_address
 from touchline._rpc.convert import (
     check_actor,
     check_dtype,
+    check_table,
     counts_of,
     episodes_request,
     sample_request,
@@ -44,10 +45,13 @@ from touchline._rpc.convert import (
 from touchline._rpc.credentials import Credentials, TlsConfig
 from touchline._rpc.outcomes import add_key_if_outcome_unknown
 from touchline.errors import ClosedError, EpisodeResult, TouchlineError
-from touchline.types import ReadyState, ServerInfo
+from touchline.types import EpisodeSelection, ReadyState, SampleOptions, ServerInfo
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
 from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.v1 import replay_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in the standard library from Python 3.11 on
 
 
 class ReplayClient:
@@ -70,7 +74,8 @@ class ReplayClient:
         max_message_bytes: size limit of one request or response, at most 2 MiB for a request. The server's own limit applies as well.
         as_numpy: return batches as numpy arrays even if torch is installed.
         dtype: ``"float32"`` stores float64 columns as float32; None stores them as they are.
-        table: table on the server; empty for the default one.
+        table: table on the server for calls that name none, up to 128 characters; empty for the server's default one. A table that does
+            not exist is an UnknownTableError of each call.
         tls: TLS settings, for example ``TlsConfig(ca="ca.pem")``. True trusts gRPC's built-in roots, False turns TLS off. None reads the
             environment: ``TOUCHLINE_TLS_CA`` turns it on (with ``_CERT``, ``_KEY``, ``_SERVER_NAME``).
         token: token that identifies this client to the server; None reads ``TOUCHLINE_TOKEN``, empty sends none. Never logged.
@@ -101,15 +106,14 @@ class ReplayClient:
         self.dtype = check_dtype(dtype)
         self._as_numpy = as_numpy
         self._max_message_bytes = max_message_bytes
-        self._table = table
+        self._table = check_table(table)
         self._identity = Identity(client_id)
         credentials = Credentials(check_address(address), tls=tls, token=token, allow_plaintext=allow_plaintext)
         self._channel = ServerChannel(address, max_message_bytes=max_message_bytes, credentials=credentials)
         self._rpc = RpcClient(self._channel, timeout_s=timeout_s)
         self._factory = EpisodeFactory(self._identity, dtype=self.dtype)
-        self._uploader = EpisodeUploader(self._rpc, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
-        self._readiness = Readiness(self._rpc, table=table)
-        self._sampler = SingleBatchSampler(self._rpc, self._readiness)
+        self._uploader = EpisodeUploader(self._rpc, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
+        self._sampler = SingleBatchSampler(self._rpc)
         self.priorities = PriorityUpdates(self._rpc, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         """Updates of priorities on their way to the server: to wait for them, and to count them."""
 
@@ -125,7 +129,7 @@ class ReplayClient:
 
     @property
     def table(self) -> str:
-        """Table on the server that episodes go to and batches come from; empty for the default one."""
+        """Table on the server for calls that name none; empty for the server's default one."""
         return self._table
 
     def next_key(self) -> EpisodeKey:
@@ -134,13 +138,22 @@ class ReplayClient:
 
     # Adding.
 
-    def add(self, episode: Mapping[str, Any], *, actor: str | None = None, policy_version: int = 0, key: EpisodeKey | None = None) -> int:
-        """Stores one episode and returns the number of episodes in the buffer.
+    def add(
+        self,
+        episode: Mapping[str, Any],
+        *,
+        table: str | None = None,
+        actor: str | None = None,
+        policy_version: int = 0,
+        key: EpisodeKey | None = None,
+    ) -> int:
+        """Stores one episode and returns the number of episodes in the table.
 
         Args:
             episode: mapping or TensorDict of arrays or tensors [T+1, ...], a row for each step: ``obs`` (or nested, or ``obs.<name>``),
                 ``action``, ``reward``, optionally ``done``, ``task`` and other columns. Not changed, and not needed after the call.
                 Nested observations come back in the order of the first episode's keys.
+            table: table to store it in; None takes the client's.
             actor: name of the actor that played it; None takes the client's.
             policy_version: version of the policy that acted; 0 if unknown.
             key: key of an earlier attempt, to send an episode again that may have been stored; None takes a new one.
@@ -156,24 +169,26 @@ class ReplayClient:
         """
         made_key, made = self._factory.make(episode, actor=self._actor_or_own(actor), policy_version=policy_version, key=key)
         with add_key_if_outcome_unknown(made_key):
-            return self._uploader.add(made)[1].episodes_stored
+            return self._uploader.add(made, table=self._table_or_own(table))[1].episodes_stored
 
     def load(
         self,
         episodes: Mapping[str, Any] | Iterable[Mapping[str, Any]],
         *,
+        table: str | None = None,
         actor: str | None = None,
         policy_version: int = 0,
         timeout_s: float | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Stores many episodes and returns the number of episodes in the buffer.
+        """Stores many episodes and returns the number of episodes in the table.
 
         They are sent in calls of up to 1,000 episodes or 256 MiB. A call is retried as a whole while the server is unavailable.
 
         Args:
             episodes: one mapping or TensorDict of arrays [num_episodes, T+1, ...], or an iterable of episodes as :meth:`add` takes them, of
                 any lengths. Not changed; the arrays must not change until the call returns.
+            table: table to store them in; None takes the client's.
             actor: name of the actor that played them; None takes the client's.
             policy_version: version of the policy that acted; 0 if unknown.
             timeout_s: deadline of each call; None takes the client's.
@@ -185,58 +200,55 @@ class ReplayClient:
             UnavailableError, DeadlineError: a call failed. A note on the error says how many episodes were answered before.
         """
         made = self._factory.make_all(episodes, actor=self._actor_or_own(actor), policy_version=policy_version)
-        counts = self._uploader.load(made, timeout_s=seconds_or_none("timeout_s", timeout_s), progress=progress)
-        return (counts or self.counts()).episodes_stored
+        limit_s = seconds_or_none("timeout_s", timeout_s)
+        counts = self._uploader.load(made, table=self._table_or_own(table), timeout_s=limit_s, progress=progress)
+        return (counts or self.counts(table=table)).episodes_stored
 
-    def deliver(self, episode: Episode) -> None:
+    def deliver(self, episode: Episode, *, table: str | None = None) -> None:
         """Stores an episode that already carries its key, actor and policy version; :class:`~touchline.EpisodeWriter` sends with it.
+
+        Args:
+            episode: episode to store.
+            table: table to store it in; None takes the client's.
 
         Raises:
             TouchlineError: as :meth:`add`.
         """
-        self._uploader.add(episode)
+        self._uploader.add(episode, table=self._table_or_own(table))
 
     def deliver_all(
-        self, episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]], *, max_bytes: int = MAX_LOAD_BYTES
+        self,
+        episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
+        *,
+        table: str | None = None,
+        max_bytes: int = MAX_LOAD_BYTES,
     ) -> Iterator[list[EpisodeResult]]:
         """Stores episodes that already carry their keys, and yields their outcomes, call by call.
 
         Args:
             episodes: episodes with their keys; an error that stands for an episode becomes its result. The iterable is read as calls need
                 episodes, so at most one call's episodes are in memory.
+            table: table to store them in; None takes the client's.
             max_bytes: payload limit of a call; an episode above it gets a call of its own.
 
         Raises:
             TouchlineError: a call failed. Episodes whose results were yielded are answered; sending all of them again is harmless.
         """
-        for results, _ in self._uploader.send(episodes, max_bytes=max_bytes):
+        for results, _ in self._uploader.send(episodes, table=self._table_or_own(table), max_bytes=max_bytes):
             yield results
 
     # Sampling.
 
-    def sample(
-        self,
-        *,
-        batch_size: int | None = None,
-        horizon: int | None = None,
-        law: str | None = None,
-        seed: int | None = None,
-        beta: float | None = None,
-        wait_s: float = 0.0,
-        as_numpy: bool | None = None,
-    ) -> Batch:
+    def sample(self, *, wait_s: float = 0.0, as_numpy: bool | None = None, **options: Unpack[SampleOptions]) -> Batch:
         """Returns one batch: ``obs, action, reward, done = client.sample()``. For training, :meth:`batches` is faster.
 
         A batch larger than a message comes over a sampling stream.
 
         Args:
-            batch_size: number of slices B; None takes the server's configuration, as it does for ``horizon`` and ``law``.
-            horizon: transitions H in a slice.
-            law: sampling law, ``"episode"``, ``"step"`` or ``"prioritized"``.
-            seed: seed of the draw; the same seed on the same stored episodes gives the same batch.
-            beta: exponent of the weights under ``"prioritized"``, 0 to 1; None takes the server's configuration.
             wait_s: longest wait for something to sample.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
+            options: what to draw: ``table``, ``batch_size``, ``horizon``, ``law``, ``seed``, ...; see
+                :class:`~touchline.types.SampleOptions`.
 
         Returns:
             A :class:`~touchline.Batch` of writable arrays or tensors in host memory, which are the caller's: obs [H+1, B, ...],
@@ -248,7 +260,7 @@ class ReplayClient:
             TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
         convert = self._converter(as_numpy)
-        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, wait_s=wait_s, beta=beta)
+        request = sample_request(**self._of_table(options), wait_s=wait_s)
         return convert(self._sampler.sample(request))
 
     def batches(
@@ -256,14 +268,10 @@ class ReplayClient:
         *,
         prefetch: int = 4,
         device: Any = None,
-        batch_size: int | None = None,
-        horizon: int | None = None,
-        law: str | None = None,
-        seed: int | None = None,
-        beta: float | None = None,
         as_numpy: bool | None = None,
         timeout_s: float | None = None,
         ring: bool = True,
+        **options: Unpack[SampleOptions],
     ) -> BatchStream:
         """Returns an endless iterator of batches that the server sends ahead of their use.
 
@@ -275,22 +283,18 @@ class ReplayClient:
             prefetch: batches that the server may have in flight. A ring keeps up to 14 small ones.
             device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` copies through pinned memory on a side stream, one batch
                 ahead. All tensors of such a batch share one allocation on the device.
-            batch_size: number of slices B; None takes the server's configuration, as it does for ``horizon`` and ``law``.
-            horizon: transitions H in a slice.
-            law: sampling law, ``"episode"``, ``"step"`` or ``"prioritized"``.
-            seed: seed of the draws; the same seed, adds and draws give the same batches.
-            beta: exponent of the weights under ``"prioritized"``, 0 to 1; None takes the server's configuration.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
             timeout_s: longest wait for a batch, whether the server is away or nothing can be sampled. None waits without limit while the
                 server is there, and 60 s while it is away.
             ring: take batches through a ring in shared memory, without a message for each, if the server runs on the same host (Linux on
                 x86-64; containers must share /dev/shm and the user). If there is no ring, the stream's ``transport_reason`` says why.
+            options: what to draw, as for :meth:`sample`.
 
         Raises:
             InvalidArgumentError: an argument is out of range, or the device does not exist.
         """
         whole_number("prefetch", prefetch, least=1)
-        request = sample_request(table=self._table, batch_size=batch_size, horizon=horizon, law=law, seed=seed, beta=beta)
+        request = sample_request(**self._of_table(options))
         limit_s = seconds_or_none("timeout_s", timeout_s)
         source: BatchSource = StreamSource(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, reconnect_s=RECONNECT_S, ring=ring)
         if device is None or str(device) == "cpu":
@@ -316,16 +320,7 @@ class ReplayClient:
     # Reading back.
 
     def episodes(
-        self,
-        *,
-        ids: Iterable[int] | None = None,
-        first: int | None = None,
-        last: int | None = None,
-        actor: str | None = None,
-        newest: int | None = None,
-        columns: Iterable[str] | None = None,
-        skip_missing: bool = False,
-        timeout_s: float | None = None,
+        self, *, skip_missing: bool = False, timeout_s: float | None = None, **selection: Unpack[EpisodeSelection]
     ) -> EpisodeStream:
         """Returns an iterator of stored episodes, each whole and bit for bit as it was added, in ascending order of their ids.
 
@@ -334,65 +329,54 @@ class ReplayClient:
         ``timeout_s``, reading ends with an UnavailableError.
 
         Args:
-            ids: ids of the episodes to read, in any order, each once; excludes the next four arguments. None reads all that those match.
-            first: lowest id to read.
-            last: highest id to read.
-            actor: name of the actor whose episodes to read.
-            newest: read only the ``newest`` most recent of the episodes that match.
-            columns: names of the columns to read; ``obs`` includes every ``obs.*``. None reads all.
             skip_missing: leave out ids that are not stored, instead of raising UnknownEpisodeError.
             timeout_s: longest wait for the next message, also while the server is away; None takes the client's.
+            selection: what to read: ``table``, ``ids`` or ``first``, ``last``, ``actor`` and ``newest``, ``columns``; see
+                :class:`~touchline.types.EpisodeSelection`.
 
         Raises:
             InvalidArgumentError: an argument is out of range, or arguments exclude each other.
         """
-        request = episodes_request(
-            table=self._table,
-            ids=None if ids is None else tuple(ids),
-            first=first,
-            last=last,
-            actor=actor,
-            newest=newest,
-            columns=columns,
-            skip_missing=skip_missing,
-            max_frame_bytes=self._max_message_bytes,
-        )
+        request = episodes_request(**self._of_table(selection), skip_missing=skip_missing, max_frame_bytes=self._max_message_bytes)
         limit_s = seconds_or_none("timeout_s", timeout_s) or self.timeout_s
-        nothing_asked = ids is not None and not request.episode_ids
+        nothing_asked = selection.get("ids") is not None and not request.episode_ids
         return EpisodeStream(EpisodeSource(self._rpc, request, timeout_s=limit_s, empty=nothing_asked))
 
     # Asking.
 
-    def ready(self, *, horizon: int | None = None) -> bool:
-        """Returns whether a batch can be sampled now, with this horizon; None takes the server's."""
-        return self.ready_state(horizon=horizon).can_sample
+    def ready(self, *, table: str | None = None, horizon: int | None = None) -> bool:
+        """Returns whether a batch can be sampled now; None takes the client's table and the server's horizon."""
+        return self.ready_state(table=table, horizon=horizon).can_sample
 
-    def ready_state(self, *, horizon: int | None = None) -> ReadyState:
-        """Returns how far the table is from being sampled with this horizon; None takes the server's."""
-        return self._readiness.ask(horizon=horizon)
+    def ready_state(self, *, table: str | None = None, horizon: int | None = None) -> ReadyState:
+        """Returns how far a table is from being sampled; None takes the client's table and the server's horizon."""
+        return self._readiness(table).ask(horizon=horizon)
 
-    def wait_until_ready(self, min_steps: int | None = None, timeout_s: float | None = None, *, horizon: int | None = None) -> ReadyState:
+    def wait_until_ready(
+        self, min_steps: int | None = None, timeout_s: float | None = None, *, table: str | None = None, horizon: int | None = None
+    ) -> ReadyState:
         """Waits until batches can be sampled and enough is stored, also for a server that is not up yet or restarts.
 
         Args:
             min_steps: rows to wait for; None takes the server's ``min_history``, 1 waits for the first batch only. A full buffer always
                 suffices, since whole episodes may never fill it to the last row.
             timeout_s: longest wait; None has no limit.
+            table: table to wait for; None takes the client's.
             horizon: transitions in the slices to come; None takes the server's.
 
         Raises:
             NotReadyError: not ready in time; carries the counts.
             UnavailableError: no server answered in time.
         """
-        return self._readiness.wait(min_steps, timeout_s, horizon)
+        return self._readiness(table).wait(min_steps, timeout_s, horizon)
 
-    def counts(self) -> Counts:
-        """Returns the table's counts."""
-        return self.ready_state().counts
+    def counts(self, *, table: str | None = None) -> Counts:
+        """Returns a table's counts; None takes the client's table."""
+        return self.ready_state(table=table).counts
 
     @property
     def num_eps(self) -> int:
-        """Episodes stored now. Asks the server, as ``size`` and ``capacity`` do."""
+        """Episodes stored now in the client's table. Asks the server, as ``size`` and ``capacity`` do."""
         return self.counts().episodes_stored
 
     @property
@@ -405,22 +389,26 @@ class ReplayClient:
         """Rows that fit."""
         return self.info().capacity
 
-    def info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """Returns the server's version, the configuration in force, the table's schema, sizes and counts.
+    def info(self, *, table: str | None = None, timeout_s: float | None = None) -> ServerInfo:
+        """Returns the server's version, the configuration in force, a table's schema, sizes and counts.
 
         Args:
+            table: table to ask about; None takes the client's.
             timeout_s: deadline of the call, its retries included; None takes the client's.
         """
-        request = pb.InfoRequest(table=self._table).SerializeToString()
+        request = pb.InfoRequest(table=self._table_or_own(table)).SerializeToString()
         return server_info_of(self._rpc.unary("Info", request, timeout_s=timeout_s))
 
-    def clear(self) -> Counts:
-        """Empties the table, its schema included, and returns the counts. Not retried: a second attempt could clear newer episodes.
+    def clear(self, *, table: str | None = None) -> Counts:
+        """Empties a table, its schema included, and returns the counts. Not retried: a second attempt could clear newer episodes.
+
+        Args:
+            table: table to empty; None takes the client's.
 
         Raises:
             UnavailableError, DeadlineError: the table may or may not have been cleared.
         """
-        request = pb.ClearRequest(table=self._table).SerializeToString()
+        request = pb.ClearRequest(table=self._table_or_own(table)).SerializeToString()
         return counts_of(pb.ClearResponse.FromString(self._rpc.unary("Clear", request, retry=False)).counts)
 
     def close(self) -> None:
@@ -452,6 +440,15 @@ class ReplayClient:
 
     def _actor_or_own(self, actor: str | None) -> str:
         return self.actor if actor is None else actor
+
+    def _table_or_own(self, table: str | None) -> str:
+        return self._table if table is None else check_table(table)
+
+    def _of_table(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {**options, "table": self._table_or_own(options.get("table"))}
+
+    def _readiness(self, table: str | None) -> Readiness:
+        return Readiness(self._rpc, table=self._table_or_own(table))
 
     def _converter(self, as_numpy: bool | None) -> Callable[[Batch], Batch]:
         return batch_converter(as_numpy=self._as_numpy if as_numpy is None else as_numpy)

@@ -1,9 +1,11 @@
-"""Values that the client returns, besides batches and counts."""
+"""Values that the client takes and returns, besides episodes, batches and counts."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from touchline.errors import EpisodeResult as EpisodeResult  # defined beside the error that carries it; users find it here as well
 from touchline_protos import Counts
@@ -12,6 +14,48 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+class SampleOptions(TypedDict, total=False):
+    """Keyword arguments of :meth:`~touchline.ReplayClient.sample` and :meth:`~touchline.ReplayClient.batches`: what to draw.
+
+    A key that is left out, or None, stands for the table's configuration on the server.
+    """
+
+    table: str | None
+    """Table to draw from; the client's if left out."""
+    batch_size: int | None
+    """Number of slices B."""
+    horizon: int | None
+    """Transitions H in a slice."""
+    law: str | None
+    """Sampling law: ``"episode"``, ``"step"`` or ``"prioritized"``."""
+    seed: int | None
+    """Seed of the draws: the same seed, adds and draws give the same batches."""
+    beta: float | None
+    """Exponent of the weights under ``"prioritized"``, 0 to 1."""
+
+
+class EpisodeSelection(TypedDict, total=False):
+    """Keyword arguments of :meth:`~touchline.ReplayClient.episodes`: which episodes to read, and which of their columns.
+
+    Keys that are left out select everything.
+    """
+
+    table: str | None
+    """Table to read; the client's if left out."""
+    ids: Iterable[int] | None
+    """Ids of the episodes, in any order, each once; excludes ``first``, ``last``, ``actor`` and ``newest``."""
+    first: int | None
+    """Lowest id, inclusive."""
+    last: int | None
+    """Highest id, inclusive."""
+    actor: str | None
+    """Name of the actor whose episodes are read."""
+    newest: int | None
+    """Maximum number of episodes: only the most recent matching ones."""
+    columns: Iterable[str] | None
+    """Names of the columns; ``obs`` also selects every ``obs.*``."""
 
 
 @dataclass(frozen=True, slots=True)

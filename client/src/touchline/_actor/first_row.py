@@ -19,27 +19,26 @@ logger = get_logger(__name__)
 
 
 class FirstRowCheck:
-    """Warns once of an action in row 0 under the row convention ``incoming``, which never samples it. Thread-safe.
+    """Warns once for each table of an action in row 0 under the row convention ``incoming``, which never samples it. Thread-safe.
 
     Args:
         rpc: client for the calls.
-        table: table of the episodes.
     """
 
-    def __init__(self, rpc: RpcClient, *, table: str) -> None:
+    def __init__(self, rpc: RpcClient) -> None:
         self._rpc = rpc
-        self._table = table
-        self._done = False
+        self._done: set[str] = set()
+        """Tables whose row convention is known."""
 
-    def check(self, episodes: Iterable[Episode]) -> None:
-        """Checks stored episodes; asks the server for its row convention at the first one with an action in row 0."""
-        if self._done:
+    def check(self, episodes: Iterable[Episode], *, table: str) -> None:
+        """Checks episodes stored in a table; asks the server for its row convention at the first one with an action in row 0."""
+        if table in self._done:
             return
         found = next((episode for episode in episodes if rules.has_action_in_row_0(episode.columns)), None)
         if found is None:
             return
-        self._done = True
-        request = pb.InfoRequest(table=self._table).SerializeToString()
+        self._done.add(table)
+        request = pb.InfoRequest(table=table).SerializeToString()
         try:
             convention = server_info_of(self._rpc.unary("Info", request, timeout_s=INFO_TIMEOUT_S)).row_convention
         except (TouchlineError, KeyError, ValueError) as error:

@@ -38,36 +38,34 @@ class EpisodeUploader:
 
     Args:
         rpc: client for the calls.
-        table: table of the episodes.
         max_message_bytes: maximum size of a message; a larger episode is sent in chunks.
     """
 
-    def __init__(self, rpc: RpcClient, *, table: str, max_message_bytes: int) -> None:
+    def __init__(self, rpc: RpcClient, *, max_message_bytes: int) -> None:
         self._rpc = rpc
-        self._table = table
         self._max_message_bytes = max_message_bytes
         self._chunk_bytes = min(CHUNK_BYTES, max_message_bytes // 2)
-        self._first_row = FirstRowCheck(rpc, table=table)
+        self._first_row = FirstRowCheck(rpc)
 
-    def add(self, episode: Episode, *, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
-        """Sends one episode, as a single message if neither side's limit forbids it, otherwise in chunks.
+    def add(self, episode: Episode, *, table: str, timeout_s: float | None = None) -> tuple[EpisodeResult, Counts]:
+        """Sends one episode to a table, as a single message if neither side's limit forbids it, otherwise in chunks.
 
         Raises:
             TouchlineError: the episode was refused or is not acknowledged.
         """
-        message = self._encode(episode)
+        message = self._encode(episode, table)
         if message is not None:
             try:
                 answer = pb.AddEpisodeResponse.FromString(self._rpc.unary("AddEpisode", message, timeout_s=timeout_s))
             except TooLargeError as error:
                 if reason_of(error):
                     raise  # the server read the message: the episode is too large, in chunks as well
-                self._learn_limit()
+                self._learn_limit(table)
             else:
                 assert episode.key is not None
-                self._first_row.check([episode])
+                self._first_row.check([episode], table=table)
                 return EpisodeResult(episode.key, answer.episode_id, answer.duplicate), counts_of(answer.counts)
-        results, counts = self._upload([episode], timeout_s=timeout_s)
+        results, counts = self._upload([episode], table, timeout_s=timeout_s)
         if results[0].error is not None:
             raise results[0].error
         return results[0], counts
@@ -76,13 +74,15 @@ class EpisodeUploader:
         self,
         episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
         *,
+        table: str,
         timeout_s: float | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Counts | None:
-        """Sends episodes in calls of a bounded size.
+        """Sends episodes to a table in calls of a bounded size.
 
         Args:
             episodes: pairs of key and episode, or of key and the error of a malformed episode.
+            table: table of the episodes.
             timeout_s: deadline of each call, in addition to the time for its bytes.
             progress: callback with the number of episodes answered so far, after each call.
 
@@ -96,7 +96,7 @@ class EpisodeUploader:
         results: list[EpisodeResult] = []
         counts: Counts | None = None
         try:
-            for group, latest in self.send(episodes, timeout_s=timeout_s, max_bytes=MAX_LOAD_BYTES):
+            for group, latest in self.send(episodes, table=table, timeout_s=timeout_s, max_bytes=MAX_LOAD_BYTES):
                 results += group
                 counts = latest or counts
                 if progress is not None:
@@ -119,13 +119,15 @@ class EpisodeUploader:
         self,
         episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]],
         *,
+        table: str,
         timeout_s: float | None = None,
         max_bytes: int = MAX_LOAD_BYTES,
     ) -> Iterator[tuple[list[EpisodeResult], Counts | None]]:
-        """Sends episodes in calls of a bounded size. Yields the results of each call before it takes the next episodes.
+        """Sends episodes to a table in calls of a bounded size. Yields the results of each call before it takes the next episodes.
 
         Args:
             episodes: pairs of key and episode, or of key and the error of a malformed episode.
+            table: table of the episodes.
             timeout_s: deadline of each call, in addition to the time for its bytes.
             max_bytes: maximum payload of a call, unless a single episode is larger.
 
@@ -137,29 +139,29 @@ class EpisodeUploader:
         """
         for group in _groups(episodes, max_bytes):
             try:
-                answered = self._send_group(group, timeout_s)
+                answered = self._send_group(group, table, timeout_s)
             except (InvalidEpisodeError, TooLargeError):
                 checked = [_checked(item) for item in group]
                 if all(before[1] is after[1] for before, after in zip(group, checked, strict=True)):
                     raise
-                answered = self._send_group(checked, timeout_s)
+                answered = self._send_group(checked, table, timeout_s)
             yield answered
 
-    def _send_group(self, group: list[_Item], timeout_s: float | None) -> tuple[list[EpisodeResult], Counts | None]:
+    def _send_group(self, group: list[_Item], table: str, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts | None]:
         sendable = [episode for _, episode in group if isinstance(episode, Episode)]
-        answers, counts = self._upload(sendable, timeout_s=timeout_s) if sendable else ([], None)
+        answers, counts = self._upload(sendable, table, timeout_s=timeout_s) if sendable else ([], None)
         answer = iter(answers)
         return [next(answer) if isinstance(episode, Episode) else EpisodeResult(key, error=episode) for key, episode in group], counts
 
-    def _encode(self, episode: Episode) -> bytes | None:
+    def _encode(self, episode: Episode, table: str) -> bytes | None:
         if episode.size_bytes > self._max_message_bytes:
             return None
-        message = encode_episode(episode, table=self._table)
+        message = encode_episode(episode, table=table)
         return message if len(message) <= self._max_message_bytes else None
 
-    def _upload(self, episodes: Sequence[Episode], *, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts]:
+    def _upload(self, episodes: Sequence[Episode], table: str, *, timeout_s: float | None) -> tuple[list[EpisodeResult], Counts]:
         def requests() -> Iterator[bytes]:
-            return encode_loads(episodes, table=self._table, chunk_bytes=self._chunk_bytes)
+            return encode_loads(episodes, table=table, chunk_bytes=self._chunk_bytes)
 
         base_s = self._rpc.timeout_s if timeout_s is None else timeout_s
         bytes_s = sum(episode.size_bytes for episode in episodes) / SLOWEST_UPLOAD_BYTES_PER_S
@@ -167,17 +169,17 @@ class EpisodeUploader:
             try:
                 message = self._rpc.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
             except TooLargeError:
-                if not self._learn_limit():
+                if not self._learn_limit(table):
                     raise
                 message = self._rpc.upload("LoadEpisodes", requests, timeout_s=base_s + bytes_s)
         except CodecError as error:
             raise to_client_error(error) from None
-        self._first_row.check(episodes)
+        self._first_row.check(episodes, table=table)
         return load_results_of(message, [episode.key for episode in episodes if episode.key is not None])
 
-    def _learn_limit(self) -> bool:
-        """Adopts the server's limit on messages if it is lower; returns whether it is."""
-        answer = pb.InfoResponse.FromString(self._rpc.unary("Info", pb.InfoRequest(table=self._table).SerializeToString()))
+    def _learn_limit(self, table: str) -> bool:
+        """Adopts the server's limit on messages if it is lower; returns whether it is. Asks about a table that this client may use."""
+        answer = pb.InfoResponse.FromString(self._rpc.unary("Info", pb.InfoRequest(table=table).SerializeToString()))
         if not 0 < answer.max_message_bytes < self._max_message_bytes:
             return False
         logger.info("messages to %s: at most %d bytes, the server's limit", self._rpc.channel.address, answer.max_message_bytes)

@@ -1,4 +1,4 @@
-"""``touchline clear``: empty a server."""
+"""``touchline clear``: empty a table of a server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from touchline._cli.options import Address, Timeout
+from touchline._cli.options import Address, TableName, Timeout
 from touchline._cli.terminal import (
     EXIT_FAILED,
     EXIT_USAGE,
     check_reachable,
+    describe_place,
     exit_with,
     pluralize,
     print_columns,
@@ -24,9 +25,10 @@ from touchline.client import ReplayClient
 def clear(
     address: Address = "127.0.0.1:50051",
     timeout_s: Timeout = 60.0,
+    table: TableName = "",
     yes: Annotated[bool, typer.Option("--yes", help="Clear without asking for confirmation.")] = False,
 ) -> None:
-    """Empty a server: remove every episode, and the columns, which the next episode defines anew.
+    """Empty a table of a server: remove every episode, and the columns, which the next episode defines anew.
 
     Prints what would be removed and asks first. With a data_dir, the episodes are removed from the disk as well; a snapshot taken before
     keeps them. Keys are remembered: an episode that was stored before is not stored again. If the server requires tokens, the token must
@@ -35,21 +37,22 @@ def clear(
     \b
     Examples:
       touchline clear --address replay-host:50051
-      touchline clear --yes
+      touchline clear --table demos --yes
 
     \b
     Exit status:
-      0    the server is empty, or was
+      0    the table is empty, or was
       1    nothing was cleared: the answer was no, the server is unreachable, or the token does not allow it
       2    the command line is wrong, or there is no terminal to ask on and --yes is missing
       130  interrupted
     """
-    with report_errors("interrupted; if you had already confirmed, the server may have been cleared"):
-        check_reachable(address)
-        with ReplayClient(address, timeout_s=timeout_s) as client:
+    place = describe_place(address, table)
+    with report_errors("interrupted; if you had already confirmed, the table may have been cleared"):
+        check_reachable(address, table=table)
+        with ReplayClient(address, table=table, timeout_s=timeout_s) as client:
             before = client.info()
             episodes, steps = before.counts.episodes_stored, before.counts.steps_stored
-            print_line(f"{address}: {pluralize(episodes, 'episode')}, {pluralize(steps, 'step')}")
+            print_line(f"{place}: {pluralize(episodes, 'episode')}, {pluralize(steps, 'step')}")
             print_columns(before.columns)
             if not episodes and not before.columns:
                 return
@@ -57,7 +60,7 @@ def clear(
                 _confirm("Remove all of it? This cannot be undone.")
             counts = client.clear()
     removed = counts.episodes_evicted - before.counts.episodes_evicted
-    print_line(f"{address}: cleared, {pluralize(removed, 'episode')} removed; the next episode defines the columns anew")
+    print_line(f"{place}: cleared, {pluralize(removed, 'episode')} removed; the next episode defines the columns anew")
 
 
 def _confirm(question: str) -> None:

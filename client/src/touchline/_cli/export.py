@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from touchline import datasets
-from touchline._cli.options import COLUMNS, EPISODES, OUTPUT, REFUSED, Address, FormatName, Timeout
+from touchline._cli.options import COLUMNS, EPISODES, OUTPUT, REFUSED, Address, FormatName, TableName, Timeout
 from touchline._cli.progress import ProgressDisplay
 from touchline._cli.terminal import EXIT_FAILED, check_reachable, format_rate, pluralize, print_line, report_errors
 from touchline.client import ReplayClient
@@ -23,6 +23,7 @@ def export(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="File (.h5, .hdf5, .npz, .pt), or Minari data set (minari:ID).")],
     address: Address = "127.0.0.1:50051",
     timeout_s: Timeout = 60.0,
+    table: TableName = "",
     first: Annotated[
         int | None,
         typer.Option(metavar="ID", help="Only episodes with this id or a higher one.", min=0, rich_help_panel=EPISODES),
@@ -50,7 +51,7 @@ def export(
         bool, typer.Option("--allow-refused", help="Exit with status 0 even if episodes were left out.", rich_help_panel=REFUSED)
     ] = False,
 ) -> None:
-    """Write a server's episodes to a data set, oldest first.
+    """Write the episodes of a table to a data set, oldest first.
 
     `touchline load` restores them bit for bit. The data set is written under a hidden name and renamed once it is complete. Episodes that
     the server evicts before they are read are not in it. A .pt file holds episodes of equal length; --format tdmpc2 writes a folder with
@@ -59,7 +60,7 @@ def export(
     \b
     Examples:
       touchline export everything.h5 --address replay-host:50051
-      touchline export newest.npz --newest 100 --compress
+      touchline export newest.npz --table demos --newest 100 --compress
       touchline export minari:soccer/striker-v0 --actor striker
       touchline export chunks --format tdmpc2
 
@@ -72,13 +73,13 @@ def export(
     """
     started_s = time.monotonic()
     with report_errors("interrupted; nothing was written") as check_interrupted, ProgressDisplay(Console(stderr=True)) as display:
-        check_reachable(address)
+        check_reachable(address, table=table)
 
         def progress(done: int, total: int, report: ExportReport) -> None:
             check_interrupted()
             display.show(f"export {target}", done, total, unit="episodes", size_bytes=report.size_bytes)
 
-        with ReplayClient(address, timeout_s=timeout_s) as client:
+        with ReplayClient(address, table=table, timeout_s=timeout_s) as client:
             report = datasets.export(
                 client,
                 target,

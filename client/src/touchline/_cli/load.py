@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from touchline import datasets
-from touchline._cli.options import COLUMNS, EPISODES, REFUSED, SERVER, Address, FormatName, Timeout
+from touchline._cli.options import COLUMNS, EPISODES, REFUSED, SERVER, Address, FormatName, TableName, Timeout
 from touchline._cli.progress import ProgressDisplay
 from touchline._cli.terminal import (
     EXIT_FAILED,
     check_reachable,
+    describe_place,
     format_rate,
     pluralize,
     print_columns,
@@ -38,6 +39,7 @@ def load(
     ],
     address: Address = "127.0.0.1:50051",
     timeout_s: Timeout = 60.0,
+    table: TableName = "",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Read and check everything, report what would be stored; needs no server.", rich_help_panel=SERVER),
@@ -94,7 +96,7 @@ def load(
         typer.Option("--trust-pickle", help="Unpickle whatever a .pt file contains. RUNS ANY CODE IN IT."),
     ] = False,
 ) -> None:
-    """Store data sets on a server, each episode exactly once.
+    """Store data sets in a table of a server, each episode exactly once.
 
     To continue an interrupted load, run the same command again: episodes that are already stored are recognised by the content of the
     source, whatever its name, and count as duplicates. So do episodes that have been evicted since; --again stores them once more.
@@ -103,7 +105,7 @@ def load(
     Examples:
       touchline load mt30/*.pt --address replay-host:50051
       touchline load minari:D4RL/door/human-v2 --float32 --task 3
-      touchline load demos.h5 --actor teleoperation --limit 100
+      touchline load demos.h5 --table demos --actor teleoperation --limit 100
       touchline load demos.npz --dry-run
 
     \b
@@ -120,8 +122,8 @@ def load(
     with report_errors(INTERRUPTED) as check_interrupted, ProgressDisplay(Console(stderr=True)) as display, ExitStack() as stack:
         client = None
         if not dry_run:
-            check_reachable(address)
-            client = stack.enter_context(ReplayClient(address, timeout_s=timeout_s))
+            check_reachable(address, table=table)
+            client = stack.enter_context(ReplayClient(address, table=table, timeout_s=timeout_s))
         for source in sources:
 
             def progress(stage: str, done: int, total: int, report: LoadReport, source: str = source) -> None:
@@ -148,7 +150,8 @@ def load(
                 failed |= bool(report.refused) and not allow_refused
         if client is not None:
             counts = client.counts()
-            print_line(f"{address} has {pluralize(counts.episodes_stored, 'episode')}, {pluralize(counts.steps_stored, 'step')}")
+            stored = f"{pluralize(counts.episodes_stored, 'episode')}, {pluralize(counts.steps_stored, 'step')}"
+            print_line(f"{describe_place(address, table)} has {stored}")
     if failed:
         raise typer.Exit(EXIT_FAILED)
 

@@ -36,6 +36,10 @@ Timeout = Annotated[
     float,
     typer.Option(metavar="SECONDS", help="How long one call waits for an unreachable server.", min=0.1, rich_help_panel=SERVER),
 ]
+TableName = Annotated[
+    str,
+    typer.Option("--table", metavar="NAME", help="Table on the server. Default: the server's default table.", rich_help_panel=SERVER),
+]
 
 
 class GroupedCommand(TyperCommand):

@@ -76,9 +76,14 @@ def exit_with(message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def check_reachable(address: str) -> None:
-    """Ends the command if the server does not answer, before any source is read."""
-    with ReplayClient(address, timeout_s=PROBE_TIMEOUT_S) as client:
+def describe_place(address: str, table: str) -> str:
+    """Returns a server's address and, unless it is the default one, the name of a table on it."""
+    return f"{address}, table {escape(table)!r}" if table else address
+
+
+def check_reachable(address: str, *, table: str = "") -> None:
+    """Ends the command if the server does not answer for a table, before any source is read."""
+    with ReplayClient(address, table=table, timeout_s=PROBE_TIMEOUT_S) as client:
         try:
             client.info()
         except (UnavailableError, DeadlineError) as error:

@@ -20,12 +20,10 @@ class SingleBatchSampler:
 
     Args:
         rpc: client of the server's service.
-        readiness: source of the reason why a call waits, and of the counts in an error.
     """
 
-    def __init__(self, rpc: RpcClient, readiness: Readiness) -> None:
+    def __init__(self, rpc: RpcClient) -> None:
         self._rpc = rpc
-        self._readiness = readiness
         self._local = threading.local()
 
     def sample(self, request: pb.SampleRequest) -> Batch:
@@ -39,12 +37,12 @@ class SingleBatchSampler:
         self._rpc.check_server_version(newer_feature(request), table=request.table)
         address, horizon = self._rpc.channel.address, horizon_of(request)
         try:
-            with waiting("sample()", address, lambda: self._readiness.explain(horizon)):
+            with waiting("sample()", address, lambda: Readiness(self._rpc, table=request.table).explain(horizon)):
                 message = self._rpc.unary("Sample", request.SerializeToString(), wait_s=request.wait_s)
         except TooLargeError:
             return self._sample_over_stream(request)
         except NotReadyError as error:
-            raise self._with_counts(error) from error.__cause__
+            raise self._with_counts(error, request.table) from error.__cause__
         try:
             return self._decoder.sample_response(message)
         except CodecError as error:
@@ -66,8 +64,8 @@ class SingleBatchSampler:
         finally:
             source.close()
 
-    def _with_counts(self, error: NotReadyError) -> NotReadyError:
+    def _with_counts(self, error: NotReadyError, table: str) -> NotReadyError:
         try:
-            return NotReadyError(str(error), self._readiness.ask().counts)
+            return NotReadyError(str(error), Readiness(self._rpc, table=table).ask().counts)
         except TouchlineError:
             return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,20 @@ def check_actor(actor: str) -> str:
     return actor
 
 
+def check_table(table: str) -> str:
+    """Returns the name of a table; empty for the server's default one.
+
+    Raises:
+        InvalidArgumentError: the name is not a str, too long, or contains control characters.
+    """
+    if not isinstance(table, str):
+        raise InvalidArgumentError(f"table: {table!r}, expected a str")
+    fault = name_fault(table)
+    if fault is not None:
+        raise InvalidArgumentError(f"table: {fault}")
+    return table
+
+
 def check_dtype(dtype: Any) -> np.dtype[Any] | None:
     """Returns the dtype that float64 columns are stored as; None for no cast.
 
@@ -138,10 +152,10 @@ def check_policy_version(version: int) -> int:
 def sample_request(
     *,
     table: str,
-    batch_size: int | None,
-    horizon: int | None,
-    law: str | None,
-    seed: int | None,
+    batch_size: int | None = None,
+    horizon: int | None = None,
+    law: str | None = None,
+    seed: int | None = None,
     wait_s: float = 0.0,
     beta: float | None = None,
 ) -> pb.SampleRequest:
@@ -182,12 +196,12 @@ def horizon_of(request: pb.SampleRequest) -> int | None:
 def episodes_request(
     *,
     table: str,
-    ids: Sequence[int] | None,
-    first: int | None,
-    last: int | None,
-    actor: str | None,
-    newest: int | None,
-    columns: Iterable[str] | None,
+    ids: Iterable[int] | None = None,
+    first: int | None = None,
+    last: int | None = None,
+    actor: str | None = None,
+    newest: int | None = None,
+    columns: Iterable[str] | None = None,
     skip_missing: bool,
     max_frame_bytes: int,
 ) -> pb.GetEpisodesRequest:
@@ -203,7 +217,7 @@ def episodes_request(
     if skip_missing and ids is None:
         raise InvalidArgumentError("skip_missing: True without ids, expected ids with it")
     request = pb.GetEpisodesRequest(table=table, skip_missing=skip_missing, max_frame_bytes=max_frame_bytes)
-    request.episode_ids.extend(_int64(f"ids[{position}]", number) for position, number in enumerate(ids or ()))
+    request.episode_ids.extend(_int64(f"ids[{position}]", number) for position, number in enumerate(() if ids is None else ids))
     if isinstance(columns, str):
         raise InvalidArgumentError(f"columns: {columns!r}, expected a sequence of names")
     request.columns.extend(columns or ())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -14,30 +14,15 @@ from touchline.datasets.errors import DatasetError, UnsupportedEpisodeError
 from touchline.datasets.formats import check_format, format_of
 from touchline.datasets.provenance import Provenance
 from touchline.datasets.renamed_arguments import renamed_arguments
+from touchline.types import EpisodeSelection
 from touchline_protos.codec import StoredEpisode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in the standard library from Python 3.11 on
 
 
-class Selection(TypedDict, total=False):
-    """Which episodes to export, and which of their columns. Keys that are left out select everything.
-
-    The same as the arguments of :meth:`touchline.ReplayClient.episodes`.
-    """
-
-    ids: Iterable[int] | None
-    """Ids of the episodes; excludes ``first``, ``last``, ``actor`` and ``newest``."""
-    first: int | None
-    """Lowest id, inclusive."""
-    last: int | None
-    """Highest id, inclusive."""
-    actor: str | None
-    """Name of the actor whose episodes are exported."""
-    newest: int | None
-    """Maximum number of episodes: only the most recent matching ones."""
-    columns: Iterable[str] | None
-    """Names of the columns; ``obs`` also selects every ``obs.*``."""
+Selection = EpisodeSelection
+"""Keyword arguments of :func:`export`: which episodes to export, and which of their columns."""
 
 
 class Target(Protocol):
@@ -95,7 +80,7 @@ def export(
     progress: ProgressCallback | None = None,
     **selection: Unpack[Selection],
 ) -> ExportReport:
-    """Writes a server's episodes to a file, a folder or a Minari data set, oldest first.
+    """Writes a table's episodes to a file, a folder or a Minari data set, oldest first.
 
     The data set is written beside its path under a hidden name and renamed once it is complete. If the export fails or is killed, whatever
     was at the path stays as it was. Episodes are read and written one at a time.
@@ -107,7 +92,7 @@ def export(
         force: whether to replace an existing data set.
         compress: whether to compress (HDF5 and NPZ only): smaller and slower.
         progress: called after each episode, in this thread.
-        selection: the episodes to export; see :class:`Selection`.
+        selection: the table and the episodes to export; see :class:`~touchline.types.EpisodeSelection`.
 
     Returns:
         The number of episodes written and skipped.
@@ -121,9 +106,12 @@ def export(
     with client.episodes(**selection) as episodes:
         total = episodes.total
         if not total:
-            found = "no episodes match the selection" if any(selection.values()) else "no episodes are stored"
+            narrowed = any(value for name, value in selection.items() if name != "table")
+            found = "no episodes match the selection" if narrowed else "no episodes are stored"
             raise DatasetError(f"{client.address}: {found}, so there is nothing to export")
-        writer = open_target(target, client.info().row_convention, format=format, force=force, compress=compress)
+        writer = open_target(
+            target, client.info(table=selection.get("table")).row_convention, format=format, force=force, compress=compress
+        )
         try:
             read = 0
             for episode in episodes:

@@ -73,6 +73,7 @@ def load(
     source: str,
     *,
     format: str | None = None,
+    table: str | None = None,
     actor: str | None = None,
     transforms: ColumnTransforms | None = None,
     first: int = 0,
@@ -93,6 +94,7 @@ def load(
         client: client of the server to store on.
         source: a path, or ``minari:<id>``.
         format: ``tdmpc2``, ``minari``, ``hdf5`` or ``npz``; None derives it from ``source``.
+        table: table to store the episodes in; None takes the client's.
         actor: name of the actor to store the episodes under; None takes the source's, or else the client's.
         transforms: what to do to the columns; None stores them as they are.
         first: position of the first episode to store, from 0.
@@ -115,13 +117,13 @@ def load(
     if actor is not None:
         check_actor(actor)
     with closing(open_source(source, format=format, trust_pickle=trust_pickle, infos=infos)) as opened:
-        info = client.info()
+        info = client.info(table=table)
         incoming = check_convention(source, opened, info.row_convention)
         transforms = transforms or ColumnTransforms()
         size_limit = SizeLimit(info.max_episode_bytes if max_episode_bytes is None else max_episode_bytes, transforms)
         total = _count_selected(opened, first, limit)
         episodes = islice(opened.episodes(first, incoming=incoming, limit=size_limit), total)
-        run = _LoadRun(client, opened, transforms, actor=actor, reload_label=reload_label, total=total, progress=progress)
+        run = _LoadRun(client, opened, transforms, table=table, actor=actor, reload_label=reload_label, total=total, progress=progress)
         return run.send(_transform(episode, transforms) for episode in episodes)
 
 
@@ -194,6 +196,7 @@ class _LoadRun:
         client: client of the server to store on.
         source: origin of the episodes; read for its fingerprint when the first key is needed.
         transforms: what was done to the columns.
+        table: table to store them in; None takes the client's.
         actor: name to store the episodes under; None takes each episode's own, or else the client's.
         reload_label: label that gives the same episodes new keys; empty for the first load.
         total: number of episodes to send.
@@ -206,6 +209,7 @@ class _LoadRun:
         source: Source,
         transforms: ColumnTransforms,
         *,
+        table: str | None,
         actor: str | None,
         reload_label: str,
         total: int,
@@ -214,6 +218,7 @@ class _LoadRun:
         self._client = client
         self._source = source
         self._transforms = transforms
+        self._table = table
         self._actor = actor
         self._reload_label = reload_label
         self._total = total
@@ -225,7 +230,7 @@ class _LoadRun:
         """Sends all episodes and returns the report."""
         self._report_progress("load", 0, self._total)
         with ReadAhead(episodes, size_of=_size_of, max_bytes=CALL_BYTES) as ahead:
-            for results in self._client.deliver_all(self._keyed(ahead), max_bytes=CALL_BYTES):
+            for results in self._client.deliver_all(self._keyed(ahead), table=self._table, max_bytes=CALL_BYTES):
                 self._account(results)
                 self._report_progress("load", self._report.read, self._total)
         return self._report
