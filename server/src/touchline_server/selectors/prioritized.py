@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,19 @@ MAX_TREES = 4
 
 WINDOW_ELEMENTS = 1 << 18
 """Steps looked at together in an update."""
+
+
+class SavedPriorities(NamedTuple):
+    """The priorities of stored steps, to be kept and loaded again."""
+
+    changes: int
+    """Value of :attr:`PrioritizedSelector.changes` at that moment."""
+    highest: float
+    """Highest priority that was ever given."""
+    episodes: np.ndarray
+    """[episodes, 2] int64: id and number of steps, oldest first."""
+    priorities: np.ndarray
+    """[steps of all episodes] float32, in their order."""
 
 
 class PrioritizedSelector(Selector):
@@ -137,19 +151,22 @@ class PrioritizedSelector(Selector):
         self.changes += 1
         return len(position)
 
-    def export(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns what :meth:`load` takes: the highest priority, ids and lengths [episodes, 2] int64, and all steps' priorities [steps]
-        float32, oldest episode first. Copies."""
+    def save(self) -> SavedPriorities:
+        """Returns a copy of all priorities."""
         entries = self._rows.entries
-        episodes = entries[:, [ID, LENGTH]]
-        if not len(entries):
-            return self._highest, episodes, np.zeros(0, dtype=np.float32)
-        runs = self._runs(int(entries[0, FIRST_ROW]), int(entries[:, LENGTH].sum()))
-        return self._highest, episodes, np.concatenate([self._priorities[begin:end] for begin, end in runs])
+        priorities = np.zeros(0, dtype=np.float32)
+        if len(entries):
+            # Stored episodes follow each other in the ring without a gap.
+            runs = self._runs(int(entries[0, FIRST_ROW]), int(entries[:, LENGTH].sum()))
+            priorities = np.concatenate([self._priorities[begin:end] for begin, end in runs])
+        return SavedPriorities(self.changes, self._highest, entries[:, [ID, LENGTH]], priorities)
 
-    def load(self, highest: float, episodes: np.ndarray, priorities: np.ndarray) -> int:
-        """Sets the priorities of those of the exported episodes that are stored, and returns the number of these."""
-        self._highest = max(self._highest, highest)
+    def load(self, saved: SavedPriorities) -> int:
+        """Sets the priorities of those of the saved episodes that are stored, and returns the number of these."""
+        self._highest = max(self._highest, saved.highest)
+        # Steps that were stored after the save are as new as they were then.
+        self._priorities.fill(self._highest)
+        episodes, priorities = saved.episodes, saved.priorities
         position, stored = self._rows.of_ids(episodes[:, 0])
         first = np.cumsum(episodes[:, 1]) - episodes[:, 1]
         loaded = 0

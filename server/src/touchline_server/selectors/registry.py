@@ -56,6 +56,10 @@ class Selectors:
                 self._fed += (selector,)
         return selector
 
+    def find(self, law: str) -> Selector | None:
+        """Returns the selector of a law if it was used."""
+        return self._by_law.get(law)
+
     def append(self, entry: Entry) -> None:
         """Adds the newest episode, which ``stored`` has already."""
         self.eligible.append(entry)

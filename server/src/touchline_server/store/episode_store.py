@@ -19,6 +19,7 @@ from touchline_server.config.settings import Config
 from touchline_server.errors import NotReadyError
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
+from touchline_server.selectors.prioritized import PRIORITIZED, PrioritizedSelector, SavedPriorities
 from touchline_server.store.actors import NameTable
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_ring import EpisodeRing
@@ -214,6 +215,20 @@ class EpisodeStore:
         """
         with self._ring.lock:
             return self._ring.index.selectors.of(law).update(update.episode_id, update.start, update.priorities)
+
+    def save_priorities(self, since: int) -> SavedPriorities | None:
+        """Returns a copy of the priorities; None if there are none, or they have not changed since the save whose ``changes`` is given."""
+        with self._ring.lock:
+            selector = self._ring.index.selectors.find(PRIORITIZED)
+            if not isinstance(selector, PrioritizedSelector) or selector.changes == since:
+                return None
+            return selector.save()
+
+    def load_priorities(self, saved: SavedPriorities) -> int:
+        """Sets the priorities of those of the saved episodes that are stored, and returns the number of these."""
+        with self._ring.lock:
+            selector = self._ring.index.selectors.of(PRIORITIZED)
+            return selector.load(saved) if isinstance(selector, PrioritizedSelector) else 0
 
     def entries_of(self, episode_ids: Sequence[int]) -> list[IndexEntry]:
         """Returns those of these episodes that are stored."""

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
     from touchline_server.durability.background import BackgroundCommitter
+    from touchline_server.durability.priorities import PriorityKeeper
     from touchline_server.durability.storage_state import StorageMonitor
     from touchline_server.store.inserts import CommitFuture
 
@@ -90,6 +92,7 @@ class Table:
         self._accept_eviction = accept_eviction or config.storage.accept_eviction
         self._restore_progress = (0, 0)
         self._committer: BackgroundCommitter | None = None
+        self._priorities: PriorityKeeper | None = None
         self._plans_lock = threading.Lock()
         self._plans: OrderedDict[tuple[Schema, int], GatherPlan] = OrderedDict()
 
@@ -109,6 +112,7 @@ class Table:
         """
         cuda_device.prepare(self.config.storage.device)
         if not self.restored:
+            from touchline_server.durability.priorities import PriorityKeeper
             from touchline_server.durability.restore import open_durable
 
             def note_progress(read: int, total: int) -> None:
@@ -117,6 +121,7 @@ class Table:
                     progress(read, total)
 
             self._committer = open_durable(self.store, self.config, note_progress, accept_eviction=self._accept_eviction)
+            self._priorities = PriorityKeeper(self.store, Path(self.config.durable_dir))
             self.restored = True
 
     def check_restored(self) -> None:
@@ -136,6 +141,8 @@ class Table:
         """Ends everything that waits for the table, answers the adds that it has accepted, and frees its memory."""
         self.dropped = True
         self.subscriptions.notify()
+        if self._priorities is not None:
+            self._priorities.close(save=False)
         if self._committer is not None:
             self._committer.close()
         self.store.discard()
@@ -143,7 +150,9 @@ class Table:
         give_back_freed_memory()
 
     def close(self) -> None:
-        """Commits adds in progress, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
+        """Commits adds in progress, saves priorities, and releases ``storage.data_dir`` and ``storage.scratch_dir``."""
+        if self._priorities is not None:
+            self._priorities.close()
         if self._committer is not None:
             self._committer.close()
         self.store.close()
