@@ -58,7 +58,7 @@ def make_episode() -> Episode:
     return Episode(columns, EpisodeKey("robot", -1, 1 << 40), "arm", 12)
 
 
-def make_layout() -> BatchLayout:
+def make_layout(optional: tuple[str, ...] = ()) -> BatchLayout:
     steps, transitions = (HORIZON + 1, BATCH_SIZE), (HORIZON, BATCH_SIZE)
     float32 = np.dtype("<f4")
     columns = [
@@ -69,18 +69,23 @@ def make_layout() -> BatchLayout:
         TensorSpec("done", float32, (*transitions, 1)),
         TensorSpec("task", np.dtype("<i8"), (BATCH_SIZE,)),
     ]
-    return BatchLayout(columns, BATCH_SIZE)
+    return BatchLayout(columns, BATCH_SIZE, optional)
 
 
-def make_arrays(seed: int) -> dict[str, np.ndarray]:
-    return {s.name: ramp(s.shape, s.dtype, seed + 10 * i) for i, s in enumerate(make_layout().specs)}
+def make_arrays(seed: int, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    return {s.name: ramp(s.shape, s.dtype, seed + 10 * i) for i, s in enumerate(make_layout(optional).specs)}
 
 
-def write_response() -> bytes:
-    message, views = make_layout().sample_response(ACTORS)
-    for name, array in make_arrays(1).items():
+def write_response(optional: tuple[str, ...] = ()) -> bytes:
+    message, views = make_layout(optional).sample_response(ACTORS)
+    for name, array in make_arrays(1, optional).items():
         views[name][...] = array
     return message
+
+
+def write_mix() -> bytes:
+    mix = [pb.MixShare(table="online", share=0.5), pb.MixShare(share=2)]
+    return pb.SampleRequest(batch_size=3, horizon=2, seed=7, mix=mix, when_empty=pb.WHEN_EMPTY_OTHERS).SerializeToString()
 
 
 def write_group() -> bytes:
@@ -142,7 +147,9 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
         for part in ("selection", "group", "header", "chunk", "evicted")
     },
     "load_episodes_request_episodes": (write_grouped, pb.LoadEpisodesRequest),
+    "sample_request_mix": (write_mix, pb.SampleRequest),
     "sample_response": (write_response, pb.SampleResponse),
+    "sample_response_mix": (lambda: write_response(("table",)), pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
     "sample_stream_response_last_chunk": (lambda: write_chunks()[-1], pb.SampleStreamResponse),
@@ -262,6 +269,14 @@ def test_golden_batches_are_read_by_hand() -> None:
     )
     (batch,) = [batch for message in (first, *rest, last) for batch in decoder.feed(message)]
     assert_batch(batch, 3)
+
+
+def test_golden_mixed_batch_is_read_by_hand_with_the_table_of_each_slice() -> None:
+    batch = BatchDecoder().sample_response(golden("sample_response_mix"))
+
+    assert_batch(batch, 1)
+    assert same(batch.table, make_arrays(1, ("table",))["provenance.table"])
+    assert batch.weight is None and batch.valid is None
 
 
 def test_golden_batches_are_read_by_the_generated_class() -> None:

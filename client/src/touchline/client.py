@@ -44,7 +44,7 @@ from touchline._rpc.convert import (
 )
 from touchline._rpc.credentials import Credentials, TlsConfig
 from touchline._rpc.outcomes import add_key_if_outcome_unknown
-from touchline.errors import ClosedError, EpisodeResult, TouchlineError
+from touchline.errors import ClosedError, EpisodeResult, InvalidArgumentError, TouchlineError
 from touchline.types import EpisodeSelection, ReadyState, SampleOptions, ServerInfo
 from touchline_protos import DEFAULT_MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, Batch, Counts
 from touchline_protos.codec import Episode, EpisodeKey
@@ -445,7 +445,10 @@ class ReplayClient:
         return self._table if table is None else check_table(table)
 
     def _of_table(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {**options, "table": self._table_or_own(options.get("table"))}
+        table = options.get("table")
+        if table is not None and options.get("mix") is not None:
+            raise InvalidArgumentError(f"table: {table!r} and mix, expected one of them")
+        return {**options, "table": self._table_or_own(table)}
 
     def _readiness(self, table: str | None) -> Readiness:
         return Readiness(self._rpc, table=self._table_or_own(table))

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from touchline.errors import EpisodeResult as EpisodeResult  # defined beside the error that carries it; users find it here as well
 from touchline_protos import Counts
+from touchline_protos.types.mix import Mix
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,6 +35,13 @@ class SampleOptions(TypedDict, total=False):
     """Seed of the draws: the same seed, adds and draws give the same batches."""
     beta: float | None
     """Exponent of the weights under ``"prioritized"``, 0 to 1."""
+    mix: Mix | None
+    """Share of each table in the batch, ``{"online": 0.5, "demos": 0.5}``, instead of one table: each provides an exact number of slices
+    (largest remainder, ties in this order), which stand table by table. ``batch.table`` has the table of each slice as its position here,
+    and ``batch.table_names`` the names. Each table draws by its own law unless ``law`` is given; the first has the other defaults. Tables
+    whose columns differ are refused."""
+    when_empty: str
+    """Rule for a table of the mix that has nothing to sample: ``"wait"`` for it (the default), or give its share to the ``"others"``."""
 
 
 class EpisodeSelection(TypedDict, total=False):

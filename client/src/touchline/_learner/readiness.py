@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import ready_state_of, whole_number
+from touchline._rpc.convert import ready_state_of, tables_of, whole_number
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import DeadlineError, NotReadyError, OverLimitError, TlsError, TouchlineError, UnavailableError
 from touchline.types import ReadyState
@@ -88,6 +89,37 @@ class Readiness:
             return None
         wait.note(_describe(state, steps))
         return state
+
+
+class MixReadiness(Readiness):
+    """How far the tables of a mix are from being sampled. Thread-safe.
+
+    Args:
+        rpc: client of the server's service.
+        tables: names of the tables.
+    """
+
+    def __init__(self, rpc: RpcClient, tables: Sequence[str]) -> None:
+        super().__init__(rpc, table=tables[0])
+        self._tables = {name: Readiness(rpc, table=name) for name in tables}
+
+    def probe(self, horizon: int | None, timeout_s: float) -> ReadyState:
+        """Returns the present state of the first table that cannot be sampled; if all can, of the last one."""
+        for readiness in self._tables.values():
+            state = readiness.probe(horizon, timeout_s)
+            if not state.can_sample:
+                break
+        return state
+
+    def explain(self, horizon: int | None) -> str:
+        """Asks the server about each table and returns, in words, why there is no batch yet."""
+        return "; ".join(f"table {name!r}: {readiness.explain(horizon)}" for name, readiness in self._tables.items())
+
+
+def readiness_of(rpc: RpcClient, request: pb.SampleRequest) -> Readiness:
+    """Returns the readiness of the table, or of the mix, that a request is about."""
+    tables = tables_of(request)
+    return Readiness(rpc, table=tables[0]) if len(tables) == 1 else MixReadiness(rpc, tables)
 
 
 def _describe(state: ReadyState, steps: int) -> str:

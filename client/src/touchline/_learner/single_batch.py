@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
-from touchline._learner.readiness import Readiness
+from touchline._learner.readiness import Readiness, readiness_of
 from touchline._learner.stream import RECONNECT_S, StreamSource
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import horizon_of, newer_feature
+from touchline._rpc.convert import horizon_of, newer_feature, table_names_of, tables_of
 from touchline._rpc.waits import waiting
 from touchline.errors import NotReadyError, ServerError, TooLargeError, TouchlineError
 from touchline_protos import Batch
@@ -34,17 +35,19 @@ class SingleBatchSampler:
             ServerError: the answer is malformed.
             TouchlineError: the call failed.
         """
-        self._rpc.check_server_version(newer_feature(request), table=request.table)
+        self._rpc.check_server_version(newer_feature(request), table=tables_of(request)[0])
+        readiness = readiness_of(self._rpc, request)
         address, horizon = self._rpc.channel.address, horizon_of(request)
         try:
-            with waiting("sample()", address, lambda: Readiness(self._rpc, table=request.table).explain(horizon)):
+            with waiting("sample()", address, lambda: readiness.explain(horizon)):
                 message = self._rpc.unary("Sample", request.SerializeToString(), wait_s=request.wait_s)
         except TooLargeError:
             return self._sample_over_stream(request)
         except NotReadyError as error:
-            raise self._with_counts(error, request.table) from error.__cause__
+            raise self._with_counts(error, readiness, horizon) from error.__cause__
         try:
-            return self._decoder.sample_response(message)
+            batch = self._decoder.sample_response(message)
+            return replace(batch, table_names=table_names_of(request)) if request.mix else batch
         except CodecError as error:
             raise ServerError(f"{address}: malformed batch: {error}") from error
 
@@ -64,8 +67,8 @@ class SingleBatchSampler:
         finally:
             source.close()
 
-    def _with_counts(self, error: NotReadyError, table: str) -> NotReadyError:
+    def _with_counts(self, error: NotReadyError, readiness: Readiness, horizon: int | None) -> NotReadyError:
         try:
-            return NotReadyError(str(error), Readiness(self._rpc, table=table).ask().counts)
+            return NotReadyError(str(error), readiness.probe(horizon, self._rpc.timeout_s).counts)
         except TouchlineError:
             return error

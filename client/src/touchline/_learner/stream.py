@@ -12,15 +12,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from touchline._learner.readiness import PROBE_TIMEOUT_S, Readiness
+from touchline._learner.readiness import PROBE_TIMEOUT_S, readiness_of
 from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream_session import NO_REASON, StreamSession
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
-from touchline._rpc.convert import horizon_of
+from touchline._rpc.convert import horizon_of, table_names_of
 from touchline._rpc.credentials import is_local
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
@@ -177,8 +177,9 @@ class StreamSource:
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
         self._use_ring = ring
-        self._readiness = Readiness(rpc, table=request.table)
+        self._readiness = readiness_of(rpc, request)
         self._horizon = horizon_of(request)
+        self._table_names = table_names_of(request)
         # Must not refer to this object, which would keep a dropped stream alive.
         self._wait = waiting("batches()", rpc.channel.address, partial(self._readiness.explain, self._horizon))
         self._watchdog = Watchdog(timeout_s) if timeout_s is not None else None
@@ -196,6 +197,8 @@ class StreamSource:
         while not self._ready:
             self._receive()
         batch = self._ready.popleft()
+        if self._table_names:
+            batch = replace(batch, table_names=self._table_names)
         self._taken += 1
         if self._taken == self._grant and self._session is not None:
             self._taken = 0

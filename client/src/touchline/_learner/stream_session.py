@@ -8,7 +8,7 @@ from typing import Any
 
 from touchline._learner.ring_reader import RingBatches, RingEndedError, attach
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import newer_feature
+from touchline._rpc.convert import newer_feature, tables_of
 from touchline.errors import ServerError, UnavailableError
 from touchline_protos import Batch
 from touchline_protos.codec import BatchDecoder, CodecError
@@ -39,7 +39,7 @@ class StreamSession:
     """
 
     def __init__(self, rpc: RpcClient, request: pb.SampleRequest, credits: int, *, ring: bool) -> None:
-        rpc.check_server_version(newer_feature(request), table=request.table)
+        rpc.check_server_version(newer_feature(request), table=tables_of(request)[0])
         self._rpc = rpc
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         identity = shared_memory_id() if ring else ""

@@ -65,6 +65,7 @@ def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
         task=None if batch.task is None else change(batch.task),
         extra={name: change(value) for name, value in batch.extra.items()},
         actor_names=batch.actor_names,
+        table_names=batch.table_names,
         **{name: change(getattr(batch, name)) for name, _ in PROVENANCE},
         **{name: change(value) for name, _ in OPTIONAL_PROVENANCE if (value := getattr(batch, name)) is not None},
     )

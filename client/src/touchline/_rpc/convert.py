@@ -22,6 +22,7 @@ from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.log_lines import escape
 from touchline_protos.types.dtypes import dtype_name, to_numpy
+from touchline_protos.types.mix import Mix, check_mix, check_when_empty
 from touchline_protos.types.names import name_fault
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -158,6 +159,8 @@ def sample_request(
     seed: int | None = None,
     wait_s: float = 0.0,
     beta: float | None = None,
+    mix: Mix | None = None,
+    when_empty: str = "wait",
 ) -> pb.SampleRequest:
     """Returns a SampleRequest; an argument that is None is left to the server's configuration.
 
@@ -176,7 +179,34 @@ def sample_request(
         request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
     if beta is not None:
         request.law_options.beta = number("beta", beta, least=0, most=1)
+    if mix is not None:
+        _add_mix(request, mix, when_empty)
+    elif when_empty != "wait":
+        raise InvalidArgumentError(f"when_empty: {when_empty!r} without a mix, expected it only with one")
     return request
+
+
+def _add_mix(request: pb.SampleRequest, mix: Mix, when_empty: str) -> None:
+    try:
+        shares = check_mix(mix)
+        check_when_empty(when_empty)
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
+    for name, _ in shares:
+        check_table(name)
+    request.table = ""  # the client's own table, unless the mix names it
+    request.mix.extend(pb.MixShare(table=name, share=share) for name, share in shares)
+    request.when_empty = pb.WHEN_EMPTY_OTHERS if when_empty == "others" else pb.WHEN_EMPTY_WAIT
+
+
+def tables_of(request: pb.SampleRequest) -> tuple[str, ...]:
+    """Returns the names of the tables that a request is about: of its mix, or its only one."""
+    return tuple(share.table for share in request.mix) or (request.table,)
+
+
+def table_names_of(request: pb.SampleRequest) -> tuple[str, ...]:
+    """Returns the names of the tables of a request's mix; empty if it is about one table."""
+    return tuple(share.table for share in request.mix)
 
 
 def newer_feature(request: pb.SampleRequest) -> str:
@@ -185,6 +215,8 @@ def newer_feature(request: pb.SampleRequest) -> str:
         return f"law={next(name for name, law in _LAWS.items() if law == request.law)!r}"
     if request.HasField("law_options"):
         return " and ".join(f"{field.name}=" for field, _ in request.law_options.ListFields())
+    if request.mix:
+        return "mix="
     return ""
 
 

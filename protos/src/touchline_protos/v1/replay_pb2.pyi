@@ -30,6 +30,12 @@ class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAW_FRESH_FIRST: _ClassVar[Law]
     LAW_TASK: _ClassVar[Law]
 
+class WhenEmpty(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WHEN_EMPTY_UNSPECIFIED: _ClassVar[WhenEmpty]
+    WHEN_EMPTY_WAIT: _ClassVar[WhenEmpty]
+    WHEN_EMPTY_OTHERS: _ClassVar[WhenEmpty]
+
 class StorageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STORAGE_STATE_UNSPECIFIED: _ClassVar[StorageState]
@@ -54,6 +60,9 @@ LAW_RECENT: Law
 LAW_PRIORITIZED: Law
 LAW_FRESH_FIRST: Law
 LAW_TASK: Law
+WHEN_EMPTY_UNSPECIFIED: WhenEmpty
+WHEN_EMPTY_WAIT: WhenEmpty
+WHEN_EMPTY_OTHERS: WhenEmpty
 STORAGE_STATE_UNSPECIFIED: StorageState
 STORAGE_STATE_OK: StorageState
 STORAGE_STATE_FULL: StorageState
@@ -224,7 +233,7 @@ class EpisodeResult(_message.Message):
     def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., outcome: _Optional[_Union[EpisodeResult.Outcome, str]] = ..., episode_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SampleRequest(_message.Message):
-    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options")
+    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options", "mix", "when_empty")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     HORIZON_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +241,8 @@ class SampleRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     LAW_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    MIX_FIELD_NUMBER: _ClassVar[int]
+    WHEN_EMPTY_FIELD_NUMBER: _ClassVar[int]
     table: str
     batch_size: int
     horizon: int
@@ -239,7 +250,9 @@ class SampleRequest(_message.Message):
     seed: int
     wait_s: float
     law_options: LawOptions
-    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ...) -> None: ...
+    mix: _containers.RepeatedCompositeFieldContainer[MixShare]
+    when_empty: WhenEmpty
+    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ..., mix: _Optional[_Iterable[_Union[MixShare, _Mapping]]] = ..., when_empty: _Optional[_Union[WhenEmpty, str]] = ...) -> None: ...
 
 class LawOptions(_message.Message):
     __slots__ = ("recent_steps", "recent_half_life", "beta")
@@ -250,6 +263,14 @@ class LawOptions(_message.Message):
     recent_half_life: float
     beta: float
     def __init__(self, recent_steps: _Optional[int] = ..., recent_half_life: _Optional[float] = ..., beta: _Optional[float] = ...) -> None: ...
+
+class MixShare(_message.Message):
+    __slots__ = ("table", "share")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    share: float
+    def __init__(self, table: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class SampleResponse(_message.Message):
     __slots__ = ("batch",)

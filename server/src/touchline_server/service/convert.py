@@ -15,6 +15,7 @@ from touchline_protos import PROTOCOL_VERSION, Counts
 from touchline_protos.codec import CodecError, EpisodeKey, OversizeError
 from touchline_protos.types.casting import ColumnError
 from touchline_protos.types.dtypes import to_numpy, to_wire
+from touchline_protos.types.mix import WHEN_EMPTY
 from touchline_protos.types.priorities import PriorityUpdate, check_priorities
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.durability.storage_state import StorageState
@@ -30,9 +31,14 @@ from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
 from touchline_server.store.inserts import Stored
 from touchline_server.store.reader import EpisodeQuery
+from touchline_server.tables.mix_sampler import MixSpec
 from touchline_server.tables.table import Table
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None} | {pb.Law.Value(f"LAW_{law.upper()}"): law for law in LAWS}
+
+_WHEN_EMPTY_OF: dict[int, str] = {pb.WHEN_EMPTY_UNSPECIFIED: "wait"} | {
+    pb.WhenEmpty.Value(f"WHEN_EMPTY_{rule.upper()}"): rule for rule in WHEN_EMPTY
+}
 
 _OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
     OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
@@ -154,6 +160,23 @@ def priority_update(request: pb.UpdatePrioritiesRequest) -> PriorityUpdate:
         return check_priorities(*(_array(name, getattr(request, name)) for name in ("episode_id", "start", "priorities")))
     except ColumnError as error:
         raise InvalidArgumentError(str(error)) from None
+
+
+def mix(request: pb.SampleRequest) -> MixSpec | None:
+    """Returns a request's mix; None if it is about one table.
+
+    Raises:
+        InvalidArgumentError: the mix is not one, or the request names a table as well.
+    """
+    if not request.mix:
+        if request.when_empty:
+            raise InvalidArgumentError("when_empty: given without a mix, expected it only with one")
+        return None
+    if request.table:
+        raise InvalidArgumentError(f"table: {request.table!r} and a mix, expected one of them")
+    if request.when_empty not in _WHEN_EMPTY_OF:
+        raise InvalidArgumentError(f"when_empty: number {request.when_empty}, expected one of {sorted(_WHEN_EMPTY_OF)}")
+    return MixSpec.of([(share.table, share.share) for share in request.mix], _WHEN_EMPTY_OF[request.when_empty])
 
 
 def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:

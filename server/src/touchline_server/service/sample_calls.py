@@ -16,8 +16,9 @@ from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.session import SampleSession
 from touchline_server.service.streams import answering
+from touchline_server.tables.mix_sampler import MixSampler
 from touchline_server.tables.sampler import Reserved, Sampler, TableSampler
-from touchline_server.tables.table import SampleSpec, Table
+from touchline_server.tables.table import Table
 
 MAX_INLINE_PRIORITIES = 1 << 14
 """Priorities that the event loop sets by itself: a millisecond. A thread would cost as much as a small update."""
@@ -38,10 +39,7 @@ class SampleCalls:
 
     async def sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         """Draws one batch, waiting up to ``wait_s`` seconds until it can."""
-        table = self._parts.tables.get(request.table, context)
-        # numpy's generators are not thread-safe, so each call gets one of its own.
-        rng = table.seeds.stream(request.seed) if request.HasField("seed") else self._rng(table).spawn(1)[0]
-        sampler = TableSampler(table, _spec(table, request), rng)
+        sampler = self._sampler(request, context, unary=True)
         reserved = await self._reserve_batch(sampler, convert.checked_wait(request.wait_s))
         try:
             message = await self._answer(sampler, reserved, context)
@@ -100,6 +98,25 @@ class SampleCalls:
             raise NotReadyError(sampler.explain_not_ready())
         return reserved
 
+    def _sampler(self, request: pb.SampleRequest, context: Context, *, unary: bool) -> Sampler:
+        """Returns the source of a request's batches, whose random numbers no other call or stream has.
+
+        Raises:
+            UnknownTableError: a table does not exist.
+            AccessDeniedError: the token is confined to other tables.
+            InvalidArgumentError: something in the request is out of range, or the columns of a mix's tables do not fit each other.
+        """
+        mix = convert.mix(request)
+        tables = [self._parts.tables.get(name, context) for name in (mix.names if mix is not None else (request.table,))]
+        if unary and not request.HasField("seed"):
+            # numpy's generators are not thread-safe, so each call gets one of its own.
+            rng = self._rng(tables[0]).spawn(1)[0]
+        else:
+            rng = tables[0].seeds.stream(request.seed if request.HasField("seed") else None)
+        if mix is not None:
+            return MixSampler(mix, tables, rng, **_given(request))
+        return TableSampler(tables[0], tables[0].spec(**_given(request)), rng)
+
     def _rng(self, table: Table) -> np.random.Generator:
         rng = self._rngs.get(table)
         if rng is None:
@@ -117,9 +134,7 @@ class SampleCalls:
         return await tasks.run(self._parts.sample_pool, self._sample_message, sampler, reserved)
 
     def _framer(self, opening: pb.SampleStreamOpen, context: Context) -> BatchFramer:
-        table = self._parts.tables.get(opening.sample.table, context)
-        rng = table.seeds.stream(opening.sample.seed if opening.sample.HasField("seed") else None)
-        sampler = TableSampler(table, _spec(table, opening.sample), rng)
+        sampler = self._sampler(opening.sample, context, unary=False)
         return BatchFramer(sampler, max_message_bytes=self._max_message_bytes, max_batches=opening.max_batches_per_frame)
 
     def _size(self, sampler: Sampler) -> tuple[int, bool]:
@@ -153,10 +168,11 @@ class SampleCalls:
             )
 
 
-def _spec(table: Table, request: pb.SampleRequest) -> SampleSpec:
-    return table.spec(
-        batch_size=request.batch_size if request.HasField("batch_size") else None,
-        horizon=request.horizon if request.HasField("horizon") else None,
-        law=convert.law(request.law),
-        options=convert.law_options(request),
-    )
+def _given(request: pb.SampleRequest) -> dict[str, Any]:
+    """Returns what a request asks for, as arguments of :meth:`Table.spec`; None for what it leaves out."""
+    return {
+        "batch_size": request.batch_size if request.HasField("batch_size") else None,
+        "horizon": request.horizon if request.HasField("horizon") else None,
+        "law": convert.law(request.law),
+        "options": convert.law_options(request),
+    }
