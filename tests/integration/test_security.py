@@ -24,8 +24,10 @@ from support.certificates import Authority, Pair
 from support.client_faults import trying_once
 from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
 from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, TlsError, UnacknowledgedError, UnavailableError
+from touchline._learner.priorities import update_request
 from touchline._rpc.calls import Backoff
 from touchline_protos.codec import encode_add_episode
+from touchline_protos.types.priorities import PriorityUpdate
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.cli import main as cli
 from touchline_server.service.access import ROLES_OF
@@ -232,6 +234,7 @@ REQUESTS = {
     "AddEpisode": encode_add_episode(make_episode()),
     "LoadEpisodes": encode_add_episode(make_episode()),
     "SampleStream": pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString(),
+    "UpdatePriorities": update_request("", PriorityUpdate(np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones((3, 1), np.float32))),
     "CreateTable": pb.CreateTableRequest(table="new").SerializeToString(),
     "DropTable": pb.DropTableRequest(table="spare").SerializeToString(),
 }

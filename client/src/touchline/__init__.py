@@ -49,7 +49,7 @@ from touchline.errors import (
     UnknownEpisodeError,
     UnknownTableError,
 )
-from touchline.types import ColumnInfo, PriorityCounters, ReadyState, ServerInfo, WriterCounters
+from touchline.types import ColumnInfo, PriorityCounters, ReadyState, ServerInfo, TableInfo, WriterCounters
 from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import EpisodeKey, StoredEpisode
@@ -83,6 +83,7 @@ __all__ = [
     "ServerInfo",
     "SpoolError",
     "StoredEpisode",
+    "TableInfo",
     "TlsConfig",
     "TlsError",
     "TooLargeError",

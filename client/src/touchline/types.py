@@ -163,6 +163,30 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TableInfo:
+    """A table's configuration and state."""
+
+    name: str
+    """Name of the table; empty for the default table."""
+    config_toml: str
+    """Configuration in force, as TOML: the sections of a server's configuration, with this table's values."""
+    counts: Counts
+    """Counts of the table at that moment."""
+    capacity: int
+    """Number of rows that fit."""
+    device: str
+    """Device of the columns: ``cpu``, ``cuda:N`` or ``disk``; empty before the first episode."""
+    size_bytes: int
+    """Bytes allocated for the columns."""
+    storage_state: str
+    """State of the durable store, as in :class:`ServerInfo`; empty without one."""
+    storage_reason: str
+    """Why the durable store takes no episodes; empty if it does."""
+    created: bool
+    """Whether it was created at run time; otherwise it is in the server's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
 class WriterCounters:
     """What an :class:`~touchline.EpisodeWriter` has done, at one moment.
 

@@ -11,7 +11,17 @@ from typer.testing import CliRunner
 from touchline._cli.app import app
 from touchline.datasets import FORMATS
 
-COMMANDS = [["load"], ["export"], ["clear"], ["spool", "show"], ["spool", "retry"], ["spool", "send"]]
+COMMANDS = [
+    ["load"],
+    ["export"],
+    ["clear"],
+    ["spool", "show"],
+    ["spool", "retry"],
+    ["spool", "send"],
+    ["table", "list"],
+    ["table", "create"],
+    ["table", "drop"],
+]
 
 
 def help_of(*command: str) -> str:

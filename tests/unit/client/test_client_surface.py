@@ -52,6 +52,7 @@ def test_export_list_is_frozen() -> None:
         "ServerInfo",
         "SpoolError",
         "StoredEpisode",
+        "TableInfo",
         "TlsConfig",
         "TlsError",
         "TooLargeError",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from touchline._cli import spool
+from touchline._cli import spool, table
 from touchline._cli.clear import clear
 from touchline._cli.export import export
 from touchline._cli.load import load
@@ -25,6 +25,7 @@ app.command(cls=GroupedCommand)(load)
 app.command(cls=GroupedCommand)(export)
 app.command(cls=GroupedCommand)(clear)
 app.add_typer(spool.app, name="spool")
+app.add_typer(table.app, name="table")
 
 
 def _print_version(requested: bool) -> None:
@@ -39,7 +40,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Touchline's client: load and export data sets, empty a server, manage the spools of robots.
+    """Touchline's client: load and export data sets, empty a server, manage its tables and the spools of robots.
 
     Every command has its own --help, with examples. TLS and tokens are set by environment variables: TOUCHLINE_TLS_CA, TOUCHLINE_TOKEN.
 
@@ -49,5 +50,6 @@ def _root(
       touchline load minari:D4RL/door/human-v2
       touchline export everything.h5 --address replay-host:50051
       touchline clear --address replay-host:50051
+      touchline table create demos buffer_size=100_000 --address replay-host:50051
       touchline spool show /var/lib/robot/spool
     """

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from touchline._cli.options import Address, TableName, Timeout
 from touchline._cli.terminal import (
-    EXIT_FAILED,
-    EXIT_USAGE,
     check_reachable,
+    confirm,
     describe_place,
-    exit_with,
     pluralize,
     print_columns,
     print_line,
@@ -57,15 +54,7 @@ def clear(
             if not episodes and not before.columns:
                 return
             if not yes:
-                _confirm("Remove all of it? This cannot be undone.")
+                confirm("Remove all of it? This cannot be undone.", failed="nothing was cleared", hint="--yes clears without asking")
             counts = client.clear()
     removed = counts.episodes_evicted - before.counts.episodes_evicted
     print_line(f"{place}: cleared, {pluralize(removed, 'episode')} removed; the next episode defines the columns anew")
-
-
-def _confirm(question: str) -> None:
-    """Asks a question, and ends the command unless the answer is yes."""
-    if not sys.stdin.isatty():
-        exit_with("nothing was cleared: there is no terminal to ask on; --yes clears without asking", EXIT_USAGE)
-    if not typer.confirm(question, err=True):
-        exit_with("nothing was cleared", EXIT_FAILED)

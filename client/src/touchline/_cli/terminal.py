@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
@@ -74,6 +75,20 @@ def exit_with(message: str, status: int) -> NoReturn:
     """Prints an error and ends the command with an exit status."""
     print_error(message)
     raise typer.Exit(status)
+
+
+def confirm(question: str, *, failed: str, hint: str) -> None:
+    """Asks a question on the terminal, and ends the command unless the answer is yes.
+
+    Args:
+        question: text of the question.
+        failed: message of the end: what was not done.
+        hint: what to do if there is no terminal.
+    """
+    if not sys.stdin.isatty():
+        exit_with(f"{failed}: there is no terminal to ask on; {hint}", EXIT_USAGE)
+    if not typer.confirm(question, err=True):
+        exit_with(failed, EXIT_FAILED)
 
 
 def describe_place(address: str, table: str) -> str:

@@ -42,7 +42,8 @@ _ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
     pb.EpisodeResult.OUTCOME_KEY_CONFLICT: KeyConflictError,
     pb.EpisodeResult.OUTCOME_TOO_LARGE: TooLargeError,
 }
-_STORAGE_STATES = {pb.STORAGE_STATE_OK: "ok", pb.STORAGE_STATE_FULL: "full", pb.STORAGE_STATE_FAILED: "failed"}
+STORAGE_STATES = {pb.STORAGE_STATE_OK: "ok", pb.STORAGE_STATE_FULL: "full", pb.STORAGE_STATE_FAILED: "failed"}
+"""Name of each state of a durable store."""
 _STORED = (pb.EpisodeResult.OUTCOME_ACCEPTED, pb.EpisodeResult.OUTCOME_DUPLICATE)
 
 
@@ -300,7 +301,7 @@ def server_info_of(message: bytes) -> ServerInfo:
         capacity=response.capacity,
         max_message_bytes=response.max_message_bytes,
         counts=counts_of(response.counts),
-        storage_state=_STORAGE_STATES.get(response.storage_state, ""),
+        storage_state=STORAGE_STATES.get(response.storage_state, ""),
         storage_reason=response.storage_reason,
     )
 

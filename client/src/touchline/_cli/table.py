@@ -1,0 +1,146 @@
+"""``touchline table``: list, create and drop tables of a server."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from touchline._cli.options import Address, GroupedCommand, Timeout
+from touchline._cli.terminal import EXIT_USAGE, confirm, exit_with, pluralize, print_line, report_errors
+from touchline.client import ReplayClient
+from touchline.types import TableInfo
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the table.", show_default=False)]
+
+
+@app.callback()
+def _root() -> None:
+    """List, create and drop tables of a server.
+
+    \b
+    Examples:
+      touchline table list --address replay-host:50051
+      touchline table create demos buffer_size=100_000 law=step
+      touchline table drop demos
+    """
+
+
+@app.command("list", cls=GroupedCommand)
+def list_tables(address: Address = "127.0.0.1:50051", timeout_s: Timeout = 60.0) -> None:
+    """List the tables of a server, those that the token may use.
+
+    \b
+    Examples:
+      touchline table list --address replay-host:50051
+
+    \b
+    Exit status:
+      0  the tables are listed
+      1  the server is unreachable
+    """
+    with report_errors("interrupted"), ReplayClient(address, timeout_s=timeout_s) as client:
+        for table in client.tables().values():
+            _print_table(table)
+
+
+@app.command(cls=GroupedCommand)
+def create(
+    name: Name,
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Keys as in [tables.NAME] of the server's configuration; the default table has the others.",
+            show_default=False,
+        ),
+    ] = None,
+    address: Address = "127.0.0.1:50051",
+    timeout_s: Timeout = 60.0,
+) -> None:
+    """Create a table.
+
+    With a data_dir, the server remembers it over a restart. If the server requires tokens, the token must have the role admin. A table that
+    exists with the same keys is left as it is.
+
+    \b
+    Examples:
+      touchline table create demos --address replay-host:50051
+      touchline table create demos buffer_size=100_000 law=step durability=none
+
+    \b
+    Exit status:
+      0    the table exists
+      1    the server is unreachable or refused the table: its name is taken, a key or a value is wrong, or the token does not allow it
+      2    the command line is wrong
+      130  interrupted
+    """
+    given = dict(_parse(text) for text in keys or ())
+    with report_errors("interrupted; the table may have been created"), ReplayClient(address, timeout_s=timeout_s) as client:
+        client.create_table(name, **given)
+        print_line(f"{address}: created")
+        _print_table(client.tables()[name])
+
+
+@app.command(cls=GroupedCommand)
+def drop(
+    name: Name,
+    address: Address = "127.0.0.1:50051",
+    timeout_s: Timeout = 60.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Drop without asking for confirmation.")] = False,
+) -> None:
+    """Remove a table with all its episodes, in memory and on disk.
+
+    Prints what would be removed and asks first. Streams of the table end with an error; other tables are not touched. A table that is in
+    the server's configuration comes back, empty, at the next start. If the server requires tokens, the token must have the role admin.
+
+    \b
+    Examples:
+      touchline table drop demos --address replay-host:50051
+      touchline table drop demos --yes
+
+    \b
+    Exit status:
+      0    the table is gone
+      1    nothing was removed: the answer was no, there is no such table, the server is unreachable, or the token does not allow it
+      2    the command line is wrong, or there is no terminal to ask on and --yes is missing
+      130  interrupted
+    """
+    interrupted = "interrupted; if you had already confirmed, the table may have been dropped"
+    with report_errors(interrupted), ReplayClient(address, timeout_s=timeout_s) as client:
+        table = client.tables().get(name)
+        if table is not None and not yes:
+            _print_table(table)
+            confirm("Remove all of it? This cannot be undone.", failed="nothing was removed", hint="--yes drops without asking")
+        counts = client.drop_table(name)
+    print_line(f"{address}: dropped {name}, {pluralize(counts.episodes_stored, 'episode')} removed")
+
+
+def _print_table(table: TableInfo) -> None:
+    counts = table.counts
+    details = [
+        f"{counts.steps_stored:,} of {pluralize(table.capacity, 'step')}",
+        pluralize(counts.episodes_stored, "episode"),
+        *([table.device] if table.device else []),
+        {"": "in memory", "ok": "durable"}.get(table.storage_state, f"durable store {table.storage_state}: {table.storage_reason}"),
+        *(["created at run time"] if table.created else []),
+    ]
+    print_line(f"{table.name or '(default)'}: {', '.join(details)}")
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    """Returns the key and the value of ``KEY=VALUE``: a bool, a number, or else a text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        exit_with(f"{text!r}: expected KEY=VALUE", EXIT_USAGE)
+    if value in ("true", "false"):
+        return key, value == "true"
+    if re.fullmatch(r"[+-]?[0-9][0-9_]*", value):
+        return key, int(value)
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value
