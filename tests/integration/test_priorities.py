@@ -215,8 +215,8 @@ def test_error_of_the_server_surfaces_at_the_next_call_and_once(stack: ExitStack
     client = connect(stack, buffer)
     before = shares(buffer)
 
-    client.update_priorities((np.array([1, 1]), np.array([0, 17])), np.full((H, 2), 9.0))
-    words = "start: 17 of 3 transitions in episode 1, which has 20 steps, expected 0 to 16"
+    client.update_priorities((np.array([1, 1]), np.array([0, 19])), np.full((H, 2), 9.0))
+    words = "start: 19 of 3 transitions in episode 1, which has 20 steps, expected 0 to 18"
     with pytest.raises(InvalidArgumentError, match=words):
         client.priorities.flush()
 

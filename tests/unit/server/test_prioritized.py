@@ -61,11 +61,11 @@ def test_sum_tree_at_the_ends_of_its_range_finds_weights_above_zero(size: int) -
 def test_window_max_and_sum_is_that_of_each_window(width: int, more: int, values: list[float]) -> None:
     array = np.array(values[: width + more], dtype=np.float64)
 
-    highest, total = window_max_and_sum(array[None], width)
+    highest, total = window_max_and_sum(array[:, None], width)
 
     windows = [array[at : at + width] for at in range(more + 1)]
-    assert highest.tolist() == [[window.max() for window in windows]]
-    np.testing.assert_allclose(total, [[window.sum() for window in windows]], rtol=1e-12)
+    assert highest.tolist() == [[window.max()] for window in windows]
+    np.testing.assert_allclose(total, [[window.sum()] for window in windows], rtol=1e-12)
 
 
 class PriorityModel(RuleBasedStateMachine):
@@ -106,11 +106,9 @@ class PriorityModel(RuleBasedStateMachine):
     @rule(data=st.data(), transitions=st.sampled_from([1, 2, 3, 5]))
     def update(self, data: st.DataObject, transitions: int) -> None:
         ids = data.draw(st.lists(st.integers(0, self.number), max_size=5))
-        ids = [number for number in ids if number not in self.episodes or len(self.episodes[number]) > transitions]
+        ids = [number for number in ids if number not in self.episodes or len(self.episodes[number]) > 1]
         assume(ids)
-        starts = [
-            data.draw(st.integers(0, len(self.episodes[number]) - transitions - 1)) if number in self.episodes else 7 for number in ids
-        ]
+        starts = [data.draw(st.integers(0, len(self.episodes[number]) - 2)) if number in self.episodes else 7 for number in ids]
         size = (transitions, len(ids))
         values = data.draw(st.lists(st.floats(0, 1000, width=32), min_size=size[0] * size[1], max_size=size[0] * size[1]))
         priorities = np.array(values, dtype=np.float32).reshape(size)
@@ -121,7 +119,7 @@ class PriorityModel(RuleBasedStateMachine):
         offset = 1 if self.settings.incoming else 0
         for column, (number, start) in enumerate(zip(ids, starts, strict=True)):
             if number in self.episodes:
-                for step in range(transitions):
+                for step in range(min(transitions, len(self.episodes[number]) - 1 - start)):  # the rest is padding
                     given = float(priorities[step, column])
                     self.episodes[number][start + offset + step] = max(given, MIN_PRIORITY)
                     self.highest = max(self.highest, given)

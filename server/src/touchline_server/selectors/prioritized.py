@@ -57,7 +57,7 @@ class PrioritizedSelector(Selector):
     For each horizon in use there is a :class:`SumTree` over the rows of the ring. A row's weight is priority ** alpha of the slice that
     starts there, and 0 if none does: too near to its episode's end, or not in use. So a draw is exact over the stored valid starts.
 
-    Memory a row of the ring: 4 bytes, and 8.54 for each horizon in use, up to :data:`MAX_TREES` of them.
+    Memory a row of the ring: 4 bytes, and 8.6 for each horizon in use, up to :data:`MAX_TREES` of them.
     """
 
     law = PRIORITIZED
@@ -137,15 +137,16 @@ class PrioritizedSelector(Selector):
         if not len(position):
             return 0
         entries = self._rows.entries.take(position, axis=0)
-        last_start = entries[:, LENGTH] - transitions - 1
-        outside = np.flatnonzero((start < 0) | (start > last_start))
+        # A slice that is padded goes on after the last transition, from step length - 2 to length - 1: what it has there is left out.
+        last_start = entries[:, LENGTH] - 2
+        outside = np.flatnonzero(start > last_start)
         if len(outside):
             bad = outside[0]
             raise InvalidArgumentError(
                 f"start: {start[bad]} of {transitions} transitions in episode {episode_id[bad]}, which has {entries[bad, LENGTH]} steps, "
                 f"expected 0 to {last_start[bad]}"
             )
-        self._set_steps(entries[:, FIRST_ROW] + start, priorities.T)
+        self._set_steps(entries[:, FIRST_ROW] + start, priorities.T, last_start - start)
         for horizon, tree in self._trees.items():
             self._set_slices(tree, horizon, entries, start, transitions)
         self.changes += 1
@@ -182,16 +183,21 @@ class PrioritizedSelector(Selector):
         self._trees.clear()
         return loaded
 
-    def _set_steps(self, first_row: np.ndarray, priorities: np.ndarray) -> None:
+    def _set_steps(self, first_row: np.ndarray, priorities: np.ndarray, last: np.ndarray) -> None:
         """Sets the priorities of the transitions of slices.
 
         Args:
             first_row: [slices] int64: logical row of each slice's first step.
             priorities: [slices, transitions].
+            last: [slices] int64: number of the last transition of the slice that its episode has; at least 0.
         """
-        rows = first_row[:, None] + (self._offset + np.arange(priorities.shape[1]))
+        number = np.arange(priorities.shape[1])
+        rows = self._physical(first_row, self._offset + number).T
+        if last.min() < number[-1]:
+            real = number <= last[:, None]
+            rows, priorities = rows[real], priorities[real]
         # Of a step in several slices, the last one counts: numpy assigns in order.
-        self._priorities[self._physical(rows)] = np.maximum(priorities, np.float32(MIN_PRIORITY))
+        self._priorities[rows] = np.maximum(priorities, np.float32(MIN_PRIORITY))
         self._highest = max(self._highest, float(priorities.max()))
 
     def _set_slices(self, tree: SumTree, horizon: int, entries: np.ndarray, start: np.ndarray, transitions: int) -> None:
@@ -208,12 +214,15 @@ class PrioritizedSelector(Selector):
             part = slice(begin, begin + block)
             first_row = entries[part, FIRST_ROW] + start[part]
             # Rows beyond the episode are read as well, and only count for slices that are left out below.
-            values = self._priorities[self._physical(first_row[:, None] + steps)]
+            values = self._priorities.take(self._physical(first_row, steps))
             weights = self._weights(self._aggregate(values, horizon))
-            rows = self._physical(first_row[:, None] + starts)
-            begins = start[part][:, None] + starts
-            inside = (begins >= 0) & (begins < (entries[part, LENGTH] - horizon)[:, None])
-            tree.assign(rows[inside], weights[inside])
+            rows = self._physical(first_row, starts)
+            begins = start[part] + starts[:, None]
+            inside = (begins >= 0) & (begins < entries[part, LENGTH] - horizon)
+            if not inside.all():
+                # To the spare place behind the ring: cheaper than picking those that lie inside.
+                rows, weights = np.where(inside, rows, self._capacity), np.where(inside, weights, 0.0)
+            tree.assign(rows.reshape(-1), weights.reshape(-1))
 
     # Trees
 
@@ -228,7 +237,7 @@ class PrioritizedSelector(Selector):
 
     def _build(self, horizon: int) -> SumTree:
         """Returns the tree of a horizon: O(rows log horizon)."""
-        tree = SumTree(self._capacity)
+        tree = SumTree(self._capacity + 1)
         # Ring order, and on behind the seam, so that the slice at row r has its transitions at r + offset and on.
         length = self._capacity + horizon - 1
         ring = np.take(self._priorities, np.arange(self._offset, self._offset + length) % self._capacity)
@@ -246,7 +255,7 @@ class PrioritizedSelector(Selector):
             tree.fill(begin, end, weight)
 
     def _aggregate(self, priorities: np.ndarray, horizon: int) -> np.ndarray:
-        """Returns the priority of each slice of ``horizon`` consecutive priorities: [..., n] float32 to [..., n - horizon + 1] float64."""
+        """Returns the priority of each slice of ``horizon`` consecutive priorities: [n, ...] float32 to [n - horizon + 1, ...] float64."""
         highest, total = window_max_and_sum(priorities.astype(np.float64), horizon)
         eta = self._settings.priority_eta
         return eta * highest + (1.0 - eta) / horizon * total
@@ -262,9 +271,21 @@ class PrioritizedSelector(Selector):
         """Step of a slice that holds its first transition."""
         return 1 if self._settings.incoming else 0
 
-    def _physical(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the physical rows of logical ones, which may lie before row 0 as well as behind the seam."""
-        return np.remainder(rows, self._capacity)
+    def _physical(self, first_row: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Returns physical rows of slices: logical rows ``first_row`` + each of ``steps``, wrapped at both ends of the ring.
+
+        Args:
+            first_row: [slices] int64.
+            steps: [n] int64, ascending; may be below 0.
+
+        Returns:
+            [n, slices] int64, in [0, capacity). Slices come last, where arrays are long: numpy is fast along the last axis.
+        """
+        rows = first_row + steps[:, None]
+        # A remainder takes many times as long as the rest of this function, and nearly no update needs one.
+        if first_row.min() + steps[0] < 0 or first_row.max() + steps[-1] >= self._capacity:
+            np.remainder(rows, self._capacity, out=rows)
+        return rows
 
     def _runs(self, first_row: int, count: int) -> Iterator[tuple[int, int]]:
         """Yields begin and end of the physical rows of ``count`` rows from ``first_row`` on: two runs if the seam lies in them."""
@@ -276,32 +297,32 @@ class PrioritizedSelector(Selector):
 
 
 def window_max_and_sum(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns maximum and sum of each ``width`` consecutive values of the last axis, in O(log width) passes.
+    """Returns maximum and sum of each ``width`` consecutive values of the first axis, in O(log width) passes.
 
     Windows of 1, 2, 4, ... values are combined to one of ``width`` as the binary digits of it say.
 
     Args:
-        values: [..., n] float64.
+        values: [n, ...] float64.
         width: 1 to n.
 
     Returns:
-        Two arrays [..., n - width + 1].
+        Two arrays [n - width + 1, ...].
     """
-    count = values.shape[-1] - width + 1
+    count = len(values) - width + 1
     highest = total = values  # of windows of ``size`` values
-    best = np.full((*values.shape[:-1], count), -np.inf)
+    best = np.full((count, *values.shape[1:]), -np.inf)
     added = np.zeros(best.shape)
     size, done = 1, 0
     while True:
         if width & size:
             window = slice(done, done + count)
-            np.maximum(best, highest[..., window], out=best)
-            np.add(added, total[..., window], out=added)
+            np.maximum(best, highest[window], out=best)
+            np.add(added, total[window], out=added)
             done += size
         if done == width:
             return best, added
-        highest = np.maximum(highest[..., :-size], highest[..., size:])
-        total = total[..., :-size] + total[..., size:]
+        highest = np.maximum(highest[:-size], highest[size:])
+        total = total[:-size] + total[size:]
         size *= 2
 
 
