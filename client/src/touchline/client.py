@@ -115,7 +115,7 @@ class ReplayClient(TableVerbs):
         self._factory = EpisodeFactory(self._identity, dtype=self.dtype)
         self._uploader = EpisodeUploader(self._rpc, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         self._sampler = SingleBatchSampler(self._rpc)
-        self.priorities = PriorityUpdates(self._rpc, table=table, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
+        self.priorities = PriorityUpdates(self._rpc, max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES))
         """Updates of priorities on their way to the server: to wait for them, and to count them."""
 
     @property
@@ -168,7 +168,7 @@ class ReplayClient(TableVerbs):
                 stores it once.
             TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
-        made_key, made = self._factory.make(episode, actor=self._actor_or_own(actor), policy_version=policy_version, key=key)
+        made_key, made = self._factory.make(episode, actor=self.actor if actor is None else actor, policy_version=policy_version, key=key)
         with add_key_if_outcome_unknown(made_key):
             return self._uploader.add(made, table=self._table_or_own(table))[1].episodes_stored
 
@@ -200,7 +200,7 @@ class ReplayClient(TableVerbs):
             InvalidEpisodeError: the arrays of one mapping do not fit each other. Nothing is stored.
             UnavailableError, DeadlineError: a call failed. A note on the error says how many episodes were answered before.
         """
-        made = self._factory.make_all(episodes, actor=self._actor_or_own(actor), policy_version=policy_version)
+        made = self._factory.make_all(episodes, actor=self.actor if actor is None else actor, policy_version=policy_version)
         limit_s = seconds_or_none("timeout_s", timeout_s)
         counts = self._uploader.load(made, table=self._table_or_own(table), timeout_s=limit_s, progress=progress)
         return (counts or self.counts(table=table)).episodes_stored
@@ -304,19 +304,20 @@ class ReplayClient(TableVerbs):
 
         return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), same_batch)
 
-    def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any) -> None:
+    def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any, *, table: str | None = None) -> None:
         """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.
 
         Args:
             slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
             priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
                 device; copied before the call returns.
+            table: table that they were drawn from; None takes the client's.
 
         Raises:
             InvalidArgumentError: a shape, a dtype or a number is wrong, or the batch was drawn by another law.
             TouchlineError: an earlier update failed; this one was taken all the same.
         """
-        self.priorities.update(slices, priorities)
+        self.priorities.update(slices, priorities, table=self._table_or_own(table))
 
     # Reading back.
 
@@ -428,19 +429,9 @@ class ReplayClient(TableVerbs):
     def __reduce__(self) -> tuple[Callable[[], ReplayClient], tuple[()]]:
         if self._channel.closed:
             raise ClosedError(f"the client of {self.address} was closed, expected an open one to pickle or copy")
-        options: dict[str, Any] = {
-            "timeout_s": self.timeout_s,
-            "client_id": self._identity.given_id,
-            "actor": self.actor,
-            "max_message_bytes": self._max_message_bytes,
-            "as_numpy": self._as_numpy,
-            "dtype": self.dtype,
-            "table": self._table,
-        }
+        options: dict[str, Any] = {"timeout_s": self.timeout_s, "client_id": self._identity.given_id, "actor": self.actor}
+        options |= {"max_message_bytes": self._max_message_bytes, "as_numpy": self._as_numpy, "dtype": self.dtype, "table": self._table}
         return partial(type(self), self.address, **options, **self._channel.credentials.arguments), ()
-
-    def _actor_or_own(self, actor: str | None) -> str:
-        return self.actor if actor is None else actor
 
     def _table_or_own(self, table: str | None) -> str:
         return self._table if table is None else check_table(table)

@@ -49,13 +49,11 @@ class PriorityUpdates:
 
     Args:
         rpc: client of the server's service.
-        table: table on the server.
         max_message_bytes: size limit of a request.
     """
 
-    def __init__(self, rpc: RpcClient, *, table: str, max_message_bytes: int) -> None:
+    def __init__(self, rpc: RpcClient, *, max_message_bytes: int) -> None:
         self._rpc = rpc
-        self._table = table
         self._max_bytes = max_message_bytes - HEADER_BYTES
         self._reset()
         register_after_fork(self)
@@ -63,7 +61,8 @@ class PriorityUpdates:
     def _reset(self) -> None:
         self._changed = threading.Condition()
         """Guards all that follows."""
-        self._pending: deque[PriorityUpdate] = deque()
+        self._pending: deque[tuple[str, PriorityUpdate]] = deque()
+        """Updates in their order, each with the table that it is for."""
         self._sending = False
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -78,10 +77,10 @@ class PriorityUpdates:
     def counters(self) -> PriorityCounters:
         """Returns what happened to the slices so far."""
         with self._changed:
-            pending = sum(len(update.start) for update in self._pending)
+            pending = sum(len(update.start) for _, update in self._pending)
             return PriorityCounters(self._updated, self._evicted, self._dropped, pending)
 
-    def update(self, slices: Batch | tuple[Any, Any], priorities: Any) -> None:
+    def update(self, slices: Batch | tuple[Any, Any], priorities: Any, *, table: str) -> None:
         """Takes an update and returns; see :meth:`touchline.ReplayClient.update_priorities`.
 
         Raises:
@@ -97,8 +96,8 @@ class PriorityUpdates:
             raise ClosedError(f"the client of {self._rpc.channel.address} was closed")
         with self._changed:
             if len(self._pending) == MAX_PENDING:
-                self._drop(self._pending.popleft(), "the server does not keep up with them")
-            self._pending.append(update)
+                self._drop(self._pending.popleft()[1], "the server does not keep up with them")
+            self._pending.append((table, update))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="touchline-priorities", daemon=True)
                 self._thread.start()
@@ -129,7 +128,7 @@ class PriorityUpdates:
             self._changed.wait_for(lambda: not self._pending and not self._sending, CLOSE_S)
             self._closed = True
             while self._pending:
-                self._drop(self._pending.popleft(), "the client was closed")
+                self._drop(self._pending.popleft()[1], "the client was closed")
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -139,10 +138,10 @@ class PriorityUpdates:
                 if not self._pending:
                     self._thread = None
                     return
-                update = self._take()
+                table, update = self._take()
                 self._sending = True
             try:
-                self._send(update)
+                self._send(table, update)
             except Exception as error:
                 with self._changed:
                     self._fail(update, error)
@@ -151,29 +150,27 @@ class PriorityUpdates:
                     self._sending = False
                     self._changed.notify_all()
 
-    def _take(self) -> PriorityUpdate:
-        """Removes and returns the oldest updates as one, as many as fit in a call. Called with the lock held."""
-        first = self._pending.popleft()
+    def _take(self) -> tuple[str, PriorityUpdate]:
+        """Removes and returns the oldest updates as one, as many of the same table as fit in a call. Called with the lock held."""
+        table, first = self._pending.popleft()
         transitions = len(first.priorities)
         most = max(min(MAX_CALL_SLICES, self._max_bytes // (16 + 4 * transitions)), 1)
         if len(first.start) > most:
-            self._pending.appendleft(_part(first, most, None))
-            return _part(first, 0, most)
+            self._pending.appendleft((table, _part(first, most, None)))
+            return table, _part(first, 0, most)
         group, slices = [first], len(first.start)
-        while self._pending and len(self._pending[0].priorities) == transitions and slices + len(self._pending[0].start) <= most:
-            group.append(self._pending.popleft())
-            slices += len(group[-1].start)
-        if len(group) == 1:
-            return first
-        return PriorityUpdate(
-            np.concatenate([update.episode_id for update in group]),
-            np.concatenate([update.start for update in group]),
-            np.concatenate([update.priorities for update in group], axis=1),
-        )
+        while self._pending:
+            following_table, following = self._pending[0]
+            if following_table != table or len(following.priorities) != transitions or slices + len(following.start) > most:
+                break
+            self._pending.popleft()
+            group.append(following)
+            slices += len(following.start)
+        return table, first if len(group) == 1 else _joined(group)
 
-    def _send(self, update: PriorityUpdate) -> None:
-        self._rpc.check_server_version("update_priorities()", table=self._table)
-        answer = pb.UpdatePrioritiesResponse.FromString(self._rpc.unary("UpdatePriorities", update_request(self._table, update)))
+    def _send(self, table: str, update: PriorityUpdate) -> None:
+        self._rpc.check_server_version("update_priorities()", table=table)
+        answer = pb.UpdatePrioritiesResponse.FromString(self._rpc.unary("UpdatePriorities", update_request(table, update)))
         with self._changed:
             self._updated += answer.updated
             self._evicted += answer.evicted
@@ -209,6 +206,14 @@ def update_request(table: str, update: PriorityUpdate) -> bytes:
 
 def _tensor(array: np.ndarray, dtype: pb.DType) -> pb.Tensor:
     return pb.Tensor(dtype=dtype, shape=array.shape, data=array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def _joined(group: list[PriorityUpdate]) -> PriorityUpdate:
+    return PriorityUpdate(
+        np.concatenate([update.episode_id for update in group]),
+        np.concatenate([update.start for update in group]),
+        np.concatenate([update.priorities for update in group], axis=1),
+    )
 
 
 def _part(update: PriorityUpdate, begin: int, end: int | None) -> PriorityUpdate:
