@@ -14,7 +14,7 @@ from touchline._actor import exit_hooks
 from touchline._actor.queue import MAX_PENDING, EpisodeQueue, MemoryQueue, OverflowPolicy
 from touchline._actor.rows import row_columns
 from touchline._actor.writer_state import WriterState
-from touchline._rpc.convert import check_actor, check_dtype, check_policy_version, whole_number
+from touchline._rpc.convert import check_actor, check_dtype, check_policy_version, check_table, whole_number
 from touchline._rpc.dropping import when_dropped
 from touchline._rpc.process_bound import ProcessBound
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError, SpoolError, UnacknowledgedError
@@ -93,6 +93,8 @@ class EpisodeWriter(ProcessBound):
 
     Args:
         client: client that sends the episodes; close the writer before it.
+        table: table on the server that the episodes are for; None takes the client's. An episode keeps its table in the spool: the next
+            writer on the folder sends it there, whatever its own table is. Episodes for a table that does not exist count as refused.
         actor: name of the actor, up to 128 characters; None takes the client's.
         policy_version: version of the acting policy; may be set between episodes.
         max_steps: maximum number of transitions in an episode or piece; None never cuts.
@@ -116,6 +118,7 @@ class EpisodeWriter(ProcessBound):
         self,
         client: ReplayClient,
         *,
+        table: str | None = None,
         actor: str | None = None,
         policy_version: int = 0,
         max_steps: int | None = None,
@@ -130,6 +133,7 @@ class EpisodeWriter(ProcessBound):
         if when_full not in get_args(OverflowPolicy):
             raise InvalidArgumentError(f"when_full: {when_full!r}, expected {', '.join(map(repr, get_args(OverflowPolicy)))}")
         self._client = client
+        self._table = client.table if table is None else check_table(table)
         self._actor = client.actor if actor is None else check_actor(actor)
         self._policy_version = check_policy_version(policy_version)
         self._max_rows = None if max_steps is None else whole_number("max_steps", max_steps, least=1) + 1
@@ -141,17 +145,21 @@ class EpisodeWriter(ProcessBound):
         self._dtype = client.dtype if dtype is None else check_dtype(dtype)
         self._closing = False
         self._rows_version = self._policy_version
-        queue: EpisodeQueue = MemoryQueue(max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes)
-        if spool_dir is not None:
-            queue = self._open_spool(Path(spool_dir))
-        self._state = WriterState(client, queue, actor=self._actor, when_full=when_full)
+        self._state = WriterState(client, self._open_queue(spool_dir), actor=self._actor, when_full=when_full)
         exit_hooks.register(self._state)
         when_dropped(self, self._state.end)
 
-    def _open_spool(self, folder: Path) -> EpisodeQueue:
+    def _open_queue(self, spool_dir: str | os.PathLike[str] | None) -> EpisodeQueue:
+        if spool_dir is None:
+            return MemoryQueue(max_pending=self._max_pending or MAX_PENDING, max_bytes=self._max_pending_bytes, table=self._table)
         from touchline._spool.queue import Spool  # imported only now: some Pythons lack sqlite3, and need it only for a spool
 
-        return Spool(folder, limit_bytes=self._spool_limit_bytes, max_pending=self._max_pending, table=self._client.table)
+        return Spool(Path(spool_dir), limit_bytes=self._spool_limit_bytes, max_pending=self._max_pending, table=self._table)
+
+    @property
+    def table(self) -> str:
+        """Table on the server that the episodes are for; empty for the default one."""
+        return self._table
 
     @property
     def actor(self) -> str:

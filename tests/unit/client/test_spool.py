@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from touchline._actor.queue import PutResult, QueueTicket
 from touchline._spool.file import FILE_NAME
 from touchline._spool.queue import MAX_REFUSED, Spool
 from touchline_protos.codec import Episode, EpisodeKey
+from touchline_protos.files.sqlite import pragma
 
 LIMIT = 4 << 20
 
@@ -428,10 +430,10 @@ def _closed(folder: Path, count: int = 6) -> Path:
 
 def test_newer_format_is_refused_with_what_to_do(folder: Path) -> None:
     connection = sqlite3.connect(_closed(folder))
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
 
-    with pytest.raises(SpoolError, match="written in format 2, this version of touchline reads format 1; install one that reads it"):
+    with pytest.raises(SpoolError, match="written in format 3, this version of touchline reads formats 1 to 2; install one that reads it"):
         Spool(folder, limit_bytes=LIMIT)
 
 
@@ -448,11 +450,41 @@ def test_other_database_is_refused_and_unchanged(folder: Path) -> None:
     assert (folder / FILE_NAME).read_bytes() == before
 
 
-def test_other_table_is_refused(folder: Path) -> None:
-    _closed(folder)
+def _version(folder: Path) -> int:
+    with contextlib.closing(sqlite3.connect(folder / FILE_NAME)) as connection:
+        return pragma(connection, "user_version")
 
-    with pytest.raises(SpoolError, match="for the table '', the client's is 'other'"):
-        Spool(folder, limit_bytes=LIMIT, table="other")
+
+def test_episodes_keep_their_table_when_writers_of_others_follow(folder: Path) -> None:
+    for number, table in enumerate(["", "demos", "demos", "über"]):
+        spool = Spool(folder, limit_bytes=LIMIT, table=table)
+        assert put(spool, traced(number)).kept
+        spool.close()
+
+    spool, found = Spool(folder, limit_bytes=LIMIT, table="demos"), []
+    while (taken := spool.peek()) is not None:
+        found.append((taken[0].table, taken[0].key.sequence))
+        spool.acknowledge(taken[0])
+    spool.close()
+
+    assert found == [("", 0), ("demos", 1), ("demos", 2), ("über", 3)]
+
+
+def test_only_a_spool_of_several_tables_gets_the_format_that_older_versions_refuse(folder: Path) -> None:
+    versions = []
+    for table in ["demos", "demos", "online", "online"]:
+        spool = Spool(folder, limit_bytes=LIMIT, table=table)
+        assert put(spool, traced(0)).kept
+        spool.close()
+        versions.append(_version(folder))
+    spool = Spool(folder, limit_bytes=LIMIT, table=None)
+    while (taken := spool.peek()) is not None:
+        spool.acknowledge(taken[0])
+    spool.close()
+    Spool(folder, limit_bytes=LIMIT, table="demos").close()
+
+    assert versions == [1, 1, 2, 2]
+    assert _version(folder) == 1
 
 
 @pytest.mark.parametrize("damage", ["text", "cut"])

@@ -466,8 +466,8 @@ def test_episode_that_is_answered_before_it_is_counted_leaves_the_thread_at_rest
     client: ReplayClient, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = _SlowlyCounted(max_pending=8, max_bytes=1 << 20)
-    monkeypatch.setattr(client, "deliver", lambda episode: queue.sending.wait(60))
-    monkeypatch.setattr(client, "deliver_all", lambda episodes: iter([[EpisodeResult(key) for key, _ in episodes]]))
+    monkeypatch.setattr(client, "deliver", lambda episode, table: queue.sending.wait(60))
+    monkeypatch.setattr(client, "deliver_all", lambda episodes, table: iter([[EpisodeResult(key) for key, _ in episodes]]))
     sender = EpisodeSender(client, queue, name="keeper", when_full="block")
     pauses: list[int] = []
     sleep = sender._status.sleep

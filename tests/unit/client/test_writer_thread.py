@@ -238,10 +238,10 @@ def test_want_of_memory_while_sending_is_tried_again(
 ) -> None:
     deliver, left = client.deliver, [MemoryError(), MemoryError()]
 
-    def deliver_where_there_is_memory(*arguments: Any) -> None:
+    def deliver_where_there_is_memory(*arguments: Any, **options: Any) -> None:
         if left:
             raise left.pop()
-        deliver(*arguments)
+        deliver(*arguments, **options)
 
     monkeypatch.setattr(client, "deliver", deliver_where_there_is_memory)
     with EpisodeWriter(client, **spool_dir) as writer:

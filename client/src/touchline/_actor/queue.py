@@ -26,6 +26,8 @@ class QueueTicket:
     key: EpisodeKey
     length: int
     """Number of rows."""
+    table: str = ""
+    """Table on the server that the episode is for; not known of an episode that cannot be read."""
 
 
 Peeked = tuple[QueueTicket, Episode | TouchlineError]
@@ -134,13 +136,15 @@ class MemoryQueue:
     Args:
         max_pending: maximum number of episodes.
         max_bytes: maximum payload; a single episode above it waits by itself.
+        table: table on the server that the episodes are for.
     """
 
     spool_dir = ""
     size_bytes = 0
     resumed = 0
 
-    def __init__(self, *, max_pending: int, max_bytes: int) -> None:
+    def __init__(self, *, max_pending: int, max_bytes: int, table: str = "") -> None:
+        self._table = table
         self._max_pending = max_pending
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
@@ -169,7 +173,7 @@ class MemoryQueue:
                     del self._episodes[len(sending)]
                     self._bytes -= size_bytes
                     dropped.append(ticket)
-            self._episodes.append((QueueTicket(self._next, item.key, item.length), item.content, item.size_bytes))
+            self._episodes.append((QueueTicket(self._next, item.key, item.length, self._table), item.content, item.size_bytes))
             self._next += 1
             self._bytes += item.size_bytes
             return PutResult(True, dropped)

@@ -20,8 +20,8 @@ class EpisodeRecipient(Protocol):
     def timeout_s(self) -> float:
         """Longest wait of an orderly close."""
 
-    def deliver(self, episode: Episode) -> None:
-        """Stores one episode under the key that it carries."""
+    def deliver(self, episode: Episode, *, table: str) -> None:
+        """Stores one episode in a table, under the key that it carries."""
 
-    def deliver_all(self, episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]]) -> Iterator[list[EpisodeResult]]:
-        """Stores episodes under the keys that they carry, and yields the results of each call."""
+    def deliver_all(self, episodes: Iterable[tuple[EpisodeKey, Episode | TouchlineError]], *, table: str) -> Iterator[list[EpisodeResult]]:
+        """Stores episodes in a table, under the keys that they carry, and yields the results of each call."""

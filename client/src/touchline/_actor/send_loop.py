@@ -85,17 +85,20 @@ class SendLoop:
         group = self._next_group()
         if not group:
             return
-        if len(group) > 1 and (errors := self._send_group([content for _, content in group])) is not None:
+        if len(group) > 1 and (errors := self._send_group(group)) is not None:
             for (ticket, content), error in zip(group, errors, strict=True):
                 # An error that is not about the episode itself: send the episode again by itself, which retries.
-                self._settle(ticket, error if isinstance(error, InvalidArgumentError | None) else self._send_or_refuse(content))
+                self._settle(ticket, error if isinstance(error, InvalidArgumentError | None) else self._send_or_refuse(ticket, content))
             return
         self._send_singly_left = max(self._send_singly_left - 1, 0)
         ticket, content = group[0]
-        self._settle(ticket, self._send_or_refuse(content))
+        self._settle(ticket, self._send_or_refuse(ticket, content))
 
     def _next_group(self) -> list[Peeked]:
-        """Returns the oldest episode and, unless something is wrong, the next ones that fit into the same call; empty if none waits."""
+        """Returns the oldest episode and, unless something is wrong, the next ones that fit into the same call; empty if none waits.
+
+        A call is for one table: the group ends before the first episode for another, so episodes are sent in the order of the queue.
+        """
         oldest = self._peek()
         if oldest is None:
             return []
@@ -114,28 +117,31 @@ class SendLoop:
                 break
             if following is None or not isinstance(following[1], Episode) or following[1].size_bytes > left_bytes:
                 break
+            if following[0].table != ticket.table:
+                break
             group.append(following)
         return group
 
-    def _send_group(self, contents: Sequence[Episode | TouchlineError]) -> list[TouchlineError | None] | None:
-        """Sends episodes in one call.
+    def _send_group(self, group: Sequence[Peeked]) -> list[TouchlineError | None] | None:
+        """Sends episodes for one table in one call.
 
         Returns:
             None for each acknowledged episode, its error for any other. None if the call itself failed: some of the episodes may be stored,
             so each is sent again by itself, under its key.
         """
-        episodes = [(content.key, content) for content in contents if isinstance(content, Episode) and content.key is not None]
+        episodes = [(ticket.key, content) for ticket, content in group]
         try:
-            return [result.error for results in self._client.deliver_all(episodes) for result in results]
+            answered = self._client.deliver_all(episodes, table=group[0][0].table)
+            return [result.error for results in answered for result in results]
         except TouchlineError as error:
-            logger.debug("%s: a call with %d episodes failed, each is sent by itself: %s", self._name, len(contents), error)
+            logger.debug("%s: a call with %d episodes failed, each is sent by itself: %s", self._name, len(group), error)
         except Exception:
-            logger.exception("%s: a call with %d episodes failed, each is sent by itself", self._name, len(contents))
-        self._send_singly_left = len(contents)
+            logger.exception("%s: a call with %d episodes failed, each is sent by itself", self._name, len(group))
+        self._send_singly_left = len(group)
         return None
 
-    def _send_or_refuse(self, content: Episode | TouchlineError) -> TouchlineError | None:
-        return self._send(content) if isinstance(content, Episode) else content
+    def _send_or_refuse(self, ticket: QueueTicket, content: Episode | TouchlineError) -> TouchlineError | None:
+        return self._send(content, ticket.table) if isinstance(content, Episode) else content
 
     def _peek(self) -> Peeked | None:
         delays = _delays()
@@ -150,13 +156,13 @@ class SendLoop:
                 return oldest
             self._status.sleep(COUNTER_LAG_S)
 
-    def _send(self, episode: Episode) -> TouchlineError | None:
+    def _send(self, episode: Episode, table: str) -> TouchlineError | None:
         """Sends an episode until it is answered; returns None once it is acknowledged, or the error if it never will be."""
         delays = _delays()
         failures = 0
         while True:
             try:
-                self._client.deliver(episode)
+                self._client.deliver(episode, table=table)
             except (UnavailableError, DeadlineError, OverLimitError) as error:  # passes by itself: retry without limit
                 reason: TouchlineError = error
             except (InvalidArgumentError, KeyConflictError, TooLargeError) as error:  # about this episode: refused for good

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -164,8 +165,7 @@ class _Traces(logging.Handler):
 
 def _print_spool(report: SpoolReport) -> None:
     user = "not in use" if report.holder is None else f"in use by process {report.holder}" if report.holder else "in use"
-    table = f", for the table {report.table!r}" if report.table else ""
-    print_line(f"{report.folder}: {user}; {_size(report.disk_bytes)} on the disk{table}")
+    print_line(f"{report.folder}: {user}; {_size(report.disk_bytes)} on the disk")
     _print_count("pending", report.waiting)
     _print_count("refused", report.refused, style="bold red")
     if report.refused:
@@ -186,6 +186,13 @@ def _print_count(what: str, episodes: list[SpooledEpisode], style: str = "") -> 
         oldest_s = min(episode.time_s for episode in episodes)
         line += f"  {pluralize(steps, 'step')}, {_size(size_bytes)}, oldest of {_moment(oldest_s)}"
     print_line(line, style if episodes else "")
+    tables = Counter(episode.table for episode in episodes)
+    if any(tables):
+        print_line("    " + ", ".join(f"{count:,} for {_table(name)}" for name, count in sorted(tables.items())))
+
+
+def _table(name: str) -> str:
+    return f"the table {escape(name)!r}" if name else "the default table"
 
 
 def _print_sent(folder: Path, address: str, report: SendReport, seconds: float) -> None:

@@ -1,7 +1,10 @@
 """File of a spool: its tables, the lock on its folder, and the errors for a spool that cannot be used.
 
 ``episodes`` has one row per episode, ``payloads`` its encoded ``AddEpisodeRequest``, in parts if that exceeds SQLite's longest blob. Two
-checksums guard each episode: ``payload_checksum`` covers the message, which contains the key, ``row_checksum`` the row.
+checksums guard each episode: ``payload_checksum`` covers the message, which contains the key and the table, ``row_checksum`` the row.
+
+``meta`` has the table of the last writer. While every episode is for that table the file has format 1. A writer for another table sets
+format 2, whose only difference is that episodes may be for several tables: readers of format 1 send all of them to their own table.
 """
 
 from __future__ import annotations
@@ -31,9 +34,13 @@ PARTS_PER_EPISODE = 16
 WAITING, REFUSED, DAMAGED = 0, 0x55, 0xAA
 """States of an episode: to be sent; refused by the server for good; not what was written. No single flipped bit turns one into another."""
 
+MIXED_VERSION = 2
+"""Version of a file whose episodes may be for several tables."""
+
 FORMAT = SqliteFormat(
     application_id=0x746C7370,
     version=1,
+    later=(MIXED_VERSION,),
     page_bytes=PAGE_BYTES,
     statements="""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -205,10 +212,10 @@ def open_database(folder: Path, *, table: str | None) -> sqlite3.Connection:
 
     Args:
         folder: folder of the file.
-        table: name of the server's table; None takes the one that the file names.
+        table: name of the server's table that new episodes are for; None leaves the file's.
 
     Raises:
-        SpoolError: the file is damaged, has a newer format, is for another table, or is not a spool.
+        SpoolError: the file is damaged, has a newer format, or is not a spool.
     """
     path = folder / FILE_NAME
     try:
@@ -257,7 +264,7 @@ def open_readonly(folder: Path) -> Iterator[sqlite3.Connection | None]:
 
 
 def table_of(connection: sqlite3.Connection) -> str | None:
-    """Returns the name of the server's table that a file's episodes are for; None if the file does not name one."""
+    """Returns the name of the server's table that a file's last writer wrote for; None if the file does not name one."""
     found = connection.execute("SELECT value FROM meta WHERE name = 'table'").fetchone()
     return str(found[0]) if found is not None else None
 
@@ -310,8 +317,8 @@ def _to_format_error(error: FormatError, path: Path) -> SpoolError:
             f"{path}: not a Touchline spool, or its first page is damaged; name another spool_dir, or {recovery_advice(path)}"
         )
     return SpoolError(
-        f"{path}: written in format {error.version}, this version of touchline reads format {FORMAT.version}; install one that "
-        "reads it, or name another spool_dir"
+        f"{path}: written in format {error.version}, this version of touchline reads formats {FORMAT.version} to {MIXED_VERSION}; "
+        "install one that reads it, or name another spool_dir"
     )
 
 
@@ -334,8 +341,17 @@ def _prepare(connection: sqlite3.Connection, path: Path, table: str | None) -> N
     except FormatError as error:
         raise _to_format_error(error, path) from None
     check_structure(connection, path)
-    found = table_of(connection)
-    if table is not None and found is not None and found != table:
-        raise SpoolError(f"{path}: its episodes are for the table {found!r}, the client's is {table!r}; name another spool_dir")
     for statement in ("journal_mode = WAL", "secure_delete = OFF", "fullfsync = ON", "checkpoint_fullfsync = ON"):
         connection.execute(f"PRAGMA {statement}").fetchall()
+    if table is not None and table_of(connection) != table:
+        _change_table(connection, table)
+
+
+def _change_table(connection: sqlite3.Connection, table: str) -> None:
+    """Makes a file ready for episodes of another table, beside those that it has. Durable when this returns."""
+    (empty,) = connection.execute("SELECT NOT EXISTS (SELECT 1 FROM episodes)").fetchone()
+    version = FORMAT.version if empty else MIXED_VERSION
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.execute("INSERT OR REPLACE INTO meta VALUES ('table', ?)", (table,))
+    connection.execute("COMMIT")

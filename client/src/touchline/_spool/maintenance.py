@@ -21,6 +21,7 @@ from touchline._spool.file import (
     FILE_NAME,
     LOCK_NAME,
     MARK_NAME,
+    PARTS_PER_EPISODE,
     REFUSED,
     SQLITE_ERRORS,
     WAITING,
@@ -32,12 +33,13 @@ from touchline._spool.file import (
     read_number,
     require_spool,
     set_state,
-    table_of,
     to_spool_error,
 )
 from touchline._spool.queue import Spool
 from touchline.client import ReplayClient
 from touchline.errors import DeadlineError, OverLimitError, ServerError, SpoolError, TouchlineError, UnacknowledgedError, UnavailableError
+from touchline_protos.codec import CodecError
+from touchline_protos.codec.episodes import TABLE_BYTES, read_table
 from touchline_protos.files.sqlite import row_checksum
 
 LEAST_LIMIT_BYTES = 1 << 20
@@ -68,6 +70,8 @@ class SpooledEpisode:
     """Time at which it was written, in seconds since 1970."""
     reason: str = ""
     """Reason why it is not sent; empty while it waits."""
+    table: str = ""
+    """Name of the server's table that it is for; empty for the default one, or if the episode cannot be read."""
 
 
 @dataclass(slots=True)
@@ -75,8 +79,6 @@ class SpoolReport:
     """Content of a spool, oldest first."""
 
     folder: Path
-    table: str = ""
-    """Name of the server's table that the episodes are for; empty for the default one."""
     holder: int | None = None
     """Process id of the writer that uses the spool, 0 if it is not known; None if no process uses it."""
     waiting: list[SpooledEpisode] = field(default_factory=list)
@@ -133,7 +135,6 @@ def inspect(folder: Path) -> SpoolReport:
         if connection is not None:
             if report.holder is None:  # a writer checked the file when it opened it, and should not wait for this
                 check_structure(connection, folder / FILE_NAME)
-            report.table = table_of(connection) or ""
             _classify(connection, report)
             last = connection.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0]
     report.missing = max(0, marked - (last if isinstance(last, int) else 0))
@@ -189,7 +190,7 @@ def send(folder: Path, address: str, *, timeout_s: float = 60.0, progress: Calla
     try:
         before = _read_episodes(folder)
         report = SendReport(total=spool.resumed, pending=spool.resumed)
-        with ReplayClient(address, table=spool.table, timeout_s=min(timeout_s, CALL_TIMEOUT_S)) as client:
+        with ReplayClient(address, timeout_s=min(timeout_s, CALL_TIMEOUT_S)) as client:
             sender = EpisodeSender(client, spool, name=f"sending of {folder}", when_full="block")
             sizes = [0, *accumulate(episode.size_bytes for episode in before.waiting)]
             try:
@@ -235,7 +236,15 @@ def _classify(connection: sqlite3.Connection, report: SpoolReport) -> None:
             report.damaged.append(SpooledEpisode(number, 0, 0, 0.0, DAMAGED_ROW))
             continue
         kind = {REFUSED: report.refused, DAMAGED: report.damaged}.get(state, report.waiting)
-        kind.append(SpooledEpisode(number, row[4], row[5], row[6], row[8]))
+        kind.append(SpooledEpisode(number, row[4], row[5], row[6], row[8], _table_of(connection, number)))
+
+
+def _table_of(connection: sqlite3.Connection, number: int) -> str:
+    """Returns the table that an episode's message names; empty if the message is damaged."""
+    start = f"SELECT substr(data, 1, {TABLE_BYTES}) FROM payloads WHERE number = ?"
+    with contextlib.suppress(sqlite3.DatabaseError, UnicodeDecodeError, CodecError, TypeError):
+        return read_table(connection.execute(start, (number * PARTS_PER_EPISODE,)).fetchone()[0])
+    return ""
 
 
 def _read_episodes(folder: Path) -> SpoolReport:

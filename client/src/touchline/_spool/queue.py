@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Spool:
         folder: folder on a local disk, made if it does not exist. SQLite's log needs shared memory, which network file systems lack.
         limit_bytes: maximum size of the folder.
         max_pending: maximum number of episodes that wait; None for as many as fit.
-        table: name of the server's table; None takes the one that the file names.
+        table: name of the server's table that new episodes are for; None takes the one that the file names. Episodes of earlier writers
+            keep theirs.
         max_refused: number of refused episodes that are kept, the most recent ones; None keeps all.
 
     Raises:
@@ -101,7 +103,7 @@ class Spool:
                 self._journal = SpoolJournal(self._connection, self._path, log_bytes=self._space.log_bytes)
                 self._next, self._count = self._scan(self._connection)
                 self.table = table_of(self._connection) or "" if table is None else table
-                """Name of the server's table that the episodes are for."""
+                """Name of the server's table that new episodes are for."""
             except BaseException as error:
                 self._folder_lock.release()
                 if isinstance(error, SQLITE_ERRORS):
@@ -184,10 +186,10 @@ class Spool:
             if len(message) != row[5] or zlib.crc32(message) != row[9]:
                 return ticket, self._damage_error(ticket, "its payload")
         try:
-            _, episode = decode_add_episode(message, limits=LIMITS)
+            table, episode = decode_add_episode(message, limits=LIMITS)
         except CodecError as error:
             return ticket, InvalidEpisodeError(str(error))
-        return ticket, episode
+        return replace(ticket, table=table), episode
 
     def acknowledge(self, ticket: QueueTicket) -> None:
         """Removes an episode that was peeked at."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class RecordingOptions(TypedDict, total=False):
     """Keyword arguments of every recorder."""
 
+    table: str
+    """Table on the server that the episodes are for; the client's if absent."""
     actor: str
     """Name of the actor; the client's if absent. A recorder with several tracks appends ``/<index or agent>``."""
     policy_version: int
@@ -79,6 +81,7 @@ class Recording:
 
     def __init__(self, client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
         self._client = client
+        self._table = options.get("table", client.table)
         self._actor = options.get("actor", client.actor)
         self._transform = options.get("transform")
         self._dtype = float64_dtype(client, options)
@@ -105,6 +108,7 @@ class Recording:
             spool_dir /= f"line-{quote(str(name), safe='')}"
         writer = EpisodeWriter(
             self._client,
+            table=self._table,
             actor=self._actor if name is None else f"{self._actor}/{name}",
             policy_version=self._policy_version,
             max_steps=self._max_steps,

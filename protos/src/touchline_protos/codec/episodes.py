@@ -138,6 +138,22 @@ def decode_add_episode(message: bytes, *, limits: CodecLimits = DEFAULT_LIMITS) 
     return table, read_episode(message, *episode, limits)
 
 
+TABLE_BYTES = 4 * MAX_NAME_CHARS + 8
+"""Bytes at the start of a message of :func:`encode_add_episode` that hold the name of its table, whatever its characters."""
+
+
+def read_table(start: bytes) -> str:
+    """Returns the name of the table in the first :data:`TABLE_BYTES` of a message of :func:`encode_add_episode`; empty for the default one.
+
+    Raises:
+        CodecError: the name is malformed.
+    """
+    if not start or start[0] != _TABLE:
+        return ""
+    _, a, b = next(read_fields(start, 0, len(start)))
+    return read_text(start, a, b, "table", max_chars=MAX_NAME_CHARS)
+
+
 def read_episode(data: Buffer, start: int, end: int, limits: CodecLimits) -> Episode:
     """Reads the ``Episode`` in ``data[start:end]``; its columns are read-only views into ``data``, which they keep alive.
 

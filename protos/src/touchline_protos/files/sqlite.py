@@ -33,7 +33,9 @@ class SqliteFormat:
     application_id: int
     """Number of the application, in ``PRAGMA application_id``."""
     version: int
-    """Version of the tables, in ``PRAGMA user_version``."""
+    """Version of the tables in a new file, in ``PRAGMA user_version``."""
+    later: tuple[int, ...] = ()
+    """Later versions that a file may have as well: the same tables, with content that earlier readers would misunderstand."""
     page_bytes: int
     """Page size of a new file, in bytes."""
     statements: str
@@ -55,7 +57,7 @@ class SqliteFormat:
             return False
         if application != self.application_id:
             raise FormatError(None)
-        if version != self.version:
+        if version not in (self.version, *self.later):
             raise FormatError(version)
         return True
 
