@@ -36,7 +36,7 @@ import os, signal, sys
 from touchline_server.service.app import run
 from support.service_calls import make_config
 
-sys.exit(run(make_config(storage={"device": "cpu", "data_dir": sys.argv[1]}), lambda done, total: os.kill(os.getpid(), int(sys.argv[2]))))
+sys.exit(run(make_config(storage={"device": "cpu", "data_dir": sys.argv[1]}), lambda *progress: os.kill(os.getpid(), int(sys.argv[2]))))
 """
 
 
