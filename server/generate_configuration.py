@@ -35,7 +35,7 @@ The server and `read_cfg()` read the file they are given, otherwise the one that
 otherwise the packaged copy. A key that is left out has its default. An environment variable TOUCHLINE_<SECTION>__<KEY> overrides the file,
 for example TOUCHLINE_CONFIG__BATCH_SIZE=64 or TOUCHLINE_SAMPLING__LAW=step. An unknown key or a bad value, in either, is an error."""
 
-EXAMPLES = {"sampling.seed": "0"}
+EXAMPLES = {"sampling.seed": "0", "sampling.recent_steps": "100_000", "sampling.recent_half_life": "50_000.0"}
 """Values shown, commented out, for keys that have no default."""
 
 FIXED_BY_THE_IMAGE = {"server.host", "server.port", "server.unix_socket", "storage.scratch_dir"}

@@ -13,13 +13,14 @@ import torch
 from tensordict import TensorDict
 
 from support.lockstep_cases import AGENTS, make_match
-from support.store_cases import sample_with
+from support.store_cases import chi_square, chi_square_limit, count_cells, sample_with
+from touchline import InvalidArgumentError as ClientInvalidArgumentError
 from touchline import InvalidEpisodeError as ClientInvalidEpisodeError
 from touchline import NotReadyError as ClientNotReadyError
 from touchline import ReplayClient
 from touchline_protos import Batch
 from touchline_protos.shm.ring import shared_memory_id
-from touchline_server import Config, InvalidEpisodeError, NotReadyError, ReplayBuffer
+from touchline_server import Config, InvalidArgumentError, InvalidEpisodeError, NotReadyError, ReplayBuffer
 from touchline_server.service.app import ServerThread
 
 HORIZON = 3
@@ -128,6 +129,10 @@ def assert_equal(left: Batch, right: Batch) -> None:
     pairs += [(left.extra[name], right.extra[name]) for name in left.extra | right.extra]
     names = ("action", "reward", "done", "task", "episode_id", "start", "actor", "policy_version", "probability")
     pairs += [(getattr(left, name), getattr(right, name)) for name in names]
+    for name in ("weight", "valid"):
+        assert (getattr(left, name) is None) == (getattr(right, name) is None)
+        if getattr(left, name) is not None:
+            pairs.append((getattr(left, name), getattr(right, name)))
     for one, other in pairs:
         assert one.dtype == other.dtype
         assert one.shape == other.shape
@@ -205,13 +210,13 @@ def test_held_batches_and_rows_stay_as_they_are_while_thousands_are_drawn(path: 
         assert_true_to_provenance(batch)
 
 
-def draw_many(subject: Subject, stack: ExitStack, count: int) -> Iterator[Batch]:
+def draw_many(subject: Subject, stack: ExitStack, count: int, **request: Any) -> Iterator[Batch]:
     """Yields batches one by one, holding only those that the caller keeps."""
     if not subject.transport:
         for _ in range(count):
-            yield subject.verbs.sample()
+            yield subject.verbs.sample(**request)
         return
-    stream = stack.enter_context(subject.verbs.batches(ring=subject.transport == "ring", prefetch=6))
+    stream = stack.enter_context(subject.verbs.batches(ring=subject.transport == "ring", prefetch=6, **request))
     for _ in range(count):
         yield next(stream)
 
@@ -305,6 +310,146 @@ def test_law_holds_on_every_path(path: str, law: str, stack: ExitStack) -> None:
     expected = share * len(drawn)
     statistic = float(((np.bincount(drawn, minlength=len(lengths)) - expected) ** 2 / expected).sum())
     assert statistic < 23.5  # chi-square, 4 degrees of freedom, p = 0.0001; the seed is fixed
+
+
+LAWS = [
+    {"law": "recent", "recent_steps": 60},
+    {"law": "recent", "recent_half_life": 25.0},
+    {"law": "fresh_first"},
+    {"law": "task"},
+]
+"""Laws with what a request says of them."""
+
+
+def law_id(request: dict[str, Any]) -> str:
+    return "-".join(map(str, request.values()))
+
+
+def play_with_turnover(subject: Subject, request: dict[str, Any]) -> dict[int, int]:
+    """Uses the law, then lets its episodes be evicted, cleared and evicted again; returns the length of each that is stored."""
+    verbs, stored = subject.verbs, {}
+    for number in range(40):
+        length = 5 + (7 * number) % 30
+        verbs.add(make_episode(number, length), actor=f"actor-{number % 3}", policy_version=number)
+        stored[number] = length
+        if number in (9, 22):
+            subject.buffer.sample(**request)
+        if number == 20:
+            verbs.clear()
+            stored.clear()
+        while sum(stored.values()) > subject.buffer.capacity:
+            del stored[min(stored)]
+    return stored
+
+
+def expected_law(request: dict[str, Any], stored: dict[int, int]) -> dict[tuple[int, int], float]:
+    """Returns the probability of each start by the definition of the law."""
+    rows = [(number, step) for number, length in stored.items() for step in range(length)]
+    starts = {cell: len(rows) - 1 - at for at, cell in enumerate(rows) if cell[1] < stored[cell[0]] - HORIZON}  # by age
+    if request["law"] == "recent":
+        half_life, steps = request.get("recent_half_life"), request.get("recent_steps", len(rows))
+        weight = {cell: 0.5 ** (age / half_life) if half_life else float(age < steps) for cell, age in starts.items()}
+    else:
+        tasks = [number % 4 for number in stored]
+        alike = {number: 1.0 if request["law"] == "fresh_first" else 1 / tasks.count(number % 4) for number in stored}
+        weight = {(number, step): alike[number] / (stored[number] - HORIZON) for number, step in starts}
+    total = sum(weight.values())
+    return {cell: value / total for cell, value in weight.items() if value}
+
+
+@pytest.mark.parametrize("request_", LAWS, ids=law_id)
+def test_law_after_evictions_clears_and_wrapping_fits_its_definition(path: str, request_: dict[str, Any], stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config(sampling={"seed": 11}, config={"batch_size": 500, "buffer_size": 200}))
+    stored = play_with_turnover(subject, request_)
+    law = expected_law(request_, stored)
+    drawn: list[tuple[int, int]] = []
+    chances: list[float] = []
+
+    for batch in draw_many(subject, stack, 40, **request_):
+        assert_true_to_provenance(batch)
+        drawn += zip(batch.episode_id.tolist(), batch.start.tolist(), strict=True)
+        chances += batch.probability.tolist()
+
+    if request_["law"] == "fresh_first":
+        fresh = sum(1 for chance in chances if chance == 1)
+        assert drawn[:fresh] == sorted(law, reverse=True)[-fresh:]  # all that were not drawn while episodes came
+        drawn, chances = drawn[fresh:], chances[fresh:]
+    np.testing.assert_allclose(chances, [law[cell] for cell in drawn], rtol=1e-9)
+    common = {cell: chance for cell, chance in law.items() if chance * len(drawn) >= 5}
+    counts = count_cells([cell for cell in drawn if cell in common], list(common))
+    assert chi_square(counts, np.array(list(common.values())) * len(drawn)) < chi_square_limit(len(common))
+
+
+@pytest.mark.parametrize("request_", [*LAWS, {"law": "step"}, {"law": "prioritized"}, {"law": "episode"}], ids=law_id)
+@pytest.mark.parametrize("pad", ["none", "end"])
+def test_law_with_a_seed_gives_the_same_batches_as_in_process(path: str, request_: dict[str, Any], pad: str, stack: ExitStack) -> None:
+    config = make_config(config={"buffer_size": 300})
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    for side in (subject, reference):
+        fill(side, range(25))
+        side.verbs.add(make_episode(25, 2), actor="actor-1", policy_version=25)
+    request = {**request_, "pad": pad}
+    count = 9 if subject.transport else 1
+
+    source = draw_many(subject, stack, count, seed=5, **request)
+    rng = reference.buffer.seeds.stream(5)
+    for batch in source:
+        assert_equal(batch, sample_with(reference.buffer, rng, **request))
+        assert (batch.valid is None) == (pad == "none")
+        if pad == "end":
+            assert_padded(batch)
+
+
+def assert_padded(batch: Batch) -> None:
+    """Asserts that rows beyond an episode's end repeat its last one, and that ``valid`` says so."""
+    length = torch.tensor([2 if number == 25 else 5 + (7 * number) % 60 for number in batch.episode_id.tolist()])
+    rows = torch.minimum(batch.start[None] + torch.arange(HORIZON + 1)[:, None], length - 1)
+    assert torch.equal(torch.as_tensor(batch.extra["value"]), (batch.episode_id * 1000.0 + rows).double())
+    assert torch.equal(batch.valid[..., 0], batch.start[None] + torch.arange(1, HORIZON + 1)[:, None] < length)
+    assert batch.valid.shape == (HORIZON, BATCH, 1)
+
+
+def test_padded_batch_in_chunks_is_the_same(path: str, stack: ExitStack) -> None:
+    config = make_config(config={"batch_size": 200, "buffer_size": 400})
+    subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
+    for side in (subject, reference):
+        for number in range(3):
+            side.verbs.add(make_episode(number, 3 + 20 * number, width=3_000))
+
+    rng = reference.buffer.seeds.stream(3)
+    for batch in draw_many(subject, stack, 3 if subject.transport else 1, seed=3, pad="end"):
+        assert_equal(batch, sample_with(reference.buffer, rng, pad="end"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        ({"law": "recent"}, "law: 'recent' with neither of recent_steps and recent_half_life, expected one of them"),
+        ({"law": "recent", "recent_steps": 3}, "recent_steps: 3, expected at least 4"),
+        ({"law": "step", "recent_steps": 30}, "recent_steps: 30 under the law 'step', expected it only under 'recent'"),
+        ({"law": "recent", "recent_half_life": 0.0}, "recent_half_life: 0.0, expected"),
+        ({"pad": "start"}, "pad: 'start', expected 'none' or 'end'"),
+        ({"law": "task"}, "law: 'task', expected a table with a column task of integers, one in each row"),
+    ],
+)
+def test_bad_law_is_refused_by_name(path: str, request_: dict[str, Any], text: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    subject.verbs.add({"obs": np.zeros((10, 2), np.float32), "action": np.zeros((10, 1)), "reward": np.zeros(10)})
+
+    with pytest.raises((InvalidArgumentError, ClientInvalidArgumentError)) as caught:
+        next(draw_many(subject, stack, 1, **request_))
+
+    assert text in str(caught.value)
+
+
+def test_info_says_how_many_episodes_are_too_short(path: str, stack: ExitStack) -> None:
+    subject = open_subject(path, stack, make_config())
+    for length in (2, 3, 9):
+        subject.verbs.add(make_episode(0, length))
+
+    assert subject.buffer.table.episodes_not_sampled() == 2
+    if path != "in process":
+        assert subject.verbs.info().episodes_not_sampled == 2
 
 
 def test_cleared_table_with_another_schema_goes_on(path: str, stack: ExitStack) -> None:

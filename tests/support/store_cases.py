@@ -11,7 +11,7 @@ from touchline_protos.codec import Episode, EpisodeKey
 from touchline_protos.types.batch import Batch
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import Config, ReplayBuffer
-from touchline_server.selectors.options import LawSettings
+from touchline_server.selectors.options import LawOptions, LawSettings
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.tensors import as_array
@@ -75,9 +75,10 @@ def check_traced(batch: Batch, *, horizon: int, incoming: bool = True) -> None:
     assert np.array_equal(batch.done, expected["done"][transition][..., None])
 
 
-def sample_with(buffer: ReplayBuffer, rng: np.random.Generator) -> Batch:
-    """A batch as configured, from a generator of the caller's: successive ones are those of a stream with its seed."""
-    return buffer._sample(buffer.spec(), rng)
+def sample_with(buffer: ReplayBuffer, rng: np.random.Generator, **request: Any) -> Batch:
+    """A batch of a request, from a generator of the caller's: successive ones are those of a stream with its seed."""
+    options = LawOptions(**{name: request.pop(name) for name in LawOptions._fields if name in request})
+    return buffer._sample(buffer.spec(**request, options=options), rng)
 
 
 def read_episode(store: EpisodeStore, entry: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -85,7 +86,7 @@ def read_episode(store: EpisodeStore, entry: Sequence[int] | np.ndarray, names: 
     columns = store.columns
     if columns is None:
         return {}
-    _, first_row, length, _, _ = (int(number) for number in entry)
+    _, first_row, length, *_ = (int(number) for number in entry)
     rows = np.remainder(np.arange(first_row, first_row + length), store.capacity)
     episode = {}
     for spec in columns.schema.columns:

@@ -30,11 +30,18 @@ class SampleOptions(TypedDict, total=False):
     horizon: int | None
     """Transitions H in a slice."""
     law: str | None
-    """Sampling law: ``"episode"``, ``"step"`` or ``"prioritized"``."""
+    """Sampling law: ``"episode"``, ``"step"``, ``"recent"``, ``"prioritized"``, ``"fresh_first"`` or ``"task"``; see docs/laws.md."""
     seed: int | None
     """Seed of the draws: the same seed, adds and draws give the same batches."""
+    recent_steps: int | None
+    """Newest rows that ``"recent"`` draws from, all alike. This or the next one replaces both of the table's."""
+    recent_half_life: float | None
+    """Rows behind the newest one after which a start is half as likely under ``"recent"``, at least 1."""
     beta: float | None
     """Exponent of the weights under ``"prioritized"``, 0 to 1."""
+    pad: str | None
+    """``"end"``: every transition can be a start; rows beyond the episode's end repeat its last one, and ``batch.valid`` says which
+    transitions are real. ``"none"``: slices end with their episode."""
     mix: Mix | None
     """Share of each table in the batch, ``{"online": 0.5, "demos": 0.5}``, instead of one table: each provides an exact number of slices
     (largest remainder, ties in this order), which stand table by table. ``batch.table`` has the table of each slice as its position here,
@@ -80,7 +87,8 @@ class ReadyState:
     counts: Counts
     """Counts of the table at that moment."""
     horizon: int = 0
-    """Number of transitions in a slice that ``can_sample`` refers to; 0 from a server of an older version, which does not report it."""
+    """Number of transitions in a slice that ``can_sample`` refers to, 1 if the table pads slices; 0 from a server of an older version,
+    which does not report it."""
     episodes_eligible: int = 0
     """Number of stored episodes with at least horizon + 1 rows."""
     longest_episode: int = 0
@@ -91,9 +99,11 @@ class ReadyState:
         stored = f"{self.counts.steps_stored} steps in {self.counts.episodes_stored} episodes"
         if not self.horizon:
             return f"{stored}, {'some' if self.can_sample else 'none'} of them long enough"
+        short = self.counts.episodes_stored - self.episodes_eligible
+        padded = f"; the other {short} are too short to be sampled without pad='end'" if short and self.horizon > 1 else ""
         return (
             f"{stored}, {self.episodes_eligible} of them with the {self.horizon + 1} steps that horizon {self.horizon} needs, "
-            f"the longest has {self.longest_episode}"
+            f"the longest has {self.longest_episode}{padded}"
         )
 
 
@@ -148,6 +158,8 @@ class ServerInfo:
     until the server is restarted. Empty without a durable store."""
     storage_reason: str = ""
     """Why the durable store takes no episodes; empty if it does."""
+    episodes_not_sampled: int = 0
+    """Number of stored episodes that are too short for a slice, as configured; ``pad="end"`` samples those with at least two rows."""
 
     @property
     def row_convention(self) -> str:

@@ -249,7 +249,10 @@ class ReplayBuffer:
         horizon: int | None = None,
         law: str | None = None,
         seed: int | None = None,
+        recent_steps: int | None = None,
+        recent_half_life: float | None = None,
         beta: float | None = None,
+        pad: str | None = None,
         mix: Mix | None = None,
         when_empty: str = "wait",
     ) -> Batch:
@@ -258,9 +261,12 @@ class ReplayBuffer:
         Args:
             batch_size: B, slices; the configured number by default, as for the others.
             horizon: H, transitions in a slice.
-            law: ``episode``, ``step`` or ``prioritized``.
+            law: name of the sampling law, see ``docs/laws.md``.
             seed: seed of this draw only: the same seed and the same stored episodes give the same batch.
+            recent_steps: newest rows that ``recent`` draws from; replaces both this and the half-life of the configuration.
+            recent_half_life: rows after which a start is half as likely under ``recent``, at least 1; replaces both as well.
             beta: exponent of the weights of ``prioritized``, 0 to 1.
+            pad: ``"end"`` if slices may run over their episode's end, see :attr:`~touchline_protos.Batch.valid`; ``"none"`` if not.
             mix: share of each table in the batch, ``{"online": 0.5, "demos": 0.5}``, instead of this table; see docs/tables.md. Each
                 draws by its own law, if ``law`` is None; the first has the configured numbers.
             when_empty: ``wait`` raises NotReadyError while a table of the mix has nothing to sample, ``others`` gives its share to the
@@ -274,12 +280,13 @@ class ReplayBuffer:
             InvalidArgumentError: an argument is out of range, or the columns of two tables of the mix do not fit each other.
             UnknownTableError: a table of the mix does not exist.
         """
+        options = LawOptions(recent_steps, recent_half_life, beta)
         if mix is not None:
             sampler = self._mix_sampler(
-                MixSpec.of(mix, when_empty), seed, batch_size=batch_size, horizon=horizon, law=law, options=LawOptions(beta=beta)
+                MixSpec.of(mix, when_empty), seed, batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad
             )
             return self._sample_mixed(sampler)
-        spec = self.spec(batch_size=batch_size, horizon=horizon, law=law, options=LawOptions(beta=beta))
+        spec = self.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
         if seed is not None:
             return self._sample(spec, self.seeds.stream(seed))
         with self._rng_lock:
@@ -382,9 +389,10 @@ class ReplayBuffer:
         horizon: int | None = None,
         law: str | None = None,
         options: LawOptions = NO_OPTIONS,
+        pad: str | None = None,
     ) -> SampleSpec:
         """Returns what to draw, with the configured values for what is None; see :meth:`Table.spec`."""
-        return self.table.spec(batch_size=batch_size, horizon=horizon, law=law, options=options)
+        return self.table.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
 
     def _buffer_of(self, table: Table) -> ReplayBuffer:
         if table is self.table:

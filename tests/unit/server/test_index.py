@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from support.store_cases import append_episode, evict_for, filled_index
 from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH
-from touchline_server.selectors.options import LawSettings
+from touchline_server.selectors.options import LawOptions, LawSettings
 from touchline_server.selectors.registry import LAWS
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.pinned_draw import physical_rows
@@ -102,7 +103,8 @@ class IndexAgainstList(RuleBasedStateMachine):
             eligible = self.index.eligible(horizon)
             if not len(eligible):
                 continue
-            draw = self.index.selectors.of(law).draw(20, horizon, np.random.default_rng(seed))
+            options = LawOptions(recent_half_life=5.0)
+            draw = self.index.selectors.of(law).draw(20, horizon, np.random.default_rng(seed), options=options)
             rows = physical_rows(draw.first_row[None], horizon + 1, self.capacity)[0]
             lengths = dict(self.model)
             starts = {number: length - horizon for number, length in self.model if length > horizon}
@@ -110,8 +112,10 @@ class IndexAgainstList(RuleBasedStateMachine):
                 number, start = int(draw.episode_id[column]), int(draw.start[column])
                 assert start + horizon < lengths[number]
                 assert [self.rows[row] for row in rows[:, column]] == [(number, start + step) for step in range(horizon + 1)]
-                chance = 1 / (len(starts) * starts[number]) if law == "episode" else 1 / sum(starts.values())
-                assert draw.probability[column] == chance
+                if law in ("episode", "task"):  # of one task
+                    assert draw.probability[column] == pytest.approx(1 / (len(starts) * starts[number]), rel=1e-12)
+                elif law in ("step", "prioritized"):  # of steps of one priority
+                    assert draw.probability[column] == 1 / sum(starts.values())
 
     @invariant()
     def agrees(self) -> None:

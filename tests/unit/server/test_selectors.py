@@ -34,13 +34,13 @@ def test_entry_queue_many_appends_and_drops_keeps_order_in_bounded_memory() -> N
 
 
 def test_entry_queue_of_entries_copies_them() -> None:
-    entries = np.arange(10, dtype=np.int64).reshape(2, 5)
+    entries = np.arange(12, dtype=np.int64).reshape(2, 6)
 
     queue = EntryQueue(entries)
     entries[:] = 0
-    queue.append((9, 9, 9, 9, 9))
+    queue.append((9, 9, 9, 9, 9, 9))
 
-    assert queue.live.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [9, 9, 9, 9, 9]]
+    assert queue.live.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [9, 9, 9, 9, 9, 9]]
 
 
 def test_draw_slice_over_the_seam_is_wrapped_row_by_row() -> None:
@@ -135,7 +135,7 @@ class Recorder(Selector):
 
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         columns = np.repeat(np.array([self.stored[-1]]), batch_size * batches, axis=0).T
-        number, first_row, _, actor, version = columns
+        number, first_row, _, actor, version, _ = columns
         return Draw(first_row, number, np.zeros_like(number), actor, version, np.ones(len(number)))
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from touchline._learner.readiness import Readiness, readiness_of
 from touchline._learner.stream import RECONNECT_S, StreamSource
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import horizon_of, newer_feature, table_names_of, tables_of
+from touchline._rpc.convert import newer_feature, reach_of, table_names_of, tables_of
 from touchline._rpc.waits import waiting
 from touchline.errors import NotReadyError, ServerError, TooLargeError, TouchlineError
 from touchline_protos import Batch
@@ -37,7 +37,7 @@ class SingleBatchSampler:
         """
         self._rpc.check_server_version(newer_feature(request), table=tables_of(request)[0])
         readiness = readiness_of(self._rpc, request)
-        address, horizon = self._rpc.channel.address, horizon_of(request)
+        address, horizon = self._rpc.channel.address, reach_of(request)
         try:
             with waiting("sample()", address, lambda: readiness.explain(horizon)):
                 message = self._rpc.unary("Sample", request.SerializeToString(), wait_s=request.wait_s)

@@ -20,7 +20,7 @@ from touchline._learner.readiness import PROBE_TIMEOUT_S, readiness_of
 from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream_session import NO_REASON, StreamSession
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
-from touchline._rpc.convert import horizon_of, table_names_of
+from touchline._rpc.convert import reach_of, table_names_of
 from touchline._rpc.credentials import is_local
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
@@ -178,7 +178,7 @@ class StreamSource:
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
         self._use_ring = ring
         self._readiness = readiness_of(rpc, request)
-        self._horizon = horizon_of(request)
+        self._horizon = reach_of(request)
         self._table_names = table_names_of(request)
         # Must not refer to this object, which would keep a dropped stream alive.
         self._wait = waiting("batches()", rpc.channel.address, partial(self._readiness.explain, self._horizon))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,8 +34,12 @@ _LAWS = {
     None: pb.LAW_UNSPECIFIED,
     "episode": pb.LAW_EPISODE,
     "step": pb.LAW_STEP,
+    "recent": pb.LAW_RECENT,
     "prioritized": pb.LAW_PRIORITIZED,
+    "fresh_first": pb.LAW_FRESH_FIRST,
+    "task": pb.LAW_TASK,
 }
+_PADS = {None: pb.PAD_UNSPECIFIED, "none": pb.PAD_NONE, "end": pb.PAD_END}
 _LAWS_OF_1_0 = (pb.LAW_UNSPECIFIED, pb.LAW_EPISODE, pb.LAW_STEP)
 _LAW_NAMES = ", ".join(repr(law) for law in _LAWS if law)
 _ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
@@ -159,7 +164,10 @@ def sample_request(
     law: str | None = None,
     seed: int | None = None,
     wait_s: float = 0.0,
+    recent_steps: int | None = None,
+    recent_half_life: float | None = None,
     beta: float | None = None,
+    pad: str | None = None,
     mix: Mix | None = None,
     when_empty: str = "wait",
 ) -> pb.SampleRequest:
@@ -170,14 +178,20 @@ def sample_request(
     """
     if law not in _LAWS:
         raise InvalidArgumentError(f"law: {law!r}, expected one of {_LAW_NAMES}")
+    if pad not in _PADS:
+        raise InvalidArgumentError(f"pad: {pad!r}, expected 'none' or 'end'")
     seconds("wait_s", wait_s, or_zero=True)
-    request = pb.SampleRequest(table=table, law=_LAWS[law], wait_s=wait_s)
+    request = pb.SampleRequest(table=table, law=_LAWS[law], wait_s=wait_s, pad=_PADS[pad])
     if batch_size is not None:
         request.batch_size = whole_number("batch_size", batch_size, least=1)
     if horizon is not None:
         request.horizon = whole_number("horizon", horizon, least=1)
     if seed is not None:
         request.seed = whole_number("seed", seed, least=-(1 << 63), most=(1 << 63) - 1)
+    if recent_steps is not None:
+        request.law_options.recent_steps = whole_number("recent_steps", recent_steps, least=1, most=(1 << 63) - 1)
+    if recent_half_life is not None:
+        request.law_options.recent_half_life = number("recent_half_life", recent_half_life, least=1, most=sys.float_info.max)
     if beta is not None:
         request.law_options.beta = number("beta", beta, least=0, most=1)
     if mix is not None:
@@ -218,11 +232,15 @@ def newer_feature(request: pb.SampleRequest) -> str:
         return " and ".join(f"{field.name}=" for field, _ in request.law_options.ListFields())
     if request.mix:
         return "mix="
+    if request.pad:
+        return "pad="
     return ""
 
 
-def horizon_of(request: pb.SampleRequest) -> int | None:
-    """Returns the request's horizon; None if it leaves that to the server."""
+def reach_of(request: pb.SampleRequest) -> int | None:
+    """Returns how many transitions follow each start at least; None if the request leaves that to the server."""
+    if request.pad == pb.PAD_END:
+        return 1
     return request.horizon if request.HasField("horizon") else None
 
 
@@ -303,6 +321,7 @@ def server_info_of(message: bytes) -> ServerInfo:
         counts=counts_of(response.counts),
         storage_state=STORAGE_STATES.get(response.storage_state, ""),
         storage_reason=response.storage_reason,
+        episodes_not_sampled=response.episodes_not_sampled,
     )
 
 

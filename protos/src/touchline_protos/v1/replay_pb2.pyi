@@ -30,6 +30,12 @@ class Law(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAW_FRESH_FIRST: _ClassVar[Law]
     LAW_TASK: _ClassVar[Law]
 
+class Pad(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PAD_UNSPECIFIED: _ClassVar[Pad]
+    PAD_NONE: _ClassVar[Pad]
+    PAD_END: _ClassVar[Pad]
+
 class WhenEmpty(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WHEN_EMPTY_UNSPECIFIED: _ClassVar[WhenEmpty]
@@ -60,6 +66,9 @@ LAW_RECENT: Law
 LAW_PRIORITIZED: Law
 LAW_FRESH_FIRST: Law
 LAW_TASK: Law
+PAD_UNSPECIFIED: Pad
+PAD_NONE: Pad
+PAD_END: Pad
 WHEN_EMPTY_UNSPECIFIED: WhenEmpty
 WHEN_EMPTY_WAIT: WhenEmpty
 WHEN_EMPTY_OTHERS: WhenEmpty
@@ -233,7 +242,7 @@ class EpisodeResult(_message.Message):
     def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., outcome: _Optional[_Union[EpisodeResult.Outcome, str]] = ..., episode_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SampleRequest(_message.Message):
-    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options", "mix", "when_empty")
+    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options", "pad", "mix", "when_empty")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     HORIZON_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +250,7 @@ class SampleRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     LAW_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PAD_FIELD_NUMBER: _ClassVar[int]
     MIX_FIELD_NUMBER: _ClassVar[int]
     WHEN_EMPTY_FIELD_NUMBER: _ClassVar[int]
     table: str
@@ -250,9 +260,10 @@ class SampleRequest(_message.Message):
     seed: int
     wait_s: float
     law_options: LawOptions
+    pad: Pad
     mix: _containers.RepeatedCompositeFieldContainer[MixShare]
     when_empty: WhenEmpty
-    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ..., mix: _Optional[_Iterable[_Union[MixShare, _Mapping]]] = ..., when_empty: _Optional[_Union[WhenEmpty, str]] = ...) -> None: ...
+    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ..., pad: _Optional[_Union[Pad, str]] = ..., mix: _Optional[_Iterable[_Union[MixShare, _Mapping]]] = ..., when_empty: _Optional[_Union[WhenEmpty, str]] = ...) -> None: ...
 
 class LawOptions(_message.Message):
     __slots__ = ("recent_steps", "recent_half_life", "beta")
@@ -543,7 +554,7 @@ class InfoRequest(_message.Message):
     def __init__(self, table: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts", "storage_state", "storage_reason", "tables")
+    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts", "storage_state", "storage_reason", "tables", "episodes_not_sampled")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
@@ -556,6 +567,7 @@ class InfoResponse(_message.Message):
     STORAGE_STATE_FIELD_NUMBER: _ClassVar[int]
     STORAGE_REASON_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_NOT_SAMPLED_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_version: str
     config_toml: str
@@ -568,7 +580,8 @@ class InfoResponse(_message.Message):
     storage_state: StorageState
     storage_reason: str
     tables: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ...) -> None: ...
+    episodes_not_sampled: int
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., episodes_not_sampled: _Optional[int] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
     __slots__ = ("table",)

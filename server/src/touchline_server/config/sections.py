@@ -50,6 +50,11 @@ _Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, allow_inf
 _Share = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1, allow_inf_nan=False)]
 _Seed = Annotated[Annotated[int, Field(ge=0, le=_INT64_MAX)] | None, BeforeValidator(_refuse_bool), BeforeValidator(_unset_if_empty)]
 
+_OptionalCount = Annotated[_Count | None, BeforeValidator(_unset_if_empty)]
+_HalfLife = Annotated[
+    Annotated[float, BeforeValidator(_refuse_bool), Field(ge=1, allow_inf_nan=False)] | None, BeforeValidator(_unset_if_empty)
+]
+
 
 class Section(BaseModel):
     """A section of the configuration: immutable; unknown keys are refused."""
@@ -101,8 +106,17 @@ class SamplingConfig(Section):
 
     law: Annotated[str, AfterValidator(_check_law)] = "episode"
     """Law of the draws. ``"episode"``: an episode that is long enough, uniformly, then a start within it, uniformly, as TorchRL's
-    SliceSampler and TD-MPC2 draw. ``"step"``: every possible start with the same probability. ``"prioritized"``: a start in proportion to
-    the priority of its slice, which the learner sends back."""
+    SliceSampler and TD-MPC2 draw. ``"step"``: every possible start with the same probability. ``"recent"``: starts in the newest rows, by
+    recent_steps or recent_half_life. ``"fresh_first"``: each start once, newest first, then as ``"episode"``. ``"task"``: tasks
+    uniformly, then as ``"episode"`` within the task. ``"prioritized"``: by the priorities that learners send. See docs/laws.md."""
+    recent_steps: _OptionalCount = None
+    """Newest rows that the law ``"recent"`` draws from, all alike, unless a request says otherwise. Unset: recent_half_life applies."""
+    recent_half_life: _HalfLife = None
+    """Rows behind the newest one after which a start is half as likely under the law ``"recent"``, at least 1, unless a request says
+    otherwise. Unset: recent_steps applies."""
+    pad: Literal["none", "end"] = "none"
+    """Slices of episodes that end too soon, unless a request says otherwise. ``"none"``: they are not drawn. ``"end"``: every transition
+    can be a start; rows beyond the episode's end repeat its last one, and ``batch.valid`` says which transitions are real."""
     priority_alpha: _Share = 0.6
     """Exponent of the priorities of the law ``"prioritized"``, 0 to 1: 0 draws every start alike, 1 in proportion to its priority."""
     priority_beta: _Share = 0.4

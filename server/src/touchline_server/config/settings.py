@@ -205,6 +205,18 @@ class Config(Section):
         if self.storage.device == "disk" and not self.storage.scratch_dir:
             scratch_dir, device = self.key("storage", "scratch_dir"), self.key("storage", "device")
             faults.append(f"{scratch_dir}: '', expected a folder, because {device} is 'disk'")
+        return [*faults, *self._recent_faults()]
+
+    def _recent_faults(self) -> list[str]:
+        sampling, steps = self.sampling, self.key("sampling", "recent_steps")
+        faults = []
+        if sampling.recent_steps is not None and sampling.recent_half_life is not None:
+            faults.append(f"{steps}: {sampling.recent_steps} beside recent_half_life, expected only one of them")
+        if sampling.law == "recent" and sampling.recent_steps is None and sampling.recent_half_life is None:
+            faults.append(f"{steps}: unset, expected it or recent_half_life, because {self.key('sampling', 'law')} is 'recent'")
+        least = 2 if sampling.pad == "end" else self.horizon + 1
+        if sampling.recent_steps is not None and sampling.recent_steps < least:
+            faults.append(f"{steps}: {sampling.recent_steps}, expected at least {least}, the rows of the shortest slice")
         return faults
 
     def _limit_faults(self) -> list[str]:

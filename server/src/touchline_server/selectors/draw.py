@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
+from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,29 @@ class Draw:
     """Position of the slice's table in the mix; None unless the batch is mixed."""
     valid: np.ndarray | None = None
     """[H, slices, 1] bool: whether a transition is real; None unless slices are padded."""
+    length: np.ndarray | None = None
+    """Rows of each slice's episode, from the selector; None in a single batch of several."""
+
+    @classmethod
+    def of(cls, entries: np.ndarray, start: np.ndarray, probability: np.ndarray, weight: np.ndarray | None = None) -> Draw:
+        """Returns slices of stored episodes.
+
+        Args:
+            entries: [slices, 6] int64: index entry of each slice's episode.
+            start: [slices] int64: step of the episode that is the slice's row 0.
+            probability: [slices] float64.
+            weight: [slices] float32; None unless the law has priorities.
+        """
+        return cls(
+            first_row=entries[:, FIRST_ROW] + start,
+            episode_id=entries[:, ID],
+            start=start,
+            actor=entries[:, ACTOR],
+            policy_version=entries[:, POLICY_VERSION],
+            probability=probability,
+            weight=weight,
+            length=entries[:, LENGTH],
+        )
 
     @property
     def optional(self) -> tuple[str, ...]:

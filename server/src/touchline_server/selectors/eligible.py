@@ -20,7 +20,7 @@ class EligibleEpisodes:
     """
 
     def __init__(self, horizon: int, entries: np.ndarray) -> None:
-        """Takes those of ``entries``, [n, 5] int64, that are long enough."""
+        """Takes those of ``entries``, [n, 6] int64, that are long enough."""
         self.horizon = horizon
         self._queue = EntryQueue(entries[entries[:, LENGTH] > horizon])
         starts_until = np.cumsum(self._queue.live[:, LENGTH] - horizon)
@@ -36,7 +36,7 @@ class EligibleEpisodes:
 
     @property
     def entries(self) -> np.ndarray:
-        """[n, 5] int64, oldest first: a view, valid until the next change."""
+        """[n, 6] int64, oldest first: a view, valid until the next change."""
         return self._queue.live
 
     @property
@@ -75,7 +75,8 @@ class EligibilityIndex:
     """
 
     def __init__(self, stored: EntryQueue) -> None:
-        self._stored = stored
+        self.stored = stored
+        """All stored episodes, also those that are too short."""
         self._by_horizon: OrderedDict[int, EligibleEpisodes] = OrderedDict()
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class EligibilityIndex:
         if eligible is None:
             if len(self._by_horizon) == MAX_HORIZONS:
                 self._by_horizon.popitem(last=False)
-            eligible = self._by_horizon[horizon] = EligibleEpisodes(horizon, self._stored.live)
+            eligible = self._by_horizon[horizon] = EligibleEpisodes(horizon, self.stored.live)
         self._by_horizon.move_to_end(horizon)
         return eligible
 

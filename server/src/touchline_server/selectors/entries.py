@@ -6,25 +6,25 @@ from typing import TypeAlias
 
 import numpy as np
 
-ID, FIRST_ROW, LENGTH, ACTOR, POLICY_VERSION = range(5)
+ID, FIRST_ROW, LENGTH, ACTOR, POLICY_VERSION, TASK = range(6)
 """Columns of an index entry, int64."""
-ENTRY_WIDTH = 5
+ENTRY_WIDTH = 6
 
-Entry: TypeAlias = tuple[int, int, int, int, int]
-"""An index entry by itself: id, first row, length, actor, policy version."""
+Entry: TypeAlias = tuple[int, int, int, int, int, int]
+"""An index entry by itself: id, first row, length, actor, policy version, task."""
 
 MIN_ENTRIES = 64
 """Entries for which memory is taken at least."""
 
 
 class EntryQueue:
-    """Index entries in order of age: [n, 5] int64 in one growing array, appended at its end and dropped at its front.
+    """Index entries in order of age: [n, 6] int64 in one growing array, appended at its end and dropped at its front.
 
     Both are O(1) amortised. Not thread-safe.
     """
 
     def __init__(self, entries: np.ndarray | None = None) -> None:
-        """Copies ``entries``, [n, 5] int64, oldest first; starts empty without them."""
+        """Copies ``entries``, [n, 6] int64, oldest first; starts empty without them."""
         self._tail = 0 if entries is None else len(entries)
         self._head = 0
         self._entries = np.empty((max(2 * self._tail, MIN_ENTRIES), ENTRY_WIDTH), dtype=np.int64)
@@ -36,16 +36,16 @@ class EntryQueue:
 
     @property
     def live(self) -> np.ndarray:
-        """[n, 5] int64: a view, oldest first, valid until the next change."""
+        """[n, 6] int64: a view, oldest first, valid until the next change."""
         return self._entries[self._head : self._tail]
 
     @property
     def oldest(self) -> np.ndarray:
-        """[5] int64: a view of the oldest entry."""
+        """[6] int64: a view of the oldest entry."""
         return self._entries[self._head]
 
     def append(self, entry: np.ndarray | Entry) -> None:
-        """Adds the newest entry, [5] int64."""
+        """Adds the newest entry, [6] int64."""
         if self._tail == len(self._entries):
             self._entries, self._head, self._tail = regrown(self._entries, self._head, self._tail)
         self._entries[self._tail] = entry

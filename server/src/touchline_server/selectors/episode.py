@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from touchline_server.selectors.draw import Draw
-from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION
+from touchline_server.selectors.entries import LENGTH
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.selectors.selector import Selector
 
@@ -27,11 +27,4 @@ class EpisodeSelector(Selector):
         entries = eligible.entries.take(chosen, axis=0)
         starts = entries[:, LENGTH] - horizon
         start = (uniform[:, 1].reshape(-1) * starts).astype(np.int64)
-        return Draw(
-            first_row=entries[:, FIRST_ROW] + start,
-            episode_id=entries[:, ID],
-            start=start,
-            actor=entries[:, ACTOR],
-            policy_version=entries[:, POLICY_VERSION],
-            probability=1.0 / (len(eligible) * starts.astype(np.float64)),
-        )
+        return Draw.of(entries, start, 1.0 / (len(eligible) * starts.astype(np.float64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from touchline_server.errors import InvalidArgumentError
 
 
 class LawOptions(NamedTuple):
-    """A request's parameters of its law. None takes the table's; a law ignores those of others."""
+    """A request's parameters of its law. None takes the table's."""
 
     recent_steps: int | None = None
     """``recent``: rows that are recent."""
@@ -31,6 +32,10 @@ class LawSettings:
     """Rows of the ring."""
     incoming: bool = True
     """Whether a row holds the transition that led to it, so that those of a slice are in its rows 1 to H; otherwise in 0 to H - 1."""
+    recent_steps: int | None = None
+    """``recent``: newest rows that starts are drawn from."""
+    recent_half_life: float | None = None
+    """``recent``: rows after which a start is half as likely."""
     priority_alpha: float = 0.6
     """``prioritized``: exponent of the priorities."""
     priority_beta: float = 0.4
@@ -39,13 +44,59 @@ class LawSettings:
     """``prioritized``: share of the highest priority of a slice; the rest is the mean's."""
 
 
-def check_options(options: LawOptions) -> LawOptions:
-    """Returns a request's options.
+def check_options(law: str, options: LawOptions, settings: LawSettings, *, reach: int) -> None:
+    """Checks a request's parameters of its law.
+
+    Args:
+        law: the law's name.
+        options: the request's parameters.
+        settings: the table's.
+        reach: transitions that follow each start at least.
 
     Raises:
-        InvalidArgumentError: one is out of range.
+        InvalidArgumentError: one is out of range, or they do not fit each other or the law.
     """
-    beta = options.beta
-    if beta is not None and not 0 <= beta <= 1:
-        raise InvalidArgumentError(f"beta: {beta}, expected 0 to 1")
-    return options
+    if options.beta is not None and not 0 <= options.beta <= 1:
+        raise InvalidArgumentError(f"beta: {options.beta}, expected 0 to 1")
+    if law == "recent":
+        _check_window(options, settings, reach)
+        return
+    for name in ("recent_steps", "recent_half_life"):
+        value = getattr(options, name)
+        if value is not None:
+            raise InvalidArgumentError(f"{name}: {value} under the law {law!r}, expected it only under 'recent'")
+
+
+def recent_window(options: LawOptions, settings: LawSettings) -> tuple[int | None, float | None]:
+    """Returns the newest rows to draw from, and the half-life: exactly one of them. A request's replaces both of the table's.
+
+    Raises:
+        InvalidArgumentError: none or both are given.
+    """
+    if options.recent_steps is None and options.recent_half_life is None:
+        steps, half_life = settings.recent_steps, settings.recent_half_life
+    else:
+        steps, half_life = options.recent_steps, options.recent_half_life
+    if (steps is None) == (half_life is None):
+        found = "neither" if steps is None else "both"
+        raise InvalidArgumentError(f"law: 'recent' with {found} of recent_steps and recent_half_life, expected one of them")
+    return steps, half_life
+
+
+def check_pad(pad: str) -> bool:
+    """Returns whether slices may run over their episode's end.
+
+    Raises:
+        InvalidArgumentError: the value is neither "none" nor "end".
+    """
+    if pad not in ("none", "end"):
+        raise InvalidArgumentError(f"pad: {pad!r}, expected 'none' or 'end'")
+    return pad == "end"
+
+
+def _check_window(options: LawOptions, settings: LawSettings, reach: int) -> None:
+    steps, half_life = recent_window(options, settings)
+    if steps is not None and steps <= reach:
+        raise InvalidArgumentError(f"recent_steps: {steps}, expected at least {reach + 1}, the rows of the shortest slice")
+    if half_life is not None and not 1 <= half_life < math.inf:
+        raise InvalidArgumentError(f"recent_half_life: {half_life}, expected at least 1 row, and a finite number")

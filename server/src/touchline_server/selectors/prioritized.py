@@ -11,7 +11,7 @@ import numpy as np
 from touchline_server.errors import InvalidArgumentError
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.eligible import EligibilityIndex
-from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION, Entry
+from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH, Entry
 from touchline_server.selectors.episode_rows import EpisodeRows
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
 from touchline_server.selectors.selector import Selector
@@ -112,15 +112,8 @@ class PrioritizedSelector(Selector):
         first_row = np.where(rows < entries[:, FIRST_ROW], rows + self._capacity, rows)
         probability = tree.weights[rows] / total
         beta = self._settings.priority_beta if options.beta is None else options.beta
-        return Draw(
-            first_row=first_row,
-            episode_id=entries[:, ID],
-            start=first_row - entries[:, FIRST_ROW],
-            actor=entries[:, ACTOR],
-            policy_version=entries[:, POLICY_VERSION],
-            probability=probability,
-            weight=importance_weights(probability.reshape(batches, -1), beta).reshape(-1),
-        )
+        weight = importance_weights(probability.reshape(batches, -1), beta).reshape(-1)
+        return Draw.of(entries, first_row - entries[:, FIRST_ROW], probability, weight)
 
     # Update
 

@@ -9,12 +9,17 @@ from touchline_server.errors import InvalidArgumentError
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import Entry, EntryQueue
 from touchline_server.selectors.episode import EpisodeSelector
+from touchline_server.selectors.fresh_first import FreshFirstSelector
 from touchline_server.selectors.options import LawSettings
 from touchline_server.selectors.prioritized import PrioritizedSelector
+from touchline_server.selectors.recent import RecentSelector
 from touchline_server.selectors.selector import Selector
 from touchline_server.selectors.step import StepSelector
+from touchline_server.selectors.task import TaskSelector
 
-LAWS: Mapping[str, type[Selector]] = MappingProxyType({kind.law: kind for kind in (EpisodeSelector, StepSelector, PrioritizedSelector)})
+LAWS: Mapping[str, type[Selector]] = MappingProxyType(
+    {kind.law: kind for kind in (EpisodeSelector, StepSelector, RecentSelector, PrioritizedSelector, FreshFirstSelector, TaskSelector)}
+)
 """Every law by its name. The configuration, requests and adapters know a law by being in here."""
 
 
@@ -39,7 +44,8 @@ class Selectors:
 
     def __init__(self, stored: EntryQueue, settings: LawSettings) -> None:
         self._stored = stored
-        self._settings = settings
+        self.settings = settings
+        """The table's parameters of the laws."""
         self.eligible = EligibilityIndex(stored)
         """The eligible episodes by horizon, which all laws share."""
         self._by_law: dict[str, Selector] = {}
@@ -49,7 +55,7 @@ class Selectors:
         """Returns the selector of a law in :data:`LAWS`. The first use of one with state is O(episodes)."""
         selector = self._by_law.get(law)
         if selector is None:
-            selector = self._by_law[law] = LAWS[law](self.eligible, self._settings)
+            selector = self._by_law[law] = LAWS[law](self.eligible, self.settings)
             if selector.stateful:
                 for entry in self._stored.live.tolist():
                     selector.append(tuple(entry))

@@ -32,6 +32,8 @@ class Selector(ABC):
     """The law's name, as in the configuration and in requests."""
     stateful: ClassVar[bool] = False
     """Whether :meth:`append`, :meth:`evict` and :meth:`clear` are called."""
+    needs_task: ClassVar[bool] = False
+    """Whether the law needs a column ``task`` with an integer in each row."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Fields of the optional provenance that every draw of the law has: see :attr:`Draw.optional`."""
 
@@ -56,7 +58,7 @@ class Selector(ABC):
 
         Args:
             batch_size: slices in a batch.
-            horizon: transitions in a slice.
+            horizon: transitions that follow each start at least: those of a slice, or 1 if slices are padded.
             rng: the random numbers.
             batches: number of batches.
             options: the request's parameters of the law.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from touchline_server.selectors.draw import Draw
-from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, POLICY_VERSION
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.selectors.selector import Selector
 
@@ -24,11 +23,4 @@ class StepSelector(Selector):
         position = np.searchsorted(before, nth, side="right") - 1
         entries = eligible.entries.take(position, axis=0)
         start = nth - before[position]
-        return Draw(
-            first_row=entries[:, FIRST_ROW] + start,
-            episode_id=entries[:, ID],
-            start=start,
-            actor=entries[:, ACTOR],
-            policy_version=entries[:, POLICY_VERSION],
-            probability=np.full(len(nth), 1.0 / starts),
-        )
+        return Draw.of(entries, start, np.full(len(nth), 1.0 / starts))

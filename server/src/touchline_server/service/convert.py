@@ -40,6 +40,8 @@ _WHEN_EMPTY_OF: dict[int, str] = {pb.WHEN_EMPTY_UNSPECIFIED: "wait"} | {
     pb.WhenEmpty.Value(f"WHEN_EMPTY_{rule.upper()}"): rule for rule in WHEN_EMPTY
 }
 
+_PAD_OF: dict[int, str | None] = {pb.PAD_UNSPECIFIED: None, pb.PAD_NONE: "none", pb.PAD_END: "end"}
+
 _OUTCOME_OF: dict[type[Exception], pb.EpisodeResult.Outcome] = {
     OversizeError: pb.EpisodeResult.OUTCOME_TOO_LARGE,
     CodecError: pb.EpisodeResult.OUTCOME_INVALID,
@@ -179,6 +181,18 @@ def mix(request: pb.SampleRequest) -> MixSpec | None:
     return MixSpec.of([(share.table, share.share) for share in request.mix], _WHEN_EMPTY_OF[request.when_empty])
 
 
+def pad(number: int) -> str | None:
+    """Returns how slices are padded; None if the request leaves it to the configuration.
+
+    Raises:
+        InvalidArgumentError: the number is unknown.
+    """
+    try:
+        return _PAD_OF[number]
+    except KeyError:
+        raise InvalidArgumentError(f"pad: number {number}, expected one of {sorted(_PAD_OF)}") from None
+
+
 def query(request: pb.GetEpisodesRequest) -> EpisodeQuery:
     """Returns which episodes a request selects.
 
@@ -232,6 +246,7 @@ def info(table: Table, tables: Sequence[str]) -> pb.InfoResponse:
         storage_state=described.storage_state,
         storage_reason=described.storage_reason,
         tables=tables,
+        episodes_not_sampled=table.episodes_not_sampled(),
     )
 
 

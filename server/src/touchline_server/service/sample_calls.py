@@ -175,4 +175,5 @@ def _given(request: pb.SampleRequest) -> dict[str, Any]:
         "horizon": request.horizon if request.HasField("horizon") else None,
         "law": convert.law(request.law),
         "options": convert.law_options(request),
+        "pad": convert.pad(request.pad),
     }

@@ -27,21 +27,21 @@ class TableCalls:
         table = self._parts.tables.get(request.table, context)
         store, drain = table.store, self._parts.drain
         min_steps = _min_steps(request, table.config)
-        horizon = table.spec(horizon=request.horizon if request.HasField("horizon") else None).horizon
+        spec = table.spec(horizon=request.horizon if request.HasField("horizon") else None)
 
         def is_over() -> bool:
             table.check_not_dropped()
-            fill = store.fill(horizon)
+            fill = store.fill(spec.reach)
             return drain.begun or (fill.eligible > 0 and fill.has(min_steps))
 
         await self._parts.changes.until(is_over, convert.checked_wait(request.wait_s))
-        fill = store.fill(horizon)
+        fill = store.fill(spec.reach)
         return pb.ReadyResponse(
             can_sample=fill.eligible > 0,
             min_steps_reached=fill.has(min_steps),
             min_history=table.config.min_history,
             counts=convert.counts(table.counts()),
-            horizon=horizon,
+            horizon=spec.reach,
             episodes_eligible=fill.eligible,
             longest_episode=fill.longest,
         )

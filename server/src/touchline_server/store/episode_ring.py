@@ -86,8 +86,8 @@ class EpisodeRing:
 
     def __init__(self, config: Config) -> None:
         self.capacity = config.buffer_size
-        self.horizon = config.horizon
-        """The configured horizon: an episode of at most this many rows counts as too short."""
+        self.horizon = 1 if config.sampling.pad == "end" else config.horizon
+        """Transitions that follow a start at least, by the configuration: an episode of at most this many rows counts as too short."""
         self.incoming = config.sampling.row_convention == "incoming"
         """The row convention: True if the first row's action, reward and done are undefined, False if the last row's are."""
         self._storage = config.storage
@@ -163,6 +163,8 @@ class EpisodeRing:
             self.totals.episodes_added += 1
             self.totals.episodes_too_short += insert.length <= self.horizon
             counts = self._counts()
+        if insert.length <= self.horizon:
+            _warn_of_short_episodes(counts.episodes_too_short, self.horizon)
         if episode.key is not None:
             self.ledger.remember(episode.key, insert.request.digest, insert.episode_id)
         return Stored(insert.episode_id, first_row, False, counts)
@@ -238,12 +240,21 @@ class EpisodeRing:
         return self.totals.counts(self.index.steps, len(self.index))
 
 
+def _warn_of_short_episodes(episodes: int, reach: int) -> None:
+    """Warns of episodes that cannot be sampled: of the first, the tenth, the hundredth, ..."""
+    if str(episodes).strip("0") == "1":
+        remedy = ", except with pad='end'" if reach > 1 else ""
+        logger.warning("%d episodes so far are shorter than a slice of %d steps and cannot be sampled%s", episodes, reach + 1, remedy)
+
+
 def _law_settings(config: Config) -> LawSettings:
     """Returns a table's parameters of its laws."""
     sampling = config.sampling
     return LawSettings(
         capacity=config.buffer_size,
         incoming=sampling.row_convention == "incoming",
+        recent_steps=sampling.recent_steps,
+        recent_half_life=sampling.recent_half_life,
         priority_alpha=sampling.priority_alpha,
         priority_beta=sampling.priority_beta,
         priority_eta=sampling.priority_eta,

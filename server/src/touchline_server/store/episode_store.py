@@ -16,9 +16,9 @@ from touchline_protos import Counts
 from touchline_protos.codec import Episode
 from touchline_protos.types.priorities import PriorityUpdate
 from touchline_server.config.settings import Config
-from touchline_server.errors import NotReadyError
+from touchline_server.errors import InvalidArgumentError, NotReadyError
 from touchline_server.selectors.draw import Draw
-from touchline_server.selectors.options import NO_OPTIONS, LawOptions
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
 from touchline_server.selectors.prioritized import PRIORITIZED, PrioritizedSelector, SavedPriorities
 from touchline_server.store.actors import NameTable
 from touchline_server.store.columns import Columns
@@ -26,7 +26,7 @@ from touchline_server.store.episode_ring import EpisodeRing
 from touchline_server.store.index import Fill, IndexEntry
 from touchline_server.store.inserts import CommitFuture, Stored
 from touchline_server.store.journal import Committer, Journal
-from touchline_server.store.pinned_draw import PinnedDraw, locate_batches
+from touchline_server.store.pinned_draw import PinnedDraw, locate_batches, pad_draw
 from touchline_server.store.schema import Schema
 from touchline_server.store.scratch import ScratchDir
 from touchline_server.store.write_path import WritePath
@@ -143,6 +143,11 @@ class EpisodeStore:
         return self._ring.columns
 
     @property
+    def law_settings(self) -> LawSettings:
+        """Parameters of the laws."""
+        return self._ring.index.selectors.settings
+
+    @property
     def actors(self) -> NameTable:
         """Names of the stored episodes' actors and their numbers."""
         return self._ring.index.actors
@@ -179,22 +184,38 @@ class EpisodeStore:
         *,
         batches: int = 1,
         options: LawOptions = NO_OPTIONS,
+        pad: bool = False,
         mark: Callable[[Draw], Draw] | None = None,
     ) -> PinnedDraw:
         """Draws batches, each from the same episodes, and pins their rows until the draw is released.
 
-        A mix of several tables completes its fields of the draw by ``mark``, before the draw is cut into batches.
+        Args:
+            batch_size: slices in a batch.
+            horizon: transitions in a slice.
+            law: the sampling law.
+            rng: the random numbers.
+            batches: number of batches.
+            options: parameters of the law.
+            pad: whether every transition is a start, and slices that run over their episode's end repeat its last row.
+            mark: callback by which a mix of several tables completes its fields of the draw, before it is cut into batches.
 
         Raises:
-            NotReadyError: no episode has horizon + 1 rows.
+            NotReadyError: no episode has horizon + 1 rows, or with ``pad`` 2 rows.
+            InvalidArgumentError: the law does not fit the columns, or its parameters do not fit each other.
         """
+        reach = 1 if pad else horizon
         with self._ring.lock:
             index, columns = self._ring.index, self._ring.columns
-            if columns is None or not len(index.eligible(horizon)):
-                raise NotReadyError(index.fill(horizon).explain_not_ready())
-            draw = index.selectors.of(law).draw(batch_size, horizon, rng, batches=batches, options=options)
+            if columns is None or not len(index.eligible(reach)):
+                raise NotReadyError(index.fill(reach).explain_not_ready())
+            selector = index.selectors.of(law)
+            if selector.needs_task and not columns.schema.has_task_numbers:
+                raise InvalidArgumentError(f"law: {law!r}, expected a table with a column task of integers, one in each row")
+            draw = selector.draw(batch_size, reach, rng, batches=batches, options=options)
             pin = self._ring.epochs.pin()
         try:
+            if pad:
+                draw = pad_draw(draw, horizon)
             if mark is not None:
                 draw = mark(draw)
             located = locate_batches(draw, columns, batches=batches, horizon=horizon)

@@ -21,6 +21,7 @@ from touchline_server.selectors.entries import ACTOR, ID, LENGTH, Entry, EntryQu
 from touchline_server.selectors.options import LawSettings
 from touchline_server.selectors.registry import Selectors
 from touchline_server.store.actors import NameTable
+from touchline_server.store.schema import is_integer
 
 SCAN_ENTRIES = 4096
 """Entries searched at a time for those of one actor."""
@@ -44,6 +45,7 @@ class Fill:
     """How much can be sampled at one horizon, at one moment."""
 
     horizon: int
+    """Transitions that follow a start at least: those of a slice, or 1 if slices are padded."""
     episodes: int
     """Stored."""
     steps: int
@@ -72,6 +74,7 @@ class Fill:
         return (
             f"{self.steps} steps in {self.episodes} episodes are stored, none of the episodes has the {self.horizon + 1} steps that "
             f"horizon {self.horizon} needs, the longest has {self.longest}; add longer episodes, wait for them, or take a smaller horizon"
+            f"{', or pad=' + repr('end') if self.longest > 1 else ''}"
         )
 
 
@@ -107,7 +110,7 @@ class EpisodeIndex:
 
     @property
     def entries(self) -> np.ndarray:
-        """[n, 5] int64, oldest first, columns ID to POLICY_VERSION: a view, valid until the next change."""
+        """[n, 6] int64, oldest first, columns ID to TASK: a view, valid until the next change."""
         return self._episodes.live
 
     @property
@@ -133,7 +136,7 @@ class EpisodeIndex:
 
     def append(self, episode: Episode, *, episode_id: int, length: int) -> None:
         """Makes an episode visible whose ``length`` rows were written at the cursor, into rows that were free."""
-        entry = (episode_id, self.cursor, length, self.actors.hold(episode.actor), episode.policy_version)
+        entry = (episode_id, self.cursor, length, self.actors.hold(episode.actor), episode.policy_version, _task_of(episode))
         self._episodes.append(entry)
         self._keys.append(episode.key and self._with_shared_id(episode.key))
         while self._longest and self._longest[-1][1] <= length:
@@ -231,9 +234,15 @@ class EpisodeIndex:
         return found[:limit]
 
     def _entry(self, position: int) -> IndexEntry:
-        episode_id, first_row, length, actor, policy_version = self.entries[position].tolist()
+        episode_id, first_row, length, actor, policy_version, _ = self.entries[position].tolist()
         return IndexEntry(episode_id, first_row, length, Episode({}, self._keys[position], self.actors.name(actor), policy_version))
 
     def _with_shared_id(self, key: EpisodeKey) -> EpisodeKey:
         client_id = self._clients.name(self._clients.hold(key.client_id))
         return key if key.client_id is client_id else replace(key, client_id=client_id)
+
+
+def _task_of(episode: Episode) -> int:
+    """Returns the task of an episode's first row; 0 if there is no column ``task`` with an integer in each row."""
+    task = episode.columns.get("task")
+    return int(task.item(0)) if task is not None and is_integer(task.dtype) else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -64,27 +64,48 @@ class PinnedDraw:
         self.release()
 
 
+def pad_draw(draw: Draw, horizon: int) -> Draw:
+    """Returns a draw of slices that may run over their episode's end, with which of their transitions are real.
+
+    Args:
+        draw: slices of which at least the first transition is in the episode.
+        horizon: transitions in a slice.
+    """
+    # Transition t of a slice leads from its row t to row t + 1, so the episode's last row is where the last real one leads.
+    valid = np.arange(1, horizon + 1, dtype=np.int64)[:, None] <= _rows_left(draw)
+    return replace(draw, valid=valid[:, :, None])
+
+
 def locate_batches(draw: Draw, columns: Columns, *, batches: int, horizon: int) -> list[DrawnSlices]:
-    """Returns a draw of equally large batches, each with its physical rows."""
-    rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity)
+    """Returns a draw of equally large batches, each with its physical rows. Rows of padding are the last one of the episode."""
+    last = None if draw.valid is None else _rows_left(draw).reshape(batches, -1)
+    rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity, last=last)
     if batches == 1:
         return [DrawnSlices(draw, rows[0], columns)]
     size = rows.shape[2]
     return [DrawnSlices(draw.between(batch * size, (batch + 1) * size), rows[batch], columns) for batch in range(batches)]
 
 
-def physical_rows(first_row: np.ndarray, steps: int, capacity: int) -> np.ndarray:
+def _rows_left(draw: Draw) -> np.ndarray:
+    """Returns how many rows of the episode follow each slice's first one, [slices] int64."""
+    assert draw.length is not None  # a selector's draw
+    return draw.length - 1 - draw.start
+
+
+def physical_rows(first_row: np.ndarray, steps: int, capacity: int, *, last: np.ndarray | None = None) -> np.ndarray:
     """Returns the physical rows of slices: logical rows ``first_row`` + 0, 1, ... ``steps`` - 1, wrapped at the end of the ring.
 
     Args:
         first_row: [batches, B] int64, in [0, 2 x capacity).
         steps: H + 1, rows of a slice: at most ``capacity``.
         capacity: rows of the ring.
+        last: [batches, B] int64: the largest number that is added to ``first_row``; None if it is ``steps`` - 1 everywhere.
 
     Returns:
         [batches, H+1, B] int64, in [0, capacity).
     """
-    rows = first_row[:, None, :] + np.arange(steps, dtype=np.int64)[:, None]
+    offsets = np.arange(steps, dtype=np.int64)[:, None]
+    rows = first_row[:, None, :] + (offsets if last is None else np.minimum(offsets, last[:, None, :]))
     # An episode begins in [0, capacity) and is at most as long as the ring, so each row is less than 2 x capacity: one conditional
     # subtraction wraps it. A remainder takes three times as long.
     return np.subtract(rows, capacity, out=rows, where=rows >= capacity)

@@ -17,6 +17,11 @@ from touchline_server.errors import InvalidEpisodeError
 logger = get_logger(__name__)
 
 
+def is_integer(dtype: np.dtype) -> bool:
+    """Returns whether values of a dtype are integers, or booleans."""
+    return dtype.kind in "iub"
+
+
 @dataclass(frozen=True, slots=True)
 class ColumnSpec:
     """Name, dtype and row shape of one column."""
@@ -60,6 +65,11 @@ class Schema:
     def row_bytes(self) -> int:
         """Number of bytes of one row of all columns."""
         return sum(spec.row_bytes for spec in self.columns)
+
+    @property
+    def has_task_numbers(self) -> bool:
+        """Whether there is a column ``task`` with an integer in each row."""
+        return any(spec.name == "task" and is_integer(spec.dtype) for spec in self.columns)
 
     def check(self, episode: Mapping[str, np.ndarray]) -> None:
         """Raises InvalidEpisodeError unless the episode has exactly these columns, dtypes and inner shapes."""

@@ -66,6 +66,7 @@ class MixSampler:
         horizon: H, transitions in a slice.
         law: the law of every table; None takes each table's own.
         options: the request's parameters of the laws.
+        pad: ``"none"`` or ``"end"``, whether slices are padded; None takes each table's own.
 
     Raises:
         InvalidArgumentError: an argument is out of range, or the columns of two tables do not fit each other.
@@ -81,15 +82,16 @@ class MixSampler:
         horizon: int | None = None,
         law: str | None = None,
         options: LawOptions = NO_OPTIONS,
+        pad: str | None = None,
     ) -> None:
         self._mix = mix
         self.table_names = mix.names
         """Names of the tables, in the order of the mix."""
         self._tables = tuple(tables)
-        first = tables[0].spec(batch_size=batch_size, horizon=horizon, law=law, options=options)
+        first = tables[0].spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
         self.batch_size, self.horizon = first.batch_size, first.horizon
         self._specs = [first] + [
-            table.spec(batch_size=first.batch_size, horizon=first.horizon, law=law, options=options) for table in tables[1:]
+            table.spec(batch_size=first.batch_size, horizon=first.horizon, law=law, options=options, pad=pad) for table in tables[1:]
         ]
         optional = {"table"}.union(*(spec.optional for spec in self._specs))
         self._optional = tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
@@ -116,9 +118,9 @@ class MixSampler:
         """Returns for each table that the mix waits for what it lacks."""
         split = self._split()
         reasons = []
-        for table, share, count in zip(self._tables, self._mix.shares, split or self._mix.shares, strict=True):
-            if split is None and share and not self._is_ready(table):
-                reasons.append(f"table {table.name!r}: {table.store.fill(self.horizon).explain_not_ready()}")
+        for position, (table, share, count) in enumerate(zip(self._tables, self._mix.shares, split or self._mix.shares, strict=True)):
+            if split is None and share and not self._is_ready(position):
+                reasons.append(f"table {table.name!r}: {table.store.fill(self._specs[position].reach).explain_not_ready()}")
             elif split is not None and count and table.limiter is not UNLIMITED:
                 reasons.append(f"table {table.name!r}: the rate limit holds batches back: {table.limiter.explain()}")
         return "; ".join(reasons) or "a table of the mix had nothing to sample a moment ago"
@@ -223,7 +225,7 @@ class MixSampler:
 
     def _split(self) -> Split | None:
         """Returns the split of a batch that is drawn now; None if there can be none."""
-        ready = [self._is_ready(table) for table in self._tables]
+        ready = [self._is_ready(position) for position in range(len(self._tables))]
         split = self._split_of([True] * len(ready) if self._mix.when_empty == "wait" else ready)
         return split if all(has or not count for has, count in zip(ready, split, strict=True)) and any(split) else None
 
@@ -236,9 +238,10 @@ class MixSampler:
             split = self._splits[key] = split_batch(shares, self.batch_size) if any(shares) else (0,) * len(shares)
         return split
 
-    def _is_ready(self, table: Table) -> bool:
+    def _is_ready(self, position: int) -> bool:
+        table = self._tables[position]
         table.check_not_dropped()
-        return table.store.can_sample(self.horizon)
+        return table.store.can_sample(self._specs[position].reach)
 
     def _draw_part(self, position: int, count: int, batches: int, layout: BatchLayout) -> BatchDraw:
         table = self._tables[position]

@@ -118,11 +118,11 @@ class TableSampler:
     def can_sample(self) -> bool:
         """See :class:`Sampler`."""
         self._table.check_not_dropped()
-        return self._table.store.can_sample(self.horizon)
+        return self._table.store.can_sample(self._spec.reach)
 
     def explain_not_ready(self) -> str:
         """See :class:`Sampler`."""
-        fill = self._table.store.fill(self.horizon)
+        fill = self._table.store.fill(self._spec.reach)
         return f"the rate limit holds batches back: {self._table.limiter.explain()}" if fill.eligible else fill.explain_not_ready()
 
     def layout(self) -> BatchLayout | None:

@@ -19,7 +19,7 @@ from touchline_server.errors import InvalidArgumentError, OverLimitError, Restor
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.unlimited import UNLIMITED
 from touchline_server.selectors.draw import Draw
-from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options, check_pad
 from touchline_server.selectors.prioritized import PRIORITIZED
 from touchline_server.selectors.registry import LAWS, check_law
 from touchline_server.selectors.seeds import SeedSource
@@ -54,11 +54,19 @@ class SampleSpec(NamedTuple):
     law: str
     options: LawOptions = NO_OPTIONS
     """The request's parameters of the law."""
+    pad: bool = False
+    """Whether slices may run over their episode's end."""
 
     @property
     def optional(self) -> tuple[str, ...]:
         """Fields of the optional provenance of its batches, in wire order."""
-        return LAWS[self.law].optional
+        law = LAWS[self.law].optional
+        return (*law, "valid") if self.pad else law
+
+    @property
+    def reach(self) -> int:
+        """Transitions that follow a start at least: an episode with more rows than this can be sampled."""
+        return 1 if self.pad else self.horizon
 
 
 class Table:
@@ -170,7 +178,12 @@ class Table:
     def ready(self) -> bool:
         """Returns whether at least one episode can be sampled at the configured horizon."""
         self.check_restored()
-        return self.store.can_sample(self.config.horizon)
+        return self.store.can_sample(self.spec().reach)
+
+    def episodes_not_sampled(self) -> int:
+        """Returns the number of stored episodes that are too short for a slice, as configured."""
+        fill = self.store.fill(self.spec().reach)
+        return fill.episodes - fill.eligible
 
     # Adding. Raises as EpisodeStore.add does.
 
@@ -217,6 +230,7 @@ class Table:
         horizon: int | None = None,
         law: str | None = None,
         options: LawOptions = NO_OPTIONS,
+        pad: str | None = None,
     ) -> SampleSpec:
         """Returns what to draw, with the configured values for what is None.
 
@@ -231,7 +245,10 @@ class Table:
             raise InvalidArgumentError(f"batch_size: {batch_size}, expected 1 to {limits.max_batch_size} (limits.max_batch_size)")
         if not 1 <= horizon <= limits.max_horizon:
             raise InvalidArgumentError(f"horizon: {horizon}, expected 1 to {limits.max_horizon} (limits.max_horizon)")
-        return SampleSpec(batch_size, horizon, self.config.sampling.law if law is None else check_law(law), check_options(options))
+        law = self.config.sampling.law if law is None else check_law(law)
+        spec = SampleSpec(batch_size, horizon, law, options, check_pad(self.config.sampling.pad if pad is None else pad))
+        check_options(law, options, self.store.law_settings, reach=spec.reach)
+        return spec
 
     def draw(
         self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1, mark: Callable[[Draw], Draw] | None = None
@@ -249,7 +266,9 @@ class Table:
         Raises:
             NotReadyError: no stored episode has horizon + 1 steps.
         """
-        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options, mark=mark)
+        pinned = self.store.draw(
+            spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options, pad=spec.pad, mark=mark
+        )
         try:
             plan = self._plan(pinned.columns.schema, spec.horizon)
             return BatchDraw(pinned, plan, plan.layout(spec.batch_size, pinned.batches[0].draw.optional))

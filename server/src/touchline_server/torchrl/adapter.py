@@ -122,10 +122,13 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         self._store = table.store
         self._limiter = table.limiter
         self._law = table.config.sampling.law
+        self._pad = table.config.sampling.pad == "end"
         self._random = table.seeds.stream()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
         """Returns the rows of ``batch_size // slice_len`` slices, one slice after the other, and where each row came from.
+
+        If the table pads slices, ``valid`` says which rows are real: those after the last real one repeat it.
 
         Args:
             storage: the storage of the store's columns.
@@ -149,21 +152,25 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         return sample
 
     def _draw(self, slices: int, steps: int, random: np.random.Generator) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
-        with self._store.draw(slices, steps - 1, self._law, random) as (drawn,):
+        with self._store.draw(slices, steps - 1, self._law, random, pad=self._pad) as (drawn,):
             drawn.columns.note_foreign_reads()
             rows = torch.from_numpy(np.ascontiguousarray(drawn.rows.T).reshape(-1))
             truncated = torch.zeros(slices, steps, dtype=torch.bool)
-            truncated[:, -1] = True
+            valid = drawn.draw.valid
+            real = np.full(slices, steps) if valid is None else 1 + valid.sum(axis=0)[:, 0]
+            truncated[torch.arange(slices), torch.from_numpy(real - 1)] = True
             info = {
                 "episode": torch.from_numpy(drawn.draw.episode_id).repeat_interleave(steps),
                 "probability": torch.from_numpy(drawn.draw.probability).repeat_interleave(steps),
                 self.truncated_key: truncated.view(-1, 1),
             }
+            if valid is not None:
+                info["valid"] = torch.from_numpy(np.arange(steps) < real[:, None]).view(-1, 1)
         return (rows.to(drawn.columns.device),), info
 
     def _sampleable_count(self, storage: Storage, batch_size: int) -> int:
         steps, _ = self._adjusted_batch_size(batch_size)
-        return int(self._store.can_sample(steps - 1))
+        return int(self._store.can_sample(1 if self._pad else steps - 1))
 
 
 class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
