@@ -45,7 +45,7 @@ def _program(beginning: str) -> str:
 
 
 def test_every_program_of_the_page_is_run() -> None:
-    tested = ("Buffer(cfg)\n", "Buffer(cfg, backend=", "RemoteReplayBuffer(", "GymnasiumRecorder(")
+    tested = ("Buffer(cfg)\n", "Buffer(cfg, backend=", "RemoteReplayBuffer(", "GymnasiumRecorder(", "lockstep=True")
 
     assert sorted(map(_program, tested)) == sorted(PROGRAMS)
 
@@ -78,3 +78,11 @@ def test_recorder_runs_as_written(address: str) -> None:
     with ReplayClient(address) as client:
         (episode,) = client.episodes()
     assert (episode.actor, episode.length) == ("left-foot", 201)
+
+
+def test_lockstep_runs_as_written(address: str) -> None:
+    found = _run(_program("lockstep=True"), address)
+
+    assert tuple(found["batch"].obs.shape[:3]) == (4, 8, 3)
+    assert tuple(found["alive"].shape) == tuple(found["batch"].reward.shape) == (3, 8, 3)
+    assert found["alive"].all() and found["loss_of_rewards"] > 0

@@ -121,6 +121,22 @@ def action_converter(space: Any, *, float64_as: np.dtype[Any] | None = None) -> 
     return space_converter("action", space, float64_as=float64_as, rounding=True)
 
 
+def space_layout(name: str, space: Any) -> dict[str, str]:
+    """Returns a description of each array of a Gymnasium space, by its dotted name: its shape and dtype, and how many values it may have.
+
+    Bounds of floats are left out: they do not change what is stored.
+    """
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict):
+        parts = {str(key): part for key, part in space.spaces.items()}
+    elif isinstance(space, spaces.Tuple):
+        parts = {str(index): part for index, part in enumerate(space.spaces)}
+    else:
+        return {name: f"{space.dtype} {space.shape}" if isinstance(space, spaces.Box) else repr(space)}
+    return {key: text for part_name, part in parts.items() for key, text in space_layout(f"{name}.{part_name}", part).items()}
+
+
 def env_value(value: Any, index: int) -> Any:
     """Returns one environment's value out of a vector environment's: arrays [num_envs, ...], or dicts and tuples of them."""
     if isinstance(value, Mapping):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ import numpy as np
 from touchline.client import ReplayClient
 from touchline.errors import InvalidArgumentError
 from touchline.recorders.converters import Convert, array_converter, mapping_converter, tuple_converter
+from touchline.recorders.lockstep import AgentSpaces, LockstepTrack, check_same_spaces
 from touchline.recorders.recording import Recording, RecordingOptions, float64_dtype
-from touchline.recorders.track import Step
+from touchline.recorders.track import EpisodeTrack, Step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
@@ -37,7 +38,9 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
                 step = env.step(np.random.uniform(-1.0, 1.0, env.action_spec().shape))
 
     **Players.** If specs, observations, actions and rewards are lists, as in dm_control's soccer, each player has a track of its own (actor
-    ``<actor>/<index>``).
+    ``<actor>/<index>``). With ``lockstep=True`` an episode is a whole match instead, with the players as second axis, in the environment's
+    order: ``obs`` and ``action`` [rows, players, ...], ``reward``, ``done`` and ``alive`` (all true) [rows, players]. All players have the
+    same specs.
 
     **Episode ends.** An episode whose last discount is 0 has terminated (``done``); any other was truncated.
 
@@ -50,13 +53,16 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
     Args:
         environment: environment whose observations are arrays, mappings or tuples of arrays, and whose actions are single arrays.
         client: client that sends the episodes; close the recorder first.
+        lockstep: whether an episode is a whole match instead of one player's. The actor's name then stays as it is.
         options: see :class:`~touchline.recorders.RecordingOptions`.
 
     Raises:
-        InvalidArgumentError: an action is not a single array.
+        InvalidArgumentError: an action is not a single array; in lockstep, there is one player, or the specs of two players differ.
     """
 
-    def __init__(self, environment: dm_env.Environment, client: ReplayClient, **options: Unpack[RecordingOptions]) -> None:
+    def __init__(
+        self, environment: dm_env.Environment, client: ReplayClient, *, lockstep: bool = False, **options: Unpack[RecordingOptions]
+    ) -> None:
         self._environment = environment
         observation_spec, action_spec = environment.observation_spec(), environment.action_spec()
         self._multi_player = isinstance(observation_spec, list | tuple) and isinstance(action_spec, list | tuple)
@@ -67,9 +73,20 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         self._actions = [_action_converter(spec, float64_as) for spec in action_specs]
         self.recording = Recording(client, **options)
         """Sending side of the recorder: ``counters``, ``flush()``, ``policy_version``."""
-        self._tracks = [
-            self.recording.new_track(observe, player if self._multi_player else None) for player, observe in enumerate(converters)
-        ]
+        self._players = range(len(converters))
+        self._match: LockstepTrack | None = None
+        self._tracks: list[EpisodeTrack] = []
+        if lockstep:
+            if not self._multi_player:
+                raise InvalidArgumentError("lockstep: the environment has one player, expected lists of specs; record without lockstep")
+            _check_same_specs(observation_specs, action_specs)
+            act = self._actions[0]
+            spaces = AgentSpaces(converters[0], act, act(np.zeros(action_specs[0].shape, action_specs[0].dtype)))
+            self._match = self.recording.new_lockstep(self._players, spaces)
+        else:
+            self._tracks = [
+                self.recording.new_track(observe, player if self._multi_player else None) for player, observe in enumerate(converters)
+            ]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -90,6 +107,8 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
             InvalidEpisodeError: a value cannot be stored exactly. A bad action is refused before the environment steps. For other values,
                 the stored episode ends before this transition, and the rest of the environment's episode is not recorded.
         """
+        if self._match is not None:
+            return self._step_in_lockstep(action, self._match)
         # Before the step: the environment may modify an action in place. A step that resets ignores its action, which may be anything.
         taken = [
             convert(self._player_value(action, player)) if track.recording else None
@@ -148,7 +167,29 @@ class DmEnvRecorder(dm_env.Environment):  # type: ignore[misc]
         finally:
             self._environment.close()
 
+    def _step_in_lockstep(self, action: Any, match: LockstepTrack) -> dm_env.TimeStep:
+        taken = (
+            [match.convert_action(player, self._player_value(action, player)) for player in self._players] if match.track.recording else []
+        )
+        in_progress = match.track.in_progress
+        step = self._environment.step(action)
+        if step.first() or not in_progress:
+            self._begin(step)
+            return step
+        match.add(
+            lambda: {player: self._step(player, taken[player], step) for player in self._players},
+            lambda: {"discount": step.discount, "step_type": step.step_type},
+            arrived={},
+            ended=step.last(),
+        )
+        return step
+
     def _begin(self, step: dm_env.TimeStep) -> None:
+        if self._match is not None:
+            self._match.begin(
+                lambda: {player: self._player_value(step.observation, player) for player in self._players},
+                lambda: {"discount": step.discount, "step_type": step.step_type},
+            )
         for player in range(len(self._tracks)):
             self._begin_one(player, step)
 
@@ -184,3 +225,20 @@ def _action_converter(spec: Any, float64_as: np.dtype[Any] | None) -> Convert:
     if isinstance(spec, Mapping | list | tuple):
         raise InvalidArgumentError(f"action: spec {type(spec).__name__}, expected a single array; flatten it with a wrapper")
     return array_converter("action", spec.dtype, float64_as=float64_as, rounding=True)
+
+
+def _check_same_specs(observation_specs: Sequence[Any], action_specs: Sequence[Any]) -> None:
+    layouts = {
+        player: _layout("obs", observation) | _layout("action", action)
+        for player, (observation, action) in enumerate(zip(observation_specs, action_specs, strict=True))
+    }
+    check_same_spaces(layouts, remedy="record without lockstep")
+
+
+def _layout(name: str, spec: Any) -> dict[str, str]:
+    """Returns a description of each array of a spec, by its dotted name. Bounds of floats do not change what is stored."""
+    if isinstance(spec, Mapping | list | tuple):
+        items = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+        return {key: text for part_name, part in items for key, text in _layout(f"{name}.{part_name}", part).items()}
+    values = getattr(spec, "num_values", None)
+    return {name: f"{np.dtype(spec.dtype)} {spec.shape}" + (f" of {values} values" if values is not None else "")}

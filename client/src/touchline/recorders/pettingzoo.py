@@ -13,6 +13,7 @@ from pettingzoo.utils import BaseParallelWrapper
 from touchline.client import ReplayClient
 from touchline.errors import InvalidEpisodeError
 from touchline.recorders.converters import Convert, action_converter, space_converter
+from touchline.recorders.pettingzoo_match import PettingZooMatch
 from touchline.recorders.recording import Recording, RecordingOptions, float64_dtype
 from touchline.recorders.track import EpisodeTrack, Step, any_set
 
@@ -41,13 +42,24 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
     **Values** are stored as by :class:`~touchline.recorders.GymnasiumRecorder`. Agents whose spaces differ do not fit into one table:
     record some of them (``agents``), or give them the same columns (``transform``).
 
+    **Lockstep.** With ``lockstep=True`` an episode is a whole match with the agents as second axis, in the order of ``possible_agents``
+    (``recording.agents``): ``obs`` and ``action`` [rows, agents, ...], ``reward``, ``done`` and ``alive`` [rows, agents]. ``done`` is 1
+    where an agent terminated. ``alive`` says whether an agent took part in the step to this row (in row 0: whether it was there at the
+    reset); all other values of a step in which it did not are zeros, except the observation of an agent that arrives. The episode ends when
+    no recorded agent is left. All agents have the same spaces.
+
     Each track has a writer with a sending thread. Not thread-safe, except for what :class:`~touchline.recorders.Recording` says.
 
     Args:
         env: environment whose agents' observations have fixed shapes, and whose actions are single arrays.
         client: client that sends the episodes; close the recorder first.
         agents: agents to record; None records all.
+        lockstep: whether an episode is a whole match instead of one agent's. The actor's name then stays as it is, and a transform's info
+            is that of all agents.
         options: see :class:`~touchline.recorders.RecordingOptions`.
+
+    Raises:
+        InvalidArgumentError: in lockstep, the spaces of two agents differ, or the environment does not name its ``possible_agents``.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         client: ReplayClient,
         *,
         agents: Collection[Any] | None = None,
+        lockstep: bool = False,
         **options: Unpack[RecordingOptions],
     ) -> None:
         super().__init__(env)
@@ -65,6 +78,9 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
         """Sending side of the recorder: ``counters``, ``flush()``, ``policy_version``."""
         self._tracks: dict[Any, EpisodeTrack] = {}
         self._actions: dict[Any, Convert] = {}
+        self._match: PettingZooMatch | None = None
+        if lockstep:
+            self._match = PettingZooMatch(env, self.recording, agents, float64_as=self._float64_as, read_step=_step)
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
         """Resets the environment and begins the agents' episodes; those in progress are truncated.
@@ -73,6 +89,9 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
             InvalidArgumentError: an agent's space cannot be stored as columns.
         """
         obs, infos = self.env.reset(seed=seed, options=options)
+        if self._match is not None:
+            self._match.begin(obs, infos)
+            return obs, infos
         for track in self._tracks.values():
             track.end()
         for agent, observation in obs.items():
@@ -90,8 +109,13 @@ class PettingZooRecorder(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[mi
             InvalidArgumentError: the space of a new agent cannot be stored as columns.
             InvalidEpisodeError: an agent's value is missing or cannot be stored exactly. Bad actions are refused before the environment
                 steps. For any other value, the agent's stored episode ends before this transition, and the rest of its episode is not
-                recorded; the other agents' transitions are.
+                recorded; the other agents' transitions are. In lockstep the match's episode ends before this row, for all agents.
         """
+        if self._match is not None:
+            actions_taken = self._match.convert_actions(actions)
+            answer = self.env.step(actions)
+            self._match.add(actions_taken, answer)
+            return answer
         # Before the step: the environment may modify an action in place.
         taken = {
             agent: self._actions[agent](actions[agent])

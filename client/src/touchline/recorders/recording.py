@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -18,12 +19,16 @@ from touchline._rpc.convert import check_dtype
 from touchline.client import ReplayClient
 from touchline.errors import UnacknowledgedError
 from touchline.recorders.converters import Convert
+from touchline.recorders.lockstep import AgentSpaces, LockstepTrack
 from touchline.recorders.track import EpisodeTrack, Transform
 from touchline.types import WriterCounters
 from touchline.writer import SPOOL_LIMIT_BYTES, EpisodeWriter
+from touchline_protos.log_lines import get_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # the standard library's from Python 3.11 on
+
+logger = get_logger(__name__)
 
 
 class RecordingOptions(TypedDict, total=False):
@@ -51,8 +56,9 @@ class RecordingOptions(TypedDict, total=False):
     """``"float32"`` stores float64 values as float32; the client's setting if absent."""
     transform: Transform
     """Maps each row to the row that is stored, for example to flatten observations or to add a ``task`` column. Row 0 has only ``obs``, the
-    others have ``obs``, ``action``, ``reward`` and ``done``. If it has a parameter ``info``, it is called as ``transform(row, info=...)``
-    with the environment's info for that row: interventions, success. dm_env has no info; there it is ``discount`` and ``step_type``."""
+    others have ``obs``, ``action``, ``reward`` and ``done``; in lockstep each has ``alive``, too. If it has a parameter ``info``, it is
+    called as ``transform(row, info=...)`` with the environment's info for that row: interventions, success. dm_env has no info; there it is
+    ``discount`` and ``step_type``."""
 
 
 def float64_dtype(client: ReplayClient, options: RecordingOptions) -> np.dtype[Any] | None:
@@ -92,8 +98,22 @@ class Recording:
         self._spool_dir = None if spool_dir is None else Path(spool_dir)
         self._spool_limit_bytes = options.get("spool_limit_bytes", SPOOL_LIMIT_BYTES)
         self._when_full = options.get("when_full", "block")
+        self.agents: tuple[Any, ...] = ()
+        """Agents in lockstep, in the order of their axis in every column; empty without lockstep."""
         self._writers: list[EpisodeWriter] = []
         self._closing = ExitStack()
+
+    def new_lockstep(self, agents: Sequence[Any], spaces: AgentSpaces) -> LockstepTrack:
+        """Returns the track of whole matches, and keeps the order of their agents.
+
+        Args:
+            agents: all agents, in the order of their axis.
+            spaces: spaces of all agents.
+        """
+        self.agents = tuple(agents)
+        order = ", ".join(f"{index} {agent}" for index, agent in enumerate(self.agents))
+        logger.info("actor %r: agents in lockstep: %s", self._actor, order)
+        return LockstepTrack(self.new_track(spaces.observe), self.agents, spaces)
 
     def new_track(self, observe: Convert, name: object = None) -> EpisodeTrack:
         """Returns a new track of episodes.

@@ -15,11 +15,15 @@ from touchline.writer import EpisodeWriter
 from touchline_protos.log_lines import get_logger
 
 Row = dict[str, Any]
+Info = Mapping[Any, Any]
+MakeRow = Callable[[], tuple[Row, Info]]
+"""Returns a row and the environment's info for it. If it raises, the row is refused."""
 Transform = Callable[..., Mapping[str, Any]]
 
 logger = get_logger(__name__)
 
-_convert_reward = array_converter("reward", np.float32, rounding=True)
+convert_reward = array_converter("reward", np.float32, rounding=True)
+"""Converts a reward to float32."""
 _convert_flag = {name: array_converter(name, np.bool_) for name in ("terminated", "truncated")}
 
 
@@ -93,11 +97,15 @@ class EpisodeTrack:
             UnacknowledgedError: earlier episodes were refused. The episode has begun nevertheless.
             InvalidEpisodeError: the observation cannot be stored. The episode is not recorded.
         """
+        self.begin_row(lambda: ({"obs": self.observe(obs())}, info() if self.takes_info else {}))
+
+    def begin_row(self, make: MakeRow) -> None:
+        """Begins an episode like :meth:`begin`, with a row that ``make`` returns with its info."""
         try:
             self.end()
         finally:
             self._state = _State.RECORDING
-            self._append(lambda: ({"obs": self.observe(obs())}, info() if self.takes_info else {}))
+            self._append(make)
 
     def add(self, step: Callable[[], Step], *, ended: bool) -> None:
         """Adds the row of one transition, and ends the episode if this was its last.
@@ -113,17 +121,21 @@ class EpisodeTrack:
                 episode is over.
         """
 
-        def make_row() -> tuple[Row, Mapping[str, Any]]:
+        def make_row() -> tuple[Row, Info]:
             made = step()
             done = np.float32(read_flag("terminated", made.terminated))
             read_flag("truncated", made.truncated)
-            return {"obs": self.observe(made.obs), "action": made.action, "reward": _convert_reward(made.reward), "done": done}, made.info
+            return {"obs": self.observe(made.obs), "action": made.action, "reward": convert_reward(made.reward), "done": done}, made.info
 
+        self.add_row(make_row, ended=ended)
+
+    def add_row(self, make: MakeRow, *, ended: bool) -> None:
+        """Adds a row like :meth:`add`: one that ``make`` returns with its info."""
         try:
             if self._state is _State.REFUSED:
                 self._unrecorded += 1
             else:
-                self._append(make_row)
+                self._append(make)
         finally:
             if ended:
                 self.end()
@@ -138,7 +150,7 @@ class EpisodeTrack:
                 logger.warning("actor %r: %d steps after a refused row were not recorded", self._writer.actor, self._unrecorded)
             self._unrecorded = 0
 
-    def _append(self, make: Callable[[], tuple[Row, Mapping[str, Any]]]) -> None:
+    def _append(self, make: MakeRow) -> None:
         try:
             row = self._stored_row(make)
             self._retry_after_report(lambda: self._writer.append(row))
@@ -151,7 +163,7 @@ class EpisodeTrack:
                 self._state = _State.REFUSED
             raise
 
-    def _stored_row(self, make: Callable[[], tuple[Row, Mapping[str, Any]]]) -> Mapping[str, Any]:
+    def _stored_row(self, make: MakeRow) -> Mapping[str, Any]:
         try:
             row, info = make()
         except TouchlineError:
