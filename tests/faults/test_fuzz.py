@@ -192,7 +192,6 @@ class Stranger:
             "Clear": (pb.ClearRequest, pb.ClearRequest(table="x")),
             "CreateTable": (pb.CreateTableRequest, pb.CreateTableRequest(table="x1", config_toml='law = "step"\nbuffer_size = 100')),
             "DropTable": (pb.DropTableRequest, pb.DropTableRequest(table="x1")),
-            "ListTables": (pb.ListTablesRequest, pb.ListTablesRequest()),
         }
         of = {"AddEpisode": "adding", "LoadEpisodes": "loading", "SampleStream": "session"}
         self._inputs = {method: mutator(name, seed=8) for method, name in of.items()}
@@ -202,7 +201,7 @@ class Stranger:
 
     def call(self) -> tuple[str, grpc.StatusCode, bytes]:
         """Makes a call; returns the method, how it ended and what was sent."""
-        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2, 1, 1, 1])[0]
+        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2, 1, 1])[0]
         data = self._inputs[name].input()
         try:
             if name == "LoadEpisodes":
