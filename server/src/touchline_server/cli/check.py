@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from touchline_server.cli.options import ConfigPath, DataDir, resolve_data_dir
+from pathlib import Path
+
+from touchline_server.cli.options import ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
 from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings, progress_bar, report_errors
 
 
-def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
-    """Verify a durable store.
+def check(data_dir: DataDir = None, table: TableName = None, config: ConfigPath = None) -> None:
+    """Verify a durable store: of every table, or with --table of one.
 
     Checks SQLite's structures, the checksum of every episode, the ledger of keys, and the counts. Changes nothing, and works while a server
     is running on the store.
@@ -16,6 +18,7 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
     Examples:
       touchline-server check --data-dir /data
       touchline-server check --config cfg/robots.toml
+      touchline-server check --data-dir /data --table demos
 
     \b
     Exit status:
@@ -25,11 +28,22 @@ def check(data_dir: DataDir = None, config: ConfigPath = None) -> None:
       130  interrupted
     """
     from touchline_server.durability import maintenance
+    from touchline_server.durability.table_list import stores_of
 
+    damaged = []
     with report_errors(interrupted="interrupted; nothing was changed"):
         folder = resolve_data_dir(data_dir, config)
-        with progress_bar(f"checking {folder}") as progress:
-            report = maintenance.check(folder, progress)
-    print_findings(report.damage, f"{report.episodes} episodes, {report.steps} steps are whole")
-    if report.damage:
-        exit_with(f"{folder} is damaged; `touchline-server recover --data-dir {folder}` keeps what is whole", EXIT_FAILED)
+        stores = (stores_of(folder) or {"": folder}) if table is None else {table: resolve_store(folder, table)}
+        for name, store in stores.items():
+            with progress_bar(f"checking {store}") as progress:
+                report = maintenance.check(store, progress)
+            place = f"table {name!r}: " if name else ""
+            print_findings([place + line for line in report.damage], f"{place}{report.episodes} episodes, {report.steps} steps are whole")
+            damaged += [(name, store)] if report.damage else []
+    if damaged:
+        exit_with("\n".join(_advice(folder, name, store) for name, store in damaged), EXIT_FAILED)
+
+
+def _advice(folder: Path, name: str, store: Path) -> str:
+    option = f" --table {name}" if name else ""
+    return f"{store} is damaged; `touchline-server recover --data-dir {folder}{option}` keeps what is whole"

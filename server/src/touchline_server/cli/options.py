@@ -35,6 +35,12 @@ DataDir = Annotated[
 ]
 
 
+TableName = Annotated[
+    str | None,
+    typer.Option("--table", metavar="NAME", help="Name of the table; the default table's is empty.", rich_help_panel=STORE),
+]
+
+
 def resolve_data_dir(data_dir: Path | None, config: Path | None) -> Path:
     """Returns the folder of the durable store: the given one, otherwise the configured one.
 
@@ -53,6 +59,25 @@ def resolve_data_dir(data_dir: Path | None, config: Path | None) -> Path:
     if not configured:
         raise ConfigError("storage.data_dir: '', expected a folder; give --data-dir")
     return Path(configured)
+
+
+def resolve_store(data_dir: Path, table: str) -> Path:
+    """Returns the folder of a table's durable store.
+
+    Args:
+        data_dir: folder of all durable stores.
+        table: name of the table; empty for the default table, whose folder is ``data_dir`` itself.
+
+    Raises:
+        ConfigError: another table has no store there; the text names those that have.
+    """
+    from touchline_server.durability.table_list import stores_of
+
+    stores = stores_of(data_dir)
+    if table and table not in stores:
+        known = " or ".join(repr(name) for name in stores) or "none: there is no store"
+        raise ConfigError(f"--table: {table!r} has no store in {data_dir}, expected {known}")
+    return data_dir / table
 
 
 class GroupedCommand(TyperCommand):

@@ -6,19 +6,20 @@ from typing import Annotated
 
 import typer
 
-from touchline_server.cli.options import STORE, ConfigPath, DataDir, resolve_data_dir
+from touchline_server.cli.options import STORE, ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
 from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings, progress_bar, report_errors
 
 
 def recover(
     data_dir: DataDir = None,
+    table: TableName = None,
     accept_loss: Annotated[
         bool,
         typer.Option("--accept-loss", help="Recover even if something is lost. Otherwise a loss changes nothing.", rich_help_panel=STORE),
     ] = False,
     config: ConfigPath = None,
 ) -> None:
-    """Recover the undamaged episodes of a damaged store.
+    """Recover the undamaged episodes of a damaged store: of the default table, or with --table of another.
 
     Finds every episode whose own bytes are intact, whatever else in the file is damaged, cut off or missing. They go into a new file, which
     replaces the old one; the old one stays beside it, unchanged, as touchline.db.damaged. No server may be running on the store, and the
@@ -28,6 +29,7 @@ def recover(
     Examples:
       touchline-server recover --data-dir /data
       touchline-server recover --data-dir /data --accept-loss
+      touchline-server recover --data-dir /data --table demos
 
     \b
     Exit status:
@@ -41,7 +43,7 @@ def recover(
     from touchline_server.durability import recovery
 
     with report_errors(interrupted="interrupted; run the command again"):
-        folder = resolve_data_dir(data_dir, config)
+        folder = resolve_store(resolve_data_dir(data_dir, config), table or "")
         with progress_bar(f"recovering {folder}") as progress:
             found = recovery.recover(folder, progress, accept_loss=accept_loss)
     what = f"{found.episodes} episodes, {found.steps} steps"

@@ -7,22 +7,25 @@ from typing import Annotated
 
 import typer
 
-from touchline_server.cli.options import ConfigPath, DataDir, resolve_data_dir
+from touchline_server.cli.options import ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
 from touchline_server.cli.terminal import report_errors
 
 
 def snapshot(
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the copy; created if it does not exist.")],
     data_dir: DataDir = None,
+    table: TableName = None,
     config: ConfigPath = None,
 ) -> None:
-    """Copy a durable store as it is at one moment.
+    """Copy a durable store as it is at one moment: every table, each at a moment of its own, or with --table one.
 
-    Works while a server is running on the store. A server can start with the copy's folder as its data_dir.
+    Works while a server is running on the store. A server can start with the copy's folder as its data_dir; after --table, the table is its
+    default table.
 
     \b
     Examples:
       touchline-server snapshot --data-dir /data /backup/monday
+      touchline-server snapshot --data-dir /data --table demos /backup/demos
 
     \b
     Exit status:
@@ -34,5 +37,8 @@ def snapshot(
     from touchline_server.durability import maintenance
 
     with report_errors(interrupted="interrupted; the copy is incomplete"):
-        file = maintenance.snapshot(resolve_data_dir(data_dir, config), target)
-    typer.echo(str(file))
+        folder = resolve_data_dir(data_dir, config)
+        copy_all = table is None
+        files = maintenance.snapshot_all(folder, target) if copy_all else [maintenance.snapshot(resolve_store(folder, table or ""), target)]
+    for file in files:
+        typer.echo(str(file))

@@ -17,6 +17,7 @@ from touchline_server.durability.records import EpisodeRow
 from touchline_server.durability.recovery import Progress, require_database, whole_episodes
 from touchline_server.durability.restore import as_row, read_columns
 from touchline_server.durability.sqlite_errors import translate
+from touchline_server.durability.table_list import TableList, read_table_list, stores_of
 from touchline_server.errors import DamagedStoreError, ReplayError, StorageFailedError, StoreMismatchError
 from touchline_server.store.dedup import DedupLedger
 from touchline_server.store.episode_store import new_store_generation
@@ -68,6 +69,22 @@ def check(data_dir: Path, progress: Progress | None = None) -> CheckReport:
     if mark is not None and mark.commits > commits and not _is_held(data_dir):
         report.damage.append(f"the last {mark.commits - commits} acknowledged transactions are missing")
     return report
+
+
+def snapshot_all(data_dir: Path, target: Path) -> list[Path]:
+    """Copies the store of every table, each as :func:`snapshot` does, and the list of the tables that were created at run time.
+
+    Returns:
+        The copies' files.
+
+    Raises:
+        StorageFailedError: as :func:`snapshot`. What was copied before is complete.
+    """
+    stores, created = stores_of(data_dir) or {"": data_dir}, read_table_list(data_dir)
+    files = [snapshot(store, target / name) for name, store in stores.items()]
+    if created:
+        TableList(target, hold=False).write(created)
+    return files
 
 
 def snapshot(data_dir: Path, target: Path) -> Path:

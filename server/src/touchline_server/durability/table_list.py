@@ -12,9 +12,10 @@ from typing import Any
 
 from touchline_protos.files.locks import lock, open_private, sync
 from touchline_protos.log_lines import get_logger
+from touchline_server.config.sections import check_table_name
 from touchline_server.config.settings import to_toml
 from touchline_server.config.source import why_unwritable
-from touchline_server.durability.data_dir import LOCK_NAME
+from touchline_server.durability.data_dir import LOCK_NAME, MARK_NAME
 from touchline_server.durability.database import FILE_NAME
 from touchline_server.errors import DamagedStoreError, StorageFailedError, StoreInUseError
 
@@ -113,6 +114,23 @@ class TableList:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def stores_of(data_dir: Path) -> dict[str, Path]:
+    """Returns the folder of each table that has a durable store in a data_dir, by the table's name: the default table's first."""
+    try:
+        folders = sorted(file.parent for name in (FILE_NAME, MARK_NAME) for file in data_dir.glob(f"*/{name}"))
+        default = {"": data_dir} if any((data_dir / name).exists() for name in (FILE_NAME, MARK_NAME)) else {}
+    except OSError as error:
+        raise StorageFailedError(f"{data_dir}: {error.strerror}") from None
+    return default | {folder.name: folder for folder in folders if _is_table_name(folder.name)}
+
+
+def _is_table_name(name: str) -> bool:
+    try:
+        return bool(check_table_name(name))
+    except ValueError:
+        return False
 
 
 def read_table_list(data_dir: Path) -> dict[str, dict[str, Any]]:
