@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     default_address = os.environ.get("TOUCHLINE_ADDRESS", "127.0.0.1:50051")
     parser.add_argument("--address", default=default_address, help="server to use (default: $TOUCHLINE_ADDRESS, else 127.0.0.1:50051)")
     parser.add_argument("--actor-name", default=f"soccer-{socket.gethostname()}", help="default: soccer-<hostname>")
+    parser.add_argument("--table", default="", help="table on the server for the episodes (default: the server's default table)")
     parser.add_argument("--spool-dir", type=Path, help="folder for unacknowledged episodes (default: none, they wait in memory)")
     parser.add_argument("--seed", type=int, help="seed of pitch and policies (default: derived from the actor's name)")
     parser.add_argument("--matches", type=int, default=0, help="number of matches; 0, the default: until stopped")
@@ -75,7 +76,7 @@ def main() -> int:
     episodes = steps = 0
 
     with (
-        ReplayClient(args.address, actor=args.actor_name) as client,
+        ReplayClient(args.address, table=args.table, actor=args.actor_name) as client,
         DmEnvRecorder(environment, client, transform=rows, spool_dir=args.spool_dir) as match,
     ):
         for number in range(args.matches) if args.matches else itertools.count():

@@ -63,9 +63,11 @@ class Buffer(ProcessBound):
 
     Args:
         cfg: TD-MPC2's configuration, read by attribute: ``buffer_size``, ``steps``, ``batch_size``, ``horizon``. Optional:
-            ``replay_address`` (``"host:50051"``; default: the environment's ``TOUCHLINE_ADDRESS``) and ``device`` (default: CUDA if torch
-            finds it, else the CPU).
+            ``replay_address`` (``"host:50051"``; default: the environment's ``TOUCHLINE_ADDRESS``), ``replay_table`` and ``device``
+            (default: CUDA if torch finds it, else the CPU).
         backend: buffer to use instead of a server: ``touchline_server.ReplayBuffer(...)``, or a client. The caller closes it.
+        table: table on the server; None takes ``cfg.replay_table`` or, without that, the default one. A backend brings its own:
+            ``ReplayClient(address, table="demos")``, or ``buffer.tables["demos"]`` in process.
         fresh: whether to empty the server first, for all of its users; with tokens, this takes the role admin. None: only if
             ``TOUCHLINE_FRESH`` is 1.
         accept_eviction: whether ``load`` may evict what it loaded before, if not all of it fits. None: only if
@@ -74,7 +76,9 @@ class Buffer(ProcessBound):
             server.
 
     Raises:
-        InvalidArgumentError: neither a server nor a backend was named, or the server's row convention is not TD-MPC2's.
+        InvalidArgumentError: neither a server nor a backend was named, ``table`` was named for a backend, or the server's row convention is
+            not TD-MPC2's.
+        UnknownTableError: the server does not have the table.
         UnavailableError: no server answers at that address.
         AccessDeniedError: the token lacks the role; emptying the server takes an admin's.
     """
@@ -86,6 +90,7 @@ class Buffer(ProcessBound):
         cfg: Any,
         backend: Backend | None = None,
         *,
+        table: str | None = None,
         fresh: bool | None = None,
         accept_eviction: bool | None = None,
         timeout_s: float | None = None,
@@ -97,7 +102,10 @@ class Buffer(ProcessBound):
         self._horizon = int(cfg.horizon)
         self._device = _device(getattr(cfg, "device", None))
         self._timeout_s = timeout_s
-        self._owned = ReplayClient(_address(cfg)) if backend is None else None
+        if backend is not None and table is not None:
+            raise InvalidArgumentError(f"table: {table!r} with a backend, expected a backend of that table, or table without one")
+        table = getattr(cfg, "replay_table", None) or "" if table is None else table
+        self._owned = ReplayClient(_address(cfg), table=table) if backend is None else None
         self._backend: Backend = self._owned if self._owned is not None else backend  # type: ignore[assignment]
         self._stream: BatchStream | None = None
         self._closed = False

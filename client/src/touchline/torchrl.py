@@ -48,6 +48,7 @@ except ImportError as error:
 from touchline._learner.stream import BatchStream
 from touchline._learner.torch_batch import check_one_agent
 from touchline._learner.trajectories import Trajectories, check_transitions, path_of
+from touchline._rpc.convert import check_table
 from touchline._rpc.dropping import when_dropped
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError
@@ -73,6 +74,7 @@ class RemoteReplayBuffer:
 
     Args:
         server: address ``"host:50051"``, or a client, which the caller closes.
+        table: table on the server; None takes the client's, the default one for an address.
         batch_size: number of transitions in a sample, a multiple of ``slice_len``.
         slice_len: number of consecutive transitions in a slice.
         observation_keys: keys, both in the root and in "next", that are stored as ``obs``.
@@ -95,6 +97,7 @@ class RemoteReplayBuffer:
         self,
         server: str | ReplayClient,
         *,
+        table: str | None = None,
         batch_size: int | None = None,
         slice_len: int = 1,
         observation_keys: Sequence[Key] = ("observation",),
@@ -114,6 +117,7 @@ class RemoteReplayBuffer:
             raise InvalidArgumentError("observation_keys: none, expected at least one")
         self._client = ReplayClient(server) if isinstance(server, str) else server
         self._owns_client = isinstance(server, str)
+        self._table = self._client.table if table is None else check_table(table)
         self._slice_len = slice_len
         self._batch_size = batch_size
         if batch_size is not None:
@@ -167,7 +171,7 @@ class RemoteReplayBuffer:
     def empty(self) -> None:
         """Empties the server's table, and discards the unfinished trajectories."""
         self._trajectories.end_all()
-        self._client.clear()
+        self._client.clear(table=self._table)
 
     # Sampling.
 
@@ -201,7 +205,7 @@ class RemoteReplayBuffer:
 
     def __len__(self) -> int:
         """Returns the number of transitions on the server, which does not include unfinished trajectories."""
-        counts = self._client.counts()
+        counts = self._client.counts(table=self._table)
         return counts.steps_stored - counts.episodes_stored
 
     @property
@@ -254,7 +258,7 @@ class RemoteReplayBuffer:
     @property
     def write_count(self) -> int:
         """Number of transitions that were ever stored on the server."""
-        counts = self._client.counts()
+        counts = self._client.counts(table=self._table)
         return counts.steps_added - counts.episodes_added
 
     @property
@@ -280,7 +284,7 @@ class RemoteReplayBuffer:
 
     def _is_incoming(self) -> bool:
         if self._incoming is None:
-            self._incoming = self._client.info().row_convention == "incoming"
+            self._incoming = self._client.info(table=self._table).row_convention == "incoming"
         return self._incoming
 
     def _send(self, trajectories: Sequence[TensorDict]) -> None:
@@ -289,9 +293,9 @@ class RemoteReplayBuffer:
         incoming = self._is_incoming()
         episodes = [self._pack(trajectory, incoming) for trajectory in trajectories]
         if len(episodes) == 1:
-            self._client.add(episodes[0])
+            self._client.add(episodes[0], table=self._table)
         else:
-            self._client.load(episodes)
+            self._client.load(episodes, table=self._table)
 
     def _pack(self, trajectory: TensorDict, incoming: bool) -> dict[str, torch.Tensor]:
         """Returns the columns [T + 1] of an episode for a trajectory [T]."""
@@ -346,7 +350,13 @@ class RemoteReplayBuffer:
             if self._stream is not None:
                 self._stream[1].close()
             stream = self._client.batches(
-                batch_size=slices, horizon=self._slice_len, law=self._law, device=self._device, as_numpy=False, timeout_s=self._timeout_s
+                table=self._table,
+                batch_size=slices,
+                horizon=self._slice_len,
+                law=self._law,
+                device=self._device,
+                as_numpy=False,
+                timeout_s=self._timeout_s,
             )
             self._stream = slices, stream
         try:
