@@ -26,6 +26,9 @@ from touchline_server.service.app import ServerThread
 HORIZON = 3
 BATCH = 16
 PATHS = ["in process", "unary", "stream", "ring"]
+TABLE = "demos"
+TABLE_PATHS = [*PATHS, *(f"{path}, table" for path in PATHS)]
+"""The paths to the default table, and those to a second table of the same configuration."""
 
 
 @dataclass
@@ -51,7 +54,10 @@ def make_config(**changes: Any) -> Config:
 
 
 def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
-    buffer = ReplayBuffer(config)
+    path, _, second = path.partition(", ")
+    table = TABLE if second else ""
+    every = ReplayBuffer(config.override(tables={TABLE: {}}) if second else config)
+    buffer = every.tables[table]
     if path == "in process":
 
         def draw_here(seed: int | None, n: int) -> list[Batch]:
@@ -61,8 +67,8 @@ def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
             return [sample_with(buffer, rng) for _ in range(n)]
 
         return Subject(buffer, buffer, draw_here, "")
-    server = stack.enter_context(ServerThread(config, buffer))
-    client = stack.enter_context(ReplayClient(server.address))
+    server = stack.enter_context(ServerThread(config, every))
+    client = stack.enter_context(ReplayClient(server.address, table=table))
     if path == "unary":
 
         def draw_unary(seed: int | None, n: int) -> list[Batch]:
@@ -83,7 +89,7 @@ def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
     return Subject(buffer, client, draw_stream, "ring" if ring else "stream")
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=TABLE_PATHS)
 def path(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -156,7 +162,7 @@ def test_same_seed_gives_the_same_batch_as_in_process(path: str, stack: ExitStac
     subject, reference = open_subject(path, stack, config), open_subject("in process", stack, config)
     fill(subject)
     fill(reference)
-    count = 1 if path == "unary" else 25  # several frames of several batches
+    count = 1 if path.startswith("unary") else 25  # several frames of several batches
 
     for one, other in zip(subject.draw(7, count), reference.draw(7, count), strict=True):
         assert_equal(one, other)
@@ -170,7 +176,7 @@ def test_batch_above_the_chunk_size_is_the_same(path: str, stack: ExitStack) -> 
         for number in range(3):
             side.verbs.add(make_episode(number, 50, width=3_000))  # 9.6 MB a batch
 
-    count = 1 if path == "unary" else 3
+    count = 1 if path.startswith("unary") else 3
     for one, other in zip(subject.draw(3, count), reference.draw(3, count), strict=True):
         assert_equal(one, other)
 
@@ -494,7 +500,7 @@ def test_lockstep_batch_is_the_same_on_every_path(path: str, width: int, stack: 
     for side in (subject, reference):
         for match in matches.values():
             side.verbs.add(match)
-    count = 1 if path == "unary" else 6
+    count = 1 if path.startswith("unary") else 6
 
     for one, other in zip(subject.draw(5, count), reference.draw(5, count), strict=True):
         assert len(one.start) == BATCH

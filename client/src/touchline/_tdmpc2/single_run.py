@@ -137,7 +137,8 @@ def _describe(backend: Any) -> tuple[str, int, str]:
     if not isinstance(backend, ReplayClient):
         return "the buffer", backend.capacity, str(backend.config.sampling.row_convention)
     info = _first_answer(backend)
-    return f"the server at {backend.address}", info.capacity, info.row_convention
+    table = f" (table {backend.table!r})" if backend.table else ""
+    return f"the server at {backend.address}{table}", info.capacity, info.row_convention
 
 
 def _first_answer(client: ReplayClient) -> ServerInfo:
