@@ -17,6 +17,8 @@ from benchmarks.bars import judge
 from benchmarks.compare import RUNS, compare, table
 from benchmarks.gpu.report import GPU_FILE, write_gpu_report
 from benchmarks.peers import suite as peers_suite
+from benchmarks.prioritized import PRIORITIZED_FILE, SUBJECTS_A_ROUND, write_prioritized_report
+from benchmarks.prioritized import measure as measure_prioritized
 from benchmarks.processes import ProcessGroup
 from benchmarks.protocol import MALLOC_TUNING, REPOSITORY
 from benchmarks.report import OWN_FILE, PEERS_FILE, write_report
@@ -128,11 +130,42 @@ def compare_trees(
 
 
 @app.command()
+def prioritized(
+    output: Output = DOCS,
+    quick: Quick = False,
+    rounds: Rounds = None,
+    torchrl_python: Annotated[
+        Path | None, typer.Option(help="Interpreter for TorchRL's sampler, whose trees need a matching torch.")
+    ] = None,
+) -> None:
+    """Measures the law prioritized: over the ring, against TorchRL's sampler, and by the size of the store."""
+    effort = _effort(quick, rounds)
+    described = machine.describe()
+    begin = time.monotonic()
+    with _progress() as progress:
+        task = progress.add_task("filling stores", total=1 + effort.rounds * SUBJECTS_A_ROUND)
+        found = measure_prioritized(
+            rows=1_000_000 // effort.shrink,
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            seed=SEED,
+            torchrl_python=torchrl_python,
+            advance=lambda text: progress.update(task, description=text, advance=1),
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    results = {"machine": described, "settings": _settings(effort, quick, False, begin)} | found
+    (output / PRIORITIZED_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"wrote {write_prioritized_report(output).name}")
+
+
+@app.command()
 def report(output: Output = DOCS) -> None:
     """Regenerates the reports and the plots from the JSON files."""
     console.print(f"wrote {write_report(output).name}")
     if (output / GPU_FILE).exists():
         console.print(f"wrote {write_gpu_report(output).name}")
+    if (output / PRIORITIZED_FILE).exists():
+        console.print(f"wrote {write_prioritized_report(output).name}")
 
 
 def _effort(quick: bool, rounds: int | None) -> Effort:
