@@ -88,6 +88,11 @@ def write_mix() -> bytes:
     return pb.SampleRequest(batch_size=3, horizon=2, seed=7, mix=mix, when_empty=pb.WHEN_EMPTY_OTHERS).SerializeToString()
 
 
+def write_law() -> bytes:
+    options = pb.LawOptions(recent_steps=1 << 40, recent_half_life=0.5, beta=0.25)
+    return pb.SampleRequest(law=pb.LAW_TASK, law_options=options, pad=pb.PAD_END).SerializeToString()
+
+
 def write_group() -> bytes:
     message, batches = make_layout().group(2, ACTORS)
     for seed, views in enumerate(batches):
@@ -148,8 +153,10 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     },
     "load_episodes_request_episodes": (write_grouped, pb.LoadEpisodesRequest),
     "sample_request_mix": (write_mix, pb.SampleRequest),
+    "sample_request_law": (write_law, pb.SampleRequest),
     "sample_response": (write_response, pb.SampleResponse),
     "sample_response_mix": (lambda: write_response(("table",)), pb.SampleResponse),
+    "sample_response_valid": (lambda: write_response(("valid",)), pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
     "sample_stream_response_last_chunk": (lambda: write_chunks()[-1], pb.SampleStreamResponse),
@@ -277,6 +284,14 @@ def test_golden_mixed_batch_is_read_by_hand_with_the_table_of_each_slice() -> No
     assert_batch(batch, 1)
     assert same(batch.table, make_arrays(1, ("table",))["provenance.table"])
     assert batch.weight is None and batch.valid is None
+
+
+def test_golden_padded_batch_is_read_by_hand_with_what_is_real() -> None:
+    batch = BatchDecoder().sample_response(golden("sample_response_valid"))
+
+    assert_batch(batch, 1)
+    assert same(batch.valid, make_arrays(1, ("valid",))["provenance.valid"])
+    assert batch.weight is None and batch.table is None
 
 
 def test_golden_batches_are_read_by_the_generated_class() -> None:

@@ -312,6 +312,32 @@ def test_truncated_key_marks_slice_ends_as_slice_sampler_does(server: ServerThre
     assert not slices["next", "truncated"][:, :-1].any()
 
 
+def test_padded_slices_say_what_is_real_and_where_they_end(server: ServerThread) -> None:
+    options = {"batch_size": 800, "slice_len": 4, "truncated_key": ("next", "truncated"), "law": "step", "pad": "end"}
+    with RemoteReplayBuffer(server.address, **options) as buffer:
+        for batch in _collect():
+            buffer.extend(batch)
+        buffer.flush()
+        slices = buffer.sample().reshape(200, 4)
+
+    valid, steps = slices["valid"][..., 0], slices["next", "step_count"][..., 0]
+    assert valid[:, 0].all() and not valid.all()
+    assert torch.equal(steps.diff(dim=1) == 1, valid[:, 1:])
+    ends = torch.cat([~valid[:, 1:], torch.ones(200, 1, dtype=torch.bool)], dim=1)
+    assert torch.equal(slices["next", "truncated"][..., 0], ends)
+
+
+def test_recent_law_draws_the_newest_trajectories(server: ServerThread) -> None:
+    with RemoteReplayBuffer(server.address, batch_size=300, law="recent", recent_steps=20) as buffer:
+        for batch in _collect():
+            buffer.extend(batch)
+        buffer.flush()
+        sampled = _rows(buffer.sample())
+        everything = len(buffer)
+
+    assert 10 <= len(sampled) <= 20 < everything
+
+
 def test_several_and_nested_observations(server: ServerThread) -> None:
     (batch,) = _collect(envs=1, frames=30)
     for part in (batch, batch["next"]):

@@ -211,13 +211,14 @@ class Buffer(ProcessBound):
             raise ClosedError("the buffer was closed")
         backend = self._backend
         if not isinstance(backend, ReplayClient):
-            return backend.sample(batch_size=self._batch_size, horizon=self._horizon, law=LAW)
+            return backend.sample(batch_size=self._batch_size, horizon=self._horizon, law=LAW, pad="none")
         self._check_process()
         if self._stream is None:
             self._stream = backend.batches(
                 batch_size=self._batch_size,
                 horizon=self._horizon,
                 law=LAW,
+                pad="none",
                 device=self._device if self._device.type == "cuda" else None,
                 as_numpy=False,
                 timeout_s=self._timeout_s,

@@ -52,6 +52,7 @@ from touchline._rpc.convert import check_table
 from touchline._rpc.dropping import when_dropped
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError
+from touchline.types import SampleOptions
 from touchline_protos import Batch
 
 Key = str | tuple[str, ...]
@@ -70,7 +71,8 @@ class RemoteReplayBuffer:
     unfinished trajectories of its workers are lost; ``max_steps`` limits that.
 
     Samples follow the law of TorchRL's ``SliceSampler``: a trajectory uniformly, then a start in it uniformly; with ``law="step"`` all
-    starts are equally likely. The next batches are fetched while the learner uses this one. One thread samples, one thread extends.
+    starts are equally likely; docs/laws.md has the others. The next batches are fetched while the learner uses this one. One thread
+    samples, one thread extends.
 
     Args:
         server: address ``"host:50051"``, or a client, which the caller closes.
@@ -85,7 +87,10 @@ class RemoteReplayBuffer:
             samples; SliceSampler's default is ``("next", "truncated")``. None changes nothing.
         max_steps: number of transitions after which a trajectory is sent in pieces; None never splits one.
         max_trajectories: limit on unfinished trajectories; beyond it the one that has waited longest for its next step is sent as it is.
-        law: sampling law, ``"episode"`` or ``"step"``.
+        law: sampling law: ``"episode"``, ``"step"``, ``"recent"``, ``"fresh_first"`` or ``"task"``.
+        recent_steps: newest rows that ``"recent"`` draws from.
+        recent_half_life: rows after which a start is half as likely under ``"recent"``.
+        pad: ``"end"`` if slices may run over their trajectory's end; samples have a ``valid`` then, False for transitions that repeat.
         device: device of the samples; None for host memory.
         timeout_s: longest wait for a sample.
 
@@ -108,6 +113,9 @@ class RemoteReplayBuffer:
         max_steps: int | None = None,
         max_trajectories: int = 1024,
         law: str = "episode",
+        recent_steps: int | None = None,
+        recent_half_life: float | None = None,
+        pad: str = "none",
         device: Any = None,
         timeout_s: float = 60.0,
     ) -> None:
@@ -126,7 +134,14 @@ class RemoteReplayBuffer:
         self._action, self._reward = path_of(action_key), path_of(reward_key)
         self._transforms: list[Callable[[TensorDict], TensorDict]] = [] if transform is None else [transform]
         self._truncated_key = truncated_key
-        self._law, self._device, self._timeout_s = law, device, timeout_s
+        self._device, self._timeout_s = device, timeout_s
+        self._options: SampleOptions = {
+            "horizon": slice_len,
+            "law": law,
+            "recent_steps": recent_steps,
+            "recent_half_life": recent_half_life,
+            "pad": pad,
+        }
         self._new_trajectories = partial(Trajectories, max_steps=max_steps, max_open=max_trajectories)
         self._trajectories = self._new_trajectories()
         self._incoming: bool | None = None
@@ -349,15 +364,8 @@ class RemoteReplayBuffer:
         if self._stream is None or self._stream[0] != slices:
             if self._stream is not None:
                 self._stream[1].close()
-            stream = self._client.batches(
-                table=self._table,
-                batch_size=slices,
-                horizon=self._slice_len,
-                law=self._law,
-                device=self._device,
-                as_numpy=False,
-                timeout_s=self._timeout_s,
-            )
+            options: SampleOptions = {**self._options, "table": self._table, "batch_size": slices}
+            stream = self._client.batches(device=self._device, as_numpy=False, timeout_s=self._timeout_s, **options)
             self._stream = slices, stream
         try:
             return next(self._stream[1])
@@ -380,19 +388,24 @@ class RemoteReplayBuffer:
         for name, rows in batch.extra.items():
             if not name.startswith("both."):
                 _set(data, name.removeprefix("root."), rows[1:] if incoming else rows[:-1])
+        if batch.valid is not None:
+            _set(data, "valid", batch.valid)
         if batch.task is not None:
             data["task"] = batch.task.repeat_interleave(self._slice_len)
         if ("next", "done") not in data.keys(True):  # an episode of another writer
             for flag in ("done", "terminated"):
                 _set(data, f"next.{flag}", batch.done.bool())
         if self._truncated_key is not None:
-            self._mark_ends(data, self._truncated_key)
+            self._mark_ends(data, self._truncated_key, batch.valid)
         return data
 
-    def _mark_ends(self, data: TensorDict, truncated_key: tuple[str, ...]) -> None:
+    def _mark_ends(self, data: TensorDict, truncated_key: tuple[str, ...], valid: torch.Tensor | None) -> None:
         done_key = (*truncated_key[:-1], "done")
         last = torch.zeros_like(data[done_key])
-        last.view(-1, self._slice_len, *last.shape[1:])[:, -1] = True
+        slices = last.view(-1, self._slice_len, *last.shape[1:])
+        slices[:, -1] = True
+        if valid is not None:  # the last real transition, and all that repeat it
+            slices[:, :-1] |= ~valid[1:].transpose(0, 1)
         data[truncated_key] = last
         data[done_key] = data[done_key] | last
 

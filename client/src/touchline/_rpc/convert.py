@@ -232,7 +232,7 @@ def newer_feature(request: pb.SampleRequest) -> str:
         return " and ".join(f"{field.name}=" for field, _ in request.law_options.ListFields())
     if request.mix:
         return "mix="
-    if request.pad:
+    if request.pad == pb.PAD_END:  # a 1.0 server never pads
         return "pad="
     return ""
 

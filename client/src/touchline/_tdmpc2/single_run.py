@@ -35,7 +35,7 @@ class Backend(Protocol):
     def load(self, episodes: Mapping[str, Any], /) -> int:
         """Stores many episodes."""
 
-    def sample(self, *, batch_size: int, horizon: int, law: str) -> Batch:
+    def sample(self, *, batch_size: int, horizon: int, law: str, pad: str) -> Batch:
         """Draws one batch."""
 
     def counts(self) -> Counts:
