@@ -215,7 +215,9 @@ def test_add_that_is_cancelled_while_the_limit_holds_it_back_reserves_nothing() 
     buffer = limited(limiter)
     with ServerThread(buffer.config, buffer) as server, Caller(server.address) as caller:
         add = caller.channel.unary_unary(SERVICE + "AddEpisode")
-        assert refused(add, encode_add_episode(make_episode(STEPS)), timeout=0.5).code is grpc.StatusCode.DEADLINE_EXCEEDED
+        held = add.future(encode_add_episode(make_episode(STEPS)))
+        assert limiter.refused.wait(60)
+        held.cancel()
         eventually(lambda: not server._server.parts.calls.replay.now, "the server has ended the call as well")
         limiter.allow(episodes=2)
         caller.add(make_episode(STEPS))

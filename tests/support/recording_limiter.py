@@ -6,6 +6,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from touchline_server.limiters.waiting import Waiter
+
 
 class RecordingLimiter:
     """Grants episodes and batches up to an allowance of each; counts steps and slices by their outcome."""
@@ -42,7 +44,21 @@ class RecordingLimiter:
         with self._lock:
             return self.slices["reserved"] - self.slices["delivered"] - self.slices["cancelled"]
 
-    def reserve_insert(self, steps: int) -> bool:
+    active = True
+
+    def queue_insert(self, who: str) -> Waiter:
+        return Waiter(who)
+
+    def queue_batches(self, who: str) -> Waiter:
+        return Waiter(who)
+
+    def leave(self, waiter: Waiter) -> None:
+        """Does nothing: all that wait are asked for in any order."""
+
+    def cleared(self) -> None:
+        """Does nothing."""
+
+    def reserve_insert(self, steps: int, waiter: Waiter | None = None) -> bool:
         with self._lock:
             if not self._episodes:
                 self.refused.set()
@@ -60,7 +76,7 @@ class RecordingLimiter:
             self._episodes += 1
             self.steps["cancelled"] += steps
 
-    def reserve_batches(self, batches: int, slices: int) -> int:
+    def reserve_batches(self, batches: int, slices: int, waiter: Waiter | None = None) -> int:
         with self._lock:
             granted = min(batches, self._batches)
             if not granted:
@@ -78,5 +94,8 @@ class RecordingLimiter:
             self._batches += batches
             self.slices["cancelled"] += batches * slices
 
-    def explain(self) -> str:
+    def explain_adds(self) -> str:
+        return "the allowance is used up"
+
+    def explain_batches(self) -> str:
         return "the allowance is used up"

@@ -405,7 +405,7 @@ class ReplayBuffer:
     def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
         limiter = self.table.limiter
         if not limiter.reserve_batches(1, spec.batch_size):
-            raise NotReadyError(f"the rate limit holds batches back: {limiter.explain()}")
+            raise NotReadyError(f"the rate limit holds batches back: {limiter.explain_batches()}")
         try:
             batch = self._gather(spec, rng)
         except BaseException:
@@ -423,7 +423,7 @@ class ReplayBuffer:
         return MixSampler(mix, tables, rng, **request)
 
     def _sample_mixed(self, sampler: MixSampler) -> Batch:
-        reserved = sampler.reserve(1)
+        reserved = sampler.reserve(1, waits=False)
         if reserved is None:
             raise NotReadyError(sampler.explain_not_ready())
         try:

@@ -155,6 +155,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "seed": 3,
         "row_convention": "outgoing",
     },
+    "rate": {"samples_per_insert": 4.5, "tolerance": 600.0, "min_steps": 70},
     "server": {
         "host": "::1",
         "port": 0,

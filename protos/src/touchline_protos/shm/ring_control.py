@@ -40,6 +40,8 @@ _MAGIC, _TOKEN, _SLOTS, _SLOT_BYTES = 0, 1, 3, 4
 # so the counter that one side writes shares no line with the counter that the other side writes.
 _HEAD, _PRODUCER_SLEEPS = 8, 9
 _FREED, _CONSUMER_SLEEPS = 16, 17
+# The consumer's count of taken slots, beside its others. Consumers up to 1.0 leave it at 0.
+_TAKEN = 18
 # Three arrays of MAX_SLOTS words: the order of publication, each slot's state, and how many actors' names its batch needs.
 _ORDER = 64
 _STATES = _ORDER + MAX_SLOTS
@@ -150,6 +152,15 @@ class ProducerControl(_RingControl):
         """Returns the number of slots that are published and not freed."""
         return self._slots - len(self._find_free())
 
+    def count_taken(self, used: int) -> int:
+        """Returns the number of publications that the learner has taken, as far as it says.
+
+        Args:
+            used: result of :meth:`count_used`. What was freed was taken, and more a learner up to 1.0 does not say.
+        """
+        # The consumer writes the word, so it may hold anything.
+        return max(self._head - used, min(self._words[_TAKEN], self._head))
+
     def wait_freed(self) -> None:
         """Returns once a slot was freed, another thread interrupted, or :data:`SHORT_SLEEP_S` passed, even if slots are free already."""
         self._sleep(_FREED, self._words[_FREED], _PRODUCER_SLEEPS, max_s=SHORT_SLEEP_S, spin_s=0)
@@ -202,6 +213,7 @@ class ConsumerControl(_RingControl):
             raise RingError(f"slot {slot} published, expected 0 to {self._slots - 1}")
         self._taken += 1
         self._held[slot] = True
+        words[_TAKEN] = self._taken
         return slot, words[_ACTORS + slot]
 
     def free(self, slot: int) -> None:

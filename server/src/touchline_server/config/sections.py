@@ -130,6 +130,20 @@ class SamplingConfig(Section):
     reset observation). ``"outgoing"``: observation t, and the action taken from it with its reward and done."""
 
 
+class RateConfig(Section):
+    """How often what is stored is sampled: a limit on both sides, off by default. It can be changed while the server runs."""
+
+    samples_per_insert: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
+    """Slices delivered to learners for each step added. Learners wait while there are too few steps, and actors while learners are too
+    slow. 0: no limit."""
+    tolerance: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1e18, allow_inf_nan=False)] = 0.0
+    """Slices by which deliveries may be ahead of samples_per_insert, or behind it; at least a batch. 0: 16 batches, or the slices of
+    1,000 steps if those are more."""
+    min_steps: Annotated[_Int, Field(ge=0, le=_INT64_MAX)] = 0
+    """Steps that must be stored before learners get batches. Adds are not limited until then, and these steps do not count for
+    samples_per_insert."""
+
+
 TABLE_SECTIONS: dict[str, type[Section]] = {"config": BufferConfig, "storage": StorageConfig, "sampling": SamplingConfig}
 """Sections that describe the default table. Every other table takes from them what it leaves out."""
 
@@ -167,13 +181,15 @@ def _table_keys() -> dict[str, Any]:
         for key, field in section.model_fields.items():
             if key not in KEYS_OF_THE_SERVER:
                 keys[key] = (Annotated[(field.annotation, *field.metadata, Field(description=field.description))], None)
-    return keys
+    return keys | {"rate": (RateConfig, Field(RateConfig(), description="The table's rate limit, a section of its own."))}
 
 
 if TYPE_CHECKING:
 
     class TableConfig(Section):
         """The keys of one table, ``[tables.NAME]``. Only those that are set count: the default table has the others."""
+
+        rate: RateConfig
 
 else:
     TableConfig = create_model("TableConfig", __base__=Section, **_table_keys())

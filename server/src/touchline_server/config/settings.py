@@ -23,6 +23,7 @@ from touchline_server.config.sections import (
     AuthConfig,
     BufferConfig,
     LimitsConfig,
+    RateConfig,
     RingConfig,
     SamplingConfig,
     Section,
@@ -57,9 +58,9 @@ class Config(Section):
     ``Config(config={"horizon": 5}, storage={"device": "cpu"})``.
 
     Args:
-        sections: ``config``, ``storage``, ``sampling``, ``server``, ``limits``, ``ring``, ``tls`` and ``auth``, each as a section object
-            or a mapping, and ``tables``, a mapping from the name of each further table to its keys. A section or key that is left out has
-            its default, and a key that a table leaves out has the default table's value.
+        sections: ``config``, ``storage``, ``sampling``, ``rate``, ``server``, ``limits``, ``ring``, ``tls`` and ``auth``, each as a section
+            object or a mapping, and ``tables``, a mapping from the name of each further table to its keys. A section or key that is left
+            out has its default, and a key that a table leaves out has the default table's value.
 
     Raises:
         ConfigError: an unknown section or key, a bad value, or values that do not fit together.
@@ -68,6 +69,7 @@ class Config(Section):
     config: BufferConfig = BufferConfig()
     storage: StorageConfig = StorageConfig()
     sampling: SamplingConfig = SamplingConfig()
+    rate: RateConfig = RateConfig()
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
     ring: RingConfig = RingConfig()
@@ -97,7 +99,7 @@ class Config(Section):
     # One table
 
     def for_table(self, name: str) -> Config:
-        """Returns the configuration of one table: its own keys in ``config``, ``storage`` and ``sampling``, and no other tables.
+        """Returns the configuration of one table: its own keys in ``config``, ``storage``, ``sampling`` and ``rate``, and no other tables.
 
         Folders that are not the table's own become a folder of its name in the default table's: ``storage.data_dir`` always, and
         ``storage.scratch_dir`` unless the table sets it.
@@ -113,13 +115,16 @@ class Config(Section):
                 values = {**(folders if section == "storage" else {}), **own}
                 changes = {key: value for key, value in values.items() if key in kind.model_fields}
                 sections[section] = sections[section].model_copy(update=changes)
+            sections["rate"] = self.rate.model_copy(update=own.get("rate", {}))
         table = type(self).model_construct(**sections)
         table._table = name
         return table
 
     def key(self, section: str, key: str) -> str:
         """Returns the full name of a key of this table, for errors: ``config.buffer_size`` or ``tables.demos.buffer_size``."""
-        return f"tables.{self._table}.{key}" if self._table else f"{section}.{key}"
+        if not self._table:
+            return f"{section}.{key}"
+        return f"tables.{self._table}.rate.{key}" if section == "rate" else f"tables.{self._table}.{key}"
 
     @property
     def durable_dir(self) -> str:
@@ -205,7 +210,7 @@ class Config(Section):
         if self.storage.device == "disk" and not self.storage.scratch_dir:
             scratch_dir, device = self.key("storage", "scratch_dir"), self.key("storage", "device")
             faults.append(f"{scratch_dir}: '', expected a folder, because {device} is 'disk'")
-        return [*faults, *self._recent_faults()]
+        return [*faults, *self._recent_faults(), *self._rate_faults()]
 
     def _recent_faults(self) -> list[str]:
         sampling, steps = self.sampling, self.key("sampling", "recent_steps")
@@ -217,6 +222,17 @@ class Config(Section):
         least = 2 if sampling.pad == "end" else self.horizon + 1
         if sampling.recent_steps is not None and sampling.recent_steps < least:
             faults.append(f"{steps}: {sampling.recent_steps}, expected at least {least}, the rows of the shortest slice")
+        return faults
+
+    def _rate_faults(self) -> list[str]:
+        buffer, rate = self.config, self.rate
+        faults = []
+        if rate.min_steps > buffer.buffer_size:
+            limit = f"{self.key('config', 'buffer_size')} ({buffer.buffer_size}), because more steps are never stored"
+            faults.append(f"{self.key('rate', 'min_steps')}: {rate.min_steps}, expected at most {limit}")
+        if 0 < rate.tolerance < buffer.batch_size:
+            limit = f"{self.key('config', 'batch_size')} ({buffer.batch_size}), because a batch is delivered as a whole"
+            faults.append(f"{self.key('rate', 'tolerance')}: {rate.tolerance:g}, expected 0 or at least {limit}")
         return faults
 
     def _limit_faults(self) -> list[str]:
@@ -333,7 +349,7 @@ def _explain(detail: ErrorDetails, sources: Mapping[tuple[str, ...], str]) -> st
     """Returns what was wrong, actual and expected; several lines if it is about values that do not fit together."""
     loc = [str(part) for part in detail["loc"]]
     # What is behind a key is pydantic's: the alternatives of a type, for example.
-    place = tuple(loc[: 3 if loc[:1] == ["tables"] else 2])
+    place = tuple(loc[: (4 if loc[2:3] == ["rate"] else 3) if loc[:1] == ["tables"] else 2])
     if not place:
         return str(detail["ctx"]["error"])
     if place[2:] == ("[key]",):
@@ -368,6 +384,8 @@ def _expected(detail: ErrorDetails) -> str:
 
 
 def _keys_of(section: tuple[str, ...]) -> Mapping[str, FieldInfo]:
+    if section[2:] == ("rate",):
+        return RateConfig.model_fields
     if section[0] == "tables":
         return TableConfig.model_fields if len(section) > 1 else {}
     default: Section = Config.model_fields[section[0]].default

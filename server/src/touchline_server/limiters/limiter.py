@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from touchline_server.limiters.waiting import Waiter
+
 
 class RateLimiter(Protocol):
     """Holds a table's adds and batches in proportion. Thread-safe; no method blocks.
@@ -15,13 +17,32 @@ class RateLimiter(Protocol):
         reserve_batches     → delivered, or cancel_batches (not ready, a learner that disconnected)
 
     A batch is *delivered* when its learner has it: the answer to ``Sample`` was made, a frame of a stream was written, a slot of a ring
-    was freed. Batches that were only drawn ahead are not.
+    was taken. Batches that were only drawn ahead are not.
 
-    A caller that gets nothing waits for the table to change and asks again. In process no other thread may be there to change it, so the
-    call fails instead. A limiter notifies the table's subscribers when a report may allow more to waiting callers.
+    A caller that gets nothing may wait: it queues, subscribes to the table's changes, and then asks again after each of them, with its
+    place in the queue, until it leaves the queue. The limiter notifies the table's subscribers when a report allows the first of a queue
+    to go on. Only callers that have nothing to do meanwhile queue: a ring whose learner still has batches does not. In process no other
+    thread may be there to change anything, so the call fails instead.
     """
 
-    def reserve_insert(self, steps: int) -> bool:
+    @property
+    def active(self) -> bool:
+        """Whether there is a limit. Otherwise everything is granted and nothing is counted."""
+        ...
+
+    def queue_insert(self, who: str) -> Waiter:
+        """Returns the last place in the queue of those that wait to add; ``who`` names the actor, for logs and counts."""
+        ...
+
+    def queue_batches(self, who: str) -> Waiter:
+        """Returns the last place in the queue of those that wait for batches; ``who`` names the learner, for logs and counts."""
+        ...
+
+    def leave(self, waiter: Waiter) -> None:
+        """Gives up a place in a queue. Does nothing if it was given up before."""
+        ...
+
+    def reserve_insert(self, steps: int, waiter: Waiter | None = None) -> bool:
         """Reserves the steps of one episode; returns whether it may be published now."""
         ...
 
@@ -33,7 +54,7 @@ class RateLimiter(Protocol):
         """Reports that an episode for which ``steps`` were reserved is not published."""
         ...
 
-    def reserve_batches(self, batches: int, slices: int) -> int:
+    def reserve_batches(self, batches: int, slices: int, waiter: Waiter | None = None) -> int:
         """Reserves batches of ``slices`` slices each; returns how many of ``batches`` may be handed over now, 0 for none."""
         ...
 
@@ -45,6 +66,14 @@ class RateLimiter(Protocol):
         """Reports that reserved batches of ``slices`` slices each will not be delivered."""
         ...
 
-    def explain(self) -> str:
-        """Returns what the limit waits for, for errors and logs: ``8.2 slices per step, at most 8; add more steps``."""
+    def cleared(self) -> None:
+        """Reports that the table was emptied."""
+        ...
+
+    def explain_adds(self) -> str:
+        """Returns what adds wait for, for errors and logs."""
+        ...
+
+    def explain_batches(self) -> str:
+        """Returns what batches wait for, for errors and logs."""
         ...

@@ -23,6 +23,15 @@ LOAD_GRACE_S = 1.0
 MAX_LOAD_RESULTS = 100_000
 """Most episodes of one LoadEpisodes call, since its answer has a result for each."""
 
+MAX_ADD_HOLD_S = 10.0
+"""Longest time for which the rate limit holds back an AddEpisode call before its answer says so."""
+
+MAX_LOAD_HOLD_S = 60.0
+"""The same for each message of a LoadEpisodes call, which costs more to send again."""
+
+HOLD_SHARE = 0.8
+"""Share of the time up to a call's deadline for which the rate limit may hold it back, so that its client learns why."""
+
 Decoded = TypeVar("Decoded")
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -46,7 +55,7 @@ class AddCalls:
             name, episode = self._decoded(decode_add_episode, message, limits=self._codec_limits)
             return self._tables.get(name, context), (episode,)
 
-        (result,) = await self._ingest.ingest(message, decode)
+        (result,) = await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_ADD_HOLD_S))
         stored = await self._ingest.wait_durable(result)
         return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=convert.counts(stored.counts))
 
@@ -84,7 +93,7 @@ class AddCalls:
                     raise TooLargeError(
                         f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new call"
                     )
-                for result in await self._ingest.ingest(message, decode):
+                for result in await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_LOAD_HOLD_S)):
                     is_refused = isinstance(result.outcome, CodecError | ReplayError)
                     answers.append(convert.refusal(result.key, result.outcome) if is_refused else result)  # type: ignore[arg-type]
                 del message  # its bytes are released next
@@ -104,3 +113,9 @@ class AddCalls:
         except ReplayError as error:
             return convert.refusal(result.key, error)
         return convert.acceptance(result.key, stored)
+
+
+def _hold_s(context: Context, most_s: float) -> float:
+    """Returns the time in seconds for which the rate limit may hold a call back."""
+    remaining_s = context.time_remaining()
+    return most_s if remaining_s is None else min(most_s, HOLD_SHARE * max(remaining_s, 0.0))

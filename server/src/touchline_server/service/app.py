@@ -82,7 +82,7 @@ def build_parts(config: Config, tables: TableRegistry, access: Access | None = N
         changes=changes,
         drain=drain,
         throttle=throttle,
-        ingest=EpisodeIngest(add_pools, throttle, changes, drain),
+        ingest=EpisodeIngest(add_pools, throttle, changes, drain, config.limits),
         rings=RingPool(config.ring),
         add_pools=add_pools,
         table_pool=ThreadPoolExecutor(1, thread_name_prefix="touchline-table"),

@@ -66,8 +66,12 @@ class BatchFramer:
         self._group_bytes = min(GROUP_BYTES, self._max_message_bytes // 2)
         self._chunked_above = min(CHUNKED_ABOVE_BYTES, self._group_bytes // 2)
 
-    def try_reserve(self, credits: int) -> NextFrames | None:
+    def try_reserve(self, credits: int, *, waits: bool) -> NextFrames | None:
         """Returns the next frames for this many credits, their batches reserved with the rate limit; None if that allows none now.
+
+        Args:
+            credits: batches that the learner wants.
+            waits: whether it has none, see :meth:`Sampler.reserve`.
 
         Raises:
             TooLargeError: the batch is over the limit.
@@ -75,7 +79,7 @@ class BatchFramer:
         layout = self.sampler.layout()
         if layout is None:
             return None
-        reserved = self.sampler.reserve(self._group_size(layout, credits))
+        reserved = self.sampler.reserve(self._group_size(layout, credits), waits=waits)
         if reserved is None:
             return None
         batch_bytes = layout.body_bytes if layout.body_bytes > self._chunked_above else layout.message_bytes()

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
-from touchline_server.errors import ReplayError
+from touchline_server.errors import OverLimitError, ReplayError
+from touchline_server.limiters.place import InsertPlace
 from touchline_server.service import tasks
 from touchline_server.service.add_pools import AddPools
 from touchline_server.service.change_notifier import ChangeNotifier
-from touchline_server.service.convert import MAX_WAIT_S
 from touchline_server.service.drain import Drain
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.inserts import Stored
 from touchline_server.tables.table import Table
 
 if TYPE_CHECKING:
+    from touchline_server.config.sections import LimitsConfig
     from touchline_server.store.inserts import CommitFuture
 
 MAX_INLINE_BYTES = 1 << 19
@@ -29,6 +30,10 @@ MAX_INLINE_BYTES = 1 << 19
 
 MAX_INLINE_S = 3e-3
 """Time after which the event loop passes the rest of a message to a thread, since it serves no other call meanwhile."""
+
+HELD_SHARE = 8
+"""Part of ``limits.max_receive_bytes``, and of ``limits.max_calls``, that adds which the rate limits hold back may take: one eighth. What
+is above is answered at once, so that a limited table does not hold up the adds to others."""
 
 Decode = Callable[[bytes], tuple[Table, Iterable[Episode | CodecError]]]
 """Returns the table that a message is for, and the episodes that are complete with it; a malformed one is returned as its error."""
@@ -56,21 +61,31 @@ class EpisodeIngest:
         throttle: delays adds while learners wait.
         changes: wakes episodes that the rate limit holds back.
         drain: ends their wait when the server stops.
+        limits: limits on bytes and calls, of which episodes that wait take a part.
     """
 
-    def __init__(self, pools: AddPools, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain) -> None:
+    def __init__(self, pools: AddPools, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain, limits: LimitsConfig) -> None:
         self._pools = pools
         self._throttle = throttle
         self._changes = changes
         self._drain = drain
+        self._free_bytes = limits.max_receive_bytes // HELD_SHARE
+        self._free_calls = max(limits.max_calls // HELD_SHARE, 1)
 
-    async def ingest(self, message: bytes, decode: Decode) -> list[IngestResult]:
+    async def ingest(self, message: bytes, decode: Decode, *, hold_s: float) -> list[IngestResult]:
         """Stores the episodes that are complete with a message. A refused episode is counted and does not stop the others.
 
         If it is cancelled, it ends once no thread uses the message any more, so that its bytes can be released then.
 
+        Args:
+            message: the message.
+            decode: function that returns its table and its episodes.
+            hold_s: time for which the rate limit may hold back an episode, in seconds.
+
         Raises:
             CodecError: the message as a whole is malformed.
+            OverLimitError: the rate limit held an episode back for that time, or holds back as many as may wait. Those before it are
+                stored.
             DrainingError: the server stops while the rate limit holds an episode back.
             ReplayError: whatever ``decode`` raises.
         """
@@ -81,7 +96,7 @@ class EpisodeIngest:
             while not done:
                 done = await tasks.run(await self._pool_of(storing), storing.run)
                 if not done:
-                    await self._wait_for_limiter(storing)
+                    await self._wait_for_limiter(storing, hold_s)
             return storing.results
         finally:
             storing.cancel_reservation()
@@ -93,12 +108,26 @@ class EpisodeIngest:
             await tasks.run(self._pools.decoding, storing.open)
         return self._pools.of(storing.table)
 
-    async def _wait_for_limiter(self, storing: _Storing) -> None:
-        """Waits until the rate limit allows the next episode, whose steps are reserved then."""
-        while not storing.try_reserve():
-            # The peer's deadline ends the call, and with it this wait.
-            await self._changes.until(lambda: self._drain.begun or storing.try_reserve(), MAX_WAIT_S)
+    async def _wait_for_limiter(self, storing: _Storing, hold_s: float) -> None:
+        """Waits until the rate limit allows the next episode, whose steps are reserved then.
+
+        It holds the message's bytes, and the call's place, but no thread. So only some may wait, and not for long: the peer has the
+        episode, and sends it again.
+        """
+        size_bytes = storing.held_bytes
+        if self._free_bytes < size_bytes or not self._free_calls:
+            raise storing.held_back()
+        self._free_bytes -= size_bytes
+        self._free_calls -= 1
+        try:
+            await self._changes.until(lambda: self._drain.begun or storing.try_reserve(queue=True), hold_s)
             self._drain.raise_if_draining()
+            if not storing.try_reserve():
+                raise storing.held_back()
+        finally:
+            storing.leave_queue()
+            self._free_bytes += size_bytes
+            self._free_calls += 1
 
     async def wait_durable(self, result: IngestResult) -> Stored:
         """Returns once the episode is as durable as configured, without using a thread; immediately if there is no durable store.
@@ -130,6 +159,7 @@ class _Storing:
         self._episodes: Iterator[Episode | CodecError] | None = None
         self._next: Episode | None = None
         """Episode that could not be stored yet."""
+        self._place: InsertPlace | None = None
         self._reserved = False
         """Whether the next episode's steps are reserved with the rate limit."""
         self.results: list[IngestResult] = []
@@ -182,12 +212,41 @@ class _Storing:
         finally:
             self.cost_s += time.thread_time() - begin
 
-    def try_reserve(self) -> bool:
-        """Reserves the steps of the next episode with the rate limit, unless they are already; returns whether they are."""
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are kept while the next episode waits: the message's, or those of the chunks before it."""
+        return max(len(self._message), 0 if self._next is None else self._next.size_bytes)
+
+    def try_reserve(self, *, queue: bool = False) -> bool:
+        """Reserves the steps of the next episode with the rate limit, unless they are already; returns whether they are.
+
+        Args:
+            queue: whether to queue for them if they are not granted. Call :meth:`leave_queue` then.
+
+        Raises:
+            UnknownTableError: the table was dropped.
+        """
         assert self._next is not None
-        if not self._reserved:
+        if self._reserved:
+            return True
+        self._opened.check_not_dropped()
+        if queue:
+            if self._place is None:
+                self._place = InsertPlace(self._opened.limiter)
+            self._reserved = self._place.reserve(self._next.length, who=_actor(self._next))
+        else:
             self._reserved = self._opened.limiter.reserve_insert(self._next.length)
         return self._reserved
+
+    def leave_queue(self) -> None:
+        """Gives up the place in the rate limit's queue, if there is one."""
+        if self._place is not None:
+            self._place.leave()
+
+    def held_back(self) -> OverLimitError:
+        """Returns the error of an episode that the rate limit holds back for too long."""
+        table = f" of table {self._opened.name!r}" if self._opened.name else ""
+        return OverLimitError(f"the rate limit{table} holds adds back: {self._opened.limiter.explain_adds()}")
 
     def cancel_reservation(self) -> None:
         """Cancels what is reserved for an episode that will not be stored."""
@@ -221,3 +280,8 @@ class _Storing:
     def _refuse(self, error: CodecError) -> None:
         self._opened.store.count_refused(str(error))
         self.results.append(IngestResult(error.key, error))
+
+
+def _actor(episode: Episode) -> str:
+    """Returns the name of an episode's actor, for the rate limit."""
+    return episode.actor or (episode.key.client_id if episode.key is not None else "an actor without a name")

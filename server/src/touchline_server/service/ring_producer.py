@@ -162,7 +162,9 @@ class RingProducer:
         self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
         self._actors_sent = 0
         self._used: deque[Split] = deque()
-        """The splits of the batches in slots that were published and not seen free again, oldest first."""
+        """The splits of the batches that were published and not seen taken, oldest first."""
+        self._delivered = 0
+        """Batches that were reported as delivered to the rate limit."""
         self._pinned: PinnedRegion | None = None
         self._thread = threading.Thread(target=self._run, name="touchline-ring", daemon=True)
 
@@ -182,10 +184,11 @@ class RingProducer:
         try:
             while not self._stopping:
                 slots = control.free_slots()
-                self._report_freed(self._ring.geometry.slots - len(slots))
+                self._report_taken(self._ring.geometry.slots - len(slots))
                 if not slots:
                     continue
-                reserved = framer.sampler.reserve(min(len(slots), self._group))
+                # A learner that has not taken everything yet does not wait before others.
+                reserved = framer.sampler.reserve(min(len(slots), self._group), waits=not self._used)
                 if reserved is not None:
                     with self._throttle.sampler_waiting():
                         self._fill(slots[: reserved.batches], reserved)
@@ -198,8 +201,9 @@ class RingProducer:
             error = raised
         finally:
             try:
-                # Batches that the learner did not free, although it may hold some of them, are not delivered.
-                self._report_freed(control.count_used())
+                framer.sampler.leave()
+                # Batches that the learner did not take are not delivered.
+                self._report_taken(control.count_used())
                 for split in self._used:
                     framer.sampler.cancel(1, split)
                 if self._pinned is not None:
@@ -207,18 +211,22 @@ class RingProducer:
             finally:
                 self._on_end(error)
 
-    def _report_freed(self, used: int) -> None:
-        """Reports batches as delivered whose slots were freed since the last look, given the number of used slots now."""
-        while used < len(self._used):
-            # The learner may hold an older batch and have freed a newer one: only their number counts.
+    def _report_taken(self, used: int) -> None:
+        """Reports batches as delivered that were taken since the last look, given the number of used slots now.
+
+        Taken and not freed: a learner usually holds one batch while it waits for the next, which the limit may allow only for the first.
+        """
+        taken = self._ring.control.count_taken(used)
+        while taken > self._delivered:
             split, count = self._used.popleft(), 1
-            while used < len(self._used) and self._used[0] == split:
+            while taken > self._delivered + count and self._used[0] == split:
                 self._used.popleft()
                 count += 1
+            self._delivered += count
             self._framer.sampler.delivered(count, split)
 
     def _wait_for_limiter(self) -> None:
-        """Waits until the rate limit may allow more, a slot was freed (which has to be reported), or a short time has passed."""
+        """Waits until the rate limit may allow more, or a short time has passed, in which slots may have been taken."""
         unsubscribe = self._framer.sampler.subscribe(self._ring.control.interrupt)
         try:
             self._ring.control.wait_freed()

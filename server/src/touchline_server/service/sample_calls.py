@@ -83,8 +83,11 @@ class SampleCalls:
 
         def is_over() -> bool:
             nonlocal reserved
-            if reserved is None and not drain.begun and sampler.can_sample():
-                reserved = sampler.reserve(1)
+            if reserved is None and not drain.begun:
+                if sampler.can_sample():
+                    reserved = sampler.reserve(1, waits=wait_s > 0)
+                else:
+                    sampler.leave()  # others go on meanwhile
             return drain.begun or reserved is not None
 
         try:
@@ -94,6 +97,8 @@ class SampleCalls:
             if reserved is not None:
                 sampler.cancel(*reserved)
             raise
+        finally:
+            sampler.leave()
         if reserved is None:
             raise NotReadyError(sampler.explain_not_ready())
         return reserved
@@ -114,8 +119,8 @@ class SampleCalls:
         else:
             rng = tables[0].seeds.stream(request.seed if request.HasField("seed") else None)
         if mix is not None:
-            return MixSampler(mix, tables, rng, **_given(request))
-        return TableSampler(tables[0], tables[0].spec(**_given(request)), rng)
+            return MixSampler(mix, tables, rng, learner=context.peer(), **_given(request))
+        return TableSampler(tables[0], tables[0].spec(**_given(request)), rng, learner=context.peer())
 
     def _rng(self, table: Table) -> np.random.Generator:
         rng = self._rngs.get(table)

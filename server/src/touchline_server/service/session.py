@@ -123,13 +123,14 @@ class SampleSession:
                 finally:
                     await self._cancel(task)
         finally:
+            self._framer.sampler.leave()
             if making is not None:
                 await self._cancel(making)
 
     async def _reserve_frames(self, wake: asyncio.Event) -> NextFrames | None:
         """Waits until frames can be sent, and reserves their batches and bytes; returns None once the learner wants no more."""
         while await self._can_send(wake):
-            ahead = self._framer.try_reserve(self._credits)
+            ahead = self._framer.try_reserve(self._credits, waits=True)
             if ahead is None:
                 await wake.wait()  # for the rate limit; cleared before it was asked
                 continue
@@ -160,11 +161,15 @@ class SampleSession:
                 return True
             if self._requests is not _Requests.OPEN and not self._credits:
                 return False
+            self._framer.sampler.leave()  # others go on meanwhile
             await wake.wait()
 
     def _try_start_frames(self) -> _FrameTask | None:
         """Starts the next frames if there are credits, something to sample, permission of the rate limit and bytes at this moment."""
-        if not (self._credits and self._framer.sampler.can_sample()) or (ahead := self._framer.try_reserve(self._credits)) is None:
+        if not (self._credits and self._framer.sampler.can_sample()):
+            return None
+        ahead = self._framer.try_reserve(self._credits, waits=False)
+        if ahead is None:
             return None
         if not self._sending.try_reserve(ahead.size_bytes):
             self._framer.sampler.cancel(*ahead.reserved)

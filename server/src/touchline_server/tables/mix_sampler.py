@@ -13,7 +13,7 @@ from touchline_protos.types.batch import OPTIONAL_PROVENANCE
 from touchline_protos.types.dtypes import dtype_name
 from touchline_protos.types.mix import check_mix, check_when_empty, split_batch
 from touchline_server.errors import InvalidArgumentError, NotReadyError, SchemaChangedError
-from touchline_server.limiters.unlimited import UNLIMITED
+from touchline_server.limiters.place import BatchesPlace
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.batch_draw import BatchDraw
@@ -67,6 +67,7 @@ class MixSampler:
         law: the law of every table; None takes each table's own.
         options: the request's parameters of the laws.
         pad: ``"none"`` or ``"end"``, whether slices are padded; None takes each table's own.
+        learner: name of the learner, for the rate limits.
 
     Raises:
         InvalidArgumentError: an argument is out of range, or the columns of two tables do not fit each other.
@@ -83,11 +84,13 @@ class MixSampler:
         law: str | None = None,
         options: LawOptions = NO_OPTIONS,
         pad: str | None = None,
+        learner: str = "",
     ) -> None:
         self._mix = mix
         self.table_names = mix.names
         """Names of the tables, in the order of the mix."""
         self._tables = tuple(tables)
+        self._places = [BatchesPlace(table.limiter, learner) for table in tables]
         first = tables[0].spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
         self.batch_size, self.horizon = first.batch_size, first.horizon
         self._specs = [first] + [
@@ -121,8 +124,8 @@ class MixSampler:
         for position, (table, share, count) in enumerate(zip(self._tables, self._mix.shares, split or self._mix.shares, strict=True)):
             if split is None and share and not self._is_ready(position):
                 reasons.append(f"table {table.name!r}: {table.store.fill(self._specs[position].reach).explain_not_ready()}")
-            elif split is not None and count and table.limiter is not UNLIMITED:
-                reasons.append(f"table {table.name!r}: the rate limit holds batches back: {table.limiter.explain()}")
+            elif split is not None and count and table.limiter.active:
+                reasons.append(f"table {table.name!r}: the rate limit holds batches back: {table.limiter.explain_batches()}")
         return "; ".join(reasons) or "a table of the mix had nothing to sample a moment ago"
 
     def layout(self) -> BatchLayout | None:
@@ -146,25 +149,37 @@ class MixSampler:
                 return False
         return True
 
-    def reserve(self, batches: int) -> Reserved | None:
-        """Reserves batches with the rate limit of each table; as many as all of them allow. None if a table has nothing to sample."""
+    def reserve(self, batches: int, *, waits: bool) -> Reserved | None:
+        """Reserves batches with the rate limit of each table; as many as all of them allow. None if a table has nothing to sample.
+
+        It waits in the queue of one table at a time, the first that allows none, so that mixes cannot wait for each other in a circle.
+        """
         split = self._split()
         if split is None:
             return None
         granted = batches
         asked: list[tuple[Table, int]] = []
-        for table, count in zip(self._tables, split, strict=True):
+        for table, place, count in zip(self._tables, self._places, split, strict=True):
             if not count:
+                place.leave()
                 continue
-            allowed = table.limiter.reserve_batches(granted, count)
+            allowed = place.reserve(granted, count, waits=waits)
             for other, its_count in asked:
                 if allowed < granted:
                     other.limiter.cancel_batches(granted - allowed, its_count)
             granted = allowed
             if not granted:
+                for other_place in self._places:
+                    if other_place is not place:
+                        other_place.leave()
                 return None
             asked.append((table, count))
         return Reserved(granted, split)
+
+    def leave(self) -> None:
+        """Leaves the queues of the rate limits; see :class:`Sampler`."""
+        for place in self._places:
+            place.leave()
 
     def delivered(self, batches: int, split: Split) -> None:
         """Reports that reserved batches were delivered, to each table the slices that it provided."""

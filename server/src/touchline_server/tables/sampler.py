@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from touchline_protos.codec import BatchLayout
+from touchline_server.limiters.place import BatchesPlace
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.tables.table import SampleSpec, Table
@@ -59,8 +60,18 @@ class Sampler(Protocol):
         """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
         ...
 
-    def reserve(self, batches: int) -> Reserved | None:
-        """Reserves up to ``batches`` batches with the rate limit; returns None if that allows none now."""
+    def reserve(self, batches: int, *, waits: bool) -> Reserved | None:
+        """Reserves up to ``batches`` batches with the rate limit; returns None if that allows none now.
+
+        Args:
+            batches: number of batches.
+            waits: whether the learner has nothing else to do, so that it queues if it gets nothing. The caller must be subscribed to the
+                tables' changes, and ask again after each.
+        """
+        ...
+
+    def leave(self) -> None:
+        """Leaves the queue of the rate limit, if the learner is in it: it ends, or waits for something else."""
         ...
 
     def delivered(self, batches: int, split: Split) -> None:
@@ -99,17 +110,19 @@ class TableSampler:
         table: the table.
         spec: what to draw.
         rng: the stream's own random numbers.
+        learner: name of the learner, for the rate limit.
     """
 
-    __slots__ = ("_rng", "_spec", "_split", "_table", "batch_size", "horizon")
+    __slots__ = ("_place", "_rng", "_spec", "_split", "_table", "batch_size", "horizon")
 
-    def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator) -> None:
+    def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator, *, learner: str = "") -> None:
         self._table = table
         self._spec = spec
         self._rng = rng
         self.batch_size = spec.batch_size
         self.horizon = spec.horizon
         self._split = (spec.batch_size,)
+        self._place = BatchesPlace(table.limiter, learner)
 
     def check_not_dropped(self) -> None:
         """See :class:`Sampler`."""
@@ -123,7 +136,7 @@ class TableSampler:
     def explain_not_ready(self) -> str:
         """See :class:`Sampler`."""
         fill = self._table.store.fill(self._spec.reach)
-        return f"the rate limit holds batches back: {self._table.limiter.explain()}" if fill.eligible else fill.explain_not_ready()
+        return f"the rate limit holds batches back: {self._table.limiter.explain_batches()}" if fill.eligible else fill.explain_not_ready()
 
     def layout(self) -> BatchLayout | None:
         """See :class:`Sampler`."""
@@ -133,10 +146,14 @@ class TableSampler:
         """See :class:`Sampler`."""
         return self._table.fits_inline(self._spec, batches=batches)
 
-    def reserve(self, batches: int) -> Reserved | None:
+    def reserve(self, batches: int, *, waits: bool) -> Reserved | None:
         """See :class:`Sampler`."""
-        granted = self._table.limiter.reserve_batches(batches, self.batch_size)
+        granted = self._place.reserve(batches, self.batch_size, waits=waits)
         return Reserved(granted, self._split) if granted else None
+
+    def leave(self) -> None:
+        """See :class:`Sampler`."""
+        self._place.leave()
 
     def delivered(self, batches: int, split: Split) -> None:
         """See :class:`Sampler`."""

@@ -17,7 +17,7 @@ from touchline_protos.types.priorities import PriorityUpdate
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, StorageFailedError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
-from touchline_server.limiters.unlimited import UNLIMITED
+from touchline_server.limiters.samples_per_insert import Rate, SamplesPerInsert
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options, check_pad
 from touchline_server.selectors.prioritized import PRIORITIZED
@@ -42,6 +42,12 @@ MAX_UPDATE_SLICES = 65_536
 
 MAX_PLANS = 64
 """Gather plans kept: one for each schema and horizon in use."""
+
+DEFAULT_TOLERANCE_BATCHES = 16
+"""Batches of which the slices are the tolerance of a rate limit that sets none: about what a ring keeps ready."""
+
+DEFAULT_TOLERANCE_STEPS = 1_000
+"""Steps of which the slices are the tolerance of a rate limit that sets none, if they are more: about an episode."""
 
 Outcome = TypeVar("Outcome", bound="Stored | CommitFuture | None")
 
@@ -77,19 +83,21 @@ class Table:
     Args:
         name: the table's name; empty for the default table.
         config: the table's configuration.
-        limiter: the table's rate limit.
+        limiter: the table's rate limit; by default the configuration's.
         accept_eviction: whether opening a durable store may evict stored episodes for which ``config.buffer_size`` has become too small,
             as ``storage.accept_eviction`` allows; without either that is a StoreMismatchError.
     """
 
-    def __init__(self, name: str, config: Config, *, limiter: RateLimiter = UNLIMITED, accept_eviction: bool = False) -> None:
+    def __init__(self, name: str, config: Config, *, limiter: RateLimiter | None = None, accept_eviction: bool = False) -> None:
         self.name = name
         self.config = config
         self.store = EpisodeStore(config)
         """The stored episodes."""
         self.subscriptions = self.store.writes.subscriptions
         """Listeners to every change of what is stored, or of what the rate limit allows."""
-        self.limiter = limiter
+        self.rate = SamplesPerInsert(rate_of(config), name=name, is_filled=self._is_filled, notify=self.subscriptions.notify)
+        """The configured rate limit."""
+        self.limiter: RateLimiter = self.rate if limiter is None else limiter
         """The rate limit, which streams, calls and adds ask."""
         self.seeds = SeedSource(config.sampling.seed)
         """The random generators of this table's streams of batches."""
@@ -195,7 +203,7 @@ class Table:
         """
         self.check_restored()
         if not self.limiter.reserve_insert(episode.length):
-            raise OverLimitError(f"the rate limit holds adds back: {self.limiter.explain()}")
+            raise OverLimitError(f"the rate limit holds adds back: {self.limiter.explain_adds()}")
         return self._insert(self.store.add, episode)
 
     def submit(self, episode: Episode) -> Stored | CommitFuture:
@@ -218,8 +226,19 @@ class Table:
         """Evicts all episodes and forgets the schema. Episode ids and the counts of what was ever added continue."""
         self.check_restored()
         counts = self.store.clear()
+        self.limiter.cleared()
         give_back_freed_memory()
         return counts
+
+    def set_rate(self, config: Config) -> None:
+        """Changes the rate limit, for good, to that of a configuration that is otherwise the table's own. Wakes those that wait."""
+        self.config = config
+        self.rate.change(rate_of(config))
+
+    def _is_filled(self, min_steps: int) -> bool:
+        """Returns whether this many steps are stored, or as many as fit, and something can be sampled at the configured horizon."""
+        fill = self.store.fill(self.config.horizon)
+        return fill.eligible > 0 and fill.has(min_steps)
 
     # Sampling
 
@@ -325,7 +344,7 @@ class Table:
 
     def _insert(self, insert: Callable[[Episode], Outcome], episode: Episode) -> Outcome:
         """Stores an episode whose steps are reserved, and reports to the limiter how it ended."""
-        if self.limiter is UNLIMITED:
+        if not self.limiter.active:
             return insert(episode)
         steps = episode.length
         try:
@@ -349,3 +368,10 @@ class Table:
 def _result(future: Future[Stored]) -> Stored | None:
     """Returns the answer to an add that is done; None if it failed or was cancelled."""
     return None if future.cancelled() or future.exception() is not None else future.result()
+
+
+def rate_of(config: Config) -> Rate:
+    """Returns the rate limit of a table's configuration, with the tolerance that it leaves out."""
+    rate = config.rate
+    tolerance = rate.tolerance or max(DEFAULT_TOLERANCE_BATCHES * config.batch_size, DEFAULT_TOLERANCE_STEPS * rate.samples_per_insert)
+    return Rate(rate.samples_per_insert, tolerance, rate.min_steps)

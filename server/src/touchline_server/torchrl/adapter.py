@@ -99,7 +99,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         self.dumps(path)
 
     def _empty(self, empty_write_count: bool = True) -> None:
-        self._store.clear()
+        self._table.clear()
         super()._empty(empty_write_count)
 
     def _forget(self) -> None:
@@ -142,7 +142,7 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         if self._rng is not None:
             random = np.random.default_rng(int(torch.randint(2**62, (), generator=self._rng)))
         if not self._limiter.reserve_batches(1, slices):
-            raise NotReadyError(f"the rate limit holds batches back: {self._limiter.explain()}")
+            raise NotReadyError(f"the rate limit holds batches back: {self._limiter.explain_batches()}")
         try:
             sample = self._draw(slices, steps, random)
         except BaseException:
