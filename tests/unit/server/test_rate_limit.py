@@ -1,4 +1,4 @@
-"""The rate limit itself: what it grants, in which order, what it says, and that nobody waits forever."""
+"""The rate limit itself: what it grants, in which order, what it says, and that no caller waits forever."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_holding_somebody_for_long_is_logged_once_with_who_and_why(caplog: pytes
 
 
 class Actor:
-    """Adds episodes one after the other; asks again only when it was notified."""
+    """Adds one episode at a time; asks again only when it was notified."""
 
     def __init__(self, world: World, steps: int, number: int) -> None:
         self.world, self.steps, self.name = world, steps, f"actor-{number}"
@@ -343,8 +343,8 @@ class Learner:
 
 RATES = st.builds(
     Rate,
-    samples_per_insert=st.sampled_from([0.0, 0.01, 0.5, 1.0, 8.0, 300.0]),
-    tolerance=st.sampled_from([1.0, 10.0, 64.0, 1_000.0]),
+    samples_per_insert=st.sampled_from([0.0, 0.1, 1.0, 8.0]),
+    tolerance=st.sampled_from([1.0, 10.0, 64.0, 500.0]),
     min_steps=st.sampled_from([0, 1, 30, CAPACITY]),
 )
 
@@ -354,14 +354,14 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     rate=RATES,
-    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
-    learners=st.lists(st.tuples(st.sampled_from([1, 4, 64, 500]), st.integers(1, 16)), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    learners=st.lists(st.tuples(st.sampled_from([1, 4, 64]), st.integers(1, 16)), min_size=1, max_size=3),
     events=EVENTS,
 )
-def test_somebody_can_always_move(
+def test_some_caller_can_always_move(
     rate: Rate, lengths: list[int], learners: list[tuple[int, int]], events: list[tuple[str, int, Any]]
 ) -> None:
     world = World(rate)
@@ -389,14 +389,14 @@ def test_somebody_can_always_move(
 
     least = 3
     published, taken = [actor.published for actor in actors], takers[0].taken
-    for _ in range(200_000):
+    for _ in range(20_000):
         moved = [one.move() for one in everyone]
-        assert any(moved), f"nobody can move: {world.limiter.status()}"
+        assert any(moved), f"no caller can move: {world.limiter.status()}"
         acted = all(actor.published >= before + least for actor, before in zip(actors, published, strict=True))
         if acted and takers[0].taken >= taken + least:
             break
     else:
-        raise AssertionError(f"somebody waits forever: {world.limiter.status()}")
+        raise AssertionError(f"a caller waits forever: {world.limiter.status()}")
 
 
 @settings(max_examples=200, deadline=None)

@@ -31,15 +31,15 @@ class RateLimiter(Protocol):
         ...
 
     def queue_insert(self, who: str) -> Waiter:
-        """Returns the last place in the queue of those that wait to add; ``who`` names the actor, for logs and counts."""
+        """Returns the last place in the queue of adds; ``who`` names the actor, for logs and counts."""
         ...
 
     def queue_batches(self, who: str) -> Waiter:
-        """Returns the last place in the queue of those that wait for batches; ``who`` names the learner, for logs and counts."""
+        """Returns the last place in the queue of learners; ``who`` names the learner, for logs and counts."""
         ...
 
     def leave(self, waiter: Waiter) -> None:
-        """Gives up a place in a queue. Does nothing if it was given up before."""
+        """Removes a place from its queue. Does nothing if it is not in it any more."""
         ...
 
     def reserve_insert(self, steps: int, waiter: Waiter | None = None) -> bool:

@@ -135,17 +135,17 @@ class SamplesPerInsert:
     # Queues
 
     def queue_insert(self, who: str) -> Waiter:
-        """Returns the last place in the queue of those that wait to add."""
+        """Returns the last place in the queue of adds."""
         with self._lock:
             return self._adds.join(who)
 
     def queue_batches(self, who: str) -> Waiter:
-        """Returns the last place in the queue of those that wait for batches."""
+        """Returns the last place in the queue of learners."""
         with self._lock:
             return self._batches.join(who)
 
     def leave(self, waiter: Waiter) -> None:
-        """Gives up a place in a queue."""
+        """Removes a place from its queue."""
         with self._lock:
             wakes = (self._adds.leave(waiter) or self._batches.leave(waiter)) and self._may_wake()
         if wakes:
@@ -265,7 +265,7 @@ class SamplesPerInsert:
         return f"{self._explain_ratio()}; actors have to add steps before the next batch is due"
 
     def log_held(self) -> None:
-        """Logs, once, each side that has held somebody back for long. To be called every few seconds."""
+        """Logs, once for each side, that a caller has been held back for long. Call it every few seconds."""
         if not self._active:
             return
         with self._lock:

@@ -13,7 +13,7 @@ MAX_NAMES = 1_000
 """Names of callers kept on each side. Clients choose them."""
 
 LOG_AFTER_S = 30.0
-"""Time after which it is logged that somebody is held back."""
+"""Time after which it is logged that a caller is held back."""
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +71,7 @@ class WaitingSide:
         return not self._queue or waiter is self.first
 
     def refuse(self, waiter: Waiter, asked: int, now: float) -> None:
-        """Notes what a waiter asked for in vain."""
+        """Records what a waiter asked for and was refused."""
         waiter.asked = asked
         refused = self._refused.get(waiter.who)
         if refused is not None and now - refused.asked_at <= RETURN_S:
@@ -80,7 +80,7 @@ class WaitingSide:
             self._refused[waiter.who] = _Refused(now, now)
 
     def grant(self, waiter: Waiter | None) -> None:
-        """Notes that a waiter was granted something."""
+        """Records that a waiter was granted something."""
         if waiter is not None:
             waiter.asked = 0
             self._refused.pop(waiter.who, None)
@@ -92,7 +92,7 @@ class WaitingSide:
         return sorted(held, key=lambda one: -one.waiting_s)
 
     def to_log(self, now: float) -> Held | None:
-        """Returns the caller that has waited longest once that is long; None if it was returned before and somebody has waited since."""
+        """Returns the caller that has waited longest once that is long; None if one was returned already."""
         longest = next(iter(self.held(now)), None)
         if longest is None:
             self._logged = False
@@ -102,7 +102,7 @@ class WaitingSide:
         return None
 
     def _forget(self, now: float) -> bool:
-        """Forgets callers that did not come back; returns whether there is space for another."""
+        """Removes callers that did not return; returns whether there is space for another."""
         queued = {waiter.who for waiter in self._queue}
         gone = [who for who, refused in self._refused.items() if now - refused.asked_at > RETURN_S and who not in queued]
         for who in gone:

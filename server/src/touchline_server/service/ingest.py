@@ -33,7 +33,7 @@ MAX_INLINE_S = 3e-3
 
 HELD_SHARE = 8
 """Part of ``limits.max_receive_bytes``, and of ``limits.max_calls``, that adds which the rate limits hold back may take: one eighth. What
-is above is answered at once, so that a limited table does not hold up the adds to others."""
+is above is answered immediately, so that a limited table does not hold up the adds to others."""
 
 Decode = Callable[[bytes], tuple[Table, Iterable[Episode | CodecError]]]
 """Returns the table that a message is for, and the episodes that are complete with it; a malformed one is returned as its error."""
@@ -239,7 +239,7 @@ class _Storing:
         return self._reserved
 
     def leave_queue(self) -> None:
-        """Gives up the place in the rate limit's queue, if there is one."""
+        """Leaves the place in the rate limit's queue, if there is one."""
         if self._place is not None:
             self._place.leave()
 

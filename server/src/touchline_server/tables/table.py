@@ -231,13 +231,13 @@ class Table:
         return counts
 
     def set_rate(self, config: Config) -> None:
-        """Changes the rate limit, for good, to that of a configuration that is otherwise the table's own. Wakes those that wait."""
+        """Changes the rate limit to that of a configuration that is otherwise the table's own, and wakes the callers that wait."""
         self.config = config
         self.rate.change(rate_of(config))
 
     def _is_filled(self, min_steps: int) -> bool:
         """Returns whether this many steps are stored, or as many as fit, and something can be sampled at the configured horizon."""
-        fill = self.store.fill(self.config.horizon)
+        fill = self.store.fill(1 if self.config.sampling.pad == "end" else self.config.horizon)
         return fill.eligible > 0 and fill.has(min_steps)
 
     # Sampling
