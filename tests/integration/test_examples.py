@@ -110,6 +110,19 @@ def test_actor_stopped_in_a_match_sends_what_it_played(start: Start) -> None:
         assert totals["steps_played"] == totals["steps_acknowledged"] == counts.steps_added > 0
 
 
+def test_learner_on_demonstrations_and_online_data_has_exactly_half_of_each_and_learns(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        learner = start("train_mixed.py", "--address", server.address, "--updates", "400")
+        *_, last = reports = list(_lines(learner))
+        assert learner.wait() == 0
+
+        assert [report["slices"] for report in reports] == [{"online": 64 * n, "demos": 64 * n} for n in (100, 200, 300, 400)]
+        assert last["return"] > reports[0]["return"] / 2  # returns are negative: it comes at least twice as near to the goal
+        assert client.counts(table="demos").episodes_added == 20
+        assert client.counts(table="online").episodes_added == 1 + 400 // 25
+        assert client.counts().episodes_added == 0
+
+
 @pytest.mark.slow
 def test_actor_with_a_spool_leaves_its_episodes_there_and_the_next_one_sends_them(start: Start, tmp_path: Path) -> None:
     arguments = ("--match-seconds", "1", "--matches", "1", "--spool-dir", str(tmp_path / "spool"))

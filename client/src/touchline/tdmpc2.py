@@ -20,15 +20,17 @@ except ImportError as error:
 
 from touchline._learner.stream import BatchStream
 from touchline._learner.torch_batch import check_one_agent
+from touchline._rpc.convert import check_mix_argument
 from touchline._rpc.process_bound import ProcessBound
 from touchline._tdmpc2.column_names import check_one_reward, columns_of
-from touchline._tdmpc2.single_run import Backend, SingleRun
+from touchline._tdmpc2.single_run import Backend, SingleRun, check_row_convention
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError
 from touchline_protos import Batch
+from touchline_protos.types.mix import Mix
 
 LAW = "episode"
-"""TD-MPC2's sampling law: an episode uniformly, then a start within it uniformly. Sent with each request."""
+"""TD-MPC2's sampling law: an episode uniformly, then a start within it uniformly. Sent with each request, for every table of a mix."""
 
 Sampled = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """obs, action, reward, terminated, task; see :meth:`Buffer.sample`."""
@@ -72,13 +74,16 @@ class Buffer(ProcessBound):
             ``TOUCHLINE_FRESH`` is 1.
         accept_eviction: whether ``load`` may evict what it loaded before, if not all of it fits. None: only if
             ``TOUCHLINE_ACCEPT_EVICTION`` is 1.
+        mix: share of each table in a batch, ``{"online": 0.5, "demos": 0.5}``; None samples the backend's table, which ``add`` and ``load``
+            add to in either case. The slices of a batch stand table by table. See :class:`~touchline.types.SampleOptions`.
+        when_empty: rule for a table of the mix that has nothing to sample: ``"wait"`` for it, or give its share to the ``"others"``.
         timeout_s: longest wait of ``sample`` over the network. None waits without limit for something to sample, and 60 s for an absent
             server.
 
     Raises:
-        InvalidArgumentError: neither a server nor a backend was named, ``table`` was named for a backend, or the server's row convention is
-            not TD-MPC2's.
-        UnknownTableError: the server does not have the table.
+        InvalidArgumentError: neither a server nor a backend was named, ``table`` was named for a backend, the row convention is not
+            TD-MPC2's, or ``mix`` is not a mix.
+        UnknownTableError: the server does not have the table, or one of the mix (with a backend, the error of its own tree).
         UnavailableError: no server answers at that address.
         AccessDeniedError: the token lacks the role; emptying the server takes an admin's.
     """
@@ -93,6 +98,8 @@ class Buffer(ProcessBound):
         table: str | None = None,
         fresh: bool | None = None,
         accept_eviction: bool | None = None,
+        mix: Mix | None = None,
+        when_empty: str = "wait",
         timeout_s: float | None = None,
     ) -> None:
         super().__init__()
@@ -106,11 +113,16 @@ class Buffer(ProcessBound):
             raise InvalidArgumentError(f"table: {table!r} with a backend, expected a backend of that table, or table without one")
         table = getattr(cfg, "replay_table", None) or "" if table is None else table
         self._owned = ReplayClient(_address(cfg), table=table) if backend is None else None
+        self._mixing: dict[str, Any] = {}
+        if mix is not None:
+            self._mixing = {"mix": dict(check_mix_argument(mix, when_empty)), "when_empty": when_empty}
         self._backend: Backend = self._owned if self._owned is not None else backend  # type: ignore[assignment]
         self._stream: BatchStream | None = None
         self._closed = False
         try:
             self._run = SingleRun(self._backend, capacity=self._capacity, fresh=fresh, accept_eviction=accept_eviction)
+            for table in self._mixing.get("mix", ()):
+                check_row_convention(self._backend, table)
         except BaseException:
             self.close()
             raise
@@ -211,7 +223,7 @@ class Buffer(ProcessBound):
             raise ClosedError("the buffer was closed")
         backend = self._backend
         if not isinstance(backend, ReplayClient):
-            return backend.sample(batch_size=self._batch_size, horizon=self._horizon, law=LAW, pad="none")
+            return backend.sample(batch_size=self._batch_size, horizon=self._horizon, law=LAW, pad="none", **self._mixing)
         self._check_process()
         if self._stream is None:
             self._stream = backend.batches(
@@ -222,6 +234,7 @@ class Buffer(ProcessBound):
                 device=self._device if self._device.type == "cuda" else None,
                 as_numpy=False,
                 timeout_s=self._timeout_s,
+                **self._mixing,
             )
         try:
             return next(self._stream)

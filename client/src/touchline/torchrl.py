@@ -48,12 +48,13 @@ except ImportError as error:
 from touchline._learner.stream import BatchStream
 from touchline._learner.torch_batch import check_one_agent
 from touchline._learner.trajectories import Trajectories, check_transitions, path_of
-from touchline._rpc.convert import check_table
+from touchline._rpc.convert import check_mix_argument, check_table
 from touchline._rpc.dropping import when_dropped
 from touchline.client import ReplayClient
 from touchline.errors import ClosedError, InvalidArgumentError, InvalidEpisodeError
 from touchline.types import SampleOptions
 from touchline_protos import Batch
+from touchline_protos.types.mix import Mix
 
 Key = str | tuple[str, ...]
 
@@ -91,6 +92,8 @@ class RemoteReplayBuffer:
         recent_steps: newest rows that ``"recent"`` draws from.
         recent_half_life: rows after which a start is half as likely under ``"recent"``.
         pad: ``"end"`` if slices may run over their trajectory's end; samples have a ``valid`` then, False for transitions that repeat.
+        mix: share of each table in a sample; None: that of ``table``, which :meth:`extend` adds to in either case.
+        when_empty: rule for a table of the mix that has nothing to sample; see :class:`~touchline.types.SampleOptions` for both.
         device: device of the samples; None for host memory.
         timeout_s: longest wait for a sample.
 
@@ -116,6 +119,8 @@ class RemoteReplayBuffer:
         recent_steps: int | None = None,
         recent_half_life: float | None = None,
         pad: str = "none",
+        mix: Mix | None = None,
+        when_empty: str = "wait",
         device: Any = None,
         timeout_s: float = 60.0,
     ) -> None:
@@ -135,16 +140,12 @@ class RemoteReplayBuffer:
         self._transforms: list[Callable[[TensorDict], TensorDict]] = [] if transform is None else [transform]
         self._truncated_key = truncated_key
         self._device, self._timeout_s = device, timeout_s
-        self._options: SampleOptions = {
-            "horizon": slice_len,
-            "law": law,
-            "recent_steps": recent_steps,
-            "recent_half_life": recent_half_life,
-            "pad": pad,
-        }
+        self._options: SampleOptions = {"horizon": slice_len, "law": law, "pad": pad, "when_empty": when_empty}
+        self._options |= {"recent_steps": recent_steps, "recent_half_life": recent_half_life}
+        self._options |= {"table": self._table} if mix is None else {"mix": dict(check_mix_argument(mix, when_empty))}
         self._new_trajectories = partial(Trajectories, max_steps=max_steps, max_open=max_trajectories)
         self._trajectories = self._new_trajectories()
-        self._incoming: bool | None = None
+        self._incoming: dict[str | None, bool] = {}
         self._stream: tuple[int, BatchStream] | None = None
         self._closed = False
         when_dropped(self, _log_loss, self._trajectories)
@@ -195,7 +196,7 @@ class RemoteReplayBuffer:
 
         Args:
             batch_size: number of transitions; None takes the buffer's.
-            return_info: also return a dict of ``episode_id``, ``start`` and ``probability`` of each slice, [batch_size / slice_len].
+            return_info: also return a dict of ``episode_id``, ``start``, ``probability`` and, of a mix, ``table`` of each slice.
 
         Returns:
             A TensorDict [batch_size] with the keys that were added, which is the caller's; with ``return_info`` also the dict.
@@ -211,7 +212,8 @@ class RemoteReplayBuffer:
             data = transform(data)
         if not return_info:
             return data
-        return data, {name: torch.as_tensor(getattr(batch, name)) for name in ("episode_id", "start", "probability")}
+        fields = {name: getattr(batch, name) for name in ("episode_id", "start", "probability", "table")}
+        return data, {name: torch.as_tensor(values) for name, values in fields.items() if values is not None}
 
     def __iter__(self) -> Iterator[TensorDict]:
         """Yields samples without end."""
@@ -297,10 +299,12 @@ class RemoteReplayBuffer:
             raise InvalidArgumentError(f"batch_size: {batch_size}, expected a multiple of slice_len, {self._slice_len}")
         return batch_size // self._slice_len
 
-    def _is_incoming(self) -> bool:
-        if self._incoming is None:
-            self._incoming = self._client.info(table=self._table).row_convention == "incoming"
-        return self._incoming
+    def _is_incoming(self, table: str | None = None) -> bool:
+        """Returns whether a table's row convention is "incoming"; None is the buffer's table."""
+        if table not in self._incoming:
+            info = self._client.info(table=self._table if table is None else table)
+            self._incoming[table] = info.row_convention == "incoming"
+        return self._incoming[table]
 
     def _send(self, trajectories: Sequence[TensorDict]) -> None:
         if not trajectories:
@@ -364,7 +368,7 @@ class RemoteReplayBuffer:
         if self._stream is None or self._stream[0] != slices:
             if self._stream is not None:
                 self._stream[1].close()
-            options: SampleOptions = {**self._options, "table": self._table, "batch_size": slices}
+            options: SampleOptions = {**self._options, "batch_size": slices}
             stream = self._client.batches(device=self._device, as_numpy=False, timeout_s=self._timeout_s, **options)
             self._stream = slices, stream
         try:
@@ -375,7 +379,7 @@ class RemoteReplayBuffer:
     def _unpack(self, batch: Batch) -> TensorDict:
         """Returns the transitions of a batch, [slices * slice_len]. Raises InvalidArgumentError if it has a reward per agent."""
         check_one_agent(batch, "RemoteReplayBuffer")
-        incoming = self._is_incoming()
+        incoming = self._is_incoming(batch.table_names[0] if batch.table_names else None)
         data = TensorDict({}, batch_size=[batch.action.shape[1] * self._slice_len], device=batch.action.device)
         # A single observation is `obs` itself; episodes of other writers may have several, under names of their own.
         observations = _leaves(batch.obs) if isinstance(batch.obs, dict) else {self._observations[0]: batch.obs}

@@ -201,7 +201,12 @@ def sample_request(
     return request
 
 
-def _add_mix(request: pb.SampleRequest, mix: Mix, when_empty: str) -> None:
+def check_mix_argument(mix: Mix, when_empty: str) -> tuple[tuple[str, float], ...]:
+    """Returns the tables of a mix and their shares, in its order.
+
+    Raises:
+        InvalidArgumentError: the mix is not one (see :func:`touchline_protos.types.mix.check_mix`), or the rule is unknown.
+    """
     try:
         shares = check_mix(mix)
         check_when_empty(when_empty)
@@ -209,6 +214,11 @@ def _add_mix(request: pb.SampleRequest, mix: Mix, when_empty: str) -> None:
         raise InvalidArgumentError(str(error)) from None
     for name, _ in shares:
         check_table(name)
+    return shares
+
+
+def _add_mix(request: pb.SampleRequest, mix: Mix, when_empty: str) -> None:
+    shares = check_mix_argument(mix, when_empty)
     request.table = ""  # the client's own table, unless the mix names it
     request.mix.extend(pb.MixShare(table=name, share=share) for name, share in shares)
     request.when_empty = pb.WHEN_EMPTY_OTHERS if when_empty == "others" else pb.WHEN_EMPTY_WAIT

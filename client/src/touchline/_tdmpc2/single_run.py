@@ -35,8 +35,8 @@ class Backend(Protocol):
     def load(self, episodes: Mapping[str, Any], /) -> int:
         """Stores many episodes."""
 
-    def sample(self, *, batch_size: int, horizon: int, law: str, pad: str) -> Batch:
-        """Draws one batch."""
+    def sample(self, *, batch_size: int, horizon: int, law: str, pad: str, **mixing: Any) -> Batch:
+        """Draws one batch; ``mixing`` is ``mix`` and ``when_empty``, if it comes from several tables."""
 
     def counts(self) -> Counts:
         """Returns the counts of this moment."""
@@ -130,6 +130,16 @@ class SingleRun:
             f"{requested:,}",
             requested,
         )
+
+
+def check_row_convention(backend: Any, table: str) -> None:
+    """Raises InvalidArgumentError if a table's row convention is not TD-MPC2's; UnknownTableError, of either side, if there is none."""
+    if isinstance(backend, ReplayClient):
+        convention = backend.info(table=table).row_convention
+    else:
+        convention = backend.registry.get(table).config.sampling.row_convention
+    if convention != "incoming":
+        raise InvalidArgumentError(f"row_convention of table {table!r}: {convention!r}, expected 'incoming', which is TD-MPC2's")
 
 
 def _describe(backend: Any) -> tuple[str, int, str]:
