@@ -27,6 +27,7 @@ from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 from touchline_server.tables.mix_sampler import MixSampler, MixSpec
 from touchline_server.tables.registry import TableRegistry
 from touchline_server.tables.table import SampleSpec, Table
+from touchline_server.tables.table_buffers import TableBuffers
 
 if TYPE_CHECKING:
     import torchrl.data
@@ -38,7 +39,7 @@ MAX_IDLE_BYTES = 1 << 28
 """Bytes kept for the next batches, of batches that no caller holds any more."""
 
 
-class ReplayBuffer:
+class ReplayBuffer(TableBuffers):
     """A ring of whole episodes and batches of contiguous slices of them, like TD-MPC2's buffer (Hansen et al. 2024).
 
     It is the in-process interface to one table. Every method may be called from any thread. Adding copies what it is given; batches are
@@ -71,12 +72,10 @@ class ReplayBuffer:
         Raises:
             ConfigError, ReplayError: as :meth:`restore`.
         """
-        self.table = table if table is not None else Table("", config.for_table(""), accept_eviction=accept_eviction)
-        """The table. The service works on it, past this class."""
-        self.registry = registry if registry is not None else TableRegistry(self.table, config, accept_eviction=accept_eviction)
-        """All tables. The service works on them, past this class."""
+        if table is None:
+            table = Table("", config.for_table(""), accept_eviction=accept_eviction)
         self._owns_tables = registry is None
-        self._others: dict[str, ReplayBuffer] = {}
+        super().__init__(table, TableRegistry(table, config, accept_eviction=accept_eviction) if registry is None else registry)
         self.config = config
         self.store = self.table.store
         self.seeds = self.table.seeds
@@ -118,41 +117,6 @@ class ReplayBuffer:
         """
         if self._owns_tables:
             self.registry.close()
-
-    @property
-    def tables(self) -> Mapping[str, ReplayBuffer]:
-        """A buffer for each table by its name; the empty name is the default table's."""
-        buffers = {table.name: self._buffer_of(table) for table in self.registry}
-        self._others = {name: buffer for name, buffer in buffers.items() if buffer is not self}
-        return MappingProxyType(buffers)
-
-    def create_table(self, name: str, **keys: Any) -> ReplayBuffer:
-        """Creates a table, and remembers it in ``storage.data_dir``, if there is one. With the same keys again it does nothing.
-
-        Args:
-            name: name of lower-case letters, digits, ``-`` and ``_``.
-            keys: keys as in ``[tables.NAME]`` of the configuration: ``buffer_size=100_000``; the default table has the others.
-
-        Returns:
-            The table's buffer.
-
-        Raises:
-            InvalidArgumentError: the name cannot be one or is taken, or a key or a value is wrong; the text names it.
-            ReplayError: its folder cannot be used.
-        """
-        return self._buffer_of(self.registry.create(name, keys))
-
-    def drop_table(self, name: str) -> Counts:
-        """Removes a table, its episodes and its folder. A table of the configuration comes back, empty, at the next start.
-
-        Returns:
-            The table's counts before.
-
-        Raises:
-            UnknownTableError: there is no table of this name.
-            InvalidArgumentError: it is the default table.
-        """
-        return self.registry.drop(name)
 
     @property
     def capacity(self) -> int:
@@ -394,13 +358,8 @@ class ReplayBuffer:
         """Returns what to draw, with the configured values for what is None; see :meth:`Table.spec`."""
         return self.table.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
 
-    def _buffer_of(self, table: Table) -> ReplayBuffer:
-        if table is self.table:
-            return self
-        buffer = self._others.get(table.name)
-        if buffer is None or buffer.table is not table:
-            buffer = self._others[table.name] = ReplayBuffer(table.config, restore=False, table=table, registry=self.registry)
-        return buffer
+    def _new_buffer(self, table: Table) -> ReplayBuffer:
+        return ReplayBuffer(table.config, restore=False, table=table, registry=self.registry)
 
     def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
         limiter = self.table.limiter

@@ -29,7 +29,7 @@ def test_each_table_is_a_buffer_and_the_default_one_is_the_buffer_itself() -> No
     assert list(buffer.tables) == ["", "demos"]
     assert buffer.tables[""] is buffer
     assert buffer.tables["demos"] is demos is demos.tables["demos"]
-    assert demos.tables[""].num_eps == 1
+    assert demos.tables[""] is buffer
     assert (demos.size, buffer.size, demos.capacity, buffer.capacity) == (20, 30, 60, 200)
     check_traced(demos.sample(), horizon=5)
     check_traced(buffer.sample(), horizon=3)
