@@ -52,7 +52,7 @@ class Subject:
             arguments = {name: options.get(name) for name in ("batch_size", "horizon", "law")}
             sampler = self.buffer._mix_sampler(MixSpec.of(mix, rule), seed, **arguments)
             while True:
-                yield self.buffer._sample_mixed(sampler)
+                yield self.buffer._take(sampler)
         elif self.path == "unary":
             while True:
                 yield self.client.sample(seed=seed, mix=mix, as_numpy=True, **options)

@@ -26,6 +26,7 @@ from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 from touchline_server.tables.mix_sampler import MixSampler, MixSpec
 from touchline_server.tables.registry import TableRegistry
+from touchline_server.tables.sampler import TableSampler
 from touchline_server.tables.table import SampleSpec, Table
 from touchline_server.tables.table_buffers import TableBuffers
 
@@ -249,7 +250,7 @@ class ReplayBuffer(TableBuffers):
             sampler = self._mix_sampler(
                 MixSpec.of(mix, when_empty), seed, batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad
             )
-            return self._sample_mixed(sampler)
+            return self._take(sampler)
         spec = self.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
         if seed is not None:
             return self._sample(spec, self.seeds.stream(seed))
@@ -362,16 +363,7 @@ class ReplayBuffer(TableBuffers):
         return ReplayBuffer(table.config, restore=False, table=table, registry=self.registry)
 
     def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
-        limiter = self.table.limiter
-        if not limiter.reserve_batches(1, spec.batch_size):
-            raise NotReadyError(f"the rate limit holds batches back: {limiter.explain_batches()}")
-        try:
-            batch = self._gather(spec, rng)
-        except BaseException:
-            limiter.cancel_batches(1, spec.batch_size)
-            raise
-        limiter.delivered(1, spec.batch_size)
-        return batch
+        return self._take(TableSampler(self.table, spec, rng))
 
     def _mix_sampler(self, mix: MixSpec, seed: int | None, **request: Any) -> MixSampler:
         tables = [self.registry.get(name) for name in mix.names]
@@ -381,24 +373,19 @@ class ReplayBuffer(TableBuffers):
             rng = self._rng.spawn(1)[0]
         return MixSampler(mix, tables, rng, **request)
 
-    def _sample_mixed(self, sampler: MixSampler) -> Batch:
+    def _take(self, sampler: TableSampler | MixSampler) -> Batch:
         reserved = sampler.reserve(1, waits=False)
         if reserved is None:
             raise NotReadyError(sampler.explain_not_ready())
         try:
             with sampler.draw(reserved) as drawn:
-                batch = assemble_batch(
-                    self._tensors(drawn), MappingProxyType(sampler.actor_names(drawn.actors())), table_names=sampler.table_names
-                )
+                actor_names = MappingProxyType(sampler.actor_names(drawn.actors()))
+                batch = assemble_batch(self._tensors(drawn), actor_names, table_names=sampler.table_names)
         except BaseException:
             sampler.cancel(*reserved)
             raise
         sampler.delivered(*reserved)
         return batch
-
-    def _gather(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
-        with self.table.draw(spec, rng) as drawn:
-            return assemble_batch(self._tensors(drawn), MappingProxyType(self.table.actor_names(drawn.actors())))
 
     def _tensors(self, drawn: DrawnBatches) -> dict[str, Any]:
         if drawn.on_cuda:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -113,6 +113,8 @@ class TableSampler:
         learner: name of the learner, for the rate limit.
     """
 
+    table_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the tables of a mix: none."""
     __slots__ = ("_place", "_rng", "_spec", "_split", "_table", "batch_size", "horizon")
 
     def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator, *, learner: str = "") -> None:
