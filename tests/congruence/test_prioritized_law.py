@@ -30,7 +30,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 class Steps:
-    """The priorities of the stored steps, as plain lists."""
+    """The priorities of the stored transitions, as plain lists."""
 
     def __init__(self) -> None:
         self.episodes: dict[int, list[float]] = {}
@@ -44,14 +44,14 @@ class Steps:
         for column, (number, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
             if number in self.episodes:
                 for step, value in enumerate(priorities[:, column].tolist()):
-                    self.episodes[number][start + 1 + step] = value
+                    self.episodes[number][start + step] = value
                     self.highest = max(self.highest, value)
 
     def weights(self) -> dict[tuple[int, int], float]:
         found = {}
         for number, steps in self.episodes.items():
             for start in range(len(steps) - HORIZON):
-                values = steps[start + 1 : start + 1 + HORIZON]
+                values = steps[start : start + HORIZON]
                 found[number, start] = (ETA * max(values) + (1 - ETA) * sum(values) / HORIZON) ** ALPHA
         return found
 

@@ -75,12 +75,11 @@ class PriorityModel(RuleBasedStateMachine):
 
     @initialize(
         capacity=st.integers(6, 40),
-        incoming=st.booleans(),
         alpha=st.sampled_from([0.0, 0.6, 1.0]),
         eta=st.sampled_from([0.0, 0.9, 1.0]),
     )
-    def start(self, capacity: int, incoming: bool, alpha: float, eta: float) -> None:
-        self.settings = LawSettings(capacity, incoming=incoming, priority_alpha=alpha, priority_eta=eta)
+    def start(self, capacity: int, alpha: float, eta: float) -> None:
+        self.settings = LawSettings(capacity, priority_alpha=alpha, priority_eta=eta)
         self.index = EpisodeIndex(self.settings)
         self.selector = self.index.selectors.of("prioritized")
         self.number = 0
@@ -116,12 +115,11 @@ class PriorityModel(RuleBasedStateMachine):
         updated = self.selector.update(np.array(ids), np.array(starts), priorities)
 
         assert updated == sum(number in self.episodes for number in ids)
-        offset = 1 if self.settings.incoming else 0
         for column, (number, start) in enumerate(zip(ids, starts, strict=True)):
             if number in self.episodes:
                 for step in range(min(transitions, len(self.episodes[number]) - 1 - start)):  # the rest is padding
                     given = float(priorities[step, column])
-                    self.episodes[number][start + offset + step] = max(given, MIN_PRIORITY)
+                    self.episodes[number][start + step] = max(given, MIN_PRIORITY)
                     self.highest = max(self.highest, given)
 
     @rule(seed=st.integers(0, 9), horizon=st.sampled_from(horizons))
@@ -157,12 +155,11 @@ class PriorityModel(RuleBasedStateMachine):
             assert tree.total == pytest.approx(sum(weights.values()), rel=1e-9)
 
     def weights(self, horizon: int) -> dict[tuple[int, int], float]:
-        offset = 1 if self.settings.incoming else 0
         eta = self.settings.priority_eta
         found = {}
         for number, steps in self.episodes.items():
             for start in range(len(steps) - horizon):
-                slice_ = steps[start + offset : start + offset + horizon]
+                slice_ = steps[start : start + horizon]
                 found[number, start] = (eta * max(slice_) + (1 - eta) * sum(slice_) / horizon) ** self.settings.priority_alpha
         return found
 

@@ -30,8 +30,6 @@ class LawSettings:
 
     capacity: int
     """Rows of the ring."""
-    incoming: bool = True
-    """Whether a row holds the transition that led to it, so that those of a slice are in its rows 1 to H; otherwise in 0 to H - 1."""
     recent_steps: int | None = None
     """``recent``: newest rows that starts are drawn from."""
     recent_half_life: float | None = None

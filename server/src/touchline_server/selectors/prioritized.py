@@ -21,7 +21,7 @@ PRIORITIZED = "prioritized"
 """Name of the law."""
 
 FIRST_PRIORITY = 1.0
-"""Priority of new steps until a higher one is given."""
+"""Priority of new transitions until a higher one is given."""
 
 MIN_PRIORITY = 2.0**-20
 """Priority, about 1e-6 and exact in float32, that a smaller one counts as, 0 included. So every slice keeps a chance, as by the epsilon of
@@ -35,7 +35,7 @@ WINDOW_ELEMENTS = 1 << 18
 
 
 class SavedPriorities(NamedTuple):
-    """The priorities of stored steps, to be kept and loaded again."""
+    """The priorities of stored transitions, to be kept and loaded again."""
 
     changes: int
     """Value of :attr:`PrioritizedSelector.changes` at that moment."""
@@ -50,9 +50,9 @@ class SavedPriorities(NamedTuple):
 class PrioritizedSelector(Selector):
     """A start in proportion to priority ** alpha of its slice. Draw and update are O(log rows) a slice, vectorised.
 
-    Each step has a priority. That of a slice is eta x the highest + (1 - eta) x the mean of its transitions' (R2D2, Kapturowski et al.
-    2019, 2.3); alpha and the weights are those of Schaul et al. 2016, 3.3 and 3.4. A step is new with the highest priority that was ever
-    given, at least :data:`FIRST_PRIORITY`.
+    Each transition has a priority, kept at the row in which it begins, whatever the row convention. That of a slice is eta x the highest +
+    (1 - eta) x the mean of its transitions (R2D2, Kapturowski et al. 2019, 2.3); alpha and the weights are those of Schaul et al. 2016,
+    3.3 and 3.4. A transition is new with the highest priority that was ever given, at least :data:`FIRST_PRIORITY`.
 
     For each horizon in use there is a :class:`SumTree` over the rows of the ring. A row's weight is priority ** alpha of the slice that
     starts there, and 0 if none does: too near to its episode's end, or not in use. So a draw is exact over the stored valid starts.
@@ -69,7 +69,7 @@ class PrioritizedSelector(Selector):
         self._capacity = settings.capacity
         self._rows = EpisodeRows(settings.capacity)
         self._priorities = np.zeros(settings.capacity, dtype=np.float32)
-        """Priority of the step in each physical row."""
+        """Priority of the transition from each physical row to the next."""
         self._highest = FIRST_PRIORITY
         self._trees: OrderedDict[int, SumTree] = OrderedDict()
         self.changes = 0
@@ -82,7 +82,7 @@ class PrioritizedSelector(Selector):
         self._rows.append(entry)
         for begin, end in self._runs(entry[FIRST_ROW], entry[LENGTH]):
             self._priorities[begin:end] = self._highest
-        # All steps have one priority, so it is the slices' as well.
+        # All transitions have one priority, so it is the slices' as well.
         weight = float(self._weights(np.array(self._highest)))
         for horizon, tree in self._trees.items():
             self._fill(tree, entry, horizon, weight)
@@ -139,7 +139,7 @@ class PrioritizedSelector(Selector):
                 f"start: {start[bad]} of {transitions} transitions in episode {episode_id[bad]}, which has {entries[bad, LENGTH]} steps, "
                 f"expected 0 to {last_start[bad]}"
             )
-        self._set_steps(entries[:, FIRST_ROW] + start, priorities.T, last_start - start)
+        self._set_transitions(entries[:, FIRST_ROW] + start, priorities.T, last_start - start)
         for horizon, tree in self._trees.items():
             self._set_slices(tree, horizon, entries, start, transitions)
         self.changes += 1
@@ -176,7 +176,7 @@ class PrioritizedSelector(Selector):
         self._trees.clear()
         return loaded
 
-    def _set_steps(self, first_row: np.ndarray, priorities: np.ndarray, last: np.ndarray) -> None:
+    def _set_transitions(self, first_row: np.ndarray, priorities: np.ndarray, last: np.ndarray) -> None:
         """Sets the priorities of the transitions of slices.
 
         Args:
@@ -185,11 +185,11 @@ class PrioritizedSelector(Selector):
             last: [slices] int64: number of the last transition of the slice that its episode has; at least 0.
         """
         number = np.arange(priorities.shape[1])
-        rows = self._physical(first_row, self._offset + number).T
+        rows = self._physical(first_row, number).T
         if last.min() < number[-1]:
             real = number <= last[:, None]
             rows, priorities = rows[real], priorities[real]
-        # Of a step in several slices, the last one counts: numpy assigns in order.
+        # Of a transition in several slices, the last one counts: numpy assigns in order.
         self._priorities[rows] = np.maximum(priorities, np.float32(MIN_PRIORITY))
         self._highest = max(self._highest, float(priorities.max()))
 
@@ -201,7 +201,7 @@ class PrioritizedSelector(Selector):
         """
         count = transitions + horizon - 1
         starts = np.arange(count) - (horizon - 1)
-        steps = self._offset - (horizon - 1) + np.arange(count + horizon - 1)
+        steps = np.arange(count + horizon - 1) - (horizon - 1)
         block = max(WINDOW_ELEMENTS // len(steps), 1)
         for begin in range(0, len(start), block):
             part = slice(begin, begin + block)
@@ -231,9 +231,9 @@ class PrioritizedSelector(Selector):
     def _build(self, horizon: int) -> SumTree:
         """Returns the tree of a horizon: O(rows log horizon)."""
         tree = SumTree(self._capacity + 1)
-        # Ring order, and on behind the seam, so that the slice at row r has its transitions at r + offset and on.
+        # Ring order, and on behind the seam, so that the slice at row r has its transitions at r and on.
         length = self._capacity + horizon - 1
-        ring = np.take(self._priorities, np.arange(self._offset, self._offset + length) % self._capacity)
+        ring = np.take(self._priorities, np.arange(length) % self._capacity)
         weights = self._weights(self._aggregate(ring, horizon))
         valid = np.zeros(self._capacity, dtype=bool)
         for first_row, steps in self._rows.entries[:, [FIRST_ROW, LENGTH]].tolist():
@@ -258,11 +258,6 @@ class PrioritizedSelector(Selector):
         return np.asarray(np.maximum(priorities, MIN_PRIORITY) ** self._settings.priority_alpha)
 
     # Rows
-
-    @property
-    def _offset(self) -> int:
-        """Step of a slice that holds its first transition."""
-        return 1 if self._settings.incoming else 0
 
     def _physical(self, first_row: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Returns physical rows of slices: logical rows ``first_row`` + each of ``steps``, wrapped at both ends of the ring.

@@ -93,9 +93,9 @@ class SumTree:
         # The top's sums rise strictly exactly at children above 0, so the first sum above the position is that of such a child.
         found = np.searchsorted(self._top, position, side="right")
         position -= np.where(found, self._top[found - 1], 0.0)
-        for level in self._levels[-2::-1]:
-            for begin in range(0, len(found), BLOCK):
-                block = slice(begin, begin + BLOCK)
+        for begin in range(0, len(found), BLOCK):
+            block = slice(begin, begin + BLOCK)
+            for level in self._levels[-2::-1]:
                 found[block] = _descend(level, found[block], position[block])
         return found
 

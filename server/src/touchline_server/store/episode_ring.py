@@ -252,7 +252,6 @@ def _law_settings(config: Config) -> LawSettings:
     sampling = config.sampling
     return LawSettings(
         capacity=config.buffer_size,
-        incoming=sampling.row_convention == "incoming",
         recent_steps=sampling.recent_steps,
         recent_half_life=sampling.recent_half_life,
         priority_alpha=sampling.priority_alpha,
