@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
+from touchline._learner.priorities import update_request
 from touchline_protos.codec import (
     BatchDecoder,
     BatchLayout,
@@ -30,6 +31,7 @@ from touchline_protos.codec import (
 from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.types.dtypes import DType, to_numpy
+from touchline_protos.types.priorities import PriorityUpdate
 from touchline_protos.v1 import replay_pb2 as pb
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -93,6 +95,11 @@ def write_law() -> bytes:
     return pb.SampleRequest(law=pb.LAW_TASK, law_options=options, pad=pb.PAD_END).SerializeToString()
 
 
+def write_priorities() -> bytes:
+    priorities = np.array([[0.5, 0, 2], [1, 3e38, 0.25]], np.float32)
+    return update_request("main", PriorityUpdate(np.array([3, 1 << 40, 3]), np.array([0, 17, 1]), priorities))
+
+
 def write_group() -> bytes:
     message, batches = make_layout().group(2, ACTORS)
     for seed, views in enumerate(batches):
@@ -154,8 +161,10 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "load_episodes_request_episodes": (write_grouped, pb.LoadEpisodesRequest),
     "sample_request_mix": (write_mix, pb.SampleRequest),
     "sample_request_law": (write_law, pb.SampleRequest),
+    "update_priorities": (write_priorities, pb.UpdatePrioritiesRequest),
     "sample_response": (write_response, pb.SampleResponse),
     "sample_response_mix": (lambda: write_response(("table",)), pb.SampleResponse),
+    "sample_response_weight": (lambda: write_response(("weight",)), pb.SampleResponse),
     "sample_response_valid": (lambda: write_response(("valid",)), pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
