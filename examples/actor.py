@@ -4,7 +4,8 @@
 
 Prints a line of JSON for each match, and at the end one with its totals. SIGTERM or Ctrl-C ends the match in progress, sends it, and exits
 with 0. While the server is away it keeps playing, until 64 episodes a player wait; they are sent when the server is back. With
---spool-dir they wait on the disk, 1 GiB a player, and are sent when the server or, after a kill or a power cut, this program is back.
+--spool-dir they wait on the disk, 1 GiB a player, and are sent when the server or, after a kill or a power cut, this program is back. With
+--lockstep a match is one episode of all players instead of one a player.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from soccer import PLAYERS, MatchRows, NoisyChaser, make_match, play_match, shaped_reward
+from soccer import PLAYERS, MatchRows, NoisyChaser, TeamRows, make_match, play_match, shaped_reward
 from touchline import ReplayClient, UnacknowledgedError
 from touchline.recorders import DmEnvRecorder
 
@@ -57,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="seed of pitch and policies (default: derived from the actor's name)")
     parser.add_argument("--matches", type=int, default=0, help="number of matches; 0, the default: until stopped")
     parser.add_argument("--match-seconds", type=float, default=10.0, help="time limit of a match, in the simulation's time")
+    parser.add_argument("--lockstep", action="store_true", help="send each match as one episode of all players (default: one a player)")
     return parser.parse_args()
 
 
@@ -72,12 +74,12 @@ def main() -> int:
     seed = zlib.crc32(args.actor_name.encode()) if args.seed is None else args.seed
     environment = make_match(seed=seed, match_seconds=args.match_seconds)
     policies = [NoisyChaser(seed=(seed, player)) for player in range(PLAYERS)]
-    rows = MatchRows()
+    rows, tracks = (TeamRows(), 1) if args.lockstep else (MatchRows(), PLAYERS)
     episodes = steps = 0
 
     with (
         ReplayClient(args.address, table=args.table, actor=args.actor_name) as client,
-        DmEnvRecorder(environment, client, transform=rows, spool_dir=args.spool_dir) as match,
+        DmEnvRecorder(environment, client, lockstep=args.lockstep, transform=rows, spool_dir=args.spool_dir) as match,
     ):
         for number in range(args.matches) if args.matches else itertools.count():
             rows.match, length, returns = number, 0, [0.0] * PLAYERS
@@ -88,7 +90,7 @@ def main() -> int:
                 if stop.requested:
                     break
             if length > 1:  # a match stopped at its first row has no transition to send
-                episodes, steps = episodes + PLAYERS, steps + PLAYERS * length
+                episodes, steps = episodes + tracks, steps + tracks * length
                 report = {"time": time.time(), "match": number, "steps": length, "returns": returns, "cut": stop.requested}
                 print(json.dumps(report), flush=True)
             if stop.requested:

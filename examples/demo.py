@@ -4,7 +4,8 @@
 
 Everything is a process of its own and talks over gRPC, as it would on several machines. Afterwards the counts of both ends are
 compared: every episode that was played must be acknowledged, and stored or evicted; and the model must predict the rewards of
-held-out matches better than their mean does. Exit status 0 if so, 1 if not or if something failed, 130 after Ctrl-C.
+held-out matches better than their mean does. With --lockstep a match is one episode of all four players, and the model one of the whole
+team. Exit status 0 if so, 1 if not or if something failed, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from touchline import Counts, ReplayClient, TouchlineError
 EXAMPLES = Path(__file__).resolve().parent
 CONFIG = EXAMPLES.parent / "cfg" / "demo.toml"
 START_TIMEOUT_S = 120.0
+LOCKSTEP_VARIABLES = {"TOUCHLINE_CONFIG__BUFFER_SIZE": "7500", "TOUCHLINE_CONFIG__MIN_HISTORY": "500"}
+"""A quarter of the configuration's: in lockstep the four players of a step are one row."""
 TICK_S = 0.5
 RATE_WINDOW_S = 8.0
 
@@ -67,8 +70,8 @@ class Outcome:
 class Demo:
     """One run; its files go to `folder`."""
 
-    def __init__(self, folder: Path, *, seconds: float, match_seconds: float, console: Console) -> None:
-        self._folder, self._seconds, self._match_seconds, self._console = folder, seconds, match_seconds, console
+    def __init__(self, folder: Path, *, seconds: float, match_seconds: float, lockstep: bool, console: Console) -> None:
+        self._folder, self._seconds, self._match_seconds, self._lockstep, self._console = folder, seconds, match_seconds, lockstep, console
         self._metrics = folder / "learner.jsonl"
         self._metrics.unlink(missing_ok=True)
         self._arrivals: list[tuple[float, int]] = []
@@ -83,7 +86,7 @@ class Demo:
         with Children(self._folder) as children:
             self._console.print("starting the server ...")
             server_command = (sys.executable, "-m", "touchline_server", "serve", "--config", str(CONFIG), "--port", "0")
-            server = children.start("server", *server_command)
+            server = children.start("server", *server_command, variables=LOCKSTEP_VARIABLES if self._lockstep else {})
             address = server.wait_for_line("listening on ", timeout_s=START_TIMEOUT_S)
             self._console.print(f"the server listens on {address}; two actors and a learner join it", highlight=False)
             for number in range(2):
@@ -120,6 +123,7 @@ class Demo:
             f"actor-{number}",
             *(sys.executable, str(EXAMPLES / "actor.py"), "--address", address),
             *("--actor-name", f"actor-{number}", "--seed", str(number), "--match-seconds", str(self._match_seconds)),
+            *(("--lockstep",) if self._lockstep else ()),
         )
 
     def _watch(self, children: Children, client: ReplayClient, display: Display) -> None:
@@ -204,6 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     default_seconds = float(os.environ.get("DEMO_SECONDS", "90"))
     parser.add_argument("--seconds", type=float, default=default_seconds, help="time of play in seconds (default: $DEMO_SECONDS, else 90)")
     parser.add_argument("--match-seconds", type=float, default=10.0, help="time limit of a match, in the simulation's time")
+    parser.add_argument("--lockstep", action="store_true", help="record each match as one episode of all players, and train a team model")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of logs and picture (default: demo-output)")
     return parser.parse_args()
 
@@ -213,7 +218,7 @@ def main() -> int:
     console = Console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the children are stopped
     args.output.mkdir(parents=True, exist_ok=True)
-    demo = Demo(args.output, seconds=args.seconds, match_seconds=args.match_seconds, console=console)
+    demo = Demo(args.output, seconds=args.seconds, match_seconds=args.match_seconds, lockstep=args.lockstep, console=console)
     try:
         outcome = demo.run()
     except (ChildError, TouchlineError) as error:

@@ -4,8 +4,8 @@
 
 Waits until the server has `min_history` rows, then trains on slices that the server pushes. One match of ten (column `match`) is
 held out: its slices are never trained on, they show how well the model predicts rewards that it has not seen, compared with predicting
-their mean. Whole matches, because the four episodes of one match share the ball. SIGTERM or Ctrl-C ends training as the time limit does,
-with a last report, the checkpoint and exit status 0.
+their mean. Whole matches, because the four episodes of one match share the ball. If the actors play in lockstep, the model is one of the
+whole team at one step. SIGTERM or Ctrl-C ends training as the time limit does, with a last report, the checkpoint and exit status 0.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from world_model import Losses, WorldModel
 
 HOLD_OUT_EVERY = 10
 """Matches number 1, 11, 21, ... of each actor are held out."""
-MAX_HELD_OUT_SLICES = 4096
-"""Approximate number of held-out slices that are kept, the newest."""
+MAX_HELD_OUT_REWARDS = 4096
+"""Approximate number of held-out slices that are kept, the newest; in lockstep times the number of players."""
 REPORT_EVERY_S = 1.0
 CHECKPOINT_EVERY_S = 30.0
 LEARNING_RATE = 1e-3
 MAX_GRADIENT_NORM = 20.0
 
 Slices = tuple[Tensor, Tensor, Tensor]
-"""obs [H+1, B, obs_size], action [H, B, action_size] and reward [H, B, 1], float32."""
+"""obs [H+1, B, obs_size], action [H, B, action_size] and reward [H, B, 1], float32; in lockstep with players before the last axis."""
 
 
 class HeldOut:
@@ -54,12 +54,12 @@ class HeldOut:
 
     def split(self, batch: Batch) -> Slices:
         """Keeps the held-out slices of a batch and returns the others."""
-        obs, action, reward, _ = batch
+        obs, action, reward = slices_of(batch)
         held_out = batch.extra["match"][0] % HOLD_OUT_EVERY == 1
         if held_out.any():
             self._parts.append((obs[:, held_out], action[:, held_out], reward[:, held_out]))
             self._size += int(held_out.sum())
-        while self._size > MAX_HELD_OUT_SLICES:
+        while self._size * reward[0, 0].numel() > MAX_HELD_OUT_REWARDS:
             self._size -= self._parts.popleft()[0].shape[1]
         return obs[:, ~held_out], action[:, ~held_out], reward[:, ~held_out]
 
@@ -68,9 +68,23 @@ class HeldOut:
         if self._size < 2:
             return None
         obs, action, reward = (torch.cat(column, dim=1) for column in zip(*self._parts, strict=True))
-        error = (model.predict_rewards(obs[0], action) - reward).square().mean(dim=(1, 2))
-        of_the_mean = reward.var(dim=(1, 2), correction=0)  # the least that any constant can reach on these very slices
+        error = (model.predict_rewards(obs[0], action) - reward).square().flatten(1).mean(dim=1)
+        of_the_mean = reward.flatten(1).var(dim=1, correction=0)  # the least that any constant can reach on these very slices
         return {"slices": self._size, "error": error.tolist(), "error_of_mean": of_the_mean.tolist()}
+
+
+def slices_of(batch: Batch) -> Slices:
+    """Returns the slices of a batch; in lockstep its rewards [H, B, players] get an axis of their own.
+
+    No player ever leaves the pitch. Where agents may, the losses would be weighted by ``batch.extra["alive"][1:]``.
+    """
+    obs, action, reward, _ = batch
+    return obs, action, reward.unsqueeze(-1) if is_team(batch) else reward
+
+
+def is_team(batch: Batch) -> bool:
+    """Returns whether the episodes are whole matches."""
+    return batch.obs.ndim > 3
 
 
 class Learner:
@@ -196,7 +210,7 @@ def main() -> int:
         try:
             for batch, stream in batches(client, batch_size=args.batch_size, device=args.device):
                 if learner is None:
-                    model = WorldModel(batch.obs.shape[-1], batch.action.shape[-1]).to(args.device)
+                    model = WorldModel(batch.obs.shape[-1], batch.action.shape[-1], team=is_team(batch)).to(args.device)
                     learner = Learner(model, metrics=args.metrics, checkpoint=args.checkpoint)
                 learner.train(batch, stream)
                 if stop.requested or learner.updates == args.updates:

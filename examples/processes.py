@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -18,13 +18,17 @@ class ChildError(Exception):
 
 
 class Child:
-    """One process; its stdout goes to `<name>.out`, its stderr to `<name>.log`."""
+    """One process; its stdout goes to `<name>.out`, its stderr to `<name>.log`.
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+    Args:
+        variables: environment variables, unless they are set already.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path, *, variables: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._asked = False
         self.stdout, self.log = folder / f"{name}.out", folder / f"{name}.log"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {"OMP_NUM_THREADS": "1", **(variables or {}), **os.environ, "PYTHONUNBUFFERED": "1"}
         with self.stdout.open("wb") as stdout, self.log.open("wb") as log:
             # In a session of its own, so that Ctrl-C reaches only the demo, which then stops its children cleanly.
             self._process = subprocess.Popen(
@@ -98,9 +102,9 @@ class Children:
         self._folder = folder
         self._children: list[Child] = []
 
-    def start(self, name: str, *command: str) -> Child:
-        """Starts a child."""
-        child = Child(name, command, self._folder)
+    def start(self, name: str, *command: str, variables: Mapping[str, str] | None = None) -> Child:
+        """Starts a child, with `variables` in its environment unless they are set there."""
+        child = Child(name, command, self._folder, variables=variables)
         self._children.append(child)
         return child
 

@@ -1,8 +1,8 @@
 """Robot soccer for replay: dm_control's 2 against 2 BoxHead match, its stored form, and a policy that plays it.
 
-`touchline.recorders.DmEnvRecorder` around a match gives four episodes, one a player, in TD-MPC2's row convention: an episode of T
-transitions has T + 1 rows; row 0 holds the reset observation, its action, reward and done are NaN; row t holds the observation that the
-action in row t led to.
+`touchline.recorders.DmEnvRecorder` around a match gives four episodes, one a player, or in lockstep one of all players. Rows follow
+TD-MPC2's convention: an episode of T transitions has T + 1 rows; row 0 holds the reset observation, its action, reward and done are NaN;
+row t holds the observation that the action in row t led to.
 """
 
 from __future__ import annotations
@@ -110,6 +110,24 @@ class MatchRows:
             reward = shaped_reward(float(row["reward"]), row["obs"])
             stored |= {"action": row["action"].astype(np.float32), "reward": np.asarray(reward, dtype=np.float32), "done": row["done"]}
         return stored
+
+
+class TeamRows(MatchRows):
+    """Turns rows of all players, as a recorder makes them in lockstep, into stored rows.
+
+    They are those of `MatchRows` with an axis of players: obs [4, obs_size], action [4, 3], reward [4], done [4]; match [] is the same for
+    all, and alive [4] is always true, as no player ever leaves the pitch.
+    """
+
+    def __call__(self, row: Mapping[str, Any]) -> Row:
+        """Returns the row of all players; `row` has a dict of their observations, and the goals of each as its rewards."""
+        rows = []
+        for player in range(PLAYERS):
+            own = {name: value[player] for name, value in row.items() if name != "obs"}
+            own["obs"] = {name: values[player] for name, values in row["obs"].items()}
+            rows.append(super().__call__(own))
+        match = rows[0]["match"]
+        return {name: np.stack([each[name] for each in rows]) for name in rows[0]} | {"match": match, "alive": row["alive"]}
 
 
 def play_match(match: dm_env.Environment, policies: Sequence[NoisyChaser]) -> Iterator[dm_env.TimeStep]:

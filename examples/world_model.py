@@ -3,7 +3,8 @@
 An encoder maps an observation to a latent state z, the dynamics maps (z, action) to the next z, the reward head maps (z, action) to the
 reward. All learn together on slices of H transitions: from the first observation the model runs on its own predictions, which
 have to agree with the observations, with step t weighted by rho^t. The latent targets come from a slowly following (EMA) copy of the
-encoder. TD-MPC2's value functions, policy prior and planner are left out; the reward is one number here, not a discrete distribution.
+encoder. A team is modelled with the same weights for every player; dynamics and reward also get the mean over the team. TD-MPC2's value
+functions, policy prior and planner are left out; the reward is one number here, not a discrete distribution.
 """
 
 from __future__ import annotations
@@ -79,22 +80,33 @@ class WorldModel(nn.Module):
         latent_size: a multiple of 8.
         rho: weight of step t is rho^t.
         target_follows: share of the encoder that the EMA target adopts at each `follow()`.
+        team: whether observations, actions and rewards have an axis of players before their own: [..., players, size].
     """
 
-    def __init__(self, obs_size: int, action_size: int, *, latent_size: int = 64, rho: float = 0.5, target_follows: float = 0.01) -> None:
+    def __init__(
+        self,
+        obs_size: int,
+        action_size: int,
+        *,
+        latent_size: int = 64,
+        rho: float = 0.5,
+        target_follows: float = 0.01,
+        team: bool = False,
+    ) -> None:
         super().__init__()
-        self.rho, self.target_follows = rho, target_follows
+        self.rho, self.target_follows, self.team = rho, target_follows, team
+        inputs = (latent_size + action_size) * (2 if team else 1)
         self.obs_norm, self.reward_norm = Normalizer(obs_size), Normalizer(1)
         self.encoder = nn.Sequential(mlp(obs_size, latent_size), SimNorm())
-        self.dynamics = nn.Sequential(mlp(latent_size + action_size, latent_size), SimNorm())
-        self.reward = mlp(latent_size + action_size, 1)
+        self.dynamics = nn.Sequential(mlp(inputs, latent_size), SimNorm())
+        self.reward = mlp(inputs, 1)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def loss(self, obs: Tensor, action: Tensor, reward: Tensor) -> Losses:
         """Returns the losses of a batch, and updates the normalisation with it.
 
         Args:
-            obs: [H+1, B, obs_size]. action: [H, B, action_size]. reward: [H, B, 1].
+            obs: [H+1, B, obs_size]. action: [H, B, action_size]. reward: [H, B, 1]. Of a team with players before the last axis.
         """
         self.obs_norm.update(obs)
         self.reward_norm.update(reward)
@@ -103,7 +115,7 @@ class WorldModel(nn.Module):
         z = self.encoder(obs[0])
         consistency = reward_error = torch.zeros(())
         for t in range(len(action)):
-            z_action = torch.cat((z, action[t]), dim=-1)
+            z_action = self._joined(z, action[t])
             z = self.dynamics(z_action)
             consistency = consistency + self.rho**t * F.mse_loss(z, targets[t])
             reward_error = reward_error + self.rho**t * F.smooth_l1_loss(self.reward(z_action), reward[t])
@@ -115,7 +127,7 @@ class WorldModel(nn.Module):
         z = self.encoder(self.obs_norm(obs))
         rewards = []
         for step_action in action:
-            z_action = torch.cat((z, step_action), dim=-1)
+            z_action = self._joined(z, step_action)
             rewards.append(self.reward(z_action))
             z = self.dynamics(z_action)
         return self.reward_norm.inverse(torch.stack(rewards))
@@ -125,3 +137,10 @@ class WorldModel(nn.Module):
         """Moves the EMA target a little towards the encoder; call it after each update."""
         for slow, fast in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
             slow.lerp_(fast, self.target_follows)
+
+    def _joined(self, z: Tensor, action: Tensor) -> Tensor:
+        """Returns latents and actions side by side; of a team, each player's followed by the mean over all players."""
+        z_action = torch.cat((z, action), dim=-1)
+        if not self.team:
+            return z_action
+        return torch.cat((z_action, z_action.mean(dim=-2, keepdim=True).expand_as(z_action)), dim=-1)

@@ -98,6 +98,27 @@ def test_actor_after_its_matches_has_everything_acknowledged(start: Start) -> No
         assert set(batch.extra["match"].flatten().tolist()) == {0, 1}
 
 
+def test_actor_in_lockstep_sends_one_episode_a_match_and_the_learner_trains_on_it(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        actor = start(
+            "actor.py", "--address", server.address, "--lockstep", "--matches", "25", "--match-seconds", "1", "--actor-name", "left"
+        )
+        *matches, totals = _lines(actor)
+        assert actor.wait() == 0
+        counts = client.counts()
+        assert totals == {"episodes_played": 25, "episodes_acknowledged": 25, "steps_played": 25 * 41, "steps_acknowledged": 25 * 41}
+        assert (counts.episodes_stored, counts.steps_stored) == (25, 25 * 41)
+        batch = client.sample(batch_size=64)
+        assert tuple(batch.obs.shape[:3]) == (4, 64, 4) and tuple(batch.reward.shape) == (3, 64, 4)
+        assert set(batch.actor_names.values()) == {"left"}
+
+        learner = start("learner.py", "--address", server.address, "--updates", "30", "--seconds", "120")
+        *_, last = _lines(learner)
+        assert learner.wait() == 0
+        assert last["updates"] == 30 and last["held_out"]["slices"] > 0
+    assert [len(match["returns"]) for match in matches] == [4] * 25
+
+
 def test_actor_stopped_in_a_match_sends_what_it_played(start: Start) -> None:
     with _serve() as server, ReplayClient(server.address) as client:
         actor = start("actor.py", "--address", server.address, "--match-seconds", "5")
@@ -224,9 +245,10 @@ def test_example_without_its_package_says_what_to_install(example: str, package:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_demo_accounts_for_every_episode_and_beats_the_mean(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--lockstep",)])
+def test_demo_accounts_for_every_episode_and_beats_the_mean(start: Start, tmp_path: Path, options: tuple[str, ...]) -> None:
     for seconds in (30, 90, 270):  # a slow machine may learn only by the last report
-        demo = start("demo.py", "--seconds", str(seconds), "--match-seconds", "5", "--output", "out")
+        demo = start("demo.py", "--seconds", str(seconds), "--match-seconds", "5", "--output", "out", *options)
         assert demo.stdout is not None
         output = demo.stdout.read()
         if demo.wait() == 0:

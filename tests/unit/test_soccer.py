@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from soccer import ACTIONS, GOAL_REWARD, PLAYERS, MatchRows, NoisyChaser, flat_observation, make_match, play_match, shaped_reward
+from soccer import ACTIONS, GOAL_REWARD, PLAYERS, MatchRows, NoisyChaser, TeamRows, flat_observation, make_match, play_match, shaped_reward
 from touchline import ReplayClient
 from touchline.recorders import DmEnvRecorder
 from touchline_server import Config
@@ -148,6 +148,24 @@ def test_match_that_a_goal_ends_is_terminated_and_rewarded() -> None:
     np.testing.assert_allclose([float(episode["reward"][-1]) for episode in episodes], expected, atol=1e-6)
 
 
+def test_team_rows_are_those_of_the_players_side_by_side() -> None:
+    alone = recorded(make_match(seed=4, match_seconds=0.5), policies_of(4), number=6)
+    config = Config(config={"buffer_size": 10_000, "min_history": 0}, storage={"device": "cpu"}, server={"port": 0})
+    with ServerThread(config) as server, ReplayClient(server.address, actor="arm") as client:
+        environment = make_match(seed=4, match_seconds=0.5)
+        with DmEnvRecorder(environment, client, lockstep=True, transform=TeamRows(6)) as match:
+            for _ in play_match(match, policies_of(4)):
+                pass
+        (team,) = client.episodes()
+
+    assert team.actor == "arm" and team.columns["alive"].all()
+    assert set(team.columns) == {"obs", "action", "reward", "done", "match", "alive"}
+    for name in ("obs", "action", "reward", "done"):
+        assert team.columns[name].dtype == alone[0][name].dtype
+        np.testing.assert_array_equal(team.columns[name], np.stack([episode[name] for episode in alone], axis=1))
+    np.testing.assert_array_equal(team.columns["match"], alone[0]["match"])
+
+
 def test_match_of_the_same_seed_is_the_same_and_of_another_is_not() -> None:
     first, other = played_match(seed=1, seconds=0.5), played_match(seed=2, seconds=0.5)
     played_match.cache_clear()
@@ -236,6 +254,22 @@ def test_world_model_learns_from_real_matches() -> None:
     obs, action, reward = slices_of(episodes, horizon=3, seed=1000, size=512)
     error = (model.predict_rewards(obs[0], action) - reward).square().mean()
     assert error < 0.5 * reward.var(correction=0)
+
+
+def test_team_model_sees_the_other_players(one_thread: None) -> None:
+    torch.manual_seed(0)
+    model = WorldModel(6, 2, team=True)
+    obs, action, reward = torch.randn(4, 5, 3, 6), torch.randn(3, 5, 3, 2), torch.randn(3, 5, 3, 1)
+    model.loss(obs, action, reward)
+
+    predicted = model.predict_rewards(obs[0], action)
+    swapped = model.predict_rewards(obs[0].flip(1), action.flip(2))
+    action[:, :, 2] += 1.0
+    changed = model.predict_rewards(obs[0], action)
+
+    assert predicted.shape == reward.shape
+    torch.testing.assert_close(swapped, predicted.flip(2))  # the players' order does not matter
+    assert not torch.equal(changed[:, :, 0], predicted[:, :, 0])  # another's action does
 
 
 def test_world_model_target_follows_and_is_not_trained() -> None:
