@@ -39,6 +39,9 @@ MAX_INLINE_ROWS = 1 << 14
 """Batches of together this many bytes and rows are gathered in an event loop: it takes a millisecond or two. Handing work to a thread
 costs as much as a small batch, and the two then share the interpreter lock."""
 
+MIN_STEP_BYTES = 1 << 12
+"""Bytes of a range of slices, a step, from which on each step is gathered into its place; less is gathered at once and copied there."""
+
 _PROVENANCE_FIELDS = tuple((f"provenance.{name}", name) for name, _ in PROVENANCE)
 """Names in a body, and fields of a draw, of what every batch carries."""
 
@@ -236,8 +239,7 @@ class GatherPlan:
         for output in self.outputs:
             target = body[output.name]
             if output.stored:
-                flat = target.reshape(output.step_count * batch_size, *output.inner_shape)
-                self._gather_rows(output, slices, flat, begin=0, first=first, batch_size=batch_size)
+                self._gather_range(output, slices, target.reshape(output.gathered_shape(batch_size)), first)
             else:
                 _range(target, first, first + len(slices)).fill(0)
         _write_provenance(slices, body, first)
@@ -268,6 +270,18 @@ class GatherPlan:
                 self._whole.clear()
             self._whole[batch_size] = whole
         return whole
+
+    @staticmethod
+    def _gather_range(output: OutputTensor, slices: DrawnSlices, target: np.ndarray, first: int) -> None:
+        """Gathers one tensor of these slices into ``target``, [T, B, *inner], from slice ``first`` on."""
+        rows, end = slices.rows[output.steps], first + len(slices)
+        if len(slices) * output.row_bytes >= MIN_STEP_BYTES:
+            for step in range(output.step_count):  # the slices of one step are contiguous in the batch
+                slices.columns.gather(output.name, rows[step], target[step, first:end])
+            return
+        gathered = np.empty((*rows.shape, *output.inner_shape), output.dtype)
+        slices.columns.gather(output.name, rows, gathered)
+        target[:, first:end] = gathered
 
     def _gather_rows(
         self, output: OutputTensor, slices: DrawnSlices, target: np.ndarray, *, begin: int, first: int, batch_size: int

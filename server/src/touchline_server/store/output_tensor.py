@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,11 @@ class OutputTensor(NamedTuple):
     """Whether there is such a column; without one the batch has zeros."""
     trailing_shape: tuple[int, ...] | None
     """Shape of one step in the batch; None for a tensor of one step, which has no axis of steps in the batch."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step of one slice."""
+        return math.prod(self.inner_shape) * self.dtype.itemsize
 
     def gathered_shape(self, batch_size: int) -> tuple[int, ...]:
         """Returns [T, B, *inner_shape]: the shape in which rows are gathered. The batch's own shape has the same elements in order."""
