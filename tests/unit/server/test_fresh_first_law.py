@@ -82,6 +82,23 @@ def test_law_after_evictions_clears_and_wrapping_fits_what_is_left() -> None:
     assert chi_square(count_cells(later, cells), expected) < chi_square_limit(len(cells) - 1)
 
 
+def test_fresh_starts_of_evicted_and_cleared_episodes_are_not_drawn() -> None:
+    buffer = filled([9, 9], capacity=40)
+    assert slices_of(buffer.sample(batch_size=1)) == [(1, 5)]
+    for number in range(2, 12):
+        buffer.add_episode(traced(number, 9))
+    after_evictions = [(number, start) for number in range(8, 12) for start in range(6)]
+
+    assert slices_of(buffer.sample(batch_size=24)) == cells_newest_first(after_evictions)
+    assert {number for number, _ in slices_of(buffer.sample(batch_size=200))} == {8, 9, 10, 11}
+
+    buffer.add_episode(traced(12, 9))
+    buffer.clear()
+    buffer.add_episode(traced(13, 5))
+    assert slices_of(buffer.sample(batch_size=2)) == [(13, 1), (13, 0)]
+    assert {number for number, _ in slices_of(buffer.sample(batch_size=50))} == {13}
+
+
 def cells_newest_first(cells: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return sorted(cells, reverse=True)
 
@@ -150,7 +167,7 @@ class FreshAgainstModel(RuleBasedStateMachine):
         self.fresh.clear()
 
     @precondition(lambda self: len(self.index.eligible(HORIZON)))
-    @rule(slices=st.integers(1, 20))
+    @rule(slices=st.integers(1, 60))
     def draw(self, slices: int) -> None:
         drawn = self.index.selectors.of("fresh_first").draw(slices, HORIZON, np.random.default_rng(0))
         cells = list(zip(drawn.episode_id.tolist(), drawn.start.tolist(), strict=True))
