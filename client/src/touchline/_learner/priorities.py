@@ -20,7 +20,7 @@ from touchline_protos.types.casting import ColumnError
 from touchline_protos.types.priorities import PriorityUpdate, priority_update
 from touchline_protos.v1 import replay_pb2 as pb
 
-MAX_PENDING = 64
+MAX_PENDING = 256
 """Updates that wait for the server; the oldest gives way to a new one."""
 
 MAX_CALL_SLICES = 16_384
