@@ -362,3 +362,32 @@ def test_server_of_protocol_1_0_is_told_apart_before_anything_is_sent(stack: Exi
         with pytest.raises(IncompatibleVersionError, match=r"the server speaks 1\.0, .* needs 1\.1: update it"):
             act()
     assert isinstance(client.sample(law="step"), Batch)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["in process", "over the wire"])
+def test_update_of_a_mixed_batch_goes_to_the_table_of_each_slice(remote: bool, stack: ExitStack) -> None:
+    config = make_config(500, horizon=H, batch_size=B, server={"port": 0}, law="prioritized", priority_alpha=1.0, seed=1)
+    buffer = ReplayBuffer(config)
+    demos = buffer.create_table("demos")
+    for number in range(5):
+        buffer.add_episode(traced(number, 20))
+        demos.add_episode(traced(number, 20))
+    verbs = connect(stack, buffer) if remote else buffer
+    batch = verbs.sample(mix={"": 0.5, "demos": 0.5})  # type: ignore[attr-defined]
+    table = np.asarray(batch.table)
+
+    verbs.update_priorities(batch, np.where(table == 0, 30.0, 60.0) * np.ones((H, 1)))  # type: ignore[attr-defined]
+    if remote:
+        assert verbs.priorities.flush().updated == B  # type: ignore[attr-defined]
+
+    for position, side in enumerate((buffer, demos)):
+        chance = shares(side)
+        drawn = {
+            cell
+            for cell, of in zip(zip(batch.episode_id.tolist(), batch.start.tolist(), strict=True), table, strict=True)
+            if of == position
+        }
+        assert len(drawn) >= 3
+        assert all(chance[cell] > 5 * min(chance.values()) for cell in drawn)
+        others = [value for (number, start), value in chance.items() if all(number != of or abs(start - at) >= H for of, at in drawn)]
+        assert max(others) == pytest.approx(min(chance.values()))

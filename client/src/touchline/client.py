@@ -311,7 +311,7 @@ class ReplayClient(TableVerbs):
             slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
             priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
                 device; copied before the call returns.
-            table: table that they were drawn from; None takes the client's.
+            table: table that they were drawn from; None takes the client's. A mixed batch names its tables itself.
 
         Raises:
             InvalidArgumentError: a shape, a dtype or a number is wrong, or the batch was drawn by another law.

@@ -18,7 +18,7 @@ from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.types.batch import assemble_batch
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_protos.types.mix import Mix
-from touchline_protos.types.priorities import priority_update
+from touchline_protos.types.priorities import updates_by_table
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, NotReadyError
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
@@ -261,7 +261,7 @@ class ReplayBuffer(TableBuffers):
         """Sets the priorities of a batch that was drawn by the law ``prioritized``, for later draws.
 
         Args:
-            slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
+            slices: the batch, which may be mixed, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
             priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
                 device; not changed.
 
@@ -272,10 +272,10 @@ class ReplayBuffer(TableBuffers):
             InvalidArgumentError: a shape, a dtype or a number is wrong, or the batch was drawn by another law. Nothing has changed.
         """
         try:
-            update = priority_update(slices, priorities)
+            updates = updates_by_table(slices, priorities, self.table.name)
         except ColumnError as error:
             raise InvalidArgumentError(str(error)) from None
-        return self.table.update_priorities(update)
+        return sum(self.registry.get(name).update_priorities(update) for name, update in updates)
 
     def episodes(
         self,

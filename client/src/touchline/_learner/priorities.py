@@ -17,7 +17,7 @@ from touchline.types import PriorityCounters
 from touchline_protos import Batch
 from touchline_protos.log_lines import get_logger
 from touchline_protos.types.casting import ColumnError
-from touchline_protos.types.priorities import PriorityUpdate, priority_update
+from touchline_protos.types.priorities import PriorityUpdate, updates_by_table
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_PENDING = 256
@@ -89,15 +89,16 @@ class PriorityUpdates:
             TouchlineError: an earlier update failed. This one was taken all the same.
         """
         try:
-            update = priority_update(slices, priorities)
+            updates = updates_by_table(slices, priorities, table)
         except ColumnError as error:
             raise InvalidArgumentError(str(error)) from None
         if self._rpc.channel.closed:
             raise ClosedError(f"the client of {self._rpc.channel.address} was closed")
         with self._changed:
-            if len(self._pending) == MAX_PENDING:
-                self._drop(self._pending.popleft()[1], "the server does not keep up with them")
-            self._pending.append((table, update))
+            for update in updates:
+                if len(self._pending) == MAX_PENDING:
+                    self._drop(self._pending.popleft()[1], "the server does not keep up with them")
+                self._pending.append(update)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="touchline-priorities", daemon=True)
                 self._thread.start()

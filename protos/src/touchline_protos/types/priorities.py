@@ -48,6 +48,29 @@ def priority_update(slices: Batch | tuple[Any, Any], priorities: Any) -> Priorit
     return check_priorities(to_array("episode_id", episode_id), to_array("start", start), _floats(priorities))
 
 
+def updates_by_table(slices: Batch | tuple[Any, Any], priorities: Any, table: str) -> list[tuple[str, PriorityUpdate]]:
+    """Returns a checked copy of new priorities for each table that the slices are from, with its name.
+
+    Args:
+        slices: a batch, which if mixed names its tables itself, or ``episode_id`` and ``start``; see :func:`priority_update`.
+        priorities: [H, B] floats; see :func:`priority_update`.
+        table: table of all slices, unless the batch is mixed.
+
+    Raises:
+        ColumnError: as :func:`priority_update`.
+    """
+    update = priority_update(slices, priorities)
+    if not isinstance(slices, Batch) or slices.table is None:
+        return [(table, update)]
+    position = to_array("table", slices.table)
+    parts = []
+    for number, name in enumerate(slices.table_names):
+        mask = position == number
+        if mask.any():
+            parts.append((name, PriorityUpdate(update.episode_id[mask], update.start[mask], update.priorities[:, mask])))
+    return parts
+
+
 def _floats(priorities: Any) -> np.ndarray:
     """Returns priorities as an array; those of bfloat16, which numpy cannot compare, as float32."""
     array = to_array("priorities", priorities)
