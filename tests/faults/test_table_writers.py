@@ -116,6 +116,7 @@ class Team:
         ("kill", 0, 0),
         *(step for table in ("online", "demos", "") for step in (("play", 1, 3), ("reopen", 1, table), ("play", 1, 2))),
         ("start", 0, 0),
+        ("reopen", 1, "online"),
         ("play", 3, 2),
     ]
 )
