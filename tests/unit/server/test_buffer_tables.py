@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from support.store_cases import check_traced, traced, traced_columns
-from touchline_server import Config, InvalidArgumentError, ReplayBuffer, StoreInUseError, UnknownTableError
+from touchline_server import Config, InvalidArgumentError, ReplayBuffer, RestoringError, StoreInUseError, UnknownTableError
 from touchline_server.durability.table_list import TableList
 
 
@@ -110,3 +111,28 @@ def test_refused_episode_of_a_table_is_counted_there() -> None:
         buffer.tables["demos"].add_episode(traced(0, 61))
 
     assert (buffer.tables["demos"].counts().episodes_refused, buffer.counts().episodes_refused) == (1, 0)
+
+
+def test_restore_reports_its_progress_by_table_and_refuses_calls_until_the_last_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(ReplayBuffer(config(tmp_path))) as buffer:
+        for name, lengths in (("", [20, 30]), ("demos", [10, 15])):
+            for number, length in enumerate(lengths):
+                buffer.tables[name].add_episode(traced(number, length))
+
+    buffer, reported, refused = ReplayBuffer(config(tmp_path), restore=False), [], []
+
+    def note(table: str, read: int, total: int) -> None:
+        reported.append((table, read, total))
+        with pytest.raises(RestoringError) as caught:
+            buffer.registry.check_restored()
+        refused.append(str(caught.value))
+
+    buffer.registry.restore(note)
+
+    assert reported == [("", 20, 50), ("", 50, 50), ("demos", 10, 25), ("demos", 25, 25)]
+    assert refused[0].startswith(f"the durable store in {tmp_path} is being read (20 of 50 rows, 40 %)")
+    assert refused[2].startswith(f"the durable store in {tmp_path / 'demos'} is being read (10 of 25 rows, 40 %)")
+    buffer.registry.check_restored()
+    buffer.close()

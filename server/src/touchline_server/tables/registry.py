@@ -46,6 +46,8 @@ class TableRegistry:
         """Keys of the tables created at run time, by name."""
         self._list: TableList | None = None
         self._restored = False
+        self._opening: Table | None = None
+        """Table whose durable store is being read."""
         self._changing = threading.Lock()
         """Held while a table is created or dropped, and while they are restored."""
         self._subscriptions = Subscriptions()
@@ -112,7 +114,7 @@ class TableRegistry:
     def check_restored(self) -> None:
         """Raises RestoringError until the durable store of every table has been read."""
         if not self._restored:
-            for table in self:
+            for table in (*self, *([self._opening] if self._opening is not None else ())):
                 table.check_restored()
             raise RestoringError("the tables are being opened; try again when they are")
 
@@ -223,12 +225,14 @@ class TableRegistry:
     def _opened(self, name: str, config: Config, progress: RestoreProgress | None) -> Table:
         """Returns a new table, restored. Raises what that raises, with the table's name in front."""
         try:
-            table = Table(name, config, accept_eviction=self._accept_eviction)
+            table = self._opening = Table(name, config, accept_eviction=self._accept_eviction)
             try:
                 _restore(table, progress)
             except BaseException:
                 table.close()
                 raise
+            finally:
+                self._opening = None
         except (ReplayError, ConfigError) as error:
             raise type(error)(f"table {name!r}: {error}") from error
         return table
