@@ -234,7 +234,7 @@ class WritePathInEveryMode(RuleBasedStateMachine):
     def send_again(self, data: st.DataObject, same: bool) -> None:
         """An earlier key with the same length is a duplicate if that episode was stored; with another length it is a conflict."""
         number = data.draw(st.integers(1, self.tried), "number")
-        lengths = {version: length for _, _, length, _, version in self.buffers[0].store.entries().tolist()}
+        lengths = {version: length for _, _, length, _, version, _ in self.buffers[0].store.entries().tolist()}
         length = lengths.get(number, 1)
         self.everywhere(lambda buffer: add(buffer, self.episode(length if same else length % self.capacity + 1, number=number)))
 
