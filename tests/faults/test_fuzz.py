@@ -191,6 +191,7 @@ class Stranger:
             ),
             "Clear": (pb.ClearRequest, pb.ClearRequest(table="x")),
             "CreateTable": (pb.CreateTableRequest, pb.CreateTableRequest(table="x1", config_toml='law = "step"\nbuffer_size = 100')),
+            "SetTable": (pb.SetTableRequest, pb.SetTableRequest(table="x1", config_toml="rate.samples_per_insert = 4.5")),
             "DropTable": (pb.DropTableRequest, pb.DropTableRequest(table="x1")),
         }
         of = {"AddEpisode": "adding", "LoadEpisodes": "loading", "SampleStream": "session"}
@@ -201,7 +202,7 @@ class Stranger:
 
     def call(self) -> tuple[str, grpc.StatusCode, bytes]:
         """Makes a call; returns the method, how it ended and what was sent."""
-        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2, 1, 1])[0]
+        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2, 1, 1, 1])[0]
         data = self._inputs[name].input()
         try:
             if name == "LoadEpisodes":

@@ -236,6 +236,7 @@ REQUESTS = {
     "SampleStream": pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1)).SerializeToString(),
     "UpdatePriorities": update_request("", PriorityUpdate(np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones((3, 1), np.float32))),
     "CreateTable": pb.CreateTableRequest(table="new").SerializeToString(),
+    "SetTable": pb.SetTableRequest(config_toml="rate.min_steps = 0").SerializeToString(),
     "DropTable": pb.DropTableRequest(table="spare").SerializeToString(),
 }
 """One message for each method; the others accept an empty one."""

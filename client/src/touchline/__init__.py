@@ -49,7 +49,7 @@ from touchline.errors import (
     UnknownEpisodeError,
     UnknownTableError,
 )
-from touchline.types import ColumnInfo, PriorityCounters, ReadyState, ServerInfo, TableInfo, WriterCounters
+from touchline.types import ColumnInfo, HeldCaller, PriorityCounters, RateInfo, ReadyState, ServerInfo, TableInfo, WriterCounters
 from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import EpisodeKey, StoredEpisode
@@ -69,6 +69,7 @@ __all__ = [
     "EpisodeStream",
     "EpisodeWriter",
     "ForkError",
+    "HeldCaller",
     "IncompatibleVersionError",
     "InvalidArgumentError",
     "InvalidEpisodeError",
@@ -77,6 +78,7 @@ __all__ = [
     "NotReadyError",
     "OverLimitError",
     "PriorityCounters",
+    "RateInfo",
     "ReadyState",
     "ReplayClient",
     "ServerError",

@@ -132,6 +132,56 @@ class ColumnInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldCaller:
+    """A caller that a rate limit holds back."""
+
+    who: str
+    """Name of the actor, or address of the learner."""
+    waiting_s: float
+    """Seconds since it was first held back, without having been granted anything since."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateInfo:
+    """A table's rate limit, and how it stands."""
+
+    samples_per_insert: float
+    """Target: slices delivered for each step added; 0 for any number."""
+    tolerance: float
+    """Slices by which deliveries may be ahead of the target, or behind it."""
+    min_steps: int
+    """Steps that must be stored before batches are delivered. They do not count for the target."""
+    steps_added: int
+    """Steps added since the limit is in force, or since the server started, that count for the target."""
+    slices_delivered: int
+    """Slices delivered since then."""
+    recent_steps_added: int
+    """Steps added within the last minute."""
+    recent_slices_delivered: int
+    """Slices delivered within the last minute."""
+    owed_slices: float
+    """Slices that learners are behind the target; negative if they are ahead of it."""
+    adds_held: int
+    """Number of actors that wait."""
+    batches_held: int
+    """Number of learners that wait."""
+    adds: tuple[HeldCaller, ...]
+    """Up to 16 of the actors that wait, those that have waited longest first."""
+    batches: tuple[HeldCaller, ...]
+    """Up to 16 of the learners that wait, those that have waited longest first."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Slices delivered for each step added, since the limit is in force; None if no step was added."""
+        return self.slices_delivered / self.steps_added if self.steps_added else None
+
+    @property
+    def recent_ratio(self) -> float | None:
+        """Slices delivered for each step added, within the last minute; None if no step was added."""
+        return self.recent_slices_delivered / self.recent_steps_added if self.recent_steps_added else None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """A server's version and configuration, and the state of a table."""
 
@@ -160,6 +210,8 @@ class ServerInfo:
     """Why the durable store takes no episodes; empty if it does."""
     episodes_not_sampled: int = 0
     """Number of stored episodes that are too short for a slice, as configured; ``pad="end"`` samples those with at least two rows."""
+    rate: RateInfo | None = None
+    """Rate limit of the table; None if there is none."""
 
     @property
     def row_convention(self) -> str:

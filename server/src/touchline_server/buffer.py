@@ -119,6 +119,18 @@ class ReplayBuffer(TableBuffers):
         if self._owns_tables:
             self.registry.close()
 
+    def set_rate(self, **keys: float) -> None:
+        """Changes the table's rate limit; see :meth:`TableRegistry.change`.
+
+        Args:
+            keys: keys as in ``[tables.NAME.rate]`` of the configuration: ``samples_per_insert=4``. The others stay as they are.
+
+        Raises:
+            InvalidArgumentError: a key or a value is wrong; the text names it.
+        """
+        self.registry.change(self.table.name, {"rate": keys})
+        self.config = self.table.config
+
     @property
     def capacity(self) -> int:
         """Maximum number of transitions, counted as stored rows."""

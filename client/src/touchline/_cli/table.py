@@ -1,4 +1,4 @@
-"""``touchline table``: list, create and drop tables of a server."""
+"""``touchline table``: list, create, change and drop tables of a server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the table.", 
 
 @app.callback()
 def _root() -> None:
-    """List, create and drop tables of a server.
+    """List, create, change and drop tables of a server.
 
     \b
     Examples:
       touchline table list --address replay-host:50051
       touchline table create demos buffer_size=100_000 law=step
+      touchline table set demos.rate.samples_per_insert=4
       touchline table drop demos
     """
 
@@ -78,11 +79,61 @@ def create(
       2    the command line is wrong
       130  interrupted
     """
-    given = dict(_parse(text) for text in keys or ())
+    given: dict[str, Any] = {}
+    for text in keys or ():
+        key, value = _parse(text)
+        section, dot, inner = key.partition(".")
+        if dot:
+            given.setdefault(section, {})[inner] = value
+        else:
+            given[key] = value
     with report_errors("interrupted; the table may have been created"), ReplayClient(address, timeout_s=timeout_s) as client:
         client.create_table(name, **given)
         print_line(f"{address}: created")
         _print_table(client.tables()[name])
+
+
+@app.command("set", cls=GroupedCommand)
+def set_keys(
+    keys: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME.]rate.KEY=VALUE...",
+            help="Keys of the rate limit of table NAME, or of the default table.",
+            show_default=False,
+        ),
+    ],
+    address: Address = "127.0.0.1:50051",
+    timeout_s: Timeout = 60.0,
+) -> None:
+    """Change the rate limit of a table while the server runs.
+
+    Learners and actors that wait notice it. A table that was created at run time has it after a restart of the server as well, any other
+    table its configured one. If the server requires tokens, the token must have the role admin.
+
+    \b
+    Examples:
+      touchline table set demos.rate.samples_per_insert=4 --address replay-host:50051
+      touchline table set rate.samples_per_insert=8 rate.tolerance=4096
+
+    \b
+    Exit status:
+      0    the limit is changed
+      1    the server is unreachable or refused: no such table, a key or a value is wrong, or the token does not allow it
+      2    the command line is wrong
+      130  interrupted
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for text in keys:
+        place, value = _parse(text)
+        *table, section, key = [*[""] * 2, *place.split(".")][-3:]
+        if section != "rate" or place.count(".") > 2:
+            exit_with(f"{text!r}: expected rate.KEY=VALUE or NAME.rate.KEY=VALUE", EXIT_USAGE)
+        changes.setdefault(table[0], {})[key] = value
+    with report_errors("interrupted; the limit may have been changed"), ReplayClient(address, timeout_s=timeout_s) as client:
+        for name, rate in changes.items():
+            client.set_rate(name, **rate)
+            print_line(f"{address}: changed {name or '(default)'}")
 
 
 @app.command(cls=GroupedCommand)

@@ -1,4 +1,4 @@
-"""The verbs of a client that create, drop and list tables."""
+"""The verbs of a client that create, change, drop and list tables."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ class TableVerbs:
         """
         request = pb.CreateTableRequest(table=table, config_toml="".join(_lines(keys)))
         self._rpc.unary("CreateTable", request.SerializeToString())
+
+    def set_rate(self, table: str = "", **keys: float) -> None:
+        """Changes a table's rate limit while the server runs; the token needs the role admin. Calls and streams that wait notice it.
+
+        A table that was created at run time has it after a restart of the server as well, any other table its configured one.
+
+        Args:
+            table: name of the table; empty for the default table.
+            keys: keys as in ``[tables.NAME.rate]`` of the server's configuration: ``samples_per_insert=4``. The others stay as they are.
+
+        Raises:
+            UnknownTableError: there is no table of this name; the text names those that exist.
+            InvalidArgumentError: a key or a value is wrong; the text names it.
+        """
+        request = pb.SetTableRequest(table=table, config_toml="".join(_lines({"rate": keys})))
+        self._rpc.unary("SetTable", request.SerializeToString())
 
     def drop_table(self, table: str) -> Counts:
         """Removes a table with its episodes, in memory and on disk; the token needs the role admin. Not retried.

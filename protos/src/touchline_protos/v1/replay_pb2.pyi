@@ -554,7 +554,7 @@ class InfoRequest(_message.Message):
     def __init__(self, table: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts", "storage_state", "storage_reason", "tables", "episodes_not_sampled")
+    __slots__ = ("version", "protocol_version", "config_toml", "columns", "device", "size_bytes", "capacity", "max_message_bytes", "counts", "storage_state", "storage_reason", "tables", "rate", "episodes_not_sampled")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
@@ -567,6 +567,7 @@ class InfoResponse(_message.Message):
     STORAGE_STATE_FIELD_NUMBER: _ClassVar[int]
     STORAGE_REASON_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
     EPISODES_NOT_SAMPLED_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_version: str
@@ -580,8 +581,9 @@ class InfoResponse(_message.Message):
     storage_state: StorageState
     storage_reason: str
     tables: _containers.RepeatedScalarFieldContainer[str]
+    rate: RateInfo
     episodes_not_sampled: int
-    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., episodes_not_sampled: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., rate: _Optional[_Union[RateInfo, _Mapping]] = ..., episodes_not_sampled: _Optional[int] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
     __slots__ = ("table",)
@@ -604,6 +606,54 @@ class CreateTableRequest(_message.Message):
     def __init__(self, table: _Optional[str] = ..., config_toml: _Optional[str] = ...) -> None: ...
 
 class CreateTableResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RateInfo(_message.Message):
+    __slots__ = ("samples_per_insert", "tolerance", "min_steps", "steps_added", "slices_delivered", "recent_steps_added", "recent_slices_delivered", "owed_slices", "adds_held", "batches_held", "adds", "batches")
+    SAMPLES_PER_INSERT_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_ADDED_FIELD_NUMBER: _ClassVar[int]
+    SLICES_DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    RECENT_STEPS_ADDED_FIELD_NUMBER: _ClassVar[int]
+    RECENT_SLICES_DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    OWED_SLICES_FIELD_NUMBER: _ClassVar[int]
+    ADDS_HELD_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_HELD_FIELD_NUMBER: _ClassVar[int]
+    ADDS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    samples_per_insert: float
+    tolerance: float
+    min_steps: int
+    steps_added: int
+    slices_delivered: int
+    recent_steps_added: int
+    recent_slices_delivered: int
+    owed_slices: float
+    adds_held: int
+    batches_held: int
+    adds: _containers.RepeatedCompositeFieldContainer[RateWaiter]
+    batches: _containers.RepeatedCompositeFieldContainer[RateWaiter]
+    def __init__(self, samples_per_insert: _Optional[float] = ..., tolerance: _Optional[float] = ..., min_steps: _Optional[int] = ..., steps_added: _Optional[int] = ..., slices_delivered: _Optional[int] = ..., recent_steps_added: _Optional[int] = ..., recent_slices_delivered: _Optional[int] = ..., owed_slices: _Optional[float] = ..., adds_held: _Optional[int] = ..., batches_held: _Optional[int] = ..., adds: _Optional[_Iterable[_Union[RateWaiter, _Mapping]]] = ..., batches: _Optional[_Iterable[_Union[RateWaiter, _Mapping]]] = ...) -> None: ...
+
+class RateWaiter(_message.Message):
+    __slots__ = ("who", "waiting_s")
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    who: str
+    waiting_s: float
+    def __init__(self, who: _Optional[str] = ..., waiting_s: _Optional[float] = ...) -> None: ...
+
+class SetTableRequest(_message.Message):
+    __slots__ = ("table", "config_toml")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    config_toml: str
+    def __init__(self, table: _Optional[str] = ..., config_toml: _Optional[str] = ...) -> None: ...
+
+class SetTableResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

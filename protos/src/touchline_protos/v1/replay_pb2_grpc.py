@@ -95,6 +95,11 @@ class ReplayStub(object):
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableRequest.SerializeToString,
                 response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableResponse.FromString,
                 _registered_method=True)
+        self.SetTable = channel.unary_unary(
+                '/touchline.v1.Replay/SetTable',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.SetTableRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.SetTableResponse.FromString,
+                _registered_method=True)
         self.ListTables = channel.unary_unary(
                 '/touchline.v1.Replay/ListTables',
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.SerializeToString,
@@ -204,6 +209,15 @@ class ReplayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTable(self, request, context):
+        """Changes a table's rate limit, for calls and streams that wait, too. With a data_dir, the limit of a table that was created at run time
+        is remembered over a restart; any other table has the configured one again. Needs the role admin. Since 1.1.
+        INVALID_ARGUMENT    a key is not one of the rate limit, or its value is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTables(self, request, context):
         """Describes every table that the call's token may use. Since 1.1.
         """
@@ -268,6 +282,11 @@ def add_ReplayServicer_to_server(servicer, server):
                     servicer.DropTable,
                     request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableRequest.FromString,
                     response_serializer=touchline__protos_dot_v1_dot_replay__pb2.DropTableResponse.SerializeToString,
+            ),
+            'SetTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTable,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.SetTableRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.SetTableResponse.SerializeToString,
             ),
             'ListTables': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTables,
@@ -572,6 +591,33 @@ class Replay(object):
             '/touchline.v1.Replay/DropTable',
             touchline__protos_dot_v1_dot_replay__pb2.DropTableRequest.SerializeToString,
             touchline__protos_dot_v1_dot_replay__pb2.DropTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/touchline.v1.Replay/SetTable',
+            touchline__protos_dot_v1_dot_replay__pb2.SetTableRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.SetTableResponse.FromString,
             options,
             channel_credentials,
             insecure,

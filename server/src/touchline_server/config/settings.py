@@ -120,6 +120,16 @@ class Config(Section):
         table._table = name
         return table
 
+    def with_rate(self, keys: Mapping[str, Any]) -> Config:
+        """Returns a copy of one table's configuration with other values of some keys of its rate limit.
+
+        Raises:
+            ConfigError: an unknown key, a bad value, or values that do not fit together.
+        """
+        table = self.override(rate=keys)
+        table._table = self._table
+        return table
+
     def key(self, section: str, key: str) -> str:
         """Returns the full name of a key of this table, for errors: ``config.buffer_size`` or ``tables.demos.buffer_size``."""
         if not self._table:

@@ -54,6 +54,7 @@ ROLES_OF: dict[str, frozenset[Role]] = {
     "ListTables": _BOTH,
     "Clear": frozenset(),
     "CreateTable": frozenset(),
+    "SetTable": frozenset(),
     "DropTable": frozenset(),
 }
 """Roles, besides admin, that may call each method of ``touchline.v1.Replay``. All other methods, and reflection, are for admins only."""

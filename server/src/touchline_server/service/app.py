@@ -56,6 +56,9 @@ MIN_PING_INTERVAL_S = 5.0
 """Shortest interval between two pings of an idle client; one that pings more often is disconnected. Clients of other languages ping every
 10 s at most."""
 
+RATE_WATCH_INTERVAL_S = 5.0
+"""Interval at which the server checks whether a rate limit has held a caller back for long."""
+
 _DROP_UNDECODABLE = DropUndecodable()
 
 
@@ -136,11 +139,13 @@ class ReplayServer:
             await self._server.stop(0)
             self.parts.close()
             raise
+        self._watch = asyncio.create_task(_watch_rates(self.buffer.registry))
         await self._health.serve()
 
     async def stop(self) -> None:
         """Drains: refuses new work, gives calls in progress ``server.drain_timeout_s`` to end, and stops."""
         await self._health.enter_graceful_shutdown()
+        self._watch.cancel()
         self.parts.drain.begin()
         calls = self.parts.calls.replay
         # gRPC cancels every call that arrives once its own stop has begun, so that comes last. Until then new calls get an error that asks
@@ -183,6 +188,14 @@ class ReplayServer:
                 )
             raise AddressInUseError(f"cannot listen on {address}: {what} ({error})") from None
         return address if config.unix_socket else _join(config.host, port)
+
+
+async def _watch_rates(tables: TableRegistry) -> None:
+    """Logs which callers the tables' rate limits have held back for long. Runs until it is cancelled."""
+    while True:
+        await asyncio.sleep(RATE_WATCH_INTERVAL_S)
+        for table in tables:
+            table.rate.log_held()
 
 
 def _options(config: Config, budgets: Budgets) -> tuple[tuple[str, Any], ...]:

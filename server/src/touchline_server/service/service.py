@@ -82,6 +82,7 @@ class ReplayService:
                 "Info": unary(self._table.info, pb.InfoRequest),
                 "Clear": unary(self._table.clear, pb.ClearRequest),
                 "CreateTable": unary(self._table.create_table, pb.CreateTableRequest),
+                "SetTable": unary(self._table.set_table, pb.SetTableRequest),
                 "DropTable": unary(self._table.drop_table, pb.DropTableRequest),
                 "ListTables": unary(self._table.list_tables, pb.ListTablesRequest),
             },

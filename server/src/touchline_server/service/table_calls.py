@@ -63,6 +63,13 @@ class TableCalls:
         await tasks.run(self._changing, self._parts.tables.registry.create, request.table, keys)
         return pb.CreateTableResponse()
 
+    async def set_table(self, request: pb.SetTableRequest, context: Context) -> pb.SetTableResponse:
+        """Changes a table's rate limit."""
+        table = self._parts.tables.get(request.table, context)
+        keys = convert.table_keys(request.config_toml)
+        await tasks.run(self._changing, self._parts.tables.registry.change, table.name, keys)
+        return pb.SetTableResponse()
+
     async def drop_table(self, request: pb.DropTableRequest, context: Context) -> pb.DropTableResponse:
         """Removes a table."""
         table = self._parts.tables.get(request.table, context)

@@ -168,6 +168,36 @@ class TableRegistry:
         self.members.notify()
         return table
 
+    def change(self, name: str, keys: Mapping[str, Any]) -> None:
+        """Changes a table's rate limit, and wakes the callers that wait for it.
+
+        A table that was created at run time has it after a restart as well, any other table its configured one.
+
+        Args:
+            name: name of the table; empty for the default table.
+            keys: ``{"rate": {"samples_per_insert": 4.0}}``, as in ``[tables.NAME]`` of the configuration. The other keys of the limit stay.
+
+        Raises:
+            UnknownTableError: there is no table of this name.
+            InvalidArgumentError: a key is not one of the rate limit, or a value is wrong; the text names it.
+        """
+        self.check_restored()
+        with self._changing:
+            table = self.get(name)
+            fixed = [key for key in keys if key != "rate"]
+            if fixed or not isinstance(keys.get("rate"), Mapping):
+                raise InvalidArgumentError(f"{fixed[0] if fixed else 'rate'}: only keys of rate can be changed while the server runs")
+            try:
+                config = table.config.with_rate(keys["rate"])
+            except ConfigError as error:
+                raise InvalidArgumentError(str(error)) from None
+            if name in self._created:
+                created = self._created[name]
+                rate = {**created.get("rate", {}), **keys["rate"]}
+                self._remember({**self._created, name: {**created, "rate": rate}})
+            table.set_rate(config)
+            logger.info("rate limit of table %r: %s", name, table.rate.rate)
+
     def drop(self, name: str) -> Counts:
         """Removes a table: its memory, and its folder. Streams of it and calls that wait for it end with UnknownTableError.
 
