@@ -72,7 +72,7 @@ VERBS: dict[str, Callable[[Caller, str], Any]] = {
     "info": lambda caller, table: caller.stub.Info(pb.InfoRequest(table=table), timeout=DEADLINE_S),
     "clear": lambda caller, table: caller.stub.Clear(pb.ClearRequest(table=table), timeout=DEADLINE_S),
     "create": lambda caller, table: caller.stub.CreateTable(pb.CreateTableRequest(table=table), timeout=DEADLINE_S),
-    "set": lambda caller, table: caller.stub.SetTable(pb.SetTableRequest(table=table), timeout=DEADLINE_S),
+    "set": lambda caller, table: caller.stub.SetTable(pb.SetTableRequest(table=table, config_toml="rate = {}"), timeout=DEADLINE_S),
     "drop": lambda caller, table: caller.stub.DropTable(pb.DropTableRequest(table=table), timeout=DEADLINE_S),
 }
 

@@ -206,7 +206,8 @@ class SamplesPerInsert:
                 self._batches.grant(waiter)
             elif waiter is not None:
                 self._batches.refuse(waiter, slices, self._clock())
-                wakes = self._may_wake()  # that a learner waits may allow an add, see _can_insert
+            # That a learner waits, or that another one has batches ready, may allow an add: see _can_insert.
+            wakes = self._may_wake()
         if wakes:
             self._notify()
         return granted
