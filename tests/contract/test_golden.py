@@ -85,6 +85,27 @@ def write_response(optional: tuple[str, ...] = ()) -> bytes:
     return message
 
 
+def make_lockstep() -> BatchLayout:
+    """A batch of matches of two agents."""
+    float32 = np.dtype("<f4")
+    columns = [
+        TensorSpec("obs", float32, (HORIZON + 1, BATCH_SIZE, 2, 2)),
+        TensorSpec("action", np.dtype("<i8"), (HORIZON, BATCH_SIZE, 2)),
+        TensorSpec("reward", float32, (HORIZON, BATCH_SIZE, 2)),
+        TensorSpec("done", float32, (HORIZON, BATCH_SIZE, 2)),
+        TensorSpec("alive", np.dtype("?"), (HORIZON + 1, BATCH_SIZE, 2)),
+    ]
+    return BatchLayout(columns, BATCH_SIZE)
+
+
+def write_lockstep() -> bytes:
+    made = make_lockstep()
+    message, views = made.sample_response(ACTORS)
+    for number, spec in enumerate(made.specs):
+        views[spec.name][...] = ramp(spec.shape, spec.dtype, 10 * number)
+    return message
+
+
 def write_mix() -> bytes:
     mix = [pb.MixShare(table="online", share=0.5), pb.MixShare(share=2)]
     return pb.SampleRequest(batch_size=3, horizon=2, seed=7, mix=mix, when_empty=pb.WHEN_EMPTY_OTHERS).SerializeToString()
@@ -163,6 +184,7 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "sample_request_law": (write_law, pb.SampleRequest),
     "update_priorities": (write_priorities, pb.UpdatePrioritiesRequest),
     "sample_response": (write_response, pb.SampleResponse),
+    "sample_response_lockstep": (write_lockstep, pb.SampleResponse),
     "sample_response_mix": (lambda: write_response(("table",)), pb.SampleResponse),
     "sample_response_weight": (lambda: write_response(("weight",)), pb.SampleResponse),
     "sample_response_valid": (lambda: write_response(("valid",)), pb.SampleResponse),
@@ -285,6 +307,14 @@ def test_golden_batches_are_read_by_hand() -> None:
     )
     (batch,) = [batch for message in (first, *rest, last) for batch in decoder.feed(message)]
     assert_batch(batch, 3)
+
+
+def test_golden_batch_of_matches_is_read_by_hand_with_the_values_of_each_agent() -> None:
+    batch = BatchDecoder().sample_response(golden("sample_response_lockstep"))
+
+    found = {"obs": batch.obs, "action": batch.action, "reward": batch.reward, "done": batch.done, "alive": batch.extra["alive"]}
+    for number, spec in enumerate(make_lockstep().specs[: len(found)]):
+        assert same(found[spec.name], ramp(spec.shape, spec.dtype, 10 * number))
 
 
 def test_golden_mixed_batch_is_read_by_hand_with_the_table_of_each_slice() -> None:

@@ -296,6 +296,16 @@ def test_reset_in_the_middle_truncates_the_match(servers: Servers) -> None:
     assert_same_play(servers, AGENTS)
 
 
+def test_match_is_sent_as_soon_as_its_last_agent_is_gone(servers: Servers) -> None:
+    with PettingZooRecorder(Schedule([[{"a", "b"}] * 3 + [{"b"}] * 2], ["terminated"]), servers.team, lockstep=True) as env:
+        env.reset()
+        while env.agents:
+            env.step({agent: np.ones(2, np.float32) for agent in env.agents})
+        env.recording.flush(timeout_s=30.0)
+
+        assert [len(match["done"]) for match in servers.matches()] == [6]
+
+
 def test_match_ends_when_no_chosen_agent_is_left(servers: Servers) -> None:
     schedule = Schedule([[{"a", "b", "c"}] * 3 + [{"a", "b"}] * 2 + [{"b"}] * 4 + [{"b", "c"}] * 3], ["terminated"])
     with both(schedule, servers, agents={"c", "a"}) as env:

@@ -253,7 +253,7 @@ class ReplayClient(TableVerbs):
 
         Returns:
             A :class:`~touchline.Batch` of writable arrays or tensors in host memory, which are the caller's: obs [H+1, B, ...],
-            action [H, B, ...], reward and done [H, B, 1], all of the dtypes as stored, and the provenance of each slice [B].
+            action [H, B, ...], reward and done [H, B, 1] ([H, B, agents] in lockstep), dtypes as stored, and each slice's origin [B].
 
         Raises:
             NotReadyError: nothing could be sampled within ``wait_s``; carries the counts.
