@@ -224,7 +224,7 @@ def test_wait_at_a_horizon_longer_than_every_episode_logs_the_counts(
 
     assert lines_of(caplog) == [
         f"{who} waits for {server.address}, {second} s so far: 20 steps in 2 episodes, 0 of them with the 201 steps that horizon 200 "
-        "needs, the longest has 10"
+        "needs, the longest has 10; the other 2 are too short to be sampled without pad='end'"
         for second in (10, 70)
     ]
 
