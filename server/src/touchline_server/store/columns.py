@@ -58,11 +58,6 @@ class Columns:
             raise
 
     @property
-    def arrays(self) -> Mapping[str, np.ndarray]:
-        """The columns by dotted name, [capacity, *shape] each."""
-        return self._arrays
-
-    @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The columns as torch tensors by dotted name, over the same memory."""
         from touchline_server.store.tensors import as_tensor

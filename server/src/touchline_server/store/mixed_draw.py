@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
-from touchline_server.selectors.draw import Draw
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.gather import Body
-from touchline_server.store.joined_columns import JoinedColumns
-from touchline_server.store.pinned_draw import DrawnSlices
 
 if TYPE_CHECKING:
     import torch
@@ -27,16 +24,12 @@ class MixedDraw:
     Args:
         parts: the draw of each table that provides slices, in the order of the mix. All have the same number of batches.
         layout: the layout of a whole batch.
-        joined: the columns of the parts, if they can be gathered together.
     """
 
-    __slots__ = ("_firsts", "_joined", "_parts", "_whole", "layout")
+    __slots__ = ("_firsts", "_parts", "layout")
 
-    def __init__(self, parts: Sequence[BatchDraw], layout: BatchLayout, *, joined: JoinedColumns | None = None) -> None:
+    def __init__(self, parts: Sequence[BatchDraw], layout: BatchLayout) -> None:
         self._parts = parts
-        self._joined = joined
-        self._whole: list[DrawnSlices] = []
-        """The slices of each batch, of all parts, once they are gathered together."""
         self.layout = layout
         """How each batch looks on the wire and in a body."""
         firsts, first = [], 0
@@ -60,17 +53,11 @@ class MixedDraw:
 
     def gather_into(self, bodies: Sequence[Body]) -> None:
         """Gathers each batch into a body on the host. A CUDA device is waited for once for all batches."""
-        if self._joined is not None:
-            self._parts[0].plan.gather_into(self._join(), bodies)
-            return
         for part, first in zip(self._parts, self._firsts, strict=True):
             part.plan.gather_into(part.batches, bodies, first=first)
 
     def gather_one_into(self, batch: int, body: Body) -> None:
         """Gathers one batch into a body on the host, so that it can be handed over before the next one is gathered."""
-        if self._joined is not None:
-            self._parts[0].plan.gather_into(self._join()[batch : batch + 1], (body,))
-            return
         for part, first in zip(self._parts, self._firsts, strict=True):
             part.plan.gather_into(part.batches[batch : batch + 1], (body,), first=first)
 
@@ -121,22 +108,6 @@ class MixedDraw:
                 part.plan.gather_piece_into(part.batches[0], piece, targets, batch_size=self.layout.batch_size, first=first)
 
         return gather
-
-    def _join(self) -> list[DrawnSlices]:
-        """Returns the slices of each batch as those of one table, whose columns are the joined ones."""
-        if not self._whole:
-            drawn = [part.batches[batch] for batch in range(len(self)) for part in self._parts]
-            size = self.layout.batch_size
-            names = [name for name, _ in drawn[0].draw.provenance()]
-            fields = {
-                name: np.concatenate([getattr(slices.draw, name) for slices in drawn], axis=1 if name == "valid" else 0) for name in names
-            }
-            draw = Draw(first_row=fields["start"], **fields)  # first rows are not used once the rows are located
-            rows = np.concatenate([slices.rows for slices in drawn], axis=1)
-            for begin in range(0, len(self) * size, size):
-                end = begin + size
-                self._whole.append(DrawnSlices(draw.between(begin, end), rows[:, begin:end], self._joined))  # type: ignore[arg-type]
-        return self._whole
 
     def release(self) -> None:
         """Unpins the rows of every table, which may be overwritten from now on. Must be called once."""

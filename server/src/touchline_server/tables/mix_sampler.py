@@ -17,7 +17,6 @@ from touchline_server.limiters.place import BatchesPlace
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.store.joined_columns import JoinedColumns
 from touchline_server.store.mixed_draw import MixedDraw
 from touchline_server.store.schema import Schema
 from touchline_server.tables.sampler import Reserved, Split
@@ -102,7 +101,6 @@ class MixSampler:
         self._rngs = rng.spawn(len(tables))
         self._splits: dict[tuple[bool, ...], Split] = {}
         self._layout: BatchLayout | None = None
-        self._joined: tuple[Split, JoinedColumns] | None = None
         self._schemas: list[Schema | None] = [None] * len(tables)
         """Each table's schema that is known to fit the layout."""
         fault = _misfit(self._tables)
@@ -214,17 +212,7 @@ class MixSampler:
             for part in parts:
                 part.release()
             raise
-        return MixedDraw(parts, layout, joined=self._join(parts))
-
-    def _join(self, parts: Sequence[BatchDraw]) -> JoinedColumns | None:
-        """Returns the columns of the parts as joined ones, the same as long as they do not change; None if they cannot be joined."""
-        columns = [part.batches[0].columns for part in parts]
-        counts = tuple(part.layout.batch_size for part in parts)
-        if self._joined is None or self._joined[0] != counts or not self._joined[1].is_of(columns):
-            if not JoinedColumns.can_join(columns):
-                return None
-            self._joined = counts, JoinedColumns(list(zip(columns, counts, strict=True)))
-        return self._joined[1]
+        return MixedDraw(parts, layout)
 
     def has_actor(self, number: int) -> bool:
         """Returns whether the name of an actor's number is still known."""
