@@ -90,6 +90,8 @@ class Mutator:
             fields = [field for field, _ in level.ListFields()]
             if not fields or self._rng.random() < 0.1:
                 fields = list(level.DESCRIPTOR.fields)
+            if not fields:  # ListTablesRequest has none
+                return self._by_bytes(message)
             field = self._rng.choice(fields)
             if field.message_type is None or self._rng.random() < 0.1:
                 break
