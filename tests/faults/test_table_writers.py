@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from support.durable_cases import assert_whole, contents, keyed_episode
+from support.fault_tally import LONG
 from support.service_calls import ServerProcess
 from touchline import EpisodeWriter, ReplayClient
 from touchline_server import Config, ReplayBuffer
@@ -109,7 +110,10 @@ class Team:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @settings(
-    max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=5 if LONG else 1,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @example(  # what waits in one spool is for several tables, and goes out in calls of several episodes
     schedule=[

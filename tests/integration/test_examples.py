@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.fault_tally import long
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from processes import Child, ChildError
@@ -245,7 +247,7 @@ def test_example_without_its_package_says_what_to_install(example: str, package:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("options", [(), ("--lockstep",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--lockstep",), marks=long)])
 def test_demo_accounts_for_every_episode_and_beats_the_mean(start: Start, tmp_path: Path, options: tuple[str, ...]) -> None:
     for seconds in (30, 90, 270):  # a slow machine may learn only by the last report
         demo = start("demo.py", "--seconds", str(seconds), "--match-seconds", "5", "--output", "out", *options)

@@ -409,7 +409,7 @@ def test_another_table_is_not_found(filled: Served, method: str) -> None:
 
 METHODS = [
     *("AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Ready", "Info", "Clear"),
-    *("CreateTable", "SetTable", "DropTable", "ListTables"),
+    *("CreateTable", "DropTable", "SetTable", "ListTables"),
 ]
 
 
