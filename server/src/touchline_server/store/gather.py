@@ -40,7 +40,7 @@ MAX_INLINE_ROWS = 1 << 14
 costs as much as a small batch, and the two then share the interpreter lock."""
 
 MIN_STEP_BYTES = 1 << 12
-"""Bytes of a range of slices, a step, from which on each step is gathered into its place; less is gathered at once and copied there."""
+"""Minimum size of one step of a range of slices to be gathered straight into its place. Smaller steps are gathered together and copied."""
 
 _PROVENANCE_FIELDS = tuple((f"provenance.{name}", name) for name, _ in PROVENANCE)
 """Names in a body, and fields of a draw, of what every batch carries."""
