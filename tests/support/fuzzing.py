@@ -133,8 +133,13 @@ def assert_storable(message: pb.Episode, schema: dict[str, tuple[int, list[int]]
     assert any(name == "obs" or name.startswith("obs.") for name in columns)
     (rows,) = {tensor.shape[0] for tensor in columns.values()}
     assert 1 <= rows <= CAPACITY
-    for name in {"reward", "done", "task"} & columns.keys():
-        assert list(columns[name].shape[1:]) in ([], [1])
+    # One value a row, or one for each agent if observations and actions have the same second axis.
+    shared = [list(tensor.shape[1:2]) for name, tensor in columns.items() if name == "action" or name.partition(".")[0] == "obs"]
+    agents = shared[0] if shared[0] not in ([], [1]) and all(axis == shared[0] for axis in shared) else []
+    reward = list(columns["reward"].shape[1:])
+    assert reward in ([], [1], agents)
+    assert "done" not in columns or list(columns["done"].shape[1:]) in ([], [1], reward)
+    assert "task" not in columns or list(columns["task"].shape[1:]) in ([], [1])
     for name, tensor in columns.items():
         row_bytes = len(tensor.data) // rows
         if name == "obs" or name.startswith("obs."):
