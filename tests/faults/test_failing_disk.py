@@ -264,7 +264,7 @@ buffer = ReplayBuffer(durable_config(sys.argv[1], durability=sys.argv[2]))
 buffer.add_episode(keyed_episode(0, 0))
 child = os.fork()
 if not child:
-    for call in (lambda: buffer.add_episode(keyed_episode(0, 1)), lambda: buffer.submit_episode(keyed_episode(0, 2)), buffer.clear):
+    for call in (lambda: buffer.add_episode(keyed_episode(0, 1)), lambda: buffer.table.submit(keyed_episode(0, 2)), buffer.clear):
         try:
             call()
         except StorageFailedError as error:

@@ -169,7 +169,7 @@ class FuzzedStore:
         """Adds an episode, which may be refused; asserts that a stored one obeys the rules and is unchanged."""
         before = self.buffer.counts()
         try:
-            stored = self.buffer.submit_episode(episode)
+            stored = self.buffer.table.submit(episode)
         except ReplayError as error:
             assert str(error)
             after = self.buffer.counts()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torchrl.data
 
     from touchline_server.durability.storage_state import StorageMonitor
-    from touchline_server.store.inserts import CommitFuture, Stored
+    from touchline_server.store.inserts import Stored
 
 MAX_IDLE_BYTES = 1 << 28
 """Bytes kept for the next batches, of batches that no caller holds any more."""
@@ -354,10 +354,6 @@ class ReplayBuffer(TableBuffers):
     def add_episode(self, episode: Episode) -> Stored:
         """Stores one episode of numpy columns, as the codec decodes it. Raises as :meth:`add` does."""
         return self.table.add(episode)
-
-    def submit_episode(self, episode: Episode) -> Stored | CommitFuture:
-        """Stores one episode without waiting for the disk: see :meth:`EpisodeStore.submit`."""
-        return self.table.submit(episode)
 
     def spec(
         self,

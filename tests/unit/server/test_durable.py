@@ -205,7 +205,7 @@ def test_sender_forgotten_and_seen_again_in_one_group_is_known_by_its_new_episod
     buffer = opened(durability="sync")
     buffer.add_episode(keyed_episode(0, 0))
     with buffer.store.writes.lock:
-        receipts = [buffer.submit_episode(keyed_episode(client, 1)) for client in (1, 2, 3, 4, 0)]
+        receipts = [buffer.table.submit(keyed_episode(client, 1)) for client in (1, 2, 3, 4, 0)]
     assert not any(receipt.result(30).duplicate for receipt in receipts)  # type: ignore[union-attr]
     kept = ledger_state(buffer)
     buffer.close()
@@ -257,8 +257,8 @@ def test_same_key_in_one_group_is_stored_once(opened: Opener) -> None:
     buffer = opened(durability="sync")
     episode = keyed_episode(0, 0)
     with buffer.store.writes.lock:  # nothing is committed before all are queued
-        receipts = [buffer.submit_episode(episode) for _ in range(5)]
-        other = buffer.submit_episode(replace(keyed_episode(0, 1), key=episode.key))
+        receipts = [buffer.table.submit(episode) for _ in range(5)]
+        other = buffer.table.submit(replace(keyed_episode(0, 1), key=episode.key))
 
     answers = [receipt.result(60) for receipt in receipts]  # type: ignore[union-attr]
 
@@ -293,7 +293,7 @@ def test_threads_share_transactions_and_every_episode_is_stored(durability: str,
 def test_group_larger_than_the_ring_evicts_its_own_oldest(opened: Opener, tmp_path: Path) -> None:
     buffer = opened(durability="sync", capacity=100)
     with buffer.store.writes.lock:
-        receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in range(40)]
+        receipts = [buffer.table.submit(keyed_episode(0, sequence)) for sequence in range(40)]
     assert [receipt.result(60).episode_id for receipt in receipts] == list(range(40))  # type: ignore[union-attr]
     before = contents(buffer)
     buffer.close()
@@ -419,7 +419,7 @@ def test_committed_group_that_cannot_be_copied_leaves_ring_and_file_equal(opened
 
     monkeypatch.setattr(Columns, "_write_rows", fail)
     with buffer.store.writes.lock:
-        receipts = [buffer.submit_episode(keyed_episode(0, sequence)) for sequence in (10, 11, 12, 12)]
+        receipts = [buffer.table.submit(keyed_episode(0, sequence)) for sequence in (10, 11, 12, 12)]
     receipts[0].result(60)  # type: ignore[union-attr]
     for receipt in receipts[1:]:
         with pytest.raises(MemoryError):
@@ -476,7 +476,7 @@ def test_failed_fsync_is_reported_and_nothing_more_is_acknowledged(opened: Opene
         assert failed.wait(60)
         eventually(lambda: committer(buffer).monitor.state is StorageState.FAILED, "the failure is noted", every_s=0.001)
 
-    for add in (buffer.add_episode, buffer.submit_episode):
+    for add in (buffer.add_episode, buffer.table.submit):
         with pytest.raises(StorageFailedError, match="takes nothing more until the server is started again"):
             add(keyed_episode(0, 1))
     assert buffer.sample().episode_id.shape == (8,)
@@ -517,7 +517,7 @@ def test_closed_buffer_refuses_adds(durability: str, opened: Opener) -> None:
     with pytest.raises(StorageFailedError, match="closed"):
         buffer.add_episode(keyed_episode(0, 0))
     with pytest.raises(StorageFailedError, match="closed"):
-        buffer.submit_episode(keyed_episode(0, 0))
+        buffer.table.submit(keyed_episode(0, 0))
 
 
 def test_newer_format_and_foreign_file_are_refused(opened: Opener, tmp_path: Path) -> None:

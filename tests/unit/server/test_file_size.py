@@ -49,7 +49,7 @@ def fill(folder: Path, *, capacity: int, lengths: list[int], width: int, columns
         while buffer.counts().steps_added < turns * capacity:
             group = [make_episode(number + more, length=lengths[more % len(lengths)], width=width, columns=columns) for more in range(64)]
             number += len(group)
-            for answer in [buffer.submit_episode(episode) for episode in group]:
+            for answer in [buffer.table.submit(episode) for episode in group]:
                 answer.result()  # type: ignore[union-attr]
             # The group, being one transaction, may have been there beside all that it evicts.
             most = max(most, buffer.counts().episodes_stored + len(group))

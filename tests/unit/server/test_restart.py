@@ -260,7 +260,7 @@ VERBS: dict[str, Callable[[ReplayBuffer], object]] = {
     "add": lambda buffer: buffer.add(keyed_episode(1, 0).columns),
     "load": lambda buffer: buffer.load({name: column[None] for name, column in keyed_episode(1, 0).columns.items()}),
     "add_episode": lambda buffer: buffer.add_episode(keyed_episode(1, 0)),
-    "submit_episode": lambda buffer: buffer.submit_episode(keyed_episode(1, 0)),
+    "submit": lambda buffer: buffer.table.submit(keyed_episode(1, 0)),
     "episodes": lambda buffer: next(buffer.episodes()),
     "clear": lambda buffer: buffer.clear(),
     "as_torchrl": lambda buffer: buffer.as_torchrl(),
