@@ -346,7 +346,9 @@ class EpisodeWriter(ProcessBound):
         """Makes an episode of the rows. The sender has taken the episode before."""
         assert self._state.due is None
         key = self._client.next_key()
+        begun_ns = self._state.rows.begun_ns
         self._state.due = Episode(self._state.rows.take(overlap=overlap), key=key, actor=self._actor, policy_version=self._rows_version)
+        self._state.sender.traces.begin(self._state.due, table=self._table, begun_ns=begun_ns)
         self._state.cut = overlap
         self._rows_version = self._policy_version
 

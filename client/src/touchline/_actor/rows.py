@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -51,6 +52,8 @@ class EpisodeRows:
         self._length = 0
         self._columns_fixed = False
         self._capacity = _INITIAL_CAPACITY
+        self.begun_ns = 0
+        """Time of the first row, in nanoseconds since 1970; of no meaning if there are no rows."""
 
     def __len__(self) -> int:
         return self._length
@@ -73,6 +76,7 @@ class EpisodeRows:
             row = self._fitted(row)
         else:
             self._columns = {}
+            self.begun_ns = time.time_ns()
         for name, value in row.items():
             column = self._columns.get(name)
             if column is None:

@@ -9,6 +9,7 @@ from touchline._actor.queue import EpisodeQueue, Peeked, QueueTicket
 from touchline._actor.recipient import EpisodeRecipient
 from touchline._actor.sender_log import SenderLog
 from touchline._actor.sender_status import SenderState, SenderStatus, StopSendingError
+from touchline._actor.traces import EpisodeTraces
 from touchline._rpc import waits
 from touchline._rpc.calls import Backoff, delay_before_retry
 from touchline.errors import (
@@ -47,17 +48,27 @@ class SendLoop:
         queue: queue of the episodes.
         status: status that the loop shares with the sender.
         log: log of the sender.
+        traces: spans of the episodes.
         name: name of the sender in log lines.
         grouping: whether a call may carry several episodes.
     """
 
     def __init__(
-        self, client: EpisodeRecipient, queue: EpisodeQueue, status: SenderStatus, log: SenderLog, *, name: str, grouping: bool
+        self,
+        client: EpisodeRecipient,
+        queue: EpisodeQueue,
+        status: SenderStatus,
+        log: SenderLog,
+        *,
+        traces: EpisodeTraces,
+        name: str,
+        grouping: bool,
     ) -> None:
         self._client = client
         self._queue = queue
         self._status = status
         self._log = log
+        self._traces = traces
         self._name = name
         self._grouping = grouping
         self._send_singly_left = 0
@@ -78,6 +89,7 @@ class SendLoop:
                 if not status.closed:
                     status.set_state(SenderState.HALTED)
         except BaseException as error:
+            self._traces.end_all(f"sending has ended: {error!r}")
             status.fail(error)  # otherwise flush() and close() would wait for this thread forever
 
     def _send_next(self) -> None:
@@ -131,7 +143,8 @@ class SendLoop:
         """
         episodes = [(ticket.key, content) for ticket, content in group]
         try:
-            answered = self._client.deliver_all(episodes, table=group[0][0].table)
+            with self._traces.sending([key for key, _ in episodes]):
+                answered = list(self._client.deliver_all(episodes, table=group[0][0].table))
             return [result.error for results in answered for result in results]
         except TouchlineError as error:
             logger.debug("%s: a call with %d episodes failed, each is sent by itself: %s", self._name, len(group), error)
@@ -162,7 +175,8 @@ class SendLoop:
         failures = 0
         while True:
             try:
-                self._client.deliver(episode, table=table)
+                with self._traces.sending([episode.key]):
+                    self._client.deliver(episode, table=table)
             except (UnavailableError, DeadlineError, OverLimitError) as error:  # passes by itself: retry without limit
                 reason: TouchlineError = error
             except (InvalidArgumentError, KeyConflictError, TooLargeError) as error:  # about this episode: refused for good
@@ -205,6 +219,7 @@ class SendLoop:
                 break
             except SpoolError as failure:
                 self._pause(failure, next(delays))
+        self._traces.end(ticket.key, str(error or ""))
         if error is None:
             self._status.count(acknowledged=1, steps_acknowledged=ticket.length)
         else:

@@ -12,6 +12,7 @@ from touchline._actor.recipient import EpisodeRecipient
 from touchline._actor.send_loop import SendLoop
 from touchline._actor.sender_log import SenderLog
 from touchline._actor.sender_status import SenderState, SenderStatus, unacknowledged
+from touchline._actor.traces import EpisodeTraces
 from touchline._rpc import waits
 from touchline.errors import ClosedError, DeadlineError, EpisodeResult, SpoolError, TlsError, TouchlineError
 from touchline.types import WriterCounters
@@ -40,9 +41,11 @@ class EpisodeSender:
         self._when_full = when_full
         self._log = SenderLog(name, queue.spool_dir)
         self._status = SenderStatus(queue, name=name)
+        self.traces = EpisodeTraces()
+        """Spans of the episodes, from their first row on."""
         # An episode that is being sent cannot be dropped, so under that policy they are sent one at a time.
         grouping = when_full != "drop-oldest"
-        self._loop = SendLoop(client, queue, self._status, self._log, name=name, grouping=grouping)
+        self._loop = SendLoop(client, queue, self._status, self._log, traces=self.traces, name=name, grouping=grouping)
         self._thread: threading.Thread | None = None
         self._log.resumed(queue.resumed)
         if queue.resumed:
@@ -111,6 +114,7 @@ class EpisodeSender:
             item = self._queue.pack(episode)
         except TouchlineError as error:
             self._log.refused(episode.key, episode.length, error)
+            self.traces.end(episode.key, str(error))
             status.note_refused(EpisodeResult(episode.key, error=error), appended=1, steps_appended=episode.length)
             return True
         kept = self._put_or_wait(item, ends=ends, force=force)
@@ -118,6 +122,7 @@ class EpisodeSender:
             status.count(appended=1, steps_appended=episode.length)
         else:
             status.count(appended=1, dropped=1, steps_appended=episode.length, steps_dropped=episode.length)
+            self.traces.end(episode.key, "dropped: the queue had no space")
         self._start_thread()
         self._log.dropped(status.counters, self._when_full, status.error)
         return kept
@@ -172,6 +177,7 @@ class EpisodeSender:
                 raise status.report_failure(results)
         finally:
             self._queue.close()
+            self.traces.end_all("waits in the spool")
             if state is not SenderState.CLOSED:
                 self._log.left_in_spool(pending)
         if results:
@@ -184,6 +190,8 @@ class EpisodeSender:
             result = self._queue.put(item, drop_oldest=self._when_full == "drop-oldest", force=force)
             if result.dropped:
                 self._status.count(dropped=len(result.dropped), steps_dropped=sum(ticket.length for ticket in result.dropped))
+                for ticket in result.dropped:
+                    self.traces.end(ticket.key, "dropped: the queue had no space")
             if result.error is not None:
                 raise result.error
             if result.kept or self._when_full != "block":

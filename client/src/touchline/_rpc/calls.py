@@ -38,6 +38,7 @@ from touchline.errors import (
 )
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.log_lines import escape
+from touchline_protos.tracing import trace_metadata
 from touchline_protos.types.metadata import REASON_METADATA_KEY, RETRY_METADATA_KEY
 from touchline_protos.types.reasons import Reason
 from touchline_protos.v1 import replay_pb2 as pb
@@ -242,9 +243,9 @@ class RpcClient:
             if not wait_s:
                 # Faster than a future, but this thread waits inside gRPC, and a fork waits for this thread.
                 with gate:
-                    return method(request, timeout=left_s, metadata=self._metadata)
+                    return method(request, timeout=left_s, metadata=self._call_metadata())
             with gate:
-                call = method.future(request, timeout=left_s, metadata=self._metadata)
+                call = method.future(request, timeout=left_s, metadata=self._call_metadata())
             return _await(call)
 
         return self._run(name, attempt, (self.timeout_s if timeout_s is None else timeout_s) + wait_s, retry)
@@ -274,7 +275,7 @@ class RpcClient:
         def attempt(left_s: float) -> bytes:
             method: Any = self.channel.method("stream_unary", name)
             with gate:
-                call = method.future(guarded(), timeout=left_s, metadata=self._metadata)
+                call = method.future(guarded(), timeout=left_s, metadata=self._call_metadata())
             try:
                 return _await(call)
             except grpc.RpcError:
@@ -288,13 +289,16 @@ class RpcClient:
         """Returns an open bidirectional call, an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
         method: Any = self.channel.method("stream_stream", name)
         with gate:
-            return method(requests, metadata=self._metadata)
+            return method(requests, metadata=self._call_metadata())
 
     def download(self, name: str, request: bytes) -> Any:
         """Returns an open call with one request, an iterator of responses with ``cancel()``. It has no deadline and is not retried."""
         method: Any = self.channel.method("unary_stream", name)
         with gate:
-            return method(request, metadata=self._metadata)
+            return method(request, metadata=self._call_metadata())
+
+    def _call_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*self._metadata, *trace_metadata())
 
     def translate(self, error: Exception) -> TouchlineError:
         """Returns the client's error for a failed call.

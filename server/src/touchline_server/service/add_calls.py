@@ -15,6 +15,7 @@ from touchline_server.service import convert
 from touchline_server.service.ingest import IngestResult
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.receiver import UploadReservation
+from touchline_server.service.traces import Traces
 from touchline_server.tables.table import Table
 
 LOAD_GRACE_S = 1.0
@@ -45,6 +46,7 @@ class AddCalls:
         self._drain = parts.drain
         self._ingest = parts.ingest
         self._readers = parts.readers
+        self._traces = Traces()
         limits = parts.limits
         self._codec_limits = CodecLimits(max_episode_bytes=limits.max_episode_bytes, max_columns=limits.max_columns)
 
@@ -55,17 +57,19 @@ class AddCalls:
             name, episode = self._decoded(decode_add_episode, message, limits=self._codec_limits)
             return self._tables.get(name, context), (episode,)
 
-        (result,) = await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_ADD_HOLD_S))
-        stored = await self._ingest.wait_durable(result)
+        with self._traces.store(context):
+            (result,) = await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_ADD_HOLD_S))
+            stored = await self._ingest.wait_durable(result)
         return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=convert.counts(stored.counts))
 
     async def load_episodes(self, requests: AsyncIterator[bytes], context: Context) -> pb.LoadEpisodesResponse:
         """Stores the episodes of a stream of messages, and answers at its end."""
         decoder = LoadDecoder(self._codec_limits)
-        with self._calls.streams.count(context.peer()):
-            answers = await self._receive_all(requests, decoder, context)
-        # The episodes of one call that wait for the disk share its fsync.
-        results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
+        with self._traces.store(context):
+            with self._calls.streams.count(context.peer()):
+                answers = await self._receive_all(requests, decoder, context)
+            # The episodes of one call that wait for the disk share its fsync.
+            results = [answer if isinstance(answer, pb.EpisodeResult) else await self._result(answer) for answer in answers]
         table = self._tables.get(decoder.table, context)
         if decoder.in_progress:
             error = InvalidEpisodeError("the stream ended within an episode's chunks; the episodes before it are stored")

@@ -16,6 +16,7 @@ from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.session import SampleSession
 from touchline_server.service.streams import answering
+from touchline_server.service.traces import Traces
 from touchline_server.tables.mix_sampler import MixSampler
 from touchline_server.tables.sampler import Reserved, Sampler, TableSampler
 from touchline_server.tables.table import Table
@@ -31,6 +32,7 @@ class SampleCalls:
 
     def __init__(self, parts: ServiceParts) -> None:
         self._parts = parts
+        self._traces = Traces()
         self._max_message_bytes = parts.limits.max_message_bytes
         self._rngs: WeakKeyDictionary[Table, np.random.Generator] = WeakKeyDictionary()
         """Sources of the random numbers of Sample calls without a seed."""
@@ -39,7 +41,7 @@ class SampleCalls:
 
     async def sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         """Draws one batch, waiting up to ``wait_s`` seconds until it can."""
-        sampler = self._sampler(request, context, unary=True)
+        sampler = self._traces.sampler(self._sampler(request, context, unary=True), context)
         reserved = await self._reserve_batch(sampler, convert.checked_wait(request.wait_s))
         try:
             message = await self._answer(sampler, reserved, context)
@@ -139,7 +141,7 @@ class SampleCalls:
         return await tasks.run(self._parts.sample_pool, self._sample_message, sampler, reserved)
 
     def _framer(self, opening: pb.SampleStreamOpen, context: Context) -> BatchFramer:
-        sampler = self._sampler(opening.sample, context, unary=False)
+        sampler = self._traces.sampler(self._sampler(opening.sample, context, unary=False), context)
         return BatchFramer(sampler, max_message_bytes=self._max_message_bytes, max_batches=opening.max_batches_per_frame)
 
     def _size(self, sampler: Sampler) -> tuple[int, bool]:
