@@ -23,6 +23,7 @@ MAY_IMPORT = {
         "shm": {"log_lines"},
         "files": set(),
         "log_lines": set(),
+        "tracing": set(),
         "v1": set(),
     },
     # What users import knows the client, the client knows its two sides, and those know the calls; nothing the other way.
