@@ -74,6 +74,37 @@ def test_clearing_a_table_leaves_the_others() -> None:
     assert left == {"": 1, "demos": 0, "online": 1}
 
 
+@pytest.mark.parametrize("verb", ["ready", "sample", "stream"])
+def test_adding_to_a_table_wakes_nobody_who_waits_for_another(verb: str) -> None:
+    with ServerThread(make_config(tables=TABLES)) as server, Caller(server.address) as caller, ThreadPoolExecutor(1) as pool:
+        stream = caller.stream()
+        calls = {
+            "ready": lambda: caller.stub.Ready(pb.ReadyRequest(table="demos", min_steps=1, wait_s=60), timeout=DEADLINE_S),
+            "sample": lambda: caller.sample(table="demos", wait_s=60),
+            "stream": lambda: stream.open(credits=1, table="demos").read(1),
+        }
+        waiting = pool.submit(calls[verb])
+        changes = server._server.parts.changes
+        eventually(lambda: len(changes._waiters) == 1, "it waits")
+        [wake] = changes._waiters
+        other = caller.stream().open(credits=0, table="online")
+        eventually(lambda: len(changes._waiters) == 2, "another learner waits for the other table")
+        woken: list[str] = []
+        wake.set, wake_it = lambda: (woken.append("demos"), wake_it())[0], wake.set  # type: ignore[assignment, method-assign]
+        for _ in range(10):
+            add(caller, "online")
+            add(caller, "")
+        before = list(woken)
+        add(caller, "demos", obs=7)
+        waiting.result(60)
+        stream.close()
+        other.close()
+        eventually(lambda: not changes._waiters and not changes._signals, "nobody waits any more")
+
+    assert not before
+    assert woken
+
+
 @pytest.mark.parametrize("verb", ["add", "load", "sample", "stream", "episodes", "ready", "info", "clear"])
 def test_unknown_table_is_not_found_and_names_those_that_exist(verb: str) -> None:
     with ServerThread(make_config(tables=TABLES)) as server, Caller(server.address) as caller:

@@ -73,7 +73,7 @@ def build_parts(config: Config, tables: TableRegistry, access: Access | None = N
     """
     budgets = Budgets(config.limits)
     changes = ChangeNotifier(asyncio.get_running_loop())
-    drain = Drain(changes.notify)
+    drain = Drain(changes.notify_all)
     throttle = AddThrottle(config.server.sample_share)
     add_pools = AddPools(tables, config.server.add_workers)
     return ServiceParts(
@@ -90,7 +90,6 @@ def build_parts(config: Config, tables: TableRegistry, access: Access | None = N
         add_pools=add_pools,
         table_pool=ThreadPoolExecutor(1, thread_name_prefix="touchline-table"),
         sample_pool=ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample"),
-        unsubscribe=tables.subscribe(changes.notify),
     )
 
 

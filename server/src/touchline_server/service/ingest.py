@@ -19,6 +19,7 @@ from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.drain import Drain
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.inserts import Stored
+from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.table import Table
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class EpisodeIngest:
         self._free_bytes -= size_bytes
         self._free_calls -= 1
         try:
-            await self._changes.until(lambda: self._drain.begun or storing.try_reserve(queue=True), hold_s)
+            await self._changes.until(lambda: self._drain.begun or storing.try_reserve(queue=True), storing.changes, hold_s)
             self._drain.raise_if_draining()
             if not storing.try_reserve():
                 raise storing.held_back()
@@ -211,6 +212,11 @@ class _Storing:
             return True
         finally:
             self.cost_s += time.thread_time() - begin
+
+    @property
+    def changes(self) -> tuple[Subscriptions, ...]:
+        """Changes of the table that may allow the next episode."""
+        return (self._opened.subscriptions,)
 
     @property
     def held_bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -49,12 +48,9 @@ class ServiceParts:
     """Thread that creates and drops tables, one at a time."""
     sample_pool: ThreadPoolExecutor
     """Threads that gather batches and read episodes back."""
-    unsubscribe: Callable[[], None]
-    """Function that ends the tables' notifications to ``changes``."""
 
     def close(self) -> None:
         """Ends the threads; blocks until they have finished their work."""
-        self.unsubscribe()
         self.add_pools.close()
         self.table_pool.shutdown()
         self.sample_pool.shutdown()

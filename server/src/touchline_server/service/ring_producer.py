@@ -24,6 +24,7 @@ from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.memory import available_host_bytes
 from touchline_server.store.mixed_draw import DrawnBatches
+from touchline_server.store.subscriptions import subscribe_all
 from touchline_server.tables.sampler import Reserved, Split
 
 logger = get_logger(__name__)
@@ -227,7 +228,7 @@ class RingProducer:
 
     def _wait_for_limiter(self) -> None:
         """Waits until the rate limit may allow more, or a short time has passed, in which slots may have been taken."""
-        unsubscribe = self._framer.sampler.subscribe(self._ring.control.interrupt)
+        unsubscribe = subscribe_all(self._framer.sampler.changes, self._ring.control.interrupt)
         try:
             self._ring.control.wait_freed()
         finally:

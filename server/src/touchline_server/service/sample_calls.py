@@ -93,7 +93,7 @@ class SampleCalls:
             return drain.begun or reserved is not None
 
         try:
-            await self._parts.changes.until(is_over, wait_s)
+            await self._parts.changes.until(is_over, sampler.changes, wait_s)
             drain.raise_if_draining()
         except BaseException:
             if reserved is not None:

@@ -87,7 +87,7 @@ class SampleSession:
             SchemaChangedError: the ring was made for batches of another schema.
         """
         self._grant(opening.credits)
-        with self._parts.changes.waiter() as wake:
+        with self._parts.changes.waiter(self._framer.sampler.changes) as wake:
             reader = asyncio.create_task(self._read_requests(requests, wake))
             try:
                 if not (opening.shared_memory_id and await self._serve_by_ring(opening.shared_memory_id, write, wake)):

@@ -34,7 +34,7 @@ class TableCalls:
             fill = store.fill(spec.reach)
             return drain.begun or (fill.eligible > 0 and fill.has(min_steps))
 
-        await self._parts.changes.until(is_over, convert.checked_wait(request.wait_s))
+        await self._parts.changes.until(is_over, (table.subscriptions,), convert.checked_wait(request.wait_s))
         fill = store.fill(spec.reach)
         return pb.ReadyResponse(
             can_sample=fill.eligible > 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class Subscriptions:
@@ -33,3 +33,14 @@ class Subscriptions:
         """Calls every listener."""
         for listener in self._listeners:
             listener()
+
+
+def subscribe_all(changes: Iterable[Subscriptions], listener: Callable[[], None]) -> Callable[[], None]:
+    """Calls ``listener`` after every change of any of several; see :meth:`Subscriptions.subscribe`."""
+    ends = [one.subscribe(listener) for one in changes]
+
+    def unsubscribe() -> None:
+        for end in ends:
+            end()
+
+    return unsubscribe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.mixed_draw import MixedDraw
 from touchline_server.store.schema import Schema
+from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.sampler import Reserved, Split
 from touchline_server.tables.table import Table
 
@@ -228,15 +229,10 @@ class MixSampler:
         tables = len(self._tables)
         return {number: self._tables[number % tables].store.actor_name(number // tables) for number in sorted(numbers)}
 
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Calls ``listener`` after every change of any of the tables."""
-        ends = [table.subscriptions.subscribe(listener) for table in self._tables]
-
-        def end() -> None:
-            for unsubscribe in ends:
-                unsubscribe()
-
-        return end
+    @property
+    def changes(self) -> tuple[Subscriptions, ...]:
+        """Changes of each of the tables."""
+        return tuple(table.subscriptions for table in self._tables)
 
     def _split(self) -> Split | None:
         """Returns the split of a batch that is drawn now; None if there can be none."""

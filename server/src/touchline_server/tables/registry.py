@@ -50,7 +50,6 @@ class TableRegistry:
         """Table whose durable store is being read."""
         self._changing = threading.Lock()
         """Held while a table is created or dropped, and while they are restored."""
-        self._subscriptions = Subscriptions()
         self.members = Subscriptions()
         """Listeners to tables that are created and dropped."""
         self.add(default)
@@ -80,15 +79,10 @@ class TableRegistry:
         """
         if self._tables.setdefault(table.name, table) is not table:
             raise ValueError(f"table: {table.name!r} exists already, expected a new name")
-        table.subscriptions.subscribe(self._subscriptions.notify)
 
     def is_created(self, name: str) -> bool:
         """Returns whether a table was created at run time."""
         return name in self._created
-
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Calls ``listener`` after every change of any table; see :meth:`Subscriptions.subscribe`."""
-        return self._subscriptions.subscribe(listener)
 
     # Start and end
 

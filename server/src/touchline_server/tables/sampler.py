@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from touchline_protos.codec import BatchLayout
 from touchline_server.limiters.place import BatchesPlace
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.mixed_draw import DrawnBatches
+from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.table import SampleSpec, Table
 
 Split = tuple[int, ...]
@@ -98,8 +99,9 @@ class Sampler(Protocol):
         """Returns the names of actors by their numbers."""
         ...
 
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Calls ``listener`` after every change of a table; see :meth:`Subscriptions.subscribe`."""
+    @property
+    def changes(self) -> tuple[Subscriptions, ...]:
+        """Changes of each table that the batches are from."""
         ...
 
 
@@ -181,6 +183,7 @@ class TableSampler:
         """See :class:`Sampler`."""
         return self._table.actor_names(numbers)
 
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+    @property
+    def changes(self) -> tuple[Subscriptions, ...]:
         """See :class:`Sampler`."""
-        return self._table.subscriptions.subscribe(listener)
+        return (self._table.subscriptions,)
