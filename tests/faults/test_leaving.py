@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from support.fault_tally import CONNECTS, KILLS, long, note
+from support.leaving_clients import come_and_go
 from support.playing import Learner, Players
-from support.service_calls import Caller, ServerProcess, eventually, make_episode
+from support.service_calls import Caller, ServerProcess, collected, eventually, make_episode
 from support.tcp_proxy import TcpProxy
 from touchline_protos.shm.ring import shared_memory_id
 
@@ -42,9 +41,8 @@ class Level:
 
     def assert_again(self, process: ServerProcess) -> None:
         """Waits until threads and files are what they were, and memory is nearly so."""
-        gc.collect()  # gRPC closes a channel's connections when the channel is collected
-        eventually(lambda: process.open_files <= self.files, f"{process.open_files} files as before, {self.files}")
-        eventually(lambda: process.threads <= self.threads, f"{process.threads} threads as before, {self.threads}")
+        eventually(lambda: process.open_files <= self.files, lambda: f"{process.open_files} files; {self.files} before")
+        eventually(lambda: process.threads <= self.threads, lambda: f"{process.threads} threads; {self.threads} before")
         grown = process.private_bytes - self.private_bytes
         assert grown < LEAK_BYTES, f"{grown >> 20} MiB more than before"
 
@@ -134,56 +132,16 @@ def test_killed_learner_with_a_full_stream_leaves_nothing(transport: str, proces
         note(learner_kills=KILLS + 1)
 
 
-def polite(address: str) -> None:
-    with Caller(address) as caller:
-        stream = caller.stream().open(credits=1)
-        stream.close()
-        assert len(stream.rest()) == 1
-
-
-def abrupt(address: str) -> None:
-    """Disconnects with unused credits and batches in flight."""
-    with Caller(address) as caller:
-        caller.stream().open(credits=20, max_batches_per_frame=1).read(1)
-
-
-def idle(address: str) -> None:
-    """Opens a stream, grants no credits and disconnects."""
-    with Caller(address) as caller:
-        caller.stream().open(credits=0)
-        caller.counts()
-
-
-def reset(address: str) -> None:
-    """Is cut off in the middle of a batch."""
-    with TcpProxy(address) as proxy, Caller(proxy.address) as caller:
-        caller.stream().open(credits=20, max_batches_per_frame=1).read(1)
-        proxy.cut()
-
-
-def wordless(address: str) -> None:
-    """Connects and disconnects after half of HTTP/2's greeting."""
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"PRI * HTTP/2")
-
-
-LEAVERS: list[Callable[[str], None]] = [polite, abrupt, idle, reset, wordless]
-
-
 @pytest.mark.timeout(600 + CONNECTS)
 def test_connections_that_come_and_go_leave_nothing(process: ServerProcess) -> None:
     with Caller(process.address) as caller:
         caller.add(make_episode(50))
         files = process.open_files
-        for number in range(CONNECTS // 2):
-            LEAVERS[number % len(LEAVERS)](process.address)
-        gc.collect()
-        eventually(lambda: process.open_files <= files, "the connections of the first round are closed")
+        come_and_go(process.address, CONNECTS // 2)
+        eventually(lambda: process.open_files <= files, lambda: f"{process.open_files} files after the first round; {files} before it")
         before = Level.of(process)
 
-        for number in range(CONNECTS):
-            LEAVERS[number % len(LEAVERS)](process.address)
+        come_and_go(process.address, CONNECTS)
 
         before.assert_again(process)
         note(connections=CONNECTS + CONNECTS // 2)
@@ -197,7 +155,7 @@ def test_peers_behind_a_pulled_cable_are_disconnected(process: ServerProcess) ->
         files = process.open_files
         with Learner(proxy.address, batch_size=64) as first:
             first.wait_for(5)
-        eventually(lambda: process.open_files <= files, "the first one is gone")
+        eventually(collected(lambda: process.open_files <= files), "the first one is gone", every_s=0.02)
         before = Level.of(process)
         with Learner(proxy.address, batch_size=64) as learner:
             learner.wait_for(5)
@@ -209,4 +167,5 @@ def test_peers_behind_a_pulled_cable_are_disconnected(process: ServerProcess) ->
             proxy.reset()
             proxy.resume()
             learner.wait_for(5)
+        eventually(collected(lambda: process.open_files <= before.files), "the second one is gone", every_s=0.02)
         before.assert_again(process)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.service_calls import eventually, make_config, make_episode
+from support.service_calls import collected, eventually, make_config, make_episode
 from touchline import EpisodeWriter, ReplayClient
 from touchline_protos.shm.ring import SHARED_MEMORY_DIR, shared_memory_id
 from touchline_server.service.app import ServerThread
@@ -54,6 +54,11 @@ def sockets() -> int:
     return sum(os.path.islink(link) and os.readlink(link).startswith("socket:") for link in links)
 
 
+def no_writer_is_sending() -> bool:
+    """Whether every writer that was dropped is done with its episodes."""
+    return "touchline-dropped" not in {thread.name for thread in threading.enumerate()}
+
+
 def streams_of(server: ServerThread) -> int:
     return int(server._server.parts.calls.streams.now)
 
@@ -76,13 +81,17 @@ class Held:
     maps: int = field(default_factory=maps)
 
 
+def settled(condition: Callable[[], bool], what: str | Callable[[], str]) -> None:
+    """Waits for a condition that holds once what was dropped is collected."""
+    eventually(collected(condition), what, every_s=0.02)
+
+
 def nothing_is_left(server: ServerThread, folder: Path, before: Held) -> None:
-    gc.collect()
-    eventually(lambda: streams_of(server) == 0, "the server's streams end")
-    eventually(lambda: rings_of(server) == 0, "the server's rings are free")
-    eventually(lambda: len(our_threads()) <= len(before.threads), f"no thread is left; before {before.threads}")
-    eventually(lambda: sockets() <= before.sockets, "no socket is left")
-    eventually(lambda: maps() <= before.maps, "no ring is mapped")
+    settled(lambda: streams_of(server) == 0, lambda: f"{streams_of(server)} streams of the server")
+    settled(lambda: rings_of(server) == 0, lambda: f"{rings_of(server)} rings of the server")
+    settled(lambda: len(our_threads()) <= len(before.threads), lambda: f"threads {our_threads()}; {before.threads} before")
+    settled(lambda: sockets() <= before.sockets, lambda: f"{sockets()} sockets; {before.sockets} before")
+    settled(lambda: maps() <= before.maps, lambda: f"{maps()} mapped rings; {before.maps} before")
     assert list(folder.iterdir()) == []
 
 
@@ -181,8 +190,7 @@ def test_batch_outlives_the_stream_that_was_dropped(server: ServerThread) -> Non
         held = [next(batches) for _ in range(3)]
         copies = [batch.obs.copy() for batch in held]
         del batches
-        gc.collect()
-        eventually(lambda: streams_of(server) == 0, "the stream ends")
+        settled(lambda: streams_of(server) == 0, "the stream ends")
 
         assert all((batch.obs == copy).all() for batch, copy in zip(held, copies, strict=True))
 
@@ -215,8 +223,7 @@ def test_writer_dropped_warns_of_its_rows_and_sends_what_ended(
 
     play()
 
-    gc.collect()
-    eventually(lambda: server.buffer.counts().episodes_stored == 6, "the ended one is stored")
+    settled(lambda: server.buffer.counts().episodes_stored == 6, "the ended one is stored")
     eventually(lambda: any("discarded 2 rows" in text for text in warnings_of(caplog)), "the warning")
     assert any("'ada' was not closed: " in text and "nothing refers to it any more" in text for text in warnings_of(caplog))
     nothing_is_left(server, folder, before)
@@ -250,8 +257,7 @@ def test_writer_dropped_frees_its_spool_for_the_next(server: ServerThread, tmp_p
             writer.append(step(1.0))
             writer.end_episode()
             del writer
-            gc.collect()
-            eventually(lambda: not any(thread.name == "touchline-dropped" for thread in threading.enumerate()), "it ends")
+            settled(no_writer_is_sending, "it ends")
         with EpisodeWriter(client, spool_dir=tmp_path / "spool") as last:
             assert last.counters.resumed == 0
 
@@ -265,8 +271,7 @@ def test_writer_dropped_while_the_server_is_away_leaves_its_spool_to_the_next(tm
     writer.append(step(1.0))
     writer.end_episode()
     del writer
-    gc.collect()
-    eventually(lambda: not any(thread.name == "touchline-dropped" for thread in threading.enumerate()), "it ends")
+    settled(no_writer_is_sending, "it ends")
 
     with ServerThread(make_config()) as server, ReplayClient(server.address) as other, EpisodeWriter(other, spool_dir=tmp_path) as last:
         assert last.counters.resumed == 1
@@ -335,5 +340,5 @@ def test_remote_buffer_dropped_warns_of_its_trajectories(server: ServerThread, f
     assert len(buffer) == 245
     del buffer
 
-    eventually(lambda: any("1 unfinished trajectories are lost" in record.getMessage() for record in caplog.records), "the warning")
+    settled(lambda: any("1 unfinished trajectories are lost" in record.getMessage() for record in caplog.records), "the warning")
     nothing_is_left(server, folder, before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import re
 import signal
 import socket
@@ -12,15 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from support.leaving_clients import ROUNDS, held
 from support.service_calls import (
-    CHANNEL_OPTIONS,
     DEADLINE_S,
     SERVICE,
     Caller,
@@ -32,7 +29,7 @@ from support.service_calls import (
     make_episode,
     refused,
 )
-from touchline_protos.codec import BatchDecoder, encode_add_episode, encode_load
+from touchline_protos.codec import encode_add_episode, encode_load
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.service.app import AddressInUseError, ServerThread
 
@@ -104,80 +101,29 @@ def test_serve_with_a_bad_configuration_exits_2_and_names_the_key(tmp_path: Path
     assert "Traceback" not in result.stderr
 
 
-class AsyncLearner:
-    """A client with a channel of its own and an open sampling stream; hundreds of them run in one thread."""
-
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._call = self._channel.stream_stream(SERVICE + "SampleStream")()
-        self._decoder = BatchDecoder()
-
-    async def __aenter__(self) -> AsyncLearner:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._channel.close()
-
-    async def open(self, credits: int) -> None:
-        await self._call.write(pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=credits)).SerializeToString())
-
-    async def grant(self, batches: int) -> None:
-        await self._call.write(pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=batches)).SerializeToString())
-
-    async def read(self, batches: int) -> None:
-        while batches > 0:
-            batches -= len(self._decoder.feed(await self._call.read()))
-        assert batches == 0
-
-    async def close(self) -> None:
-        """Half-closes and waits for the server's OK."""
-        await self._call.done_writing()
-        assert await self._call.read() is grpc.aio.EOF
-        assert await self._call.code() == grpc.StatusCode.OK
-
-
-async def hold_many(process: ServerProcess) -> tuple[int, int]:
-    """Opens all streams, uses the active ones, tries one more, and drops half of them without closing them.
-
-    Returns:
-        The server's maximum numbers of threads and of open files.
-    """
-    threads = files = 0
-    async with AsyncExitStack() as stack:
-        learners = [await stack.enter_async_context(AsyncLearner(process.address)) for _ in range(IDLE + ACTIVE)]
-        idle, active = learners[:IDLE], learners[IDLE:]
-        await asyncio.gather(*(learner.open(0) for learner in idle), *(learner.open(2) for learner in active))
-        for _ in range(5):
-            await asyncio.gather(*(learner.read(2) for learner in active))
-            threads, files = max(threads, process.threads), max(files, process.open_files)
-            await asyncio.gather(*(learner.grant(2) for learner in active))
-        await asyncio.gather(*(learner.read(2) for learner in active))
-        # Each idle stream still works: it gets the batches that it asks for.
-        await asyncio.gather(*(learner.grant(1) for learner in idle))
-        await asyncio.gather(*(learner.read(1) for learner in idle))
-        with Caller(process.address) as caller:
-            refusal = refused(caller.stream().open(credits=1).rest)
-            assert refusal.reason == "over-limit", refusal
-        await asyncio.gather(*(learner.close() for learner in learners[::2]))
-    return threads, files
-
-
 def test_hundreds_of_clients_take_a_bounded_number_of_threads_and_leave_nothing(process: ServerProcess) -> None:
     with Caller(process.address) as caller:
         caller.add(make_episode(50))
         threads_before, files_before = process.threads, process.open_files
 
-        threads, files = asyncio.run(hold_many(process))
+        for _ in range(2):  # the second time, no stream is admitted in place of one that is still open
+            threads = files = 0
+            with held(process.address, idle=IDLE, active=ACTIVE) as steps:
+                for number in range(ROUNDS):
+                    assert next(steps) == f"read {number}"
+                    threads, files = max(threads, process.threads), max(files, process.open_files)
+                assert next(steps) == "all read"
+                refusal = refused(caller.stream().open(credits=1).rest)
+                assert refusal.reason == "over-limit", refusal
+                assert next(steps) == "half closed"
 
-        assert files >= files_before + IDLE + ACTIVE
-        assert threads - threads_before <= MAX_THREADS_FOR_CLIENTS
-        gc.collect()  # gRPC closes a channel's connections when it is collected
-        eventually(lambda: process.open_files <= files_before + 1, "the clients' sockets are closed")
-        assert process.threads - threads_before <= MAX_THREADS_FOR_CLIENTS
-        streams = [caller.stream().open(credits=1) for _ in range(ACTIVE)]
-        for stream in streams:
-            stream.close()
-        assert [len(stream.rest()) for stream in streams] == [1] * ACTIVE
+            assert files >= files_before + IDLE + ACTIVE
+            assert threads - threads_before <= MAX_THREADS_FOR_CLIENTS
+            eventually(
+                lambda: process.open_files <= files_before,
+                lambda: f"{process.open_files} open files of the server; {files_before} before {IDLE + ACTIVE} clients came",
+            )
+            assert process.threads - threads_before <= MAX_THREADS_FOR_CLIENTS
         caller.stub.Clear(pb.ClearRequest(), timeout=DEADLINE_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -85,12 +86,28 @@ def assert_same_batch(found: Batch, expected: Batch) -> None:
     assert {number: found.actor_names[number] for number in names} == {number: expected.actor_names[number] for number in names}
 
 
-def eventually(condition: Callable[[], bool], what: str, *, timeout_s: float = DEADLINE_S, every_s: float = 0.0) -> None:
-    """Polls until a condition holds that another process or thread fulfils at a time of its own."""
+def eventually(
+    condition: Callable[[], bool], what: str | Callable[[], str], *, timeout_s: float = DEADLINE_S, every_s: float = 0.0
+) -> None:
+    """Polls until a condition holds that another process or thread fulfils at a time of its own; else fails with ``what``."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+        assert time.monotonic() < end, f"{what if isinstance(what, str) else what()}: not within {timeout_s} s"
         time.sleep(every_s)
+
+
+def collected(condition: Callable[[], bool]) -> Callable[[], bool]:
+    """Returns the condition with a collection before it, for what happens once the test has dropped an object.
+
+    One collection before :func:`eventually` is not enough: it does nothing while another thread collects, and it leaves what a thread
+    that is about to end still refers to.
+    """
+
+    def holds() -> bool:
+        gc.collect()
+        return condition()
+
+    return holds
 
 
 def private_bytes(process_id: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from support.client_faults import Handler, ScriptedServer, fail, in_turn
+from support.service_calls import collected, eventually
 from touchline import DeadlineError, InvalidArgumentError, OverLimitError, ReplayClient, ServerError, UnavailableError
 from touchline._learner import episodes as module
 from touchline._rpc.calls import Backoff
@@ -345,9 +345,8 @@ def test_stopping_before_the_end_ends_the_call(how: str) -> None:
         if how != "drop":
             assert list(episodes) == []
         del episodes
-        gc.collect()
 
-        assert ended.wait(60)
+        eventually(collected(ended.is_set), "the call ends", every_s=0.02)
 
 
 def test_close_by_another_thread_ends_the_iteration() -> None:
