@@ -36,7 +36,7 @@ COPY constraints.txt ./
 RUN mkdir /requirements \
  && python docker/requirements.py protos 'client[cli]' > /requirements/client.txt \
  && python docker/requirements.py protos 'client[cli]' 'client[torch]' > /requirements/learner.txt \
- && python docker/requirements.py protos server > /requirements/server.txt \
+ && python docker/requirements.py protos 'server[http]' > /requirements/server.txt \
  && grep -E '^(dm_control|mujoco|pillow)\b' examples/requirements.txt > /requirements/actor.txt \
  && sed '/^torch==/d' constraints.txt > /requirements/constraints.txt
 
@@ -128,10 +128,12 @@ COPY cfg cfg
 # Listens on every address of the container; the address of the machine is chosen when the container is run.
 ENV TOUCHLINE_SERVER__HOST=0.0.0.0 \
     TOUCHLINE_SERVER__PORT=50051 \
+    TOUCHLINE_HTTP__HOST=0.0.0.0 \
+    TOUCHLINE_HTTP__PORT=8080 \
     TOUCHLINE_STORAGE__SCRATCH_DIR=/data
 USER 10001:10001
 VOLUME /data
-EXPOSE 50051
+EXPOSE 50051 8080
 # Asks the server that the configuration in force describes, waits 20 s for the answer, and prints the reason if it is not healthy; takes
 # 0.1 s of CPU. Until the durable store is read the answer is NOT_SERVING, at some 3 s/GiB (more from a slow disk); failures within the start
 # period do not count, and the first success ends it, so a long period only delays the state "unhealthy".

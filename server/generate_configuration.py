@@ -38,7 +38,7 @@ for example TOUCHLINE_CONFIG__BATCH_SIZE=64 or TOUCHLINE_SAMPLING__LAW=step. An 
 EXAMPLES = {"sampling.seed": "0", "sampling.recent_steps": "100_000", "sampling.recent_half_life": "50_000.0"}
 """Values shown, commented out, for keys that have no default."""
 
-FIXED_BY_THE_IMAGE = {"server.host", "server.port", "server.unix_socket", "storage.scratch_dir"}
+FIXED_BY_THE_IMAGE = {"server.host", "server.port", "server.unix_socket", "storage.scratch_dir", "http.host", "http.port"}
 """Keys that a container's command line or image sets, so compose does not pass them on."""
 
 COMPOSE_DEFAULTS = {"storage.data_dir": "-/data/episodes"}

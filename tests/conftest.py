@@ -11,6 +11,9 @@ from hypothesis import settings
 # TorchRL announces every allocation on stdout, a hundred times in a property test.
 logging.getLogger("torchrl").addFilter(lambda record: record.levelno >= logging.WARNING)
 
+# Servers of tests serve no web page unless a test asks for one: its port is the same for all.
+os.environ.setdefault("TOUCHLINE_HTTP__ENABLED", "off")
+
 settings.register_profile("touchline", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("touchline")
 

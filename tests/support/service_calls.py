@@ -242,6 +242,7 @@ class ServerProcess:
             "TOUCHLINE_CONFIG__MIN_HISTORY": "100",
             "TOUCHLINE_CONFIG__BATCH_SIZE": "8",
             "TOUCHLINE_STORAGE__DEVICE": "cpu",
+            "TOUCHLINE_HTTP__ENABLED": "off",
         }
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -252,7 +253,7 @@ class ServerProcess:
                 stderr=log,
                 text=True,
             )
-        self._address = ""
+        self._address = self._page_address = ""
 
     @property
     def address(self) -> str:
@@ -263,6 +264,16 @@ class ServerProcess:
             assert line.startswith("listening on "), f"printed {line!r}; stderr:\n{self.log}"
             self._address = line.removeprefix("listening on ").strip()
         return self._address
+
+    @property
+    def page_address(self) -> str:
+        """Address of its web page, which it prints behind its own; ``TOUCHLINE_HTTP__ENABLED`` must be ``on``."""
+        if not self._page_address:
+            assert self.address and self.process.stdout is not None
+            line = self.process.stdout.readline()
+            assert line.startswith("web page on http://"), f"printed {line!r}; stderr:\n{self.log}"
+            self._page_address = line.removeprefix("web page on http://").strip("/\n")
+        return self._page_address
 
     @property
     def log(self) -> str:

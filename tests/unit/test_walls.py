@@ -50,7 +50,8 @@ MAY_IMPORT = {
         "": {"buffer", "config", "errors"},
         "__main__": {"cli"},
         "cli": {"", "service", "durability", "config", "errors"},
-        "service": {"", "buffer", "tables", "durability", "store", "selectors", "limiters", "config", "errors"},
+        "service": {"", "http", "buffer", "tables", "durability", "store", "selectors", "limiters", "config", "errors"},
+        "http": {"tables", "store", "config", "errors"},
         "buffer": {"torchrl", "tables", "durability", "store", "selectors", "config", "errors"},
         "tables": {"durability", "store", "selectors", "limiters", "config", "errors"},
         "torchrl": {"tables", "store", "selectors", "errors"},
@@ -74,6 +75,9 @@ LIBRARIES = {
     ("touchline_protos", "sqlite3"): {"files"},
     ("touchline", "typer"): {"_cli"},
     ("touchline_server", "typer"): {"cli"},
+    ("touchline_server", "starlette"): {"http"},
+    ("touchline_server", "uvicorn"): {"http"},
+    ("touchline_server", "prometheus_client"): {"http"},
 }
 """Packages that may import a library, at run time or for its types; no other may."""
 

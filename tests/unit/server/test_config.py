@@ -183,6 +183,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "ring": {"max_rings": 0, "max_ring_bytes": 1},
     "tls": {"cert": "a.pem", "key": "b.pem", "client_ca": "c.pem"},
     "auth": {"tokens_file": "tokens.toml", "allow_plaintext": True},
+    "http": {"enabled": "on", "host": "0.0.0.0", "port": 0},
 }
 """A value other than the default for every key except ``recent_half_life``, which excludes ``recent_steps``."""
 

@@ -280,6 +280,19 @@ class AuthConfig(Section):
     """Whether to accept tokens without TLS from other machines. Safe only if the network itself is private."""
 
 
+class HttpConfig(Section):
+    """The web page, its API and the metrics for Prometheus. Needs the extra ``touchline-server[http]``; see docs/http.md."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    """Whether to serve HTTP. ``"auto"``: if the extra is installed and the port is free, but beside a Unix socket only with tokens;
+    otherwise a line in the log says why not. ``"on"``: a missing extra or a port in use is an error. ``"off"``: no."""
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on. With [auth], callers need a token of role learner or admin; with [tls], they connect by https. ``"0.0.0.0"``
+    accepts other machines: without [auth], everyone who reaches the port can see counts and episodes."""
+    port: Annotated[_Int, Field(ge=0, le=65_535)] = 8_080
+    """TCP port. 0 takes a free one, which the server prints."""
+
+
 MOVED_KEYS = {
     ("server", key): ("ring" if key in ("max_rings", "max_ring_bytes") else "limits", key)
     for key in (

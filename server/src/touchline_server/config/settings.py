@@ -22,6 +22,7 @@ from touchline_server.config.sections import (
     TABLE_SECTIONS,
     AuthConfig,
     BufferConfig,
+    HttpConfig,
     LimitsConfig,
     RateConfig,
     RingConfig,
@@ -58,9 +59,9 @@ class Config(Section):
     ``Config(config={"horizon": 5}, storage={"device": "cpu"})``.
 
     Args:
-        sections: ``config``, ``storage``, ``sampling``, ``rate``, ``server``, ``limits``, ``ring``, ``tls`` and ``auth``, each as a section
-            object or a mapping, and ``tables``, a mapping from the name of each further table to its keys. A section or key that is left
-            out has its default, and a key that a table leaves out has the default table's value.
+        sections: ``config``, ``storage``, ``sampling``, ``rate``, ``server``, ``limits``, ``ring``, ``tls``, ``auth`` and ``http``, each
+            as a section object or a mapping, and ``tables``, a mapping from the name of each further table to its keys. A section or key
+            that is left out has its default, and a key that a table leaves out has the default table's value.
 
     Raises:
         ConfigError: an unknown section or key, a bad value, or values that do not fit together.
@@ -75,6 +76,7 @@ class Config(Section):
     ring: RingConfig = RingConfig()
     tls: TlsConfig = TlsConfig()
     auth: AuthConfig = AuthConfig()
+    http: HttpConfig = HttpConfig()
     tables: Mapping[Annotated[str, AfterValidator(check_table_name)], TableConfig] = {}
     _table: str = PrivateAttr("")
 

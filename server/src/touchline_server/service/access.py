@@ -11,11 +11,11 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from touchline_protos.types.metadata import TOKEN_METADATA_KEY
+from touchline_server.config.addresses import is_loopback
 from touchline_server.config.sections import check_table_name
 from touchline_server.config.settings import Config
 from touchline_server.config.source import ConfigError, why_unreadable
@@ -182,40 +182,41 @@ def check_exposure(config: Config, access: Access | None) -> str | None:
     Raises:
         ConfigError: tokens would be sent unencrypted.
     """
-    server = config.server
-    if server.unix_socket or is_loopback(server.host):
+    if config.server.unix_socket:
+        return None
+    return _exposure(config, access, key="server.host", host=config.server.host, may="read, add and clear episodes")
+
+
+def check_http_exposure(config: Config, access: Access | None) -> str | None:
+    """Returns a warning if others can reach the web page and read episodes; None if they cannot.
+
+    Raises:
+        ConfigError: tokens would be sent unencrypted.
+    """
+    return _exposure(config, access, key="http.host", host=config.http.host, may="see counts and episodes")
+
+
+def _exposure(config: Config, access: Access | None, *, key: str, host: str, may: str) -> str | None:
+    if is_loopback(host):
         return None
     if not config.tls.cert:
         if access is None:
             return (
-                f"listening on {server.host} without TLS and without tokens: any process that reaches the port can read, add and clear "
-                "episodes. See tls.cert and auth.tokens_file, or server.host = '127.0.0.1'"
+                f"listening on {host} without TLS and without tokens: any process that reaches the port can {may}. "
+                f"See tls.cert and auth.tokens_file, or {key} = '127.0.0.1'"
             )
         if not config.auth.allow_plaintext:
             raise ConfigError(
-                f"server.host: {server.host!r} without tls.cert, expected TLS, because tokens would be sent unencrypted; set tls.cert and "
+                f"{key}: {host!r} without tls.cert, expected TLS, because tokens would be sent unencrypted; set tls.cert and "
                 "tls.key, listen on 127.0.0.1, or set auth.allow_plaintext = true if the network itself is private"
             )
-        return (
-            f"listening on {server.host} without TLS: anyone who can read the network's traffic sees tokens and episodes "
-            "(auth.allow_plaintext)"
-        )
+        return f"listening on {host} without TLS: anyone who can read the network's traffic sees tokens and episodes (auth.allow_plaintext)"
     if access is None and not config.tls.client_ca:
         return (
-            f"listening on {server.host} without tokens and client certificates: any process that reaches the port can read, add and clear "
-            "episodes. See auth.tokens_file and tls.client_ca"
+            f"listening on {host} without tokens and client certificates: any process that reaches the port can {may}. "
+            "See auth.tokens_file and tls.client_ca"
         )
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _read_file(path: Path) -> Iterator[Token]:

@@ -10,7 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring import sweep_dead_rings
 from touchline_server.buffer import ReplayBuffer
+from touchline_server.config.addresses import join_address
 from touchline_server.config.settings import Config
 from touchline_server.service.access import Access, check_exposure, read_access
 from touchline_server.service.add_pools import AddPools
@@ -28,6 +29,7 @@ from touchline_server.service.call_counters import CallCounters
 from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.drain import Drain
 from touchline_server.service.health import HealthService
+from touchline_server.service.http_access import check_http, start_http
 from touchline_server.service.ingest import EpisodeIngest
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.receiver import MessageReaders
@@ -40,6 +42,9 @@ from touchline_server.service.throttle import AddThrottle
 from touchline_server.service.tls import server_credentials
 from touchline_server.store.memory import keep_freed_memory
 from touchline_server.tables.registry import RestoreProgress, TableRegistry
+
+if TYPE_CHECKING:
+    from touchline_server.http.server import HttpServer
 
 logger = get_logger(__name__)
 
@@ -99,20 +104,34 @@ class ReplayServer:
     Args:
         config: the configuration; tokens come from ``auth.tokens_file`` and the environment.
         buffer: the buffer to serve, which stays the caller's; None: a new one, closed by :meth:`stop`.
+        http: whether to serve the web page too, as ``[http]`` says.
 
     Raises:
-        ConfigError: certificates or tokens cannot be used, or tokens would be sent unencrypted.
+        ConfigError: certificates or tokens cannot be used, tokens would be sent unencrypted, or
+            the web page cannot be served as ``[http]`` says.
     """
 
-    def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
+    def __init__(self, config: Config, buffer: ReplayBuffer | None = None, *, http: bool = True) -> None:
         self._config = config
         self._credentials = server_credentials(config.tls)
         self._access = read_access(config)
         _log_access(config, self._access)
+        self._serves_http = http and check_http(config, self._access) is None
         self.buffer = buffer if buffer is not None else ReplayBuffer(config, restore=False)
         self._owns_buffer = buffer is None
+        self._http: HttpServer | None = None
         self.address = ""
         """Address of the server once it has started: ``HOST:PORT`` or ``unix:PATH``."""
+
+    @property
+    def http_address(self) -> str:
+        """Address of the web page once the server has started, ``HOST:PORT``; empty if there is none."""
+        return self._http.address if self._http is not None else ""
+
+    @property
+    def page_url(self) -> str:
+        """The web page's address as a browser takes it; empty if there is no page."""
+        return self._http.url if self._http is not None else ""
 
     async def start(self, progress: RestoreProgress | None = None) -> None:
         """Listens, then restores the durable store if there is one. Until that is done, health says NOT_SERVING and calls are refused.
@@ -133,8 +152,10 @@ class ReplayServer:
         try:
             self.address = self._listen()
             await self._server.start()
+            self._start_http()
             await asyncio.get_running_loop().run_in_executor(None, self.buffer.registry.restore, progress)
         except BaseException:
+            await self._stop_http()
             await self._server.stop(0)
             self.parts.close()
             raise
@@ -151,6 +172,7 @@ class ReplayServer:
         # their client to try again.
         ended = await calls.wait_idle(self._config.server.drain_timeout_s)
         await self._server.stop(CLOSING_S if ended else 0)
+        await self._stop_http()
         # Not in the loop: cancelled calls wait there until no thread works for them any more.
         await asyncio.to_thread(self.parts.close)
         await calls.wait_idle(CLOSING_S)
@@ -168,9 +190,20 @@ class ReplayServer:
         reflection.enable_server_reflection((SERVICE_NAME, health_service, reflection.SERVICE_NAME), server)
         return server
 
+    def _start_http(self) -> None:
+        if self._serves_http:
+            try:
+                self._http = start_http(self._config, self.parts, self._access)
+            except OSError as error:
+                raise AddressInUseError(str(error)) from None
+
+    async def _stop_http(self) -> None:
+        if self._http is not None:
+            await asyncio.to_thread(self._http.stop)
+
     def _listen(self) -> str:
         config = self._config.server
-        address = f"unix:{config.unix_socket}" if config.unix_socket else _join(config.host, config.port)
+        address = f"unix:{config.unix_socket}" if config.unix_socket else join_address(config.host, config.port)
         if config.unix_socket and _is_alive(config.unix_socket):
             raise AddressInUseError(f"cannot listen on {address}: another server does; stop it or choose another --unix-socket")
         try:
@@ -186,7 +219,7 @@ class ReplayServer:
                     "the address is in use or not this machine's; stop the other server or choose another --host, --port or --unix-socket"
                 )
             raise AddressInUseError(f"cannot listen on {address}: {what} ({error})") from None
-        return address if config.unix_socket else _join(config.host, port)
+        return address if config.unix_socket else join_address(config.host, port)
 
 
 async def _watch_rates(tables: TableRegistry) -> None:
@@ -228,7 +261,8 @@ def _options(config: Config, budgets: Budgets) -> tuple[tuple[str, Any], ...]:
 def run(config: Config, progress: RestoreProgress | None = None, stop: StopSignals | None = None) -> int:
     """Serves until SIGTERM or SIGINT, then drains. A signal before the server listens keeps it from starting; further ones are ignored.
 
-    Prints ``listening on HOST:PORT`` once the server serves, that is, after the durable store (if any) is restored.
+    Prints ``listening on HOST:PORT`` once the server serves, that is, after the durable store (if any) is restored, and on the next line
+    the web page's address, if there is a page.
 
     Args:
         config: the configuration.
@@ -279,7 +313,8 @@ async def _serve(config: Config, progress: RestoreProgress | None, stop: StopSig
         # With two threads, gathers were measured to become many times slower on a shared machine; calls run in parallel anyway.
         torch.set_num_threads(1)
     if not stop.came:
-        print(f"listening on {server.address}", flush=True)
+        page = f"\nweb page on {server.page_url}" if server.page_url else ""
+        print(f"listening on {server.address}{page}", flush=True)
     await stopping.wait()
     logger.info("draining")
     await server.stop()
@@ -292,10 +327,15 @@ class ServerThread:
 
     >>> with ServerThread(Config(server={"port": 0})) as server:
     ...     client = ReplayClient(server.address)
+
+    Args:
+        config: the configuration.
+        buffer: the buffer to serve, which stays the caller's; None: a new one.
+        http: whether to serve the web page too, as ``[http]`` says.
     """
 
-    def __init__(self, config: Config, buffer: ReplayBuffer | None = None) -> None:
-        self._server = ReplayServer(config, buffer)
+    def __init__(self, config: Config, buffer: ReplayBuffer | None = None, *, http: bool = False) -> None:
+        self._server = ReplayServer(config, buffer, http=http)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="touchline-server", daemon=True)
 
@@ -303,6 +343,11 @@ class ServerThread:
     def address(self) -> str:
         """Address of the server."""
         return self._server.address
+
+    @property
+    def http_address(self) -> str:
+        """Address of the web page, ``HOST:PORT``; empty if there is none."""
+        return self._server.http_address
 
     @property
     def buffer(self) -> ReplayBuffer:
@@ -337,10 +382,6 @@ def _log_access(config: Config, access: Access | None) -> None:
         logger.info("TLS with %s; clients %s", config.tls.cert, "show a certificate" if config.tls.client_ca else "need no certificate")
     if access is not None:
         logger.info("tokens: %s", access.describe())
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_alive(path: str) -> bool:
