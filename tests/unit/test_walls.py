@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "touchline": {
         "": {"client", "writer", "_learner", "_rpc", *VALUES},
         "__main__": {"_cli"},
-        "_cli": {"datasets", "_spool", "_actor", "client", "installing", *VALUES},
+        "_cli": {"datasets", "_spool", "_actor", "_rpc", "client", "installing", *VALUES},
         "datasets": {"client", "_actor", "_rpc", "_tdmpc2", "installing", *VALUES},
         "recorders": {"writer", "client", "_actor", "_rpc", "installing", *VALUES},
         "tdmpc2": {"client", "_tdmpc2", "_learner", "_rpc", "installing", *VALUES},

@@ -10,22 +10,24 @@ import typer
 from touchline._cli import spool, table
 from touchline._cli.clear import clear
 from touchline._cli.export import export
+from touchline._cli.grouped_help import GroupedCommand, GroupedGroup
 from touchline._cli.load import load
-from touchline._cli.options import GroupedCommand
+
+LOOK, DATA, SERVER, ROBOTS = "Look at a server", "Move data", "Change a server", "Robots"
+"""Groups of commands in the help text."""
 
 app = typer.Typer(
     name="touchline",
+    cls=GroupedGroup,
     no_args_is_help=True,
-    add_completion=False,
-    # Plain text: it preserves the lines of the examples, and reads the same in a log.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command(cls=GroupedCommand)(load)
-app.command(cls=GroupedCommand)(export)
-app.command(cls=GroupedCommand)(clear)
-app.add_typer(spool.app, name="spool")
-app.add_typer(table.app, name="table")
+app.command(cls=GroupedCommand, rich_help_panel=DATA)(load)
+app.command(cls=GroupedCommand, rich_help_panel=DATA)(export)
+app.add_typer(table.app, name="table", rich_help_panel=SERVER)
+app.command(cls=GroupedCommand, rich_help_panel=SERVER)(clear)
+app.add_typer(spool.app, name="spool", rich_help_panel=ROBOTS)
 
 
 def _print_version(requested: bool) -> None:
@@ -40,16 +42,22 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Touchline's client: load and export data sets, empty a server, manage its tables and the spools of robots.
+    """Look at a replay server, check the way to it, move data, and manage its tables.
 
-    Every command has its own --help, with examples. TLS and tokens are set by environment variables: TOUCHLINE_TLS_CA, TOUCHLINE_TOKEN.
+    Every command has its own --help, with examples and exit statuses. TLS and tokens are set by environment variables: TOUCHLINE_TLS_CA,
+    TOUCHLINE_TOKEN. With --json a command prints one JSON document on stdout; errors are sentences on stderr.
 
     \b
     Examples:
       touchline load mt30/*.pt --address replay-host:50051
-      touchline load minari:D4RL/door/human-v2
       touchline export everything.h5 --address replay-host:50051
-      touchline clear --address replay-host:50051
-      touchline table create demos buffer_size=100_000 --address replay-host:50051
+      touchline table create demos buffer_size=100_000
       touchline spool show /var/lib/robot/spool
+
+    \b
+    Exit status of every command:
+      0    done
+      1    it failed, or something was refused
+      2    the command line is wrong
+      130  interrupted
     """

@@ -25,11 +25,11 @@ def clear(
     table: TableName = "",
     yes: Annotated[bool, typer.Option("--yes", help="Clear without asking for confirmation.")] = False,
 ) -> None:
-    """Empty a table of a server: remove every episode, and the columns, which the next episode defines anew.
+    """Empty a table of a server.
 
-    Prints what would be removed and asks first. With a data_dir, the episodes are removed from the disk as well; a snapshot taken before
-    keeps them. Keys are remembered: an episode that was stored before is not stored again. If the server requires tokens, the token must
-    have the role admin.
+    Removes every episode, and the columns, which the next episode defines anew. Prints what would be removed and asks first. With a
+    data_dir, the episodes are removed from the disk as well; a snapshot taken before keeps them. Keys are remembered: an episode that
+    was stored before is not stored again. If the server requires tokens, the token must have the role admin.
 
     \b
     Examples:

@@ -1,15 +1,20 @@
-"""Options that several commands share, and a help text that lists options by group."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any
+import os
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 SERVER, EPISODES, COLUMNS, OUTPUT, REFUSED = "Server", "Which episodes", "Columns", "Output", "Refused episodes"
 """Groups of options in the help text, by ``rich_help_panel``."""
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+"""Address of a server that is started without configuration."""
+COMPLETION_TIMEOUT_S = 0.5
+"""How long the shell waits for the names of tables."""
 
 
 class FormatName(str, enum.Enum):
@@ -19,6 +24,19 @@ class FormatName(str, enum.Enum):
     MINARI = "minari"
     HDF5 = "hdf5"
     NPZ = "npz"
+
+
+def complete_table(context: typer.Context) -> list[str]:
+    """Returns the names of the tables of the server that the command line names, for the shell; none if it does not answer at once."""
+    from touchline.client import ReplayClient
+    from touchline.errors import TouchlineError
+
+    address = context.params.get("address") or os.environ.get("TOUCHLINE_ADDRESS") or DEFAULT_ADDRESS
+    try:
+        with ReplayClient(address, timeout_s=COMPLETION_TIMEOUT_S) as client:
+            return [name for name in client.tables() if name]
+    except TouchlineError:
+        return []
 
 
 Address = Annotated[
@@ -38,29 +56,12 @@ Timeout = Annotated[
 ]
 TableName = Annotated[
     str,
-    typer.Option("--table", metavar="NAME", help="Table on the server. Default: the server's default table.", rich_help_panel=SERVER),
+    typer.Option(
+        "--table",
+        metavar="NAME",
+        help="Table on the server. Default: the server's default table.",
+        rich_help_panel=SERVER,
+        autocompletion=complete_table,
+    ),
 ]
-
-
-class GroupedCommand(TyperCommand):
-    """A command whose plain-text help lists its options by group (``rich_help_panel``); those without one stand last."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes the arguments, then each group of options in order of its first one.
-
-        Args:
-            ctx: the command's ``click.Context``; some versions of typer bring a click of their own, hence no type.
-            formatter: the ``click.HelpFormatter`` to write to.
-        """
-        groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
-        others: list[tuple[str, str]] = []
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is None:
-                continue
-            group = "Arguments" if parameter.param_type_name == "argument" else getattr(parameter, "rich_help_panel", None)
-            (others if group is None else groups.setdefault(group, [])).append(record)
-        for title, records in [*groups.items(), ("Other options", others)]:
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.", rich_help_panel=OUTPUT)]

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from touchline._actor.refusal_summary import RefusalSummary, add_refusal
-from touchline._cli.options import SERVER, GroupedCommand
+from touchline._cli.grouped_help import GroupedCommand
+from touchline._cli.options import SERVER
 from touchline._cli.progress import ProgressDisplay
 from touchline._cli.terminal import (
     EXIT_FAILED,

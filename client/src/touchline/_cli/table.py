@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from touchline._cli.options import Address, GroupedCommand, Timeout
+from touchline._cli.grouped_help import GroupedCommand
+from touchline._cli.options import Address, Timeout
 from touchline._cli.terminal import EXIT_USAGE, confirm, exit_with, pluralize, print_line, report_errors
 from touchline.client import ReplayClient
 from touchline.types import TableInfo

@@ -9,7 +9,7 @@ from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings
 
 
 def check(data_dir: DataDir = None, table: TableName = None, config: ConfigPath = None) -> None:
-    """Verify a durable store: of every table, or with --table of one.
+    """Verify a durable store, of every table or of one.
 
     Checks SQLite's structures, the checksum of every episode, the ledger of keys, and the counts. Changes nothing, and works while a server
     is running on the store.

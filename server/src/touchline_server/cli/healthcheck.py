@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from touchline_server.cli.options import SERVER, TLS, ConfigPath
+from touchline_server.cli.options import ConfigPath
 from touchline_server.cli.terminal import EXIT_FAILED, exit_with
 from touchline_server.config.source import ConfigError
 
@@ -19,12 +19,9 @@ def healthcheck(
             "--address",
             metavar="HOST:PORT|unix:/PATH",
             help="Server to ask. Default: the server of the configuration, 127.0.0.1:50051 unless configured otherwise.",
-            rich_help_panel=SERVER,
         ),
     ] = None,
-    timeout_s: Annotated[
-        float, typer.Option("--timeout-s", metavar="SECONDS", help="How long to wait for an answer.", min=0.001, rich_help_panel=SERVER)
-    ] = 5.0,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", metavar="SECONDS", help="How long to wait for an answer.", min=0.001)] = 5.0,
     tls_ca: Annotated[
         Path | None,
         typer.Option(
@@ -32,22 +29,17 @@ def healthcheck(
             metavar="PATH",
             envvar="TOUCHLINE_TLS_CA",
             help="With --address: use TLS, and check the server's certificate against this CA bundle.",
-            rich_help_panel=TLS,
         ),
     ] = None,
     tls_cert: Annotated[
         Path | None,
         typer.Option(
-            "--tls-cert",
-            metavar="PATH",
-            envvar="TOUCHLINE_TLS_CERT",
-            help="Client certificate, if the server asks for one (mutual TLS).",
-            rich_help_panel=TLS,
+            "--tls-cert", metavar="PATH", envvar="TOUCHLINE_TLS_CERT", help="Client certificate, if the server asks for one (mutual TLS)."
         ),
     ] = None,
     tls_key: Annotated[
         Path | None,
-        typer.Option("--tls-key", metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Private key of --tls-cert.", rich_help_panel=TLS),
+        typer.Option("--tls-key", metavar="PATH", envvar="TOUCHLINE_TLS_KEY", help="Private key of --tls-cert."),
     ] = None,
     tls_server_name: Annotated[
         str | None,
@@ -56,7 +48,6 @@ def healthcheck(
             metavar="NAME",
             envvar="TOUCHLINE_TLS_SERVER_NAME",
             help="Name in the server's certificate, if it differs from the one in the address.",
-            rich_help_panel=TLS,
         ),
     ] = None,
     config: ConfigPath = None,

@@ -13,7 +13,6 @@ import typer
 from touchline_server import __version__
 from touchline_server.cli.check import check
 from touchline_server.cli.healthcheck import healthcheck
-from touchline_server.cli.options import GroupedCommand
 from touchline_server.cli.recover import recover
 from touchline_server.cli.serve import serve
 from touchline_server.cli.snapshot import snapshot
@@ -21,13 +20,12 @@ from touchline_server.cli.snapshot import snapshot
 app = typer.Typer(
     name="touchline-server",
     no_args_is_help=True,
-    add_completion=False,
     # Plain text: it preserves the lines of the examples, and reads the same in a container's log.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 for command in (serve, healthcheck, check, recover, snapshot):
-    app.command(cls=GroupedCommand)(command)
+    app.command()(command)
 
 
 def _print_version(requested: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from touchline_server.cli.options import STORE, ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
+from touchline_server.cli.options import ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
 from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings, progress_bar, report_errors
 
 
@@ -15,15 +15,15 @@ def recover(
     table: TableName = None,
     accept_loss: Annotated[
         bool,
-        typer.Option("--accept-loss", help="Recover even if something is lost. Otherwise a loss changes nothing.", rich_help_panel=STORE),
+        typer.Option("--accept-loss", help="Recover even if something is lost. Otherwise a loss changes nothing."),
     ] = False,
     config: ConfigPath = None,
 ) -> None:
-    """Recover the undamaged episodes of a damaged store: of the default table, or with --table of another.
+    """Recover the undamaged episodes of a damaged store.
 
-    Finds every episode whose own bytes are intact, whatever else in the file is damaged, cut off or missing. They go into a new file, which
-    replaces the old one; the old one stays beside it, unchanged, as touchline.db.damaged. No server may be running on the store, and the
-    disk needs space for both files.
+    Of the default table, or with --table of another. Finds every episode whose own bytes are intact, whatever else in the file is damaged,
+    cut off or missing. They go into a new file, which replaces the old one; the old one stays beside it, unchanged, as
+    touchline.db.damaged. No server may be running on the store, and the disk needs space for both files.
 
     \b
     Examples:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from touchline_server import __version__
-from touchline_server.cli.options import CONFIGURATION, LISTENING, STORE, ConfigPath
+from touchline_server.cli.options import ConfigPath
 from touchline_server.cli.terminal import EXIT_FAILED, EXIT_USAGE, exit_with, progress_bars
 from touchline_server.config.source import ConfigError, glance, sources_of
 from touchline_server.errors import ReplayError, StoreMismatchError
@@ -33,11 +33,7 @@ def serve(
     config: ConfigPath = None,
     log_level: Annotated[
         LogLevel | None,
-        typer.Option(
-            "--log-level",
-            help="Lowest level to log, on stderr. Overrides server.log_level, by default info.",
-            rich_help_panel=CONFIGURATION,
-        ),
+        typer.Option("--log-level", help="Lowest level to log, on stderr. Overrides server.log_level, by default info."),
     ] = None,
     host: Annotated[
         str | None,
@@ -45,25 +41,18 @@ def serve(
             "--host",
             metavar="HOST",
             help="Address to listen on; 0.0.0.0 accepts other machines. Overrides server.host, by default 127.0.0.1.",
-            rich_help_panel=LISTENING,
         ),
     ] = None,
     port: Annotated[
         int | None,
         typer.Option(
-            "--port",
-            metavar="PORT",
-            help="TCP port; 0 takes a free one, which is printed. Overrides server.port, by default 50051.",
-            rich_help_panel=LISTENING,
+            "--port", metavar="PORT", help="TCP port; 0 takes a free one, which is printed. Overrides server.port, by default 50051."
         ),
     ] = None,
     unix_socket: Annotated[
         str | None,
         typer.Option(
-            "--unix-socket",
-            metavar="PATH",
-            help="Unix socket to listen on instead of host and port. Overrides server.unix_socket.",
-            rich_help_panel=LISTENING,
+            "--unix-socket", metavar="PATH", help="Unix socket to listen on instead of host and port. Overrides server.unix_socket."
         ),
     ] = None,
     accept_eviction: Annotated[
@@ -71,7 +60,6 @@ def serve(
         typer.Option(
             "--accept-eviction",
             help="Start even if storage.data_dir holds more than config.buffer_size: the oldest episodes are evicted for good.",
-            rich_help_panel=STORE,
         ),
     ] = False,
 ) -> None:

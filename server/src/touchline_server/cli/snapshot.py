@@ -17,10 +17,10 @@ def snapshot(
     table: TableName = None,
     config: ConfigPath = None,
 ) -> None:
-    """Copy a durable store as it is at one moment: every table, each at a moment of its own, or with --table one.
+    """Copy a durable store as it is at one moment.
 
-    Works while a server is running on the store. A server can start with the copy's folder as its data_dir; after --table, the table is its
-    default table.
+    Copies every table, each at a moment of its own, or with --table one. Works while a server is running on the store. A server can start
+    with the copy's folder as its data_dir; after --table, the table is its default table.
 
     \b
     Examples:
