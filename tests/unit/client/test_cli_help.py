@@ -12,6 +12,7 @@ from touchline._cli.app import app
 from touchline.datasets import FORMATS
 
 COMMANDS = [
+    ["doctor"],
     ["load"],
     ["export"],
     ["clear"],

@@ -9,6 +9,7 @@ import typer
 
 from touchline._cli import spool, table
 from touchline._cli.clear import clear
+from touchline._cli.doctor.command import doctor
 from touchline._cli.export import export
 from touchline._cli.grouped_help import GroupedCommand, GroupedGroup
 from touchline._cli.load import load
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command(cls=GroupedCommand, rich_help_panel=LOOK)(doctor)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(load)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(export)
 app.add_typer(table.app, name="table", rich_help_panel=SERVER)
@@ -49,6 +51,7 @@ def _root(
 
     \b
     Examples:
+      touchline doctor --address replay-host:50051
       touchline load mt30/*.pt --address replay-host:50051
       touchline export everything.h5 --address replay-host:50051
       touchline table create demos buffer_size=100_000

@@ -27,7 +27,7 @@ class FormatName(str, enum.Enum):
 
 
 def complete_table(context: typer.Context) -> list[str]:
-    """Returns the names of the tables of the server that the command line names, for the shell; none if it does not answer at once."""
+    """Returns the names of the tables of the server that the command line names, for the shell; none without an immediate answer."""
     from touchline.client import ReplayClient
     from touchline.errors import TouchlineError
 

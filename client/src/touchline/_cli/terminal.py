@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from touchline._actor.refusal_summary import RefusalSummary
@@ -23,6 +26,8 @@ EXIT_FAILED = 1
 """Exit status if something was refused or failed."""
 EXIT_USAGE = 2
 """Exit status if the command line is wrong."""
+EXIT_WARNING = 3
+"""Exit status if everything works, but something should be done."""
 EXIT_INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 PROBE_TIMEOUT_S = 3.0
@@ -47,6 +52,39 @@ def print_line(text: str, style: str = "") -> None:
     Data must not be interpreted, so rich's markup, highlighting and wrapping are off.
     """
     Console(soft_wrap=True).print(Text(escape(text), style=style), soft_wrap=True)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Prints a JSON document on stdout; numbers that JSON does not have become null."""
+    typer.echo(json.dumps(_finite(value), indent=indent, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_grid(widths: Sequence[int], cells: Sequence[tuple[str, str]]) -> None:
+    """Prints cells, each with a style, side by side: the last one wraps below itself on a terminal, and stays on one line otherwise.
+
+    Args:
+        widths: width of each cell but the last.
+        cells: text and style of each cell.
+    """
+    console = Console()
+    if not console.is_terminal:
+        padded = [f"{escape(text):<{width}}" for (text, _), width in zip(cells, [*widths, 0], strict=True)]
+        typer.echo("  ".join(padded).rstrip())
+        return
+    grid = Table.grid(padding=(0, 2), pad_edge=False)
+    for width in widths:
+        grid.add_column(width=width)
+    grid.add_column()
+    grid.add_row(*(Text(escape(text), style=style) for text, style in cells))
+    console.print(grid)
 
 
 def print_columns(columns: Mapping[str, ColumnInfo]) -> None:
