@@ -192,6 +192,7 @@ class Stranger:
             "Clear": (pb.ClearRequest, pb.ClearRequest(table="x")),
             "CreateTable": (pb.CreateTableRequest, pb.CreateTableRequest(table="x1", config_toml='law = "step"\nbuffer_size = 100')),
             "SetTable": (pb.SetTableRequest, pb.SetTableRequest(table="x1", config_toml="rate.samples_per_insert = 4.5")),
+            "Status": (pb.StatusRequest, pb.StatusRequest(tables=["x"], newest_episodes=3)),
             "DropTable": (pb.DropTableRequest, pb.DropTableRequest(table="x1")),
         }
         of = {"AddEpisode": "adding", "LoadEpisodes": "loading", "SampleStream": "session"}
@@ -202,7 +203,7 @@ class Stranger:
 
     def call(self) -> tuple[str, grpc.StatusCode, bytes]:
         """Makes a call; returns the method, how it ended and what was sent."""
-        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2, 1, 1, 1])[0]
+        name = self._rng.choices(list(self._inputs), weights=[6, 3, 3, 2, 1, 1, 2, 2, 0.2, 1, 1, 1, 1])[0]
         data = self._inputs[name].input()
         try:
             if name == "LoadEpisodes":
@@ -211,6 +212,10 @@ class Stranger:
                 self._stream(unframe(data))
             elif name == "GetEpisodes":
                 list(self._caller.channel.unary_stream(SERVICE + name)(data, timeout=DEADLINE_S))
+            elif name == "Status":
+                call = self._caller.channel.unary_stream(SERVICE + name)(data, timeout=0.5)
+                next(call, None)  # with an interval it has no end
+                call.cancel()
             else:
                 self._caller.channel.unary_unary(SERVICE + name)(data, timeout=0.5)
         except grpc.RpcError as error:

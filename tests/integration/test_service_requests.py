@@ -50,7 +50,7 @@ def answer_at_once(caller: Caller, method: str) -> bytes:
         stream = caller.stream()
         stream.close()
         return b"".join(stream.call)
-    if method == "GetEpisodes":
+    if method in ("GetEpisodes", "Status"):
         return b"".join(caller.channel.unary_stream(SERVICE + method)(b"", timeout=DEADLINE_S))
     return caller.raw(method, b"")
 
@@ -409,7 +409,7 @@ def test_another_table_is_not_found(filled: Served, method: str) -> None:
 
 METHODS = [
     *("AddEpisode", "LoadEpisodes", "Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Ready", "Info", "Clear"),
-    *("CreateTable", "DropTable", "SetTable", "ListTables"),
+    *("CreateTable", "DropTable", "SetTable", "ListTables", "Status"),
 ]
 
 
@@ -438,7 +438,7 @@ def test_client_of_another_major_version_is_refused_with_the_versions(filled: Se
     refusal = refused(answer_at_once, caller, method)
 
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version")
-    assert "the client speaks protocol 2.0, this server 1.1" in refusal.details
+    assert "the client speaks protocol 2.0, this server 1.2" in refusal.details
 
 
 @pytest.mark.parametrize("version", ["", "x", "10.0", "-1.0"])

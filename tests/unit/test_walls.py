@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "touchline_protos": {
         "": {"types"},
         "types": set(),
-        "codec": {"types"},
+        "codec": {"types", "v1"},
         "shm": {"log_lines"},
         "files": set(),
         "log_lines": set(),
@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "store": {"selectors", "config", "errors"},
         "selectors": {"errors"},
         "limiters": {"errors"},
+        "metrics": {"errors"},
         "config": {"selectors"},
         "errors": set(),
     },

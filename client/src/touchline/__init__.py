@@ -24,6 +24,7 @@ import touchline._rpc.fork  # noqa: F401  must come before the first import of g
 from touchline._learner.episodes import EpisodeStream
 from touchline._learner.stream import BatchStream
 from touchline._rpc.credentials import TlsConfig
+from touchline._rpc.status_verbs import StatusWatch
 from touchline.client import ReplayClient
 from touchline.errors import (
     AccessDeniedError,
@@ -49,7 +50,17 @@ from touchline.errors import (
     UnknownEpisodeError,
     UnknownTableError,
 )
-from touchline.types import ColumnInfo, HeldCaller, PriorityCounters, RateInfo, ReadyState, ServerInfo, TableInfo, WriterCounters
+from touchline.types import (
+    ColumnInfo,
+    HeldCaller,
+    PriorityCounters,
+    RateInfo,
+    ReadyState,
+    ServerInfo,
+    ServerStatus,
+    TableInfo,
+    WriterCounters,
+)
 from touchline.writer import EpisodeWriter
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import EpisodeKey, StoredEpisode
@@ -83,7 +94,9 @@ __all__ = [
     "ReplayClient",
     "ServerError",
     "ServerInfo",
+    "ServerStatus",
     "SpoolError",
+    "StatusWatch",
     "StoredEpisode",
     "TableInfo",
     "TlsConfig",

@@ -44,6 +44,7 @@ from touchline._rpc.convert import (
 )
 from touchline._rpc.credentials import Credentials, TlsConfig
 from touchline._rpc.outcomes import add_key_if_outcome_unknown
+from touchline._rpc.status_verbs import StatusVerbs
 from touchline._rpc.table_verbs import TableVerbs
 from touchline.errors import ClosedError, EpisodeResult, InvalidArgumentError, TouchlineError
 from touchline.types import EpisodeSelection, ReadyState, SampleOptions, ServerInfo
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in the standard library from Python 3.11 on
 
 
-class ReplayClient(TableVerbs):
+class ReplayClient(TableVerbs, StatusVerbs):
     """A replay buffer on a server: episodes in, batches of slices out. Also a context manager that closes it.
 
     The connection opens with the first call. Every call has a deadline; all but :meth:`clear` can be repeated without harm, since an

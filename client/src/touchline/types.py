@@ -10,6 +10,26 @@ from typing import TypedDict
 from touchline.errors import EpisodeResult as EpisodeResult  # defined beside the error that carries it; users find it here as well
 from touchline_protos import Counts
 from touchline_protos.types.mix import Mix
+from touchline_protos.types.status import ActorStatus as ActorStatus
+from touchline_protos.types.status import DeliveredStatus as DeliveredStatus
+from touchline_protos.types.status import DurabilityStatus as DurabilityStatus
+from touchline_protos.types.status import EpisodeSummary as EpisodeSummary
+from touchline_protos.types.status import FlowStatus as FlowStatus
+from touchline_protos.types.status import HeldCaller as HeldCaller
+from touchline_protos.types.status import LatencyStatus as LatencyStatus
+from touchline_protos.types.status import LearnerStatus as LearnerStatus
+from touchline_protos.types.status import MethodStatus as MethodStatus
+from touchline_protos.types.status import PoolStatus as PoolStatus
+from touchline_protos.types.status import RateInfo as RateInfo
+from touchline_protos.types.status import RefusalStatus as RefusalStatus
+from touchline_protos.types.status import ServerState as ServerState
+from touchline_protos.types.status import ServerStatus as ServerStatus
+from touchline_protos.types.status import ServingState as ServingState
+from touchline_protos.types.status import TableStatus as TableStatus
+from touchline_protos.types.status import Transport as Transport
+from touchline_protos.types.status import Verdict as Verdict
+from touchline_protos.types.status import WaitCause as WaitCause
+from touchline_protos.types.status import WaitStatus as WaitStatus
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -129,56 +149,6 @@ class ColumnInfo:
     """Name of the dtype: ``float32``, ``bfloat16``, ..."""
     shape: tuple[int, ...]
     """Shape of one row."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldCaller:
-    """A caller that a rate limit holds back."""
-
-    who: str
-    """Name of the actor, or address of the learner."""
-    waiting_s: float
-    """Seconds since it was first held back, without having been granted anything since."""
-
-
-@dataclass(frozen=True, slots=True)
-class RateInfo:
-    """A table's rate limit, and how it stands."""
-
-    samples_per_insert: float
-    """Target: slices delivered for each step added; 0 for any number."""
-    tolerance: float
-    """Slices by which deliveries may be ahead of the target, or behind it."""
-    min_steps: int
-    """Steps that must be stored before batches are delivered. They do not count for the target."""
-    steps_added: int
-    """Steps added since the limit is in force, or since the server started, that count for the target."""
-    slices_delivered: int
-    """Slices delivered since then."""
-    recent_steps_added: int
-    """Steps added within the last minute."""
-    recent_slices_delivered: int
-    """Slices delivered within the last minute."""
-    owed_slices: float
-    """Slices that learners are behind the target; negative if they are ahead of it."""
-    adds_held: int
-    """Number of actors that wait."""
-    batches_held: int
-    """Number of learners that wait."""
-    adds: tuple[HeldCaller, ...]
-    """Up to 16 of the actors that wait, those that have waited longest first."""
-    batches: tuple[HeldCaller, ...]
-    """Up to 16 of the learners that wait, those that have waited longest first."""
-
-    @property
-    def ratio(self) -> float | None:
-        """Slices delivered for each step added, since the limit is in force; None if no step was added."""
-        return self.slices_delivered / self.steps_added if self.steps_added else None
-
-    @property
-    def recent_ratio(self) -> float | None:
-        """Slices delivered for each step added, within the last minute; None if no step was added."""
-        return self.recent_slices_delivered / self.recent_steps_added if self.recent_steps_added else None
 
 
 @dataclass(frozen=True, slots=True)

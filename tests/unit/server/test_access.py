@@ -73,7 +73,7 @@ def test_every_method_of_the_service_has_its_roles() -> None:
 
 def test_roles_may_call_what_is_theirs(access: Access) -> None:
     both = {"Ready", "Info", "ListTables"}
-    actors, learners = {"AddEpisode", "LoadEpisodes", *both}, {"Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", *both}
+    actors, learners = {"AddEpisode", "LoadEpisodes", *both}, {"Sample", "SampleStream", "GetEpisodes", "UpdatePriorities", "Status", *both}
 
     assert may_call(access, ACTOR) == actors
     assert may_call(access, LEARNER) == learners

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,10 +37,10 @@ from touchline.errors import (
     UnknownEpisodeError,
     UnknownTableError,
 )
-from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
+from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION, __version__
 from touchline_protos.log_lines import escape
 from touchline_protos.tracing import trace_metadata
-from touchline_protos.types.metadata import REASON_METADATA_KEY, RETRY_METADATA_KEY
+from touchline_protos.types.metadata import CLIENT_METADATA_KEY, REASON_METADATA_KEY, RETRY_METADATA_KEY
 from touchline_protos.types.reasons import Reason
 from touchline_protos.v1 import replay_pb2 as pb
 
@@ -92,10 +93,14 @@ VERBS = {
     "Ready": "ready() or counts()",
     "Info": "info()",
     "Clear": "clear()",
+    "Status": "status()",
 }
 """Verb of the client that calls each method, for the log."""
 
-METADATA = ((PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),)
+METADATA = (
+    (PROTOCOL_METADATA_KEY, PROTOCOL_VERSION),
+    (CLIENT_METADATA_KEY, f"touchline/{__version__} python/{'.'.join(map(str, sys.version_info[:3]))}"),
+)
 """Metadata of every call, before the metadata of the credentials."""
 
 
@@ -249,6 +254,20 @@ class RpcClient:
             return _await(call)
 
         return self._run(name, attempt, (self.timeout_s if timeout_s is None else timeout_s) + wait_s, retry)
+
+    def first_answer(self, name: str, request: bytes, *, timeout_s: float | None = None) -> bytes:
+        """Returns the first response of a method that streams them, and ends the call. Otherwise as :meth:`unary`."""
+
+        def attempt(left_s: float) -> bytes:
+            method: Any = self.channel.method("unary_stream", name)
+            with gate:
+                call = method(request, timeout=left_s, metadata=self._call_metadata())
+            try:
+                return next(call)
+            finally:
+                call.cancel()
+
+        return self._run(name, attempt, self.timeout_s if timeout_s is None else timeout_s, True)
 
     def upload(self, name: str, requests: Callable[[], Iterator[bytes]], *, timeout_s: float) -> bytes:
         """Returns the response to a stream of requests.

@@ -18,9 +18,10 @@ from touchline.errors import (
     TooLargeError,
     TouchlineError,
 )
-from touchline.types import ColumnInfo, HeldCaller, RateInfo, ReadyState, ServerInfo
+from touchline.types import ColumnInfo, ReadyState, ServerInfo
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
+from touchline_protos.codec.status import rate_of_message
 from touchline_protos.log_lines import escape
 from touchline_protos.types.dtypes import dtype_name, to_numpy
 from touchline_protos.types.mix import Mix, check_mix, check_when_empty
@@ -332,24 +333,7 @@ def server_info_of(message: bytes) -> ServerInfo:
         storage_state=STORAGE_STATES.get(response.storage_state, ""),
         storage_reason=response.storage_reason,
         episodes_not_sampled=response.episodes_not_sampled,
-        rate=_rate_of(response.rate) if response.HasField("rate") else None,
-    )
-
-
-def _rate_of(rate: pb.RateInfo) -> RateInfo:
-    return RateInfo(
-        samples_per_insert=rate.samples_per_insert,
-        tolerance=rate.tolerance,
-        min_steps=rate.min_steps,
-        steps_added=rate.steps_added,
-        slices_delivered=rate.slices_delivered,
-        recent_steps_added=rate.recent_steps_added,
-        recent_slices_delivered=rate.recent_slices_delivered,
-        owed_slices=rate.owed_slices,
-        adds_held=rate.adds_held,
-        batches_held=rate.batches_held,
-        adds=tuple(HeldCaller(waiter.who, waiter.waiting_s) for waiter in rate.adds),
-        batches=tuple(HeldCaller(waiter.who, waiter.waiting_s) for waiter in rate.batches),
+        rate=rate_of_message(response.rate) if response.HasField("rate") else None,
     )
 
 

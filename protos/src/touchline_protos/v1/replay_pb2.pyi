@@ -48,6 +48,39 @@ class StorageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STORAGE_STATE_OK: _ClassVar[StorageState]
     STORAGE_STATE_FULL: _ClassVar[StorageState]
     STORAGE_STATE_FAILED: _ClassVar[StorageState]
+
+class ServingState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SERVING_STATE_UNSPECIFIED: _ClassVar[ServingState]
+    SERVING_STATE_RESTORING: _ClassVar[ServingState]
+    SERVING_STATE_SERVING: _ClassVar[ServingState]
+    SERVING_STATE_DRAINING: _ClassVar[ServingState]
+
+class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERDICT_UNSPECIFIED: _ClassVar[Verdict]
+    VERDICT_IDLE: _ClassVar[Verdict]
+    VERDICT_BALANCED: _ClassVar[Verdict]
+    VERDICT_LEARNERS_WAIT: _ClassVar[Verdict]
+    VERDICT_ACTORS_WAIT: _ClassVar[Verdict]
+    VERDICT_STORE_FULL: _ClassVar[Verdict]
+
+class WaitCause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WAIT_CAUSE_UNSPECIFIED: _ClassVar[WaitCause]
+    WAIT_CAUSE_DATA: _ClassVar[WaitCause]
+    WAIT_CAUSE_RATE: _ClassVar[WaitCause]
+    WAIT_CAUSE_SAMPLING: _ClassVar[WaitCause]
+    WAIT_CAUSE_BUDGET: _ClassVar[WaitCause]
+    WAIT_CAUSE_THROTTLE: _ClassVar[WaitCause]
+    WAIT_CAUSE_STORING: _ClassVar[WaitCause]
+
+class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
+    TRANSPORT_RING: _ClassVar[Transport]
+    TRANSPORT_STREAM: _ClassVar[Transport]
+    TRANSPORT_UNARY: _ClassVar[Transport]
 DTYPE_UNSPECIFIED: DType
 DTYPE_BOOL: DType
 DTYPE_UINT8: DType
@@ -76,6 +109,27 @@ STORAGE_STATE_UNSPECIFIED: StorageState
 STORAGE_STATE_OK: StorageState
 STORAGE_STATE_FULL: StorageState
 STORAGE_STATE_FAILED: StorageState
+SERVING_STATE_UNSPECIFIED: ServingState
+SERVING_STATE_RESTORING: ServingState
+SERVING_STATE_SERVING: ServingState
+SERVING_STATE_DRAINING: ServingState
+VERDICT_UNSPECIFIED: Verdict
+VERDICT_IDLE: Verdict
+VERDICT_BALANCED: Verdict
+VERDICT_LEARNERS_WAIT: Verdict
+VERDICT_ACTORS_WAIT: Verdict
+VERDICT_STORE_FULL: Verdict
+WAIT_CAUSE_UNSPECIFIED: WaitCause
+WAIT_CAUSE_DATA: WaitCause
+WAIT_CAUSE_RATE: WaitCause
+WAIT_CAUSE_SAMPLING: WaitCause
+WAIT_CAUSE_BUDGET: WaitCause
+WAIT_CAUSE_THROTTLE: WaitCause
+WAIT_CAUSE_STORING: WaitCause
+TRANSPORT_UNSPECIFIED: Transport
+TRANSPORT_RING: Transport
+TRANSPORT_STREAM: Transport
+TRANSPORT_UNARY: Transport
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "padding", "data")
@@ -700,3 +754,345 @@ class TableInfo(_message.Message):
     storage_reason: str
     created: bool
     def __init__(self, table: _Optional[str] = ..., config_toml: _Optional[str] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., capacity: _Optional[int] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., created: bool = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ("tables", "interval_s", "newest_episodes")
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedScalarFieldContainer[str]
+    interval_s: float
+    newest_episodes: int
+    def __init__(self, tables: _Optional[_Iterable[str]] = ..., interval_s: _Optional[float] = ..., newest_episodes: _Optional[int] = ...) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("server", "tables", "actors", "learners", "refusals", "time_unix_s")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    ACTORS_FIELD_NUMBER: _ClassVar[int]
+    LEARNERS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    TIME_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    server: ServerState
+    tables: _containers.RepeatedCompositeFieldContainer[TableStatus]
+    actors: _containers.RepeatedCompositeFieldContainer[ActorStatus]
+    learners: _containers.RepeatedCompositeFieldContainer[LearnerStatus]
+    refusals: _containers.RepeatedCompositeFieldContainer[RefusalStatus]
+    time_unix_s: float
+    def __init__(self, server: _Optional[_Union[ServerState, _Mapping]] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., learners: _Optional[_Iterable[_Union[LearnerStatus, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[RefusalStatus, _Mapping]]] = ..., time_unix_s: _Optional[float] = ...) -> None: ...
+
+class ServerState(_message.Message):
+    __slots__ = ("version", "protocol_version", "state", "uptime_s", "memory_bytes", "ring_bytes", "device_bytes", "cpu_share", "pools", "loop_delay", "connections", "calls", "streams", "receive_bytes", "receive_limit_bytes", "send_bytes", "send_limit_bytes", "methods")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_SHARE_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    LOOP_DELAY_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVE_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEND_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEND_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    METHODS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    protocol_version: str
+    state: ServingState
+    uptime_s: float
+    memory_bytes: int
+    ring_bytes: int
+    device_bytes: int
+    cpu_share: float
+    pools: _containers.RepeatedCompositeFieldContainer[PoolStatus]
+    loop_delay: LatencyStatus
+    connections: int
+    calls: int
+    streams: int
+    receive_bytes: int
+    receive_limit_bytes: int
+    send_bytes: int
+    send_limit_bytes: int
+    methods: _containers.RepeatedCompositeFieldContainer[MethodStatus]
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., state: _Optional[_Union[ServingState, str]] = ..., uptime_s: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., ring_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., cpu_share: _Optional[float] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., loop_delay: _Optional[_Union[LatencyStatus, _Mapping]] = ..., connections: _Optional[int] = ..., calls: _Optional[int] = ..., streams: _Optional[int] = ..., receive_bytes: _Optional[int] = ..., receive_limit_bytes: _Optional[int] = ..., send_bytes: _Optional[int] = ..., send_limit_bytes: _Optional[int] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ...) -> None: ...
+
+class PoolStatus(_message.Message):
+    __slots__ = ("name", "threads", "busy", "queued", "cpu_share")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    CPU_SHARE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    threads: int
+    busy: int
+    queued: int
+    cpu_share: float
+    def __init__(self, name: _Optional[str] = ..., threads: _Optional[int] = ..., busy: _Optional[int] = ..., queued: _Optional[int] = ..., cpu_share: _Optional[float] = ...) -> None: ...
+
+class LatencyStatus(_message.Message):
+    __slots__ = ("count", "sum_s", "p50_s", "p99_s", "bounds_s", "buckets")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SUM_S_FIELD_NUMBER: _ClassVar[int]
+    P50_S_FIELD_NUMBER: _ClassVar[int]
+    P99_S_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_S_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    sum_s: float
+    p50_s: float
+    p99_s: float
+    bounds_s: _containers.RepeatedScalarFieldContainer[float]
+    buckets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, count: _Optional[int] = ..., sum_s: _Optional[float] = ..., p50_s: _Optional[float] = ..., p99_s: _Optional[float] = ..., bounds_s: _Optional[_Iterable[float]] = ..., buckets: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class MethodStatus(_message.Message):
+    __slots__ = ("method", "failed", "latency")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    failed: int
+    latency: LatencyStatus
+    def __init__(self, method: _Optional[str] = ..., failed: _Optional[int] = ..., latency: _Optional[_Union[LatencyStatus, _Mapping]] = ...) -> None: ...
+
+class WaitStatus(_message.Message):
+    __slots__ = ("learners", "cause", "waited_s", "waiting", "total_s")
+    LEARNERS_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    learners: bool
+    cause: WaitCause
+    waited_s: float
+    waiting: int
+    total_s: float
+    def __init__(self, learners: bool = ..., cause: _Optional[_Union[WaitCause, str]] = ..., waited_s: _Optional[float] = ..., waiting: _Optional[int] = ..., total_s: _Optional[float] = ...) -> None: ...
+
+class TableStatus(_message.Message):
+    __slots__ = ("table", "counts", "capacity", "size_bytes", "device", "verdict", "verdict_text", "learners_waited_s", "actors_waited_s", "waits", "flows", "seconds_until_full", "oldest_stored_s", "median_stored_s", "mean_sampled_s", "newest_policy_version", "mean_stored_policy_version", "mean_sampled_policy_version", "episodes_not_sampled", "episodes_eligible", "rate", "durability", "newest")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_TEXT_FIELD_NUMBER: _ClassVar[int]
+    LEARNERS_WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    ACTORS_WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    FLOWS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_UNTIL_FULL_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_STORED_S_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_STORED_S_FIELD_NUMBER: _ClassVar[int]
+    MEAN_SAMPLED_S_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEAN_STORED_POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEAN_SAMPLED_POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_NOT_SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_ELIGIBLE_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    counts: Counts
+    capacity: int
+    size_bytes: int
+    device: str
+    verdict: Verdict
+    verdict_text: str
+    learners_waited_s: float
+    actors_waited_s: float
+    waits: _containers.RepeatedCompositeFieldContainer[WaitStatus]
+    flows: _containers.RepeatedCompositeFieldContainer[FlowStatus]
+    seconds_until_full: float
+    oldest_stored_s: float
+    median_stored_s: float
+    mean_sampled_s: float
+    newest_policy_version: int
+    mean_stored_policy_version: float
+    mean_sampled_policy_version: float
+    episodes_not_sampled: int
+    episodes_eligible: int
+    rate: RateInfo
+    durability: DurabilityStatus
+    newest: _containers.RepeatedCompositeFieldContainer[EpisodeSummary]
+    def __init__(self, table: _Optional[str] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., capacity: _Optional[int] = ..., size_bytes: _Optional[int] = ..., device: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., verdict_text: _Optional[str] = ..., learners_waited_s: _Optional[float] = ..., actors_waited_s: _Optional[float] = ..., waits: _Optional[_Iterable[_Union[WaitStatus, _Mapping]]] = ..., flows: _Optional[_Iterable[_Union[FlowStatus, _Mapping]]] = ..., seconds_until_full: _Optional[float] = ..., oldest_stored_s: _Optional[float] = ..., median_stored_s: _Optional[float] = ..., mean_sampled_s: _Optional[float] = ..., newest_policy_version: _Optional[int] = ..., mean_stored_policy_version: _Optional[float] = ..., mean_sampled_policy_version: _Optional[float] = ..., episodes_not_sampled: _Optional[int] = ..., episodes_eligible: _Optional[int] = ..., rate: _Optional[_Union[RateInfo, _Mapping]] = ..., durability: _Optional[_Union[DurabilityStatus, _Mapping]] = ..., newest: _Optional[_Iterable[_Union[EpisodeSummary, _Mapping]]] = ...) -> None: ...
+
+class FlowStatus(_message.Message):
+    __slots__ = ("window_s", "span_s", "episodes_in", "rows_in", "bytes_in", "rows_evicted", "episodes_evicted", "delivered")
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    SPAN_S_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_IN_FIELD_NUMBER: _ClassVar[int]
+    ROWS_IN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    ROWS_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    window_s: float
+    span_s: float
+    episodes_in: int
+    rows_in: int
+    bytes_in: int
+    rows_evicted: int
+    episodes_evicted: int
+    delivered: _containers.RepeatedCompositeFieldContainer[DeliveredStatus]
+    def __init__(self, window_s: _Optional[float] = ..., span_s: _Optional[float] = ..., episodes_in: _Optional[int] = ..., rows_in: _Optional[int] = ..., bytes_in: _Optional[int] = ..., rows_evicted: _Optional[int] = ..., episodes_evicted: _Optional[int] = ..., delivered: _Optional[_Iterable[_Union[DeliveredStatus, _Mapping]]] = ...) -> None: ...
+
+class DeliveredStatus(_message.Message):
+    __slots__ = ("transport", "batches", "slices", "rows", "bytes")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    transport: Transport
+    batches: int
+    slices: int
+    rows: int
+    bytes: int
+    def __init__(self, transport: _Optional[_Union[Transport, str]] = ..., batches: _Optional[int] = ..., slices: _Optional[int] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class DurabilityStatus(_message.Message):
+    __slots__ = ("mode", "state", "reason", "pending_episodes", "pending_bytes", "unsynced_s", "sync", "file_bytes", "disk_free_bytes", "last_snapshot_unix_s", "restored", "restored_rows", "restore_rows")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PENDING_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNSYNCED_S_FIELD_NUMBER: _ClassVar[int]
+    SYNC_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAST_SNAPSHOT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    state: StorageState
+    reason: str
+    pending_episodes: int
+    pending_bytes: int
+    unsynced_s: float
+    sync: LatencyStatus
+    file_bytes: int
+    disk_free_bytes: int
+    last_snapshot_unix_s: float
+    restored: bool
+    restored_rows: int
+    restore_rows: int
+    def __init__(self, mode: _Optional[str] = ..., state: _Optional[_Union[StorageState, str]] = ..., reason: _Optional[str] = ..., pending_episodes: _Optional[int] = ..., pending_bytes: _Optional[int] = ..., unsynced_s: _Optional[float] = ..., sync: _Optional[_Union[LatencyStatus, _Mapping]] = ..., file_bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., last_snapshot_unix_s: _Optional[float] = ..., restored: bool = ..., restored_rows: _Optional[int] = ..., restore_rows: _Optional[int] = ...) -> None: ...
+
+class EpisodeSummary(_message.Message):
+    __slots__ = ("episode_id", "actor", "rows", "reward_sum", "bytes", "age_s", "policy_version")
+    EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    REWARD_SUM_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    episode_id: int
+    actor: str
+    rows: int
+    reward_sum: float
+    bytes: int
+    age_s: float
+    policy_version: int
+    def __init__(self, episode_id: _Optional[int] = ..., actor: _Optional[str] = ..., rows: _Optional[int] = ..., reward_sum: _Optional[float] = ..., bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., policy_version: _Optional[int] = ...) -> None: ...
+
+class ActorStatus(_message.Message):
+    __slots__ = ("table", "name", "address", "client_version", "last_episode_age_s", "episodes", "rows", "rows_per_s", "mean_rows", "mean_reward_sum", "policy_version", "duplicates", "refused", "waited_s", "spool_episodes", "spool_bytes", "others")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAST_EPISODE_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_REWARD_SUM_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    name: str
+    address: str
+    client_version: str
+    last_episode_age_s: float
+    episodes: int
+    rows: int
+    rows_per_s: float
+    mean_rows: float
+    mean_reward_sum: float
+    policy_version: int
+    duplicates: int
+    refused: int
+    waited_s: float
+    spool_episodes: int
+    spool_bytes: int
+    others: int
+    def __init__(self, table: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., client_version: _Optional[str] = ..., last_episode_age_s: _Optional[float] = ..., episodes: _Optional[int] = ..., rows: _Optional[int] = ..., rows_per_s: _Optional[float] = ..., mean_rows: _Optional[float] = ..., mean_reward_sum: _Optional[float] = ..., policy_version: _Optional[int] = ..., duplicates: _Optional[int] = ..., refused: _Optional[int] = ..., waited_s: _Optional[float] = ..., spool_episodes: _Optional[int] = ..., spool_bytes: _Optional[int] = ..., others: _Optional[int] = ...) -> None: ...
+
+class LearnerStatus(_message.Message):
+    __slots__ = ("learner_id", "address", "client_version", "tables", "transport", "ring_refused", "batch_size", "horizon", "connected_s", "credits", "pending_bytes", "batches", "batches_per_s", "wait", "waits_share", "others")
+    LEARNER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    RING_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_S_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    WAITS_SHARE_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    learner_id: int
+    address: str
+    client_version: str
+    tables: _containers.RepeatedScalarFieldContainer[str]
+    transport: Transport
+    ring_refused: str
+    batch_size: int
+    horizon: int
+    connected_s: float
+    credits: int
+    pending_bytes: int
+    batches: int
+    batches_per_s: float
+    wait: LatencyStatus
+    waits_share: float
+    others: int
+    def __init__(self, learner_id: _Optional[int] = ..., address: _Optional[str] = ..., client_version: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., ring_refused: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., connected_s: _Optional[float] = ..., credits: _Optional[int] = ..., pending_bytes: _Optional[int] = ..., batches: _Optional[int] = ..., batches_per_s: _Optional[float] = ..., wait: _Optional[_Union[LatencyStatus, _Mapping]] = ..., waits_share: _Optional[float] = ..., others: _Optional[int] = ...) -> None: ...
+
+class RefusalStatus(_message.Message):
+    __slots__ = ("reason", "table", "count", "last_message", "last_who", "last_unix_s")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAST_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    LAST_WHO_FIELD_NUMBER: _ClassVar[int]
+    LAST_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    table: str
+    count: int
+    last_message: str
+    last_who: str
+    last_unix_s: float
+    def __init__(self, reason: _Optional[str] = ..., table: _Optional[str] = ..., count: _Optional[int] = ..., last_message: _Optional[str] = ..., last_who: _Optional[str] = ..., last_unix_s: _Optional[float] = ...) -> None: ...

@@ -105,6 +105,11 @@ class ReplayStub(object):
                 request_serializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.SerializeToString,
                 response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesResponse.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_stream(
+                '/touchline.v1.Replay/Status',
+                request_serializer=touchline__protos_dot_v1_dot_replay__pb2.StatusRequest.SerializeToString,
+                response_deserializer=touchline__protos_dot_v1_dot_replay__pb2.StatusResponse.FromString,
+                _registered_method=True)
 
 
 class ReplayServicer(object):
@@ -225,6 +230,17 @@ class ReplayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Status(self, request, context):
+        """Reports what the server does: who is connected, what flows in and out, who waits for whom, what is refused, and how the disk does. Sends
+        one snapshot, or one every `interval_s` until the caller cancels. Answers while the durable store is being read, too. Needs the role
+        admin or learner; a token that is confined to tables sees only what concerns these. Since 1.2.
+        INVALID_ARGUMENT    the interval is below 0.5 s, or more than 64 newest episodes are asked for.
+        UNAVAILABLE         the server is stopping; the snapshot before says so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -292,6 +308,11 @@ def add_ReplayServicer_to_server(servicer, server):
                     servicer.ListTables,
                     request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.FromString,
                     response_serializer=touchline__protos_dot_v1_dot_replay__pb2.ListTablesResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_stream_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=touchline__protos_dot_v1_dot_replay__pb2.StatusRequest.FromString,
+                    response_serializer=touchline__protos_dot_v1_dot_replay__pb2.StatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -645,6 +666,33 @@ class Replay(object):
             '/touchline.v1.Replay/ListTables',
             touchline__protos_dot_v1_dot_replay__pb2.ListTablesRequest.SerializeToString,
             touchline__protos_dot_v1_dot_replay__pb2.ListTablesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/touchline.v1.Replay/Status',
+            touchline__protos_dot_v1_dot_replay__pb2.StatusRequest.SerializeToString,
+            touchline__protos_dot_v1_dot_replay__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

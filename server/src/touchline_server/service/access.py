@@ -52,6 +52,8 @@ ROLES_OF: dict[str, frozenset[Role]] = {
     "Ready": _BOTH,
     "Info": _BOTH,
     "ListTables": _BOTH,
+    # Names every actor and learner, with addresses: more than an actor needs.
+    "Status": frozenset({Role.LEARNER}),
     "Clear": frozenset(),
     "CreateTable": frozenset(),
     "SetTable": frozenset(),

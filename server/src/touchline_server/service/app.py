@@ -36,6 +36,7 @@ from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.refusal_log import DropUndecodable
 from touchline_server.service.ring_producer import RingPool
 from touchline_server.service.service import SERVICE_NAME, ReplayService
+from touchline_server.service.status_report import StatusReport
 from touchline_server.service.stop_signals import StoppedError, StopSignals
 from touchline_server.service.table_access import TableAccess
 from touchline_server.service.throttle import AddThrottle
@@ -81,20 +82,23 @@ def build_parts(config: Config, tables: TableRegistry, access: Access | None = N
     drain = Drain(changes.notify_all)
     throttle = AddThrottle(config.server.sample_share)
     add_pools = AddPools(tables, config.server.add_workers)
+    calls = CallCounters(config.limits)
+    rings = RingPool(config.ring)
     return ServiceParts(
         tables=TableAccess(tables, access),
         limits=config.limits,
         budgets=budgets,
         readers=MessageReaders(budgets, config.limits),
-        calls=CallCounters(config.limits),
+        calls=calls,
         changes=changes,
         drain=drain,
         throttle=throttle,
         ingest=EpisodeIngest(add_pools, throttle, changes, drain, config.limits),
-        rings=RingPool(config.ring),
+        rings=rings,
         add_pools=add_pools,
         table_pool=ThreadPoolExecutor(1, thread_name_prefix="touchline-table"),
         sample_pool=ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample"),
+        status=StatusReport(tables, budgets, calls, drain, rings),
     )
 
 

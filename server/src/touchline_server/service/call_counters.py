@@ -47,6 +47,11 @@ class CallCounter:
         self.now = 0
         """Calls in progress."""
 
+    @property
+    def connections(self) -> int:
+        """Connections with a call in progress; all those over a Unix socket are one."""
+        return len(self._by_connection)
+
     @contextmanager
     def count(self, peer: str) -> Iterator[None]:
         """Counts one call while the block lasts.

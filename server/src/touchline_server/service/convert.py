@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from touchline_protos import PROTOCOL_VERSION, Counts
 from touchline_protos.codec import CodecError, EpisodeKey, OversizeError
+from touchline_protos.codec.status import rate_to_message
 from touchline_protos.types.casting import ColumnError
 from touchline_protos.types.dtypes import to_numpy, to_wire
 from touchline_protos.types.mix import WHEN_EMPTY
@@ -26,11 +27,10 @@ from touchline_server.errors import (
     ReplayError,
     TooLargeError,
 )
-from touchline_server.limiters.samples_per_insert import RateStatus
-from touchline_server.limiters.waiting import Held
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.selectors.registry import LAWS
 from touchline_server.service.grpc_status import shorten
+from touchline_server.service.table_report import rate_info
 from touchline_server.store.inserts import Stored
 from touchline_server.store.reader import EpisodeQuery
 from touchline_server.tables.mix_sampler import MixSpec
@@ -65,9 +65,6 @@ M = TypeVar("M", bound=Message)
 
 MAX_STREAM_REQUEST_BYTES = 1 << 16
 """Size of the largest message from a learner on a sampling stream, which may keep it for as long as it lasts."""
-
-MAX_WAITERS = 16
-"""Most callers on each side of a rate limit that Info names."""
 
 MAX_WAIT_S = 3600.0
 """Longest time for which a call may wait for the store to fill."""
@@ -251,30 +248,8 @@ def info(table: Table, tables: Sequence[str]) -> pb.InfoResponse:
         storage_state=described.storage_state,
         storage_reason=described.storage_reason,
         tables=tables,
-        rate=_rate(table.rate.status()) if table.rate.active else None,
+        rate=rate_to_message(rate_info(table.rate.status())) if table.rate.active else None,
         episodes_not_sampled=table.episodes_not_sampled(),
-    )
-
-
-def _rate(status: RateStatus) -> pb.RateInfo:
-    """Returns how a rate limit stands as a message."""
-
-    def held(callers: list[Held]) -> list[pb.RateWaiter]:
-        return [pb.RateWaiter(who=shorten(caller.who), waiting_s=caller.waiting_s) for caller in callers[:MAX_WAITERS]]
-
-    return pb.RateInfo(
-        samples_per_insert=status.rate.samples_per_insert,
-        tolerance=status.rate.tolerance,
-        min_steps=status.rate.min_steps,
-        steps_added=status.steps_added,
-        slices_delivered=status.slices_delivered,
-        recent_steps_added=status.recent_steps_added,
-        recent_slices_delivered=status.recent_slices_delivered,
-        owed_slices=status.owed_slices,
-        adds_held=len(status.adds_held),
-        batches_held=len(status.batches_held),
-        adds=held(status.adds_held),
-        batches=held(status.batches_held),
     )
 
 

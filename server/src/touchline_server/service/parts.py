@@ -14,6 +14,7 @@ from touchline_server.service.drain import Drain
 from touchline_server.service.ingest import EpisodeIngest
 from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.ring_producer import RingPool
+from touchline_server.service.status_report import StatusReport
 from touchline_server.service.table_access import TableAccess
 from touchline_server.service.throttle import AddThrottle
 
@@ -48,6 +49,8 @@ class ServiceParts:
     """Thread that creates and drops tables, one at a time."""
     sample_pool: ThreadPoolExecutor
     """Threads that gather batches and read episodes back."""
+    status: StatusReport
+    """Snapshots of all this."""
 
     def close(self) -> None:
         """Ends the threads; blocks until they have finished their work."""

@@ -56,6 +56,8 @@ class RingPool:
         self._config = config
         self._identity = shared_memory_id()
         self._rings = 0
+        self.size_bytes = 0
+        """Shared memory of the rings in use."""
         self._logged: set[str] = set()
 
     def open(self, learner_id: str, layout: BatchLayout, batches: int) -> RingWriter:
@@ -91,6 +93,7 @@ class RingPool:
     def close(self, ring: RingWriter) -> None:
         """Closes a ring."""
         self._rings -= 1
+        self.size_bytes -= ring.geometry.size_bytes
         ring.close()
 
     def _make(self, layout: BatchLayout, batches: int) -> RingWriter:
@@ -112,6 +115,7 @@ class RingPool:
             raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
         ring = RingWriter(geometry)
         self._rings += 1
+        self.size_bytes += geometry.size_bytes
         return ring
 
 

@@ -33,6 +33,7 @@ from touchline_server.service.episode_calls import EpisodeCalls
 from touchline_server.service.grpc_status import abort
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.sample_calls import SampleCalls
+from touchline_server.service.status_calls import StatusCalls
 from touchline_server.service.table_calls import TableCalls
 
 SERVICE_NAME = "touchline.v1.Replay"
@@ -57,6 +58,7 @@ class ReplayService:
         self._samples = SampleCalls(parts)
         self._episodes = EpisodeCalls(parts)
         self._table = TableCalls(parts)
+        self._status = StatusCalls(parts)
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Returns the service's method handlers.
@@ -68,6 +70,7 @@ class ReplayService:
             return grpc.unary_unary_rpc_method_handler(self._guarded(_parsing(method, request)), None, convert.serialize)
 
         get_episodes = self._guarded(_parsing(self._episodes.get_episodes, pb.GetEpisodesRequest))
+        status = self._guarded(_parsing(self._status.status, pb.StatusRequest), while_restoring=True)
         sample = self._guarded(_parsing(self._samples.sample, pb.SampleRequest))
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
@@ -85,16 +88,20 @@ class ReplayService:
                 "SetTable": unary(self._table.set_table, pb.SetTableRequest),
                 "DropTable": unary(self._table.drop_table, pb.DropTableRequest),
                 "ListTables": unary(self._table.list_tables, pb.ListTablesRequest),
+                "Status": grpc.unary_stream_rpc_method_handler(status, None, None),
             },
         )
 
-    def _guarded(self, method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
+    def _guarded(
+        self, method: Callable[[Any, Context], Awaitable[T]], *, while_restoring: bool = False
+    ) -> Callable[[Any, Context], Awaitable[T]]:
         """Wraps a method in what holds for all: the protocol's version, no calls while the store is restored, and errors as statuses."""
 
         async def guarded(request: Any, context: Context) -> T:
             try:
                 _check_protocol(context)
-                self._tables.check_restored()
+                if not while_restoring:
+                    self._tables.check_restored()
                 return await method(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise

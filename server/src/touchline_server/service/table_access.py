@@ -47,7 +47,11 @@ class TableAccess:
         if self._access is not None:
             self._access.check_table(name, context.invocation_metadata() or ())
 
+    def allowed(self, context: Context) -> frozenset[str] | None:
+        """Returns the names of the tables that a call may use, which need not exist; None: every table."""
+        return None if self._access is None else self._access.tables_of(context.invocation_metadata() or ())
+
     def visible(self, context: Context) -> list[Table]:
         """Returns the tables that a call may use, sorted by name: the default table first."""
-        allowed = None if self._access is None else self._access.tables_of(context.invocation_metadata() or ())
+        allowed = self.allowed(context)
         return sorted((table for table in self.registry if allowed is None or table.name in allowed), key=lambda table: table.name)

@@ -251,6 +251,11 @@ class EpisodeStore:
             selector = self._ring.index.selectors.of(PRIORITIZED)
             return selector.load(saved) if isinstance(selector, PrioritizedSelector) else 0
 
+    def newest(self, limit: int) -> list[IndexEntry]:
+        """Returns the ``limit`` newest stored episodes, newest first."""
+        with self._ring.lock:
+            return self._ring.index.newest(limit)
+
     def entries_of(self, episode_ids: Sequence[int]) -> list[IndexEntry]:
         """Returns those of these episodes that are stored."""
         with self._ring.lock:

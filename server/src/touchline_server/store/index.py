@@ -192,6 +192,10 @@ class EpisodeIndex:
         """Returns the episodes that can be sampled with this horizon: a live view. The first use of a horizon is O(episodes)."""
         return self.selectors.eligible.at(horizon)
 
+    def newest(self, limit: int) -> list[IndexEntry]:
+        """Returns the ``limit`` newest episodes, newest first."""
+        return [self._entry(at) for at in range(len(self) - 1, max(len(self) - limit, 0) - 1, -1)]
+
     def find(self, episode_ids: Iterable[int]) -> list[IndexEntry]:
         """Returns the entries of those of these episodes that are stored."""
         positions = ((self._count_before(episode_id), episode_id) for episode_id in episode_ids)

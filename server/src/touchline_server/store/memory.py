@@ -36,6 +36,11 @@ def available_host_bytes() -> int:
     return available
 
 
+def resident_bytes() -> int:
+    """Returns the bytes of host memory that this process has in use, shared memory included; 0 if the system does not say."""
+    return _number_in(Path("/proc/self/status"), "VmRSS:") * 1024
+
+
 def keep_freed_memory() -> bool:
     """Makes the C library keep the memory of freed messages for the next ones, in this whole process.
 

@@ -117,7 +117,7 @@ class EpisodeReader:
         """Summary of the selected episodes."""
         self._next = self.selection.first_episode_id
 
-    def take(self, max_bytes: int, limit: int = AHEAD) -> list[IndexEntry]:
+    def take(self, max_bytes: float, limit: int = AHEAD) -> list[IndexEntry]:
         """Returns the next episodes, up to ``limit`` and ``max_bytes``, but at least one; an empty list at the end."""
         taken: list[IndexEntry] = []
         while len(taken) < limit and (self._ahead or self._locate()):
@@ -175,11 +175,12 @@ class EpisodeReader:
     def episodes(self) -> Iterator[StoredEpisode]:
         """Yields the episodes as fresh arrays; leaves out those evicted meanwhile."""
         while taken := self.take(0, limit=1):
-            episode = self._read(taken[0])
+            episode = self.read(taken[0])
             if episode is not None:
                 yield episode
 
-    def _read(self, entry: IndexEntry) -> StoredEpisode | None:
+    def read(self, entry: IndexEntry) -> StoredEpisode | None:
+        """Returns an episode as fresh arrays; None if it was evicted meanwhile."""
         arrays = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self.specs(entry)}
         outs = [array.reshape(-1).view(np.uint8) for array in arrays.values()]
         if entry.length * self.row_bytes <= PIECE_BYTES:

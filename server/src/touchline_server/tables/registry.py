@@ -80,6 +80,16 @@ class TableRegistry:
         if self._tables.setdefault(table.name, table) is not table:
             raise ValueError(f"table: {table.name!r} exists already, expected a new name")
 
+    @property
+    def restored(self) -> bool:
+        """Whether the durable store of every table has been read."""
+        return self._restored
+
+    def known(self) -> list[Table]:
+        """Returns all tables, and the one that is being opened, if there is one."""
+        tables, opening = list(self), self._opening
+        return [*tables, opening] if opening is not None and opening not in tables else tables
+
     def is_created(self, name: str) -> bool:
         """Returns whether a table was created at run time."""
         return name in self._created

@@ -27,6 +27,7 @@ from touchline_server.store import cuda_device
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.gather import GatherPlan
+from touchline_server.store.index import Fill
 from touchline_server.store.inserts import Stored
 from touchline_server.store.memory import give_back_freed_memory
 from touchline_server.store.schema import Schema
@@ -140,6 +141,11 @@ class Table:
             self._priorities = PriorityKeeper(self.store, Path(self.config.durable_dir))
             self.restored = True
 
+    @property
+    def restore_progress(self) -> tuple[int, int]:
+        """Rows of the durable store that were read so far, and all its rows."""
+        return self._restore_progress
+
     def check_restored(self) -> None:
         """Raises RestoringError until the durable store has been read: what the table holds is not known before."""
         if not self.restored:
@@ -188,9 +194,13 @@ class Table:
         self.check_restored()
         return self.store.can_sample(self.spec().reach)
 
+    def fill(self) -> Fill:
+        """Returns how much can be sampled, as configured."""
+        return self.store.fill(1 if self.config.sampling.pad == "end" else self.config.horizon)
+
     def episodes_not_sampled(self) -> int:
         """Returns the number of stored episodes that are too short for a slice, as configured."""
-        fill = self.store.fill(self.spec().reach)
+        fill = self.fill()
         return fill.episodes - fill.eligible
 
     # Adding. Raises as EpisodeStore.add does.
@@ -237,7 +247,7 @@ class Table:
 
     def _is_filled(self, min_steps: int) -> bool:
         """Returns whether this many steps are stored, or as many as fit, and something can be sampled at the configured horizon."""
-        fill = self.store.fill(1 if self.config.sampling.pad == "end" else self.config.horizon)
+        fill = self.fill()
         return fill.eligible > 0 and fill.has(min_steps)
 
     # Sampling
