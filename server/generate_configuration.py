@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes what follows from the configuration's sections, so that a key stands in one place, ``config/sections.py``.
+"""Writes what follows from the configuration's sections and the list of metrics, so that each key and each metric stands in one place.
 
 - ``cfg/default.toml`` and its packaged copy: every key with its default and its description
 - ``docs/configuration.md``: a table for each section
+- ``docs/metrics.md``: a table of the metrics of ``http/metric_list.py``
 - ``docker-compose.yml``: the environment variables that it passes on to the server
 
-In the last two, what is between the marks is replaced; all else is written by hand. ``--check`` writes nothing and fails if a file is out
+In the last three, what is between the marks is replaced; all else is written by hand. ``--check`` writes nothing and fails if a file is out
 of date; the tests run it.
 """
 
@@ -23,6 +24,7 @@ from pydantic.fields import FieldInfo
 from touchline_server.config.sections import MAX_TABLE_NAME_CHARS, TABLE_SECTIONS, Section, TableConfig
 from touchline_server.config.settings import Config
 from touchline_server.config.source import ENV_DELIMITER, ENV_PREFIX
+from touchline_server.http.metric_list import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 140
@@ -131,9 +133,17 @@ def compose_variables(indent: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def metrics_table(_: str) -> str:
+    """Returns the table of ``docs/metrics.md``."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for metric in METRICS:
+        rows.append(f"| `{metric.name}` | {metric.kind} | {', '.join(map('`{}`'.format, metric.labels))} | {metric.help} |")
+    return "\n".join(rows) + "\n"
+
+
 def between_marks(file: Path, write: Callable[[str], str]) -> str:
     """Returns the text of a file with what is between its two marks written anew; ``write`` gets the indentation of the marks."""
-    mark = r"\S+ generated from the configuration:"
+    mark = r"\S+ generated from the (?:configuration|list of metrics):"
     pattern = rf"^(?P<begin>(?P<indent> *){mark} begin\b[^\n]*\n).*?(?P<end>^ *{mark} end\b)"
     new, found = re.subn(
         pattern,
@@ -150,7 +160,7 @@ def outputs() -> Iterator[tuple[Path, str]]:
     """Yields every file and the text that it should have."""
     for folder in ("cfg", "server/src/touchline_server/config"):
         yield ROOT / folder / "default.toml", default_toml()
-    writers = {"docs/configuration.md": docs_tables, "docker-compose.yml": compose_variables}
+    writers = {"docs/configuration.md": docs_tables, "docs/metrics.md": metrics_table, "docker-compose.yml": compose_variables}
     for name, write in writers.items():
         file = ROOT / name
         yield file, between_marks(file, write)
@@ -158,7 +168,9 @@ def outputs() -> Iterator[tuple[Path, str]]:
 
 def main() -> None:
     """Reads the command line, and writes or checks the files."""
-    parser = argparse.ArgumentParser(description="Writes default.toml, the tables of docs/configuration.md and compose's variables.")
+    parser = argparse.ArgumentParser(
+        description="Writes default.toml, the tables of docs/configuration.md and docs/metrics.md, and compose's variables."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     check = parser.parse_args().check
     stale = [(file, text) for file, text in outputs() if not file.exists() or file.read_text("utf-8") != text]

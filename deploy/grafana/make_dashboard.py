@@ -20,6 +20,9 @@ OF_TABLES = '{instance=~"$instance", table=~"$table"}'
 OF_SERVERS = '{instance=~"$instance"}'
 """Selector of the chosen servers."""
 
+OF_ADDS = 'instance=~"$instance", method=~"AddEpisode|LoadEpisodes"'
+"""Selector of the calls that add."""
+
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 """The data source that the reader of the dashboard chose."""
 
@@ -59,10 +62,10 @@ ROWS: dict[str, list[Panel]] = {
             "Callers that wait, on average",
             "short",
             {
-                "{{table}}: learners": f"rate(touchline_learners_wait_seconds_total{OF_TABLES}[$__rate_interval])",
-                "{{table}}: actors": f"rate(touchline_actors_wait_seconds_total{OF_TABLES}[$__rate_interval])",
+                "{{table}}: learners, {{cause}}": f"rate(touchline_learners_wait_seconds_total{OF_TABLES}[$__rate_interval])",
+                "{{table}}: actors, {{cause}}": f"rate(touchline_actors_wait_seconds_total{OF_TABLES}[$__rate_interval])",
             },
-            "Seconds waited a second, over all callers: 1 is one learner, or one actor, that waits all the time.",
+            "Seconds waited a second, over all callers, by cause: 1 is one learner, or one actor, that waits all the time.",
         ),
         Panel(
             "Replay ratio: rows sampled a row added",
@@ -97,14 +100,14 @@ ROWS: dict[str, list[Panel]] = {
             "Bytes of columns, without the messages around them.",
         ),
         Panel(
-            "Wait for a batch, median and p99",
+            "Time of an add, median and p99",
             "s",
             {
-                f"{{{{transport}}}}: {name}": f"histogram_quantile({q}, sum by (le, transport) "
-                f"(rate(touchline_batch_wait_seconds_bucket{OF_SERVERS}[$__rate_interval])))"
+                f"{{{{method}}}}: {name}": f"histogram_quantile({q}, sum by (le, method) "
+                f"(rate(touchline_call_duration_seconds_bucket{{{OF_ADDS}}}[5m])))"
                 for name, q in (("median", 0.5), ("p99", 0.99))
             },
-            "Time from a learner's request, or its credit, to the batch.",
+            "From the admission of an actor's call until all its episodes are stored as durably as configured.",
         ),
     ],
     "Store": [
@@ -121,10 +124,10 @@ ROWS: dict[str, list[Panel]] = {
             "Rows that newer ones replaced, or that were cleared.",
         ),
         Panel(
-            "Age of what is stored",
+            "Age of episodes",
             "s",
-            {"{{table}}: {{of}}": f"touchline_stored_age_seconds{OF_TABLES}"},
-            "Of the oldest and of the median episode.",
+            {"{{table}}: {{of}}": f"touchline_age_seconds{OF_TABLES}"},
+            "Of the oldest and of the median stored episode, and the mean of those sampled in the last minute.",
         ),
         Panel(
             "Policy versions behind the newest",
@@ -197,7 +200,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "CPU by pool, in cores",
             "short",
-            {"{{pool}}": f"rate(touchline_pool_cpu_seconds_total{OF_SERVERS}[$__rate_interval])"},
+            {"{{pool}}": f"touchline_pool_cpu_cores{OF_SERVERS}"},
             "The event loop receives and sends; the other pools store and gather.",
             stack=True,
         ),

@@ -99,7 +99,7 @@ def test_adding_to_a_table_wakes_nobody_who_waits_for_another(verb: str) -> None
         waiting.result(60)
         stream.close()
         other.close()
-        eventually(lambda: not changes._waiters and not changes._signals, "nobody waits any more")
+        eventually(lambda: not changes._waiters and not changes._signals, "no caller waits any more")
 
     assert not before
     assert woken
