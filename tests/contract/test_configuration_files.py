@@ -1,4 +1,4 @@
-"""What is generated from the configuration's sections is up to date, and the generator would notice if it were not."""
+"""Generated files are up to date with the configuration and the list of metrics, and the generator would notice if they were not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from touchline_server.config.sections import RingConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "server" / "generate_configuration.py"
-FILES = ["cfg/default.toml", "server/src/touchline_server/config/default.toml", "docs/configuration.md", "docker-compose.yml"]
+OF_KEYS = ["cfg/default.toml", "server/src/touchline_server/config/default.toml", "docs/configuration.md", "docker-compose.yml"]
+OF_METRICS = ["docs/metrics.md"]
+FILES = OF_KEYS + OF_METRICS
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_file_that_was_edited_by_hand_is_found_and_written_anew(
 ) -> None:
     file = generator.ROOT / name
     right = file.read_text("utf-8")
-    file.write_text(right.replace("max_ring_bytes", "max_rong_bytes").replace("MAX_RING_BYTES", "MAX_RONG_BYTES"), "utf-8")
+    file.write_text(right.replace("ring_bytes", "rong_bytes").replace("RING_BYTES", "RONG_BYTES"), "utf-8")
 
     assert run(generator, monkeypatch, "--check") == 1
     assert capsys.readouterr().out == f"{name}: out of date, run make configuration\n"
@@ -70,7 +72,7 @@ def test_new_key_is_missed_in_every_file(
     monkeypatch.setitem(RingConfig.model_fields, "planted", FieldInfo(default=7, annotation=int, description="Planted."))
 
     assert run(generator, monkeypatch, "--check") == 1
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == FILES
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == OF_KEYS
     assert run(generator, monkeypatch) == 0
     assert "# Planted.\nplanted = 7\n" in (generator.ROOT / "cfg/default.toml").read_text("utf-8")
     assert "| `ring.planted` | `7` | Planted. |\n" in (generator.ROOT / "docs/configuration.md").read_text("utf-8")
