@@ -147,7 +147,7 @@ def test_client_without_extras_says_what_is_missing(tmp_path: Path) -> None:
         assert status == 0, output
         if client == "client":
             status, output = run("touchline", "--help")
-            assert status == 1 and "pip install 'rich>=13' 'typer>=0.16'" in output
+            assert status == 1 and "pip install 'plotext<6,>=5.2.8' 'rich>=13' 'typer>=0.16'" in output
     for name in ("a.pt", "a.h5"):
         (tmp_path / name).touch()
     (tmp_path / "spool").mkdir()

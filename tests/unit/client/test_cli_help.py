@@ -13,6 +13,9 @@ from touchline.datasets import FORMATS
 
 COMMANDS = [
     ["doctor"],
+    ["bench"],
+    ["episodes", "list"],
+    ["episodes", "show"],
     ["load"],
     ["export"],
     ["clear"],
@@ -21,6 +24,7 @@ COMMANDS = [
     ["spool", "send"],
     ["table", "list"],
     ["table", "create"],
+    ["table", "set"],
     ["table", "drop"],
 ]
 

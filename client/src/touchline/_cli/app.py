@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from touchline._cli import spool, table
+from touchline._cli import episodes, spool, table
+from touchline._cli.bench import bench
 from touchline._cli.clear import clear
 from touchline._cli.doctor.command import doctor
 from touchline._cli.export import export
@@ -25,8 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=GroupedCommand, rich_help_panel=LOOK)(doctor)
+app.command(cls=GroupedCommand, rich_help_panel=LOOK)(bench)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(load)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(export)
+app.add_typer(episodes.app, name="episodes", rich_help_panel=LOOK)
 app.add_typer(table.app, name="table", rich_help_panel=SERVER)
 app.command(cls=GroupedCommand, rich_help_panel=SERVER)(clear)
 app.add_typer(spool.app, name="spool", rich_help_panel=ROBOTS)

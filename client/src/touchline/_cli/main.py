@@ -6,7 +6,7 @@ import sys
 
 from touchline.installing import install_command
 
-PACKAGES = ("typer", "rich")
+PACKAGES = ("typer", "rich", "plotext")
 """Packages of the extra ``cli``."""
 
 
@@ -17,5 +17,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in PACKAGES:
             raise
-        sys.exit(f"touchline: needs {' and '.join(PACKAGES)} ({error}): {install_command('cli')}")
+        sys.exit(f"touchline: needs {', '.join(PACKAGES)} ({error}): {install_command('cli')}")
     app()

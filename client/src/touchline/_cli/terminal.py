@@ -87,6 +87,24 @@ def print_grid(widths: Sequence[int], cells: Sequence[tuple[str, str]]) -> None:
     console.print(grid)
 
 
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table: as wide as the terminal, or as its texts need if stdout is none. A header that begins with ``<`` is of texts.
+
+    Args:
+        headers: names of the columns; those of numbers are aligned to the right.
+        rows: texts, one for each column.
+    """
+    console = Console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        table.add_column(header.lstrip("<"), justify="left" if header.startswith("<") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(escape(text)) for text in row))
+    if not console.is_terminal:
+        console = Console(width=1000)  # whole texts, for grep and awk
+    console.print(table)
+
+
 def print_columns(columns: Mapping[str, ColumnInfo]) -> None:
     """Prints the dtype and the shape of one row of each column."""
     width = max((len(name) for name in columns), default=0)
