@@ -58,7 +58,7 @@ def test_help_of_load_lists_options_by_group() -> None:
     text = help_of("load")
 
     titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Arguments:", "Server:", "Which episodes:", "Columns:", "Refused episodes:", "Other options:"]
+    assert titles == ["Arguments:", "Server:", "Which episodes:", "Columns:", "Refused episodes:", "Output:", "Other options:"]
     assert "--drop" in text.partition("\nColumns:\n")[2].partition("\nRefused episodes:\n")[0]
     assert "--help" in text.partition("\nOther options:\n")[2]
 

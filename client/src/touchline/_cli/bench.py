@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -135,7 +135,7 @@ def bench(
                 measured.append(_measure_sampling(client, way, options, seconds))
     if as_json:
         document = {"address": address, "table": table or None, "batch_size": batch_size, "horizon": horizon}
-        print_json(document | {"measurements": [asdict(one) for one in measured]})
+        print_json(document | {"measurements": measured})
         return
     _print_measured(measured)
     print_line(

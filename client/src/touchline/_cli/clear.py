@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from touchline._cli.options import Address, TableName, Timeout
+from touchline._cli.options import Address, AsJson, TableName, Timeout
 from touchline._cli.terminal import (
     check_reachable,
     confirm,
     describe_place,
     pluralize,
     print_columns,
+    print_json,
     print_line,
     report_errors,
 )
@@ -24,6 +25,7 @@ def clear(
     timeout_s: Timeout = 60.0,
     table: TableName = "",
     yes: Annotated[bool, typer.Option("--yes", help="Clear without asking for confirmation.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Empty a table of a server.
 
@@ -48,13 +50,19 @@ def clear(
         check_reachable(address, table=table)
         with ReplayClient(address, table=table, timeout_s=timeout_s) as client:
             before = client.info()
-            episodes, steps = before.counts.episodes_stored, before.counts.steps_stored
-            print_line(f"{place}: {pluralize(episodes, 'episode')}, {pluralize(steps, 'step')}")
-            print_columns(before.columns)
-            if not episodes and not before.columns:
-                return
-            if not yes:
+            counts, empty = before.counts, not before.counts.episodes_stored and not before.columns
+            if not as_json:
+                stored = pluralize(counts.episodes_stored, "episode"), pluralize(counts.steps_stored, "step")
+                print_line(f"{place}: {', '.join(stored)}")
+                print_columns(before.columns)
+            if not empty and not yes:
                 confirm("Remove all of it? This cannot be undone.", failed="nothing was cleared", hint="--yes clears without asking")
-            counts = client.clear()
-    removed = counts.episodes_evicted - before.counts.episodes_evicted
+            after = counts if empty else client.clear()
+    removed = after.episodes_evicted - counts.episodes_evicted
+    if as_json:
+        steps_removed = after.steps_evicted - counts.steps_evicted
+        print_json({"address": address, "table": table, "episodes_removed": removed, "steps_removed": steps_removed, "counts": after})
+        return
+    if empty:
+        return
     print_line(f"{place}: cleared, {pluralize(removed, 'episode')} removed; the next episode defines the columns anew")

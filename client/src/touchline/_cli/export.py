@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from touchline import datasets
-from touchline._cli.options import COLUMNS, EPISODES, OUTPUT, REFUSED, Address, FormatName, TableName, Timeout
+from touchline._cli.options import COLUMNS, EPISODES, OUTPUT, REFUSED, Address, AsJson, FormatName, TableName, Timeout
 from touchline._cli.progress import ProgressDisplay
-from touchline._cli.terminal import EXIT_FAILED, check_reachable, format_rate, pluralize, print_line, report_errors
+from touchline._cli.terminal import EXIT_FAILED, check_reachable, format_rate, pluralize, print_json, print_line, report_errors
 from touchline.client import ReplayClient
 from touchline.datasets import ExportReport
 
@@ -50,6 +50,7 @@ def export(
     allow_refused: Annotated[
         bool, typer.Option("--allow-refused", help="Exit with status 0 even if episodes were left out.", rich_help_panel=REFUSED)
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the episodes of a table to a data set, oldest first.
 
@@ -94,7 +95,10 @@ def export(
                 columns=column or None,
             )
         display.hide()
-        _print_exported(target, report, time.monotonic() - started_s)
+        if as_json:
+            print_json({"address": address, "table": table, "target": target, "report": report})
+        else:
+            _print_exported(target, report, time.monotonic() - started_s)
     if report.left_out and not allow_refused:
         raise typer.Exit(EXIT_FAILED)
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from touchline import datasets
-from touchline._cli.options import COLUMNS, EPISODES, REFUSED, SERVER, Address, FormatName, TableName, Timeout
+from touchline._cli.options import COLUMNS, EPISODES, REFUSED, SERVER, Address, AsJson, FormatName, TableName, Timeout
 from touchline._cli.progress import ProgressDisplay
 from touchline._cli.terminal import (
     EXIT_FAILED,
@@ -20,6 +20,7 @@ from touchline._cli.terminal import (
     pluralize,
     print_columns,
     print_error,
+    print_json,
     print_line,
     print_reasons,
     report_errors,
@@ -95,6 +96,7 @@ def load(
         bool,
         typer.Option("--trust-pickle", help="Unpickle whatever a .pt file contains. RUNS ANY CODE IN IT."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Store data sets in a table of a server, each episode exactly once.
 
@@ -119,6 +121,7 @@ def load(
     options: dict[str, Any] = {"format": format, "transforms": transforms, "first": first, "limit": limit, "infos": infos}
     options |= {"trust_pickle": trust_pickle, "max_episode_bytes": max_episode_bytes}
     failed = False
+    document: dict[str, Any] = {"address": None if dry_run else address, "table": table, "sources": []}
     with report_errors(INTERRUPTED) as check_interrupted, ProgressDisplay(Console(stderr=True)) as display, ExitStack() as stack:
         client = None
         if not dry_run:
@@ -133,25 +136,34 @@ def load(
                 display.show(f"{stage} {source}", done, total, unit="bytes" if in_bytes else "episodes", size_bytes=size_bytes)
 
             started_s = time.monotonic()
+            columns: dict[str, ColumnInfo] = {}
             try:
                 if client is None:
                     report, columns = datasets.inspect(source, progress=progress, **options)
-                    display.hide()
-                    _print_inspected(source, report, columns)
                 else:
                     report = datasets.load(client, source, actor=actor, reload_label=again, progress=progress, **options)
-                    display.hide()
-                    _print_loaded(source, report, time.monotonic() - started_s)
             except DatasetError as error:
                 failed = True
                 display.hide()
                 print_error(escape(str(error)))
+                document["sources"].append({"source": source, "report": None, "error": error})
+                continue
+            failed |= bool(report.refused) and not allow_refused
+            display.hide()
+            document["sources"].append({"source": source, "report": report, "error": None})
+            if as_json:
+                continue
+            if client is None:
+                _print_inspected(source, report, columns)
             else:
-                failed |= bool(report.refused) and not allow_refused
+                _print_loaded(source, report, time.monotonic() - started_s)
         if client is not None:
-            counts = client.counts()
+            counts = document["counts"] = client.counts()
             stored = f"{pluralize(counts.episodes_stored, 'episode')}, {pluralize(counts.steps_stored, 'step')}"
-            print_line(f"{describe_place(address, table)} has {stored}")
+            if not as_json:
+                print_line(f"{describe_place(address, table)} has {stored}")
+    if as_json:
+        print_json(document)
     if failed:
         raise typer.Exit(EXIT_FAILED)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from touchline._actor.refusal_summary import RefusalSummary, add_refusal
 from touchline._cli.grouped_help import GroupedCommand
-from touchline._cli.options import SERVER
+from touchline._cli.options import SERVER, AsJson
 from touchline._cli.progress import ProgressDisplay
 from touchline._cli.terminal import (
     EXIT_FAILED,
@@ -23,6 +23,7 @@ from touchline._cli.terminal import (
     format_rate,
     pluralize,
     print_error,
+    print_json,
     print_line,
     print_reasons,
     report_errors,
@@ -52,7 +53,7 @@ def _root() -> None:
 
 
 @app.command(cls=GroupedCommand)
-def show(folder: Folder) -> None:
+def show(folder: Folder, as_json: AsJson = False) -> None:
     """Show what is pending, and what was refused and why.
 
     Changes nothing, and is safe while a writer uses the spool.
@@ -69,11 +70,15 @@ def show(folder: Folder) -> None:
     from touchline._spool import maintenance
 
     with report_errors("interrupted"):
-        _print_spool(maintenance.inspect(folder))
+        report = maintenance.inspect(folder)
+    if as_json:
+        print_json(report)
+    else:
+        _print_spool(report)
 
 
 @app.command(cls=GroupedCommand)
-def retry(folder: Folder) -> None:
+def retry(folder: Folder, as_json: AsJson = False) -> None:
     """Put refused episodes back into the queue.
 
     For example after the server's schema or limits were corrected. Each returns to its former position; the next writer that uses the
@@ -92,11 +97,13 @@ def retry(folder: Folder) -> None:
 
     with report_errors("interrupted"):
         count = maintenance.retry(folder)
-        if not count:
-            print_line(f"{folder}: no refused episodes")
-        else:
-            print_line(f"{folder}: {pluralize(count, 'refused episode')} pending again")
-            print_line(f"  the next writer that uses the spool sends them; or run: touchline spool send {folder} HOST:PORT")
+    if as_json:
+        print_json({"folder": folder, "pending_again": count})
+    elif not count:
+        print_line(f"{folder}: no refused episodes")
+    else:
+        print_line(f"{folder}: {pluralize(count, 'refused episode')} pending again")
+        print_line(f"  the next writer that uses the spool sends them; or run: touchline spool send {folder} HOST:PORT")
 
 
 @app.command(cls=GroupedCommand)
@@ -109,6 +116,7 @@ def send(
         float,
         typer.Option(metavar="SECONDS", help="How long to wait for an unreachable server.", min=0.1, rich_help_panel=SERVER),
     ] = 60.0,
+    as_json: AsJson = False,
 ) -> None:
     """Send what is pending, oldest first, each episode exactly once.
 
@@ -149,7 +157,10 @@ def send(
 
         report = maintenance.send(folder, address, timeout_s=timeout_s, progress=show_progress)
         display.hide()
-        _print_sent(folder, address, report, time.monotonic() - started_s)
+        if as_json:
+            print_json({"folder": folder, "address": address, "report": report})
+        else:
+            _print_sent(folder, address, report, time.monotonic() - started_s)
     if report.error is not None:
         exit_with(f"gave up: {escape(str(report.error))}\nRun the same command again to continue.", EXIT_FAILED)
     if report.refused or report.pending:

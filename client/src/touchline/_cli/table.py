@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from touchline._cli.grouped_help import GroupedCommand
-from touchline._cli.options import Address, Timeout
-from touchline._cli.terminal import EXIT_USAGE, confirm, exit_with, pluralize, print_line, report_errors
+from touchline._cli.options import Address, AsJson, Timeout
+from touchline._cli.terminal import EXIT_USAGE, confirm, exit_with, pluralize, print_json, print_line, report_errors
 from touchline.client import ReplayClient
 from touchline.types import TableInfo
 
@@ -32,7 +32,7 @@ def _root() -> None:
 
 
 @app.command("list", cls=GroupedCommand)
-def list_tables(address: Address = "127.0.0.1:50051", timeout_s: Timeout = 60.0) -> None:
+def list_tables(address: Address = "127.0.0.1:50051", timeout_s: Timeout = 60.0, as_json: AsJson = False) -> None:
     """List the tables of a server, those that the token may use.
 
     \b
@@ -45,8 +45,12 @@ def list_tables(address: Address = "127.0.0.1:50051", timeout_s: Timeout = 60.0)
       1  the server is unreachable
     """
     with report_errors("interrupted"), ReplayClient(address, timeout_s=timeout_s) as client:
-        for table in client.tables().values():
-            _print_table(table)
+        tables = list(client.tables().values())
+    if as_json:
+        print_json({"address": address, "tables": tables})
+        return
+    for table in tables:
+        _print_table(table)
 
 
 @app.command(cls=GroupedCommand)
@@ -62,6 +66,7 @@ def create(
     ] = None,
     address: Address = "127.0.0.1:50051",
     timeout_s: Timeout = 60.0,
+    as_json: AsJson = False,
 ) -> None:
     """Create a table.
 
@@ -90,8 +95,12 @@ def create(
             given[key] = value
     with report_errors("interrupted; the table may have been created"), ReplayClient(address, timeout_s=timeout_s) as client:
         client.create_table(name, **given)
-        print_line(f"{address}: created")
-        _print_table(client.tables()[name])
+        table = client.tables()[name]
+    if as_json:
+        print_json({"address": address, "created": table})
+        return
+    print_line(f"{address}: created")
+    _print_table(table)
 
 
 @app.command("set", cls=GroupedCommand)
@@ -106,6 +115,7 @@ def set_keys(
     ],
     address: Address = "127.0.0.1:50051",
     timeout_s: Timeout = 60.0,
+    as_json: AsJson = False,
 ) -> None:
     """Change the rate limit of a table while the server runs.
 
@@ -134,7 +144,10 @@ def set_keys(
     with report_errors("interrupted; the limit may have been changed"), ReplayClient(address, timeout_s=timeout_s) as client:
         for name, rate in changes.items():
             client.set_rate(name, **rate)
-            print_line(f"{address}: changed {name or '(default)'}")
+            if not as_json:
+                print_line(f"{address}: changed {name or '(default)'}")
+        if as_json:
+            print_json({"address": address, "changed": [{"table": name, "rate": client.info(table=name).rate} for name in changes]})
 
 
 @app.command(cls=GroupedCommand)
@@ -143,6 +156,7 @@ def drop(
     address: Address = "127.0.0.1:50051",
     timeout_s: Timeout = 60.0,
     yes: Annotated[bool, typer.Option("--yes", help="Drop without asking for confirmation.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove a table with all its episodes, in memory and on disk.
 
@@ -165,9 +179,13 @@ def drop(
     with report_errors(interrupted), ReplayClient(address, timeout_s=timeout_s) as client:
         table = client.tables().get(name)
         if table is not None and not yes:
-            _print_table(table)
+            if not as_json:
+                _print_table(table)
             confirm("Remove all of it? This cannot be undone.", failed="nothing was removed", hint="--yes drops without asking")
         counts = client.drop_table(name)
+    if as_json:
+        print_json({"address": address, "dropped": name, "counts": counts})
+        return
     print_line(f"{address}: dropped {name}, {pluralize(counts.episodes_stored, 'episode')} removed")
 
 

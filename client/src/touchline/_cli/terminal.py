@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -55,16 +57,23 @@ def print_line(text: str, style: str = "") -> None:
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Prints a JSON document on stdout; numbers that JSON does not have become null."""
-    typer.echo(json.dumps(_finite(value), indent=indent, allow_nan=False))
+    """Prints a JSON document on stdout.
+
+    Dataclasses become objects, paths and errors their text; numbers that JSON does not have become null.
+    """
+    typer.echo(json.dumps(_plain(value), indent=indent, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path | Exception) else value
 
 
 def print_grid(widths: Sequence[int], cells: Sequence[tuple[str, str]]) -> None:

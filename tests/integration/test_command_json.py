@@ -1,0 +1,100 @@
+"""``--json`` of the commands that move data and change a server: one document on stdout, with the keys that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from support.dataset_cases import make_episode, write_npz
+from support.service_calls import make_config
+from support.spool_cases import fill, spooled
+from touchline import Counts
+from touchline._cli.app import app
+from touchline_server.service.app import ServerThread
+
+COUNTS = {field.name for field in fields(Counts)}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerThread]:
+    with ServerThread(make_config(storage={"device": "cpu", "allow_non_finite": False})) as server:
+        yield server
+
+
+def run(server: ServerThread, *arguments: str, status: int = 0) -> Any:
+    found = CliRunner().invoke(app, [*arguments, "--json"], env={"TOUCHLINE_ADDRESS": server.address}, prog_name="touchline")
+    assert found.exit_code == status, found.output
+    return json.loads(found.stdout)
+
+
+def test_tables_are_created_changed_listed_and_dropped(server: ServerThread) -> None:
+    created = run(server, "table", "create", "demos", "buffer_size=100")
+    changed = run(server, "table", "set", "demos.rate.samples_per_insert=4")
+    listed = run(server, "table", "list")
+    dropped = run(server, "table", "drop", "demos", "--yes")
+
+    assert (created["created"]["name"], created["created"]["capacity"]) == ("demos", 100)
+    assert [(one["table"], one["rate"]["samples_per_insert"]) for one in changed["changed"]] == [("demos", 4)]
+    assert [one["name"] for one in listed["tables"]] == ["", "demos"]
+    assert set(listed["tables"][0]["counts"]) == COUNTS == set(dropped["counts"])
+    assert {"name", "config_toml", "counts", "capacity", "device", "size_bytes", "storage_state", "storage_reason", "created"} <= set(
+        listed["tables"][0]
+    )
+    assert dropped["dropped"] == "demos"
+
+
+def test_data_are_loaded_exported_and_cleared(server: ServerThread, tmp_path: Path) -> None:
+    episodes = [make_episode(number) for number in range(3)]
+    episodes[2]["obs"][1] = np.nan
+    write_npz(tmp_path / "demos.npz", episodes)
+    source = str(tmp_path / "demos.npz")
+
+    dry = run(server, "load", source, "--dry-run", status=1)
+    loaded = run(server, "load", source, str(tmp_path / "gone.npz"), status=1)
+    exported = run(server, "export", str(tmp_path / "all.npz"))
+    cleared = run(server, "clear", "--yes")
+    again = run(server, "clear")
+
+    assert (dry["address"], dry["sources"][0]["report"]["read"]) == (None, 3)
+    first, second = loaded["sources"]
+    assert {key: first["report"][key] for key in ("read", "stored", "duplicates", "refused")} == {
+        **{"read": 3, "stored": 2, "duplicates": 0, "refused": 1},
+    }
+    (reason,) = first["report"]["reasons"].values()
+    assert reason["count"] == 1 and "not finite in row 1" in reason["examples"][0][1]
+    assert (first["error"], second["report"], "no such file" in second["error"]) == (None, None, True)
+    assert loaded["counts"]["episodes_stored"] == 2
+    assert {key: exported["report"][key] for key in ("written", "left_out", "evicted", "steps")} == {
+        **{"written": 2, "left_out": 0, "evicted": 0, "steps": 22},
+    }
+    assert (cleared["episodes_removed"], cleared["steps_removed"], set(cleared["counts"])) == (2, 22, COUNTS)
+    assert (again["episodes_removed"], again["steps_removed"]) == (0, 0)
+
+
+def test_a_spool_is_shown_retried_and_sent(server: ServerThread, tmp_path: Path) -> None:
+    fill(tmp_path, spooled(0), spooled(1))
+
+    shown = run(server, "spool", "show", str(tmp_path))
+    retried = run(server, "spool", "retry", str(tmp_path))
+    sent = run(server, "spool", "send", str(tmp_path))
+
+    assert (len(shown["waiting"]), shown["refused"], shown["damaged"], shown["holder"]) == (2, [], [], None)
+    assert {"number", "length", "size_bytes", "time_s", "reason", "table"} == set(shown["waiting"][0])
+    assert retried == {"folder": str(tmp_path), "pending_again": 0}
+    assert {key: sent["report"][key] for key in ("total", "sent", "refused", "pending", "error")} == {
+        **{"total": 2, "sent": 2, "refused": 0, "pending": 0, "error": None},
+    }
+
+
+def test_error_is_a_sentence_on_stderr_and_nothing_on_stdout() -> None:
+    found = CliRunner().invoke(app, ["table", "list", "--json", "--address", "127.0.0.1:1", "--timeout-s", "0.2"])
+
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert found.stderr.startswith("touchline: no answer: 127.0.0.1:1: ")
