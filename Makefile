@@ -38,10 +38,10 @@ CLIENT_TESTS := $(filter-out $(OF_MINARI),$(QUICK_TESTS) $(wildcard tests/unit/c
 	tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py tests/integration/test_spool_command.py))
 # For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
 BENCH ?=
-REQUIREMENTS := examples/requirements.txt tests/requirements.txt
+REQUIREMENTS := examples/requirements.txt tests/requirements.txt docs/site/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu configuration stubs clean
+.PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu configuration stubs docs docs-serve dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -141,6 +141,18 @@ configuration: $(INSTALLED) ## generate default.toml, docs/configuration.md and 
 stubs: ## regenerate the stubs of the .proto
 	$(PYTHON) protos/generate_stubs.py
 
+# The notice is of mkdocs-material, about its end in 2027.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED) ## build the site of all pages and of the reference into build/site
+	$(BIN)/mkdocs build
+
+docs-serve: $(INSTALLED) ## serve the site on 127.0.0.1:8000 and build it again after each change
+	$(BIN)/mkdocs serve
+
+dist: $(INSTALLED) ## build wheels and sdists of the three distributions into dist
+	rm -rf dist
+	for folder in protos client server; do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
+
 clean: ## remove .venv and the leftovers of tools
-	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

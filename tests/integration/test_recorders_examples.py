@@ -1,4 +1,4 @@
-"""The short examples of docs/switching.md, in processes of their own and with a real server."""
+"""The short examples of docs/recorders.md, in processes of their own and with a real server."""
 
 from __future__ import annotations
 

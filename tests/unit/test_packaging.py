@@ -62,7 +62,7 @@ def test_distribution_says_that_it_is_typed(dist: str) -> None:
 def test_constraints_pin_every_requirement_within_its_range() -> None:
     pins = dict(line.split("==") for line in _lines("constraints.txt"))
     pins = {_canonical(name): version for name, version in pins.items()}
-    files = [*_lines("tests/requirements.txt"), *_lines("examples/requirements.txt")]
+    files = [line for folder in ("tests", "examples", "docs/site") for line in _lines(f"{folder}/requirements.txt")]
     required = [*(Requirement(line) for line in files), *(item for dist in FOLDERS for item in _requirements(dist))]
 
     loose = [
