@@ -103,7 +103,7 @@ def test_prioritized_draws_fit_the_priorities_after_evictions_clears_and_wrap_ar
         counts += count_cells(found, cells)
         drawn += len(found)
         chances = np.array([weights[cell] / total for cell in found])
-        np.testing.assert_allclose(batch.probability, chances, rtol=1e-9)
+        np.testing.assert_allclose(batch.probability, chances, rtol=1e-6)  # weights are float32
         expected = (len(cells) * chances) ** -BETA
         np.testing.assert_allclose(batch.weight, expected / expected.max(), rtol=1e-5)
         assert batch.weight.dtype == torch.float32

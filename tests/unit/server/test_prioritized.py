@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from support.store_cases import append_episode
 from touchline_server.selectors.options import LawOptions, LawSettings
@@ -17,6 +17,9 @@ from touchline_server.store.index import EpisodeIndex
 SIZES = [1, FAN_OUT, FAN_OUT + 1, MAX_TOP + 1, 20 * BLOCK * FAN_OUT]
 """Sizes of trees of one to three levels."""
 
+RTOL = 2e-6
+"""Weights are float32, and a slice's priority is a sum in float32."""
+
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sum_tree_after_any_changes_finds_what_bisection_of_all_sums_finds(size: int) -> None:
@@ -24,7 +27,7 @@ def test_sum_tree_after_any_changes_finds_what_bisection_of_all_sums_finds(size:
     tree, weights = SumTree(size), np.zeros(size)
     for _ in range(20):
         index = rng.integers(0, size, 40)
-        changed = rng.random(40) * (rng.random(40) < 0.6)
+        changed = (rng.random(40) * (rng.random(40) < 0.6)).astype(np.float32)
         tree.assign(index, changed)
         weights[index] = changed
         begin = int(rng.integers(0, size))
@@ -36,10 +39,11 @@ def test_sum_tree_after_any_changes_finds_what_bisection_of_all_sums_finds(size:
             continue
 
         fractions = rng.random(3 * BLOCK)
-        found = tree.find(fractions)
+        found, found_weights = tree.find(fractions)
 
         assert tree.total == pytest.approx(weights.sum(), rel=1e-12)
         assert (weights[found] > 0).all()
+        assert (weights[found] == found_weights).all()
         ends = np.cumsum(weights)
         position = fractions * ends[-1]
         assert (position < ends[found] * (1 + 1e-12)).all()
@@ -52,20 +56,63 @@ def test_sum_tree_at_the_ends_of_its_range_finds_weights_above_zero(size: int) -
     place = size // 2
     tree.assign(np.array([place]), np.array([0.1]))
 
-    found = tree.find(np.array([0.0, 0.5, np.nextafter(1.0, 0.0)]))
+    found, weights = tree.find(np.array([0.0, 0.5, np.nextafter(1.0, 0.0)]))
 
     assert found.tolist() == [place] * 3
+    assert weights.tolist() == [np.float32(0.1)] * 3
+
+
+@pytest.mark.parametrize("size", SIZES[2:])
+@pytest.mark.parametrize("run", [1, 5, FAN_OUT + 1, 3 * FAN_OUT])
+def test_sum_tree_after_runs_were_assigned_has_the_sum_of_all_weights(size: int, run: int) -> None:
+    rng = np.random.default_rng(run)
+    tree, weights = SumTree(size), np.zeros(size)
+    for runs in (1, 3, 40):
+        # Some of them go on behind the last place at the first one.
+        index = (rng.integers(0, size, runs) + np.arange(run)[:, None]) % size
+        weights[index] = values = rng.random(size, dtype=np.float32)[index]
+        tree.assign(index, values)
+
+        ends = np.cumsum(weights)
+        found, _ = tree.find(rng.random(20))
+
+        assert tree.total == pytest.approx(ends[-1], rel=1e-12)
+        assert (weights[found] > 0).all()
 
 
 @given(st.integers(1, 9), st.integers(0, 8), st.lists(st.floats(0, 1e6, width=32), min_size=17, max_size=17))
 def test_window_max_and_sum_is_that_of_each_window(width: int, more: int, values: list[float]) -> None:
-    array = np.array(values[: width + more], dtype=np.float64)
+    array = np.array(values[: width + more], dtype=np.float32)
 
-    highest, total = window_max_and_sum(array[:, None], width)
+    highest, total = window_max_and_sum(array[:, None], width, factor=0.1)
 
     windows = [array[at : at + width] for at in range(more + 1)]
     assert highest.tolist() == [[window.max()] for window in windows]
-    np.testing.assert_allclose(total, [[window.sum()] for window in windows], rtol=1e-12)
+    np.testing.assert_allclose(total, [[0.1 * window.astype(np.float64).sum()] for window in windows], rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("seam", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_update_of_slices_that_share_transitions_takes_the_last_one(calls: int, seam: bool) -> None:
+    settings_ = LawSettings(30, priority_alpha=1.0, priority_eta=0.0)
+    index = EpisodeIndex(settings_)
+    selector = index.selectors.of("prioritized")
+    for number in range(2 if seam else 1):  # the second one lies across the seam
+        append_episode(index, number, 20)
+    starts = np.array([6, 5, 4, 9, 7])
+    priorities = np.ascontiguousarray(np.arange(1, 16, dtype=np.float32).reshape(5, 3).T)
+    expected = np.ones(20)
+    for start, slice_ in zip(starts, priorities.T, strict=True):
+        expected[start : start + 3] = slice_
+
+    for part in np.array_split(np.arange(5), calls):
+        selector.update(np.full(len(part), index.entries[-1, 0]), starts[part], priorities[:, part])
+    draw = selector.draw(2000, 1, np.random.default_rng(0))
+
+    here = draw.episode_id == index.entries[-1, 0]
+    chance = dict(zip(draw.start[here].tolist(), draw.probability[here], strict=True))
+    assert len(chance) == 19
+    assert [chance[start] / chance[0] for start in range(19)] == pytest.approx(expected[:19], rel=RTOL)
 
 
 class PriorityModel(RuleBasedStateMachine):
@@ -133,17 +180,15 @@ class PriorityModel(RuleBasedStateMachine):
 
         total = sum(weights.values())
         chances = [weights[cell] / total for cell in zip(draw.episode_id.tolist(), draw.start.tolist(), strict=True)]
-        np.testing.assert_allclose(draw.probability, chances, rtol=1e-9)
+        np.testing.assert_allclose(draw.probability, chances, rtol=RTOL)
         starts = len(weights)
         expected = (starts * np.array(chances).reshape(2, 20)) ** -0.5
-        np.testing.assert_allclose(draw.weight, (expected / expected.max(axis=1, keepdims=True)).reshape(-1), rtol=1e-6)
+        np.testing.assert_allclose(draw.weight, (expected / expected.max(axis=1, keepdims=True)).reshape(-1), rtol=RTOL)
         first = {int(entry[0]): int(entry[1]) for entry in self.index.entries}
         assert draw.first_row.tolist() == [first[number] + start for number, start in zip(draw.episode_id, draw.start, strict=True)]
 
-    @invariant()
-    def every_start_has_exactly_its_share(self) -> None:
-        if not hasattr(self, "index"):
-            return
+    @rule()
+    def check_that_every_start_has_exactly_its_share(self) -> None:
         for horizon in self.horizons:
             weights = self.weights(horizon)
             tree = self.selector._tree(horizon)  # type: ignore[attr-defined]
@@ -151,8 +196,12 @@ class PriorityModel(RuleBasedStateMachine):
             first = {int(entry[0]): int(entry[1]) for entry in self.index.entries}
             for (number, start), weight in weights.items():
                 expected[(first[number] + start) % self.settings.capacity] = weight
-            np.testing.assert_allclose(tree.weights[: self.settings.capacity], expected, rtol=1e-9, atol=0)
-            assert tree.total == pytest.approx(sum(weights.values()), rel=1e-9)
+            np.testing.assert_allclose(tree.weights[: self.settings.capacity], expected, rtol=RTOL, atol=0)
+            assert tree.total == pytest.approx(sum(weights.values()), rel=RTOL)
+
+    def teardown(self) -> None:
+        if hasattr(self, "index"):
+            self.check_that_every_start_has_exactly_its_share()
 
     def weights(self, horizon: int) -> dict[tuple[int, int], float]:
         eta = self.settings.priority_eta

@@ -26,6 +26,12 @@ MAX_PENDING = 256
 MAX_CALL_SLICES = 16_384
 """Slices in a call. What waits while a call is in progress goes into the next one together."""
 
+LINGER_S = 0.01
+"""Longest time that an update waits for others to share a call with: for the server, a call costs as much as several updates."""
+
+LINGER_SLICES = 8192
+"""Slices that are enough for a call."""
+
 IDLE_S = 5.0
 """Time without an update after which the thread ends; the next update starts another one."""
 
@@ -44,8 +50,9 @@ logger = get_logger(__name__)
 class PriorityUpdates:
     """Updates of priorities, sent in their order, one call at a time. Thread-safe; a forked child starts without any.
 
-    What waits while a call is in progress goes into the next one together. If the server does not keep up, :data:`MAX_PENDING` updates
-    wait; then the oldest is dropped, counted and logged. Slices of episodes that were evicted meanwhile are counted and not applied.
+    A call takes what has come within :data:`LINGER_S`, or :data:`LINGER_SLICES`, and what has come while the one before was in progress.
+    If the server does not keep up, :data:`MAX_PENDING` updates wait; then the oldest is dropped, counted and logged. Slices of episodes
+    that were evicted meanwhile are counted and not applied.
 
     Args:
         rpc: client of the server's service.
@@ -63,6 +70,9 @@ class PriorityUpdates:
         """Guards all that follows."""
         self._pending: deque[tuple[str, PriorityUpdate]] = deque()
         """Updates in their order, each with the table that it is for."""
+        self._pending_slices = 0
+        self._hurried = 0
+        """Callers that wait for all updates to be sent."""
         self._sending = False
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -77,8 +87,7 @@ class PriorityUpdates:
     def counters(self) -> PriorityCounters:
         """Returns what happened to the slices so far."""
         with self._changed:
-            pending = sum(len(update.start) for _, update in self._pending)
-            return PriorityCounters(self._updated, self._evicted, self._dropped, pending)
+            return PriorityCounters(self._updated, self._evicted, self._dropped, self._pending_slices)
 
     def update(self, slices: Batch | tuple[Any, Any], priorities: Any, *, table: str) -> None:
         """Takes an update and returns; see :meth:`touchline.ReplayClient.update_priorities`.
@@ -97,12 +106,16 @@ class PriorityUpdates:
         with self._changed:
             for update in updates:
                 if len(self._pending) == MAX_PENDING:
-                    self._drop(self._pending.popleft()[1], "the server does not keep up with them")
+                    self._drop(self._pop(), "the server does not keep up with them")
+                before = self._pending_slices
                 self._pending.append(update)
+                self._pending_slices += len(update[1].start)
+                # The thread only has to know of the first update, and of enough.
+                if not before or before < LINGER_SLICES <= self._pending_slices:
+                    self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="touchline-priorities", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
             self._raise_error()
 
     def flush(self, timeout_s: float | None = None) -> PriorityCounters:
@@ -117,7 +130,7 @@ class PriorityUpdates:
         """
         limit_s = seconds_or_none("timeout_s", timeout_s) or self._rpc.timeout_s
         with self._changed:
-            done = self._changed.wait_for(lambda: not self._pending and not self._sending, limit_s)
+            done = self._wait_sent(limit_s)
             self._raise_error()
             if not done:
                 raise DeadlineError(f"priorities: {len(self._pending)} updates wait after {limit_s:g} s, expected none")
@@ -126,11 +139,26 @@ class PriorityUpdates:
     def close(self) -> None:
         """Ends the thread. Updates that wait are sent if that takes no more than :data:`CLOSE_S`."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._pending and not self._sending, CLOSE_S)
+            self._wait_sent(CLOSE_S)
             self._closed = True
             while self._pending:
-                self._drop(self._pending.popleft()[1], "the client was closed")
+                self._drop(self._pop(), "the client was closed")
             self._changed.notify_all()
+
+    def _wait_sent(self, limit_s: float) -> bool:
+        """Waits until every update has been answered; returns whether they were. Called with the lock held."""
+        self._hurried += 1
+        self._changed.notify_all()
+        try:
+            return self._changed.wait_for(lambda: not self._pending and not self._sending, limit_s)
+        finally:
+            self._hurried -= 1
+
+    def _pop(self) -> PriorityUpdate:
+        """Removes the oldest update. Called with the lock held."""
+        _, update = self._pending.popleft()
+        self._pending_slices -= len(update.start)
+        return update
 
     def _run(self) -> None:
         while True:
@@ -139,6 +167,9 @@ class PriorityUpdates:
                 if not self._pending:
                     self._thread = None
                     return
+                self._changed.wait_for(lambda: self._closed or self._hurried or self._pending_slices >= LINGER_SLICES, LINGER_S)
+                if not self._pending:
+                    continue  # dropped by close()
                 table, update = self._take()
                 self._sending = True
             try:
@@ -153,19 +184,20 @@ class PriorityUpdates:
 
     def _take(self) -> tuple[str, PriorityUpdate]:
         """Removes and returns the oldest updates as one, as many of the same table as fit in a call. Called with the lock held."""
-        table, first = self._pending.popleft()
+        table = self._pending[0][0]
+        first = self._pop()
         transitions = len(first.priorities)
         most = max(min(MAX_CALL_SLICES, self._max_bytes // (16 + 4 * transitions)), 1)
         if len(first.start) > most:
             self._pending.appendleft((table, _part(first, most, None)))
+            self._pending_slices += len(first.start) - most
             return table, _part(first, 0, most)
         group, slices = [first], len(first.start)
         while self._pending:
             following_table, following = self._pending[0]
             if following_table != table or len(following.priorities) != transitions or slices + len(following.start) > most:
                 break
-            self._pending.popleft()
-            group.append(following)
+            group.append(self._pop())
             slices += len(following.start)
         return table, first if len(group) == 1 else _joined(group)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ MAX_TREES = 4
 WINDOW_ELEMENTS = 1 << 18
 """Steps looked at together in an update."""
 
+MAX_WAITING_SLICES = 1 << 14
+"""Slices whose new priorities wait for the next draw; more are applied before that."""
+
 
 class SavedPriorities(NamedTuple):
     """The priorities of stored transitions, to be kept and loaded again."""
@@ -47,6 +51,19 @@ class SavedPriorities(NamedTuple):
     """[steps of all episodes] float32, in their order."""
 
 
+class _Update(NamedTuple):
+    """New priorities of slices of stored episodes."""
+
+    first_row: np.ndarray
+    """[slices] int64: physical row of each slice's first step."""
+    start: np.ndarray
+    """[slices] int64: step of the episode that is the slice's row 0."""
+    last: np.ndarray
+    """[slices] int64: number of the last transition, counted from the slice's first, that its episode has; at least 0."""
+    priorities: np.ndarray
+    """[transitions, slices] float32."""
+
+
 class PrioritizedSelector(Selector):
     """A start in proportion to priority ** alpha of its slice. Draw and update are O(log rows) a slice, vectorised.
 
@@ -57,7 +74,7 @@ class PrioritizedSelector(Selector):
     For each horizon in use there is a :class:`SumTree` over the rows of the ring. A row's weight is priority ** alpha of the slice that
     starts there, and 0 if none does: too near to its episode's end, or not in use. So a draw is exact over the stored valid starts.
 
-    Memory a row of the ring: 4 bytes, and 8.6 for each horizon in use, up to :data:`MAX_TREES` of them.
+    Memory a row of the ring: 8 bytes, and 4.6 for each horizon in use, up to :data:`MAX_TREES` of them.
     """
 
     law = PRIORITIZED
@@ -72,6 +89,8 @@ class PrioritizedSelector(Selector):
         """Priority of the transition from each physical row to the next."""
         self._highest = FIRST_PRIORITY
         self._trees: OrderedDict[int, SumTree] = OrderedDict()
+        self._waiting: list[_Update] = []
+        self._waiting_slices = 0
         self.changes = 0
         """Number of changes of priorities so far: whether there is anything new to save."""
 
@@ -89,6 +108,7 @@ class PrioritizedSelector(Selector):
 
     def evict(self, entry: Entry) -> None:
         """See :meth:`Selector.evict`."""
+        self._apply()  # before rows that an update is for are used again
         self._rows.drop_oldest()
         for horizon, tree in self._trees.items():
             self._fill(tree, entry, horizon, 0.0)
@@ -97,6 +117,7 @@ class PrioritizedSelector(Selector):
         """See :meth:`Selector.clear`. The highest priority is forgotten too."""
         self._rows.clear()
         self._trees.clear()
+        self._waiting, self._waiting_slices = [], 0
         self._highest = FIRST_PRIORITY
         self.changes += 1
 
@@ -105,20 +126,20 @@ class PrioritizedSelector(Selector):
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """See :meth:`Selector.draw`."""
         tree = self._tree(horizon)
-        total = tree.total
-        rows = tree.find(rng.random(batches * batch_size))
+        rows, weights = tree.find(rng.random(batches * batch_size))
         entries = self._rows.entries.take(self._rows.at_rows(rows), axis=0)
+        start = rows - entries[:, FIRST_ROW]
         # The row is physical. It lies behind the seam of the ring if it is less than its episode's first.
-        first_row = np.where(rows < entries[:, FIRST_ROW], rows + self._capacity, rows)
-        probability = tree.weights[rows] / total
+        start += self._capacity * (start < 0)
+        probability = weights / tree.total
         beta = self._settings.priority_beta if options.beta is None else options.beta
         weight = importance_weights(probability.reshape(batches, -1), beta).reshape(-1)
-        return Draw.of(entries, first_row - entries[:, FIRST_ROW], probability, weight)
+        return Draw.of(entries, start, probability, weight)
 
     # Update
 
     def update(self, episode_id: np.ndarray, start: np.ndarray, priorities: np.ndarray) -> int:
-        """See :meth:`Selector.update`.
+        """See :meth:`Selector.update`. The update is applied before the next draw, together with others that have come by then.
 
         Raises:
             InvalidArgumentError: a slice does not lie within its stored episode. Nothing has changed.
@@ -139,14 +160,31 @@ class PrioritizedSelector(Selector):
                 f"start: {start[bad]} of {transitions} transitions in episode {episode_id[bad]}, which has {entries[bad, LENGTH]} steps, "
                 f"expected 0 to {last_start[bad]}"
             )
-        self._set_transitions(entries[:, FIRST_ROW] + start, priorities.T, last_start - start)
-        for horizon, tree in self._trees.items():
-            self._set_slices(tree, horizon, entries, start, transitions)
+        last = last_start - start
+        if last.min() < transitions - 1:
+            priorities = np.where(np.arange(transitions)[:, None] <= last, priorities, np.float32(0.0))  # padding has none
+        self._highest = max(self._highest, float(priorities.max()))
         self.changes += 1
+        first_row = entries[:, FIRST_ROW] + start
+        first_row -= self._capacity * (first_row >= self._capacity)
+        self._waiting.append(_Update(first_row, start, last, priorities))
+        self._waiting_slices += len(position)
+        if self._waiting_slices > MAX_WAITING_SLICES:
+            self._apply()
         return len(position)
+
+    def _apply(self) -> None:
+        """Applies the updates that wait, in their order, those of equal length together."""
+        waiting, self._waiting, self._waiting_slices = self._waiting, [], 0
+        for _, group in groupby(waiting, key=lambda update: len(update.priorities)):
+            first_row, start, last, priorities = (np.concatenate(arrays, axis=-1) for arrays in zip(*group, strict=True))
+            self._set_transitions(first_row, last, priorities)
+            for horizon, tree in self._trees.items():
+                self._set_slices(tree, horizon, _Update(first_row, start, last, priorities))
 
     def save(self) -> SavedPriorities:
         """Returns a copy of all priorities."""
+        self._apply()
         entries = self._rows.entries
         priorities = np.zeros(0, dtype=np.float32)
         if len(entries):
@@ -157,6 +195,7 @@ class PrioritizedSelector(Selector):
 
     def load(self, saved: SavedPriorities) -> int:
         """Sets the priorities of those of the saved episodes that are stored, and returns the number of these."""
+        self._apply()
         self._highest = max(self._highest, saved.highest)
         # Steps that were stored after the save are as new as they were then.
         self._priorities.fill(self._highest)
@@ -176,50 +215,54 @@ class PrioritizedSelector(Selector):
         self._trees.clear()
         return loaded
 
-    def _set_transitions(self, first_row: np.ndarray, priorities: np.ndarray, last: np.ndarray) -> None:
-        """Sets the priorities of the transitions of slices.
-
-        Args:
-            first_row: [slices] int64: logical row of each slice's first step.
-            priorities: [slices, transitions].
-            last: [slices] int64: number of the last transition of the slice that its episode has; at least 0.
-        """
-        number = np.arange(priorities.shape[1])
-        rows = self._physical(first_row, number).T
-        if last.min() < number[-1]:
+    def _set_transitions(self, first_row: np.ndarray, last: np.ndarray, priorities: np.ndarray) -> None:
+        """Sets the priorities of the transitions of slices; see :class:`_Update`."""
+        count = len(priorities)
+        # Slice by slice: of several that share a transition, the last one counts.
+        values = np.ascontiguousarray(np.maximum(priorities, np.float32(MIN_PRIORITY)).T)
+        if last.min() >= count - 1 and first_row.max() + count <= self._capacity:
+            # The rows of a slice as one element, which is assigned in a third of the time.
+            run = np.dtype((np.void, values.itemsize * count))
+            runs = np.ndarray(self._capacity - count + 1, run, self._priorities, strides=self._priorities.strides)
+            runs[first_row] = values.view(run).reshape(-1)
+        else:
+            number = np.arange(count)
             real = number <= last[:, None]
-            rows, priorities = rows[real], priorities[real]
-        # Of a transition in several slices, the last one counts: numpy assigns in order.
-        self._priorities[rows] = np.maximum(priorities, np.float32(MIN_PRIORITY))
-        self._highest = max(self._highest, float(priorities.max()))
+            self._priorities[np.remainder(first_row[:, None] + number, self._capacity)[real]] = values[real]
 
-    def _set_slices(self, tree: SumTree, horizon: int, entries: np.ndarray, start: np.ndarray, transitions: int) -> None:
+    def _set_slices(self, tree: SumTree, horizon: int, update: _Update) -> None:
         """Sets the weights of all slices of a horizon that share a transition with updated ones.
 
         Those of an updated slice with ``transitions`` transitions from ``start`` on begin at ``start`` - (horizon - 1) to
         ``start`` + transitions - 1; those that do not lie within the episode are left alone.
         """
-        count = transitions + horizon - 1
+        count = len(update.priorities) + horizon - 1
         starts = np.arange(count) - (horizon - 1)
         steps = np.arange(count + horizon - 1) - (horizon - 1)
         block = max(WINDOW_ELEMENTS // len(steps), 1)
-        for begin in range(0, len(start), block):
+        for begin in range(0, len(update.start), block):
             part = slice(begin, begin + block)
-            first_row = entries[part, FIRST_ROW] + start[part]
+            first_row, start = update.first_row[part], update.start[part]
             # Rows beyond the episode are read as well, and only count for slices that are left out below.
-            values = self._priorities.take(self._physical(first_row, steps))
-            weights = self._weights(self._aggregate(values, horizon))
-            rows = self._physical(first_row, starts)
-            begins = start[part] + starts[:, None]
-            inside = (begins >= 0) & (begins < entries[part, LENGTH] - horizon)
-            if not inside.all():
-                # To the spare place behind the ring: cheaper than picking those that lie inside.
-                rows, weights = np.where(inside, rows, self._capacity), np.where(inside, weights, 0.0)
-            tree.assign(rows.reshape(-1), weights.reshape(-1))
+            rows = self._physical(first_row, steps)
+            weights = self._weights(self._aggregate(self._priorities.take(rows), horizon))
+            rows = rows[:count]
+            # The last start has ``horizon`` transitions, so it is ``last`` + 1 - horizon transitions after ``start``.
+            before, after = horizon - 1 - start, update.last[part] + 1 - horizon
+            edge = np.flatnonzero((before > 0) | (after < starts[-1]))
+            if len(edge):
+                inside = (starts[:, None] >= -start[edge]) & (starts[:, None] <= after[edge])
+                # To the spare place behind the ring.
+                rows[:, edge] = np.where(inside, rows[:, edge], self._capacity)
+                weights[:, edge] *= inside
+            tree.assign(rows, weights)
 
     # Trees
 
     def _tree(self, horizon: int) -> SumTree:
+        """Returns the tree of a horizon, with all updates applied."""
+        if self._waiting:
+            self._apply()
         tree = self._trees.get(horizon)
         if tree is None:
             if len(self._trees) == MAX_TREES:
@@ -248,22 +291,23 @@ class PrioritizedSelector(Selector):
             tree.fill(begin, end, weight)
 
     def _aggregate(self, priorities: np.ndarray, horizon: int) -> np.ndarray:
-        """Returns the priority of each slice of ``horizon`` consecutive priorities: [n, ...] float32 to [n - horizon + 1, ...] float64."""
-        highest, total = window_max_and_sum(priorities.astype(np.float64), horizon)
-        eta = self._settings.priority_eta
-        return eta * highest + (1.0 - eta) / horizon * total
+        """Returns the priority of each slice of ``horizon`` consecutive priorities: [n, ...] float32 to [n - horizon + 1, ...] float32."""
+        highest, total = window_max_and_sum(priorities, horizon, factor=(1.0 - self._settings.priority_eta) / horizon)
+        highest *= np.float32(self._settings.priority_eta)
+        highest += total
+        return highest
 
     def _weights(self, priorities: np.ndarray) -> np.ndarray:
         # Priorities are above 0, except in rows that never were in use; those get no weight anyway.
-        return np.asarray(np.maximum(priorities, MIN_PRIORITY) ** self._settings.priority_alpha)
+        return np.asarray(np.maximum(priorities, np.float32(MIN_PRIORITY)) ** np.float32(self._settings.priority_alpha))
 
     # Rows
 
     def _physical(self, first_row: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Returns physical rows of slices: logical rows ``first_row`` + each of ``steps``, wrapped at both ends of the ring.
+        """Returns physical rows of slices: rows ``first_row`` + each of ``steps``, wrapped at both ends of the ring.
 
         Args:
-            first_row: [slices] int64.
+            first_row: [slices] int64, in [0, capacity).
             steps: [n] int64, ascending; may be below 0.
 
         Returns:
@@ -284,31 +328,34 @@ class PrioritizedSelector(Selector):
                 yield 0, end - self._capacity
 
 
-def window_max_and_sum(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns maximum and sum of each ``width`` consecutive values of the first axis, in O(log width) passes.
+def window_max_and_sum(values: np.ndarray, width: int, *, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns maximum and ``factor`` x sum of each ``width`` consecutive values of the first axis, in O(log width) passes.
 
     Windows of 1, 2, 4, ... values are combined to one of ``width`` as the binary digits of it say.
 
     Args:
-        values: [n, ...] float64.
+        values: [n, ...] float32.
         width: 1 to n.
+        factor: factor of the sums, up to 1 / width, so that none is beyond the range of float32.
 
     Returns:
-        Two arrays [n - width + 1, ...].
+        Two new arrays [n - width + 1, ...] float32.
     """
     count = len(values) - width + 1
-    highest = total = values  # of windows of ``size`` values
-    best = np.full((count, *values.shape[1:]), -np.inf)
-    added = np.zeros(best.shape)
+    highest, total = values, values * np.float32(factor)  # of windows of ``size`` values
+    best = added = None
     size, done = 1, 0
     while True:
         if width & size:
             window = slice(done, done + count)
-            np.maximum(best, highest[window], out=best)
-            np.add(added, total[window], out=added)
+            if best is None or added is None:
+                best, added = highest[window].copy(), total[window].copy()
+            else:
+                np.maximum(best, highest[window], out=best)
+                np.add(added, total[window], out=added)
             done += size
-        if done == width:
-            return best, added
+            if done == width:
+                return best, added
         highest = np.maximum(highest[:-size], highest[size:])
         total = total[:-size] + total[size:]
         size *= 2
