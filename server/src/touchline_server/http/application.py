@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
@@ -13,22 +14,34 @@ from starlette.types import ASGIApp
 
 from touchline_server.config.settings import Config
 from touchline_server.errors import ReplayError
+from touchline_server.http.api import Api, answer_error
 from touchline_server.http.guard import Guard
+from touchline_server.http.live import LiveStatus
 from touchline_server.http.parts import HttpParts
 
 STATIC = Path(__file__).with_name("static")
 """Folder of the page's files."""
 
 
-def build_application(config: Config, parts: HttpParts) -> ASGIApp:
+def build_application(config: Config, parts: HttpParts, live: LiveStatus) -> ASGIApp:
     """Returns the application of one server."""
-    pages = _Pages(parts)
+    pages, api = _Pages(parts), Api(parts, live)
     routes = [
-        Route("/healthz", pages.healthz),
+        Route("/", pages.page),
         Route("/login", pages.login),
+        Route("/healthz", pages.healthz),
+        Route("/api/session", api.session),
+        Route("/api/status", api.status),
+        Route("/api/history", api.history),
+        Route("/api/events", api.events),
+        Route("/api/episodes", api.episodes),
+        Route("/api/episodes/{episode_id}", api.episode),
+        Route("/api/episodes/{episode_id}/frame", api.frame),
+        Route("/metrics", api.metrics),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={404: _not_found}), parts, config)
+    application = Starlette(routes=routes, exception_handlers={HTTPException: _not_found, ReplayError: answer_error})
+    return Guard(application, parts, config)
 
 
 class _Pages:
@@ -36,6 +49,14 @@ class _Pages:
 
     def __init__(self, parts: HttpParts) -> None:
         self._parts = parts
+
+    async def page(self, request: Request) -> Response:
+        """Answers with the page."""
+        return FileResponse(STATIC / "index.html")
+
+    async def login(self, request: Request) -> Response:
+        """Answers with the form for a token."""
+        return FileResponse(STATIC / "login.html")
 
     async def healthz(self, request: Request) -> Response:
         """Answers 200 while the server takes calls, otherwise 503 and why not."""
@@ -45,10 +66,8 @@ class _Pages:
             return PlainTextResponse(f"{error}\n", 503)
         return PlainTextResponse("serving\n")
 
-    async def login(self, request: Request) -> Response:
-        """Answers with the form for a token."""
-        return FileResponse(STATIC / "login.html")
-
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"{request.url.path}: not found; docs/http.md lists what is"}, 404)
+    assert isinstance(error, HTTPException)
+    text = f"{request.method} {request.url.path}: {error.detail}; docs/http.md lists what there is"
+    return JSONResponse({"error": text}, error.status_code)

@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from touchline_protos.log_lines import get_logger
@@ -16,6 +17,8 @@ from touchline_server.http.parts import HttpParts
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from touchline_server.http.live import LiveStatus
 
 logger = get_logger(__name__)
 
@@ -42,6 +45,8 @@ class HttpServer:
         self._parts = parts
         self._stopping = threading.Event()
         self._server: uvicorn.Server | None = None
+        self._live: LiveStatus | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="touchline-http", daemon=True)
         self.address = ""
         """Address once the server has started: ``HOST:PORT``."""
@@ -66,7 +71,9 @@ class HttpServer:
     def stop(self) -> None:
         """Ends open connections and the thread; blocks until that is done."""
         self._stopping.set()
-        if self._server is not None:
+        if self._server is not None and self._loop is not None and self._live is not None:
+            with suppress(RuntimeError):  # it ended by itself
+                asyncio.run_coroutine_threadsafe(self._live.close(), self._loop)
             self._server.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -82,11 +89,18 @@ class HttpServer:
         import uvicorn
 
         from touchline_server.http.application import build_application
+        from touchline_server.http.live import LiveStatus
 
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        self._server = uvicorn.Server(self._uvicorn_config(build_application(self._config, self._parts)))
-        if not self._stopping.is_set():
+        self._loop, self._live = asyncio.get_running_loop(), LiveStatus(self._parts)
+        self._server = uvicorn.Server(self._uvicorn_config(build_application(self._config, self._parts, self._live)))
+        if self._stopping.is_set():
+            return
+        sampling = asyncio.create_task(self._live.run())
+        try:
             await self._server.serve(sockets=[self._socket])
+        finally:
+            sampling.cancel()
 
     def _uvicorn_config(self, application: object) -> uvicorn.Config:
         import uvicorn

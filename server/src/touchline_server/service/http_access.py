@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from touchline_protos.log_lines import get_logger
 from touchline_protos.types.metadata import TOKEN_METADATA_KEY
+from touchline_protos.types.status import ServerStatus
 from touchline_server.config.addresses import join_address
 from touchline_server.config.settings import Config
 from touchline_server.http.exposure import why_not
 from touchline_server.http.parts import HttpParts, Tables
 from touchline_server.service.access import Access, check_http_exposure
 from touchline_server.service.parts import ServiceParts
+from touchline_server.service.status_report import confine
 
 if TYPE_CHECKING:
     from touchline_server.http.server import HttpServer
 
 logger = get_logger(__name__)
 
-METHOD = "/touchline.v1.Replay/GetEpisodes"
-"""Method whose roles a caller by HTTP needs: episodes are the most that the page shows."""
+METHOD = "/touchline.v1.Replay/Status"
+"""Method whose roles a caller by HTTP needs. They are those of GetEpisodes too."""
+
+NEWEST_EPISODES = 20
+"""Most recent episodes of a table that a snapshot names."""
 
 
 def check_http(config: Config, access: Access | None) -> str | None:
@@ -64,11 +71,31 @@ def start_http(config: Config, parts: ServiceParts, access: Access | None) -> Ht
 def _http_parts(parts: ServiceParts, access: Access | None) -> HttpParts:
     registry = parts.tables.registry
 
+    loop = asyncio.get_running_loop()
+
+    async def snapshot() -> ServerStatus:
+        return parts.status.snapshot(newest_episodes=NEWEST_EPISODES, shared=True)
+
+    def take_status() -> Future[ServerStatus]:
+        coroutine = snapshot()
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
     def check_serving() -> None:
         parts.drain.raise_if_draining()
         registry.check_restored()
 
-    return HttpParts(tables=registry, readers=parts.sample_pool, check_serving=check_serving, authorize=_authorizing(access))
+    return HttpParts(
+        tables=registry,
+        readers=parts.sample_pool,
+        take_status=take_status,
+        confine=lambda status, tables: confine(status, tables, whole=tables is None),
+        check_serving=check_serving,
+        authorize=_authorizing(access),
+    )
 
 
 def _authorizing(access: Access | None) -> Callable[[str], Tables] | None:

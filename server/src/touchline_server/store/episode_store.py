@@ -251,10 +251,10 @@ class EpisodeStore:
             selector = self._ring.index.selectors.of(PRIORITIZED)
             return selector.load(saved) if isinstance(selector, PrioritizedSelector) else 0
 
-    def newest(self, limit: int) -> list[IndexEntry]:
-        """Returns the ``limit`` newest stored episodes, newest first."""
+    def newest(self, limit: int, *, below_id: int | None = None, actor: str | None = None) -> list[IndexEntry]:
+        """Returns the ``limit`` newest episodes, newest first: those with ids below one, and of one actor, if these are given."""
         with self._ring.lock:
-            return self._ring.index.newest(limit)
+            return self._ring.index.newest(limit, below_id=below_id, actor=actor)
 
     def entries_of(self, episode_ids: Sequence[int]) -> list[IndexEntry]:
         """Returns those of these episodes that are stored."""

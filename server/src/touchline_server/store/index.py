@@ -192,10 +192,6 @@ class EpisodeIndex:
         """Returns the episodes that can be sampled with this horizon: a live view. The first use of a horizon is O(episodes)."""
         return self.selectors.eligible.at(horizon)
 
-    def newest(self, limit: int) -> list[IndexEntry]:
-        """Returns the ``limit`` newest episodes, newest first."""
-        return [self._entry(at) for at in range(len(self) - 1, max(len(self) - limit, 0) - 1, -1)]
-
     def find(self, episode_ids: Iterable[int]) -> list[IndexEntry]:
         """Returns the entries of those of these episodes that are stored."""
         positions = ((self._count_before(episode_id), episode_id) for episode_id in episode_ids)
@@ -215,6 +211,25 @@ class EpisodeIndex:
             return [self._entry(at) for at in range(start, min(self._count_before(last_id + 1), start + limit))]
         number = self.actors.find(actor)
         return [] if number is None else [self._entry(at) for at in self._positions(first_id, last_id, number, limit)]
+
+    def newest(self, limit: int, *, below_id: int | None = None, actor: str | None = None) -> list[IndexEntry]:
+        """Returns the last ``limit`` episodes, newest first.
+
+        Args:
+            limit: most entries to return.
+            below_id: only episodes with smaller ids; None for all.
+            actor: only episodes of this actor; None for all.
+        """
+        stop = len(self) if below_id is None else self._count_before(below_id)
+        if actor is None:
+            return [self._entry(at) for at in range(stop - 1, max(-1, stop - 1 - limit), -1)]
+        number = self.actors.find(actor)
+        found: list[int] = []
+        while number is not None and stop > 0 and len(found) < limit:
+            start = max(0, stop - SCAN_ENTRIES)
+            found += (start + np.flatnonzero(self.entries[start:stop, ACTOR] == number)[::-1]).tolist()
+            stop = start
+        return [self._entry(at) for at in found[:limit]]
 
     def still_stored(self, entries: Sequence[IndexEntry]) -> list[IndexEntry]:
         """Returns those entries whose episodes were not evicted since they were looked up."""
