@@ -75,7 +75,7 @@ def test_clearing_a_table_leaves_the_others() -> None:
 
 
 @pytest.mark.parametrize("verb", ["ready", "sample", "stream"])
-def test_adding_to_a_table_wakes_nobody_who_waits_for_another(verb: str) -> None:
+def test_adding_to_a_table_wakes_no_caller_that_waits_for_another(verb: str) -> None:
     with ServerThread(make_config(tables=TABLES)) as server, Caller(server.address) as caller, ThreadPoolExecutor(1) as pool:
         stream = caller.stream()
         calls = {
