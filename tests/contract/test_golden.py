@@ -8,12 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from google.protobuf.message import Message
 
 from touchline._learner.priorities import update_request
+from touchline._rpc.convert import server_info_of, table_infos_of
+from touchline._rpc.table_verbs import TableVerbs
+from touchline.types import HeldCaller, RateInfo, TableInfo
+from touchline_protos import Counts
 from touchline_protos.codec import (
     BatchDecoder,
     BatchLayout,
@@ -30,9 +35,13 @@ from touchline_protos.codec import (
 )
 from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
+from touchline_protos.codec.status import rate_to_message
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.types.priorities import PriorityUpdate
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.limiters.samples_per_insert import Rate, RateStatus
+from touchline_server.limiters.waiting import Held
+from touchline_server.service.table_report import rate_info
 
 GOLDEN = Path(__file__).parent / "golden"
 HORIZON, BATCH_SIZE = 2, 3
@@ -171,6 +180,62 @@ def write_grouped() -> bytes:
     return message
 
 
+class RecordedVerbs(TableVerbs):
+    """The client's verbs for tables; keeps the request instead of sending it."""
+
+    def __init__(self) -> None:
+        self.request = b""
+        self._rpc: Any = self
+
+    def unary(self, name: str, request: bytes) -> bytes:
+        self.request = request
+        return b""
+
+
+def write_table_request(call: Callable[[TableVerbs], None]) -> bytes:
+    verbs = RecordedVerbs()
+    call(verbs)
+    return verbs.request
+
+
+def make_rate_status() -> RateStatus:
+    return RateStatus(
+        Rate(8.5, 1e6, 1 << 40),
+        steps_added=1 << 41,
+        slices_delivered=1 << 42,
+        recent_steps_added=3,
+        recent_slices_delivered=5,
+        owed_slices=-0.25,
+        adds_held=[Held("arm", 0.5), Held("Hände", 0.25)],
+        batches_held=[Held("ipv4:10.0.0.7:1", 60.0)],
+        adds_wait_for="learners",
+        batches_wait_for="actors",
+    )
+
+
+def make_tables() -> list[pb.TableInfo]:
+    counts = pb.Counts(**{field.name: field.number << 33 for field in pb.Counts.DESCRIPTOR.fields})
+    demos = pb.TableInfo(
+        table="demos",
+        config_toml="a = 1\n",
+        counts=counts,
+        capacity=1 << 40,
+        device="disk",
+        size_bytes=1 << 41,
+        storage_state=pb.STORAGE_STATE_FULL,
+        storage_reason="the disk is full",
+        created=True,
+        law="step",
+        episodes_not_sampled=7,
+        rate=rate_to_message(rate_info(make_rate_status())),
+    )
+    return [pb.TableInfo(), demos]
+
+
+def write_info() -> bytes:
+    return pb.InfoResponse(version="2", rate=rate_to_message(rate_info(make_rate_status())), tables=make_tables()).SerializeToString()
+
+
 MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "add_episode_request": (lambda: encode_add_episode(make_episode(), table="main"), pb.AddEpisodeRequest),
     "load_episodes_request_header": (lambda: write_load()[0], pb.LoadEpisodesRequest),
@@ -180,6 +245,13 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
         for part in ("selection", "group", "header", "chunk", "evicted")
     },
     "load_episodes_request_episodes": (write_grouped, pb.LoadEpisodesRequest),
+    "create_table_request": (
+        lambda: write_table_request(lambda verbs: verbs.create_table("demos", law="step", rate={"min_steps": 9})),
+        pb.CreateTableRequest,
+    ),
+    "set_table_request": (lambda: write_table_request(lambda verbs: verbs.set_rate("demos", samples_per_insert=0.5)), pb.SetTableRequest),
+    "list_tables_response": (lambda: pb.ListTablesResponse(tables=make_tables()).SerializeToString(), pb.ListTablesResponse),
+    "info_response": (write_info, pb.InfoResponse),
     "sample_request_mix": (write_mix, pb.SampleRequest),
     "sample_request_law": (write_law, pb.SampleRequest),
     "update_priorities": (write_priorities, pb.UpdatePrioritiesRequest),
@@ -293,6 +365,19 @@ def test_golden_episodes_of_one_message_are_read_by_hand_and_by_the_generated_cl
         assert isinstance(episode, Episode)
         assert all(same(episode.columns[name], array) for name, array in expected.columns.items())
         assert [column.tensor.data for column in message.columns] == [array.tobytes() for array in expected.columns.values()]
+
+
+def test_golden_descriptions_of_tables_are_read_to_the_last_field() -> None:
+    info = server_info_of(golden("info_response"))
+    listed = table_infos_of(pb.ListTablesResponse.FromString(golden("list_tables_response")).tables)
+
+    counts = Counts(**{field.name: field.number << 33 for field in pb.Counts.DESCRIPTOR.fields})
+    adds, batches = (HeldCaller("arm", 0.5), HeldCaller("Hände", 0.25)), (HeldCaller("ipv4:10.0.0.7:1", 60.0),)
+    rate = RateInfo(8.5, 1e6, 1 << 40, 1 << 41, 1 << 42, 3, 5, -0.25, 2, 1, adds, batches, "learners", "actors")
+    disk = ("disk", 1 << 41, "full", "the disk is full")
+    assert listed["demos"] == TableInfo("demos", "a = 1\n", counts, 1 << 40, *disk, True, "step", 7, rate)
+    assert (info.tables, info.rate) == (listed, rate)
+    assert list(listed) == ["", "demos"] and listed[""].rate is None
 
 
 def test_golden_batches_are_read_by_hand() -> None:

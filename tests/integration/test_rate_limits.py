@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,20 @@ from touchline._cli.app import app
 from touchline_server import Config, ConfigError, ReplayBuffer
 from touchline_server import InvalidArgumentError as ServerInvalidArgumentError
 from touchline_server import OverLimitError as ServerOverLimitError
+from touchline_server.limiters.samples_per_insert import SamplesPerInsert
 from touchline_server.service import add_calls
 from touchline_server.service.app import ServerThread
 
 EPISODE = {name: np.zeros((20, 2), np.float32) for name in ("obs", "action")} | {"reward": np.zeros(20, np.float32)}
 SLICES = 8
 """The batch size of make_config."""
+
+
+def play(writer: EpisodeWriter, episodes: int) -> None:
+    for _ in range(episodes):
+        for row in range(20):
+            writer.append({name: column[row] for name, column in EPISODE.items()})
+        writer.end_episode()
 
 
 def run(server: ServerThread, *arguments: str) -> Any:
@@ -124,21 +133,105 @@ def test_add_that_is_held_back_is_answered_with_the_reason(monkeypatch: pytest.M
 
 def test_writer_says_what_holds_it_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(add_calls, "MAX_ADD_HOLD_S", 0.05)
+    monkeypatch.setattr(add_calls, "MAX_LOAD_HOLD_S", 0.05)
     caplog.set_level(logging.WARNING)
     rate = {"samples_per_insert": 2, "tolerance": 40}
-    with ServerThread(make_config(rate=rate)) as server, ReplayClient(server.address) as client:
-        with EpisodeWriter(client, actor="left-3") as writer:
-            for _ in range(4):
-                for row in range(20):
-                    writer.append({name: column[row] for name, column in EPISODE.items()})
-                writer.end_episode()
-            eventually(lambda: "retrying: the rate limit holds adds back" in caplog.text, "the writer logs the reason")
+    with ServerThread(make_config(rate=rate)) as server, ExitStack() as stack:
+        client = stack.enter_context(ReplayClient(server.address, timeout_s=2))
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        with EpisodeWriter(client, actor="left-3", max_pending=2) as writer:
+            playing = pool.submit(play, writer, 6)
+            blocked = "'left-3' is blocked: no space for another episode, 2 are pending: the rate limit holds adds back: 0 slices"
+            eventually(lambda: blocked in caplog.text, "a blocked actor's log says why")
+            retries = "2 episodes are pending, retrying: the rate limit holds adds back"
+            eventually(lambda: retries in caplog.text, "so does the log of a call that failed")
             held = client.info().rate
             assert held is not None and held.adds[0].who == "left-3"
             client.set_rate(samples_per_insert=0)
+            playing.result(60)
             writer.flush(timeout_s=60)
         assert client.info().rate is None
-        assert server.buffer.counts().episodes_added == 4
+        assert server.buffer.counts().episodes_added == 6
+
+
+def test_server_logs_once_whom_a_limit_has_held_for_long(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("touchline_server.service.app.RATE_WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr("touchline_server.limiters.waiting.LOG_AFTER_S", 0.1)
+    looks = 0
+    log_held = SamplesPerInsert.log_held
+
+    def count_looks(limiter: SamplesPerInsert) -> None:
+        nonlocal looks
+        log_held(limiter)
+        looks += 1
+
+    monkeypatch.setattr(SamplesPerInsert, "log_held", count_looks)
+    caplog.set_level(logging.WARNING)
+    tables = {"demos": {"rate": {"samples_per_insert": 2, "tolerance": 40}}, "scarce": {"rate": {"min_steps": 100}}}
+    with ServerThread(make_config(tables=tables)) as server, ReplayClient(server.address) as client, ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            client.add(EPISODE, table="demos", actor="left-3")
+        client.add(EPISODE, table="scarce")
+        held = [
+            pool.submit(client.add, EPISODE, table="demos", actor="left-3"),
+            pool.submit(client.sample, table="scarce", wait_s=60),
+        ]
+        eventually(lambda: caplog.text.count("has held back") == 2, "both are logged")
+        before = looks
+        eventually(lambda: looks > before + 60, "the server has looked again many times")
+        client.set_rate("demos", samples_per_insert=0)
+        client.set_rate("scarce", min_steps=0)
+        for one in held:
+            one.result(60)
+
+    lines = [record.getMessage() for record in caplog.records if "has held back" in record.getMessage()]
+    assert len(lines) == 2
+    assert any(
+        "the rate limit of table 'demos' has held back adds of left-3 for" in line and "learners have to take 40" in line for line in lines
+    )
+    assert any(
+        "the rate limit of table 'scarce' has held back batches for ipv4" in line and "rate.min_steps = 100" in line for line in lines
+    )
+
+
+def test_info_and_list_tell_how_each_tables_limit_stands() -> None:
+    tables = {"demos": {"law": "step", "rate": {"samples_per_insert": 2, "tolerance": 40}}, "scarce": {"rate": {"min_steps": 100}}}
+    with ServerThread(make_config(tables=tables)) as server, ReplayClient(server.address) as client, ThreadPoolExecutor(2) as pool:
+        client.add(EPISODE, table="demos", actor="left-3")
+        client.sample(table="demos")
+        client.add(EPISODE, table="demos", actor="left-3")
+        held = [
+            pool.submit(client.add, EPISODE, table="demos", actor="left-3"),
+            pool.submit(client.sample, table="scarce", wait_s=60),
+        ]
+        client.add({name: column[:3] for name, column in EPISODE.items()}, table="scarce")
+        client.add(EPISODE, table="scarce")
+        eventually(lambda: _held(client) == {"demos": (1, 0), "scarce": (0, 1)}, "both wait")
+        info = client.info(table="scarce")
+        listed = run(server, "list").stdout.splitlines()
+        client.set_rate("demos", samples_per_insert=0)
+        client.set_rate("scarce", min_steps=0)
+        for one in held:
+            one.result(60)
+
+    assert list(info.tables) == ["", "demos", "scarce"]
+    demos, scarce = info.tables["demos"], info.tables["scarce"]
+    assert (demos.law, demos.counts.steps_stored, demos.config_toml, info.tables[""].rate) == ("step", 40, "", None)
+    assert demos.rate is not None and (demos.rate.ratio, demos.rate.recent_ratio, demos.rate.owed_slices) == (0.4, 0.4, 32)
+    assert demos.rate.adds[0].who == "left-3" and "learners have to take 32 slices" in demos.rate.adds_wait_for
+    assert not demos.rate.batches_wait_for
+    assert info.rate is not None and scarce.rate is not None and scarce.rate.batches_wait_for == info.rate.batches_wait_for
+    assert scarce.episodes_not_sampled == info.episodes_not_sampled == 1
+    assert listed[0] == "(default): 0 of 2,000 steps, 0 episodes, law episode, in memory"
+    assert listed[2] == "  rate limit: 2 slices per step within 40 slices; 0.40 since the start, 0.40 in the last minute"
+    assert listed[3].startswith("  1 actor held back, left-3 for ") and "learners have to take 32 slices" in listed[3]
+    assert listed[5] == "  rate limit: no ratio, after 100 steps; none yet"
+    assert listed[6].startswith("  1 learner held back, ipv4") and "actors have to add more" in listed[6]
+
+
+def _held(client: ReplayClient) -> dict[str, tuple[int, int]]:
+    rates = {name: table.rate for name, table in client.info().tables.items()}
+    return {name: (rate.adds_held, rate.batches_held) for name, rate in rates.items() if rate is not None}
 
 
 def test_change_of_the_limit_wakes_learner_and_actor() -> None:

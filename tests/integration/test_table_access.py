@@ -109,7 +109,7 @@ def test_confined_token_sees_its_tables_only(address: str) -> None:
         of_the_robot = [table.table for table in robot.stub.ListTables(pb.ListTablesRequest()).tables]
 
     assert (missing.reason, missing.details) == ("unknown-table", "table: 'expert' does not exist, expected 'demos'")
-    assert listed == list(info.tables) == ["demos", "expert"]
+    assert listed == [table.table for table in info.tables] == ["demos", "expert"]
     assert of_the_robot == [""]
     assert "online" not in info.config_toml
 

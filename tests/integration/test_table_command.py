@@ -71,10 +71,11 @@ def test_commands_create_list_and_drop_a_table() -> None:
         assert list(client.tables()) == [""]
     assert (created.exit_code, created.output) == (
         0,
-        f"{server.address}: created\ndemos: 0 of 1,000 steps, 0 episodes, in memory, created at run time\n",
+        f"{server.address}: created\ndemos: 0 of 1,000 steps, 0 episodes, law step, in memory, created at run time\n",
     )
     assert listed.output == (
-        "(default): 0 of 2,000 steps, 0 episodes, in memory\ndemos: 20 of 1,000 steps, 1 episode, cpu, in memory, created at run time\n"
+        "(default): 0 of 2,000 steps, 0 episodes, law episode, in memory\n"
+        "demos: 20 of 1,000 steps, 1 episode, law step, cpu, in memory, created at run time\n"
     )
     assert (unanswered.exit_code, "nothing was removed: there is no terminal to ask on" in unanswered.output) == (2, True)
     assert (dropped.exit_code, dropped.output) == (0, f"{server.address}: dropped demos, 1 episode removed\n")

@@ -196,7 +196,7 @@ def test_created_table_is_listed_and_used_and_gone_when_dropped() -> None:
         after = tables_of(caller)
         again = refused(add, caller, "demos")
 
-    assert list(listed) == list(info.tables) == ["", "demos"]
+    assert list(listed) == [table.table for table in info.tables] == ["", "demos"]
     assert (listed["demos"].capacity, listed["demos"].counts.steps_stored, listed["demos"].created) == (100, 20, True)
     assert (listed[""].capacity, listed[""].counts.steps_stored, listed[""].created) == (2000, 30, False)
     assert 'law = "step"' in listed["demos"].config_toml and 'law = "episode"' in listed[""].config_toml

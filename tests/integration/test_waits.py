@@ -18,7 +18,7 @@ from tensordict import TensorDict
 
 import touchline._rpc.waits
 from support.service_calls import eventually, make_config
-from touchline import EpisodeWriter, ReplayClient, TouchlineError
+from touchline import DeadlineError, EpisodeWriter, ReplayClient, TouchlineError
 from touchline._rpc.calls import Backoff
 from touchline._rpc.waits import WaitLog
 from touchline.tdmpc2 import Buffer
@@ -227,6 +227,43 @@ def test_wait_at_a_horizon_longer_than_every_episode_logs_the_counts(
         "needs, the longest has 10; the other 2 are too short to be sampled without pad='end'"
         for second in (10, 70)
     ]
+
+
+LIMITED: dict[str, tuple[str, dict[str, Any]]] = {
+    "unary": ("sample()", {"wait_s": 60}),
+    "stream": ("batches()", {"ring": False}),
+    "ring": ("batches()", {}),
+    "mix": ("batches()", {"mix": {"": 1, "demos": 1}}),
+}
+
+
+@pytest.mark.parametrize("path", LIMITED)
+def test_wait_for_a_rate_limit_names_it(path: str, waits: Waits, stack: ExitStack, caplog: pytest.LogCaptureFixture) -> None:
+    rate = {"samples_per_insert": 1, "tolerance": 8}
+    server = stack.enter_context(ServerThread(make_config(tables={"demos": {"rate": rate}})))
+    client = ReplayClient(server.address, table="demos")
+    for table in ("", "demos"):
+        client.add(EPISODE, table=table)
+    who, options = LIMITED[path]
+    taken = threading.Semaphore(0)
+
+    def learn(client: ReplayClient) -> None:
+        for _ in client.batches(**options) if path != "unary" else iter(lambda: client.sample(**options), None):
+            taken.release()
+
+    begin(learn, client, stack)
+    for _ in range(2 if path == "mix" else 1):  # the 8 slices that may be ahead
+        taken.acquire()
+    eventually(lambda: any("rate limit" in reason for reason in waits.reasons()), "the limit holds the learner back")
+    waits.consume_exception(10.0)
+
+    (line,) = lines_of(caplog)
+    assert line.startswith(f"{who} waits for {server.address}, 10 s so far: ")
+    assert "the rate limit of table 'demos' holds batches back: 8 slices were delivered for 0 steps added" in line
+    assert "expected 1 slices per step within 8 slices; actors have to add steps before the next batch is due" in line
+    client._rpc.backoff = Backoff()
+    with pytest.raises(DeadlineError, match=r"no batch within 0\.1 s: the rate limit of table 'demos' holds batches back"):
+        next(client.batches(timeout_s=0.1))
 
 
 def test_wait_until_ready_says_how_far_min_history_is(

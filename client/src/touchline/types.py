@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from touchline.errors import EpisodeResult as EpisodeResult  # defined beside the error that carries it; users find it here as well
@@ -152,6 +152,38 @@ class ColumnInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TableInfo:
+    """A table's configuration and state."""
+
+    name: str
+    """Name of the table; empty for the default table."""
+    config_toml: str
+    """Configuration in force, as TOML: the sections of a server's configuration, with this table's values. Empty in
+    :attr:`ServerInfo.tables`."""
+    counts: Counts
+    """Counts of the table at that moment."""
+    capacity: int
+    """Number of rows that fit."""
+    device: str
+    """Device of the columns: ``cpu``, ``cuda:N`` or ``disk``; empty before the first episode."""
+    size_bytes: int
+    """Bytes allocated for the columns."""
+    storage_state: str
+    """State of the durable store: ``ok``; ``full``, which takes no episodes until the disk has space again; ``failed``, which takes none
+    until the server is restarted. Empty without a durable store."""
+    storage_reason: str
+    """Why the durable store takes no episodes; empty if it does."""
+    created: bool
+    """Whether it was created at run time; otherwise it is in the server's configuration."""
+    law: str = ""
+    """Sampling law, as configured."""
+    episodes_not_sampled: int = 0
+    """Number of stored episodes that are too short for a slice, as configured."""
+    rate: RateInfo | None = None
+    """Rate limit and how it stands; None if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """A server's version and configuration, and the state of a table."""
 
@@ -174,14 +206,15 @@ class ServerInfo:
     counts: Counts
     """Counts of the table at that moment."""
     storage_state: str = ""
-    """State of the durable store: ``ok``; ``full``, which takes no episodes until the disk has space again; ``failed``, which takes none
-    until the server is restarted. Empty without a durable store."""
+    """State of the durable store, as in :class:`TableInfo`; empty without one."""
     storage_reason: str = ""
     """Why the durable store takes no episodes; empty if it does."""
     episodes_not_sampled: int = 0
     """Number of stored episodes that are too short for a slice, as configured; ``pad="end"`` samples those with at least two rows."""
     rate: RateInfo | None = None
     """Rate limit of the table; None if there is none."""
+    tables: dict[str, TableInfo] = field(default_factory=dict)
+    """Every table that the token may use, by name, the default one first; its name is empty. Nothing from a server of protocol 1.0."""
 
     @property
     def row_convention(self) -> str:
@@ -194,30 +227,6 @@ class ServerInfo:
         config = tomllib.loads(self.config_toml)
         # Servers of older versions have the key in [server].
         return int(config.get("limits", config["server"])["max_episode_bytes"])
-
-
-@dataclass(frozen=True, slots=True)
-class TableInfo:
-    """A table's configuration and state."""
-
-    name: str
-    """Name of the table; empty for the default table."""
-    config_toml: str
-    """Configuration in force, as TOML: the sections of a server's configuration, with this table's values."""
-    counts: Counts
-    """Counts of the table at that moment."""
-    capacity: int
-    """Number of rows that fit."""
-    device: str
-    """Device of the columns: ``cpu``, ``cuda:N`` or ``disk``; empty before the first episode."""
-    size_bytes: int
-    """Bytes allocated for the columns."""
-    storage_state: str
-    """State of the durable store, as in :class:`ServerInfo`; empty without one."""
-    storage_reason: str
-    """Why the durable store takes no episodes; empty if it does."""
-    created: bool
-    """Whether it was created at run time; otherwise it is in the server's configuration."""
 
 
 @dataclass(frozen=True, slots=True)

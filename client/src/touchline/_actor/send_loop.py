@@ -72,6 +72,12 @@ class SendLoop:
         self._name = name
         self._grouping = grouping
         self._send_singly_left = 0
+        self._wait = waits.waiting(name, client.address, status.why_pending)
+
+    @property
+    def failure(self) -> str:
+        """Why the last attempt to send what is being sent failed; empty if none has."""
+        return self._wait.noted or str(self._status.error or "")
 
     def run(self) -> None:
         """Runs until the sender or its client is closed, or something unexpected happens, which the status then says."""
@@ -82,7 +88,7 @@ class SendLoop:
                     status.changed.wait_for(lambda: status.pending > 0 or status.closed)
                     if status.closed:
                         return
-                with waits.waiting(self._name, self._client.address, status.why_pending):
+                with self._wait:
                     self._send_next()
         except StopSendingError:
             with status.changed:

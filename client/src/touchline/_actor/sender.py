@@ -196,7 +196,7 @@ class EpisodeSender:
                 raise result.error
             if result.kept or self._when_full != "block":
                 return result.kept
-            self._log.held_up(self._status.pending)
+            self._log.held_up(self._status.pending, self._loop.failure)
             self._wait_for_space(answered, ends)
 
     def _wait_for_space(self, answered: int, ends: float) -> None:

@@ -32,7 +32,7 @@ class SenderLog:
         self._name = name
         self._spool_dir = spool_dir
         self._next_retry_line: dict[type[TouchlineError], float] = {}
-        self._held_up_at = -math.inf
+        self._held_up_at, self._failure_known = -math.inf, False
         self._drops_logged, self._drops_at = 0, -math.inf
 
     def resumed(self, episodes: int) -> None:
@@ -45,12 +45,16 @@ class SenderLog:
         if episodes:
             logger.warning("%s: %d episodes wait in %s for its next start", self._name, episodes, self._spool_dir)
 
-    def held_up(self, pending: int) -> None:
-        """Logs that the actor is blocked, and how many episodes are pending."""
+    def held_up(self, pending: int, failure: str) -> None:
+        """Logs that the actor is blocked, how many episodes are pending, and why sending fails.
+
+        The first failure is logged immediately: it is news after a line that said only that there is no answer.
+        """
         now = self._clock()
-        if now - self._held_up_at >= LOG_INTERVAL_S:
-            logger.warning("%s is blocked: no space for another episode, %d are pending", self._name, pending)
-            self._held_up_at = now
+        if now - self._held_up_at >= LOG_INTERVAL_S or (failure and not self._failure_known):
+            reason = failure or "the server has not answered yet"
+            logger.warning("%s is blocked: no space for another episode, %d are pending: %s", self._name, pending, reason)
+            self._held_up_at, self._failure_known = now, bool(failure)
 
     def dropped(self, counters: WriterCounters, policy: str, error: TouchlineError | None, *, last: bool = False) -> None:
         """Logs how many episodes were dropped since the last such line, if any were.

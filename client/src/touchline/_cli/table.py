@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from touchline._cli.grouped_help import GroupedCommand
 from touchline._cli.options import Address, AsJson, Timeout
 from touchline._cli.terminal import EXIT_USAGE, confirm, exit_with, pluralize, print_json, print_line, report_errors
 from touchline.client import ReplayClient
-from touchline.types import TableInfo
+from touchline.types import RateInfo, TableInfo
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -194,11 +195,32 @@ def _print_table(table: TableInfo) -> None:
     details = [
         f"{counts.steps_stored:,} of {pluralize(table.capacity, 'step')}",
         pluralize(counts.episodes_stored, "episode"),
+        f"law {table.law}",
         *([table.device] if table.device else []),
         {"": "in memory", "ok": "durable"}.get(table.storage_state, f"durable store {table.storage_state}: {table.storage_reason}"),
         *(["created at run time"] if table.created else []),
     ]
     print_line(f"{table.name or '(default)'}: {', '.join(details)}")
+    for line in _describe_rate(table.rate):
+        print_line(f"  {line}")
+
+
+def _describe_rate(rate: RateInfo | None) -> Iterator[str]:
+    """Yields how a rate limit stands, and which callers it holds back."""
+    if rate is None:
+        return
+    target = f"{rate.samples_per_insert:g} slices per step within {rate.tolerance:,.0f} slices" if rate.samples_per_insert else "no ratio"
+    after = f", after {pluralize(rate.min_steps, 'step')}" if rate.min_steps else ""
+    now = "none yet" if rate.ratio is None else f"{rate.ratio:.2f} since the start"
+    recent = "" if rate.recent_ratio is None else f", {rate.recent_ratio:.2f} in the last minute"
+    yield f"rate limit: {target}{after}; {now}{recent}"
+    for who, held, callers, reason in (
+        ("actor", rate.adds_held, rate.adds, rate.adds_wait_for),
+        ("learner", rate.batches_held, rate.batches, rate.batches_wait_for),
+    ):
+        if held:
+            longest = f"{callers[0].who or '(no name)'} for {callers[0].waiting_s:.0f} s" if callers else ""
+            yield f"{pluralize(held, who)} held back, {longest}: {reason}"
 
 
 def _parse(text: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import ready_state_of, tables_of, whole_number
+from touchline._rpc.convert import ready_state_of, server_info_of, tables_of, whole_number
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import DeadlineError, NotReadyError, OverLimitError, TlsError, TouchlineError, UnavailableError
 from touchline.types import ReadyState
@@ -14,6 +14,9 @@ from touchline_protos.v1 import replay_pb2 as pb
 
 PROBE_TIMEOUT_S = 5.0
 """Deadline of a call that asks whether the server is up, or back."""
+
+NO_BATCH_YET = "the server has not sent a batch yet"
+"""Reason for a wait that nothing else explains."""
 
 POLL_INTERVAL_S = 5.0
 """Longest time that one call waits at the server for readiness."""
@@ -56,9 +59,18 @@ class Readiness:
         """Asks the server and returns, in words, why there is no batch yet."""
         try:
             state = self.probe(horizon, PROBE_TIMEOUT_S)
+            limit = self.limit() if state.can_sample else ""
         except TouchlineError as error:
             return str(error)
-        return f"{state.describe()}{'; the server has not sent a batch yet' if state.can_sample else ''}"
+        return f"{state.describe()}{f'; {limit or NO_BATCH_YET}' if state.can_sample else ''}"
+
+    def limit(self) -> str:
+        """Asks the server, in one attempt, and returns which rate limit holds batches back, and why; empty if none does."""
+        request = pb.InfoRequest(table=self._table).SerializeToString()
+        rate = server_info_of(self._rpc.unary("Info", request, timeout_s=PROBE_TIMEOUT_S, retry=False)).rate
+        if rate is None or not rate.batches_wait_for:
+            return ""
+        return f"the rate limit{f' of table {self._table!r}' if self._table else ''} holds batches back: {rate.batches_wait_for}"
 
     def wait(self, min_steps: int | None, timeout_s: float | None, horizon: int | None = None) -> ReadyState:
         """Waits as :meth:`~touchline.ReplayClient.wait_until_ready` describes, with the same errors."""
@@ -110,6 +122,10 @@ class MixReadiness(Readiness):
             if not state.can_sample:
                 break
         return state
+
+    def limit(self) -> str:
+        """Asks the server about each table and returns which rate limits hold batches back, and why; empty if none does."""
+        return "; ".join(filter(None, (readiness.limit() for readiness in self._tables.values())))
 
     def explain(self, horizon: int | None) -> str:
         """Asks the server about each table and returns, in words, why there is no batch yet."""

@@ -335,6 +335,9 @@ class StreamSource:
         self._drop_session()
         try:
             state = self._readiness.probe(self._horizon, PROBE_TIMEOUT_S)
+            limit = self._readiness.limit() if state.can_sample else ""
         except TouchlineError as error:
             return UnavailableError(f"{message}: {error}")
-        return DeadlineError(message) if state.can_sample else NotReadyError(f"{message}: {state.describe()}", state.counts)
+        if state.can_sample:
+            return DeadlineError(f"{message}: {limit}" if limit else message)
+        return NotReadyError(f"{message}: {state.describe()}", state.counts)

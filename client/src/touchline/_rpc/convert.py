@@ -18,7 +18,7 @@ from touchline.errors import (
     TooLargeError,
     TouchlineError,
 )
-from touchline.types import ColumnInfo, ReadyState, ServerInfo
+from touchline.types import ColumnInfo, ReadyState, ServerInfo, TableInfo
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
 from touchline_protos.codec.status import rate_of_message
@@ -48,7 +48,7 @@ _ERROR_OF_OUTCOME: dict[int, type[TouchlineError]] = {
     pb.EpisodeResult.OUTCOME_KEY_CONFLICT: KeyConflictError,
     pb.EpisodeResult.OUTCOME_TOO_LARGE: TooLargeError,
 }
-STORAGE_STATES = {pb.STORAGE_STATE_OK: "ok", pb.STORAGE_STATE_FULL: "full", pb.STORAGE_STATE_FAILED: "failed"}
+_STORAGE_STATES = {pb.STORAGE_STATE_OK: "ok", pb.STORAGE_STATE_FULL: "full", pb.STORAGE_STATE_FAILED: "failed"}
 """Name of each state of a durable store."""
 _STORED = (pb.EpisodeResult.OUTCOME_ACCEPTED, pb.EpisodeResult.OUTCOME_DUPLICATE)
 
@@ -330,11 +330,33 @@ def server_info_of(message: bytes) -> ServerInfo:
         capacity=response.capacity,
         max_message_bytes=response.max_message_bytes,
         counts=counts_of(response.counts),
-        storage_state=STORAGE_STATES.get(response.storage_state, ""),
+        storage_state=_STORAGE_STATES.get(response.storage_state, ""),
         storage_reason=response.storage_reason,
         episodes_not_sampled=response.episodes_not_sampled,
         rate=rate_of_message(response.rate) if response.HasField("rate") else None,
+        tables=table_infos_of(response.tables),
     )
+
+
+def table_infos_of(tables: Iterable[pb.TableInfo]) -> dict[str, TableInfo]:
+    """Returns the descriptions of tables by their names."""
+    return {
+        table.table: TableInfo(
+            name=table.table,
+            config_toml=table.config_toml,
+            counts=counts_of(table.counts),
+            capacity=table.capacity,
+            device=table.device,
+            size_bytes=table.size_bytes,
+            storage_state=_STORAGE_STATES.get(table.storage_state, ""),
+            storage_reason=table.storage_reason,
+            created=table.created,
+            law=table.law,
+            episodes_not_sampled=table.episodes_not_sampled,
+            rate=rate_of_message(table.rate) if table.HasField("rate") else None,
+        )
+        for table in tables
+    }
 
 
 def load_results_of(message: bytes, keys: list[EpisodeKey]) -> tuple[list[EpisodeResult], Counts]:

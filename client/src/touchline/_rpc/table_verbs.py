@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from touchline._rpc.calls import RpcClient
-from touchline._rpc.convert import STORAGE_STATES, counts_of
+from touchline._rpc.convert import counts_of, table_infos_of
 from touchline.errors import InvalidArgumentError
 from touchline.types import TableInfo
 from touchline_protos import Counts
@@ -74,7 +74,7 @@ class TableVerbs:
     def tables(self) -> dict[str, TableInfo]:
         """Returns the description of every table that the token may use, by name; the default table's name is empty, and it is first."""
         answer = pb.ListTablesResponse.FromString(self._rpc.unary("ListTables", pb.ListTablesRequest().SerializeToString()))
-        return {table.table: _table_info(table) for table in answer.tables}
+        return table_infos_of(answer.tables)
 
 
 def _lines(keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -90,17 +90,3 @@ def _lines(keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{name} = {json.dumps(value)}\n"
         else:
             raise InvalidArgumentError(f"{name}: {value!r}, expected a str, a number or a bool")
-
-
-def _table_info(table: pb.TableInfo) -> TableInfo:
-    return TableInfo(
-        name=table.table,
-        config_toml=table.config_toml,
-        counts=counts_of(table.counts),
-        capacity=table.capacity,
-        device=table.device,
-        size_bytes=table.size_bytes,
-        storage_state=STORAGE_STATES.get(table.storage_state, ""),
-        storage_reason=table.storage_reason,
-        created=table.created,
-    )

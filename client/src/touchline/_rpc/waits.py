@@ -137,7 +137,7 @@ class WaitLog:
 class Wait:
     """One wait of one thread. A wait inside another one of the same thread is not logged; what it notes is the outer one's reason."""
 
-    __slots__ = ("_log", "_outer", "_reason", "due", "first_s", "logged", "reason", "since", "what", "who")
+    __slots__ = ("_log", "_outer", "_reason", "due", "first_s", "logged", "noted", "reason", "since", "what", "who")
 
     def __init__(self, log: WaitLog, who: str, what: str, reason: Reason, first_s: float) -> None:
         self._log = log
@@ -146,10 +146,13 @@ class Wait:
         self.who, self.what, self.first_s = who, what, first_s
         self.since = self.due = 0.0
         self.logged = False
+        self.noted = ""
+        """The reason that was noted last; empty before the first."""
 
     def note(self, reason: str) -> None:
         """Sets why the wait lasts, until it ends or another reason is noted."""
         wait = self._outer or self
+        wait.noted = reason
         wait.reason = lambda: reason
         if not wait.first_s and not wait.logged:
             self._log.log(wait)
@@ -158,7 +161,7 @@ class Wait:
         self._outer = self._log.current()
         self.logged = False
         if self._outer is None:
-            self.reason = self._reason
+            self.reason, self.noted = self._reason, ""
             self._log.begin(self)
         return self
 

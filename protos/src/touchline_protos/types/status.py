@@ -321,6 +321,10 @@ class RateInfo(_Status):
     """Up to 16 of the actors that wait, those that have waited longest first."""
     batches: tuple[HeldCaller, ...]
     """Up to 16 of the learners that wait, those that have waited longest first."""
+    adds_wait_for: str = ""
+    """What actors wait for, in words; empty if none waits."""
+    batches_wait_for: str = ""
+    """What learners wait for, in words; empty if none waits."""
 
     @property
     def ratio(self) -> float | None:

@@ -634,10 +634,10 @@ class InfoResponse(_message.Message):
     counts: Counts
     storage_state: StorageState
     storage_reason: str
-    tables: _containers.RepeatedScalarFieldContainer[str]
+    tables: _containers.RepeatedCompositeFieldContainer[TableInfo]
     rate: RateInfo
     episodes_not_sampled: int
-    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., tables: _Optional[_Iterable[str]] = ..., rate: _Optional[_Union[RateInfo, _Mapping]] = ..., episodes_not_sampled: _Optional[int] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[str] = ..., config_toml: _Optional[str] = ..., columns: _Optional[_Iterable[_Union[ColumnSpec, _Mapping]]] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., capacity: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableInfo, _Mapping]]] = ..., rate: _Optional[_Union[RateInfo, _Mapping]] = ..., episodes_not_sampled: _Optional[int] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
     __slots__ = ("table",)
@@ -664,7 +664,7 @@ class CreateTableResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class RateInfo(_message.Message):
-    __slots__ = ("samples_per_insert", "tolerance", "min_steps", "steps_added", "slices_delivered", "recent_steps_added", "recent_slices_delivered", "owed_slices", "adds_held", "batches_held", "adds", "batches")
+    __slots__ = ("samples_per_insert", "tolerance", "min_steps", "steps_added", "slices_delivered", "recent_steps_added", "recent_slices_delivered", "owed_slices", "adds_held", "batches_held", "adds", "batches", "adds_wait_for", "batches_wait_for")
     SAMPLES_PER_INSERT_FIELD_NUMBER: _ClassVar[int]
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -677,6 +677,8 @@ class RateInfo(_message.Message):
     BATCHES_HELD_FIELD_NUMBER: _ClassVar[int]
     ADDS_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
+    ADDS_WAIT_FOR_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_WAIT_FOR_FIELD_NUMBER: _ClassVar[int]
     samples_per_insert: float
     tolerance: float
     min_steps: int
@@ -689,7 +691,9 @@ class RateInfo(_message.Message):
     batches_held: int
     adds: _containers.RepeatedCompositeFieldContainer[RateWaiter]
     batches: _containers.RepeatedCompositeFieldContainer[RateWaiter]
-    def __init__(self, samples_per_insert: _Optional[float] = ..., tolerance: _Optional[float] = ..., min_steps: _Optional[int] = ..., steps_added: _Optional[int] = ..., slices_delivered: _Optional[int] = ..., recent_steps_added: _Optional[int] = ..., recent_slices_delivered: _Optional[int] = ..., owed_slices: _Optional[float] = ..., adds_held: _Optional[int] = ..., batches_held: _Optional[int] = ..., adds: _Optional[_Iterable[_Union[RateWaiter, _Mapping]]] = ..., batches: _Optional[_Iterable[_Union[RateWaiter, _Mapping]]] = ...) -> None: ...
+    adds_wait_for: str
+    batches_wait_for: str
+    def __init__(self, samples_per_insert: _Optional[float] = ..., tolerance: _Optional[float] = ..., min_steps: _Optional[int] = ..., steps_added: _Optional[int] = ..., slices_delivered: _Optional[int] = ..., recent_steps_added: _Optional[int] = ..., recent_slices_delivered: _Optional[int] = ..., owed_slices: _Optional[float] = ..., adds_held: _Optional[int] = ..., batches_held: _Optional[int] = ..., adds: _Optional[_Iterable[_Union[RateWaiter, _Mapping]]] = ..., batches: _Optional[_Iterable[_Union[RateWaiter, _Mapping]]] = ..., adds_wait_for: _Optional[str] = ..., batches_wait_for: _Optional[str] = ...) -> None: ...
 
 class RateWaiter(_message.Message):
     __slots__ = ("who", "waiting_s")
@@ -734,7 +738,7 @@ class ListTablesResponse(_message.Message):
     def __init__(self, tables: _Optional[_Iterable[_Union[TableInfo, _Mapping]]] = ...) -> None: ...
 
 class TableInfo(_message.Message):
-    __slots__ = ("table", "config_toml", "counts", "capacity", "device", "size_bytes", "storage_state", "storage_reason", "created")
+    __slots__ = ("table", "config_toml", "counts", "capacity", "device", "size_bytes", "storage_state", "storage_reason", "created", "law", "episodes_not_sampled", "rate")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     CONFIG_TOML_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -744,6 +748,9 @@ class TableInfo(_message.Message):
     STORAGE_STATE_FIELD_NUMBER: _ClassVar[int]
     STORAGE_REASON_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    LAW_FIELD_NUMBER: _ClassVar[int]
+    EPISODES_NOT_SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
     table: str
     config_toml: str
     counts: Counts
@@ -753,7 +760,10 @@ class TableInfo(_message.Message):
     storage_state: StorageState
     storage_reason: str
     created: bool
-    def __init__(self, table: _Optional[str] = ..., config_toml: _Optional[str] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., capacity: _Optional[int] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., created: bool = ...) -> None: ...
+    law: str
+    episodes_not_sampled: int
+    rate: RateInfo
+    def __init__(self, table: _Optional[str] = ..., config_toml: _Optional[str] = ..., counts: _Optional[_Union[Counts, _Mapping]] = ..., capacity: _Optional[int] = ..., device: _Optional[str] = ..., size_bytes: _Optional[int] = ..., storage_state: _Optional[_Union[StorageState, str]] = ..., storage_reason: _Optional[str] = ..., created: bool = ..., law: _Optional[str] = ..., episodes_not_sampled: _Optional[int] = ..., rate: _Optional[_Union[RateInfo, _Mapping]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("tables", "interval_s", "newest_episodes")

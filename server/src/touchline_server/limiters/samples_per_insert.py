@@ -52,6 +52,10 @@ class RateStatus:
     """Actors that wait, those that have waited longest first."""
     batches_held: list[Held]
     """Learners that wait, those that have waited longest first."""
+    adds_wait_for: str
+    """What actors wait for, in words; empty if none waits."""
+    batches_wait_for: str
+    """What learners wait for, in words; empty if none waits."""
 
 
 class SamplesPerInsert:
@@ -243,6 +247,7 @@ class SamplesPerInsert:
         with self._lock:
             now, reports = self._clock(), self._reports
             recent_steps, recent_slices = reports.recent(now)
+            adds, batches = self._adds.held(now), self._batches.held(now)
             return RateStatus(
                 rate=self._rate,
                 steps_added=reports.steps,
@@ -250,8 +255,10 @@ class SamplesPerInsert:
                 recent_steps_added=recent_steps,
                 recent_slices_delivered=recent_slices,
                 owed_slices=self._owed,
-                adds_held=self._adds.held(now),
-                batches_held=self._batches.held(now),
+                adds_held=adds,
+                batches_held=batches,
+                adds_wait_for=self.explain_adds() if adds else "",
+                batches_wait_for=self.explain_batches() if batches else "",
             )
 
     def explain_adds(self) -> str:

@@ -12,7 +12,7 @@ from touchline_server.store.subscriptions import Subscriptions
 class ChangeNotifier:
     """Wakes coroutines when a table that they wait for has changed, or the server drains. Lives in the event loop.
 
-    Each table has a signal of its own while someone waits for it, so that adding to one wakes no caller that waits for another. No change is
+    Each table has a signal of its own while a caller waits for it, so that adding to one wakes none that waits for another. No change is
     missed: a waiter registers before it checks its condition, and a change, in whatever thread, is made before it is notified.
     """
 

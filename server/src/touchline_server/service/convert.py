@@ -228,8 +228,8 @@ def _array(name: str, tensor: pb.Tensor) -> np.ndarray:
     return np.frombuffer(tensor.data, dtype).reshape(shape)
 
 
-def info(table: Table, tables: Sequence[str]) -> pb.InfoResponse:
-    """Returns the description of the server and one table; ``tables`` are the names of all that the caller may use."""
+def info(table: Table, tables: Sequence[pb.TableInfo]) -> pb.InfoResponse:
+    """Returns the description of the server and one table; ``tables`` are all that the caller may use."""
     from touchline_server import __version__
 
     columns = table.store.columns
@@ -248,17 +248,23 @@ def info(table: Table, tables: Sequence[str]) -> pb.InfoResponse:
         storage_state=described.storage_state,
         storage_reason=described.storage_reason,
         tables=tables,
-        rate=rate_to_message(rate_info(table.rate.status())) if table.rate.active else None,
-        episodes_not_sampled=table.episodes_not_sampled(),
+        rate=described.rate if described.HasField("rate") else None,
+        episodes_not_sampled=described.episodes_not_sampled,
     )
 
 
-def table_info(table: Table, *, created: bool) -> pb.TableInfo:
-    """Returns the description of a table; ``created`` is whether it was created at run time."""
+def table_info(table: Table, *, created: bool, with_config: bool = True) -> pb.TableInfo:
+    """Returns the description of a table.
+
+    Args:
+        table: the table.
+        created: whether it was created at run time.
+        with_config: whether to include its configuration, which is most of the message.
+    """
     columns, monitor = table.store.columns, table.storage_monitor
     return pb.TableInfo(
         table=table.name,
-        config_toml=table.config.to_toml(),
+        config_toml=table.config.to_toml() if with_config else "",
         counts=counts(table.counts()),
         capacity=table.store.capacity,
         device=columns.where if columns is not None else "",
@@ -266,6 +272,9 @@ def table_info(table: Table, *, created: bool) -> pb.TableInfo:
         storage_state=_STORAGE_STATE_OF[monitor.state] if monitor is not None else pb.STORAGE_STATE_UNSPECIFIED,
         storage_reason=monitor.reason if monitor is not None else "",
         created=created,
+        law=table.config.sampling.law,
+        episodes_not_sampled=table.episodes_not_sampled(),
+        rate=rate_to_message(rate_info(table.rate.status())) if table.rate.active else None,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.config.settings import Config
-from touchline_server.errors import InvalidArgumentError
+from touchline_server.errors import InvalidArgumentError, UnknownTableError
 from touchline_server.service import convert, tasks
 from touchline_server.service.parts import ServiceParts
 
@@ -49,7 +50,7 @@ class TableCalls:
     async def info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
         """Answers what the server is and holds."""
         table = self._parts.tables.get(request.table, context)
-        return convert.info(table, [other.name for other in self._parts.tables.visible(context)])
+        return convert.info(table, self._described(context, with_config=False))
 
     async def clear(self, request: pb.ClearRequest, context: Context) -> pb.ClearResponse:
         """Removes all episodes."""
@@ -78,10 +79,16 @@ class TableCalls:
 
     async def list_tables(self, request: pb.ListTablesRequest, context: Context) -> pb.ListTablesResponse:
         """Describes the tables that the caller may use."""
+        return pb.ListTablesResponse(tables=self._described(context, with_config=True))
+
+    def _described(self, context: Context, *, with_config: bool) -> list[pb.TableInfo]:
+        """Returns the descriptions of the tables that the caller may use."""
         tables = self._parts.tables
-        return pb.ListTablesResponse(
-            tables=[convert.table_info(table, created=tables.registry.is_created(table.name)) for table in tables.visible(context)]
-        )
+        described = []
+        for table in tables.visible(context):
+            with suppress(UnknownTableError):  # it was dropped a moment ago
+                described.append(convert.table_info(table, created=tables.registry.is_created(table.name), with_config=with_config))
+        return described
 
 
 def _min_steps(request: pb.ReadyRequest, config: Config) -> int:

@@ -58,6 +58,8 @@ def rate_info(status: RateStatus) -> RateInfo:
         batches_held=len(status.batches_held),
         adds=held(status.adds_held),
         batches=held(status.batches_held),
+        adds_wait_for=status.adds_wait_for,
+        batches_wait_for=status.batches_wait_for,
     )
 
 
