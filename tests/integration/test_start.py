@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -105,6 +106,24 @@ def test_log_level_of_the_file_holds_from_the_first_line_on(tmp_path: Path) -> N
         assert server.address
 
     assert server.log == ""
+
+
+@pytest.mark.parametrize("way", ["option", "variable", "file"])
+def test_log_as_json_has_a_record_a_line(way: str, tmp_path: Path) -> None:
+    file = tmp_path / "json.toml"
+    file.write_text('[server]\nlog_format = "json"\nlog_level = "debug"\n', encoding="utf-8")
+    options, variables = {
+        "option": (("--log-format", "json", "--log-level", "debug"), {}),
+        "variable": (("--log-level", "debug"), {"TOUCHLINE_SERVER__LOG_FORMAT": "json"}),
+        "file": (("--config", str(file)), {}),
+    }[way]
+
+    with ServerProcess(tmp_path, "--port", "0", *options, **variables) as server:
+        assert server.address
+
+    records = [json.loads(line) for line in server.log.splitlines()]
+    assert {"time", "level", "logger", "message"} == set().union(*records)
+    assert "is starting" in records[0]["message"]
 
 
 def test_serve_on_a_missing_device_exits_2_with_the_reason(tmp_path: Path) -> None:

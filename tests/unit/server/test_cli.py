@@ -170,6 +170,7 @@ def test_serve_bad_option_exits_2_and_names_the_key(runner: CliRunner) -> None:
         (["--host", "::1"], {"host": "::1", "unix_socket": ""}),
         (["--port", "2", "--unix-socket", "/b"], {"port": 2, "unix_socket": "/b"}),
         (["--log-level", "error"], {"log_level": "error"}),
+        (["--log-format", "json"], {"log_format": "json"}),
     ],
 )
 def test_serve_options_override_the_configuration(
@@ -296,6 +297,7 @@ def test_help_of_serve_has_the_defaults_of_the_configuration(runner: CliRunner) 
     server = Config().server
     assert re.findall(r"Overrides server\.(\w+), by default ([\w.]+)\.", text) == [
         ("log_level", server.log_level),
+        ("log_format", server.log_format),
         ("host", server.host),
         ("port", str(server.port)),
     ]

@@ -161,6 +161,8 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "port": 0,
         "unix_socket": "/run/a.sock",
         "log_level": "error",
+        "log_format": "json",
+        "log_summary_s": 60.0,
         "keepalive_s": 2.5,
         "drain_timeout_s": 0.5,
         "add_workers": 3,

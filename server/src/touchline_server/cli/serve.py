@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from touchline_server import __version__
+from touchline_server.cli.logs import begin_log
 from touchline_server.cli.options import ConfigPath
 from touchline_server.cli.terminal import EXIT_FAILED, EXIT_USAGE, exit_with, progress_bars
 from touchline_server.config.source import ConfigError, glance, sources_of
@@ -18,6 +18,13 @@ from touchline_server.errors import ReplayError, StoreMismatchError
 from touchline_server.service.stop_signals import StopSignals
 
 logger = logging.getLogger("touchline_server")
+
+
+class LogFormat(enum.StrEnum):
+    """Format of the log."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 class LogLevel(enum.StrEnum):
@@ -34,6 +41,10 @@ def serve(
     log_level: Annotated[
         LogLevel | None,
         typer.Option("--log-level", help="Lowest level to log, on stderr. Overrides server.log_level, by default info."),
+    ] = None,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option("--log-format", help="Text, or a line of JSON per record. Overrides server.log_format, by default text."),
     ] = None,
     host: Annotated[
         str | None,
@@ -88,13 +99,13 @@ def serve(
     # Before the imports that take long: a signal during them would end the process with another exit status.
     stop = StopSignals().install()
     try:
-        _begin_log(config, log_level)
+        _begin_log(config, log_level, log_format)
 
         from touchline_server.config.settings import read_cfg
         from touchline_server.service.access import check_exposure, read_access
         from touchline_server.service.tls import server_credentials
 
-        options = _given(host=host, port=port, unix_socket=unix_socket, log_level=log_level)
+        options = _given(host=host, port=port, unix_socket=unix_socket, log_level=log_level, log_format=log_format)
         effective = read_cfg(config).override(server=options, storage={"accept_eviction": True} if accept_eviction else {})
         sources = sources_of(config)
         # The server checks these too; checked here, a mistake is reported before seconds of importing.
@@ -129,14 +140,14 @@ def _given(**options: str | int | None) -> dict[str, str | int]:
     return given
 
 
-def _begin_log(config: Path | None, level: LogLevel | None) -> None:
+def _begin_log(config: Path | None, level: LogLevel | None, form: LogFormat | None) -> None:
     """Sets up logging and logs the first line, before imports that take seconds on a busy machine.
 
     Raises:
         ConfigError: the configuration file cannot be read or is not TOML.
     """
-    name = level or glance(config, "server.log_level")["server.log_level"]
+    keys = glance(config, "server.log_level", "server.log_format")
+    name = level or keys["server.log_level"]
     # An unknown level is refused later, with the rest of the configuration.
-    known = LogLevel(name) if name in set(LogLevel) else LogLevel.INFO
-    logging.basicConfig(stream=sys.stderr, level=known.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    begin_log(level=name if name in set(LogLevel) else LogLevel.INFO, form=form or keys["server.log_format"])
     logger.info("touchline-server %s is starting; %s", __version__, sources_of(config))

@@ -207,6 +207,10 @@ class ServerConfig(Section):
     """Path of a Unix socket to listen on instead of host and port. Empty: none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that the server logs, on stderr: ``"debug"``, ``"info"``, ``"warning"`` or ``"error"``."""
+    log_format: Literal["text", "json"] = "text"
+    """Format of the log: ``"text"``, or ``"json"`` for a line of JSON per record."""
+    log_summary_s: Annotated[_Seconds, Field(ge=0)] = 0.0
+    """Seconds between lines that sum up each table: what came in and went out, who waits, how full it is. 0: no such lines."""
     keepalive_s: Annotated[_Seconds, Field(ge=1)] = 30.0
     """Seconds of silence after which the server pings a peer. A peer that does not answer within a third of that time is disconnected, and
     everything it held is released."""

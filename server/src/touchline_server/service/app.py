@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +37,8 @@ from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.refusal_log import DropUndecodable
 from touchline_server.service.ring_producer import RingPool
 from touchline_server.service.service import SERVICE_NAME, ReplayService
+from touchline_server.service.status_log import INTERVAL_S as STATUS_INTERVAL_S
+from touchline_server.service.status_log import StatusLog
 from touchline_server.service.status_report import StatusReport
 from touchline_server.service.stop_signals import StoppedError, StopSignals
 from touchline_server.service.table_access import TableAccess
@@ -62,8 +65,6 @@ MIN_PING_INTERVAL_S = 5.0
 """Shortest interval between two pings of an idle client; one that pings more often is disconnected. Clients of other languages ping every
 10 s at most."""
 
-RATE_WATCH_INTERVAL_S = 5.0
-"""Interval at which the server checks whether a rate limit has held a caller back for long."""
 
 _DROP_UNDECODABLE = DropUndecodable()
 
@@ -163,7 +164,7 @@ class ReplayServer:
             await self._server.stop(0)
             self.parts.close()
             raise
-        self._watch = asyncio.create_task(_watch_rates(self.buffer.registry))
+        self._watch = asyncio.create_task(self._log_states())
         await self._health.serve()
 
     async def stop(self) -> None:
@@ -182,6 +183,15 @@ class ReplayServer:
         await calls.wait_idle(CLOSING_S)
         if self._owns_buffer:
             await asyncio.to_thread(self.buffer.close)
+
+    async def _log_states(self) -> None:
+        """Logs what changes, and which callers the tables' rate limits have held back for long. Runs until it is cancelled."""
+        log = StatusLog(self._config.server.log_summary_s)
+        while True:
+            log.note(self.parts.status.snapshot(shared=True), time.monotonic())
+            for table in self.buffer.registry:
+                table.rate.log_held()
+            await asyncio.sleep(STATUS_INTERVAL_S)
 
     def _build_server(self) -> grpc.aio.Server:
         parts = self.parts
@@ -224,14 +234,6 @@ class ReplayServer:
                 )
             raise AddressInUseError(f"cannot listen on {address}: {what} ({error})") from None
         return address if config.unix_socket else join_address(config.host, port)
-
-
-async def _watch_rates(tables: TableRegistry) -> None:
-    """Logs which callers the tables' rate limits have held back for long. Runs until it is cancelled."""
-    while True:
-        await asyncio.sleep(RATE_WATCH_INTERVAL_S)
-        for table in tables:
-            table.rate.log_held()
 
 
 def _options(config: Config, budgets: Budgets) -> tuple[tuple[str, Any], ...]:
