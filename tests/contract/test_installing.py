@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from support.service_calls import make_config, make_episode
-from support.serving import ServerThread
-from touchline import ReplayClient
 from touchline.installing import install_command
 
 ROOT = Path(__file__).parents[2]
@@ -130,38 +126,3 @@ def test_pins_of_users_are_inside_of_the_ranges(name: str) -> None:
 
     for package, version in pins(name).items():
         assert Version(oldest[package]) <= Version(version) <= Version(newest[package]), package
-
-
-@pytest.mark.slow
-def test_client_without_extras_says_what_is_missing(tmp_path: Path) -> None:
-    place = tmp_path / "environment"
-    venv.create(place, with_pip=True)
-
-    def run(*words: str) -> tuple[int, str]:
-        found = subprocess.run([place / "bin" / words[0], *words[1:]], capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert "Traceback" not in found.stderr, found.stderr
-        return found.returncode, found.stdout + found.stderr
-
-    for client in ("client", "client[cli]"):
-        status, output = run("pip", "install", "--quiet", str(ROOT / "protos"), f"{ROOT}/{client}")
-        assert status == 0, output
-        if client == "client":
-            status, output = run("touchline", "--help")
-            assert status == 1 and "pip install 'plotext<6,>=5.2.8' 'rich>=13' 'typer>=0.16'" in output
-    for name in ("a.pt", "a.h5"):
-        (tmp_path / name).touch()
-    (tmp_path / "spool").mkdir()
-
-    assert "spool" in run("touchline", "--help")[1]
-    with ServerThread(make_config()) as server, ReplayClient(server.address) as client:
-        client.add(make_episode().columns)
-        for words, missing in (
-            (("load", "a.pt"), "torch"),
-            (("load", "a.h5"), "h5py"),
-            (("export", "b.h5"), "h5py"),
-            (("load", "minari:a-v0"), "minari[hdf5]"),
-        ):
-            status, output = run("touchline", *words, "--address", server.address)
-            assert status == 1 and "pip install '" in output and f"'{missing}>=" in output, (words, output)
-    status, output = run("touchline", "spool", "show", "spool")
-    assert "needs" not in output, output
