@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from support.certificates import Authority, Pair
 from support.client_faults import trying_once
-from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, make_config, make_episode, refused
+from support.service_calls import DEADLINE_S, SERVICE, Caller, ServerProcess, eventually, make_config, make_episode, refused
 from touchline import AccessDeniedError, EpisodeWriter, ReplayClient, TlsConfig, TlsError, UnacknowledgedError, UnavailableError
 from touchline._learner.priorities import update_request
 from touchline._rpc.calls import Backoff
@@ -122,6 +122,14 @@ def test_client_that_trusts_others_or_speaks_plainly_does_not_get_in(other_autho
                 ask(server, tls)
         with pytest.raises(UnavailableError, match=f"^{server.address}: .* that uses no TLS, as this client does"):
             ask(server, False)
+
+
+def test_client_that_speaks_plainly_leaves_a_line_on_the_servers_stderr(pair: Pair, tmp_path: Path) -> None:
+    variables = {"TOUCHLINE_TLS__CERT": str(pair.cert), "TOUCHLINE_TLS__KEY": str(pair.key)}
+    with ServerProcess(tmp_path, "--port", "0", **variables) as process:
+        with ReplayClient(process.address, tls=False) as client, pytest.raises(UnavailableError):
+            trying_once(client).ready()
+        eventually(lambda: "Handshake failed with error SSL_ERROR_SSL" in process.log, "gRPC has said so on stderr")
 
 
 def test_tls_to_a_plain_server_fails(authority: Authority) -> None:
