@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"touchline_protos": "protos", "touchline": "client", "touchline_server": "server"}
 PYTHON = {"touchline_protos": "<3.14,>=3.10", "touchline": "<3.14,>=3.10", "touchline_server": "<3.14,>=3.11"}
 MAX_CLIENT_BYTES = 1_500_000
-"""What the client may take on a robot's disk, without its protos and its dependencies, and without compiled files."""
+"""Limit of the client on a robot's disk, without its protos, its dependencies and compiled files."""
 SOURCES = {"touchline_protos": ["src", "touchline"], "touchline": ["src"], "touchline_server": ["src"]}
 
 
@@ -155,15 +155,14 @@ class Environment:
         self.folder = folder
         self.packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
 
-    def pip(self, *words: str | Path) -> str:
-        command = [sys.executable, "-m", "pip", "--python", self.folder / "bin" / "python", *words]
+    def install(self, *wheels: str | Path) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", self.folder / "bin" / "python"]
+        command = [*pip, "install", "--quiet", "--constraint", ROOT / "constraints.txt", *wheels]
         result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder)
         assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    def install(self, *wheels: str | Path) -> None:
-        self.pip("install", "--quiet", "--constraint", ROOT / "constraints.txt", *wheels)
-        assert "No broken requirements" in self.pip("check")
+        result = subprocess.run([*pip, "check"], capture_output=True, text=True, check=False, cwd=self.folder)
+        names = tuple(f"{Path(wheel).name.partition('-')[0].replace('_', '-')} " for wheel in wheels)
+        assert [line for line in result.stdout.splitlines() if line.startswith(names)] == []
 
     def run(self, *words: str) -> tuple[int, str]:
         """Runs a program of the environment; returns its exit status and output."""

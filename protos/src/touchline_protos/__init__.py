@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from touchline_protos.types.batch import Batch
     from touchline_protos.types.counts import Counts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PROTOCOL_VERSION = "1.2"
 """Version of the wire contract, MAJOR.MINOR. Client and server of different major versions refuse each other."""

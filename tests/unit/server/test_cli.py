@@ -20,6 +20,7 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from touchline_protos.types.metadata import HEALTH_DETAIL_METADATA_KEY
+from touchline_server import __version__
 from touchline_server.cli import main as cli
 from touchline_server.config.sections import ServerConfig
 from touchline_server.config.settings import Config
@@ -130,7 +131,7 @@ def test_module_prints_the_version() -> None:
         [sys.executable, "-m", "touchline_server", "--version"], capture_output=True, text=True, timeout=300, check=False
     )
 
-    assert (result.returncode, result.stdout) == (0, "touchline-server 0.1.0\n")
+    assert (result.returncode, result.stdout) == (0, f"touchline-server {__version__}\n")
 
 
 def test_serve_bad_configuration_exits_2_and_names_key_and_file(runner: CliRunner, tmp_path: Path) -> None:
