@@ -211,6 +211,7 @@ def test_peers_that_do_not_read_do_not_delay_the_stop() -> None:
         served.stop()
 
         assert (served.parts.calls.streams.now, sending.used) == (0, 0)
+        assert stream.call.time_remaining() > 0, "it was the learner's deadline that ended its call"
         stream.cancel()
         episodes.cancel()
 

@@ -26,7 +26,7 @@ from google.protobuf.message import Message
 
 from touchline_protos import PROTOCOL_METADATA_KEY, PROTOCOL_VERSION
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.errors import IncompatibleVersionError
+from touchline_server.errors import DrainingError, IncompatibleVersionError
 from touchline_server.service import convert
 from touchline_server.service.add_calls import AddCalls
 from touchline_server.service.episode_calls import EpisodeCalls
@@ -109,6 +109,8 @@ class ReplayService:
                 if context.done() or (isinstance(error, grpc.aio.InternalError) and await _is_gone(context)):
                     # The peer disconnected while it was being answered: there is no one to report to, and nothing went wrong here.
                     raise asyncio.CancelledError from error
+                if isinstance(error, DrainingError):
+                    raise  # Admission sends the status when it no longer counts the call: a peer that reads nothing does not take a status.
                 await abort(context, error)
 
         return guarded
