@@ -217,6 +217,9 @@ def test_failed_call_at_the_close_is_logged_and_loses_nothing(
 # The files themselves
 
 
+REPLACED = ("touchline.db", "touchline.db-wal", "lock", "acknowledged")
+
+
 def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
@@ -235,7 +238,9 @@ def replace(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    "harm", [remove, move, replace("touchline.db"), replace("touchline.db-wal"), replace("lock"), replace("acknowledged")], ids=repr
+    "harm",
+    [remove, move, *map(replace, REPLACED)],
+    ids=["all removed", "all moved", *(f"{name} replaced" for name in REPLACED)],
 )
 @pytest.mark.parametrize("durability", MODES)
 def test_files_that_are_taken_away_end_adding_and_sampling_goes_on(durability: str, harm: Callable[[Path], None], tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def episode(rows: int = 4, **columns: Any) -> dict[str, Any]:
         ([np.int64(2**53 + 1), np.float32(0.5)], "9007199254740993, which is 9007199254740992.0 as float64"),
         ([np.arange(2), np.zeros(2, [("bfloat16", "<u2")])], "a list of elements of different dtypes"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_value_that_cannot_be_a_column_is_refused_by_name_and_kind(value: Any, message: str) -> None:
     with pytest.raises(ColumnError, match=f"^goal: {message}"):
