@@ -67,6 +67,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert dead == []
 
 
+def test_readme_leads_to_every_page() -> None:
+    links = set(re.findall(r"\]\((docs/[^)#]*)", (ROOT / "README.md").read_text("utf-8")))
+    pages = {str(page.relative_to(ROOT)) for page in PAGES if page.relative_to(ROOT).parts[0] == "docs" and page.parent.name != "reference"}
+
+    assert pages - links == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_of_the_repository_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`((?:server|client|protos|tests|examples|benchmarks|docs|cfg|docker)/[\w./-]+)", page.read_text("utf-8"))
