@@ -331,7 +331,9 @@ def health(caller: Caller, service: str) -> tuple[int, str]:
     return call[0].status, str(dict(call[1].trailing_metadata()).get("touchline-health-detail", ""))
 
 
-def test_health_and_info_say_that_adding_is_refused_and_goes_on_by_itself(disk: FailingDisk, tmp_path: Path) -> None:
+def test_health_and_info_say_that_adding_is_refused_and_goes_on_by_itself(
+    disk: FailingDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     config = durable_config(tmp_path / "data", durability="sync")
     with ServerThread(config) as server, Caller(server.address) as caller, ReplayClient(server.address) as client:
@@ -346,6 +348,7 @@ def test_health_and_info_say_that_adding_is_refused_and_goes_on_by_itself(disk: 
             status, detail = health(caller, service)
             assert status == serving and "disk that is full" in detail
         assert client.info().storage_state == "full" and "disk that is full" in client.info().storage_reason
+        assert "adding is refused until there is space on the disk: " in caplog.text
 
         disk.mend()
         until(lambda: health(caller, "touchline.v1.Replay/AddEpisode") == (serving, ""), "health once there is space, without any add")
