@@ -22,6 +22,7 @@ from touchline_protos import Counts
 from touchline_protos.codec import (
     BatchDecoder,
     BatchLayout,
+    BodyLayout,
     Episode,
     EpisodeDecoder,
     EpisodeKey,
@@ -36,6 +37,7 @@ from touchline_protos.codec import (
 from touchline_protos.codec.chunks import chunk_message
 from touchline_protos.codec.download import EpisodeOutline, encode_evicted, encode_selection, encode_stored_header, group_message
 from touchline_protos.codec.status import rate_to_message
+from touchline_protos.codec.wire import int_field, len_field
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.types.priorities import PriorityUpdate
 from touchline_protos.v1 import replay_pb2 as pb
@@ -69,7 +71,10 @@ def make_episode() -> Episode:
     return Episode(columns, EpisodeKey("robot", -1, 1 << 40), "arm", 12)
 
 
-def make_layout(optional: tuple[str, ...] = ()) -> BatchLayout:
+GENERATIONS = (5, (1 << 62) + 1)
+
+
+def make_layout(optional: tuple[str, ...] = (), *, store_generations: tuple[int, ...] = ()) -> BatchLayout:
     steps, transitions = (HORIZON + 1, BATCH_SIZE), (HORIZON, BATCH_SIZE)
     float32 = np.dtype("<f4")
     columns = [
@@ -80,7 +85,7 @@ def make_layout(optional: tuple[str, ...] = ()) -> BatchLayout:
         TensorSpec("done", float32, (*transitions, 1)),
         TensorSpec("task", np.dtype("<i8"), (BATCH_SIZE,)),
     ]
-    return BatchLayout(columns, BATCH_SIZE, optional)
+    return BatchLayout(columns, BATCH_SIZE, optional, store_generations=store_generations)
 
 
 def make_arrays(seed: int, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -125,13 +130,13 @@ def write_law() -> bytes:
     return pb.SampleRequest(law=pb.LAW_TASK, law_options=options, pad=pb.PAD_END).SerializeToString()
 
 
-def write_priorities() -> bytes:
+def write_priorities(store_generation: int = 0) -> bytes:
     priorities = np.array([[0.5, 0, 2], [1, 3e38, 0.25]], np.float32)
-    return update_request("main", PriorityUpdate(np.array([3, 1 << 40, 3]), np.array([0, 17, 1]), priorities))
+    return update_request("main", PriorityUpdate(np.array([3, 1 << 40, 3]), np.array([0, 17, 1]), priorities, store_generation))
 
 
-def write_group() -> bytes:
-    message, batches = make_layout().group(2, ACTORS)
+def write_group(store_generations: tuple[int, ...] = ()) -> bytes:
+    message, batches = make_layout(store_generations=store_generations).group(2, ACTORS)
     for seed, views in enumerate(batches):
         for name, array in make_arrays(seed).items():
             views[name][...] = array
@@ -255,12 +260,14 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "sample_request_mix": (write_mix, pb.SampleRequest),
     "sample_request_law": (write_law, pb.SampleRequest),
     "update_priorities": (write_priorities, pb.UpdatePrioritiesRequest),
+    "update_priorities_generation": (lambda: write_priorities(GENERATIONS[1]), pb.UpdatePrioritiesRequest),
     "sample_response": (write_response, pb.SampleResponse),
     "sample_response_lockstep": (write_lockstep, pb.SampleResponse),
     "sample_response_mix": (lambda: write_response(("table",)), pb.SampleResponse),
     "sample_response_weight": (lambda: write_response(("weight",)), pb.SampleResponse),
     "sample_response_valid": (lambda: write_response(("valid",)), pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
+    "sample_stream_response_group_generations": (lambda: write_group(GENERATIONS), pb.SampleStreamResponse),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
     "sample_stream_response_last_chunk": (lambda: write_chunks()[-1], pb.SampleStreamResponse),
 }
@@ -320,6 +327,27 @@ def test_golden_episode_is_read_by_hand_and_by_the_generated_class() -> None:
         assert column.tensor.data == expected.columns[column.name].tobytes()
         assert tuple(column.tensor.shape) == expected.columns[column.name].shape
         assert to_numpy(column.tensor.dtype) == expected.columns[column.name].dtype
+
+
+@pytest.mark.parametrize("form", ["group", "chunks", "ring", "not packed"])
+def test_store_generations_are_read_in_every_form_of_a_batch(form: str) -> None:
+    layout = make_layout(store_generations=GENERATIONS)
+    decoder = BatchDecoder()
+    if form == "group":
+        batches = decoder.feed(golden("sample_stream_response_group_generations"))
+    elif form == "chunks":
+        batches = [batch for piece in layout.chunk_plan(CHUNK_BYTES) for batch in decoder.feed(layout.chunk(piece)[0])]
+    elif form == "ring":
+        batches = [BodyLayout(layout.header()).batch(np.zeros(layout.body_bytes, np.uint8), {})]
+    else:  # another sender's way: one field for each number
+        batch = pb.SampleResponse.FromString(golden("sample_response")).batch.SerializeToString()
+        fields = b"".join(int_field(4, generation) for generation in GENERATIONS)
+        batches = [decoder.sample_response(len_field(1, batch + fields))]
+
+    assert batches
+    assert all(batch.store_generations == GENERATIONS for batch in batches)
+    assert pb.SampleStreamResponse.FromString(write_group(GENERATIONS)).group.batches[1].store_generations == list(GENERATIONS)
+    assert decoder.sample_response(golden("sample_response")).store_generations == ()
 
 
 def test_golden_load_is_read_by_hand() -> None:

@@ -130,6 +130,62 @@ def test_update_after_a_clear_never_hits_an_episode_added_later(stack: ExitStack
     assert len(set(shares(buffer).values())) == 1
 
 
+@pytest.mark.parametrize("path", ["unary", "stream", "ring", "tensors"])
+def test_update_of_a_batch_from_before_a_restart_hits_no_episode_of_the_new_server(path: str, stack: ExitStack) -> None:
+    before = filled()
+    with ServerThread(before.config, before) as server:
+        client = stack.enter_context(ReplayClient(server.address, as_numpy=path != "tensors"))
+        batch = client.sample() if path == "unary" else next(client.batches(ring=path == "ring"))
+        client.update_priorities(batch, np.full((H, B), 2.0, np.float32))
+        assert client.priorities.flush().updated == B
+    after = filled()  # ids begin at 0 again, for other episodes
+    port = int(server.address.rpartition(":")[2])
+    config = after.config.model_copy(update={"server": after.config.server.model_copy(update={"port": port})})
+    stack.enter_context(ServerThread(config, after))
+
+    client.update_priorities(batch, np.full((H, B), 50.0, np.float32))
+    counters = client.priorities.flush()
+
+    assert (counters.updated, counters.evicted) == (B, B)
+    assert len(set(shares(after).values())) == 1
+
+
+def test_update_of_a_batch_from_a_table_that_was_dropped_hits_no_table_of_its_name(stack: ExitStack) -> None:
+    config = make_config(500, horizon=H, batch_size=B, server={"port": 0}, law="prioritized", seed=1)
+    buffer = ReplayBuffer(config)
+    client = connect(stack, buffer)
+    mixed: list[Batch] = []
+    for _ in range(2):
+        demos = buffer.create_table("demos")
+        for number in range(10):
+            buffer.add_episode(traced(number, 20))
+            demos.add_episode(traced(number, 20))
+        mixed.append(client.sample(mix={"": 0.5, "demos": 0.5}))
+        if len(mixed) == 1:
+            buffer.drop_table("demos")
+
+    client.update_priorities(mixed[0], np.full((H, B), 50.0, np.float32))
+    stale = client.priorities.flush()
+
+    assert (stale.updated, stale.evicted) == (B // 2, B // 2)
+    assert len(set(shares(demos).values())) == 1
+    assert buffer.update_priorities(mixed[0], np.full((H, B), 50.0)) == B // 2  # in process as well
+    client.update_priorities(mixed[1], np.full((H, B), 50.0, np.float32))
+    assert client.priorities.flush().updated == B // 2 + B
+    assert len(set(shares(demos).values())) > 1
+
+
+def test_update_without_a_generation_is_applied_as_that_of_an_older_client(stack: ExitStack) -> None:
+    buffer = filled()
+    client = connect(stack, buffer)
+    batch = client.sample()
+    assert batch.store_generations == (buffer.table.store.store_generation,)
+
+    client.update_priorities((batch.episode_id, batch.start), np.full((H, B), 50.0, np.float32))
+
+    assert client.priorities.flush().updated == B
+
+
 def test_beta_of_a_request_overrides_the_tables(stack: ExitStack) -> None:
     buffer = filled(priority_alpha=1.0, priority_beta=0.5)
     client = connect(stack, buffer)

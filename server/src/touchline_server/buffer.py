@@ -388,7 +388,12 @@ class ReplayBuffer(TableBuffers):
         try:
             with sampler.draw(reserved) as drawn:
                 actor_names = MappingProxyType(sampler.actor_names(drawn.actors()))
-                batch = assemble_batch(self._tensors(drawn), actor_names, table_names=sampler.table_names)
+                batch = assemble_batch(
+                    self._tensors(drawn),
+                    actor_names,
+                    table_names=sampler.table_names,
+                    store_generations=drawn.layout.store_generations,
+                )
         except BaseException:
             sampler.cancel(*reserved)
             raise

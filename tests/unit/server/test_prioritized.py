@@ -100,13 +100,13 @@ def test_update_of_slices_that_share_transitions_takes_the_last_one(calls: int, 
     for number in range(2 if seam else 1):  # the second one lies across the seam
         append_episode(index, number, 20)
     starts = np.array([6, 5, 4, 9, 7])
-    priorities = np.ascontiguousarray(np.arange(1, 16, dtype=np.float32).reshape(5, 3).T)
+    priorities = np.arange(1, 16, dtype=np.float32).reshape(5, 3).T
     expected = np.ones(20)
     for start, slice_ in zip(starts, priorities.T, strict=True):
         expected[start : start + 3] = slice_
 
     for part in np.array_split(np.arange(5), calls):
-        selector.update(np.full(len(part), index.entries[-1, 0]), starts[part], priorities[:, part])
+        selector.update(np.full(len(part), index.entries[-1, 0]), starts[part], np.ascontiguousarray(priorities[:, part]))
     draw = selector.draw(2000, 1, np.random.default_rng(0))
 
     here = draw.episode_id == index.entries[-1, 0]

@@ -195,7 +195,8 @@ class PriorityUpdates:
         group, slices = [first], len(first.start)
         while self._pending:
             following_table, following = self._pending[0]
-            if following_table != table or len(following.priorities) != transitions or slices + len(following.start) > most:
+            alike = (following_table, len(following.priorities), following.store_generation) == (table, transitions, first.store_generation)
+            if not alike or slices + len(following.start) > most:
                 break
             group.append(self._pop())
             slices += len(following.start)
@@ -234,6 +235,7 @@ def update_request(table: str, update: PriorityUpdate) -> bytes:
         episode_id=_tensor(update.episode_id, pb.DTYPE_INT64),
         start=_tensor(update.start, pb.DTYPE_INT64),
         priorities=_tensor(update.priorities, pb.DTYPE_FLOAT32),
+        store_generation=update.store_generation,
     ).SerializeToString()
 
 
@@ -246,8 +248,9 @@ def _joined(group: list[PriorityUpdate]) -> PriorityUpdate:
         np.concatenate([update.episode_id for update in group]),
         np.concatenate([update.start for update in group]),
         np.concatenate([update.priorities for update in group], axis=1),
+        group[0].store_generation,
     )
 
 
 def _part(update: PriorityUpdate, begin: int, end: int | None) -> PriorityUpdate:
-    return PriorityUpdate(update.episode_id[begin:end], update.start[begin:end], update.priorities[:, begin:end])
+    return PriorityUpdate(update.episode_id[begin:end], update.start[begin:end], update.priorities[:, begin:end], update.store_generation)

@@ -66,6 +66,7 @@ def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
         extra={name: change(value) for name, value in batch.extra.items()},
         actor_names=batch.actor_names,
         table_names=batch.table_names,
+        store_generations=batch.store_generations,
         **{name: change(getattr(batch, name)) for name, _ in PROVENANCE},
         **{name: change(value) for name, _ in OPTIONAL_PROVENANCE if (value := getattr(batch, name)) is not None},
     )

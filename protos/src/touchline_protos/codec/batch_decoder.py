@@ -50,6 +50,8 @@ class _BatchPlan:
     """The batch's arrays; offsets are in the copy."""
     actors: dict[int, str]
     """Actors' names that the batch brings, by index."""
+    store_generations: tuple[int, ...]
+    """See :attr:`Batch.store_generations`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class _Partial:
     """Arrays of the batch; offsets are in the body."""
     actors: dict[int, str]
     """Actors' names that its header brought, by index."""
+    store_generations: tuple[int, ...]
+    """See :attr:`Batch.store_generations`."""
     size: int
     """Size of the body, in bytes."""
     filled: int = 0
@@ -172,7 +176,7 @@ class BatchDecoder:
         size = plan.end - plan.start
         storage = self._pool.lease(size)
         memoryview(storage).cast("B")[:size] = memoryview(message)[plan.start : plan.end]
-        return _assemble(storage, plan.views, actor_names)
+        return _assemble(storage, plan.views, actor_names, plan.store_generations)
 
     def _feed_chunk(self, message: bytes, start: int, end: int) -> list[Batch]:
         # Until the chunk is accepted there is no batch in progress, so an error leaves none behind.
@@ -207,7 +211,7 @@ class BatchDecoder:
             self._partial = partial
             return []
         self._add_names(partial.actors)
-        return [_assemble(partial.storage, partial.views, self._actor_names)]
+        return [_assemble(partial.storage, partial.views, self._actor_names, partial.store_generations)]
 
     def _begin(self, parsed: ParsedBatch, announced: int) -> _Partial:
         """Checks a batch's header, and takes a buffer for its body.
@@ -226,7 +230,7 @@ class BatchDecoder:
             raise OversizeError(f"batch of {size} bytes announced, expected at most {self._max_batch_bytes}")
         storage = self._pool.lease(size)
         views = [(spec.name, spec.shape, spec.dtype, at) for spec, at in zip(specs, offsets, strict=True)]
-        return _Partial(storage, memoryview(storage).cast("B"), views, parsed.actors, size)
+        return _Partial(storage, memoryview(storage).cast("B"), views, parsed.actors, parsed.store_generations, size)
 
 
 class BodyLayout:
@@ -240,7 +244,8 @@ class BodyLayout:
     """
 
     def __init__(self, header: bytes) -> None:
-        tensors = parse_batch(header, 0, len(header)).tensors
+        parsed = parse_batch(header, 0, len(header))
+        self._store_generations, tensors = parsed.store_generations, parsed.tensors
         for tensor in tensors:
             if tensor.start != tensor.end:
                 raise CodecError(f"{tensor.spec.name}: data in the header of a body, expected none")
@@ -254,12 +259,13 @@ class BodyLayout:
             memory: a writable buffer of at least ``size_bytes``. The batch's arrays are writable views of it and keep it alive.
             actor_names: actors' names by index.
         """
-        return _assemble(memory, self._views, actor_names)
+        return _assemble(memory, self._views, actor_names, self._store_generations)
 
 
-def _assemble(storage: Any, views: list[_View], actor_names: Mapping[int, str]) -> Batch:
+def _assemble(storage: Any, views: list[_View], actor_names: Mapping[int, str], store_generations: tuple[int, ...]) -> Batch:
     array = np.ndarray
-    return assemble_batch({name: array(shape, dtype, storage, at) for name, shape, dtype, at in views}, actor_names)
+    arrays = {name: array(shape, dtype, storage, at) for name, shape, dtype, at in views}
+    return assemble_batch(arrays, actor_names, store_generations=store_generations)
 
 
 def _make_plan(plans: dict[int, _MessagePlan], message: bytes, batches: Sequence[tuple[int, int]]) -> _MessagePlan:
@@ -279,7 +285,7 @@ def _make_plan(plans: dict[int, _MessagePlan], message: bytes, batches: Sequence
         start = min(tensor.start for tensor in batch.tensors if tensor.start < tensor.end) // ALIGNMENT * ALIGNMENT
         end = max(tensor.end for tensor in batch.tensors)
         views = [(t.spec.name, t.spec.shape, t.spec.dtype, max(t.start - start, 0)) for t in batch.tensors]
-        built.append(_BatchPlan(start, end, views, batch.actors))
+        built.append(_BatchPlan(start, end, views, batch.actors, batch.store_generations))
     literals, at = [], 0
     for tensor in sorted((t for batch in parsed for t in batch.tensors), key=lambda tensor: tensor.start):
         if tensor.start > at:

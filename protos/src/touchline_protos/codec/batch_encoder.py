@@ -7,6 +7,7 @@ A batch travels in one of two forms. Whole, by itself or with others, in one mes
     Batch                       field 1: Column, repeated    [H+1, B, ...], [H, B, ...] or [B], each payload at a multiple of 16 bytes
                                 field 2: Provenance          five tensors [B]
                                 field 3: ActorName, repeated
+                                field 4: store generations, packed, before field 3
 
 Or cut into pieces of about 1 MiB, if it is larger. The *body* is the concatenation of all tensors, columns first, each at a multiple of 64
 bytes; the first piece also carries the header, a ``Batch`` without payloads::
@@ -114,16 +115,27 @@ class BatchLayout:
             is added to them.
         batch_size: number of slices, B.
         optional: names of the fields of :data:`OPTIONAL_PROVENANCE` that batches have.
+        store_generations: generations of the stores that batches are from, see :attr:`Batch.store_generations`.
 
     Raises:
         CodecError: the wire cannot represent a column, or its shape does not have the batch size in its place.
     """
 
-    def __init__(self, columns: Sequence[TensorSpec], batch_size: int, optional: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        columns: Sequence[TensorSpec],
+        batch_size: int,
+        optional: Collection[str] = (),
+        *,
+        store_generations: tuple[int, ...] = (),
+    ) -> None:
         self.columns = tuple(TensorSpec(s.name, little_endian(s.name, s.dtype), tuple(s.shape)) for s in columns)
         """Specs of the columns, in wire order."""
         self.batch_size = batch_size
         """Number of slices, B."""
+        self.store_generations = store_generations
+        """Generations of the stores that batches are from."""
+        self._generations = len_field(4, b"".join(map(encode_varint, store_generations))) if store_generations else b""
         for spec in self.columns:
             _check_column(spec, batch_size)
         if len({spec.name for spec in self.columns}) != len(self.columns):
@@ -267,7 +279,10 @@ class BatchLayout:
         """Returns a ``Batch`` message without payloads, which describes a body: names, dtypes and shapes in order."""
         columns = lay_out_tensors(_COLUMN_NUMBER, self.columns, 0, column=True, with_data=False)
         provenance = lay_out_tensors(self._provenance_numbers, self._provenance, 0, column=False, with_data=False)
-        return b"".join(literal for _, literal in columns.literals) + len_field(2, b"".join(literal for _, literal in provenance.literals))
+        fields = b"".join(literal for _, literal in columns.literals) + len_field(
+            2, b"".join(literal for _, literal in provenance.literals)
+        )
+        return fields + self._generations
 
     def _make(self, n: int, actors: Mapping[int, str]) -> tuple[bytes, list[dict[str, np.ndarray]]]:
         tail = _encode_actors(actors) if actors else b""
@@ -335,7 +350,8 @@ class BatchLayout:
             return lay_out_tensors(self._provenance_numbers, self._provenance, at, column=False, with_data=True)
 
         rest = submessage(2, columns.end, provenance, at_least=sum(spec.size_bytes for spec in self._provenance))
-        return MessageSkeleton(columns.literals + rest.literals, columns.payloads + rest.payloads, rest.end)
+        literals = [*columns.literals, *rest.literals, (rest.end, self._generations)]
+        return MessageSkeleton(literals, columns.payloads + rest.payloads, rest.end + len(self._generations))
 
 
 @lru_cache(maxsize=4096)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from touchline_protos.codec.batch_encoder import MAX_BATCH_DIMS, PROVENANCE_PREFIX
 from touchline_protos.codec.tensors import TensorSlice, TensorSpec, read_column, read_tensor
-from touchline_protos.codec.wire import LEN, VARINT, read_fields, read_text, tag, to_int64
+from touchline_protos.codec.wire import LEN, VARINT, read_fields, read_text, read_varint, tag, to_int64
 from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import dtype_name
 from touchline_protos.types.episode import CodecError, CodecLimits, OversizeError
@@ -19,6 +20,8 @@ _LIMITS = CodecLimits(max_dims=MAX_BATCH_DIMS)
 _COLUMNS = tag(1, LEN)
 _PROVENANCE = tag(2, LEN)
 _ACTORS = tag(3, LEN)
+_GENERATIONS = tag(4, LEN)
+_GENERATION = tag(4, VARINT)
 _FIELDS = (*PROVENANCE, *OPTIONAL_PROVENANCE)
 _VALID = f"{PROVENANCE_PREFIX}valid"
 _ACTOR_INDEX = tag(1, VARINT)
@@ -33,6 +36,8 @@ class ParsedBatch:
     """Tensors of the batch in body order: columns, then provenance."""
     actors: dict[int, str]
     """Actors' names by index."""
+    store_generations: tuple[int, ...]
+    """See :attr:`Batch.store_generations`."""
 
 
 def parse_batch(message: bytes, start: int, end: int) -> ParsedBatch:
@@ -45,6 +50,7 @@ def parse_batch(message: bytes, start: int, end: int) -> ParsedBatch:
     columns: list[TensorSlice] = []
     provenance: list[TensorSlice] | None = None
     actors: dict[int, str] = {}
+    store_generations: tuple[int, ...] = ()
     for key, a, b in read_fields(message, start, end, max_fields=MAX_BATCH_FIELDS):
         if key == _COLUMNS:
             if len(columns) == _LIMITS.max_columns:
@@ -57,10 +63,14 @@ def parse_batch(message: bytes, start: int, end: int) -> ParsedBatch:
         elif key == _ACTORS:
             index, name = parse_actor(message, a, b)
             actors[index] = name
+        elif key == _GENERATIONS:
+            store_generations += tuple(_read_packed(message, a, b))
+        elif key == _GENERATION:
+            store_generations += (to_int64(a),)  # not packed, which a sender may do as well
     if provenance is None:
         raise CodecError("no provenance in a batch, expected one")
     _check_batch([column.spec for column in columns], {tensor.spec.name: tensor.spec.shape for tensor in provenance})
-    return ParsedBatch(columns + provenance, actors)
+    return ParsedBatch(columns + provenance, actors, store_generations)
 
 
 def _read_provenance(message: bytes, start: int, end: int) -> list[TensorSlice]:
@@ -103,6 +113,13 @@ def parse_actor(message: bytes, start: int, end: int) -> tuple[int, str]:
         elif key == _ACTOR_NAME:
             name = read_text(message, a, b, "actor", max_chars=MAX_NAME_CHARS)
     return index, name
+
+
+def _read_packed(message: bytes, start: int, end: int) -> Iterator[int]:
+    """Yields the numbers of a packed field of int64."""
+    while start < end:
+        value, start = read_varint(message, start, end)
+        yield to_int64(value)
 
 
 def _check_batch(columns: list[TensorSpec], provenance: dict[str, tuple[int, ...]]) -> None:

@@ -70,6 +70,9 @@ class Batch:
     """[H, B, 1] bool: whether a transition is real, not padding after the end of its episode; None unless slices are padded."""
     table_names: tuple[str, ...] = ()
     """Names of the tables of the mix, by their positions in ``table``; empty unless the batch is mixed."""
+    store_generations: tuple[int, ...] = ()
+    """Generation of the table's store, or of each table's of the mix: while it is the same, an id names the same episode. Empty if the
+    server is older than 1.2."""
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.obs, self.action, self.reward, self.done))
@@ -87,13 +90,20 @@ class Batch:
         return (self.obs, self.action, self.reward, self.done)[index]
 
 
-def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str], *, table_names: tuple[str, ...] = ()) -> Batch:
+def assemble_batch(
+    arrays: Mapping[str, Array],
+    actor_names: Mapping[int, str],
+    *,
+    table_names: tuple[str, ...] = (),
+    store_generations: tuple[int, ...] = (),
+) -> Batch:
     """Returns a batch made of flat arrays.
 
     Args:
         arrays: columns by dotted name, and provenance as ``provenance.<field>``. Not copied.
         actor_names: actors' names by index. Not copied.
         table_names: names of the mix's tables, by position.
+        store_generations: see :attr:`Batch.store_generations`.
     """
     obs: Any = {}
     named: dict[str, Array] = {}
@@ -113,4 +123,12 @@ def assemble_batch(arrays: Mapping[str, Array], actor_names: Mapping[int, str], 
             extra[name] = array
     if "obs" in named:
         obs = named.pop("obs")
-    return Batch(obs=obs, task=named.pop("task", None), extra=extra, actor_names=actor_names, table_names=table_names, **named)
+    return Batch(
+        obs=obs,
+        task=named.pop("task", None),
+        extra=extra,
+        actor_names=actor_names,
+        table_names=table_names,
+        store_generations=store_generations,
+        **named,
+    )

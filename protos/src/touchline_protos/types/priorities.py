@@ -21,6 +21,8 @@ class PriorityUpdate(NamedTuple):
     """[B] int64: step of the episode that is the slice's row 0."""
     priorities: np.ndarray
     """[H, B] float32: finite, at least 0."""
+    store_generation: int = 0
+    """Generation of the store that the slices are from, see :attr:`Batch.store_generations`; 0: unknown."""
 
 
 def priority_update(slices: Batch | tuple[Any, Any], priorities: Any) -> PriorityUpdate:
@@ -60,14 +62,18 @@ def updates_by_table(slices: Batch | tuple[Any, Any], priorities: Any, table: st
         ColumnError: as :func:`priority_update`.
     """
     update = priority_update(slices, priorities)
-    if not isinstance(slices, Batch) or slices.table is None:
+    if not isinstance(slices, Batch):
         return [(table, update)]
+    generations = slices.store_generations
+    if slices.table is None:
+        return [(table, update._replace(store_generation=generations[0] if generations else 0))]
     position = to_array("table", slices.table)
     parts = []
     for number, name in enumerate(slices.table_names):
         mask = position == number
         if mask.any():
-            parts.append((name, PriorityUpdate(update.episode_id[mask], update.start[mask], update.priorities[:, mask])))
+            generation = generations[number] if number < len(generations) else 0
+            parts.append((name, PriorityUpdate(update.episode_id[mask], update.start[mask], update.priorities[:, mask], generation)))
     return parts
 
 

@@ -344,14 +344,16 @@ class SampleResponse(_message.Message):
     def __init__(self, batch: _Optional[_Union[Batch, _Mapping]] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("columns", "provenance", "actors")
+    __slots__ = ("columns", "provenance", "actors", "store_generations")
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     ACTORS_FIELD_NUMBER: _ClassVar[int]
+    STORE_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     columns: _containers.RepeatedCompositeFieldContainer[Column]
     provenance: Provenance
     actors: _containers.RepeatedCompositeFieldContainer[ActorName]
-    def __init__(self, columns: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., actors: _Optional[_Iterable[_Union[ActorName, _Mapping]]] = ...) -> None: ...
+    store_generations: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, columns: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., actors: _Optional[_Iterable[_Union[ActorName, _Mapping]]] = ..., store_generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Provenance(_message.Message):
     __slots__ = ("episode_id", "start", "actor", "policy_version", "probability", "weight", "table", "valid")
@@ -382,16 +384,18 @@ class ActorName(_message.Message):
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class UpdatePrioritiesRequest(_message.Message):
-    __slots__ = ("table", "episode_id", "start", "priorities")
+    __slots__ = ("table", "episode_id", "start", "priorities", "store_generation")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     EPISODE_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     PRIORITIES_FIELD_NUMBER: _ClassVar[int]
+    STORE_GENERATION_FIELD_NUMBER: _ClassVar[int]
     table: str
     episode_id: Tensor
     start: Tensor
     priorities: Tensor
-    def __init__(self, table: _Optional[str] = ..., episode_id: _Optional[_Union[Tensor, _Mapping]] = ..., start: _Optional[_Union[Tensor, _Mapping]] = ..., priorities: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    store_generation: int
+    def __init__(self, table: _Optional[str] = ..., episode_id: _Optional[_Union[Tensor, _Mapping]] = ..., start: _Optional[_Union[Tensor, _Mapping]] = ..., priorities: _Optional[_Union[Tensor, _Mapping]] = ..., store_generation: _Optional[int] = ...) -> None: ...
 
 class UpdatePrioritiesResponse(_message.Message):
     __slots__ = ("updated", "evicted")

@@ -161,9 +161,10 @@ def priority_update(request: pb.UpdatePrioritiesRequest) -> PriorityUpdate:
         InvalidArgumentError: a tensor is malformed, or a number out of range.
     """
     try:
-        return check_priorities(*(_array(name, getattr(request, name)) for name in ("episode_id", "start", "priorities")))
+        update = check_priorities(*(_array(name, getattr(request, name)) for name in ("episode_id", "start", "priorities")))
     except ColumnError as error:
         raise InvalidArgumentError(str(error)) from None
+    return update._replace(store_generation=request.store_generation)
 
 
 def mix(request: pb.SampleRequest) -> MixSpec | None:

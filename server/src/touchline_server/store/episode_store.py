@@ -229,11 +229,13 @@ class EpisodeStore:
         """Sets priorities of slices, for draws by a law that has priorities.
 
         Returns:
-            The number of slices whose episodes are stored; the others are ignored.
+            The number of slices whose episodes are stored; the others are ignored. None are if ids have begun again since they were drawn.
 
         Raises:
             InvalidArgumentError: a slice does not lie within its episode, or the law has no priorities. Nothing has changed.
         """
+        if update.store_generation not in (0, self.store_generation):
+            return 0
         with self._ring.lock:
             return self._ring.index.selectors.of(law).update(update.episode_id, update.start, update.priorities)
 

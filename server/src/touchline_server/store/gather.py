@@ -56,9 +56,10 @@ class GatherPlan:
         schema: the columns'.
         horizon: H, transitions in a slice.
         incoming: the row convention.
+        store_generation: generation of the columns' store.
     """
 
-    def __init__(self, schema: Schema, *, horizon: int, incoming: bool) -> None:
+    def __init__(self, schema: Schema, *, horizon: int, incoming: bool, store_generation: int = 0) -> None:
         transitions = slice(1, None) if incoming else slice(None, -1)
         self.steps = horizon + 1
         """Steps of a slice."""
@@ -70,20 +71,24 @@ class GatherPlan:
         """The tensors of a batch, in wire order."""
         self._output_of = {output.name: output for output in self.outputs}
         self._whole: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
-        self._layouts: dict[tuple[int, tuple[str, ...]], BatchLayout] = {}
+        self._generations = (store_generation,) if store_generation else ()
+        self._layouts: dict[tuple[int, tuple[str, ...], tuple[int, ...]], BatchLayout] = {}
         self._device_gathers: DeviceGathers | None = None
 
-    def layout(self, batch_size: int, optional: tuple[str, ...] = ()) -> BatchLayout:
+    def layout(self, batch_size: int, optional: tuple[str, ...] = (), *, store_generations: tuple[int, ...] | None = None) -> BatchLayout:
         """Returns how a batch of this many slices looks on the wire and in a body.
 
         Args:
             batch_size: B.
             optional: fields of the optional provenance that it has: see :attr:`Draw.optional`.
+            store_generations: generations of all stores that the batch is from; None takes that of the columns.
         """
-        key = batch_size, optional
+        generations = self._generations if store_generations is None else store_generations
+        key = batch_size, optional, generations
         layout = self._layouts.get(key)
         if layout is None:
-            layout = BatchLayout([output.spec(batch_size) for output in self.outputs], batch_size, optional)
+            specs = [output.spec(batch_size) for output in self.outputs]
+            layout = BatchLayout(specs, batch_size, optional, store_generations=generations)
             if len(self._layouts) >= MAX_LAYOUTS:
                 self._layouts.clear()
             # Threads may make a layout twice. Whichever is kept: layouts of one batch size are alike.

@@ -134,7 +134,8 @@ class MixSampler:
         if self._layout is None:
             for table, spec in zip(self._tables, self._specs, strict=True):
                 # The law's fields are those of the whole batch, whatever the table's own law adds.
-                layout = table.layout(spec, optional=self._optional)
+                generations = tuple(table.store.store_generation for table in self._tables)
+                layout = table.layout(spec, optional=self._optional, store_generations=generations)
                 if layout is not None:
                     fault = _misfit(self._tables)
                     if fault is not None:

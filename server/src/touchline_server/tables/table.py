@@ -317,16 +317,21 @@ class Table:
             raise InvalidArgumentError(f"priorities: shape {update.priorities.shape}, expected at most {most} (limits.max_horizon first)")
         return self.store.update_priorities(PRIORITIZED, update)
 
-    def layout(self, spec: SampleSpec, *, optional: tuple[str, ...] | None = None) -> BatchLayout | None:
+    def layout(
+        self, spec: SampleSpec, *, optional: tuple[str, ...] | None = None, store_generations: tuple[int, ...] | None = None
+    ) -> BatchLayout | None:
         """Returns how a batch looks at present; None while there is no schema.
 
         Args:
             spec: what to draw.
             optional: fields of the optional provenance, in wire order; None takes those of the spec.
+            store_generations: generations of the tables of a mix; None takes that of this table.
         """
         schema = self.store.schema
+        if schema is None:
+            return None
         optional = spec.optional if optional is None else optional
-        return None if schema is None else self._plan(schema, spec.horizon).layout(spec.batch_size, optional)
+        return self._plan(schema, spec.horizon).layout(spec.batch_size, optional, store_generations=store_generations)
 
     def fits_inline(self, spec: SampleSpec, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
@@ -345,7 +350,7 @@ class Table:
         plan = self._plans.get(key)
         if plan is None:
             incoming = self.config.sampling.row_convention == "incoming"
-            plan = GatherPlan(schema, horizon=horizon, incoming=incoming)
+            plan = GatherPlan(schema, horizon=horizon, incoming=incoming, store_generation=self.store.store_generation)
             with self._plans_lock:
                 while len(self._plans) >= MAX_PLANS:
                     self._plans.popitem(last=False)
