@@ -146,6 +146,21 @@ def test_learner_on_demonstrations_and_online_data_has_exactly_half_of_each_and_
         assert client.counts().episodes_added == 0
 
 
+def test_learner_with_priorities_draws_more_of_what_it_predicts_badly(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        learner = start("train_prioritized.py", "--address", server.address, "--updates", "400")
+        *reports, totals = list(_lines(learner))
+        assert learner.wait() == 0
+
+        assert [report["update"] for report in reports] == [100, 200, 300, 400]
+        assert reports[-1]["error"] < reports[0]["error"] / 2
+        # Uniform draws would have as many bounces as are stored.
+        assert reports[-1]["times_uniform"] > 1.4 > reports[0]["times_uniform"]
+        assert totals["slices_updated"] + totals["slices_evicted"] == 400 * 64
+        assert totals["slices_updated"] > totals["slices_evicted"]
+        assert client.counts().episodes_added == 40 + 400 // 25
+
+
 @pytest.mark.slow
 def test_actor_with_a_spool_leaves_its_episodes_there_and_the_next_one_sends_them(start: Start, tmp_path: Path) -> None:
     arguments = ("--match-seconds", "1", "--matches", "1", "--spool-dir", str(tmp_path / "spool"))
