@@ -8,20 +8,25 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.protocol import REPOSITORY, child_environment
+from benchmarks.protocol import REPOSITORY, child_environment, cpu_seconds
+from benchmarks.servers import ServerProcess
 from benchmarks.statistics import Interval, ratio_interval
-from touchline import BatchStream, ReplayClient
-from touchline_server import Config, ReplayBuffer
+from benchmarks.timing import take_for
+from benchmarks.workloads import W1, Content
+from touchline import ReplayClient
+from touchline_server import Config
 from touchline_server.service.app import ServerThread
 
 TARGET = 8.0
 ACTORS, LEARNERS, SECONDS, SETTLING_S = 4, 2, 120, 5
-ROUNDS, SLICE_S = 15, 0.5
+ROUNDS, SLICE_S, WARM_UP_S = 60, 0.2, 0.02
 ROWS, STEPS = 100_000, 500
 NOTE = Path(REPOSITORY) / "docs/benchmarks/rate.md"
 
@@ -34,52 +39,57 @@ EPISODE = {
 EPISODE["action"][0] = EPISODE["reward"][0] = np.nan
 
 
-def make_config(*, samples_per_insert: float, tolerance: float = 0.0) -> Config:
-    """Returns the configuration of a server for W1's rows, with a limit."""
+def make_config() -> Config:
+    """Returns the configuration of a server for W1's rows, with the target as its limit."""
     return Config(
         config={"buffer_size": ROWS, "batch_size": 256, "horizon": 3, "min_history": 1},
         storage={"device": "cpu"},
         sampling={"seed": 1},
-        rate={"samples_per_insert": samples_per_insert, "tolerance": tolerance},
+        rate={"samples_per_insert": TARGET},
         server={"port": 0, "log_level": "error"},
     )
 
 
-def filled(config: Config) -> ReplayBuffer:
-    """Returns a full buffer, filled before the limit counts."""
-    buffer = ReplayBuffer(config)
-    buffer.set_rate(samples_per_insert=0)
-    for _ in range(ROWS // STEPS):
-        buffer.add(EPISODE)
-    buffer.set_rate(samples_per_insert=config.rate.samples_per_insert)
-    return buffer
+class RingLearner:
+    """A learner on the ring of a server in a process of its own, which is full of W1's rows.
+
+    Args:
+        stack: resources to close at the end.
+        keys: keys of the server's configuration, by their environment variables.
+    """
+
+    def __init__(self, stack: ExitStack, keys: Mapping[str, str]) -> None:
+        content = Content(W1.resized(ROWS))
+        self._server = stack.enter_context(ServerProcess(content.workload, keys=keys))
+        client = stack.enter_context(ReplayClient(self._server.address, as_numpy=True, timeout_s=60.0))
+        client.load(content.episode(tag) for tag in content.tags_to_fill(ROWS))
+        self._stream = client.batches(ring=True)
+        next(self._stream)
+        assert self._stream.transport == "ring", self._stream.transport_reason
+
+    def measure(self, seconds: float) -> tuple[float, float]:
+        """Takes batches for some time; returns batches a second, and CPU seconds a batch of both processes."""
+        take_for(lambda: next(self._stream), WARM_UP_S)
+        cpu = time.process_time() + cpu_seconds(self._server.pid)
+        begin, taken = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - begin) < seconds:
+            for _ in islice(self._stream, 50):
+                taken += 1
+        return taken / elapsed, (time.process_time() + cpu_seconds(self._server.pid) - cpu) / taken
 
 
-def batches_per_s(stream: BatchStream, seconds: float) -> float:
-    """Takes batches for some time, and returns how many a second."""
-    begin, taken = time.perf_counter(), 0
-    while time.perf_counter() < begin + seconds:
-        for _ in islice(stream, 50):
-            taken += 1
-    return taken / (time.perf_counter() - begin)
-
-
-def cost() -> Interval:
-    """Measures a ring with a limit that does not bind over one without."""
-    free, limited = make_config(samples_per_insert=0), make_config(samples_per_insert=TARGET, tolerance=1e15)
-    with (
-        ServerThread(free, filled(free)) as first,
-        ServerThread(limited, filled(limited)) as second,
-        ReplayClient(first.address) as one,
-        ReplayClient(second.address) as two,
-        one.batches(ring=True) as without,
-        two.batches(ring=True) as within,
-    ):
-        for stream in (without, within):
-            batches_per_s(stream, SLICE_S)
-        speeds = [(batches_per_s(within, SLICE_S), batches_per_s(without, SLICE_S)) for _ in range(ROUNDS)]
-        assert (without.transport, within.transport) == ("ring", "ring")
-    return ratio_interval([over for over, _ in speeds], [under for _, under in speeds])
+def cost() -> tuple[Interval, Interval]:
+    """Returns the ratio of a ring with a limit that does not bind to one without: of its batches a second, and of its CPU time a batch."""
+    limit = {"TOUCHLINE_RATE__SAMPLES_PER_INSERT": str(TARGET), "TOUCHLINE_RATE__TOLERANCE": "1e15"}
+    with ExitStack() as stack:
+        sides = [RingLearner(stack, {}), RingLearner(stack, limit)]
+        rounds = []
+        for number in range(ROUNDS):
+            order = (0, 1) if number % 2 else (1, 0)
+            measured = {side: sides[side].measure(SLICE_S) for side in order}
+            rounds.append((measured[1], measured[0]))
+    speeds, cpus = ([(within[kind], without[kind]) for within, without in rounds] for kind in (0, 1))
+    return ratio_interval(*zip(*speeds, strict=True)), ratio_interval(*zip(*cpus, strict=True))
 
 
 def band(seconds: float = SECONDS) -> tuple[float, float, float, list[float]]:
@@ -88,7 +98,7 @@ def band(seconds: float = SECONDS) -> tuple[float, float, float, list[float]]:
     Returns:
         The ratio at the end, the tolerance, the lowest and the highest number of slices owed in turn, once a second.
     """
-    config = make_config(samples_per_insert=TARGET)
+    config = make_config()
     with ServerThread(config) as server:
         roles = ["actor"] * ACTORS + ["learner"] * LEARNERS
         command = [sys.executable, "-m", "benchmarks.rate"]
@@ -123,20 +133,22 @@ def play(role: str, address: str) -> None:
 
 def main() -> None:
     """Measures both, prints them and writes the page."""
-    ring = cost()
+    speed, cpu = cost()
     ratio, tolerance, steps, owed = band()
     settled = owed[SETTLING_S:]
     inside = sum(abs(value) <= tolerance for value in settled)
-    found = f"{ring.median:.3f} (95 %: {ring.low:.3f} to {ring.high:.3f})"
+    found, used = (f"{ratio.median:.3f} (95 %: {ratio.low:.3f} to {ratio.high:.3f})" for ratio in (speed, cpu))
     text = (
         "# Rate limits\n\n"
         f"`python -m benchmarks.rate`. W1's rows and batches (256 slices, horizon 3), a store of {ROWS:,} rows.\n\n"
         "| | measured | bar |\n|---|---|---|\n"
-        f"| ring with a limit that does not bind / without, {ring.count} rounds | {found} | at least 0.97 |\n"
+        f"| ring with a limit that does not bind / without, batches a second, {speed.count} rounds | {found} | at least 0.97 |\n"
+        f"| the same, CPU time a batch of server and learner | {used} | |\n"
         f"| seconds within the band of {TARGET:g} slices per step, {ACTORS} actors and {LEARNERS} learners, all but the first {SETTLING_S} "
         f"| {inside} of {len(settled)} | all |\n\n"
         f"Ratio at the end: {ratio:.4f} slices per step over {steps:,.0f} steps. Slices owed, once a second: {min(settled):,.0f} to "
-        f"{max(settled):,.0f}, tolerance {tolerance:,.0f}.\n"
+        f"{max(settled):,.0f}, tolerance {tolerance:,.0f}.\n\n"
+        f"The sides of the first rows are servers in processes of their own, in turns of {SLICE_S:g} s, each first in every other round.\n"
     )
     print(text)
     NOTE.write_text(text, encoding="utf-8")

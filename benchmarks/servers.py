@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 from benchmarks.protocol import REPOSITORY, WorkerError, child_environment
@@ -19,10 +21,18 @@ class ServerProcess:
         device: ``storage.device``.
         data_dir: ``storage.data_dir``; empty for none.
         durability: ``storage.durability``.
+        keys: other keys of the configuration, by the names of their environment variables.
     """
 
     def __init__(
-        self, workload: Workload, *, tuned: bool = True, device: str = "cpu", data_dir: str = "", durability: str = "batch"
+        self,
+        workload: Workload,
+        *,
+        tuned: bool = True,
+        device: str = "cpu",
+        data_dir: str = "",
+        durability: str = "batch",
+        keys: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         environment = child_environment(tuned=tuned) | {
             "TOUCHLINE_CONFIG__BUFFER_SIZE": str(workload.rows),
@@ -34,6 +44,7 @@ class ServerProcess:
             "TOUCHLINE_STORAGE__DURABILITY": durability,
             "TOUCHLINE_SAMPLING__LAW": workload.law,
             "TOUCHLINE_SAMPLING__SEED": "1",
+            **keys,
         }
         command = [sys.executable, "-m", "touchline_server", "serve", "--port", "0", "--log-level", "error"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=environment, text=True)
