@@ -3,7 +3,7 @@
     touchline-server serve &
     python examples/train_prioritized.py --address 127.0.0.1:50051 --updates 1000
 
-A point drifts in a box and bounces off its walls. Most steps are straight lines, which a small network learns immediately; the few bounces are
+A point drifts in a box and bounces off its walls. Most steps are straight lines, which a small network learns immediately; bounces are
 what it gets wrong. The learner draws by the law `prioritized`, weights each slice's loss by `batch.weight`, and sends the errors of the
 batch's transitions back with `update_priorities`. Each line of JSON has the share of bounces in the batches since the last one, beside
 their share in what is stored, which is what uniform draws would have: that is what the law changed. The actor adds an episode after every
