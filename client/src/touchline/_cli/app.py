@@ -14,6 +14,8 @@ from touchline._cli.doctor.command import doctor
 from touchline._cli.export import export
 from touchline._cli.grouped_help import GroupedCommand, GroupedGroup
 from touchline._cli.load import load
+from touchline._cli.status import status
+from touchline._cli.top import top
 
 LOOK, DATA, SERVER, ROBOTS = "Look at a server", "Move data", "Change a server", "Robots"
 """Groups of commands in the help text."""
@@ -25,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command(cls=GroupedCommand, rich_help_panel=LOOK)(status)
+app.command(cls=GroupedCommand, rich_help_panel=LOOK)(top)
 app.command(cls=GroupedCommand, rich_help_panel=LOOK)(doctor)
 app.command(cls=GroupedCommand, rich_help_panel=LOOK)(bench)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(load)
@@ -54,6 +58,7 @@ def _root(
 
     \b
     Examples:
+      touchline status --address replay-host:50051
       touchline doctor --address replay-host:50051
       touchline load mt30/*.pt --address replay-host:50051
       touchline export everything.h5 --address replay-host:50051

@@ -64,4 +64,14 @@ TableName = Annotated[
         autocompletion=complete_table,
     ),
 ]
+TableNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--table",
+        metavar="NAME",
+        help="Only this table. Repeatable. Default: all that the token may use.",
+        rich_help_panel=SERVER,
+        autocompletion=complete_table,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.", rich_help_panel=OUTPUT)]
