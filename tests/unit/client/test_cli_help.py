@@ -12,6 +12,8 @@ from touchline._cli.app import app
 from touchline.datasets import FORMATS
 
 COMMANDS = [
+    ["status"],
+    ["top"],
     ["doctor"],
     ["bench"],
     ["episodes", "list"],

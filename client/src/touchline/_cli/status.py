@@ -66,7 +66,7 @@ def status(
 def print_status(found: ServerStatus, address: str) -> None:
     """Prints a snapshot."""
     first, second = server_lines(found.server, address)
-    print_line(first, "bold")
+    print_grid((), [(first, "bold")])
     print_grid((), [(second, "")])
     for table in found.tables:
         print_line("")

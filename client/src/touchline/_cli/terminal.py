@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,8 +199,14 @@ def report_errors(interrupted: str) -> Iterator[Callable[[], None]]:
         yield check_interrupted
     except KeyboardInterrupt:
         exit_with(interrupted, EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of stdout has had enough, like `head`; nothing is flushed to it at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
     except (UnavailableError, DeadlineError) as error:
-        exit_with(f"no answer: {escape(str(error))}\nRun the same command again to retry.", EXIT_FAILED)
+        exit_with(
+            f"no answer: {escape(str(error))}\nRun the same command again to retry; touchline doctor says what is wrong.", EXIT_FAILED
+        )
     except (DatasetError, SpoolError, OSError) as error:
         exit_with(escape(str(error)), EXIT_FAILED)
     except TouchlineError as error:

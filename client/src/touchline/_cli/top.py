@@ -92,7 +92,7 @@ def _watch(client: ReplayClient, address: str, tables: list[str], interval_s: fl
                     screen.press(key, feed)
                 if isinstance(feed.error, FINAL_ERRORS):
                     break
-                live.update(screen.draw(feed, console.width, console.height), refresh=True)
+                live.update(screen.draw(feed, console), refresh=True)
         if isinstance(feed.error, FINAL_ERRORS):
             raise feed.error
 

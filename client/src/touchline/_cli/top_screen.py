@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -35,6 +35,8 @@ KEYS = (
     "q quit   space pause   < > sort   r reverse   + - interval   a actors   l learners   n N page   h keys",
     "q quit  space pause  < > sort  h keys",
 )
+QUIET = (Verdict.IDLE, Verdict.BALANCED)
+"""Verdicts that need no attention."""
 HELP = """\
 q          quit
 space, p   pause, and go on
@@ -98,19 +100,19 @@ class TopScreen:
     def _move_sort(self, step: int) -> None:
         self._sorted_by = (self._sorted_by + step) % len(COLUMNS)
 
-    def draw(self, feed: StatusFeed, width: int, height: int) -> RenderableType:
-        """Returns the screen for a terminal of a size."""
+    def draw(self, feed: StatusFeed, console: Console) -> RenderableType:
+        """Returns the screen for a terminal as large as it is now."""
         status = self._paused or feed.status
         if status is None:
             return Text("waiting for the first snapshot")
-        head = self._head(status, feed, width)
-        foot = [self._foot(width)]
+        foot = self._foot(console.width)
         if self._helping:
-            return Group(*head, Text(), Text(HELP), *foot)
-        room = height - sum(_lines_of(part, width) for part in head) - len(foot)
-        return Group(*head, *self._connections(status, width, room), *foot)
+            return Group(Text(HELP, no_wrap=True, overflow="ellipsis"), foot)
+        head = self._head(status, feed, console.width, max_tables=max(console.height // 4, 2))
+        room = console.height - len(console.render_lines(Group(*head), pad=False)) - 1
+        return Group(*head, *self._connections(status, console.width, room), foot)
 
-    def _head(self, status: ServerStatus, feed: StatusFeed, width: int) -> list[RenderableType]:
+    def _head(self, status: ServerStatus, feed: StatusFeed, width: int, *, max_tables: int) -> list[RenderableType]:
         first, second = server_lines(status.server, self._address)
         head: list[RenderableType] = [Text(escape(first), style="bold", no_wrap=True, overflow="ellipsis"), Text(second)]
         if self._paused is not None:
@@ -118,14 +120,15 @@ class TopScreen:
         elif feed.error is not None:
             age = duration_text(time.monotonic() - feed.changed_s)
             head.append(Text(f"NO ANSWER, this is of {age} ago: {escape(str(feed.error))}", style="bold red"))
-        head += [Text(), _tables(status.tables, width)]
-        head += [
-            _sentence(table) for table in status.tables if table.verdict_text and table.verdict not in (Verdict.IDLE, Verdict.BALANCED)
-        ]
+        tables = sorted(status.tables, key=lambda table: table.verdict in QUIET)[:max_tables]
+        head += [Text(), _tables(tables, width)]
+        if len(tables) < len(status.tables):
+            head.append(Text(f"and {len(status.tables) - len(tables):,} more tables: --table NAME", style="dim"))
+        head += [_sentence(table) for table in tables[: max_tables // 2] if table.verdict_text and table.verdict not in QUIET]
         if is_restoring(status):
             head += [
                 Text(f"{table_name(table.table)}: {line}")
-                for table in status.tables
+                for table in tables[: max_tables // 2]
                 for label, line in table_lines(table)
                 if label == "disk"
             ]
@@ -146,7 +149,8 @@ class TopScreen:
         begin = self._page * size
         shown: list[RenderableType] = [connection_table.make_table(rows[begin : begin + size], width, sorted_by=self._sorted_by)]
         if pages > 1:
-            shown.append(Text(f"{begin + 1} to {min(begin + size, len(rows))} of {_describe(rows)}; n N pages"))
+            text = f"{begin + 1} to {min(begin + size, len(rows))} of {_describe(rows)}; n N pages"
+            shown.append(Text(text, no_wrap=True, overflow="ellipsis"))
         return shown
 
     def _foot(self, width: int) -> Text:
@@ -203,11 +207,3 @@ def _table_row(table: TableStatus, *, wide: bool) -> list[Text]:
         sizes = [size_text(per_s(amount, minute)) for amount in (minute.bytes_in, out_bytes)]
         cells += [*sizes, f"{table.counts.episodes_stored:,}", age]
     return [Text(cell, style=VERDICT_STYLES[table.verdict] if number == 1 else "") for number, cell in enumerate(cells)]
-
-
-def _lines_of(part: RenderableType, width: int) -> int:
-    """Returns how many lines a part of the head takes on a screen of a width."""
-    if isinstance(part, Table):
-        return part.row_count + 1
-    text = str(part)
-    return 1 if isinstance(part, Text) and part.no_wrap else max(1, -(-len(text) // width))
