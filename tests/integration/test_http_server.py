@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +16,7 @@ import pytest
 
 from support.certificates import Authority
 from support.pages import request
-from support.service_calls import ServerProcess, make_config
+from support.service_calls import DEADLINE_S, ServerProcess, make_config
 from touchline_server import Config, ConfigError
 from touchline_server.http import exposure
 from touchline_server.service.app import AddressInUseError, ServerThread
@@ -133,6 +134,39 @@ def test_other_machines_without_tokens_are_a_warning_and_tokens_without_tls_an_e
 
     with pytest.raises(ConfigError, match=r"http.host: '0.0.0.0' without tls.cert, expected TLS"):
         ServerThread(config_of(http={"host": "0.0.0.0"}, auth=tokens_file(tmp_path)), http=True)
+
+
+def closes(connection: socket.socket) -> bool:
+    """Waits until the server closes a connection."""
+    connection.settimeout(DEADLINE_S)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline_server.http.connections.FIRST_REQUEST_S", 0.2)
+    with ServerThread(config_of(), http=True) as server:
+        host, _, port = server.http_address.partition(":")
+        with socket.create_connection((host, int(port))) as silent, socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+
+            assert closes(silent) and closes(slow)
+        assert request(server.http_address, "/healthz").status == 200
+
+
+def test_connection_beyond_the_most_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("touchline_server.http.connections.MAX_CONNECTIONS", 2)
+    with ServerThread(config_of(), http=True) as server:
+        host, _, port = server.http_address.partition(":")
+        with ExitStack() as stack:
+            first, second, third = (stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3))
+
+            assert closes(third)
+            for connection in (first, second):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 # Whom it answers

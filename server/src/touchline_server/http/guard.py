@@ -30,7 +30,8 @@ HEADERS = {
     # Scripts, styles, images and connections: only this server's own. Nothing may frame the page.
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'",
     "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
+    # Not "no-referrer", with which a browser would send the login's form without its origin.
+    "referrer-policy": "same-origin",
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }

@@ -25,9 +25,6 @@ logger = get_logger(__name__)
 BACKLOG = 64
 """Connections that may wait to be accepted."""
 
-MAX_CONNECTIONS = 256
-"""Most connections; further ones are answered by the status 503."""
-
 CLOSING_S = 1
 """Time for the last answers when the server stops."""
 
@@ -105,18 +102,19 @@ class HttpServer:
     def _uvicorn_config(self, application: object) -> uvicorn.Config:
         import uvicorn
 
+        from touchline_server.http.connections import LimitedConnection
+
         tls = self._config.tls
         return uvicorn.Config(
             application,  # type: ignore[arg-type]
             loop="asyncio",
-            http="h11",
+            http=LimitedConnection,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=CLOSING_S,
             h11_max_incomplete_event_size=16_384,
             ssl_certfile=tls.cert or None,

@@ -50,7 +50,7 @@ class Chart {
         stroke: colour(one.colour), width: 1.6, dash: one.dash, points: { show: false }, spanGaps: false,
         fill: one.fill ? `color-mix(in srgb, ${colour(one.colour)} 14%, transparent)` : undefined,
       }))],
-      hooks: { setCursor: [(plot) => this.#values(plot.cursor.idx)] },
+      hooks: { setCursor: [(plot) => this.values(plot.cursor.idx)] },
     };
   }
 
@@ -58,7 +58,7 @@ class Chart {
     this.data = data;
     if (!this.plot) this.plot = new uPlot(this.options(), data, this.area);
     else this.plot.setData(data);
-    this.#values(this.plot.cursor.idx);
+    this.values(this.plot.cursor.idx);
   }
 
   restyle() {
@@ -85,9 +85,12 @@ class Chart {
     return [low - pad, high + pad];
   }
 
-  #values(at) {
-    const last = this.data[0].length - 1;
-    const shown = at === null || at === undefined ? last : at;
+  resting() {
+    return this.data[0].length - 1;
+  }
+
+  values(at) {
+    const shown = at === null || at === undefined ? this.resting() : at;
     const texts = this.series.map((one, number) => {
       const value = shown < 0 ? null : this.data[number + 1][shown];
       return value === null || value === undefined ? NONE : this.text(value);
@@ -133,10 +136,19 @@ export class RowChart extends Chart {
     return options;
   }
 
+  /** The place of the marked row, whose values the legend shows while the cursor is elsewhere. */
+  resting() {
+    const rows = this.data[0];
+    if (this.marked === null) return rows.length - 1;
+    const after = rows.findIndex((row) => row >= this.marked);
+    return after < 0 ? rows.length - 1 : after;
+  }
+
   /** Marks the row that the image shows. */
   mark(row) {
     this.marked = row;
     this.plot?.redraw(false);
+    this.values(null);
   }
 
   #drawMark(plot) {

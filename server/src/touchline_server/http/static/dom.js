@@ -131,7 +131,8 @@ export class Facts {
     let entry = this.kept.get(name);
     if (!entry) {
       entry = { main: element("span", { className: "main" }), note: element("span", { className: "note" }) };
-      entry.box = element("div", {}, element("dt", {}, name), element("dd", {}, entry.main, entry.note));
+      entry.text = element("dd", {}, entry.main, entry.note);
+      entry.box = element("div", {}, element("dt", {}, name), entry.text);
       this.list.append(entry.box);
       this.kept.set(name, entry);
     }
@@ -139,7 +140,7 @@ export class Facts {
     put(entry.note, note);
     entry.box.classList.toggle("warn", warn);
     if (bar !== null) {
-      entry.bar ??= entry.box.appendChild(element("progress", { max: 1, "aria-label": name }));
+      entry.bar ??= entry.text.appendChild(element("progress", { max: 1, "aria-label": name }));
       entry.bar.value = bar;
     }
     entry.box.hidden = false;

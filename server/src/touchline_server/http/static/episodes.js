@@ -4,7 +4,7 @@ import { byId, element, Facts, LiveTable, put } from "./dom.js";
 import * as format from "./format.js";
 
 const PAGE = 12;
-const STRIP = 24;
+const STRIP = 30;
 const THUMB = 96;
 const FRAME = 320;
 const PLAY_MS = 66;

@@ -22,40 +22,40 @@ export function short(value) {
 export function compact(value) {
   if (value === null || value === undefined) return NONE;
   const size = Math.abs(value);
-  for (const [unit, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) if (size >= unit) return `${short(value / unit)} ${name}`;
+  for (const [unit, name] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) if (size >= unit) return `${short(value / unit)}\u00a0${name}`;
   return Number.isInteger(value) ? whole(value) : short(value);
 }
 
 export function bytes(value) {
   if (value === null || value === undefined) return NONE;
-  for (const [unit, name] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) if (value >= unit) return `${short(value / unit)} ${name}`;
-  return `${whole(value)} B`;
+  for (const [unit, name] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) if (value >= unit) return `${short(value / unit)}\u00a0${name}`;
+  return `${whole(value)}\u00a0B`;
 }
 
 /** A duration: 340 µs, 12.3 ms, 4.5 s, 3 min 20 s, 2 h 5 min, 3 d 4 h. */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || seconds < 0) return NONE;
-  if (seconds === 0) return "0 s";
-  if (seconds < 1e-3) return `${short(seconds * 1e6)} µs`;
-  if (seconds < 1) return `${short(seconds * 1e3)} ms`;
-  if (seconds < 60) return `${fixed(seconds, seconds < 10 ? 1 : 0)} s`;
+  if (seconds === 0) return "0\u00a0s";
+  if (seconds < 1e-3) return `${short(seconds * 1e6)}\u00a0µs`;
+  if (seconds < 1) return `${short(seconds * 1e3)}\u00a0ms`;
+  if (seconds < 60) return `${fixed(seconds, seconds < 10 ? 1 : 0)}\u00a0s`;
   const parts = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
   const first = parts.findIndex(([unit]) => seconds >= unit);
   const [[unit, name], [nextUnit, nextName]] = [parts[first], parts[first + 1]];
   const rest = Math.floor((seconds % unit) / nextUnit);
-  return `${Math.floor(seconds / unit)} ${name}${rest ? ` ${rest} ${nextName}` : ""}`;
+  return `${Math.floor(seconds / unit)} ${name}${rest ? `\u00a0${rest}\u00a0${nextName}` : ""}`;
 }
 
 /** A duration in one unit, for an axis. */
 export function span(seconds) {
   const [unit, name] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([size]) => seconds >= size) ?? [1, "s"];
-  return `${Number((seconds / unit).toFixed(1))} ${name}`;
+  return `${Number((seconds / unit).toFixed(1))}\u00a0${name}`;
 }
 
-export const ago = (seconds) => (seconds === null || seconds === undefined || seconds < 0 ? NONE : seconds < 1 ? "now" : `${duration(Math.floor(seconds))} ago`);
+export const ago = (seconds) => (seconds === null || seconds === undefined || seconds < 0 ? NONE : seconds < 1 ? "now" : `${seconds < 60 ? `${Math.floor(seconds)}\u00a0s` : duration(seconds)} ago`);
 
 export const clock = (unixS) => CLOCK.format(new Date(unixS * 1000));
 
-export const percent = (share) => (share === null || share === undefined ? NONE : `${fixed(100 * share, share && share < 0.1 ? 1 : 0)} %`);
+export const percent = (share) => (share === null || share === undefined ? NONE : `${fixed(100 * share, share && share < 0.1 ? 1 : 0)}%`);
 
 export const tableName = (name) => name || "default";

@@ -12,6 +12,7 @@ const VERDICTS = {
   "": "Not known yet",
 };
 const STATES = { restoring: "Restoring the store", draining: "Stopping" };
+const UNCOUNTED = "This server keeps no metrics ([metrics] enabled = false), so only what it stores is shown.";
 const SPANS = { fine: 300, coarse: 3600 };
 const WINDOWS = { 60: "1 minute", 600: "10 minutes", 3600: "1 hour", 0: "since the start" };
 
@@ -27,14 +28,20 @@ export function verdictOf(status, table) {
 }
 
 export class Verdict {
+  constructor() {
+    this.facts = new Facts(byId("waits"));
+  }
+
   show(status, table) {
+    const waited = [["Learners waited", table.learners_waited_s, "learners_wait"], ["Actors waited", table.actors_waited_s, "actors_wait"]];
+    for (const [name, seconds, verdict] of waited) this.facts.set(name, format.duration(seconds), { value: seconds, note: "in the last minute", warn: table.verdict === verdict });
     const { name, kind } = verdictOf(status, table);
     byId("verdict").dataset.verdict = kind;
     put(byId("verdict-name"), name);
     const store = table.durability;
     const restoring = status.server.state === "restoring" && store !== null && store.restore_rows > 0;
     const text = restoring ? `${format.whole(store.restored_rows)} of ${format.whole(store.restore_rows)} rows are read.` : table.verdict_text;
-    put(byId("verdict-text"), text || "No episode has been added, and no batch was asked for.");
+    put(byId("verdict-text"), text || (table.flows.length ? "" : UNCOUNTED));
     byId("restore").hidden = !restoring;
     if (restoring) byId("restore-bar").value = store.restored_rows / store.restore_rows;
   }
@@ -60,9 +67,7 @@ export class Tiles {
     this.#ratio(table, minute);
     this.#fill(table);
     this.#age(table);
-    this.facts.set("Waited in the last minute", `${format.duration(table.learners_waited_s)} learners`, {
-      value: table.learners_waited_s, note: `${format.duration(table.actors_waited_s)} actors`, warn: table.verdict.endsWith("_wait"),
-    });
+    this.#lag(table);
   }
 
   #ratio(table, minute) {
@@ -92,13 +97,20 @@ export class Tiles {
   }
 
   #age(table) {
-    const newest = table.newest_policy_version;
-    const lag = (mean) => (newest === null || mean === null ? format.NONE : format.short(newest - mean));
-    const versions = newest ? ` · policy ${format.whole(newest)}, ${lag(table.mean_sampled_policy_version)} behind when sampled` : "";
     const sampled = table.mean_sampled_s >= 0 ? table.mean_sampled_s : null;
     this.facts.set("Age of the data", format.duration(sampled ?? table.median_stored_s), {
       value: sampled ?? table.median_stored_s,
-      note: `${sampled === null ? "median, stored" : "mean, as sampled"} · oldest ${format.duration(table.oldest_stored_s)}${versions}`,
+      note: `${sampled === null ? "median, stored" : "mean, as sampled"} · oldest ${format.duration(table.oldest_stored_s)}`,
+    });
+  }
+
+  /** How many versions the data are behind the newest policy that has played. */
+  #lag(table) {
+    const newest = table.newest_policy_version;
+    const lag = (mean) => (newest === null || mean === null ? null : newest - mean);
+    const [stored, sampled] = [lag(table.mean_stored_policy_version), lag(table.mean_sampled_policy_version)];
+    this.facts.set("Policy lag", `${format.short(sampled ?? stored)} versions`, {
+      value: sampled ?? stored, note: `${sampled === null ? "mean, stored" : `mean, as sampled · ${format.short(stored)} stored`} · newest ${format.whole(newest)}`,
     });
   }
 }

@@ -5,7 +5,7 @@ Starts a server with a durable store, actors that play a small ball game with im
 Chromium and takes a picture of what it shows. Needs Debian's packages ``chromium`` and ``chromium-driver``, and Selenium
 (``pip install selenium``).
 
-    python docs/make_screenshots.py --seconds 90
+    python docs/site/make_screenshots.py --seconds 90
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from touchline import InvalidEpisodeError, ReplayClient, TouchlineError
 
-IMAGES = Path(__file__).with_name("images")
+IMAGES = Path(__file__).parents[1] / "images"
 MAX_BYTES = 250_000
 SIDE = 64
-COLOURS = 128
 ENVIRONMENT = {
     "TOUCHLINE_CONFIG__BUFFER_SIZE": "60000",
     "TOUCHLINE_CONFIG__BATCH_SIZE": "32",
@@ -86,16 +85,16 @@ def act(address: str, name: str, seed: int, over: threading.Event) -> None:
             version += 1
             episode = play(rng, skill=min(1.0, 0.2 + version / 60))
             if seed % 6 == 5 and version % 12 == 11:
-                episode["reward"] = episode["reward"][:-1]
+                episode["obs.state"] = episode["obs.state"][:, :7]
             with suppress(InvalidEpisodeError):
                 client.add(episode, policy_version=version)
 
 
-def learn(address: str, over: threading.Event, *, ring: bool, interval_s: float) -> None:
-    """Takes batches until ``over`` is set."""
+def learn(address: str, over: threading.Event, *, ring: bool) -> None:
+    """Takes batches until ``over`` is set: through the ring 20 a second, otherwise 10."""
     with ReplayClient(address, as_numpy=True) as client, suppress(TouchlineError):
         for _ in client.batches(ring=ring):
-            if over.wait(interval_s):
+            if over.wait(0.05 if ring else 0.1):
                 return
 
 
@@ -108,20 +107,19 @@ def serving() -> Iterator[tuple[str, str]]:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
         address, page = (server.stdout.readline().rpartition(" ")[2].strip() for _ in range(2))
-        over = threading.Event()
-        load = [threading.Thread(target=act, args=(address, f"robot-{number:02d}", number, over)) for number in range(6)]
-        load += [
-            threading.Thread(target=learn, args=(address, over), kwargs={"ring": ring, "interval_s": 0.05 * (2 - ring)})
-            for ring in (True, False)
-        ]
-        for thread in load:
+        played, learnt = threading.Event(), threading.Event()
+        actors = [threading.Thread(target=act, args=(address, f"robot-{number:02d}", number, played)) for number in range(6)]
+        learners = [threading.Thread(target=learn, args=(address, learnt), kwargs={"ring": ring}) for ring in (True, False)]
+        for thread in (*actors, *learners):
             thread.start()
         try:
             yield address, page
         finally:
-            over.set()
-            for thread in load:
-                thread.join()
+            # Actors first: the rate limit would hold them back without learners.
+            for over, threads in ((played, actors), (learnt, learners)):
+                over.set()
+                for thread in threads:
+                    thread.join()
             server.terminate()
             server.wait()
 
@@ -144,12 +142,12 @@ def browsing(width: int, height: int, *, dark: bool) -> Iterator[webdriver.Chrom
 
 
 def save(driver: Any, name: str, width: int, height: int, *, top: int = 0) -> None:
-    """Saves a part of the page as a PNG with a palette, and prints its size."""
+    """Saves a part of the page as a PNG, and prints its size."""
     clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "clip": clip})
     path = IMAGES / f"page-{name}.png"
     path.write_bytes(base64.b64decode(shot["data"]))
-    Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").save(path, optimize=True)
     size = path.stat().st_size
     print(f"{path.name}: {width} x {height}, {size / 1000:.0f} kB")
     assert size <= MAX_BYTES, f"{size} bytes, expected at most {MAX_BYTES}"
@@ -169,8 +167,8 @@ def take(page: str) -> None:
             open_page(driver, page)
             save(driver, "dark" if dark else "light", 1280, 860)
             if not dark:
-                height = driver.execute_script("return document.documentElement.scrollHeight")
-                save(driver, "whole", 1280, height)
+                top = driver.execute_script("return document.querySelector('#flows-title').getBoundingClientRect().top + scrollY")
+                save(driver, "tables", 1280, 860, top=int(top) - 12)
                 driver.find_element(By.CSS_SELECTOR, "#episodes .link").click()
                 WebDriverWait(driver, 60).until(lambda browser: browser.find_elements(By.CSS_SELECTOR, "#episode-plots .u-over"))
                 driver.execute_script("document.querySelectorAll('.strip button')[9].click()")
