@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -418,7 +417,6 @@ def test_example_learns(tmp_path: Path) -> None:
             text=True,
             timeout=300,
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
         assert finished.returncode == 0, finished.stderr
