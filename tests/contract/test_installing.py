@@ -83,15 +83,19 @@ def commands(page: Path) -> list[str]:
     return re.findall(r"pip install ((?:[\w./\[\],=<>-]+|\"[^\"]*\"|'[^']*'|[ ](?=[^ #]))+)", page.read_text("utf-8"))
 
 
+def extras_of(place: str) -> list[str]:
+    return [extra for extra in place.partition("[")[2].rstrip("]").split(",") if extra]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_install_existing_distributions(page: Path) -> None:
     for command in commands(page):
         places = [word.strip("\"'") for word in command.split() if word.strip("\"'").startswith("./")]
         folders = [place.partition("[")[0] for place in places]
-        extras = [extra for place in places for extra in place.partition("[")[2].rstrip("]").split(",") if extra]
         assert "touchline[" not in command, command
         assert all((ROOT / folder / "pyproject.toml").is_file() for folder in folders), command
-        assert set(extras) <= set(EXTRAS), command
+        for place, folder in zip(places, folders, strict=True):
+            assert set(extras_of(place)) <= set(project(folder).get("optional-dependencies", ())), command
         assert not folders or folders[0] == "./protos", f"{command}: client and server need protos, which no index has"
 
 
