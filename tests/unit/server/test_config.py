@@ -186,6 +186,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
     "tls": {"cert": "a.pem", "key": "b.pem", "client_ca": "c.pem"},
     "auth": {"tokens_file": "tokens.toml", "allow_plaintext": True},
     "http": {"enabled": "on", "host": "0.0.0.0", "port": 0},
+    "metrics": {"enabled": False},
 }
 """A value other than the default for every key except ``recent_half_life``, which excludes ``recent_steps``."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from touchline._actor.queue import EpisodeQueue, Peeked, QueueTicket
 from touchline._actor.recipient import EpisodeRecipient
@@ -12,6 +13,7 @@ from touchline._actor.sender_status import SenderState, SenderStatus, StopSendin
 from touchline._actor.traces import EpisodeTraces
 from touchline._rpc import waits
 from touchline._rpc.calls import Backoff, delay_before_retry
+from touchline._rpc.spool_note import from_spool
 from touchline.errors import (
     ClosedError,
     DeadlineError,
@@ -149,7 +151,7 @@ class SendLoop:
         """
         episodes = [(ticket.key, content) for ticket, content in group]
         try:
-            with self._traces.sending([key for key, _ in episodes]):
+            with self._traces.sending([key for key, _ in episodes]), self._noting_spool(len(episodes)):
                 answered = list(self._client.deliver_all(episodes, table=group[0][0].table))
             return [result.error for results in answered for result in results]
         except TouchlineError as error:
@@ -158,6 +160,12 @@ class SendLoop:
             logger.exception("%s: a call with %d episodes failed, each is sent by itself", self._name, len(group))
         self._send_singly_left = len(group)
         return None
+
+    def _noting_spool(self, episodes: int) -> AbstractContextManager[None]:
+        """Adds to the calls in a block how much waits in the spool besides this many episodes, if there is a spool."""
+        if not self._queue.spool_dir:
+            return nullcontext()
+        return from_spool(self._status.pending - episodes, self._queue.size_bytes)
 
     def _send_or_refuse(self, ticket: QueueTicket, content: Episode | TouchlineError) -> TouchlineError | None:
         return self._send(content, ticket.table) if isinstance(content, Episode) else content
@@ -181,7 +189,7 @@ class SendLoop:
         failures = 0
         while True:
             try:
-                with self._traces.sending([episode.key]):
+                with self._traces.sending([episode.key]), self._noting_spool(1):
                     self._client.deliver(episode, table=table)
             except (UnavailableError, DeadlineError, OverLimitError) as error:  # passes by itself: retry without limit
                 reason: TouchlineError = error

@@ -16,6 +16,7 @@ import grpc
 
 from touchline._rpc.channel import ServerChannel
 from touchline._rpc.fork import gate
+from touchline._rpc.spool_note import spool_metadata
 from touchline._rpc.tls_failures import explain
 from touchline._rpc.waits import Wait, waiting
 from touchline.errors import (
@@ -317,7 +318,7 @@ class RpcClient:
             return method(request, metadata=self._call_metadata())
 
     def _call_metadata(self) -> tuple[tuple[str, str], ...]:
-        return (*self._metadata, *trace_metadata())
+        return (*self._metadata, *spool_metadata(), *trace_metadata())
 
     def translate(self, error: Exception) -> TouchlineError:
         """Returns the client's error for a failed call.

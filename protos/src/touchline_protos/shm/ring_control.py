@@ -18,8 +18,10 @@ import mmap
 import os
 import secrets
 import time
+from bisect import bisect_left
 
 from touchline_protos.shm import sealed_memory
+from touchline_protos.types.status import LATENCY_BOUNDS_S
 
 MAGIC = 0x31_474E_4952_4C54  # "TLRING1", little-endian
 MAX_SLOTS = 64
@@ -42,10 +44,14 @@ _HEAD, _PRODUCER_SLEEPS = 8, 9
 _FREED, _CONSUMER_SLEEPS = 16, 17
 # The consumer's count of taken slots, beside its others. Consumers up to 1.0 leave it at 0.
 _TAKEN = 18
+# How long the consumer has waited for slots, in nanoseconds, and whether it measures that at all. Consumers up to 1.1 leave both at 0.
+_WAITED_NS, _MEASURES = 19, 20
 # Three arrays of MAX_SLOTS words: the order of publication, each slot's state, and how many actors' names its batch needs.
 _ORDER = 64
 _STATES = _ORDER + MAX_SLOTS
 _ACTORS = _STATES + MAX_SLOTS
+# The consumer's counts of its waits by their duration: see LATENCY_BOUNDS_S. Takes without a wait are not counted.
+_WAITS = _ACTORS + MAX_SLOTS
 _FREE, _USED = 0, 1
 
 _FUTEX_CALL = 202  # x86-64
@@ -161,6 +167,18 @@ class ProducerControl(_RingControl):
         # The consumer writes the word, so it may hold anything.
         return max(self._head - used, min(self._words[_TAKEN], self._head))
 
+    def consumer_waits(self) -> tuple[int, float, list[int]] | None:
+        """Returns the slots that the learner has taken, the seconds that it waited for them, and its waits by their duration; None if it
+        does not measure that. From any thread.
+        """
+        words = self._words
+        if not words[_MEASURES]:
+            return None
+        # The consumer writes these words, so they may hold anything.
+        taken = min(max(words[_TAKEN], 0), self._head)
+        buckets = [min(max(count, 0), taken) for count in words[_WAITS : _WAITS + len(LATENCY_BOUNDS_S) + 1]]
+        return taken, max(words[_WAITED_NS], 0) / 1e9, buckets
+
     def wait_freed(self) -> None:
         """Returns once a slot was freed, another thread interrupted, or :data:`SHORT_SLEEP_S` passed, even if slots are free already."""
         self._sleep(_FREED, self._words[_FREED], _PRODUCER_SLEEPS, max_s=SHORT_SLEEP_S, spin_s=0)
@@ -184,6 +202,9 @@ class ConsumerControl(_RingControl):
         self._frees = itertools.count(1)
         self._held = [False] * slots
         self._interrupted = False
+        self._waiting_ns = 0
+        """Duration of the wait for the next slot so far."""
+        self._words[_MEASURES] = 1
 
     def matches(self, token: bytes, slot_size_bytes: int) -> bool:
         """Returns whether the words are those that :meth:`ProducerControl.initialize` writes with these arguments."""
@@ -204,7 +225,11 @@ class ConsumerControl(_RingControl):
         """
         words = self._words
         if words[_HEAD] == self._taken and not self._interrupted:
+            begin = time.perf_counter_ns()
             self._sleep(_HEAD, self._taken, _CONSUMER_SLEEPS)
+            slept_ns = time.perf_counter_ns() - begin
+            self._waiting_ns += slept_ns
+            words[_WAITED_NS] += slept_ns
         if words[_HEAD] == self._taken:
             return None
         # Loads are not reordered with each other: HEAD was seen to count this publication, so its order, names and bytes are there.
@@ -214,6 +239,9 @@ class ConsumerControl(_RingControl):
         self._taken += 1
         self._held[slot] = True
         words[_TAKEN] = self._taken
+        if self._waiting_ns:
+            words[_WAITS + bisect_left(LATENCY_BOUNDS_S, self._waiting_ns / 1e9)] += 1
+            self._waiting_ns = 0
         return slot, words[_ACTORS + slot]
 
     def free(self, slot: int) -> None:

@@ -12,8 +12,8 @@ CLIENT_METADATA_KEY = "touchline-client"
 """Metadata of a call: the client's version, as in HTTP's User-Agent: ``touchline/0.2.0 python/3.11.2``. For the server's status only."""
 
 SPOOL_METADATA_KEY = "touchline-spool"
-"""Metadata of a call with episodes from a spool: ``EPISODES,BYTES`` that wait in it besides those of the call. For the server's status
-only."""
+"""Metadata of a call with episodes from a spool: ``EPISODES,BYTES``, how many wait in it besides those of the call, and its size on disk.
+For the server's status only."""
 
 REASON_METADATA_KEY = "touchline-reason"
 """Trailing metadata of a failed call: a :class:`~touchline_protos.types.reasons.Reason`."""

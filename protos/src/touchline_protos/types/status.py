@@ -476,7 +476,7 @@ class ActorStatus(_Status):
     spool_episodes: int | None = None
     """Episodes in the actor's spool, as it said last; None without one."""
     spool_bytes: int | None = None
-    """Bytes of these episodes."""
+    """Bytes that the spool occupies on the actor's disk."""
     others: int = 0
     """If not 0: the entry sums this many actors beyond those that are named."""
 

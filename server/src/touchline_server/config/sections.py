@@ -297,6 +297,13 @@ class HttpConfig(Section):
     """TCP port. 0 takes a free one, which the server prints."""
 
 
+class MetricsConfig(Section):
+    """What the server counts while it works, for ``touchline status``, the web page and Prometheus."""
+
+    enabled: bool = True
+    """Whether to count flows, waits, latencies, actors, learners and refusals. Without, status shows only what is stored and configured."""
+
+
 MOVED_KEYS = {
     ("server", key): ("ring" if key in ("max_rings", "max_ring_bytes") else "limits", key)
     for key in (

@@ -24,6 +24,7 @@ from touchline_server.config.sections import (
     BufferConfig,
     HttpConfig,
     LimitsConfig,
+    MetricsConfig,
     RateConfig,
     RingConfig,
     SamplingConfig,
@@ -77,6 +78,7 @@ class Config(Section):
     tls: TlsConfig = TlsConfig()
     auth: AuthConfig = AuthConfig()
     http: HttpConfig = HttpConfig()
+    metrics: MetricsConfig = MetricsConfig()
     tables: Mapping[Annotated[str, AfterValidator(check_table_name)], TableConfig] = {}
     _table: str = PrivateAttr("")
 

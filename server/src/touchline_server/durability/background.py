@@ -61,6 +61,15 @@ class BackgroundCommitter(ABC):
         """The state of the disk."""
         return self._sqlite.monitor
 
+    @property
+    def database_journal(self) -> SqliteJournal:
+        """The journal that writes to the database."""
+        return self._sqlite
+
+    @abstractmethod
+    def pending(self) -> tuple[int, int]:
+        """Returns the episodes that are accepted and not committed yet, and their bytes. From any thread."""
+
     def check_writable(self) -> None:
         """Raises StorageFailedError if nothing can be added any more, or not by this process."""
         self._sqlite.check_writable()

@@ -17,6 +17,8 @@ logger = get_logger(__name__)
 
 LOCK_NAME = "lock"
 MARK_NAME = "acknowledged"
+SNAPSHOT_STAMP = "last-snapshot"
+"""Name of an empty file whose time is that of the last snapshot."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -53,6 +53,10 @@ class GroupCommitter(BackgroundCommitter):
         self._queued_bytes = 0
         super().__init__(writes, journal)
 
+    def pending(self) -> tuple[int, int]:
+        """Returns the episodes that are queued and not committed yet, and their bytes."""
+        return len(self._queue), self._queued_bytes
+
     def submit(self, episode: Episode) -> CommitFuture:
         """Queues an episode; waits only while the queue is full. Its arrays must not change until the future is done."""
         self.check_writable()

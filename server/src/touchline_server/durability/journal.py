@@ -10,17 +10,20 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from touchline_protos import Counts
 from touchline_protos.log_lines import get_logger
-from touchline_server.durability.data_dir import DataDir
+from touchline_server.durability.data_dir import SNAPSHOT_STAMP, DataDir
 from touchline_server.durability.database import FILE_NAME, Database
 from touchline_server.durability.records import Change, make_change
 from touchline_server.durability.storage_state import UNCERTAIN, StorageState
 from touchline_server.errors import ReplayError, StorageFailedError, StorageFullError, StorageUncertainError
+from touchline_server.metrics.histogram import Histogram
 from touchline_server.store.inserts import PlannedInsert
 from touchline_server.store.plan import InsertPlan
 
@@ -68,6 +71,9 @@ class SqliteJournal:
         self._reserved = next_id
         self._unsynced_since: float | None = None
         self._may_shrink = True
+        self.syncs = Histogram()
+        """Durations of what makes commits durable: an fsync, or a commit that includes one."""
+        self._counting = threading.Lock()
         self._refused_bytes = 0
         """Payload that a full disk refused last."""
         self.monitor = database.monitor
@@ -160,7 +166,10 @@ class SqliteJournal:
         self._database.checkpoint_if_due()
         reserve = next_id + ID_BLOCK // 2 > self._reserved
         reserved = next_id + ID_BLOCK if reserve else self._reserved
+        begin = time.monotonic()
         self._database.commit(changes, counts=counts, meta={"next_id": reserved}, sync=self._synced or reserve)
+        if self._synced or reserve:
+            self._count_sync(time.monotonic() - begin)
         self._reserved = reserved
         self._record_commit(synced=self._synced)
         if not self._synced and self._unsynced_since is None:
@@ -199,8 +208,10 @@ class SqliteJournal:
             return
         # Before the fsync, not after it: a commit that comes during the fsync may be missed by it and must set the time anew.
         self._unsynced_since = None
+        begin = time.monotonic()
         try:
             os.fsync(self._log)
+            self._count_sync(time.monotonic() - begin)
         except OSError as error:
             self.monitor.fail(f"{FILE_NAME}-wal: fsync: {error.strerror}")
 
@@ -251,6 +262,29 @@ class SqliteJournal:
         self._database.abandon()
         os.close(self._log)
         self._data_dir.close()
+
+    @property
+    def unsynced_s(self) -> float:
+        """Seconds since the oldest commit that is not on disk yet; 0 if all are. From any thread."""
+        since = self._unsynced_since
+        return max(time.monotonic() - since, 0.0) if since is not None else 0.0
+
+    def file_bytes(self) -> int:
+        """Returns the size of the database and its log. From any thread."""
+        return sum(file.stat().st_size for end in ("", "-wal") if (file := Path(f"{self._database.path}{end}")).exists())
+
+    def last_snapshot_s(self) -> float:
+        """Returns when the store was last copied by ``snapshot``, in seconds since 1970; 0 if it never was. From any thread."""
+        stamp = self._data_dir.path / SNAPSHOT_STAMP
+        return stamp.stat().st_mtime if stamp.exists() else 0.0
+
+    def disk_free_bytes(self) -> int:
+        """Returns the free space of the disk. From any thread."""
+        return shutil.disk_usage(self._data_dir.path).free
+
+    def _count_sync(self, duration_s: float) -> None:
+        with self._counting:  # the committer's thread syncs while another one commits
+            self.syncs.observe(duration_s)
 
     def _check_files(self) -> None:
         """Raises StorageFailedError if the files are not where the next start would look for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 
 from touchline_protos.files.locks import sync
 from touchline_protos.files.sqlite import row_checksum
-from touchline_server.durability.data_dir import MARK_NAME, DataDir, read_mark
+from touchline_server.durability.data_dir import MARK_NAME, SNAPSHOT_STAMP, DataDir, read_mark
 from touchline_server.durability.database import FILE_NAME, GENERATION_KEY, Database, connect
 from touchline_server.durability.records import EpisodeRow
 from touchline_server.durability.recovery import Progress, require_database, whole_episodes
@@ -124,6 +125,8 @@ def snapshot(data_dir: Path, target: Path) -> Path:
         raise translate(error, path) from error
     except OSError as error:
         raise StorageFailedError(f"{target}: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # the copy is complete, also of a folder that cannot be written
+        (data_dir / SNAPSHOT_STAMP).touch()
     return file
 
 

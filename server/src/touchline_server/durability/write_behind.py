@@ -39,6 +39,8 @@ class _Unwritten:
     next_id: int
     """Id of the first episode after this plan."""
     size_bytes: int
+    episodes: int
+    """Episodes that it stores."""
 
 
 class WriteBehindJournal:
@@ -56,6 +58,7 @@ class WriteBehindJournal:
         self._sqlite = journal
         self._write_behind: deque[_Unwritten] = deque()
         self._unwritten_bytes = 0
+        self._unwritten_episodes = 0
         self._group_bytes = MAX_GROUP_BYTES
         """Most payload that the next transaction tries: less after a failure, since less may fit."""
         self.write_error = ""
@@ -90,22 +93,22 @@ class WriteBehindJournal:
                 self._sqlite.note_full(sum(insert.request.episode.size_bytes for insert in plan.inserts))
                 raise
         changes = [make_change(insert, incoming=self._sqlite.incoming, copy=True) for insert in plan.inserts]
-        self._append(_Unwritten(changes, plan.counts(), plan.next_id, sum(change.size_bytes for change in changes)))
+        self._append(changes, plan.counts(), plan.next_id)
 
     def undo(self, inserts: Sequence[PlannedInsert], counts: Counts) -> None:
         """Drops changes of the plan copied last, except that what they evicted is still evicted."""
         ids = {insert.episode_id for insert in inserts}
         last = self._write_behind.pop()
-        self._unwritten_bytes -= last.size_bytes
+        self._forget(last)
         kept = [change for change in last.changes if change.insert is None or change.insert.row.id not in ids]
         kept.append(Change([episode_id for insert in inserts for episode_id in insert.evicted]))
-        self._append(_Unwritten(kept, counts, last.next_id, sum(change.size_bytes for change in kept)))
+        self._append(kept, counts, last.next_id)
 
     def clear(self, counts: Counts) -> None:
         """Empties the file and drops what is not written yet, except for its keys. Raises as :meth:`SqliteJournal.clear` does."""
         self._sqlite.clear(counts, unwritten=[change for unwritten in self._write_behind for change in unwritten.changes])
         self._write_behind.clear()
-        self._unwritten_bytes = 0
+        self._unwritten_bytes = self._unwritten_episodes = 0
         self.write_error = ""
 
     def write_some(self) -> bool:
@@ -132,7 +135,7 @@ class WriteBehindJournal:
         self.write_error = ""
         for unwritten in group:
             self._write_behind.popleft()
-            self._unwritten_bytes -= unwritten.size_bytes
+            self._forget(unwritten)
         return True
 
     def report_lost(self) -> None:
@@ -148,9 +151,20 @@ class WriteBehindJournal:
         """Reports the disk as full: it had no space for this many bytes. From any thread."""
         self._sqlite.note_full(size_bytes)
 
-    def _append(self, unwritten: _Unwritten) -> None:
-        self._write_behind.append(unwritten)
-        self._unwritten_bytes += unwritten.size_bytes
+    @property
+    def unwritten(self) -> tuple[int, int]:
+        """Episodes that are in memory only, and their bytes."""
+        return self._unwritten_episodes, self._unwritten_bytes
+
+    def _append(self, changes: list[Change], counts: Counts, next_id: int) -> None:
+        size_bytes, episodes = sum(change.size_bytes for change in changes), sum(change.insert is not None for change in changes)
+        self._write_behind.append(_Unwritten(changes, counts, next_id, size_bytes, episodes))
+        self._unwritten_bytes += size_bytes
+        self._unwritten_episodes += episodes
+
+    def _forget(self, unwritten: _Unwritten) -> None:
+        self._unwritten_bytes -= unwritten.size_bytes
+        self._unwritten_episodes -= unwritten.episodes
 
 
 class WriteBehindCommitter(BackgroundCommitter):
@@ -167,6 +181,10 @@ class WriteBehindCommitter(BackgroundCommitter):
         """The journal of the write path."""
         self._count_refused = count_refused
         super().__init__(writes, journal)
+
+    def pending(self) -> tuple[int, int]:
+        """Returns the episodes that are in memory only, and their bytes."""
+        return self.journal.unwritten
 
     def submit(self, episode: Episode) -> Stored:
         """Stores an episode, as :meth:`add`."""

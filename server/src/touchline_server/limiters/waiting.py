@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from touchline_server.metrics.windows import Window
 
 RETURN_S = 20.0
 """Time within which a caller that was refused asks again if it still waits: longer than a client waits between two attempts."""
 
 MAX_NAMES = 1_000
 """Names of callers kept on each side. Clients choose them."""
+
+RECENT_S = 60.0
+"""Length of the recent past."""
 
 LOG_AFTER_S = 30.0
 """Time after which it is logged that a caller is held back."""
@@ -111,36 +115,23 @@ class WaitingSide:
 
 
 class Reports:
-    """Running totals of steps and slices, and what they were a minute ago. Its limiter's lock protects it."""
-
-    SPAN_S = 60.0
-    """Length of the recent past."""
-    MARK_INTERVAL_S = 1.0
-    """Interval at which totals are kept, and so the precision of the recent past's length."""
+    """Running totals of steps and slices, and their growth within the last minute. Its limiter's lock protects it."""
 
     def __init__(self) -> None:
         self.steps = 0
         """Steps added."""
         self.slices = 0
         """Slices delivered."""
-        self._marks: list[tuple[float, int, int]] = []
-        """Times of changes, at most one for each interval, and the totals just before."""
+        self._window = Window(RECENT_S)
 
     def count(self, *, steps: int = 0, slices: int = 0, now: float) -> None:
         """Adds to the totals."""
-        if not self._marks or now - self._marks[-1][0] >= self.MARK_INTERVAL_S:
-            self._marks.append((now, self.steps, self.slices))
-            while self._marks[0][0] <= now - self.SPAN_S:
-                del self._marks[0]
+        if self._window.is_due(now):
+            self._window.mark(now, (self.steps, self.slices))
         self.steps += steps
         self.slices += slices
 
     def recent(self, now: float) -> tuple[int, int]:
         """Returns the steps added and the slices delivered within the last minute."""
-        # Nothing changed in the last moment before a mark, so the first one within the span has the totals at the span's start.
-        for _, steps, slices in self._within(now):
-            return self.steps - steps, self.slices - slices
-        return 0, 0
-
-    def _within(self, now: float) -> Iterator[tuple[float, int, int]]:
-        return (mark for mark in self._marks if mark[0] > now - self.SPAN_S)
+        steps, slices = self._window.recent(now, (self.steps, self.slices)).counts
+        return int(steps), int(slices)

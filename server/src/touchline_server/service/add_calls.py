@@ -12,6 +12,7 @@ from touchline_protos.codec import CodecError, CodecLimits, Episode, LoadDecoder
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidEpisodeError, ReplayError, TooLargeError
 from touchline_server.service import convert
+from touchline_server.service.callers import caller_of
 from touchline_server.service.ingest import IngestResult
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.receiver import UploadReservation
@@ -58,7 +59,7 @@ class AddCalls:
             return self._tables.get(name, context), (episode,)
 
         with self._traces.store(context):
-            (result,) = await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_ADD_HOLD_S))
+            (result,) = await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_ADD_HOLD_S), caller=caller_of(context))
             stored = await self._ingest.wait_durable(result)
         return pb.AddEpisodeResponse(episode_id=stored.episode_id, duplicate=stored.duplicate, counts=convert.counts(stored.counts))
 
@@ -97,7 +98,8 @@ class AddCalls:
                     raise TooLargeError(
                         f"more than {MAX_LOAD_RESULTS} episodes in one call; those are stored, send the others in a new call"
                     )
-                for result in await self._ingest.ingest(message, decode, hold_s=_hold_s(context, MAX_LOAD_HOLD_S)):
+                hold_s = _hold_s(context, MAX_LOAD_HOLD_S)
+                for result in await self._ingest.ingest(message, decode, hold_s=hold_s, caller=caller_of(context)):
                     is_refused = isinstance(result.outcome, CodecError | ReplayError)
                     answers.append(convert.refusal(result.key, result.outcome) if is_refused else result)  # type: ignore[arg-type]
                 del message  # its bytes are released next

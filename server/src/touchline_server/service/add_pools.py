@@ -38,6 +38,10 @@ class AddPools:
             pool = self._pools[table] = ThreadPoolExecutor(self._workers, thread_name_prefix=f"touchline-add-{table.name or 'default'}")
         return pool
 
+    def of_tables(self) -> list[ThreadPoolExecutor]:
+        """Returns the pools that store and clear, of all tables."""
+        return list(self._pools.values())
+
     def close(self) -> None:
         """Ends the threads; blocks until they have finished their work."""
         for pool in (self.decoding, *self._pools.values()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,10 +17,12 @@ from touchline_server.errors import (
     ReplayError,
     TooLargeError,
 )
+from touchline_server.metrics.server_metrics import Metrics
 from touchline_server.service.access import Access
 from touchline_server.service.call_counters import CallCounter, CallCounters
+from touchline_server.service.callers import address_of
 from touchline_server.service.drain import Drain
-from touchline_server.service.grpc_status import abort
+from touchline_server.service.grpc_status import abort, status_of
 from touchline_server.service.receiver import FIRST_MESSAGE_S, MessageReader, MessageReaders
 from touchline_server.service.refusal_log import RefusalLog, check_metadata
 
@@ -53,9 +57,11 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         calls: counts and limits the calls.
         readers: receive the messages.
         drain: refuses new calls once the server is stopping.
+        metrics: counts the calls that end, and those that are refused.
     """
 
-    def __init__(self, access: Access | None, calls: CallCounters, readers: MessageReaders, drain: Drain) -> None:
+    def __init__(self, access: Access | None, calls: CallCounters, readers: MessageReaders, drain: Drain, *, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._access = access
         self._calls = calls
         self._readers = readers
@@ -87,18 +93,20 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
             self._refused.note(context.peer(), method, error)
+            self._metrics.refused(error, status_of(error).reason.value, address_of(context.peer()))
             await abort(context, error)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _admitting(self, method: str, handler: Handler) -> Handler:
         policy = self._policy_of(method, handler)
+        metrics = self._metrics
         inner = _inner(handler)
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         if method == LOAD_METHOD:
-            return make(_counted(policy, inner), handler.request_deserializer, handler.response_serializer)
+            return make(_counted(policy, inner, method, metrics), handler.request_deserializer, handler.response_serializer)
         receive = _each_received if handler.request_streaming else _one_received
-        return make(_counted(policy, receive(handler, inner, policy)), None, handler.response_serializer)
+        return make(_counted(policy, receive(handler, inner, policy), method, metrics), None, handler.response_serializer)
 
     def _policy_of(self, method: str, handler: Handler) -> _Policy:
         service = method[1:].rpartition("/")[0]
@@ -134,21 +142,34 @@ class _Policy:
         return cls(calls, reader, STANDARD_MESSAGE_S, STANDARD_MESSAGE_S, MAX_STANDARD_BYTES)
 
 
-def _counted(policy: _Policy, method: Any) -> Callable[[Any, Context], Awaitable[Any]]:
+def _counted(policy: _Policy, method: Any, name: str, metrics: Metrics) -> Callable[[Any, Context], Awaitable[Any]]:
     """Returns a method that is counted while it runs; errors of what it passes become statuses."""
+    name = name.rpartition("/")[2] if policy.drain is not None else name[1:]
 
     async def counted(_: Any, context: Context) -> Any:
+        begin = time.monotonic()
+        failed = True
         try:
             if policy.drain is not None:
                 policy.drain.raise_if_draining()
             with policy.calls.count(context.peer()):
                 answers = method(_Messages(context), context)
-                if not inspect.isasyncgen(answers):
-                    return await answers
-                async for answer in answers:
-                    await context.write(answer)
+                answer = None
+                if inspect.isasyncgen(answers):
+                    async for part in answers:
+                        await context.write(part)
+                else:
+                    answer = await answers
+                failed = False
+                return answer
+        except asyncio.CancelledError:
+            failed = False  # by its caller: that is how streams end
+            raise
         except ReplayError as error:
+            metrics.refused(error, status_of(error).reason.value, address_of(context.peer()))
             await abort(context, error)
+        finally:
+            metrics.ended(name, time.monotonic() - begin, failed=failed)
 
     return counted
 

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +23,7 @@ from touchline_protos.shm.ring import sweep_dead_rings
 from touchline_server.buffer import ReplayBuffer
 from touchline_server.config.addresses import join_address
 from touchline_server.config.settings import Config
+from touchline_server.metrics.server_metrics import Metrics, NullMetrics, ServerMetrics
 from touchline_server.service.access import Access, check_exposure, read_access
 from touchline_server.service.add_pools import AddPools
 from touchline_server.service.admission import Admission
@@ -85,21 +87,31 @@ def build_parts(config: Config, tables: TableRegistry, access: Access | None = N
     add_pools = AddPools(tables, config.server.add_workers)
     calls = CallCounters(config.limits)
     rings = RingPool(config.ring)
+    readers = MessageReaders(budgets, config.limits)
+    counted = ServerMetrics(readers.messages.waits) if config.metrics.enabled else None
+    metrics: Metrics = counted if counted is not None else NullMetrics()
+    table_pool = ThreadPoolExecutor(1, thread_name_prefix="touchline-table")
+    sample_pool = ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample")
+
+    def pools() -> dict[str, Sequence[ThreadPoolExecutor]]:
+        return {"add": add_pools.of_tables(), "decode": (add_pools.decoding,), "sample": (sample_pool,), "table": (table_pool,)}
+
     return ServiceParts(
         tables=TableAccess(tables, access),
         limits=config.limits,
         budgets=budgets,
-        readers=MessageReaders(budgets, config.limits),
+        readers=readers,
         calls=calls,
         changes=changes,
         drain=drain,
         throttle=throttle,
-        ingest=EpisodeIngest(add_pools, throttle, changes, drain, config.limits),
+        ingest=EpisodeIngest(add_pools, throttle, changes, drain, config.limits, metrics=metrics),
         rings=rings,
         add_pools=add_pools,
-        table_pool=ThreadPoolExecutor(1, thread_name_prefix="touchline-table"),
-        sample_pool=ThreadPoolExecutor(config.server.sample_workers, thread_name_prefix="touchline-sample"),
-        status=StatusReport(tables, budgets, calls, drain, rings),
+        table_pool=table_pool,
+        sample_pool=sample_pool,
+        metrics=metrics,
+        status=StatusReport(tables, budgets, calls, drain, rings, metrics=counted, pools=pools),
     )
 
 
@@ -164,13 +176,15 @@ class ReplayServer:
             await self._server.stop(0)
             self.parts.close()
             raise
-        self._watch = asyncio.create_task(self._log_states())
+        self.parts.status.tick()
+        self._watches = [asyncio.create_task(one) for one in (self._log_states(), self.parts.status.run())]
         await self._health.serve()
 
     async def stop(self) -> None:
         """Drains: refuses new work, gives calls in progress ``server.drain_timeout_s`` to end, and stops."""
         await self._health.enter_graceful_shutdown()
-        self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         self.parts.drain.begin()
         calls = self.parts.calls.replay
         # gRPC cancels every call that arrives once its own stop has begun, so that comes last. Until then new calls get an error that asks
@@ -196,7 +210,7 @@ class ReplayServer:
     def _build_server(self) -> grpc.aio.Server:
         parts = self.parts
         logging.getLogger("grpc._cython.cygrpc").addFilter(_DROP_UNDECODABLE)
-        admission = Admission(self._access, parts.calls, parts.readers, parts.drain)
+        admission = Admission(self._access, parts.calls, parts.readers, parts.drain, metrics=parts.metrics)
         server = grpc.aio.server(options=_options(self._config, parts.budgets), interceptors=(admission,))
         server.add_generic_rpc_handlers((ReplayService(parts).handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

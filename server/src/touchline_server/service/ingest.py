@@ -6,17 +6,23 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from touchline_protos.codec import CodecError, Episode, EpisodeKey
+from touchline_protos.types.status import WaitCause
 from touchline_server.errors import OverLimitError, ReplayError
 from touchline_server.limiters.place import InsertPlace
+from touchline_server.metrics.actors import Played
+from touchline_server.metrics.server_metrics import Caller, Metrics
 from touchline_server.service import tasks
 from touchline_server.service.add_pools import AddPools
 from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.drain import Drain
+from touchline_server.service.grpc_status import status_of
+from touchline_server.service.table_report import REWARD, return_of
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.inserts import Stored
 from touchline_server.store.subscriptions import Subscriptions
@@ -36,6 +42,9 @@ HELD_SHARE = 8
 """Part of ``limits.max_receive_bytes``, and of ``limits.max_calls``, that adds which the rate limits hold back may take: one eighth. What
 is above is answered immediately, so that a limited table does not hold up the adds to others."""
 
+UNCOUNTED = Played("", 0, 0, None)
+"""Stands for an episode of which nothing is counted."""
+
 Decode = Callable[[bytes], tuple[Table, Iterable[Episode | CodecError]]]
 """Returns the table that a message is for, and the episodes that are complete with it; a malformed one is returned as its error."""
 
@@ -48,6 +57,12 @@ class IngestResult:
     """The episode's key, if it has one."""
     outcome: Stored | CommitFuture | CodecError | ReplayError
     """Stored, on its way to the disk, or refused."""
+    played: Played
+    """What metrics count of it; of a malformed one, nothing but its sender."""
+    table: str
+    """Name of the table that it is for."""
+    caller: Caller
+    """Caller that sent it."""
 
 
 class EpisodeIngest:
@@ -63,17 +78,21 @@ class EpisodeIngest:
         changes: wakes episodes that the rate limit holds back.
         drain: ends their wait when the server stops.
         limits: limits on bytes and calls, of which episodes that wait take a part.
+        metrics: counts the episodes, and the waits of their senders.
     """
 
-    def __init__(self, pools: AddPools, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain, limits: LimitsConfig) -> None:
+    def __init__(
+        self, pools: AddPools, throttle: AddThrottle, changes: ChangeNotifier, drain: Drain, limits: LimitsConfig, *, metrics: Metrics
+    ) -> None:
         self._pools = pools
+        self._metrics = metrics
         self._throttle = throttle
         self._changes = changes
         self._drain = drain
         self._free_bytes = limits.max_receive_bytes // HELD_SHARE
         self._free_calls = max(limits.max_calls // HELD_SHARE, 1)
 
-    async def ingest(self, message: bytes, decode: Decode, *, hold_s: float) -> list[IngestResult]:
+    async def ingest(self, message: bytes, decode: Decode, *, hold_s: float, caller: Caller) -> list[IngestResult]:
         """Stores the episodes that are complete with a message. A refused episode is counted and does not stop the others.
 
         If it is cancelled, it ends once no thread uses the message any more, so that its bytes can be released then.
@@ -82,6 +101,7 @@ class EpisodeIngest:
             message: the message.
             decode: function that returns its table and its episodes.
             hold_s: time for which the rate limit may hold back an episode, in seconds.
+            caller: sender of the message.
 
         Raises:
             CodecError: the message as a whole is malformed.
@@ -90,18 +110,46 @@ class EpisodeIngest:
             DrainingError: the server stops while the rate limit holds an episode back.
             ReplayError: whatever ``decode`` raises.
         """
-        await self._throttle.admit()
-        storing = _Storing(message, decode)
+        held_s = await self._throttle.admit()
+        storing = _Storing(message, decode, caller, counted=self._metrics.enabled)
+        stored_s = 0.0
         try:
             done = len(message) <= MAX_INLINE_BYTES and storing.try_inline()
             while not done:
+                begin = time.monotonic()
                 done = await tasks.run(await self._pool_of(storing), storing.run)
+                stored_s += time.monotonic() - begin
                 if not done:
-                    await self._wait_for_limiter(storing, hold_s)
+                    with self._metrics.waiting(storing.table_name, storing.actor, WaitCause.RATE):
+                        await self._wait_for_limiter(storing, hold_s)
             return storing.results
         finally:
             storing.cancel_reservation()
             self._throttle.record_cost(storing.cost_s)
+            if self._metrics.enabled:
+                self._report(storing)
+                for cause, waited_s in ((WaitCause.THROTTLE, held_s), (WaitCause.STORING, stored_s)):
+                    if waited_s:
+                        self._metrics.waited(storing.table_name, storing.actor, cause, waited_s)
+
+    def _report(self, storing: _Storing) -> None:
+        """Reports the episodes of a message to the metrics, those that wait for the disk once they are stored."""
+        for result in storing.results:
+            outcome = result.outcome
+            if isinstance(outcome, Stored):
+                self._metrics.stored(result.table, result.caller, result.played, duplicate=outcome.duplicate)
+            elif isinstance(outcome, Exception):
+                self._report_refused(result, outcome)
+            else:
+                outcome.add_done_callback(partial(self._report_done, result))
+
+    def _report_done(self, result: IngestResult, done: Future[Stored]) -> None:
+        """Reports an episode that has waited for the disk; from the thread that wrote it."""
+        if not done.cancelled() and done.exception() is None:
+            self._metrics.stored(result.table, result.caller, result.played, duplicate=done.result().duplicate)
+
+    def _report_refused(self, result: IngestResult, error: Exception) -> None:
+        self._metrics.refused_episode(result.table, result.caller, result.played.actor, error, status_of(error).reason.value)
 
     async def _pool_of(self, storing: _Storing) -> ThreadPoolExecutor:
         """Returns the threads of the table that a message is for; with several tables, a large message is decoded to find that out."""
@@ -143,7 +191,13 @@ class EpisodeIngest:
         if isinstance(outcome, CodecError | ReplayError):
             raise outcome
         try:
-            return await asyncio.wrap_future(outcome)
+            if outcome.done():
+                return outcome.result()
+            with self._metrics.waiting(result.table, result.played.actor, WaitCause.STORING):
+                return await asyncio.wrap_future(outcome)
+        except ReplayError as error:
+            self._report_refused(result, error)
+            raise
         finally:
             if outcome.done():
                 self._throttle.record_cost(outcome.cost_s)
@@ -152,8 +206,10 @@ class EpisodeIngest:
 class _Storing:
     """The episodes of one message on their way into a table. One thread at a time."""
 
-    def __init__(self, message: bytes, decode: Decode) -> None:
+    def __init__(self, message: bytes, decode: Decode, caller: Caller, *, counted: bool) -> None:
+        self._caller = caller
         self._message = message
+        self._counted = counted
         self._decode = decode
         self.table: Table | None = None
         """Table that the message is for; None until it is decoded."""
@@ -186,12 +242,12 @@ class _Storing:
                 try:
                     stored = self._opened.try_add(episode) if time.perf_counter() < begin + MAX_INLINE_S else None
                 except ReplayError as error:
-                    self.results.append(IngestResult(episode.key, error))
+                    self._append(episode, error)
                     continue
                 if stored is None:
                     self._next = episode
                     return False
-                self.results.append(IngestResult(episode.key, stored))
+                self._append(episode, stored)
             return True
         finally:
             self.cost_s += time.perf_counter() - begin
@@ -217,6 +273,18 @@ class _Storing:
     def changes(self) -> tuple[Subscriptions, ...]:
         """Changes of the table that may allow the next episode."""
         return (self._opened.subscriptions,)
+
+    @property
+    def table_name(self) -> str:
+        """Name of the table that the message is for; the default one's until it is known."""
+        return self.table.name if self.table is not None else ""
+
+    @property
+    def actor(self) -> str:
+        """Actor of the episode that waits, or of the last one that did not."""
+        if self._next is not None:
+            return _actor(self._next)
+        return self.results[-1].played.actor if self.results else ""
 
     @property
     def held_bytes(self) -> int:
@@ -279,15 +347,36 @@ class _Storing:
     def _submit(self, episode: Episode) -> None:
         """Stores an episode whose steps are reserved."""
         try:
-            self.results.append(IngestResult(episode.key, self._opened.submit(episode)))
+            self._append(episode, self._opened.submit(episode))
         except ReplayError as error:
-            self.results.append(IngestResult(episode.key, error))
+            self._append(episode, error)
+
+    def _append(self, episode: Episode, outcome: Stored | CommitFuture | ReplayError) -> None:
+        if not self._counted:
+            played = UNCOUNTED
+        elif isinstance(outcome, ReplayError):  # of which nothing is certain
+            played = UNCOUNTED._replace(actor=_actor(episode))
+        else:
+            played = played_of(episode, incoming=self._opened.store.incoming)
+        self.results.append(IngestResult(episode.key, outcome, played, self._opened.name, self._caller))
 
     def _refuse(self, error: CodecError) -> None:
         self._opened.store.count_refused(str(error))
-        self.results.append(IngestResult(error.key, error))
+        sender = error.key.client_id if error.key is not None else ""
+        self.results.append(IngestResult(error.key, error, UNCOUNTED._replace(actor=sender), self._opened.name, self._caller))
+
+
+def played_of(episode: Episode, *, incoming: bool) -> Played:
+    """Returns what metrics count of an episode.
+
+    Args:
+        episode: the episode.
+        incoming: the row convention, which says whether the first row's reward is undefined or the last row's.
+    """
+    reward = episode.columns.get(REWARD)
+    return Played(_actor(episode), episode.length, episode.policy_version, None if reward is None else return_of(reward, incoming=incoming))
 
 
 def _actor(episode: Episode) -> str:
-    """Returns the name of an episode's actor, for the rate limit."""
+    """Returns the name of an episode's actor, for the rate limit and the metrics."""
     return episode.actor or (episode.key.client_id if episode.key is not None else "an actor without a name")

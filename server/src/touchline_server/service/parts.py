@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from touchline_server.config.sections import LimitsConfig
+from touchline_server.metrics.server_metrics import Metrics
 from touchline_server.service.add_pools import AddPools
 from touchline_server.service.budgets import Budgets
 from touchline_server.service.call_counters import CallCounters
@@ -49,6 +50,8 @@ class ServiceParts:
     """Thread that creates and drops tables, one at a time."""
     sample_pool: ThreadPoolExecutor
     """Threads that gather batches and read episodes back."""
+    metrics: Metrics
+    """Counts of what happens in all this."""
     status: StatusReport
     """Snapshots of all this."""
 

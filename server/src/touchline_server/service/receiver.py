@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from touchline_protos.types.limits import SLOWEST_UPLOAD_BYTES_PER_S
 from touchline_server.errors import InvalidArgumentError, OverLimitError
+from touchline_server.metrics.waits import WaitSum
 from touchline_server.service.budgets import ByteBudget, PerConnectionBudget, Reservation
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class MessageReader:
         self._connections = PerConnectionBudget(budget, largest=max_bytes)
         self.max_bytes = max_bytes
         """Size of the largest message."""
+        self.waits = WaitSum()
+        """Waits for the bytes."""
         self.evictions = 0
         """Calls that were ended because others wait for their bytes, and whose bytes are not free yet."""
 
@@ -64,7 +67,9 @@ class MessageReader:
             OverLimitError: no bytes became free, or the message is overdue and others wait for its bytes.
         """
         budget = self._connections.of(peer)
-        await budget.reserve(self.max_bytes)
+        if not budget.try_reserve(self.max_bytes):
+            with self.waits.counting():
+                await budget.reserve(self.max_bytes)
         reservation = Reservation(budget, self.max_bytes)
         # Never cancelled: gRPC writes into the memory that it reads to until the call has ended, so the bytes stay reserved until then.
         reading = asyncio.ensure_future(anext(aiter(requests), None))
@@ -240,7 +245,9 @@ class UploadReservation:
             self._upload.reservation.resize(0)
             self._upload = None
         if needed and self._upload is None:
-            await self._budget.reserve(needed)
+            if not self._budget.try_reserve(needed):
+                with self._reader.waits.counting():
+                    await self._budget.reserve(needed)
             self._upload = PendingUpload(Reservation(self._budget, needed), self._budget, asyncio.get_running_loop().time())
 
     async def __aenter__(self) -> UploadReservation:

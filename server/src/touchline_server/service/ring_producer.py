@@ -16,15 +16,17 @@ from contextlib import suppress
 from touchline_protos.codec import BatchLayout
 from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.shm.ring_control import ProducerControl
 from touchline_protos.shm.ring_slots import PinnedRegion
+from touchline_protos.types.status import WaitCause
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.config.sections import RingConfig
 from touchline_server.errors import NotReadyError, SchemaChangedError
+from touchline_server.metrics.learners import Ahead, Learner, Measured
 from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.throttle import AddThrottle
-from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.store.gather import SpacedBodies
 from touchline_server.store.memory import available_host_bytes
+from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.subscriptions import subscribe_all
 from touchline_server.tables.sampler import Reserved, Split
 
@@ -142,6 +144,7 @@ class RingProducer:
         ring: the ring to fill.
         layout: the layout that the ring was made for. Once batches have another one, the producer ends with SchemaChangedError.
         throttle: holds adds back while the ring has free slots.
+        learner: counts of the learner.
         send: callback that sends a message to the learner, from the producer's thread; must not block.
         on_end: callback that the producer's thread calls last, with the error that ended it, or None after :meth:`stop`.
     """
@@ -152,6 +155,7 @@ class RingProducer:
         ring: RingWriter,
         layout: BatchLayout,
         throttle: AddThrottle,
+        learner: Learner,
         *,
         send: Callable[[bytes], None],
         on_end: Callable[[Exception | None], None],
@@ -160,17 +164,12 @@ class RingProducer:
         self._ring = ring
         self._layout = layout
         self._throttle = throttle
+        self._learner = learner
+        learner.ahead = self._ahead
         self._send = send
         self._on_end = on_end
         self._stopping = False
-        geometry = ring.geometry
-        self._bodies = SpacedBodies(
-            layout,
-            ring.slots.whole_array(),
-            offset_bytes=geometry.offset(0),
-            spacing_bytes=geometry.slot_size_bytes,
-            count=geometry.slots,
-        )
+        self._bodies = [layout.body_views(ring.slots.array(slot)) for slot in range(ring.geometry.slots)]
         # Drawing batches together costs less, but the rows of large ones would stay pinned for long.
         self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
         self._actors_sent = 0
@@ -183,6 +182,7 @@ class RingProducer:
 
     def start(self) -> None:
         """Begins to fill the ring."""
+        self._learner.counting = True
         self._thread.start()
 
     def stop(self) -> None:
@@ -200,6 +200,8 @@ class RingProducer:
                 self._report_taken(self._ring.geometry.slots - len(slots))
                 if not slots:
                     continue
+                if not self._used:
+                    self._learner.clock.want()
                 # A learner that has not taken everything yet does not wait before others.
                 reserved = framer.sampler.reserve(min(len(slots), self._group), waits=not self._used)
                 if reserved is not None:
@@ -222,6 +224,7 @@ class RingProducer:
                 if self._pinned is not None:
                     self._pinned.close()
             finally:
+                self._learner.counting = False
                 self._on_end(error)
 
     def _report_taken(self, used: int) -> None:
@@ -237,14 +240,22 @@ class RingProducer:
                 count += 1
             self._delivered += count
             self._framer.sampler.delivered(count, split)
+            self._learner.delivered(count, split, self._layout.body_bytes)
+
+    def _ahead(self) -> Ahead:
+        """Returns what there is ahead of the learner's use, and how long it has waited; from any thread."""
+        control, used = self._ring.control, len(self._used)
+        return Ahead(self._ring.geometry.slots - used, used * self._layout.body_bytes, _measured(control))
 
     def _wait_for_limiter(self) -> None:
         """Waits until the rate limit may allow more, or a short time has passed, in which slots may have been taken."""
         unsubscribe = subscribe_all(self._framer.sampler.changes, self._ring.control.interrupt)
+        self._learner.clock.blame(WaitCause.RATE)
         try:
             self._ring.control.wait_freed()
         finally:
             unsubscribe()
+            self._learner.clock.blame(WaitCause.SAMPLING)
 
     def _fill(self, slots: list[int], reserved: Reserved) -> None:
         """Fills and publishes slots, one for each reserved batch."""
@@ -260,8 +271,8 @@ class RingProducer:
                         self._publish(slot, reserved.split)
                         published += 1
                 else:
-                    gathered = drawn.gather_each_into(self._bodies, slots)
-                    for slot, _ in zip(slots, gathered, strict=True):
+                    for batch, slot in enumerate(slots):
+                        drawn.gather_one_into(batch, self._bodies[slot])
                         self._publish(slot, reserved.split)
                         published += 1
         except BaseException:
@@ -271,8 +282,9 @@ class RingProducer:
     def _publish(self, slot: int, split: Split) -> None:
         self._ring.control.publish(slot, self._actors_sent)
         self._used.append(split)
+        self._learner.clock.end()
 
-    def _send_names(self, drawn: BatchDraw) -> None:
+    def _send_names(self, drawn: DrawnBatches) -> None:
         """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""
         names = self._framer.new_actors(drawn)
         if names:
@@ -280,7 +292,7 @@ class RingProducer:
             actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
             self._send(pb.SampleStreamResponse(actors=actors).SerializeToString())
 
-    def _gather_from_device(self, slots: list[int], drawn: BatchDraw) -> None:
+    def _gather_from_device(self, slots: list[int], drawn: DrawnBatches) -> None:
         """Gathers on the device, which copies straight into the slots if their memory can be pinned; waits for it once."""
         if self._pinned is None:
             import torch
@@ -291,4 +303,14 @@ class RingProducer:
             begins = [self._ring.geometry.offset(slot) for slot in slots]
             drawn.gather_into_pinned([memory[begin : begin + size] for begin in begins])
         else:
-            drawn.gather_into([self._bodies.each[slot] for slot in slots])
+            drawn.gather_into([self._bodies[slot] for slot in slots])
+
+
+def _measured(control: ProducerControl) -> Measured | None:
+    """Returns the waits that the learner wrote into the ring; None if it does not measure them."""
+    waits = control.consumer_waits()
+    if waits is None:
+        return None
+    taken, sum_s, buckets = waits
+    # Batches that were ready are not in a bucket: they have waited for no time.
+    return Measured((buckets[0] + max(taken - sum(buckets), 0), *buckets[1:]), sum_s)

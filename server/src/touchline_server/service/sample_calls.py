@@ -9,10 +9,15 @@ from weakref import WeakKeyDictionary
 import grpc
 import numpy as np
 
+from touchline_protos.types.status import WaitCause
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidArgumentError, NotReadyError, TooLargeError
+from touchline_server.metrics.learners import Learner
+from touchline_server.metrics.server_metrics import Caller
+from touchline_server.metrics.waits import WaitClock
 from touchline_server.service import convert, tasks
 from touchline_server.service.batch_framer import BatchFramer
+from touchline_server.service.callers import caller_of
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.session import SampleSession
 from touchline_server.service.streams import answering
@@ -42,13 +47,17 @@ class SampleCalls:
     async def sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         """Draws one batch, waiting up to ``wait_s`` seconds until it can."""
         sampler = self._traces.sampler(self._sampler(request, context, unary=True), context)
-        reserved = await self._reserve_batch(sampler, convert.checked_wait(request.wait_s))
+        clock = WaitClock()
+        clock.want()
+        reserved = await self._reserve_batch(sampler, convert.checked_wait(request.wait_s), clock)
         try:
             message = await self._answer(sampler, reserved, context)
         except BaseException:
             sampler.cancel(*reserved)
             raise
         sampler.delivered(*reserved)
+        if self._parts.metrics.enabled:
+            self._count_call(sampler, request, reserved, clock, caller_of(context))
         return message
 
     async def sample_stream(self, stream: AsyncIterator[bytes], context: Context) -> None:
@@ -60,7 +69,13 @@ class SampleCalls:
                 return
             if first.WhichOneof("request") != "open":
                 raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
-            await SampleSession(self._framer(first.open, context), self._parts).run(first.open, requests, context.write)
+            framer = self._framer(first.open, context)
+            learner = _learner(framer.sampler, first.open.sample, caller_of(context))
+            self._parts.metrics.opened(learner)
+            try:
+                await SampleSession(framer, self._parts, learner).run(first.open, requests, context.write)
+            finally:
+                self._parts.metrics.closed(learner)
 
     async def update_priorities(self, request: pb.UpdatePrioritiesRequest, context: Context) -> pb.UpdatePrioritiesResponse:
         """Sets the priorities of slices that were drawn."""
@@ -73,7 +88,17 @@ class SampleCalls:
             updated = await tasks.run(self._parts.sample_pool, table.update_priorities, update)
         return pb.UpdatePrioritiesResponse(updated=updated, evicted=slices - updated)
 
-    async def _reserve_batch(self, sampler: Sampler, wait_s: float) -> Reserved:
+    def _count_call(self, sampler: Sampler, request: pb.SampleRequest, reserved: Reserved, clock: WaitClock, caller: Caller) -> None:
+        """Counts the batch of a Sample call, and how long its caller waited for it."""
+        key = f"{caller.address} {sampler.batch_size} {sampler.horizon} {_tables(sampler, request)}"
+        learner = self._parts.metrics.caller(key, lambda: _learner(sampler, request, caller))
+        layout = sampler.layout()
+        learner.delivered(*reserved, layout.body_bytes if layout is not None else 0)
+        learner.waits.observe(clock.end())
+        for cause, waited_s in clock.over_s.items():
+            learner.clock.over_s[cause] += waited_s
+
+    async def _reserve_batch(self, sampler: Sampler, wait_s: float, clock: WaitClock) -> Reserved:
         """Waits until a batch can be drawn and the rate limit allows it, and reserves it with the limit.
 
         Raises:
@@ -88,7 +113,9 @@ class SampleCalls:
             if reserved is None and not drain.begun:
                 if sampler.can_sample():
                     reserved = sampler.reserve(1, waits=wait_s > 0)
+                    clock.blame(WaitCause.SAMPLING if reserved is not None else WaitCause.RATE)
                 else:
+                    clock.blame(WaitCause.DATA)
                     sampler.leave()  # others go on meanwhile
             return drain.begun or reserved is not None
 
@@ -173,6 +200,20 @@ class SampleCalls:
                 f"a batch of {size} bytes, expected at most the message limit of {self._max_message_bytes}; "
                 "SampleStream has no such limit: it sends large batches in chunks"
             )
+
+
+def _tables(sampler: Sampler, request: pb.SampleRequest) -> tuple[str, ...]:
+    return sampler.table_names or (request.table,)
+
+
+def _learner(sampler: Sampler, request: pb.SampleRequest, caller: Caller) -> Learner:
+    return Learner(
+        _tables(sampler, request),
+        address=caller.address,
+        metadata=caller.metadata,
+        batch_size=sampler.batch_size,
+        horizon=sampler.horizon,
+    )
 
 
 def _given(request: pb.SampleRequest) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import DrainingError, IncompatibleVersionError
 from touchline_server.service import convert
 from touchline_server.service.add_calls import AddCalls
+from touchline_server.service.callers import address_of
 from touchline_server.service.episode_calls import EpisodeCalls
-from touchline_server.service.grpc_status import abort
+from touchline_server.service.grpc_status import abort, status_of
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.sample_calls import SampleCalls
 from touchline_server.service.status_calls import StatusCalls
@@ -54,6 +55,7 @@ class ReplayService:
 
     def __init__(self, parts: ServiceParts) -> None:
         self._tables = parts.tables.registry
+        self._metrics = parts.metrics
         self._adds = AddCalls(parts)
         self._samples = SampleCalls(parts)
         self._episodes = EpisodeCalls(parts)
@@ -111,6 +113,7 @@ class ReplayService:
                     raise asyncio.CancelledError from error
                 if isinstance(error, DrainingError):
                     raise  # Admission sends the status when it no longer counts the call: a peer that reads nothing does not take a status.
+                self._metrics.refused(error, status_of(error).reason.value, address_of(context.peer()))
                 await abort(context, error)
 
         return guarded

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingError, RingWriter
+from touchline_protos.types.status import Transport, WaitCause
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidArgumentError, NotReadyError
+from touchline_server.metrics.learners import Ahead, Learner
 from touchline_server.service.batch_framer import BatchFramer, NextFrames
 from touchline_server.service.budgets import Reservation
 from touchline_server.service.parts import ServiceParts
@@ -53,6 +55,8 @@ class _FrameTask:
     """Batches reserved with the rate limit and not delivered yet."""
     split: Split
     """The split of each of them."""
+    batch_bytes: int
+    """Bytes of the body of each of them."""
 
     async def cancel_and_join(self) -> None:
         """Releases the bytes, once no thread makes the frames any more."""
@@ -68,13 +72,20 @@ class SampleSession:
     Args:
         framer: the learner's batches.
         parts: the service's parts.
+        learner: counts of the learner.
     """
 
-    def __init__(self, framer: BatchFramer, parts: ServiceParts) -> None:
+    def __init__(self, framer: BatchFramer, parts: ServiceParts, learner: Learner) -> None:
         self._framer = framer
         self._parts = parts
+        self._learner = learner
+        self._clock = learner.clock
         self._sending = parts.budgets.sending
         self._credits = 0
+        self._first_credits = 0
+        """Batches that the learner wants ahead: while it has granted as many, it has none left."""
+        self._reservations: list[Reservation] = []
+        """Bytes of the frames that are being made or sent, and of some that were."""
         self._requests = _Requests.OPEN
         self._error: InvalidArgumentError | None = None
         self._attachment: pb.RingAttachment | None = None
@@ -86,7 +97,9 @@ class SampleSession:
             InvalidArgumentError: a request of the learner does not fit the session.
             SchemaChangedError: the ring was made for batches of another schema.
         """
+        self._first_credits = opening.credits
         self._grant(opening.credits)
+        self._learner.ahead = lambda: Ahead(self._credits, sum(one.size for one in self._reservations))
         with self._parts.changes.waiter(self._framer.sampler.changes) as wake:
             reader = asyncio.create_task(self._read_requests(requests, wake))
             try:
@@ -99,6 +112,7 @@ class SampleSession:
 
     async def _serve_by_messages(self, write: Write, wake: asyncio.Event) -> None:
         """Sends frames as credits allow; the next ones are made while these are written."""
+        self._learner.transport = Transport.STREAM
         making: _FrameTask | None = None
         try:
             while True:
@@ -119,6 +133,8 @@ class SampleSession:
                         making = self._try_start_frames()
                         await self._write(frames, write, task.reservation)
                         self._framer.sampler.delivered(task.undelivered, task.split)
+                        self._learner.delivered(task.undelivered, task.split, task.batch_bytes)
+                        self._learner.waited_for(task.undelivered)
                         task.undelivered = 0
                 finally:
                     await self._cancel(task)
@@ -132,8 +148,10 @@ class SampleSession:
         while await self._can_send(wake):
             ahead = self._framer.try_reserve(self._credits, waits=True)
             if ahead is None:
+                self._clock.blame(WaitCause.RATE)
                 await wake.wait()  # for the rate limit; cleared before it was asked
                 continue
+            self._clock.blame(WaitCause.SAMPLING)
             try:
                 # Lock order: this session holds no bytes here, so sessions cannot wait for each other in a circle. Bytes for frames that
                 # are made ahead are only ever tried for, in _try_start_frames. Bytes come after the rate limit: what waits for that,
@@ -162,6 +180,8 @@ class SampleSession:
             if self._requests is not _Requests.OPEN and not self._credits:
                 return False
             self._framer.sampler.leave()  # others go on meanwhile
+            if self._credits:
+                self._clock.blame(WaitCause.DATA)
             await wake.wait()
 
     def _try_start_frames(self) -> _FrameTask | None:
@@ -189,7 +209,9 @@ class SampleSession:
                 frames.set_result(made)
         except Exception as error:
             frames.set_exception(error)
-        return _FrameTask(frames, job, Reservation(self._sending, ahead.size_bytes), *ahead.reserved)
+        reservation = Reservation(self._sending, ahead.size_bytes)
+        self._reservations = [one for one in self._reservations if one.size] + [reservation]
+        return _FrameTask(frames, job, reservation, *ahead.reserved, ahead.layout.body_bytes)
 
     async def _write(self, frames: list[bytes], write: Write, reservation: Reservation) -> None:
         """Writes frames and releases the bytes of each one."""
@@ -210,6 +232,7 @@ class SampleSession:
         try:
             ring = self._parts.rings.open(learner_id, layout, self._credits)
         except RingError as error:
+            self._learner.ring_refused = str(error)
             await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())
             return False
         try:
@@ -235,6 +258,7 @@ class SampleSession:
             loop.remove_reader(ring.handover)
             ring.handover.close()
         if self._attachment is not None and not self._attachment.attached:
+            self._learner.ring_refused = f"the learner could not use it: {self._attachment.reason[:MAX_REASON_CHARS]}"
             self._parts.rings.log_once(f"the learner could not use the ring, and says {self._attachment.reason[:MAX_REASON_CHARS]!r}")
         return self._attachment is not None and self._attachment.attached
 
@@ -254,9 +278,11 @@ class SampleSession:
             ring,
             layout,
             self._parts.throttle,
+            self._learner,
             send=lambda message: pass_on(messages, message),
             on_end=lambda error: pass_on(ends, error),
         )
+        self._learner.transport = Transport.RING
         producer.start()
         try:
             while self._requests is _Requests.OPEN:
@@ -270,6 +296,8 @@ class SampleSession:
             self._raise_error()
         finally:
             producer.stop()
+            last = self._learner.ahead()
+            self._learner.ahead = lambda: last  # the ring's memory goes
 
     # The learner's requests
 
@@ -301,3 +329,5 @@ class SampleSession:
                 f"credits: {credits} more on top of {self._credits}, expected 0 or more and at most {MAX_CREDITS} in total"
             )
         self._credits += credits
+        if self._credits >= self._first_credits and credits:
+            self._clock.want()

@@ -42,10 +42,11 @@ class AddThrottle:
         finally:
             self._waiting_samplers.discard(mark)
 
-    async def admit(self) -> None:
-        """Waits for an add's turn; first come, first served."""
+    async def admit(self) -> float:
+        """Waits for an add's turn; first come, first served. Returns for how long, in seconds."""
         if not self._pause_per_second or not self._is_sampler_waiting():
-            return
+            return 0.0
+        begin = time.monotonic()
         loop = asyncio.get_running_loop()
         # Lock order: an add holds its message's bytes while it waits here. Nothing is reserved or awaited inside except the pause, so an
         # add that holds the turn always returns it.
@@ -53,6 +54,7 @@ class AddThrottle:
             delay = self._next - loop.time()
             if delay > 0:
                 await asyncio.sleep(delay)
+        return time.monotonic() - begin
 
     def record_cost(self, cost_s: float) -> None:
         """Records what an add took, for which later adds wait. While no learner waits, only the last add counts."""

@@ -25,6 +25,7 @@ class CudaColumns(Columns):
     def __init__(self, schema: Schema, capacity: int, device: str) -> None:
         """Allocates. Use :func:`~touchline_server.store.allocation.allocate_columns`."""
         self.schema = schema
+        self.row_bytes = schema.row_bytes
         self.capacity = capacity
         self.files = {}
         self._tensors = {

@@ -107,6 +107,8 @@ class EpisodeRing:
         self.totals = Totals()
         self.next_id = 0
         """Id of the next episode."""
+        self.bytes_added = 0
+        """Bytes of all episodes that were added since the start."""
         self._refused = RefusedEpisodes()
         self.on_written: Callable[[Columns, np.ndarray], None] | None = None
         """Called with the columns and the rows of each stored episode, before it is published: TorchRL's bookkeeping follows it."""
@@ -161,6 +163,7 @@ class EpisodeRing:
             self.index.append(episode, episode_id=insert.episode_id, length=insert.length)
             self.totals.steps_added += insert.length
             self.totals.episodes_added += 1
+            self.bytes_added += insert.length * columns.row_bytes
             self.totals.episodes_too_short += insert.length <= self.horizon
             counts = self._counts()
         if insert.length <= self.horizon:

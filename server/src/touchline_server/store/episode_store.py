@@ -17,6 +17,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.types.priorities import PriorityUpdate
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, NotReadyError
+from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
 from touchline_server.selectors.prioritized import PRIORITIZED, PrioritizedSelector, SavedPriorities
 from touchline_server.store.actors import NameTable
@@ -25,7 +26,7 @@ from touchline_server.store.episode_ring import EpisodeRing
 from touchline_server.store.index import Fill, IndexEntry
 from touchline_server.store.inserts import CommitFuture, Stored
 from touchline_server.store.journal import Committer, Journal
-from touchline_server.store.pinned_draw import PinnedDraw
+from touchline_server.store.pinned_draw import PinnedDraw, locate_batches, pad_draw
 from touchline_server.store.schema import Schema
 from touchline_server.store.scratch import ScratchDir
 from touchline_server.store.write_path import WritePath
@@ -56,6 +57,7 @@ class EpisodeStore:
         self.store_generation = new_store_generation()
         """The same as long as an id names the same episode; a durable store keeps it in its file."""
         self._committer: Committer | None = None
+        self._drawn: Draw | None = None
 
     def close(self) -> None:
         """Releases the ``storage.scratch_dir``, if there is one. The store must not be used afterwards."""
@@ -184,6 +186,7 @@ class EpisodeStore:
         batches: int = 1,
         options: LawOptions = NO_OPTIONS,
         pad: bool = False,
+        mark: Callable[[Draw], Draw] | None = None,
     ) -> PinnedDraw:
         """Draws batches, each from the same episodes, and pins their rows until the draw is released.
 
@@ -194,7 +197,8 @@ class EpisodeStore:
             rng: the random numbers.
             batches: number of batches.
             options: parameters of the law.
-            pad: whether every transition is a start.
+            pad: whether every transition is a start, and slices that run over their episode's end repeat its last row.
+            mark: callback by which a mix of several tables completes its fields of the draw, before it is cut into batches.
 
         Raises:
             NotReadyError: no episode has horizon + 1 rows, or with ``pad`` 2 rows.
@@ -210,7 +214,18 @@ class EpisodeStore:
                 raise InvalidArgumentError(f"law: {law!r}, expected a table with a column task of integers, one in each row")
             draw = selector.draw(batch_size, reach, rng, batches=batches, options=options)
             pin = self._ring.epochs.pin()
-        return PinnedDraw(draw, columns, self._ring.lock, self._ring.epochs, pin)
+            self._drawn = draw
+        try:
+            if pad:
+                draw = pad_draw(draw, horizon)
+            if mark is not None:
+                draw = mark(draw)
+            located = locate_batches(draw, columns, batches=batches, horizon=horizon)
+        except BaseException:  # there may be no memory for the rows of a large batch
+            with self._ring.lock:
+                self._ring.epochs.unpin(pin)
+            raise
+        return PinnedDraw(located, self._ring.lock, self._ring.epochs, pin)
 
     def update_priorities(self, law: str, update: PriorityUpdate) -> int:
         """Sets priorities of slices, for draws by a law that has priorities.
@@ -239,6 +254,27 @@ class EpisodeStore:
         with self._ring.lock:
             selector = self._ring.index.selectors.of(PRIORITIZED)
             return selector.load(saved) if isinstance(selector, PrioritizedSelector) else 0
+
+    @property
+    def next_id(self) -> int:
+        """Id of the next episode."""
+        return self._ring.next_id
+
+    @property
+    def bytes_added(self) -> int:
+        """Bytes of all episodes that were added since the start."""
+        return self._ring.bytes_added
+
+    def take_draw(self) -> Draw | None:
+        """Returns the last draw since the call before, as an example of what is sampled; None if there was none."""
+        draw, self._drawn = self._drawn, None
+        return draw
+
+    def some_entries(self, limit: int) -> np.ndarray:
+        """Returns a copy of about ``limit`` entries of the index, evenly spaced by age, or of all if they are fewer; oldest first."""
+        with self._ring.lock:
+            entries = self._ring.index.entries
+            return entries[:: max(len(entries) // limit, 1)].copy()
 
     def newest(self, limit: int, *, below_id: int | None = None, actor: str | None = None) -> list[IndexEntry]:
         """Returns the ``limit`` newest episodes, newest first: those with ids below one, and of one actor, if these are given."""

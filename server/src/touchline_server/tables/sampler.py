@@ -10,6 +10,7 @@ import numpy as np
 from touchline_protos.codec import BatchLayout
 from touchline_server.limiters.place import BatchesPlace
 from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.table import SampleSpec, Table
 
@@ -35,6 +36,11 @@ class Sampler(Protocol):
     """B, slices in a batch."""
     horizon: int
     """H, transitions in a slice."""
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Names of the tables of a mix; empty for one table."""
+        ...
 
     def check_not_dropped(self) -> None:
         """Raises UnknownTableError once a table was dropped. Callers that wait for the tables ask it after every change."""
@@ -82,7 +88,7 @@ class Sampler(Protocol):
         """Reports that reserved batches will not be delivered."""
         ...
 
-    def draw(self, reserved: Reserved) -> BatchDraw:
+    def draw(self, reserved: Reserved) -> DrawnBatches:
         """Draws reserved batches, and pins them until the end of a ``with`` block; see :meth:`Table.draw`."""
         ...
 
