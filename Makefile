@@ -25,9 +25,8 @@ PEERS_INSTALLED := .venv-peers/.installed
 # A Python 3.10 for the oldest versions, if the PATH or pyenv has one; else PYTHON.
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do $$p -c 'import ensurepip' 2>/dev/null && { echo $$p; exit; }; done; echo $(PYTHON))
 PINS := tests/environments
-# Variables for tests of the client in environments that have only the client; the server is that of .venv. One thread of torch in each
-# process: OpenMP threads that waited for each other on a busy machine turned 3 seconds of training into a minute and more.
-OF_CLIENT := OMP_NUM_THREADS=1 SERVER_PYTHON=$(CURDIR)/.venv/bin/python
+# Variables for tests of the client in environments that have only the client; the server is that of .venv.
+OF_CLIENT := SERVER_PYTHON=$(CURDIR)/.venv/bin/python
 QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc_options.py tests/unit/protos/test_codec_*.py \
 	tests/unit/client/test_client_values.py tests/unit/client/test_recording.py tests/unit/client/test_writer_rows.py \
 	tests/integration/test_recorders_gymnasium.py tests/integration/test_recorders_vector.py tests/integration/test_tdmpc2.py \

@@ -36,6 +36,8 @@ from touchline import Counts, ReplayClient, TouchlineError
 EXAMPLES = Path(__file__).resolve().parent
 CONFIG = EXAMPLES.parent / "cfg" / "demo.toml"
 START_TIMEOUT_S = 120.0
+SERVER_VARIABLES = {"TOUCHLINE_HTTP__PORT": "0"}
+"""The page takes a free port: another server may have the usual one."""
 LOCKSTEP_VARIABLES = {"TOUCHLINE_CONFIG__BUFFER_SIZE": "7500", "TOUCHLINE_CONFIG__MIN_HISTORY": "500"}
 """A quarter of the configuration's: in lockstep the four players of a step are one row."""
 TICK_S = 0.5
@@ -86,9 +88,12 @@ class Demo:
         with Children(self._folder) as children:
             self._console.print("starting the server ...")
             server_command = (sys.executable, "-m", "touchline_server", "serve", "--config", str(CONFIG), "--port", "0")
-            server = children.start("server", *server_command, variables=LOCKSTEP_VARIABLES if self._lockstep else {})
+            server = children.start("server", *server_command, variables=SERVER_VARIABLES | (LOCKSTEP_VARIABLES if self._lockstep else {}))
             address = server.wait_for_line("listening on ", timeout_s=START_TIMEOUT_S)
             self._console.print(f"the server listens on {address}; two actors and a learner join it", highlight=False)
+            page = server.find_line("web page on ")
+            if page is not None:
+                self._console.print(f"watch it on {page}, or with: touchline top {address}", highlight=False)
             for number in range(2):
                 self._actors.append(self._start_actor(children, address, number))
             learner = children.start(

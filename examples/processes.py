@@ -51,14 +51,19 @@ class Child:
             ChildError: it ended before, or there was none in time.
         """
         ends = time.monotonic() + timeout_s
-        while True:
-            for line in self.stdout.read_text().splitlines(keepends=True):
-                if line.startswith(prefix) and line.endswith("\n"):
-                    return line.removeprefix(prefix).strip()
+        while (line := self.find_line(prefix)) is None:
             self.check()
             if time.monotonic() > ends:
                 raise self._error(f"did not print {prefix!r} within {timeout_s:.0f} s")
             time.sleep(0.05)
+        return line
+
+    def find_line(self, prefix: str) -> str | None:
+        """Returns the rest of the first line on its stdout that begins with `prefix`; None if there is none yet."""
+        for line in self.stdout.read_text().splitlines(keepends=True):
+            if line.startswith(prefix) and line.endswith("\n"):
+                return line.removeprefix(prefix).strip()
+        return None
 
     def ask_to_stop(self) -> None:
         """Sends SIGTERM, once: a second one would kill a program that is already stopping."""

@@ -41,9 +41,6 @@ from touchline_protos.codec.wire import int_field, len_field
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_protos.types.priorities import PriorityUpdate
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.limiters.samples_per_insert import Rate, RateStatus
-from touchline_server.limiters.waiting import Held
-from touchline_server.service.table_report import rate_info
 
 GOLDEN = Path(__file__).parent / "golden"
 HORIZON, BATCH_SIZE = 2, 3
@@ -203,16 +200,20 @@ def write_table_request(call: Callable[[TableVerbs], None]) -> bytes:
     return verbs.request
 
 
-def make_rate_status() -> RateStatus:
-    return RateStatus(
-        Rate(8.5, 1e6, 1 << 40),
+def make_rate() -> RateInfo:
+    return RateInfo(
+        samples_per_insert=8.5,
+        tolerance=1e6,
+        min_steps=1 << 40,
         steps_added=1 << 41,
         slices_delivered=1 << 42,
         recent_steps_added=3,
         recent_slices_delivered=5,
         owed_slices=-0.25,
-        adds_held=[Held("arm", 0.5), Held("Hände", 0.25)],
-        batches_held=[Held("ipv4:10.0.0.7:1", 60.0)],
+        adds_held=2,
+        batches_held=1,
+        adds=(HeldCaller("arm", 0.5), HeldCaller("Hände", 0.25)),
+        batches=(HeldCaller("ipv4:10.0.0.7:1", 60.0),),
         adds_wait_for="learners",
         batches_wait_for="actors",
     )
@@ -232,13 +233,13 @@ def make_tables() -> list[pb.TableInfo]:
         created=True,
         law="step",
         episodes_not_sampled=7,
-        rate=rate_to_message(rate_info(make_rate_status())),
+        rate=rate_to_message(make_rate()),
     )
     return [pb.TableInfo(), demos]
 
 
 def write_info() -> bytes:
-    return pb.InfoResponse(version="2", rate=rate_to_message(rate_info(make_rate_status())), tables=make_tables()).SerializeToString()
+    return pb.InfoResponse(version="2", rate=rate_to_message(make_rate()), tables=make_tables()).SerializeToString()
 
 
 MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {

@@ -83,15 +83,19 @@ def commands(page: Path) -> list[str]:
     return re.findall(r"pip install ((?:[\w./\[\],=<>-]+|\"[^\"]*\"|'[^']*'|[ ](?=[^ #]))+)", page.read_text("utf-8"))
 
 
+def extras_of(place: str) -> list[str]:
+    return [extra for extra in place.partition("[")[2].rstrip("]").split(",") if extra]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_install_existing_distributions(page: Path) -> None:
     for command in commands(page):
         places = [word.strip("\"'") for word in command.split() if word.strip("\"'").startswith("./")]
         folders = [place.partition("[")[0] for place in places]
-        extras = [extra for place in places for extra in place.partition("[")[2].rstrip("]").split(",") if extra]
         assert "touchline[" not in command, command
         assert all((ROOT / folder / "pyproject.toml").is_file() for folder in folders), command
-        assert set(extras) <= set(EXTRAS), command
+        for place, folder in zip(places, folders, strict=True):
+            assert set(extras_of(place)) <= set(project(folder).get("optional-dependencies", ())), command
         assert not folders or folders[0] == "./protos", f"{command}: client and server need protos, which no index has"
 
 
@@ -115,6 +119,26 @@ def test_oldest_environment_has_the_floor_of_every_range() -> None:
                 )
 
     assert {name: {Version(version)} for name, version in pins("oldest").items()} == floors
+
+
+def imports_server(path: Path) -> bool:
+    """Returns whether a test or a module that it takes from ``support`` imports the server without catching that it is missing."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            package, _, module = name.partition(".")
+            if package == "touchline_server" or (package == "support" and imports_server(ROOT / "tests" / package / f"{module}.py")):
+                return True
+    return False
+
+
+def test_tests_of_environments_without_the_server_do_not_import_it() -> None:
+    commands = subprocess.run(["make", "--dry-run", "test", "test-newt"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = {word for line in commands.splitlines() if "SERVER_PYTHON" in line for word in line.split() if word.endswith(".py")}
+
+    assert "tests/contract/test_golden.py" in files
+    assert sorted(file for file in files if imports_server(ROOT / file)) == []
 
 
 @pytest.mark.parametrize("name", ["tdmpc2", "newt"])

@@ -43,7 +43,7 @@ def client(server: ServerThread) -> Iterator[ReplayClient]:
 def _run(example: str, *arguments: str, status: int = 0, **environment: str) -> list[dict[str, Any]]:
     """Runs an example to its end and returns its lines of JSON."""
     command = [sys.executable, str(EXAMPLES / example), *arguments]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    variables = {**os.environ, **environment}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables, check=False)
     assert finished.returncode == status, finished.stderr
     return [json.loads(line) for line in finished.stdout.splitlines()]

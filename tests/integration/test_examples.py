@@ -38,7 +38,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(example: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(EXAMPLES / example), *arguments]
-        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **environment}
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=(tmp_path / f"{example}.log").open("w"), text=True, env=variables, cwd=tmp_path
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -32,7 +31,6 @@ def _run(example: str, *arguments: str, forbidden: str = "") -> list[dict[str, A
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert finished.returncode == 0, finished.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -338,6 +337,43 @@ def test_recent_law_draws_the_newest_trajectories(server: ServerThread) -> None:
     assert 10 <= len(sampled) <= 20 < everything
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_update_priority_takes_the_index_of_a_sample_as_torchrls_buffer_does(mixed: bool, server: ServerThread) -> None:
+    client = ReplayClient(server.address)
+    options: dict[str, Any] = {"mix": {"": 0.5, "other": 0.5}} if mixed else {}
+    if mixed and "other" not in client.tables():
+        client.create_table("other", priority_alpha=1.0)
+    with client, RemoteReplayBuffer(client, batch_size=40, slice_len=4, law="prioritized", beta=1.0, **options) as buffer:
+        for batch in _collect():
+            buffer.extend(batch)
+        if mixed:
+            client.load((episode.columns for episode in client.episodes()), table="other")
+        _, info = buffer.sample(return_info=True)
+        assert info["index"].shape == (40, 4)
+        assert info["priority_weight"].tolist() == [1.0] * 40  # all are new
+        assert torch.equal(info["index"][::4, 0], info["episode_id"])
+
+        buffer.update_priority(info["index"], 100 * torch.ones(40, 1))
+        assert client.priorities.flush().updated == 10
+
+        for table in options.get("mix", {"": 1}):
+            found = client.sample(table=table, law="prioritized", batch_size=4000, horizon=4, as_numpy=True)
+            part = info["episode_id"] if not mixed else info["episode_id"][info["table"] == list(options["mix"]).index(table)]
+            of_updated = np.isin(found.episode_id, part.numpy())
+            assert found.probability[of_updated].max() > 10 * found.probability.min()
+            assert not mixed or found.probability[~of_updated].max() == found.probability.min()
+
+        for index, priority, words in (
+            (info["index"][:-1], torch.ones(39), "of whole slices of 4"),
+            (info["index"].flip(0).roll(1, 0), torch.ones(40), "are not those of whole slices"),
+            (torch.arange(40), torch.ones(40), "expected info"),
+            (info["index"], torch.ones(10), "one for each row"),
+            (info["index"], -torch.ones(40), "finite numbers of at least 0"),
+        ):
+            with pytest.raises(InvalidArgumentError, match=words):
+                buffer.update_priority(index, priority)
+
+
 def test_several_and_nested_observations(server: ServerThread) -> None:
     (batch,) = _collect(envs=1, frames=30)
     for part in (batch, batch["next"]):
@@ -418,7 +454,6 @@ def test_example_learns(tmp_path: Path) -> None:
             text=True,
             timeout=300,
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
         assert finished.returncode == 0, finished.stderr

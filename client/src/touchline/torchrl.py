@@ -45,6 +45,7 @@ try:
 except ImportError as error:
     raise ImportError(f"touchline.torchrl needs torch and tensordict ({error}): {install_command('torchrl')}") from error
 
+from touchline._learner.flat_samples import by_path, leaves_of, sample_info, set_flat, updates_of, with_spare_row
 from touchline._learner.stream import BatchStream
 from touchline._learner.torch_batch import check_one_agent
 from touchline._learner.trajectories import Trajectories, check_transitions, path_of
@@ -88,9 +89,10 @@ class RemoteReplayBuffer:
             samples; SliceSampler's default is ``("next", "truncated")``. None changes nothing.
         max_steps: number of transitions after which a trajectory is sent in pieces; None never splits one.
         max_trajectories: limit on unfinished trajectories; beyond it the one that has waited longest for its next step is sent as it is.
-        law: sampling law: ``"episode"``, ``"step"``, ``"recent"``, ``"fresh_first"`` or ``"task"``.
+        law: sampling law: ``"episode"``, ``"step"``, ``"recent"``, ``"prioritized"``, ``"fresh_first"`` or ``"task"``.
         recent_steps: newest rows that ``"recent"`` draws from.
         recent_half_life: rows after which a start is half as likely under ``"recent"``.
+        beta: exponent of the weights of ``"prioritized"``; None takes the table's.
         pad: ``"end"`` if slices may run over their trajectory's end; samples have a ``valid`` then, False for transitions that repeat.
         mix: share of each table in a sample; None: that of ``table``, which :meth:`extend` adds to in either case.
         when_empty: rule for a table of the mix that has nothing to sample; see :class:`~touchline.types.SampleOptions` for both.
@@ -118,6 +120,7 @@ class RemoteReplayBuffer:
         law: str = "episode",
         recent_steps: int | None = None,
         recent_half_life: float | None = None,
+        beta: float | None = None,
         pad: str = "none",
         mix: Mix | None = None,
         when_empty: str = "wait",
@@ -141,7 +144,8 @@ class RemoteReplayBuffer:
         self._truncated_key = truncated_key
         self._device, self._timeout_s = device, timeout_s
         self._options: SampleOptions = {"horizon": slice_len, "law": law, "pad": pad, "when_empty": when_empty}
-        self._options |= {"recent_steps": recent_steps, "recent_half_life": recent_half_life}
+        self._options |= {"recent_steps": recent_steps, "recent_half_life": recent_half_life, "beta": beta}
+        self._tables = [self._table] if mix is None else [name for name, _ in check_mix_argument(mix, when_empty)]
         self._options |= {"table": self._table} if mix is None else {"mix": dict(check_mix_argument(mix, when_empty))}
         self._new_trajectories = partial(Trajectories, max_steps=max_steps, max_open=max_trajectories)
         self._trajectories = self._new_trajectories()
@@ -196,7 +200,8 @@ class RemoteReplayBuffer:
 
         Args:
             batch_size: number of transitions; None takes the buffer's.
-            return_info: also return a dict of ``episode_id``, ``start``, ``probability`` and, of a mix, ``table`` of each slice.
+            return_info: also return a dict of ``episode_id``, ``start``, ``probability`` and, of a mix, ``table`` of each slice; by the law
+                ``"prioritized"`` also ``index`` and ``priority_weight`` of each transition, as TorchRL's samplers return them.
 
         Returns:
             A TensorDict [batch_size] with the keys that were added, which is the caller's; with ``return_info`` also the dict.
@@ -212,8 +217,20 @@ class RemoteReplayBuffer:
             data = transform(data)
         if not return_info:
             return data
-        fields = {name: getattr(batch, name) for name in ("episode_id", "start", "probability", "table")}
-        return data, {name: torch.as_tensor(values) for name, values in fields.items() if values is not None}
+        return data, sample_info(batch, self._slice_len)
+
+    def update_priority(self, index: Any, priority: Any) -> None:
+        """Sets priorities of transitions that were sampled by the law ``"prioritized"``. Returns before they are sent.
+
+        Args:
+            index: ``info["index"]`` of ``sample(return_info=True)``, or the rows of some slices of it, all ``slice_len`` of each.
+            priority: priority of each of these transitions, [n] or [n, 1]: finite, at least 0.
+
+        Raises:
+            InvalidArgumentError: a shape or a number is wrong.
+            TouchlineError: an earlier update failed; this one was taken all the same.
+        """
+        self._client.priorities.put(updates_of(index, priority, self._slice_len, self._tables))
 
     def __iter__(self) -> Iterator[TensorDict]:
         """Yields samples without end."""
@@ -318,23 +335,23 @@ class RemoteReplayBuffer:
 
     def _pack(self, trajectory: TensorDict, incoming: bool) -> dict[str, torch.Tensor]:
         """Returns the columns [T + 1] of an episode for a trajectory [T]."""
-        root, after = _by_path(trajectory)
+        root, after = by_path(trajectory)
         columns = {}
         for path, value in root.items():
             name = self._column(path, both=path in after)
             if path in after:
                 columns[name] = torch.cat([value, after[path][-1:]])
             else:
-                columns[name] = _with_spare_row(value, incoming)
+                columns[name] = with_spare_row(value, incoming)
         for path, value in after.items():
             if path not in root:
-                columns["reward" if path == self._reward else f"next.{path}"] = _with_spare_row(value, incoming)
-        columns["done"] = _with_spare_row(after.get("terminated", after["done"]), incoming)
+                columns["reward" if path == self._reward else f"next.{path}"] = with_spare_row(value, incoming)
+        columns["done"] = with_spare_row(after.get("terminated", after["done"]), incoming)
         return columns
 
     def _check_roles(self, data: TensorDict) -> None:
         """Raises InvalidEpisodeError if the key of an observation, the action or the reward is missing or has the wrong form."""
-        root, after = _by_path(data)
+        root, after = by_path(data)
         for path in self._observations:
             if path not in root or path not in after:
                 raise InvalidEpisodeError(
@@ -382,23 +399,23 @@ class RemoteReplayBuffer:
         incoming = self._is_incoming(batch.table_names[0] if batch.table_names else None)
         data = TensorDict({}, batch_size=[batch.action.shape[1] * self._slice_len], device=batch.action.device)
         # A single observation is `obs` itself; episodes of other writers may have several, under names of their own.
-        observations = _leaves(batch.obs) if isinstance(batch.obs, dict) else {self._observations[0]: batch.obs}
+        observations = leaves_of(batch.obs) if isinstance(batch.obs, dict) else {self._observations[0]: batch.obs}
         both = observations | {name.removeprefix("both."): rows for name, rows in batch.extra.items() if name.startswith("both.")}
         for path, rows in both.items():
-            _set(data, path, rows[:-1])
-            _set(data, f"next.{path}", rows[1:])
-        _set(data, self._action, batch.action)
-        _set(data, f"next.{self._reward}", batch.reward)
+            set_flat(data, path, rows[:-1])
+            set_flat(data, f"next.{path}", rows[1:])
+        set_flat(data, self._action, batch.action)
+        set_flat(data, f"next.{self._reward}", batch.reward)
         for name, rows in batch.extra.items():
             if not name.startswith("both."):
-                _set(data, name.removeprefix("root."), rows[1:] if incoming else rows[:-1])
+                set_flat(data, name.removeprefix("root."), rows[1:] if incoming else rows[:-1])
         if batch.valid is not None:
-            _set(data, "valid", batch.valid)
+            set_flat(data, "valid", batch.valid)
         if batch.task is not None:
             data["task"] = batch.task.repeat_interleave(self._slice_len)
         if ("next", "done") not in data.keys(True):  # an episode of another writer
             for flag in ("done", "terminated"):
-                _set(data, f"next.{flag}", batch.done.bool())
+                set_flat(data, f"next.{flag}", batch.done.bool())
         if self._truncated_key is not None:
             self._mark_ends(data, self._truncated_key, batch.valid)
         return data
@@ -420,27 +437,3 @@ def _log_loss(trajectories: Trajectories) -> None:
         logger.warning(
             "a RemoteReplayBuffer was dropped without being closed: %d unfinished trajectories are lost; flush() would send them", len(lost)
         )
-
-
-def _by_path(data: TensorDict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns the values of the root and those of "next", by dotted path."""
-    root = {path_of(key): value for key, value in data.exclude("next").items(True, True)}
-    return root, {path_of(key): value for key, value in data["next"].items(True, True)}
-
-
-def _with_spare_row(values: torch.Tensor, incoming: bool) -> torch.Tensor:
-    """Returns values [T, ...] with a spare row of NaN or zero, [T + 1, ...]: the first row if ``incoming``, else the last."""
-    spare = torch.full_like(values[:1], torch.nan if values.is_floating_point() else 0)
-    return torch.cat([spare, values] if incoming else [values, spare])
-
-
-def _set(data: TensorDict, path: str, rows: torch.Tensor) -> None:
-    """Sets [slice_len, slices, ...] as [slices * slice_len, ...] under a dotted path."""
-    data[tuple(path.split("."))] = rows.transpose(0, 1).flatten(0, 1)
-
-
-def _leaves(level: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in level.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves

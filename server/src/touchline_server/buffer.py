@@ -22,7 +22,7 @@ from touchline_protos.types.priorities import updates_by_table
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, NotReadyError
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
-from touchline_server.store.mixed_draw import DrawnBatches
+from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 from touchline_server.tables.mix_sampler import MixSampler, MixSpec
 from touchline_server.tables.registry import TableRegistry
@@ -400,7 +400,7 @@ class ReplayBuffer(TableBuffers):
         sampler.delivered(*reserved)
         return batch
 
-    def _tensors(self, drawn: DrawnBatches) -> dict[str, Any]:
+    def _tensors(self, drawn: BatchDraw) -> dict[str, Any]:
         if drawn.on_cuda:
             return drawn.gather_tensors()
         from touchline_server.store.tensors import as_tensor

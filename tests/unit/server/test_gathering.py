@@ -18,9 +18,9 @@ from touchline_protos.codec import BatchLayout, Episode
 from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, ReplayBuffer
-from touchline_server.store.gather import GatherPlan
-from touchline_server.store.pinned_draw import DrawnSlices
-from touchline_server.store.tensors import as_tensor
+from touchline_server.store import columns, gather
+from touchline_server.store.gather import GatherPlan, SpacedBodies
+from touchline_server.store.pinned_draw import DrawnPart, locate
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
 INNER = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -139,15 +139,15 @@ def test_batch_of_any_schema_holds_the_rows_that_it_names(
         assert batch.probability[column] == pytest.approx(chance, rel=1e-12)
 
 
-def with_optional(slices: DrawnSlices, optional: Collection[str], horizon: int, random: np.random.Generator) -> DrawnSlices:
-    """Returns the slices with random values in these optional fields of their provenance."""
-    size = len(slices)
+def with_optional(part: DrawnPart, optional: Collection[str], horizon: int, random: np.random.Generator) -> DrawnPart:
+    """Returns the part with random values in these optional fields of its provenance."""
+    size = len(part.draw.start)
     values = {
         "weight": random.random(size, dtype=np.float32),
         "table": random.integers(0, 3, size),
         "valid": random.random((horizon, size, 1)) < 0.5,
     }
-    return replace(slices, draw=replace(slices.draw, **{name: values[name] for name in optional}))
+    return replace(part, draw=replace(part.draw, **{name: values[name] for name in optional}))
 
 
 def blank_body(layout: BatchLayout) -> dict[str, np.ndarray]:
@@ -192,15 +192,15 @@ def test_every_way_of_gathering_gives_the_same_batch(
     layout = plan.layout(batch_size, wire_order(optional))
     whole = blank_body(layout)
 
-    with buffer.store.draw(batch_size, horizon, buffer.spec().law, random) as (drawn,):
-        slices = with_optional(drawn, optional, horizon, random)
-        plan.gather_into([slices], [whole])
-        tensors = plan.gather_tensors(slices)
-        body = layout.body_views(plan.host_bodies([slices])[0])
+    with buffer.store.draw(batch_size, horizon, buffer.spec().law, random) as pinned:
+        part = with_optional(locate(pinned.draw, pinned.columns, batches=1, horizon=horizon), optional, horizon, random)
+        plan.gather_into([part], [whole])
+        tensors = plan.gather_tensors([part], layout)
+        body = layout.body_views(plan.host_bodies(part.slices(1))[0])
         pieces = []
         for piece in layout.chunk_plan(chunk_bytes):
             _, out = layout.chunk(piece, {})
-            plan.piece_gatherer(slices)(piece, out)
+            plan.piece_gatherer([part], layout)(piece, out)
             pieces.append((piece, out))
 
     assert {name: as_bits(tensor) for name, tensor in tensors.items()} == {name: as_bits(array) for name, array in whole.items()}
@@ -234,81 +234,96 @@ def test_gather_tensors_are_fresh_memory() -> None:
     schema=schemas(),
     horizon=st.integers(1, 4),
     shares=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    batches=st.integers(1, 3),
     incoming=st.booleans(),
     chunk_bytes=st.integers(64, 400),
+    small_below=st.sampled_from([0, 40, 1 << 13]),
     optional=OPTIONAL,
     seed=st.integers(0, 999),
 )
-def test_body_that_is_gathered_in_ranges_from_several_stores_is_that_of_one_gather(
+def test_batches_that_several_stores_provide_parts_of_hold_the_batches_of_each(
     data: st.DataObject,
     schema: dict[str, tuple[np.dtype, tuple[int, ...]]],
     horizon: int,
     shares: list[int],
+    batches: int,
     incoming: bool,
     chunk_bytes: int,
+    small_below: int,
     optional: set[str],
     seed: int,
 ) -> None:
-    """Each range of slices is drawn from one of two stores of equal schema; the ranges are gathered in any order, and piece by piece."""
-    stores = [ReplayBuffer(make_config(20, storage={"allow_non_finite": True}, horizon=horizon)).store for _ in range(2)]
+    """Each part is drawn from one of two stores of equal schema and different capacity, and gathered in every way there is."""
+    stores = [ReplayBuffer(make_config(rows, storage={"allow_non_finite": True}, horizon=horizon)).store for rows in (20, 28)]
     random = np.random.default_rng(seed)
     for store in stores:
-        for _ in range(4):
+        for _ in range(5):
             store.add(Episode(random_episode(schema, 6, random)))
     assert stores[0].schema == stores[1].schema and stores[0].schema is not None
     plan = GatherPlan(stores[0].schema, horizon=horizon, incoming=incoming)
-    firsts = np.cumsum([0, *shares])[:-1].tolist()
-    batch_size = sum(shares)
-    layout = plan.layout(batch_size, wire_order(optional))
-    with ExitStack() as pins:
-        parts = []
-        for number, (first, size) in enumerate(zip(firsts, shares, strict=True)):
-            store = stores[data.draw(st.integers(0, 1), f"store of range {number}")]
-            (slices,) = pins.enter_context(store.draw(size, horizon, "episode", random))
-            parts.append((first, with_optional(slices, optional, horizon, random)))
+    layout = plan.layout(sum(shares), wire_order(optional))
+    spaced = SpacedBodies(
+        layout, bytearray(b"\7" * (5 * layout.body_bytes + 500)), offset_bytes=48, spacing_bytes=layout.body_bytes + 64, count=5
+    )
+    chosen = data.draw(st.permutations(range(5)), "bodies")[:batches]
+    with ExitStack() as pins, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "BULK_STEP_BYTES", small_below)
+        patch.setattr(columns, "MIN_STEP_BYTES", data.draw(st.sampled_from([1, 1 << 12]), "least step"))
+        parts: list[DrawnPart] = []
+        expected = [blank_body(layout) for _ in range(batches)]
+        for number, (begin, size) in enumerate(zip(np.cumsum([0, *shares])[:-1].tolist(), shares, strict=True)):
+            store = stores[data.draw(st.integers(0, 1), f"store of part {number}")]
+            pinned = pins.enter_context(store.draw(size, horizon, "episode", random, batches=batches))
+            part = locate(pinned.draw, pinned.columns, batches=batches, horizon=horizon, begin=begin)
+            parts.append(with_optional(part, optional, horizon, random))
+            alone = [blank_body(plan.layout(size, wire_order(optional))) for _ in range(batches)]
+            plan.gather_into([replace(parts[-1], begin=0, end=size)], alone)
+            for whole, body in zip(expected, alone, strict=True):
+                for name, array in body.items():
+                    (whole[name][:, begin : begin + size] if array.ndim > 1 else whole[name][begin : begin + size])[...] = array
 
-        expected = layout.body_views(bytearray(layout.body_bytes))
-        for first, slices in parts:
-            part = plan.layout(len(slices), wire_order(optional))
-            alone = part.body_views(bytearray(part.body_bytes))
-            plan.gather_into([slices], [alone])
-            for name, array in alone.items():
-                axis = array.ndim > 1
-                expected[name][(slice(None),) * axis + (slice(first, first + len(slices)),)] = array
-
-        body, tensors = blank_body(layout), {}
-        for output in plan.outputs:
-            tensors[output.name] = as_tensor(np.ones(output.spec(batch_size).shape, np.uint8).astype(output.dtype))
-        for first, slices in data.draw(st.permutations(parts), "order of gathering"):
-            plan.gather_into([slices], [body], first=first)
-            plan.gather_into_tensors(slices, tensors, first=first)
+        bodies = [blank_body(layout) for _ in range(batches)]
+        plan.gather_into(data.draw(st.permutations(parts), "order of gathering"), bodies)
+        each = []
+        for position, _ in zip(chosen, plan.gather_each_into(parts, spaced, chosen), strict=True):
+            each.append({name: array.copy() for name, array in spaced.each[position].items()})
+        tensors = plan.gather_tensors(parts, layout)
         seen = {spec.name: b"" for spec in layout.specs}
+        gather_piece = plan.piece_gatherer(parts, layout)
         for piece in layout.chunk_plan(chunk_bytes):
             _, targets = layout.chunk(piece, {})
-            for first, slices in data.draw(st.permutations(parts), "order of gathering a piece"):
-                plan.gather_piece_into(slices, piece, targets, batch_size=batch_size, first=first)
+            gather_piece(piece, targets)
             for (name, *_), target in zip(piece.segments, targets, strict=True):
                 seen[name] += target.tobytes()
 
-    wanted = {name: array.tobytes() for name, array in expected.items()}
-    assert {name: array.tobytes() for name, array in body.items()} == wanted
-    assert seen == wanted
-    assert {name: as_bits(tensor)[2] for name, tensor in tensors.items()} == {output.name: wanted[output.name] for output in plan.outputs}
+    wanted = [{name: array.tobytes() for name, array in body.items()} for body in expected]
+    blank = {name: array.tobytes() for name, array in blank_body(layout).items()}
+    assert [{name: array.tobytes() for name, array in body.items()} for body in bodies] == wanted
+    assert [{name: array.tobytes() for name, array in body.items()} for body in each] == wanted
+    assert seen == wanted[0]
+    assert {name: as_bits(tensor)[2] for name, tensor in tensors.items()} == wanted[0]
+    for position in set(range(5)) - set(chosen):
+        assert {name: array.tobytes() for name, array in spaced.each[position].items()} == blank
 
 
-def test_gather_of_a_range_writes_nothing_else() -> None:
+def test_gather_of_a_part_writes_nothing_else() -> None:
     buffer = ReplayBuffer(make_config(40))
     buffer.add_episode(traced(0, 20))
     assert buffer.store.schema is not None
     plan = GatherPlan(buffer.store.schema, horizon=3, incoming=True)
-    body = blank_body(plan.layout(9))
+    layout = plan.layout(9)
+    spaced = SpacedBodies(layout, bytearray(b"\7" * layout.body_bytes), offset_bytes=0, spacing_bytes=layout.body_bytes, count=1)
+    body = blank_body(layout)
 
-    with buffer.store.draw(4, 3, "episode", np.random.default_rng(0)) as slices:
-        plan.gather_into(slices, [body], first=2)
+    with buffer.store.draw(4, 3, "episode", np.random.default_rng(0)) as pinned:
+        part = locate(pinned.draw, pinned.columns, batches=1, horizon=3, begin=2)
+        plan.gather_into([part], [body])
+        assert list(plan.gather_each_into([part], spaced, [0])) == [None]
 
-    blank = blank_body(plan.layout(9))
-    for name, array in body.items():
-        batch_axis = min(array.ndim, 2) - 1
-        for outside in (range(2), range(6, 9)):
-            assert array.take(outside, batch_axis).tobytes() == blank[name].take(outside, batch_axis).tobytes(), name
-        assert array.take(range(2, 6), batch_axis).tobytes() != blank[name].take(range(2, 6), batch_axis).tobytes(), name
+    blank = blank_body(layout)
+    for written in (body, spaced.each[0]):
+        for name, array in written.items():
+            batch_axis = min(array.ndim, 2) - 1
+            for outside in (range(2), range(6, 9)):
+                assert array.take(outside, batch_axis).tobytes() == blank[name].take(outside, batch_axis).tobytes(), name
+            assert array.take(range(2, 6), batch_axis).tobytes() != blank[name].take(range(2, 6), batch_axis).tobytes(), name

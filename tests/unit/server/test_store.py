@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from touchline_protos.codec import EpisodeKey
 from touchline_server import InvalidEpisodeError, NotReadyError, ReplayBuffer
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_store import EpisodeStore
+from touchline_server.store.pinned_draw import DrawnSlices, locate
 
 
 @pytest.fixture
@@ -151,17 +152,24 @@ def stamps(store: EpisodeStore, rows: np.ndarray, columns: Columns) -> np.ndarra
     return out
 
 
+@contextmanager
+def drawn_from(store: EpisodeStore, slices: int, random: np.random.Generator) -> Iterator[DrawnSlices]:
+    """Slices of one batch, pinned within the block."""
+    with store.draw(slices, 3, "episode", random) as pinned:
+        yield locate(pinned.draw, pinned.columns, batches=1, horizon=3).slices(1)[0]
+
+
 def test_pinned_draw_delays_only_the_writer() -> None:
     store, condition = store_of(10, 5, 5, capacity=20)
     random = np.random.default_rng(0)
     with ThreadPoolExecutor(1) as pool:
-        with store.draw(50, 3, "episode", random) as (slices,):
+        with drawn_from(store, 50, random) as slices:
             before = stamps(store, slices.rows, slices.columns)
             adding = pool.submit(store.add, traced(7, 10))
             assert condition.waited.wait(60)
 
             assert not adding.done()
-            with store.draw(20, 3, "episode", random) as (later,):
+            with drawn_from(store, 20, random) as later:
                 assert set(later.draw.episode_id.tolist()) == {1, 2}
             assert store.counts().episodes_stored == 2
             assert not adding.done()
@@ -182,9 +190,8 @@ def test_writer_does_not_wait_for_gathers_that_were_drawn_after_it_evicted() -> 
             adding = pool.submit(store.add, traced(7, 10))
             assert condition.waited.wait(60)
             later = store.draw(1, 3, "episode", random)
-            later.__enter__()
         adding.result(60)
-        later.__exit__(None, None, None)
+        later.release()
 
     assert store.counts().episodes_stored == 3
 
@@ -287,7 +294,7 @@ def test_try_add_never_writes_to_a_disk(tmp_path: Path) -> None:
 def test_clear_waits_for_gathers_and_leaves_them_their_rows() -> None:
     store, condition = store_of(10, 5, capacity=20)
     with ThreadPoolExecutor(1) as pool:
-        with store.draw(20, 3, "episode", np.random.default_rng(0)) as (slices,):
+        with drawn_from(store, 20, np.random.default_rng(0)) as slices:
             before = stamps(store, slices.rows, slices.columns)
             clearing = pool.submit(store.clear)
             assert condition.waited.wait(60)
@@ -314,15 +321,15 @@ def test_draw_whose_block_raises_releases_its_rows() -> None:
 def test_draw_of_several_batches_equals_draws_in_sequence() -> None:
     store, _ = store_of(10, 7, capacity=20)
 
-    with store.draw(16, 3, "episode", np.random.default_rng(5), batches=3) as together:
-        pass
+    with store.draw(16, 3, "episode", np.random.default_rng(5), batches=3) as pinned:
+        together = locate(pinned.draw, pinned.columns, batches=3, horizon=3)
     random = np.random.default_rng(5)
     alone = []
     for _ in range(3):
-        with store.draw(16, 3, "episode", random) as (slices,):
+        with drawn_from(store, 16, random) as slices:
             alone.append(slices)
 
-    assert [one.rows.tolist() for one in together] == [one.rows.tolist() for one in alone]
+    assert together.rows.tolist() == [one.rows.tolist() for one in alone]
     assert alone[0].rows.tolist() != alone[1].rows.tolist()
 
 

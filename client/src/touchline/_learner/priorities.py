@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,15 @@ class PriorityUpdates:
             updates = updates_by_table(slices, priorities, table)
         except ColumnError as error:
             raise InvalidArgumentError(str(error)) from None
+        self.put(updates)
+
+    def put(self, updates: Sequence[tuple[str, PriorityUpdate]]) -> None:
+        """Takes checked updates, each with its table, and returns. The arrays must not change any more.
+
+        Raises:
+            ClosedError: the client was closed.
+            TouchlineError: an earlier update failed. These were taken all the same.
+        """
         if self._rpc.channel.closed:
             raise ClosedError(f"the client of {self._rpc.channel.address} was closed")
         with self._changed:

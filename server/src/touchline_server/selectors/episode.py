@@ -23,8 +23,8 @@ class EpisodeSelector(Selector):
         eligible = self._eligible.at(horizon)
         # [batches, 2, B]: so a batch takes the same numbers from the generator whether it is drawn by itself or with others.
         uniform = rng.random((batches, 2, batch_size))
-        chosen = (uniform[:, 0].reshape(-1) * len(eligible)).astype(np.int64)
-        entries = eligible.entries.take(chosen, axis=0)
+        chosen = (uniform[:, 0] * len(eligible)).astype(np.int64)
+        entries = eligible.entries.take(chosen.reshape(-1), axis=0)
         starts = entries[:, LENGTH] - horizon
         start = (uniform[:, 1].reshape(-1) * starts).astype(np.int64)
         return Draw.of(entries, start, 1.0 / (len(eligible) * starts.astype(np.float64)))

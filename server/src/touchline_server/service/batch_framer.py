@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from touchline_protos.codec import BatchLayout
 from touchline_server.errors import InvalidArgumentError, NotReadyError, TooLargeError
-from touchline_server.store.mixed_draw import DrawnBatches
+from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.tables.sampler import Reserved, Sampler
 
 CHUNK_BYTES = 1 << 20
@@ -110,7 +110,7 @@ class BatchFramer:
         """
         return self.frames(ahead) if self.sampler.fits_inline(batches=ahead.reserved.batches) else None
 
-    def new_actors(self, drawn: DrawnBatches) -> dict[int, str]:
+    def new_actors(self, drawn: BatchDraw) -> dict[int, str]:
         """Returns the names of the actors whose names this stream has not sent yet, and takes them as sent."""
         sampler = self.sampler
         new = drawn.actors() - self._sent_actors
@@ -128,7 +128,7 @@ class BatchFramer:
             return 1
         return max(min(credits, self._max_batches, self._group_bytes // layout.message_bytes()), 1)
 
-    def _chunks(self, drawn: DrawnBatches, actors: dict[int, str]) -> list[bytes]:
+    def _chunks(self, drawn: BatchDraw, actors: dict[int, str]) -> list[bytes]:
         frames: list[bytes] = []
         gather = drawn.piece_gatherer()
         for piece in drawn.layout.chunk_plan(min(CHUNK_BYTES, self._max_message_bytes // 2)):

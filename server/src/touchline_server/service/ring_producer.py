@@ -25,8 +25,9 @@ from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.metrics.learners import Ahead, Learner, Measured
 from touchline_server.service.batch_framer import BatchFramer
 from touchline_server.service.throttle import AddThrottle
+from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.gather import SpacedBodies
 from touchline_server.store.memory import available_host_bytes
-from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.subscriptions import subscribe_all
 from touchline_server.tables.sampler import Reserved, Split
 
@@ -169,7 +170,14 @@ class RingProducer:
         self._send = send
         self._on_end = on_end
         self._stopping = False
-        self._bodies = [layout.body_views(ring.slots.array(slot)) for slot in range(ring.geometry.slots)]
+        geometry = ring.geometry
+        self._bodies = SpacedBodies(
+            layout,
+            ring.slots.whole_array(),
+            offset_bytes=geometry.offset(0),
+            spacing_bytes=geometry.slot_size_bytes,
+            count=geometry.slots,
+        )
         # Drawing batches together costs less, but the rows of large ones would stay pinned for long.
         self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
         self._actors_sent = 0
@@ -271,8 +279,8 @@ class RingProducer:
                         self._publish(slot, reserved.split)
                         published += 1
                 else:
-                    for batch, slot in enumerate(slots):
-                        drawn.gather_one_into(batch, self._bodies[slot])
+                    gathered = drawn.gather_each_into(self._bodies, slots)
+                    for slot, _ in zip(slots, gathered, strict=True):
                         self._publish(slot, reserved.split)
                         published += 1
         except BaseException:
@@ -284,7 +292,7 @@ class RingProducer:
         self._used.append(split)
         self._learner.clock.end()
 
-    def _send_names(self, drawn: DrawnBatches) -> None:
+    def _send_names(self, drawn: BatchDraw) -> None:
         """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""
         names = self._framer.new_actors(drawn)
         if names:
@@ -292,7 +300,7 @@ class RingProducer:
             actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
             self._send(pb.SampleStreamResponse(actors=actors).SerializeToString())
 
-    def _gather_from_device(self, slots: list[int], drawn: DrawnBatches) -> None:
+    def _gather_from_device(self, slots: list[int], drawn: BatchDraw) -> None:
         """Gathers on the device, which copies straight into the slots if their memory can be pinned; waits for it once."""
         if self._pinned is None:
             import torch
@@ -303,7 +311,7 @@ class RingProducer:
             begins = [self._ring.geometry.offset(slot) for slot in slots]
             drawn.gather_into_pinned([memory[begin : begin + size] for begin in begins])
         else:
-            drawn.gather_into([self._bodies[slot] for slot in slots])
+            drawn.gather_into([self._bodies.each[slot] for slot in slots])
 
 
 def _measured(control: ProducerControl) -> Measured | None:

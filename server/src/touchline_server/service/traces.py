@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from touchline_protos.tracing import get_tracer, parent_of
-from touchline_server.store.mixed_draw import DrawnBatches
+from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.tables.sampler import Reserved, Sampler, Split
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class _TracedSampler:
         self._undrawn += 0 if reserved is None else reserved.batches
         return reserved
 
-    def draw(self, reserved: Reserved) -> DrawnBatches:
+    def draw(self, reserved: Reserved) -> BatchDraw:
         """See :class:`Sampler`."""
         attributes = {"touchline.batch_size": self._sampler.batch_size, "touchline.horizon": self._sampler.horizon}
         self._undrawn -= reserved.batches

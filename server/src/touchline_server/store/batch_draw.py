@@ -2,73 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
-from touchline_server.store.gather import Body, GatherPlan
-from touchline_server.store.pinned_draw import DrawnSlices, PinnedDraw
+from touchline_server.store.gather import Body, GatherPlan, SpacedBodies
+from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw
 
 if TYPE_CHECKING:
     import torch
 
 
 class BatchDraw:
-    """Batches of one table, drawn together and pinned until the end of a ``with`` block.
+    """Batches of one table or of several, drawn together and pinned until the end of a ``with`` block.
 
-    Code that fills messages, slots and tensors uses this class only, and neither the store nor the plan. Batches that are mixed from
-    several tables are a :class:`~touchline_server.store.mixed_draw.MixedDraw`, with the same methods.
+    Code that fills messages, slots and tensors uses this class only, and neither the store nor the plan.
+
+    Args:
+        pinned: what pins the rows of each table.
+        parts: what each table provides of the batches, in the order of the slices: together all of them.
+        plan: how they are gathered. The columns of the tables fit each other, so it is that of any of them.
+        layout: how each batch looks on the wire and in a body.
     """
 
-    __slots__ = ("_pinned", "batches", "layout", "plan")
+    __slots__ = ("_parts", "_pinned", "_plan", "layout")
 
-    def __init__(self, pinned: PinnedDraw, plan: GatherPlan, layout: BatchLayout) -> None:
+    def __init__(self, pinned: Sequence[PinnedDraw], parts: Sequence[DrawnPart], plan: GatherPlan, layout: BatchLayout) -> None:
         self._pinned = pinned
-        self.batches: list[DrawnSlices] = pinned.batches
-        """The draw of each batch."""
-        self.plan = plan
+        self._parts = parts
+        self._plan = plan
         self.layout = layout
         """How each batch looks on the wire and in a body."""
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._parts[0])
 
     @property
     def on_cuda(self) -> bool:
-        """Whether the batches are gathered on a CUDA device."""
-        return self._pinned.columns.on_cuda
+        """Whether any table's slices are gathered on a CUDA device."""
+        return any(part.columns.on_cuda for part in self._parts)
 
     def actors(self) -> set[int]:
         """Returns the numbers of the actors of all slices."""
-        actors = [slices.draw.actor for slices in self.batches]
-        return set(np.unique(actors[0] if len(actors) == 1 else np.concatenate(actors)).tolist())
+        return set().union(*(np.unique(part.draw.actor).tolist() for part in self._parts))
 
     def gather_into(self, bodies: Sequence[Body]) -> None:
-        """Gathers each batch into a body on the host."""
-        self.plan.gather_into(self.batches, bodies)
+        """Gathers each batch into a body on the host. A CUDA device is waited for once for all batches."""
+        self._plan.gather_into(self._parts, bodies)
 
-    def gather_one_into(self, batch: int, body: Body) -> None:
-        """Gathers one batch into a body on the host, so that it can be handed over before the next one is gathered."""
-        self.plan.gather_into(self.batches[batch : batch + 1], (body,))
+    def gather_each_into(self, bodies: SpacedBodies, chosen: Sequence[int]) -> Iterator[None]:
+        """Gathers each batch into a body on the host and yields after each, so that it can be handed over before the next is gathered.
+
+        No table may be on a CUDA device. ``chosen`` are the bodies of the batches.
+        """
+        return self._plan.gather_each_into(self._parts, bodies, chosen)
 
     def gather_into_pinned(self, bodies: Sequence[torch.Tensor]) -> None:
-        """Gathers each batch on its CUDA device and straight into pinned memory, [layout.body_bytes] uint8."""
-        self.plan.gather_into_pinned(self.batches, bodies)
+        """Gathers each batch into pinned memory, [layout.body_bytes] uint8: from a table on a CUDA device in one transfer a batch.
+
+        The slices of one of several tables take the way through other pinned memory: one transfer cannot leave the other tables' gaps.
+        """
+        if len(self._parts) == 1:
+            self._plan.gather_into_pinned(self._parts[0].slices(len(bodies)), bodies)
+        else:
+            self.gather_into([self.layout.body_views(body.numpy()) for body in bodies])
 
     def gather_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the first batch as fresh tensors on its device."""
-        return self.plan.gather_tensors(self.batches[0])
+        """Returns the first batch as fresh tensors: on the device of the tables if they share one, otherwise on the host."""
+        if len({part.columns.device for part in self._parts}) == 1:
+            return self._plan.gather_tensors(self._parts, self.layout)
+        from touchline_server.store.tensors import as_tensor
+
+        body = self.layout.body_views(np.empty(self.layout.body_bytes, np.uint8))
+        self.gather_into((body,))
+        return {name: as_tensor(array) for name, array in body.items()}
 
     def piece_gatherer(self) -> Callable[[Piece, Sequence[np.ndarray]], None]:
         """Returns what gathers the pieces of the first batch, into an array for each segment."""
-        return self.plan.piece_gatherer(self.batches[0])
+        return self._plan.piece_gatherer(self._parts, self.layout)
 
     def release(self) -> None:
-        """Unpins the rows, which may be overwritten from now on. Must be called once."""
-        self._pinned.release()
+        """Unpins the rows of every table, which may be overwritten from now on. Must be called once."""
+        for pinned in self._pinned:
+            pinned.release()
 
     def __enter__(self) -> Self:
         return self

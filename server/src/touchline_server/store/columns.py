@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     import torch
 
 logger = get_logger(__name__)
+
+MIN_STEP_BYTES = 1 << 12
+"""Least size of one step of a range of slices that is gathered straight into its place. Smaller steps are gathered together and copied."""
+
+
+class Take(Protocol):
+    """``numpy.ndarray.take`` of a column."""
+
+    def __call__(self, rows: np.ndarray, axis: Literal[0], out: np.ndarray | None, mode: Literal["clip"], /) -> Any:
+        """Copies rows into ``out``, which is contiguous, or returns a fresh array without one."""
+        ...
+
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """Flags for memory that a fork does not share."""
@@ -119,14 +131,25 @@ class Columns:
         """Waits until the device has done all queued work, of any stream."""
 
     def gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copies rows of one column into host memory.
+        """Copies rows of one column into host memory: of a whole batch, or of a range of the slices of each step.
 
         Args:
             name: the column.
             rows: any shape, int64, each in [0, capacity).
-            out: [*rows.shape, *column shape], contiguous, of the column's dtype: filled.
+            out: [*rows.shape, *column shape], of the column's dtype: filled. Contiguous, or at least each of its steps is, ``out[n]``.
         """
-        self._arrays[name].take(rows, 0, out, "clip")
+        take = self._arrays[name].take
+        if out.flags.c_contiguous:
+            take(rows, 0, out, "clip")
+        elif out[0].nbytes < MIN_STEP_BYTES:
+            out[...] = take(rows, 0, None, "clip")
+        else:
+            for step_rows, step_out in zip(rows, out, strict=True):
+                take(step_rows, 0, step_out, "clip")
+
+    def take(self, name: str) -> Take:
+        """Returns the ``take`` of one column in host memory, for callers that gather from it again and again: see :meth:`gather`."""
+        return self._arrays[name].take
 
     def copy_bytes(self, name: str, first_row: int, offset_bytes: int, out: np.ndarray) -> None:
         """Copies part of the bytes of one column's consecutive rows into host memory.

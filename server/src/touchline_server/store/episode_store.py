@@ -26,7 +26,7 @@ from touchline_server.store.episode_ring import EpisodeRing
 from touchline_server.store.index import Fill, IndexEntry
 from touchline_server.store.inserts import CommitFuture, Stored
 from touchline_server.store.journal import Committer, Journal
-from touchline_server.store.pinned_draw import PinnedDraw, locate_batches, pad_draw
+from touchline_server.store.pinned_draw import PinnedDraw
 from touchline_server.store.schema import Schema
 from touchline_server.store.scratch import ScratchDir
 from touchline_server.store.write_path import WritePath
@@ -186,7 +186,6 @@ class EpisodeStore:
         batches: int = 1,
         options: LawOptions = NO_OPTIONS,
         pad: bool = False,
-        mark: Callable[[Draw], Draw] | None = None,
     ) -> PinnedDraw:
         """Draws batches, each from the same episodes, and pins their rows until the draw is released.
 
@@ -197,8 +196,7 @@ class EpisodeStore:
             rng: the random numbers.
             batches: number of batches.
             options: parameters of the law.
-            pad: whether every transition is a start, and slices that run over their episode's end repeat its last row.
-            mark: callback by which a mix of several tables completes its fields of the draw, before it is cut into batches.
+            pad: whether every transition is a start.
 
         Raises:
             NotReadyError: no episode has horizon + 1 rows, or with ``pad`` 2 rows.
@@ -215,17 +213,7 @@ class EpisodeStore:
             draw = selector.draw(batch_size, reach, rng, batches=batches, options=options)
             pin = self._ring.epochs.pin()
             self._drawn = draw
-        try:
-            if pad:
-                draw = pad_draw(draw, horizon)
-            if mark is not None:
-                draw = mark(draw)
-            located = locate_batches(draw, columns, batches=batches, horizon=horizon)
-        except BaseException:  # there may be no memory for the rows of a large batch
-            with self._ring.lock:
-                self._ring.epochs.unpin(pin)
-            raise
-        return PinnedDraw(located, self._ring.lock, self._ring.epochs, pin)
+        return PinnedDraw(draw, columns, self._ring.lock, self._ring.epochs, pin)
 
     def update_priorities(self, law: str, update: PriorityUpdate) -> int:
         """Sets priorities of slices, for draws by a law that has priorities.

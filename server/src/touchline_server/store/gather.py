@@ -4,23 +4,21 @@ Row conventions (a slice has steps 0..H):
     incoming (TD-MPC2): row t holds the observation that the action in row t led to, so action, reward and done are those of steps 1..H.
     outgoing: row t holds the observation and the action taken from it, so they are those of steps 0..H-1.
 
-A gather does not know how large the batch is: it fills a range of the slices of a body, memory that the caller
-owns (a message, a slot of a ring, tensors). So one batch may come from several tables, each of which fills a range of its own.
+A gather fills the bodies of batches, memory that the caller owns (a message, a slot of a ring, tensors), from one part for each table that
+provides slices. So a batch may come from several tables of equal schema, each of which fills a range of the slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
-from touchline_protos.types.batch import PROVENANCE
-from touchline_server.store.columns import Columns
+from touchline_server.store.columns import Columns, Take
 from touchline_server.store.output_tensor import OutputTensor
-from touchline_server.store.pinned_draw import DrawnSlices
+from touchline_server.store.pinned_draw import DrawnPart, DrawnSlices
 from touchline_server.store.schema import ColumnSpec, Schema
 
 if TYPE_CHECKING:
@@ -39,14 +37,36 @@ MAX_INLINE_ROWS = 1 << 14
 """Batches of together this many bytes and rows are gathered in an event loop: it takes a millisecond or two. Handing work to a thread
 costs as much as a small batch, and the two then share the interpreter lock."""
 
-MIN_STEP_BYTES = 1 << 12
-"""Minimum size of one step of a range of slices to be gathered straight into its place. Smaller steps are gathered together and copied."""
-
-_PROVENANCE_FIELDS = tuple((f"provenance.{name}", name) for name, _ in PROVENANCE)
-"""Names in a body, and fields of a draw, of what every batch carries."""
-
 MAX_LAYOUTS = 64
 """Layouts that a plan keeps, one for each batch size in use."""
+
+BULK_STEP_BYTES = 1 << 13
+"""Steps of a part of a batch below this size are gathered for several batches together: a call costs as much as copying some kilobytes."""
+
+
+class SpacedBodies:
+    """Bodies of one layout that lie at equal distances in one memory: the slots of a ring.
+
+    Args:
+        layout: the layout.
+        memory: a writable buffer; the arrays keep it alive.
+        offset_bytes: position of the first body.
+        spacing_bytes: distance from each body to the next one.
+        count: number of bodies.
+    """
+
+    def __init__(self, layout: BatchLayout, memory: Any, *, offset_bytes: int, spacing_bytes: int, count: int) -> None:
+        self.together: Body = {
+            name: np.ndarray((count, *first.shape), first.dtype, memory, offset_bytes + at, (spacing_bytes, *first.strides))
+            for (name, first), at in zip(layout.body_views(bytearray(layout.body_bytes)).items(), layout.offsets, strict=True)
+        }
+        """The tensors of all bodies, with a leading dimension for the body."""
+        self.each: list[Body] = [{name: array[number] for name, array in self.together.items()} for number in range(count)]
+        """The tensors of each body: the same memory."""
+
+
+_Pending: TypeAlias = "tuple[Take, np.ndarray, np.ndarray]"
+"""A tensor of a part that is gathered batch by batch: its column's take, rows [batches, T, slices], target [bodies, T, slices, *inner]."""
 
 
 class GatherPlan:
@@ -70,7 +90,7 @@ class GatherPlan:
         self.outputs = tuple(_output(name, stored.get(name), transitions, horizon, missing=without_done) for name in names)
         """The tensors of a batch, in wire order."""
         self._output_of = {output.name: output for output in self.outputs}
-        self._whole: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
+        self._shapes: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
         self._generations = (store_generation,) if store_generation else ()
         self._layouts: dict[tuple[int, tuple[str, ...], tuple[int, ...]], BatchLayout] = {}
         self._device_gathers: DeviceGathers | None = None
@@ -100,22 +120,55 @@ class GatherPlan:
         rows = batches * layout.batch_size * self.steps
         return columns.in_host_memory and rows <= MAX_INLINE_ROWS and batches * layout.body_bytes <= MAX_INLINE_BYTES
 
-    def gather_into(self, batches: Sequence[DrawnSlices], bodies: Sequence[Body], *, first: int = 0) -> None:
-        """Gathers slices into bodies on the host.
+    def gather_into(self, parts: Sequence[DrawnPart], bodies: Sequence[Body]) -> None:
+        """Gathers batches into bodies on the host. A CUDA device is waited for once for all of them.
 
         Args:
-            batches: one or more draws of the same columns. A CUDA device is waited for once for all of them.
-            bodies: one for each draw, with at least ``first`` plus its number of slices. Every element of these slices is written,
-                and nothing else.
-            first: slice of the body at which the drawn ones begin.
+            parts: what each table provides of the batches.
+            bodies: one for each batch, or for each of the first ones. Every element of the parts' slices is written, and nothing else.
         """
-        if batches[0].columns.on_cuda:
-            for slices, body, gathered in zip(batches, bodies, self.host_bodies(batches), strict=True):
-                for name, array in self._layout_of(slices).body_views(gathered).items():
-                    _range(body[name], first, first + len(slices))[...] = array
-            return
-        for slices, body in zip(batches, bodies, strict=True):
-            self._gather_from_host(slices, body, first)
+        for part in parts:
+            if part.columns.on_cuda:
+                slices = part.slices(len(bodies))
+                layout = self._layout_of(slices[0])
+                for body, gathered in zip(bodies, self.host_bodies(slices), strict=True):
+                    for name, array in layout.body_views(gathered).items():
+                        _range(body[name], part.begin, part.end)[...] = array
+            else:
+                for number, body in enumerate(bodies):
+                    self._gather_part(part, number, body)
+
+    def gather_each_into(self, parts: Sequence[DrawnPart], bodies: SpacedBodies, chosen: Sequence[int]) -> Iterator[None]:
+        """Gathers batches from columns on the host like :meth:`gather_into`, and yields after each. Every batch of a ring passes here.
+
+        What is small is written for all batches together, before the first yield.
+
+        Args:
+            parts: what each table provides of the batches.
+            bodies: the bodies.
+            chosen: the body of each batch.
+        """
+        # A slice is written faster than a list of positions.
+        run = range(chosen[0], chosen[0] + len(chosen))
+        index = slice(run.start, run.stop) if list(chosen) == list(run) else np.array(chosen)
+        whole: list[_Pending] = []
+        by_step: list[_Pending] = []
+        for part in parts:
+            for name, values in part.provenance():
+                target = bodies.together[name]
+                if values.ndim == 2:
+                    target[index, part.begin : part.end] = values
+                else:
+                    target[index, :, part.begin : part.end] = values
+            fills_batch = part.end - part.begin == bodies.together["provenance.start"].shape[1]
+            (whole if fills_batch else by_step).extend(self._gather_small(part, bodies.together, index))
+        for number, position in enumerate(chosen):
+            for take, rows, target in whole:
+                take(rows[number], 0, target[position], "clip")
+            for take, rows, target in by_step:
+                for step_rows, step_target in zip(rows[number], target[position], strict=True):
+                    take(step_rows, 0, step_target, "clip")
+            yield
 
     def gather_piece_into(
         self, slices: DrawnSlices, piece: Piece, targets: Sequence[np.ndarray], *, batch_size: int, first: int = 0
@@ -139,11 +192,21 @@ class GatherPlan:
             else:
                 self._gather_rows(output, slices, target, begin=begin, first=first, batch_size=batch_size)
 
-    def piece_gatherer(self, slices: DrawnSlices) -> Callable[[Piece, Sequence[np.ndarray]], None]:
-        """Returns what gathers the pieces of one whole batch, into an array for each segment. A CUDA device sends it in one transfer."""
-        if not slices.columns.on_cuda:
-            return partial(self.gather_piece_into, slices, batch_size=len(slices))
-        body = self._layout_of(slices).body_views(self.host_bodies([slices])[0])
+    def piece_gatherer(self, parts: Sequence[DrawnPart], layout: BatchLayout) -> Callable[[Piece, Sequence[np.ndarray]], None]:
+        """Returns what gathers the pieces of the first batch, into an array for each segment. A CUDA device sends it in one transfer."""
+        if not any(part.columns.on_cuda for part in parts):
+            drawn = [(part.begin, part.slices(1)[0]) for part in parts]
+
+            def gather(piece: Piece, targets: Sequence[np.ndarray]) -> None:
+                for first, slices in drawn:
+                    self.gather_piece_into(slices, piece, targets, batch_size=layout.batch_size, first=first)
+
+            return gather
+        if len(parts) == 1:
+            body = layout.body_views(self.host_bodies(parts[0].slices(1))[0])
+        else:
+            body = layout.body_views(np.empty(layout.body_bytes, np.uint8))
+            self.gather_into(parts, (body,))
 
         def copy(piece: Piece, targets: Sequence[np.ndarray]) -> None:
             for (name, begin, end, _), target in zip(piece.segments, targets, strict=True):
@@ -181,22 +244,27 @@ class GatherPlan:
         with self._device_gathers.borrow(layout, batches[0]) as gather:
             gather.run(batches, bodies)
         for slices, body in zip(batches, bodies, strict=True):
-            _write_provenance(slices, layout.body_views(body.numpy()), 0)
+            views = layout.body_views(body.numpy())
+            for name, values in slices.draw.provenance():
+                views[f"provenance.{name}"][...] = values
 
-    def gather_tensors(self, slices: DrawnSlices) -> dict[str, torch.Tensor]:
-        """Returns a whole batch as fresh tensors on the columns' device, in the order of the current stream; provenance on the host."""
+    def gather_tensors(self, parts: Sequence[DrawnPart], layout: BatchLayout) -> dict[str, torch.Tensor]:
+        """Returns the first batch as fresh tensors on the parts' one device, in the order of the current stream; provenance on the host."""
         import torch
 
-        device, size = slices.columns.device, len(slices)
-        stored = slices.columns.tensors
+        from touchline_server.store.tensors import as_tensor
+
+        device, stored = parts[0].columns.device, parts[0].columns.tensors
         tensors = {}
         for output in self.outputs:
             dtype = stored[output.name].dtype if output.stored else torch.float32
-            tensors[output.name] = torch.empty(output.spec(size).shape, dtype=dtype, device=device)
-        self.gather_into_tensors(slices, tensors)
-        for name, values in slices.draw.provenance():
-            tensors[f"provenance.{name}"] = torch.from_numpy(values)
-        return tensors
+            tensors[output.name] = torch.empty(output.spec(layout.batch_size).shape, dtype=dtype, device=device)
+        provenance = {spec.name: np.empty(spec.shape, spec.dtype) for spec in layout.specs[len(layout.columns) :]}
+        for part in parts:
+            self.gather_into_tensors(part.slices(1)[0], tensors, first=part.begin)
+            for name, values in part.provenance():
+                _range(provenance[name], part.begin, part.end)[...] = values[0]
+        return tensors | {name: as_tensor(values) for name, values in provenance.items()}
 
     def gather_into_tensors(self, slices: DrawnSlices, tensors: Mapping[str, torch.Tensor], *, first: int = 0) -> None:
         """Gathers slices into tensors on the columns' device, in the order of the current stream.
@@ -229,64 +297,58 @@ class GatherPlan:
                 target.view(output.gathered_shape(batch_size))[:, first : first + size] = gathered
         columns.note_reads()
 
-    def write_provenance(self, slices: DrawnSlices, body: Body, *, first: int = 0) -> None:
-        """Copies where each slice came from into a body on the host, from slice ``first`` on."""
-        _write_provenance(slices, body, first)
-
     def _layout_of(self, slices: DrawnSlices) -> BatchLayout:
         return self.layout(len(slices), slices.draw.optional)
 
-    def _gather_from_host(self, slices: DrawnSlices, body: Body, first: int) -> None:
+    def _gather_part(self, part: DrawnPart, number: int, body: Body) -> None:
+        """Gathers the slices of a table of one batch into a body. Every small batch passes here, so shapes are looked up, not computed."""
+        rows, columns, begin, end = part.rows[number], part.columns, part.begin, part.end
         batch_size = len(body["provenance.start"])
-        if len(slices) == batch_size:
-            self._gather_whole(slices, body)
-            return
-        for output in self.outputs:
-            target = body[output.name]
-            if output.stored:
-                self._gather_range(output, slices, target.reshape(output.gathered_shape(batch_size)), first)
-            else:
-                _range(target, first, first + len(slices)).fill(0)
-        _write_provenance(slices, body, first)
-
-    def _gather_whole(self, slices: DrawnSlices, body: Body) -> None:
-        """Gathers a batch that fills its body. Every small batch of every learner passes here, so shapes are looked up, not computed."""
-        rows, gather = slices.rows, slices.columns.gather
-        for name, steps, stored, shape in self._whole_of(rows.shape[1]):
+        for name, steps, stored, shape in self._shapes_of(batch_size):
+            target = body[name] if shape is None else body[name].reshape(shape)
+            if end - begin < batch_size:
+                target = target[:, begin:end]
             if stored:
-                gather(name, rows[steps], body[name] if shape is None else body[name].reshape(shape))
+                columns.gather(name, rows[steps], target)
             else:
-                body[name].fill(0)
-        draw = slices.draw
-        for name, field in _PROVENANCE_FIELDS:
-            body[name][...] = getattr(draw, field)
-        for field in draw.optional:
-            body[f"provenance.{field}"][...] = getattr(draw, field)
+                target.fill(0)
+        for name, values in part.provenance():
+            _range(body[name], begin, end)[...] = values[number]
 
-    def _whole_of(self, batch_size: int) -> list[tuple[str, slice, bool, tuple[int, ...] | None]]:
+    def _shapes_of(self, batch_size: int) -> list[tuple[str, slice, bool, tuple[int, ...] | None]]:
         """Returns name, steps, whether it is stored, and gathered shape of each output; None for a shape that is the batch's own."""
-        whole = self._whole.get(batch_size)
-        if whole is None:
-            whole = []
+        shapes = self._shapes.get(batch_size)
+        if shapes is None:
+            shapes = []
             for output in self.outputs:
                 shape = output.gathered_shape(batch_size)
-                whole.append((output.name, output.steps, output.stored, None if shape == output.spec(batch_size).shape else shape))
-            if len(self._whole) >= MAX_LAYOUTS:
-                self._whole.clear()
-            self._whole[batch_size] = whole
-        return whole
+                shapes.append((output.name, output.steps, output.stored, None if shape == output.spec(batch_size).shape else shape))
+            if len(self._shapes) >= MAX_LAYOUTS:
+                self._shapes.clear()
+            self._shapes[batch_size] = shapes
+        return shapes
 
-    @staticmethod
-    def _gather_range(output: OutputTensor, slices: DrawnSlices, target: np.ndarray, first: int) -> None:
-        """Gathers one tensor of these slices into ``target``, [T, B, *inner], from slice ``first`` on."""
-        rows, end = slices.rows[output.steps], first + len(slices)
-        if len(slices) * output.row_bytes >= MIN_STEP_BYTES:
-            for step in range(output.step_count):  # the slices of one step are contiguous in the batch
-                slices.columns.gather(output.name, rows[step], target[step, first:end])
-            return
-        gathered = np.empty((*rows.shape, *output.inner_shape), output.dtype)
-        slices.columns.gather(output.name, rows, gathered)
-        target[:, first:end] = gathered
+    def _gather_small(self, part: DrawnPart, together: Body, index: slice | np.ndarray) -> list[_Pending]:
+        """Gathers the small tensors of a part for all batches together; returns the others. Those of a whole batch are never small."""
+        slices = part.end - part.begin
+        count, batch_size = together["provenance.start"].shape
+        left: list[_Pending] = []
+        steps, small_rows = None, part.rows
+        for output in self.outputs:
+            target = together[output.name].reshape(count, *output.gathered_shape(batch_size))
+            if slices < batch_size:
+                target = target[:, :, part.begin : part.end]
+            if not output.stored:
+                target[index] = 0
+                continue
+            take = part.columns.take(output.name)
+            if slices == batch_size or slices * output.row_bytes >= BULK_STEP_BYTES:
+                left.append((take, part.rows[:, output.steps], target))
+                continue
+            if output.steps is not steps:  # most tensors have the steps of the one before
+                steps, small_rows = output.steps, np.ascontiguousarray(part.rows[:, output.steps])
+            target[index] = take(small_rows, 0, None, "clip")
+        return left
 
     def _gather_rows(
         self, output: OutputTensor, slices: DrawnSlices, target: np.ndarray, *, begin: int, first: int, batch_size: int
@@ -328,13 +390,6 @@ def _runs(begin: int, end: int, *, first: int, slices: int, batch_size: int) -> 
 def _range(array: Any, first: int, end: int) -> Any:
     """Returns slices ``first`` to ``end`` - 1 of a batch's array or tensor, [B] or [T, B, ...]: a view."""
     return array[first:end] if array.ndim == 1 else array[:, first:end]
-
-
-def _write_provenance(slices: DrawnSlices, body: Body, first: int) -> None:
-    """Copies where each slice came from into a body."""
-    end = first + len(slices)
-    for name, values in slices.draw.provenance():
-        _range(body[f"provenance.{name}"], first, end)[...] = values
 
 
 def _output(name: str, column: ColumnSpec | None, transitions: slice, horizon: int, *, missing: tuple[int, ...]) -> OutputTensor:

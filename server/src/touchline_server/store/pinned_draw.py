@@ -5,12 +5,47 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
 from touchline_server.selectors.draw import Draw
 from touchline_server.store.columns import Columns
 from touchline_server.store.epochs import ReaderEpochs
+
+
+class PinnedDraw:
+    """Slices of one table. Their rows are not overwritten until :meth:`release`, or the end of a ``with`` block.
+
+    A writer that evicts waits for pins that are older, so a draw is gathered soon, and released by the thread that gathered it.
+
+    Args:
+        draw: the slices of all batches, in the order of drawing.
+        columns: the columns that they are gathered from.
+        lock: the store's, which :meth:`release` takes.
+        epochs: the store's reader epochs.
+        pin: the pin that ``epochs.pin`` returned.
+    """
+
+    __slots__ = ("_epochs", "_lock", "_pin", "columns", "draw")
+
+    def __init__(self, draw: Draw, columns: Columns, lock: threading.Lock, epochs: ReaderEpochs, pin: int) -> None:
+        self.draw = draw
+        self.columns = columns
+        self._lock = lock
+        self._epochs = epochs
+        self._pin = pin
+
+    def release(self) -> None:
+        """Unpins the rows, which may be overwritten from now on. Must be called once."""
+        with self._lock:
+            self._epochs.unpin(self._pin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,41 +62,55 @@ class DrawnSlices:
         return self.rows.shape[1]
 
 
-class PinnedDraw:
-    """Batches that were drawn together. Their rows are not overwritten until :meth:`release`, or the end of a ``with`` block.
+@dataclass(frozen=True, slots=True)
+class DrawnPart:
+    """What one table provides of batches that are drawn together: of each of them the slices ``begin`` to ``end`` - 1."""
 
-    A writer that evicts waits for pins that are older, so a draw is gathered soon, and released by the thread that gathered it.
+    draw: Draw
+    """[batches * slices]: batch by batch."""
+    rows: np.ndarray
+    """[batches, H+1, slices] int64: physical rows."""
+    columns: Columns
+    """Columns that the rows belong to."""
+    begin: int
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def slices(self, batches: int) -> list[DrawnSlices]:
+        """Returns the slices of each of the first batches."""
+        size = self.end - self.begin
+        return [
+            DrawnSlices(self.draw.between(number * size, (number + 1) * size), rows, self.columns)
+            for number, rows in enumerate(self.rows[:batches])
+        ]
+
+    def provenance(self) -> list[tuple[str, np.ndarray]]:
+        """Returns the name in a body of each field of the provenance, and its values: [batches, slices], or [batches, H, slices, 1]."""
+        batches, size = len(self), self.end - self.begin
+        return [
+            (
+                f"provenance.{name}",
+                values.reshape(batches, size) if values.ndim == 1 else values.reshape(-1, batches, size, 1).swapaxes(0, 1),
+            )
+            for name, values in self.draw.provenance()
+        ]
+
+
+def locate(draw: Draw, columns: Columns, *, batches: int, horizon: int, begin: int = 0) -> DrawnPart:
+    """Returns one table's slices of batches with their physical rows. Rows of padding are the last one of the episode.
 
     Args:
-        batches: the batches, in the order of drawing.
-        lock: the store's, which :meth:`release` takes.
-        epochs: the store's reader epochs.
-        pin: the pin that ``epochs.pin`` returned.
+        draw: the slices of all batches.
+        columns: the columns that they are gathered from.
+        batches: number of batches.
+        horizon: H, transitions in a slice.
+        begin: position of the first slice in each batch.
     """
-
-    __slots__ = ("_epochs", "_lock", "_pin", "batches")
-
-    def __init__(self, batches: list[DrawnSlices], lock: threading.Lock, epochs: ReaderEpochs, pin: int) -> None:
-        self.batches = batches
-        self._lock = lock
-        self._epochs = epochs
-        self._pin = pin
-
-    @property
-    def columns(self) -> Columns:
-        """The columns that all batches are gathered from."""
-        return self.batches[0].columns
-
-    def release(self) -> None:
-        """Unpins the rows, which may be overwritten from now on. Must be called once."""
-        with self._lock:
-            self._epochs.unpin(self._pin)
-
-    def __enter__(self) -> list[DrawnSlices]:
-        return self.batches
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
+    last = None if draw.valid is None else _rows_left(draw).reshape(batches, -1)
+    rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity, last=last)
+    return DrawnPart(draw, rows, columns, begin, begin + rows.shape[2])
 
 
 def pad_draw(draw: Draw, horizon: int) -> Draw:
@@ -74,16 +123,6 @@ def pad_draw(draw: Draw, horizon: int) -> Draw:
     # Transition t of a slice leads from its row t to row t + 1, so the episode's last row is where the last real one leads.
     valid = np.arange(1, horizon + 1, dtype=np.int64)[:, None] <= _rows_left(draw)
     return replace(draw, valid=valid[:, :, None])
-
-
-def locate_batches(draw: Draw, columns: Columns, *, batches: int, horizon: int) -> list[DrawnSlices]:
-    """Returns a draw of equally large batches, each with its physical rows. Rows of padding are the last one of the episode."""
-    last = None if draw.valid is None else _rows_left(draw).reshape(batches, -1)
-    rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity, last=last)
-    if batches == 1:
-        return [DrawnSlices(draw, rows[0], columns)]
-    size = rows.shape[2]
-    return [DrawnSlices(draw.between(batch * size, (batch + 1) * size), rows[batch], columns) for batch in range(batches)]
 
 
 def _rows_left(draw: Draw) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,8 @@ from touchline_server.limiters.place import BatchesPlace
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.store.mixed_draw import MixedDraw
+from touchline_server.store.gather import GatherPlan
+from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw, locate, pad_draw
 from touchline_server.store.schema import Schema
 from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.sampler import Reserved, Split
@@ -50,6 +50,16 @@ class MixSpec(NamedTuple):
             return cls(tuple(name for name, _ in pairs), tuple(share for _, share in pairs), check_when_empty(when_empty))
         except ValueError as error:
             raise InvalidArgumentError(str(error)) from None
+
+
+class _Format(NamedTuple):
+    """How the batches of a mix look: by the columns of the first table that has any."""
+
+    name: str
+    """The table's name."""
+    schema: Schema
+    plan: GatherPlan
+    layout: BatchLayout
 
 
 class MixSampler:
@@ -101,9 +111,9 @@ class MixSampler:
         self._optional = tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
         self._rngs = rng.spawn(len(tables))
         self._splits: dict[tuple[bool, ...], Split] = {}
-        self._layout: BatchLayout | None = None
+        self._format: _Format | None = None
         self._schemas: list[Schema | None] = [None] * len(tables)
-        """Each table's schema that is known to fit the layout."""
+        """Each table's schema that is known to fit the format."""
         fault = _misfit(self._tables)
         if fault is not None:
             raise InvalidArgumentError(fault)
@@ -131,18 +141,8 @@ class MixSampler:
 
     def layout(self) -> BatchLayout | None:
         """Returns how a batch looks; None while no table has a schema. It stays the same as long as this object is used."""
-        if self._layout is None:
-            for table, spec in zip(self._tables, self._specs, strict=True):
-                # The law's fields are those of the whole batch, whatever the table's own law adds.
-                generations = tuple(table.store.store_generation for table in self._tables)
-                layout = table.layout(spec, optional=self._optional, store_generations=generations)
-                if layout is not None:
-                    fault = _misfit(self._tables)
-                    if fault is not None:
-                        raise SchemaChangedError(fault)
-                    self._layout = layout
-                    break
-        return self._layout
+        found = self._find_format()
+        return None if found is None else found.layout
 
     def fits_inline(self, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather batches by itself: as if each table provided all slices."""
@@ -195,26 +195,33 @@ class MixSampler:
             if count and batches:
                 table.limiter.cancel_batches(batches, count)
 
-    def draw(self, reserved: Reserved) -> MixedDraw:
+    def draw(self, reserved: Reserved) -> BatchDraw:
         """Draws reserved batches, and pins them until the end of a ``with`` block.
 
         Raises:
             NotReadyError: a table has nothing to sample any more.
             SchemaChangedError: a table has other columns now.
         """
-        layout = self.layout()
-        if layout is None:
+        found = self._find_format()
+        if found is None:
             raise NotReadyError(self.explain_not_ready())
-        parts: list[BatchDraw] = []
+        pinned: list[PinnedDraw] = []
+        parts: list[DrawnPart] = []
+        begin = 0
         try:
             for position, count in enumerate(reserved.split):
                 if count:
-                    parts.append(self._draw_part(position, count, reserved.batches, layout))
+                    part = self._draw_part(position, count, reserved.batches)
+                    pinned.append(part)
+                    self._check_fits(position, part.columns.schema, found)
+                    draw = self._mark(part.draw, position)
+                    parts.append(locate(draw, part.columns, batches=reserved.batches, horizon=self.horizon, begin=begin))
+                    begin += count
+            return BatchDraw(pinned, parts, found.plan, found.layout)
         except BaseException:
-            for part in parts:
+            for part in pinned:
                 part.release()
             raise
-        return MixedDraw(parts, layout)
 
     def has_actor(self, number: int) -> bool:
         """Returns whether the name of an actor's number is still known."""
@@ -238,6 +245,8 @@ class MixSampler:
     def _split(self) -> Split | None:
         """Returns the split of a batch that is drawn now; None if there can be none."""
         ready = [self._is_ready(position) for position in range(len(self._tables))]
+        if all(ready):
+            return self._split_of(ready)
         split = self._split_of([True] * len(ready) if self._mix.when_empty == "wait" else ready)
         return split if all(has or not count for has, count in zip(ready, split, strict=True)) and any(split) else None
 
@@ -255,40 +264,61 @@ class MixSampler:
         table.check_not_dropped()
         return table.store.can_sample(self._specs[position].reach)
 
-    def _draw_part(self, position: int, count: int, batches: int, layout: BatchLayout) -> BatchDraw:
-        table = self._tables[position]
-        spec = self._specs[position]._replace(batch_size=count)
-        part = table.draw(spec, self._rngs[position], batches=batches, mark=lambda draw: self._mark(draw, position))
-        try:
-            self._check_fits(position, part, layout)
-        except BaseException:
-            part.release()
-            raise
-        return part
+    def _draw_part(self, position: int, count: int, batches: int) -> PinnedDraw:
+        _, horizon, law, options, pad = self._specs[position]
+        store, rng = self._tables[position].store, self._rngs[position]
+        return store.draw(count, horizon, law, rng, batches=batches, options=options, pad=pad)
 
     def _mark(self, draw: Draw, position: int) -> Draw:
         """Returns a table's draw with the fields of the mix's: its position, actors' numbers of the mix, and what other laws add."""
         slices = len(draw.start)
-        missing: dict[str, np.ndarray] = {}
-        if draw.weight is None and "weight" in self._optional:
-            missing["weight"] = np.ones(slices, np.float32)
-        if draw.valid is None and "valid" in self._optional:
-            missing["valid"] = np.ones((self.horizon, slices, 1), np.bool_)
-        return replace(
-            draw,
+        if self._specs[position].pad:
+            draw = pad_draw(draw, self.horizon)
+        weight, valid = draw.weight, draw.valid
+        if weight is None and "weight" in self._optional:
+            weight = np.ones(slices, np.float32)
+        if valid is None and "valid" in self._optional:
+            valid = np.ones((self.horizon, slices, 1), np.bool_)
+        return Draw(
+            first_row=draw.first_row,
+            episode_id=draw.episode_id,
+            start=draw.start,
             actor=draw.actor * len(self._tables) + position,
+            policy_version=draw.policy_version,
+            probability=draw.probability,
+            weight=weight,
             table=np.full(slices, position, np.int64),
-            **missing,
+            valid=valid,
+            length=draw.length,
         )
 
-    def _check_fits(self, position: int, part: BatchDraw, layout: BatchLayout) -> None:
-        schema = part.batches[0].columns.schema
-        if self._schemas[position] is schema:
-            return
-        columns = {spec.name: (spec.dtype, spec.shape[2:]) for spec in layout.columns}
-        if columns != {spec.name: (spec.dtype, spec.shape[2:]) for spec in part.layout.columns}:
-            raise SchemaChangedError(_misfit(self._tables) or "a table of the mix has other columns now; open the stream again")
-        self._schemas[position] = schema
+    def _find_format(self) -> _Format | None:
+        """Returns how the batches look; None while no table has a schema.
+
+        Raises:
+            SchemaChangedError: the columns of two tables do not fit each other.
+        """
+        if self._format is None:
+            for table in self._tables:
+                schema = table.store.schema
+                if schema is not None:
+                    fault = _misfit(self._tables)
+                    if fault is not None:
+                        raise SchemaChangedError(fault)
+                    plan = table.plan(schema, self.horizon)
+                    generations = tuple(table.store.store_generation for table in self._tables)
+                    # The laws' fields are those of the whole batch, whatever the table's own law adds.
+                    layout = plan.layout(self.batch_size, self._optional, store_generations=generations)
+                    self._format = _Format(table.name, schema, plan, layout)
+                    break
+        return self._format
+
+    def _check_fits(self, position: int, schema: Schema, expected: _Format) -> None:
+        """Raises SchemaChangedError unless a table's columns fit those that the plan was made for."""
+        if self._schemas[position] is not schema:
+            if _difference(expected.name, expected.schema, self._tables[position].name, schema) is not None:
+                raise SchemaChangedError(_misfit(self._tables) or "a table of the mix has other columns now; open the stream again")
+            self._schemas[position] = schema
 
 
 def _misfit(tables: Sequence[Table]) -> str | None:

@@ -10,7 +10,6 @@ import numpy as np
 from touchline_protos.codec import BatchLayout
 from touchline_server.limiters.place import BatchesPlace
 from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.store.mixed_draw import DrawnBatches
 from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.table import SampleSpec, Table
 
@@ -88,7 +87,7 @@ class Sampler(Protocol):
         """Reports that reserved batches will not be delivered."""
         ...
 
-    def draw(self, reserved: Reserved) -> DrawnBatches:
+    def draw(self, reserved: Reserved) -> BatchDraw:
         """Draws reserved batches, and pins them until the end of a ``with`` block; see :meth:`Table.draw`."""
         ...
 

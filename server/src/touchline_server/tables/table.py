@@ -18,7 +18,6 @@ from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, OverLimitError, RestoringError, StorageFailedError, UnknownTableError
 from touchline_server.limiters.limiter import RateLimiter
 from touchline_server.limiters.samples_per_insert import Rate, SamplesPerInsert
-from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_options, check_pad
 from touchline_server.selectors.prioritized import PRIORITIZED
 from touchline_server.selectors.registry import LAWS, check_law
@@ -30,6 +29,7 @@ from touchline_server.store.gather import GatherPlan
 from touchline_server.store.index import Fill
 from touchline_server.store.inserts import Stored
 from touchline_server.store.memory import give_back_freed_memory
+from touchline_server.store.pinned_draw import locate, pad_draw
 from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
@@ -284,9 +284,7 @@ class Table:
         check_options(law, options, self.store.law_settings, reach=spec.reach)
         return spec
 
-    def draw(
-        self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1, mark: Callable[[Draw], Draw] | None = None
-    ) -> BatchDraw:
+    def draw(self, spec: SampleSpec, rng: np.random.Generator, *, batches: int = 1) -> BatchDraw:
         """Draws batches, and pins them until the end of a ``with`` block, in which they are gathered.
 
         The rate limit is not asked: the caller that hands the batches over asks it.
@@ -295,18 +293,17 @@ class Table:
             spec: what to draw.
             rng: the random numbers; by the same ones, ``batches`` draws in a row give the same batches.
             batches: number of batches.
-            mark: function that completes the draw's fields for a mix of several tables.
 
         Raises:
             NotReadyError: no stored episode has horizon + 1 steps.
         """
-        pinned = self.store.draw(
-            spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options, pad=spec.pad, mark=mark
-        )
+        pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options, pad=spec.pad)
         try:
-            plan = self._plan(pinned.columns.schema, spec.horizon)
-            return BatchDraw(pinned, plan, plan.layout(spec.batch_size, pinned.batches[0].draw.optional))
-        except BaseException:
+            plan = self.plan(pinned.columns.schema, spec.horizon)
+            draw = pad_draw(pinned.draw, spec.horizon) if spec.pad else pinned.draw
+            part = locate(draw, pinned.columns, batches=batches, horizon=spec.horizon)
+            return BatchDraw((pinned,), (part,), plan, plan.layout(spec.batch_size, draw.optional))
+        except BaseException:  # there may be no memory for the rows of a large batch
             pinned.release()
             raise
 
@@ -322,35 +319,25 @@ class Table:
             raise InvalidArgumentError(f"priorities: shape {update.priorities.shape}, expected at most {most} (limits.max_horizon first)")
         return self.store.update_priorities(PRIORITIZED, update)
 
-    def layout(
-        self, spec: SampleSpec, *, optional: tuple[str, ...] | None = None, store_generations: tuple[int, ...] | None = None
-    ) -> BatchLayout | None:
-        """Returns how a batch looks at present; None while there is no schema.
-
-        Args:
-            spec: what to draw.
-            optional: fields of the optional provenance, in wire order; None takes those of the spec.
-            store_generations: generations of the tables of a mix; None takes that of this table.
-        """
+    def layout(self, spec: SampleSpec) -> BatchLayout | None:
+        """Returns how a batch looks at present; None while there is no schema."""
         schema = self.store.schema
-        if schema is None:
-            return None
-        optional = spec.optional if optional is None else optional
-        return self._plan(schema, spec.horizon).layout(spec.batch_size, optional, store_generations=store_generations)
+        return None if schema is None else self.plan(schema, spec.horizon).layout(spec.batch_size, spec.optional)
 
     def fits_inline(self, spec: SampleSpec, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather batches by itself: see :meth:`GatherPlan.fits_inline`."""
         columns = self.store.columns
         if columns is None:
             return False
-        plan = self._plan(columns.schema, spec.horizon)
+        plan = self.plan(columns.schema, spec.horizon)
         return plan.fits_inline(columns, plan.layout(spec.batch_size, spec.optional), batches=batches)
 
     def actor_names(self, numbers: Iterable[int]) -> dict[int, str]:
         """Returns the names of actors by their numbers."""
         return {number: self.store.actor_name(number) for number in sorted(numbers)}
 
-    def _plan(self, schema: Schema, horizon: int) -> GatherPlan:
+    def plan(self, schema: Schema, horizon: int) -> GatherPlan:
+        """Returns how slices of a schema become tensors."""
         key = (schema, horizon)
         plan = self._plans.get(key)
         if plan is None:

@@ -21,6 +21,7 @@ from touchline_protos.types.flatten import ColumnError, flatten_columns
 from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, NotReadyError
 from touchline_server.selectors.entries import FIRST_ROW, LENGTH
 from touchline_server.store.columns import Columns
+from touchline_server.store.pinned_draw import locate, pad_draw
 from touchline_server.tables.table import Table
 from touchline_server.torchrl.internals import adopt, exclude_writes, make_storage, note_written, release
 
@@ -152,21 +153,22 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
         return sample
 
     def _draw(self, slices: int, steps: int, random: np.random.Generator) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
-        with self._store.draw(slices, steps - 1, self._law, random, pad=self._pad) as (drawn,):
-            drawn.columns.note_foreign_reads()
-            rows = torch.from_numpy(np.ascontiguousarray(drawn.rows.T).reshape(-1))
+        with self._store.draw(slices, steps - 1, self._law, random, pad=self._pad) as pinned:
+            pinned.columns.note_foreign_reads()
+            draw = pad_draw(pinned.draw, steps - 1) if self._pad else pinned.draw
+            (drawn,) = locate(draw, pinned.columns, batches=1, horizon=steps - 1).rows
+            rows = torch.from_numpy(np.ascontiguousarray(drawn.T).reshape(-1))
             truncated = torch.zeros(slices, steps, dtype=torch.bool)
-            valid = drawn.draw.valid
-            real = np.full(slices, steps) if valid is None else 1 + valid.sum(axis=0)[:, 0]
+            real = np.full(slices, steps) if draw.valid is None else 1 + draw.valid.sum(axis=0)[:, 0]
             truncated[torch.arange(slices), torch.from_numpy(real - 1)] = True
             info = {
-                "episode": torch.from_numpy(drawn.draw.episode_id).repeat_interleave(steps),
-                "probability": torch.from_numpy(drawn.draw.probability).repeat_interleave(steps),
+                "episode": torch.from_numpy(draw.episode_id).repeat_interleave(steps),
+                "probability": torch.from_numpy(draw.probability).repeat_interleave(steps),
                 self.truncated_key: truncated.view(-1, 1),
             }
-            if valid is not None:
+            if draw.valid is not None:
                 info["valid"] = torch.from_numpy(np.arange(steps) < real[:, None]).view(-1, 1)
-        return (rows.to(drawn.columns.device),), info
+        return (rows.to(pinned.columns.device),), info
 
     def _sampleable_count(self, storage: Storage, batch_size: int) -> int:
         steps, _ = self._adjusted_batch_size(batch_size)
