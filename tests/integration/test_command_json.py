@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from support.dataset_cases import make_episode, write_npz
+from support.durable_cases import durable_config
 from support.service_calls import make_config
 from support.spool_cases import fill, spooled
 from touchline import Counts
@@ -91,6 +92,18 @@ def test_a_spool_is_shown_retried_and_sent(server: ServerThread, tmp_path: Path)
     assert {key: sent["report"][key] for key in ("total", "sent", "refused", "pending", "error")} == {
         **{"total": 2, "sent": 2, "refused": 0, "pending": 0, "error": None},
     }
+
+
+def test_snapshot_shows_the_stores_and_the_command_that_copies_them(server: ServerThread, tmp_path: Path) -> None:
+    with ServerThread(durable_config(tmp_path)) as durable:
+        found = run(durable, "snapshot")
+        text = CliRunner().invoke(app, ["snapshot", "--address", durable.address]).stdout
+    none = CliRunner().invoke(app, ["snapshot", "--address", server.address])
+
+    assert (found["data_dir"], found["command"]) == (str(tmp_path), f"touchline-server snapshot --data-dir {tmp_path} DIR")
+    assert [(store["table"], store["mode"], store["state"]) for store in found["stores"]] == [("", "batch", "ok")]
+    assert text.startswith("(default)  batch, ok, ") and found["command"] in text
+    assert none.exit_code == 1 and "set storage.data_dir on the server" in none.stderr
 
 
 def test_error_is_a_sentence_on_stderr_and_nothing_on_stdout() -> None:

@@ -20,6 +20,7 @@ COMMANDS = [
     ["episodes", "show"],
     ["load"],
     ["export"],
+    ["snapshot"],
     ["clear"],
     ["spool", "show"],
     ["spool", "retry"],

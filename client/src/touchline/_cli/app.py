@@ -14,6 +14,7 @@ from touchline._cli.doctor.command import doctor
 from touchline._cli.export import export
 from touchline._cli.grouped_help import GroupedCommand, GroupedGroup
 from touchline._cli.load import load
+from touchline._cli.snapshot import snapshot
 from touchline._cli.status import status
 from touchline._cli.top import top
 
@@ -33,6 +34,7 @@ app.command(cls=GroupedCommand, rich_help_panel=LOOK)(doctor)
 app.command(cls=GroupedCommand, rich_help_panel=LOOK)(bench)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(load)
 app.command(cls=GroupedCommand, rich_help_panel=DATA)(export)
+app.command(cls=GroupedCommand, rich_help_panel=DATA)(snapshot)
 app.add_typer(episodes.app, name="episodes", rich_help_panel=LOOK)
 app.add_typer(table.app, name="table", rich_help_panel=SERVER)
 app.command(cls=GroupedCommand, rich_help_panel=SERVER)(clear)

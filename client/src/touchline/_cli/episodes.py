@@ -82,9 +82,10 @@ def list_episodes(
     with report_errors("interrupted"):
         check_reachable(address, table=table)
         with ReplayClient(address, table=table, timeout_s=timeout_s) as client:
-            columns = ["reward"] if client.info().columns else None
+            info = client.info()
+            columns = ["reward"] if info.columns else None
             with client.episodes(newest=newest, first=first, last=last, actor=actor, columns=columns) as stored:
-                found = [_summary(episode) for episode in stored][::-1]
+                found = [_summary(episode, info.row_convention) for episode in stored][::-1]
     if as_json:
         print_json({"address": address, "table": table, "episodes": found})
         return
@@ -130,15 +131,17 @@ def show(
         selection: dict[str, Any] = {"newest": 1} if episode_id is None else {"ids": [episode_id]}
         with ReplayClient(address, table=table, timeout_s=timeout_s) as client, client.episodes(**selection, columns=column) as stored:
             episode = next(iter(stored), None)
+            convention = client.info().row_convention
     if episode is None:
         exit_with(f"{describe_place(address, table)}: no episode is stored; touchline doctor says what to do", EXIT_FAILED)
+    summary = _summary(episode, convention)
     columns = [_describe(name, values) for name, values in episode.columns.items()]
     if as_json:
-        print_json({"address": address, "table": table, **_summary(episode), "columns": columns})
+        print_json({"address": address, "table": table, **summary, "columns": columns})
         return
     facts = [pluralize(episode.length, "row"), f"actor {episode.actor or '-'}", f"policy version {episode.policy_version or '-'}"]
     if "reward" in episode.columns:
-        facts.append(f"return {_number(_summary(episode)['return'])}")
+        facts.append(f"return {_number(summary['return'])}")
     print_line(f"episode {episode.id}: {', '.join(facts)}, {episode.size_bytes / 1e3:,.1f} kB{' in these columns' if column else ''}")
     rows = [(one["name"], one["dtype"], str(one["shape"]), *(_number(one[key]) for key in ("min", "mean", "max"))) for one in columns]
     print_table(("<COLUMN", "<DTYPE", "<A ROW", "MIN", "MEAN", "MAX"), rows)
@@ -162,10 +165,12 @@ def _print_plots(episode: StoredEpisode, columns: list[dict[str, Any]], *, limit
         print_line(f"{len(plotted) - limit} more columns: --column NAME plots them")
 
 
-def _summary(episode: StoredEpisode) -> dict[str, Any]:
+def _summary(episode: StoredEpisode, row_convention: str) -> dict[str, Any]:
+    """Returns what a list says of an episode; the return leaves out the row that has no action under the row convention."""
     reward = episode.columns.get("reward")
-    # Under TD-MPC2's convention, row 0 has no reward (NaN).
-    total = None if reward is None else float(np.nansum(np.asarray(reward, np.float64)))
+    total = None
+    if reward is not None:
+        total = float(np.sum(np.asarray(reward[1:] if row_convention == "incoming" else reward[:-1], np.float64)))
     return {
         "id": episode.id,
         "actor": episode.actor,

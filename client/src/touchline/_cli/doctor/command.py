@@ -99,6 +99,8 @@ def _findings(address: str, table: str, *, timeout_s: float, seconds: float | No
             yield data
             rate = server.check_rate(info)
             yield rate
+            if roles & {"learner", "admin"}:
+                yield from server.check_waits(client, table)
             if not roles & {"learner", "admin"}:
                 yield Finding("batch", Level.NOTE, "not tried: the token may not sample")
             elif not data.figures["can_sample"] or (info.rate is not None and rate.level is Level.WARNING):
