@@ -17,6 +17,7 @@ from touchline import TouchlineError as ClientError
 from touchline_protos import Batch
 from touchline_protos.shm.ring import shared_memory_id
 from touchline_server import Config, ReplayBuffer, ReplayError
+from touchline_server.selectors.options import LawOptions
 from touchline_server.service.app import ServerThread
 from touchline_server.tables.mix_sampler import MixSpec
 
@@ -49,7 +50,7 @@ class Subject:
         """Yields batches of numpy arrays. With a seed: the unary path has only the first."""
         if self.client is None:
             rule = options.pop("when_empty", "wait")
-            arguments = {name: options.get(name) for name in ("batch_size", "horizon", "law")}
+            arguments = {name: options.pop(name, None) for name in ("batch_size", "horizon", "law")} | {"options": LawOptions(**options)}
             sampler = self.buffer._mix_sampler(MixSpec.of(mix, rule), seed, **arguments)
             while True:
                 yield self.buffer._take(sampler)
@@ -168,6 +169,44 @@ def test_law_of_the_request_holds_for_every_table(path: str, opened: Callable[..
 
     assert len(set(np.asarray(batch.probability)[:3].tolist())) == 1
     assert len(set(np.asarray(batch.probability)[3:].tolist())) == 1
+
+
+def test_parameters_of_a_law_are_for_the_tables_that_have_it(path: str, opened: Callable[..., Subject]) -> None:
+    subject = opened(path, online={"law": "recent", "recent_steps": 500}, demos={"law": "prioritized", "priority_alpha": 1.0, "seed": 2})
+    subject.fill()
+    demos = subject.buffer.tables["demos"]
+    batch = demos.sample(law="episode", batch_size=64)
+    demos.update_priorities((batch.episode_id, batch.start), np.random.default_rng(1).uniform(1, 9, (HORIZON, 64)).astype(np.float32))
+
+    batch = next(subject.batches(recent_steps=20, beta=1.0, batch_size=400))
+    chosen = np.asarray(batch.table) == 1
+    weight, found = np.asarray(batch.weight), (np.asarray(batch.probability) ** -1)[chosen]
+
+    newest = [(number, 5 + 7 * number % 40) for number in range(30)][-1]
+    assert set(np.asarray(batch.policy_version)[~chosen].tolist()) <= {28, 29} and newest[1] < 20
+    assert np.allclose(weight[chosen], found / found.max(), rtol=1e-5) and weight[chosen].min() < 0.5
+    assert (weight[~chosen] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recent_steps": 30}, "recent_steps: 30 under the laws 'episode', 'step' of the mix, expected it only under 'recent'"),
+        ({"beta": 0.5}, "beta: 0.5 under the laws 'episode', 'step' of the mix, expected it only under 'prioritized'"),
+        ({"law": "recent", "recent_steps": 2}, "recent_steps: 2, expected at least 4"),
+        ({"law": "recent"}, "law: 'recent' with neither of recent_steps and recent_half_life"),
+    ],
+)
+def test_parameters_that_no_law_of_the_mix_takes_are_refused(
+    path: str, options: dict[str, Any], message: str, opened: Callable[..., Subject]
+) -> None:
+    subject = opened(path)
+    subject.fill()
+
+    with pytest.raises((ReplayError, ClientError)) as caught:
+        next(subject.batches(**options))
+
+    assert message in str(caught.value)
 
 
 def test_others_take_over_the_share_of_an_empty_table_until_it_has_something(path: str, opened: Callable[..., Subject]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,13 @@ class LawOptions(NamedTuple):
     beta: float | None = None
     """``prioritized``: exponent of the weights."""
 
+    def of_law(self, law: str) -> LawOptions:
+        """Returns the parameters that a law takes, without those of other laws."""
+        return LawOptions(**{name: value for name, value in self._asdict().items() if _LAW_OF[name] == law})
+
+
+_LAW_OF = {"recent_steps": "recent", "recent_half_life": "recent", "beta": "prioritized"}
+"""The law that takes each parameter."""
 
 NO_OPTIONS = LawOptions()
 """Options of a request that sets none."""
@@ -56,13 +64,17 @@ def check_options(law: str, options: LawOptions, settings: LawSettings, *, reach
     """
     if options.beta is not None and not 0 <= options.beta <= 1:
         raise InvalidArgumentError(f"beta: {options.beta}, expected 0 to 1")
+    check_taken(options, (law,))
     if law == "recent":
         _check_window(options, settings, reach)
-        return
-    for name in ("recent_steps", "recent_half_life"):
-        value = getattr(options, name)
-        if value is not None:
-            raise InvalidArgumentError(f"{name}: {value} under the law {law!r}, expected it only under 'recent'")
+
+
+def check_taken(options: LawOptions, laws: Sequence[str]) -> None:
+    """Raises InvalidArgumentError if a request sets a parameter that none of its laws takes: of its table, or of those of a mix."""
+    for name, value in options._asdict().items():
+        if value is not None and _LAW_OF[name] not in laws:
+            found = f"the law {laws[0]!r}" if len(laws) == 1 else f"the laws {', '.join(map(repr, laws))} of the mix"
+            raise InvalidArgumentError(f"{name}: {value} under {found}, expected it only under {_LAW_OF[name]!r}")
 
 
 def recent_window(options: LawOptions, settings: LawSettings) -> tuple[int | None, float | None]:

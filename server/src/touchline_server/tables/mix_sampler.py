@@ -14,14 +14,14 @@ from touchline_protos.types.mix import check_mix, check_when_empty, split_batch
 from touchline_server.errors import InvalidArgumentError, NotReadyError, SchemaChangedError
 from touchline_server.limiters.place import BatchesPlace
 from touchline_server.selectors.draw import Draw
-from touchline_server.selectors.options import NO_OPTIONS, LawOptions
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_taken
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.gather import GatherPlan
 from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw, locate, pad_draw
 from touchline_server.store.schema import Schema
 from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.sampler import Reserved, Split
-from touchline_server.tables.table import Table
+from touchline_server.tables.table import SampleSpec, Table
 
 
 class MixSpec(NamedTuple):
@@ -76,7 +76,7 @@ class MixSampler:
         batch_size: B, slices in a batch; None takes the first table's, as for ``horizon``.
         horizon: H, transitions in a slice.
         law: the law of every table; None takes each table's own.
-        options: the request's parameters of the laws.
+        options: the request's parameters of laws; each table gets those that its law takes.
         pad: ``"none"`` or ``"end"``, whether slices are padded; None takes each table's own.
         learner: name of the learner, for the rate limits.
 
@@ -102,11 +102,14 @@ class MixSampler:
         """Names of the tables, in the order of the mix."""
         self._tables = tuple(tables)
         self._places = [BatchesPlace(table.limiter, learner) for table in tables]
-        first = tables[0].spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
-        self.batch_size, self.horizon = first.batch_size, first.horizon
-        self._specs = [first] + [
-            table.spec(batch_size=first.batch_size, horizon=first.horizon, law=law, options=options, pad=pad) for table in tables[1:]
-        ]
+        laws = [law or table.config.sampling.law for table in tables]
+        check_taken(options, laws)
+        self._specs: list[SampleSpec] = []
+        for table, its_law in zip(tables, laws, strict=True):
+            spec = table.spec(batch_size=batch_size, horizon=horizon, law=its_law, options=options.of_law(its_law), pad=pad)
+            batch_size, horizon = spec.batch_size, spec.horizon  # what the request leaves out is the first table's
+            self._specs.append(spec)
+        self.batch_size, self.horizon = self._specs[0].batch_size, self._specs[0].horizon
         optional = {"table"}.union(*(spec.optional for spec in self._specs))
         self._optional = tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
         self._rngs = rng.spawn(len(tables))
