@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 from support.service_calls import Caller, eventually, key, make_config, make_episode
 from touchline import EpisodeWriter, InvalidArgumentError, OverLimitError, ReplayClient, UnknownTableError
 from touchline._cli.app import app
-from touchline_server import Config, ConfigError, ReplayBuffer
+from touchline_server import Config, ConfigError, ReplayBuffer, read_cfg
 from touchline_server import InvalidArgumentError as ServerInvalidArgumentError
 from touchline_server import OverLimitError as ServerOverLimitError
 from touchline_server.limiters.samples_per_insert import SamplesPerInsert
@@ -39,25 +41,60 @@ def run(server: ServerThread, *arguments: str) -> Any:
     return CliRunner().invoke(app, ["table", *arguments], env={"TOUCHLINE_ADDRESS": server.address}, prog_name="touchline")
 
 
-@pytest.mark.parametrize(
-    ("rate", "message"),
-    [
-        ({"samples_per_insert": -1}, r"rate.samples_per_insert: -1, expected at least 0"),
-        ({"samples_per_insert": float("nan")}, r"rate.samples_per_insert: nan, expected at least 0|expected a finite number"),
-        ({"tolerance": float("nan")}, r"rate.tolerance: nan, expected"),
-        ({"tolerance": 5}, r"rate.tolerance: 5, expected 0 or at least config.batch_size \(8\), because a batch is delivered as a whole"),
-        (
-            {"min_steps": 10**9},
-            r"rate.min_steps: 1000000000, expected at most config.buffer_size \(\d+\), because more steps are never stored",
-        ),
-        ({"max": 1}, r"rate.max: unknown key, expected one of samples_per_insert, tolerance, min_steps"),
-    ],
-)
-def test_limit_that_cannot_be_held_is_refused_by_name(rate: dict[str, float], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_config(rate=rate)
-    with pytest.raises(ConfigError, match=r"tables\.demos\.rate\."):
-        make_config(tables={"demos": {"rate": rate}})
+BAD_RATES: list[tuple[dict[str, float], str]] = [
+    ({"samples_per_insert": -1}, "rate.samples_per_insert: -1, expected at least 0"),
+    ({"samples_per_insert": float("nan")}, "rate.samples_per_insert: nan, expected"),
+    ({"samples_per_insert": float("inf")}, "rate.samples_per_insert: inf, expected"),
+    ({"tolerance": float("nan")}, "rate.tolerance: nan, expected"),
+    ({"tolerance": -1}, "rate.tolerance: -1, expected"),
+    ({"tolerance": 5}, "rate.tolerance: 5, expected 0 or at least SECTION.batch_size (8), because a batch is delivered as a whole"),
+    ({"min_steps": -1}, "rate.min_steps: -1, expected"),
+    ({"min_steps": 10**9}, "rate.min_steps: 1000000000, expected at most SECTION.buffer_size (2000), because more steps are never stored"),
+    ({"max": 1}, "rate.max: unknown key, expected one of samples_per_insert, tolerance, min_steps"),
+]
+
+
+def test_limit_that_cannot_be_held_is_refused_by_name_wherever_it_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    with ServerThread(make_config(tables={"demos": {}})) as server, ReplayClient(server.address) as client:
+        for rate, message in BAD_RATES:
+            [(key, value)] = rate.items()
+            written = f"{key}={value}"
+
+            def read(section: str, line: str = written) -> Config:
+                file.write_text(f"[config]\nbuffer_size = 2000\nbatch_size = 8\n[{section}]\n{line}\n", "utf-8")
+                return read_cfg(file)
+
+            places: dict[str, Callable[[], Any]] = {
+                "constructor": lambda rate=rate: make_config(rate=rate),
+                "constructor of a table": lambda rate=rate: make_config(tables={"demos": {"rate": rate}}),
+                "file": lambda read=read: read("rate"),
+                "file, of a table": lambda read=read: read("tables.demos.rate"),
+                "client": lambda rate=rate: client.set_rate("demos", **rate),
+                "client, creating": lambda rate=rate: client.create_table("expert", rate=rate),
+                "in process": lambda rate=rate: server.buffer.set_rate(**rate),
+                "in process, creating": lambda rate=rate: server.buffer.create_table("expert", rate=rate),
+                "command": lambda written=written: _raise(run(server, "set", f"demos.rate.{written}")),
+                "command, creating": lambda written=written: _raise(run(server, "create", "expert", f"rate.{written}")),
+            }
+            for place, give in places.items():
+                with pytest.raises((ConfigError, InvalidArgumentError, ServerInvalidArgumentError)) as caught:
+                    give()
+                assert _core(message) in _core(str(caught.value)), place
+
+        assert list(client.tables()) == ["", "demos"]
+        assert all(table.rate is None for table in client.tables().values())
+
+
+def _raise(result: Any) -> None:
+    assert result.exit_code == 1
+    raise InvalidArgumentError(result.output.replace("\n", " "))
+
+
+def _core(message: str) -> str:
+    """Returns a message without what depends on how the value was given: the file, the section of the other key, 5 or 5.0."""
+    message = re.sub(r"(config|tables\.\w+)\.(batch_size|buffer_size)", r"SECTION.\2", message)
+    return re.sub(r" \(in [^)]*\)", "", re.sub(r"(\d)\.0\b", r"\1", message))
 
 
 def test_table_takes_what_it_leaves_out_from_the_default_tables_limit() -> None:

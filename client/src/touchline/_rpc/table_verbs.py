@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -86,7 +87,8 @@ def _lines(keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _lines(value, f"{name}.")
         elif isinstance(value, str | bool | int | float):
-            # JSON's notation of these is TOML's too, except for NaN and infinity, which the server refuses.
-            yield f"{name} = {json.dumps(value)}\n"
+            # JSON's notation of these is TOML's too, except for NaN and infinity, which the server refuses by the key's name.
+            finite = not isinstance(value, float) or math.isfinite(value)
+            yield f"{name} = {json.dumps(value) if finite else value}\n"
         else:
             raise InvalidArgumentError(f"{name}: {value!r}, expected a str, a number or a bool")
