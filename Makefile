@@ -40,7 +40,7 @@ BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt docs/site/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-faults test-quiet test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu configuration stubs docs docs-serve dist clean
+.PHONY: help install test test-faults test-quiet test-browser test-compose test-oldest test-newt soak lint types serve demo bench bench-peers bench-gpu configuration stubs docs docs-serve dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +98,10 @@ test-quiet: $(INSTALLED) ## leave connections of every kind quiet for QUIET_MINU
 # Coverage-guided fuzzing; not available everywhere, so the tests that need it are skipped with this reason if it is missing.
 $(FUZZER_INSTALLED): tests/faults/requirements.txt $(INSTALLED)
 	-$(BIN)/pip install -r tests/faults/requirements.txt && touch $@
+
+test-browser: $(INSTALLED) ## test the web page in Debian's Chromium, which is installed if it is missing
+	command -v chromedriver >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; }
+	BROWSER_TEST=1 $(BIN)/python -m pytest tests/browser
 
 test-compose: $(INSTALLED) ## build and run docker compose on a real engine: restarts, kills, nothing lost; skipped without one
 	COMPOSE_TEST=1 $(BIN)/python -m pytest tests/compose -s

@@ -19,6 +19,7 @@ from support.pages import Answer, request
 from support.service_calls import DEADLINE_S, Caller, make_config, make_episode
 from touchline_protos.codec import Episode, encode_add_episode
 from touchline_server import Config
+from touchline_server.durability import restore as restoring
 from touchline_server.http import episodes
 from touchline_server.service.app import ServerThread
 
@@ -121,7 +122,7 @@ def test_metrics_are_for_prometheus(address: str) -> None:
     assert f"{10 * ROWS}.0" in answer.text
 
 
-def test_stream_ends_when_the_server_stops() -> None:
+def test_stream_ends_when_the_server_stops(caplog: pytest.LogCaptureFixture) -> None:
     with ExitStack() as stack:
         with ServerThread(config_of(), http=True) as server:
             events = stack.enter_context(event_stream(server.http_address))
@@ -131,6 +132,8 @@ def test_stream_ends_when_the_server_stops() -> None:
         reading.join(DEADLINE_S)
 
         assert not reading.is_alive()
+    # Nothing had to be cancelled.
+    assert "graceful shutdown" not in caplog.text
 
 
 def test_page_beyond_the_most_streams_gets_a_reason(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,3 +312,38 @@ def test_token_of_one_table_sees_only_that(tmp_path: Path) -> None:
         assert ask("/api/episodes").status == ask("/api/episodes/0?table=").status == 403
         assert 'table=""' not in ask("/metrics").text
         assert ask("/api/session").json == {"tokens": True}
+
+
+def test_page_of_a_server_that_restores_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(storage={"device": "cpu", "data_dir": str(tmp_path)})
+    with ServerThread(config) as server, Caller(server.address) as caller:
+        for episode in EPISODES:
+            caller.add(episode)
+    reading, go_on = threading.Event(), threading.Event()
+    restore = restoring.restore
+
+    def slow(store: Any, database: Any, progress: Any, **options: Any) -> None:
+        progress(120, 240)
+        reading.set()
+        assert go_on.wait(DEADLINE_S)
+        restore(store, database, progress, **options)
+
+    monkeypatch.setattr(restoring, "restore", slow)
+    server = ServerThread(config, http=True)
+    starting = threading.Thread(target=server.__enter__)
+    starting.start()
+    try:
+        assert reading.wait(DEADLINE_S)
+        health, episodes = request(server.http_address, "/healthz"), request(server.http_address, "/api/episodes")
+        status = request(server.http_address, "/api/status").json
+    finally:
+        go_on.set()
+        starting.join()
+    with ExitStack() as stack:
+        stack.push(server)
+        assert request(server.http_address, "/healthz").status == 200
+
+    assert health.status == episodes.status == 503
+    assert "120 of 240" in health.text and "120 of 240" in episodes.json["error"]
+    durability = status["tables"][0]["durability"]
+    assert (status["server"]["state"], durability["restored_rows"], durability["restore_rows"]) == ("restoring", 120, 240)

@@ -13,8 +13,8 @@ from PIL import Image
 from touchline_server.http.images import encode_png, is_image, newest_frame, thin_out
 
 
-def numbered(*shape: int) -> np.ndarray:
-    return np.arange(np.prod(shape), dtype=np.int64).astype(np.uint8).reshape(shape)
+def pixels_of(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (3, 64, 64), (64, 48, 3), (9, 64, 64), (4, 84, 84), (84, 84, 4), (3, 64, 64, 3), (2, 8, 9)])
@@ -47,7 +47,7 @@ def test_other_dtypes_are_not() -> None:
     ],
 )
 def test_newest_picture_of_a_stack_is_shown(shape: tuple[int, ...], expected: object) -> None:
-    row = numbered(*shape)
+    row = pixels_of(*shape)
 
     np.testing.assert_array_equal(newest_frame(row), expected(row))  # type: ignore[operator]
 
@@ -66,4 +66,4 @@ def test_another_decoder_reads_the_same_pixels(height: int, width: int, colour: 
 
 @pytest.mark.parametrize(("side", "shape"), [(64, (64, 48, 3)), (63, (32, 24, 3)), (20, (16, 12, 3)), (1, (1, 1, 3))])
 def test_thinned_picture_keeps_within_the_side(side: int, shape: tuple[int, ...]) -> None:
-    assert thin_out(numbered(64, 48, 3), side).shape == shape
+    assert thin_out(pixels_of(64, 48, 3), side).shape == shape
