@@ -8,8 +8,8 @@ import signal
 
 from hypothesis import settings
 
-# One thread of torch in this process and in those that it starts: on a busy machine, OpenMP threads that wait for each other turned
-# 3 seconds of training into a minute and more.
+# One thread of torch in this process and in its children: on a busy machine, OpenMP threads that wait for each other turned 3 seconds of
+# training into a minute and more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # TorchRL announces every allocation on stdout, a hundred times in a property test.
