@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # The torch that goes into .venv. The index or folder that pip takes it from decides whether it is a CPU or a CUDA build.
 TORCH ?= torch==2.13.0
+# Processes that run the tests of `make test`, each whole files.
+TEST_WORKERS ?= 2
 DEMO_SECONDS ?= 90
 FAULT_KILLS ?= 20
 FAULT_FLIPS ?= 500
@@ -56,7 +58,7 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 	touch $@
 
 test: lint types .venv-quick/.installed ## check everything: lint, types, tests, and the client with TD-MPC2's pins
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 	$(OF_CLIENT) .venv-quick/bin/python -m pytest -q $(QUICK_TESTS) --deselect tests/integration/test_torchrl_client.py::test_example_learns
 
 test-oldest: $(INSTALLED) .venv-oldest/.installed .venv-tdmpc2/.installed ## test the client at its oldest versions and with TD-MPC2's pins, about 10 minutes
