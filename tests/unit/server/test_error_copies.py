@@ -21,6 +21,7 @@ import touchline_protos
 import touchline_server
 from support.service_calls import make_config
 from touchline import LoadError, NotReadyError, OverLimitError, ReplayClient, UnacknowledgedError
+from touchline._cli.doctor.findings import Finding, Level
 from touchline.errors import EpisodeResult
 from touchline_protos import Counts
 from touchline_protos.codec import EpisodeKey
@@ -40,6 +41,7 @@ ARGUMENTS: dict[str, Any] = {
     "key": EpisodeKey("player", 1, 2),
     "fatal": True,
     "version": 7,
+    "finding": Finding("address", Level.FAILED, "what was wrong", "what to do"),
 }
 """Arguments of the errors' constructors, by parameter name."""
 COPIES: list[Callable[[Any], Any]] = [

@@ -105,7 +105,8 @@ def test_refused_server_names_the_file_and_the_variables_and_starts_once_evictio
 
     assert "config.buffer_size: 300 rows" in refusal
     assert f"configuration file: {file}; environment variables in force: " in refusal
-    assert f"TOUCHLINE_CONFIG__BUFFER_SIZE=300, TOUCHLINE_CONFIG__MIN_HISTORY=100, TOUCHLINE_STORAGE__DATA_DIR={data_dir}" in refusal
+    settings = "TOUCHLINE_CONFIG__BUFFER_SIZE=300, TOUCHLINE_CONFIG__MIN_HISTORY=100, TOUCHLINE_HTTP__ENABLED=off"
+    assert f"{settings}, TOUCHLINE_STORAGE__DATA_DIR={data_dir}" in refusal
     assert kept == before
     assert "are evicted, as accepted" in started
     assert "restored " in started and "obs.state float32 (17,)" in started

@@ -43,9 +43,12 @@ class GaveUpError(Exception):
     """A check failed without which no later one makes sense."""
 
     def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.text)
+        super().__init__(finding)
         self.finding = finding
         """The finding that ends the checks."""
+
+    def __str__(self) -> str:
+        return self.finding.text
 
 
 def give_up(check: str, text: str, advice: str) -> GaveUpError:
