@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from touchline_protos.types.metadata import CLIENT_METADATA_KEY, SPOOL_METADATA_KEY
@@ -141,23 +141,28 @@ class Actors:
         """Returns the number of actors that stored something, or waited, in the last minute."""
         return sum(actor.waits.waiting > 0 or now - actor.seen_at <= 60.0 for actor in self._actors.values())
 
-    def status(self, now: float) -> Iterator[ActorStatus]:
-        """Yields the actors that were active last, and then one entry for all others, if there are any."""
+    def status(self, now: float, address_of: Callable[[str], str] = str) -> Iterator[ActorStatus]:
+        """Yields the actors that were active last, and then one entry for all others, if there are any.
+
+        Args:
+            now: the present, by the metrics' clock.
+            address_of: function that returns the address to show of an actor's.
+        """
         latest = list(reversed(self._actors.items()))
         for name, actor in latest[:MAX_NAMED]:
-            yield self._one(name, actor, now)
+            yield self._one(name, actor, now, address_of(actor.address))
         others = [actor for _, actor in latest[MAX_NAMED:]]
         count = len(others) + self._folded_count
         if count:
             yield self._sum([*others, self._folded], count, now)
 
-    def _one(self, name: str, actor: Actor, now: float) -> ActorStatus:
+    def _one(self, name: str, actor: Actor, now: float, address: str) -> ActorStatus:
         span_s, rows, waited_s = actor.recent(now)
         spool = _spool(_value(actor.metadata, SPOOL_METADATA_KEY))
         return ActorStatus(
             table=self._table,
             name=name,
-            address=actor.address,
+            address=address,
             client_version=client_version(actor.metadata),
             last_episode_age_s=now - actor.stored_at if actor.stored_at is not None else -1.0,
             episodes=actor.episodes,

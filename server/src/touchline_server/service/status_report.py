@@ -115,11 +115,11 @@ class StatusReport:
             now = self._clock()
         learners = metrics.learners.all()
         statuses = tuple(table_status(table, metrics.tables.get(table.name), learners, now) for table in tables)
-        actors = (actor for name in sorted(metrics.tables) for actor in metrics.tables[name].actors.status(now))
+        actors = (actor for name in sorted(metrics.tables) for actor in metrics.tables[name].actors.status(now, address_of))
         return ServerStatus(
             server=self._server(now, state, statuses),
             tables=statuses,
-            actors=tuple(replace(actor, address=address_of(actor.address)) for actor in actors),
+            actors=tuple(actors),
             learners=tuple(replace(learner, address=address_of(learner.address)) for learner in metrics.learners.status(now)),
             refusals=metrics.refusals.status(),
             time_unix_s=time.time(),

@@ -201,5 +201,7 @@ def return_of(reward: np.ndarray, *, incoming: bool) -> float | None:
     if reward.dtype == BFLOAT16:
         # A bfloat16 is the upper half of a float32.
         reward = (reward.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    total = float(np.add.reduce(reward[1:] if incoming else reward[:-1], axis=None, dtype=np.float64))
+    defined = reward[1:] if incoming else reward[:-1]
+    # Other dtypes may overflow. For float32, numpy's pairwise sum is exact enough, and takes a third of the time.
+    total = float(np.add.reduce(defined, axis=None, dtype=None if defined.dtype == np.float32 else np.float64))
     return total if math.isfinite(total) else None
