@@ -212,11 +212,13 @@ def test_certificate_that_ends_soon_and_one_that_has_ended(authority: Authority)
 def test_server_that_asks_for_a_client_certificate(authority: Authority, pair: Pair) -> None:
     own = authority.issue("client")
     with tls_server(pair, client_ca=str(authority.cert)) as server:
+        plain = doctor(server.address)
         without = doctor(server.address, TOUCHLINE_TLS_CA=str(authority.cert))
         files = {"TOUCHLINE_TLS_CERT": str(own.cert), "TOUCHLINE_TLS_KEY": str(own.key)}
         having = doctor(server.address, TOUCHLINE_TLS_CA=str(authority.cert), **files)
 
     assert (without.status, having.levels["answer"]) == (1, "ok")
+    assert plain.texts["tls"] == "the server uses TLS and this client does not"
     assert "TOUCHLINE_TLS_CERT" in without.todo[0]
 
 

@@ -16,36 +16,29 @@ ESCAPES = {b"\x1b[C": ">", b"\x1bOC": ">", b"\x1b[D": "<", b"\x1bOD": "<", b"\x1
 
 
 class Keyboard:
-    """Reads keys of the terminal on stdin while it is entered. A context manager that restores the terminal; used by the main thread.
-
-    A terminal that changes its size wakes a read, as :meth:`wake` does from any thread.
-    """
+    """Reads keys of the terminal on stdin while it is entered. A context manager that restores the terminal; used by the main thread."""
 
     def __init__(self) -> None:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._saved: list[Any] = []
-        self._handlers: dict[int, Any] = {}
+        self._handler: Any = None
 
     def __enter__(self) -> Keyboard:
         self._saved = termios.tcgetattr(sys.stdin)
         tty.setcbreak(sys.stdin)
-        self._handlers = {
-            signal.SIGWINCH: signal.signal(signal.SIGWINCH, self._on_resize),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_end),
-        }
+        self._handler = signal.signal(signal.SIGTERM, self._on_end)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self._handler)
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved)
         os.close(self._read_end)
         self._write_end, end = -1, self._write_end
         os.close(end)
 
     def wake(self) -> None:
-        """Makes a :meth:`read` in progress, or the next one, return."""
+        """Makes a :meth:`read` in progress, or the next one, return; called by any thread."""
         try:
             os.write(self._write_end, b"w")
         except (BlockingIOError, OSError):  # the pipe is full, so a read is about to return; or it is closed
@@ -65,9 +58,6 @@ class Keyboard:
         if not typed:
             return ["q"]
         return [ESCAPES[typed]] if typed in ESCAPES else [one for one in typed.decode("utf-8", "replace") if one.isprintable()]
-
-    def _on_resize(self, number: int, frame: FrameType | None) -> None:
-        self.wake()
 
     def _on_end(self, number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -101,7 +101,7 @@ def table_lines(table: TableStatus) -> Iterator[tuple[str, str]]:
         "in",
         (
             f"{count_text(per_s(minute.rows_in, minute))} rows/s, {count_text(per_s(minute.episodes_in, minute))} episodes/s, "
-            f"{size_text(per_s(minute.bytes_in, minute))}/s; since the start {count_text(ever.rows_in)} rows"
+            f"{size_text(per_s(minute.bytes_in, minute))}/s; {count_text(ever.rows_in)} rows since the start"
         ),
     )
     yield "out", _delivered_text(minute, ever)
@@ -120,7 +120,7 @@ def _delivered_text(minute: FlowStatus, ever: FlowStatus) -> str:
         if one.batches
     ]
     total = sum(one.batches for one in ever.delivered)
-    return f"{'; '.join(ways) or 'nothing in the last minute'}; since the start {count_text(total)} batches"
+    return f"{'; '.join(ways) or 'nothing in the last minute'}; {count_text(total)} since the start"
 
 
 def _replay_text(table: TableStatus, minute: FlowStatus, ever: FlowStatus) -> str:

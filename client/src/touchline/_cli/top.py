@@ -18,7 +18,7 @@ from touchline._cli.top_screen import TopScreen
 from touchline.client import ReplayClient
 
 IDLE_S = 1.0
-"""Longest time between two drawings: the age of a snapshot is on the screen."""
+"""Longest time between two drawings: the terminal may have another size, and the age of a snapshot is on the screen."""
 
 
 def top(
