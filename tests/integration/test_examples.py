@@ -146,6 +146,20 @@ def test_learner_on_demonstrations_and_online_data_has_exactly_half_of_each_and_
         assert client.counts().episodes_added == 0
 
 
+def test_multi_task_trainer_on_half_demonstrations_learns_every_task(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        trainer = start("train_newt_style.py", "--address", server.address, "--rounds", "3")
+        first, *_, last = list(_lines(trainer))
+        assert trainer.wait() == 0
+
+        assert last["reward_error"] < first["reward_error"] / 4 and last["policy_error"] < first["policy_error"]
+        for task in range(3):  # returns are negative: it comes at least three times as near to the goal
+            assert last["returns"][task] > first["returns"][task] / 3
+        assert client.counts(table="demos").episodes_added == 30
+        assert client.counts(table="online").episodes_added == 9
+        assert client.counts().episodes_added == 0
+
+
 def test_learner_with_priorities_draws_more_of_what_it_predicts_badly(start: Start) -> None:
     with _serve() as server, ReplayClient(server.address) as client:
         learner = start("train_prioritized.py", "--address", server.address, "--updates", "400")
