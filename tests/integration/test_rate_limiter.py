@@ -174,8 +174,8 @@ def test_sample_waits_for_the_limit_as_long_as_it_may() -> None:
         caller.add(make_episode(STEPS))
 
         refusal = refused(caller.sample)
-        waiting = pool.submit(caller.sample, wait_s=60.0)
         limiter.refused.clear()
+        waiting = pool.submit(caller.sample, wait_s=60.0)
         assert limiter.refused.wait(60)
         limiter.allow(batches=1)
         waiting.result(60)

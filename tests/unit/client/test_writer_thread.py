@@ -149,7 +149,7 @@ def test_blocked_actor_is_released_when_the_thread_dies(
     bug.setattr(Spool, "peek", peek)
     writer = EpisodeWriter(client, max_pending=1, **spool_dir)
     key = play(writer, 0)
-    bug.setattr(writer._state.sender._log, "held_up", lambda waiting: held_up.set())
+    bug.setattr(writer._state.sender._log, "held_up", lambda *_: held_up.set())
 
     with pytest.raises(UnacknowledgedError) as caught:
         play(writer, 10)

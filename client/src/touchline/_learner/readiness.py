@@ -65,9 +65,12 @@ class Readiness:
         return f"{state.describe()}{f'; {limit or NO_BATCH_YET}' if state.can_sample else ''}"
 
     def limit(self) -> str:
-        """Asks the server, in one attempt, and returns which rate limit holds batches back, and why; empty if none does."""
+        """Asks the server once and returns which rate limit holds batches back, and why; empty if none does, or if it does not answer."""
         request = pb.InfoRequest(table=self._table).SerializeToString()
-        rate = server_info_of(self._rpc.unary("Info", request, timeout_s=PROBE_TIMEOUT_S, retry=False)).rate
+        try:
+            rate = server_info_of(self._rpc.unary("Info", request, timeout_s=PROBE_TIMEOUT_S, retry=False)).rate
+        except TouchlineError:
+            return ""
         if rate is None or not rate.batches_wait_for:
             return ""
         return f"the rate limit{f' of table {self._table!r}' if self._table else ''} holds batches back: {rate.batches_wait_for}"
