@@ -3,7 +3,7 @@
     touchline-server serve &
     python examples/train_newt_style.py --address 127.0.0.1:50051 --rounds 8
 
-Newt (by the author of TD-MPC2) trains a world model of TD-MPC2's kind on many tasks at once: it begins with demonstrations of all of them
+Newt (by the author of TD-MPC2) trains a world model of TD-MPC2's kind on many tasks together: it begins with demonstrations of all of them
 and keeps half of each batch demonstrations while it plays. Here the tasks are three goals of one point. The buffer is TD-MPC2's, with
 `mix=`: its batches have the demonstrations first, so the policy is cloned from the first half, and the world model learns from all of it.
 Each round plays every task once and makes 40 updates. Prints a line of JSON for each round.
