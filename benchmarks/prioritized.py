@@ -113,6 +113,9 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         ratio = ratio_interval(_values(slices[over]), _values(slices[under]))
         interval = f"{ratio.low:.2f} to {ratio.high:.2f}"
         yield f"| {title} | {word} {bar:g} | **{ratio.median:.2f}** | {interval} | {_verdict(ratio, word, bar)} |"
+    costs = ([slice_["cpu_s"] for slice_ in slices[name]] for name in ("ring episode", "ring prioritized"))
+    cost = ratio_interval(*costs)
+    yield f"| the first, by CPU time of learner and server for each batch | | {cost.median:.2f} | {cost.low:.2f} to {cost.high:.2f} | |"
     yield ""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     yield FOOT.format(rows=results["rows"], versions=versions, **results["counters"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from benchmarks.learner import RemoteSubject
 from benchmarks.local import LocalSubject
 from benchmarks.priorities import Priorities
-from benchmarks.protocol import serve
+from benchmarks.protocol import cpu_seconds, serve
 from benchmarks.servers import ServerProcess
 from benchmarks.timing import seconds_per_call, take_for
 from benchmarks.workloads import W1, Content
@@ -59,6 +60,7 @@ class PrioritizedSubjects:
         self._takes: dict[str, Any] = {}
         self._draws: dict[str, LocalSubject] = {}
         self._clients: dict[str, ReplayClient] = {}
+        self._servers: dict[str, ServerProcess] = {}
 
     def make_ring(self, name: str, *, law: str, rows: int) -> None:
         """Makes a server of workload W1 under a law, and a learner on its ring; ``prioritized`` with an update for every batch."""
@@ -70,6 +72,7 @@ class PrioritizedSubjects:
         subject = RemoteSubject(server.address, content, path="ring")
         self._takes[name] = UpdatingRemote(subject, client).take if law == "prioritized" else subject.take
         self._clients[name] = client
+        self._servers[name] = server
 
     def make_local(self, name: str, *, law: str, rows: int) -> None:
         """Makes the in-process buffer under a law; ``prioritized`` with an update for every batch."""
@@ -78,10 +81,19 @@ class PrioritizedSubjects:
         self._draws[name] = subject
 
     def run(self, name: str, *, seconds: float) -> dict[str, float]:
-        """Returns batches a second of one slice, after a short warm-up."""
+        """Returns batches a second of one slice, after a short warm-up, and the CPU time of learner and server for each."""
         take = self._takes[name]
         take_for(take, 0.1)
-        return {"batches_per_s": 1 / seconds_per_call(take, seconds)}
+        cpu, begin, taken = self._cpu_seconds(name), time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - begin) < seconds:
+            for _ in range(10):
+                take()
+            taken += 10
+        return {"batches_per_s": taken / elapsed, "cpu_s": (self._cpu_seconds(name) - cpu) / taken}
+
+    def _cpu_seconds(self, name: str) -> float:
+        server = self._servers.get(name)
+        return time.process_time() + (cpu_seconds(server.pid) if server is not None else 0.0)
 
     def draw(self, name: str, *, seconds: float) -> dict[str, float]:
         """Returns the cost of drawing the rows of a batch."""
