@@ -38,7 +38,12 @@ Over the ring, {updated:,} slices were updated, and {dropped:,} dropped because 
 TorchRL ({versions}) in process: `PrioritizedSliceSampler(rows, alpha=0.6, beta=0.4, slice_len=4, traj_key="episode",
 strict_length=True, cache_values=False)` on a `LazyTensorStorage(rows)`, batches of 256 x 4 rows, `update_priority` of all their rows after
 each. *TorchRL, cached* has `cache_values=True`: it keeps the trajectories that it found until the next write, and nothing is written here,
-which no actor allows. TorchRL draws a start by the priority of its own step only; Touchline by that of the whole slice, exactly."""
+which no actor allows. TorchRL draws a start by the priority of its own step only; Touchline by that of the whole slice.
+
+With more processes ready to run than cores, both sides wait for other work, and the row by CPU time says more than the first one. What is
+left of the law's cost is per slice, not per batch, because batches for all free slots of a ring are drawn together. About a third each:
+finding starts among a million, in memory that is in no cache; setting the weights of the five starts that an update of three transitions
+changes; and the calls that carry updates, some thirty batches in each."""
 
 HEAD = """\
 # The law `prioritized`: costs
@@ -137,4 +142,6 @@ def _verdict(ratio: Interval, word: str, bar: float) -> str:
     worst, best = (ratio.low, ratio.high) if sign == 1 else (ratio.high, ratio.low)
     if sign * worst >= sign * bar:
         return "clearly met"
-    return "met" if sign * best >= sign * bar else "not met"
+    if sign * ratio.median >= sign * bar:
+        return "met"
+    return "undecided: the interval holds the bar" if sign * best >= sign * bar else "not met"
