@@ -5,6 +5,7 @@ Prints both and writes ``docs/benchmarks/rate.md``.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -133,6 +134,7 @@ def play(role: str, address: str) -> None:
 
 def main() -> None:
     """Measures both, prints them and writes the page."""
+    load = os.getloadavg()[0]
     speed, cpu = cost()
     ratio, tolerance, steps, owed = band()
     settled = owed[SETTLING_S:]
@@ -149,6 +151,7 @@ def main() -> None:
         f"Ratio at the end: {ratio:.4f} slices per step over {steps:,.0f} steps. Slices owed, once a second: {min(settled):,.0f} to "
         f"{max(settled):,.0f}, tolerance {tolerance:,.0f}.\n\n"
         f"The sides of the first rows are servers in processes of their own, in turns of {SLICE_S:g} s, each first in every other round.\n"
+        f"Processes that were ready to run, on {os.cpu_count()} cores: {load:.0f}. With more than cores, CPU time says more than speed.\n"
     )
     print(text)
     NOTE.write_text(text, encoding="utf-8")
