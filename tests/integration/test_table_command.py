@@ -47,7 +47,7 @@ def test_client_creates_lists_and_drops_tables() -> None:
         ({"law": ODD_TEXT}, f"tables.demos.law: {ODD_TEXT!r}, expected 'episode'"),
         ({"bad key": 1}, "bad key: expected a key of"),
         ({"seed": None}, "seed: None, expected a str, a number or a bool"),
-        ({"seed": float("nan")}, "not valid TOML"),
+        ({"seed": float("nan")}, "tables.demos.seed: nan, expected a finite number"),
     ],
 )
 def test_client_refuses_a_wrong_key_by_its_name(keys: dict[str, Any], message: str) -> None:
