@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from touchline_protos.types.status import LATENCY_BOUNDS_S, MAX_NAMED, LatencyStatus, LearnerStatus, Transport, WaitCause
@@ -164,7 +164,7 @@ class Learners:
 
     def __init__(self) -> None:
         self._streams: dict[int, Learner] = {}
-        self._callers: dict[str, Learner] = {}
+        self._callers: dict[Hashable, Learner] = {}
         """Callers of Sample by their address."""
         self._closed: list[Learner] = []
         """Streams that have ended and whose counts were not taken over yet."""
@@ -197,7 +197,7 @@ class Learners:
         self._closed = [learner for learner in self._closed if learner.counting]
         return ended
 
-    def caller(self, key: str, make: Callable[[], Learner]) -> tuple[Learner, Learner | None]:
+    def caller(self, key: Hashable, make: Callable[[], Learner]) -> tuple[Learner, Learner | None]:
         """Returns the callers of Sample at an address, and those that had to make way for it.
 
         Args:

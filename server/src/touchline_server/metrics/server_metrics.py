@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -86,7 +86,7 @@ class Metrics(Protocol):
         """Reports the end of a sampling stream."""
         ...
 
-    def caller(self, key: str, make: Callable[[], Learner]) -> Learner:
+    def caller(self, key: Hashable, make: Callable[[], Learner]) -> Learner:
         """Returns the callers of Sample at an address."""
         ...
 
@@ -123,7 +123,7 @@ class NullMetrics:
     def closed(self, learner: Learner) -> None:
         """See :class:`Metrics`."""
 
-    def caller(self, key: str, make: Callable[[], Learner]) -> Learner:
+    def caller(self, key: Hashable, make: Callable[[], Learner]) -> Learner:
         """See :class:`Metrics`."""
         return make()
 
@@ -199,7 +199,7 @@ class ServerMetrics:
         """See :class:`Metrics`."""
         self.learners.close(learner)
 
-    def caller(self, key: str, make: Callable[[], Learner]) -> Learner:
+    def caller(self, key: Hashable, make: Callable[[], Learner]) -> Learner:
         """See :class:`Metrics`."""
         learner, dropped = self.learners.caller(key, make)
         learner.seen_at = self._clock()

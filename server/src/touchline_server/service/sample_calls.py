@@ -90,7 +90,7 @@ class SampleCalls:
 
     def _count_call(self, sampler: Sampler, request: pb.SampleRequest, reserved: Reserved, clock: WaitClock, caller: Caller) -> None:
         """Counts the batch of a Sample call, and how long its caller waited for it."""
-        key = f"{caller.address} {sampler.batch_size} {sampler.horizon} {_tables(sampler, request)}"
+        key = (caller.address, sampler.batch_size, sampler.horizon, *_tables(sampler, request))
         learner = self._parts.metrics.caller(key, lambda: _learner(sampler, request, caller))
         layout = sampler.layout()
         learner.delivered(*reserved, layout.body_bytes if layout is not None else 0)
