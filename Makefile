@@ -58,7 +58,7 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 	touch $@
 
 test: lint types .venv-quick/.installed ## check everything: lint, types, tests, and the client with TD-MPC2's pins
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 	$(OF_CLIENT) .venv-quick/bin/python -m pytest -q $(QUICK_TESTS) --deselect tests/integration/test_torchrl_client.py::test_example_learns
 
 test-oldest: $(INSTALLED) .venv-oldest/.installed .venv-tdmpc2/.installed ## test the client at its oldest versions and with TD-MPC2's pins, about 10 minutes
