@@ -135,8 +135,11 @@ class GatherPlan:
                     for name, array in layout.body_views(gathered).items():
                         _range(body[name], part.begin, part.end)[...] = array
             else:
+                provenance = part.provenance()
                 for number, body in enumerate(bodies):
                     self._gather_part(part, number, body)
+                    for name, values in provenance:
+                        _range(body[name], part.begin, part.end)[...] = values[number]
 
     def gather_each_into(self, parts: Sequence[DrawnPart], bodies: SpacedBodies, chosen: Sequence[int]) -> Iterator[None]:
         """Gathers batches from columns on the host like :meth:`gather_into`, and yields after each. Every batch of a ring passes here.
@@ -301,7 +304,7 @@ class GatherPlan:
         return self.layout(len(slices), slices.draw.optional)
 
     def _gather_part(self, part: DrawnPart, number: int, body: Body) -> None:
-        """Gathers the slices of a table of one batch into a body. Every small batch passes here, so shapes are looked up, not computed."""
+        """Gathers the tensors of one batch's slices of a table. Every small batch passes here, so shapes are looked up, not computed."""
         rows, columns, begin, end = part.rows[number], part.columns, part.begin, part.end
         batch_size = len(body["provenance.start"])
         for name, steps, stored, shape in self._shapes_of(batch_size):
@@ -312,8 +315,6 @@ class GatherPlan:
                 columns.gather(name, rows[steps], target)
             else:
                 target.fill(0)
-        for name, values in part.provenance():
-            _range(body[name], begin, end)[...] = values[number]
 
     def _shapes_of(self, batch_size: int) -> list[tuple[str, slice, bool, tuple[int, ...] | None]]:
         """Returns name, steps, whether it is stored, and gathered shape of each output; None for a shape that is the batch's own."""
