@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.service_calls import make_config
 from support.spool_cases import fill, spooled
 from touchline import Counts
 from touchline._cli.app import app
+from touchline._cli.terminal import print_json
 from touchline_server.service.app import ServerThread
 
 COUNTS = {field.name for field in fields(Counts)}
@@ -104,6 +106,13 @@ def test_snapshot_shows_the_stores_and_the_command_that_copies_them(server: Serv
     assert [(store["table"], store["mode"], store["state"]) for store in found["stores"]] == [("", "batch", "ok")]
     assert text.startswith("(default)  batch, ok, ") and found["command"] in text
     assert none.exit_code == 1 and "set storage.data_dir on the server" in none.stderr
+
+
+def test_what_json_cannot_hold_becomes_null_or_text(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"nan": math.nan, "inf": [math.inf], "path": Path("a"), "error": ValueError("b"), "counts": Counts(3)})
+
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert (found["nan"], found["inf"], found["path"], found["error"], found["counts"]["steps_stored"]) == (None, [None], "a", "b", 3)
 
 
 def test_error_is_a_sentence_on_stderr_and_nothing_on_stdout() -> None:
