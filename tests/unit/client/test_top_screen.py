@@ -244,7 +244,7 @@ def test_every_column_sorts_every_row() -> None:
         *((size_text, value, text) for value, text in ((0, "0 B"), (1_000, "1 kB"), (123_456, "123 kB"), (4.56e9, "4.56 GB"))),
         *(
             (duration_text, value, text)
-            for value, text in ((0, "0 s"), (0.00035, "0.35 ms"), (1.5, "1.5 s"), (300, "5.0 min"), (2e5, "2.3 d"))
+            for value, text in ((0, "0 s"), (0.00035, "0.35 ms"), (0.0000099, "9.9 us"), (1.5, "1.5 s"), (300, "5.0 min"), (2e5, "2.3 d"))
         ),
         *((share_text, value, text) for value, text in ((0, "0%"), (0.001, "<1%"), (0.345, "34%"), (1, "100%"))),
     ],

@@ -30,6 +30,8 @@ def duration_text(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if not seconds:
         return "0 s"
+    if seconds < 1e-4:
+        return f"{seconds * 1e6:.3g} us"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 

@@ -179,7 +179,7 @@ def _tables(tables: Sequence[TableStatus], width: int) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", expand=False)
     titles = ["TABLE", "VERDICT", "FULL", "ROWS/S IN", "BATCHES/S OUT", "REPLAY"]
     wide = width >= 100
-    titles += ["MB/S IN", "MB/S OUT", "EPISODES", "SAMPLED AGE"] if wide else []
+    titles += ["BYTES/S IN", "BYTES/S OUT", "EPISODES", "SAMPLED AGE"] if wide else []
     for title in titles:
         shown.add_column(title, justify="left" if title in ("TABLE", "VERDICT") else "right", no_wrap=True, overflow="ellipsis")
     for table in tables:
