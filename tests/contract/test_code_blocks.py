@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from support.code_blocks import ADDRESS, PageRun, examples_of, read_blocks
 from support.recorder_cases import serve
 from support.serving import ServerThread
+from support.shell_blocks import check_commands
 from touchline import EpisodeWriter, ReplayClient, recorders
 from touchline.tdmpc2 import Buffer
 from touchline_protos.codec import EpisodeKey
@@ -65,6 +67,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 # Pages
+
+
+def test_commands_in_the_runbooks_of_alerts_are_accepted() -> None:
+    place = "deploy/prometheus/alerts.yml"
+    commands = re.findall(r"`(touchline[^`]*)`", (ROOT / place).read_text("utf-8"))
+
+    assert len(commands) >= 5
+    for command in commands:
+        check_commands(" ".join(command.split()), place)
 
 
 @pytest.mark.timeout(120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -243,6 +244,8 @@ def test_tokens_their_roles_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["admin"].findings["token"]["figures"]["roles"] == ["actor", "learner", "admin"]
     assert found["actor"].texts["batch"] == "not tried: the token may not sample"
     assert found["learner"].texts["ring"] == "batches come through a ring in shared memory"
+    for one in (found["learner"], found["admin"]):  # what doctor's own calls were refused is no news
+        assert not re.search("SetTable|no-such-table", one.texts["refused"])
 
 
 def test_ring_that_the_server_does_not_offer(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:

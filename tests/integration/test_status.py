@@ -23,11 +23,13 @@ from touchline.errors import (
     UnavailableError,
     UnknownTableError,
 )
-from touchline.types import FlowStatus, ServerStatus, ServingState, TableStatus, Transport, Verdict, WaitCause
+from touchline.types import FlowStatus, ServerStatus, ServingState, TableStatus, Transport, Verdict, WaitCause, WaitStatus
 from touchline_protos.codec.status import status_of_message, status_to_message
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.durability import restore as restoring
+from touchline_server.service import ingest
 from touchline_server.service.app import ServerThread
+from touchline_server.tables.table import Table
 
 TABLES = {"demos": {}, "online": {}}
 BATCH, HORIZON = 8, 3
@@ -298,6 +300,35 @@ def test_verdict_is_that_actors_wait_for_the_rate_limit() -> None:
     assert "mostly for the rate limit, which waits for learners to sample" in table.verdict_text
     assert table.rate is not None and table.rate.adds_held == 1
     assert next(one for one in table.waits if one.cause == WaitCause.RATE and not one.learners).waiting == 1
+
+
+def test_add_that_waits_for_another_one_counts_while_it_waits(client: ReplayClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, submit = threading.Event(), Table.submit
+
+    def submit_later(table: Table, one: Any) -> Any:
+        assert go_on.wait(DEADLINE_S)
+        return submit(table, one)
+
+    def storing(status: ServerStatus) -> WaitStatus:
+        return next((wait for wait in table_of(status).waits if wait.cause is WaitCause.STORING), WaitStatus())
+
+    monkeypatch.setattr(ingest, "MAX_INLINE_BYTES", 0)
+    monkeypatch.setattr(Table, "submit", submit_later)
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(client.add, episode())
+        try:
+            first = storing(until(client, lambda status: storing(status).waiting == 1))
+            later = storing(until(client, lambda status: storing(status).total_s >= first.total_s + 0.2))
+        finally:
+            go_on.set()
+        adding.result(DEADLINE_S)
+    over = client.status()
+
+    assert later.waiting == 1
+    assert storing(over).waiting == 0
+    assert storing(over).total_s >= later.total_s
+    assert [one.name for one in over.actors] == ["left-foot"]
+    assert over.actors[0].waited_s == pytest.approx(storing(over).total_s, abs=0.1)
 
 
 def test_verdict_is_that_the_store_is_full(tmp_path: Path) -> None:

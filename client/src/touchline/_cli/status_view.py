@@ -85,7 +85,7 @@ def table_lines(table: TableStatus) -> Iterator[tuple[str, str]]:
     full = (
         ""
         if table.seconds_until_full < 0
-        else ", evicting"
+        else f", evicting {count_text(per_s(minute.rows_evicted, minute))} rows/s"
         if not table.seconds_until_full
         else f", full in {duration_text(table.seconds_until_full)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 from touchline_protos.types.status import MethodStatus, WaitCause
@@ -69,13 +69,13 @@ class Metrics(Protocol):
         """Reports a call that was refused, unless its error was reported already."""
         ...
 
-    def waited(self, table: str, actor: str, cause: WaitCause, waited_s: float) -> None:
-        """Reports that an actor has waited."""
+    def waited(self, table: str, actor: str, cause: WaitCause | None, waited_s: float) -> None:
+        """Reports that an actor has waited; without a cause, the table has counted it already, by :meth:`waiting`."""
         ...
 
     @contextmanager
     def waiting(self, table: str, actor: str, cause: WaitCause) -> Iterator[None]:
-        """Counts the block as a wait of an actor."""
+        """Counts the block as a wait of an actor; without a name, of one that is not known yet: only the table counts it then."""
         ...
 
     def opened(self, learner: Learner) -> None:
@@ -109,7 +109,7 @@ class NullMetrics:
     def refused(self, error: Exception, reason: str, who: str) -> None:
         """See :class:`Metrics`."""
 
-    def waited(self, table: str, actor: str, cause: WaitCause, waited_s: float) -> None:
+    def waited(self, table: str, actor: str, cause: WaitCause | None, waited_s: float) -> None:
         """See :class:`Metrics`."""
 
     @contextmanager
@@ -174,11 +174,12 @@ class ServerMetrics:
         """See :class:`Metrics`."""
         self._count_refusal(error, reason, None, who)
 
-    def waited(self, table: str, actor: str, cause: WaitCause, waited_s: float) -> None:
+    def waited(self, table: str, actor: str, cause: WaitCause | None, waited_s: float) -> None:
         """See :class:`Metrics`."""
         of = self.tables.get(table)
         if of is not None:
-            of.actor_waits[cause].add(waited_s)
+            if cause is not None:
+                of.actor_waits[cause].add(waited_s)
             of.actors.of(actor, self._clock()).waits.add(waited_s)
 
     @contextmanager
@@ -188,7 +189,8 @@ class ServerMetrics:
         if of is None:
             yield
             return
-        with of.actor_waits[cause].counting(), of.actors.of(actor, self._clock()).waits.counting():
+        own = of.actors.of(actor, self._clock()).waits.counting() if actor else nullcontext()
+        with of.actor_waits[cause].counting(), own:
             yield
 
     def opened(self, learner: Learner) -> None:

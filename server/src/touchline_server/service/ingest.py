@@ -117,7 +117,10 @@ class EpisodeIngest:
             done = len(message) <= MAX_INLINE_BYTES and storing.try_inline()
             while not done:
                 begin = time.monotonic()
-                done = await tasks.run(await self._pool_of(storing), storing.run)
+                pool = await self._pool_of(storing)
+                # The actor is not known before the message is decoded, so its share is added at the end.
+                with self._metrics.waiting(storing.table_name, "", WaitCause.STORING):
+                    done = await tasks.run(pool, storing.run)
                 stored_s += time.monotonic() - begin
                 if not done:
                     with self._metrics.waiting(storing.table_name, storing.actor, WaitCause.RATE):
@@ -128,7 +131,7 @@ class EpisodeIngest:
             self._throttle.record_cost(storing.cost_s)
             if self._metrics.enabled:
                 self._report(storing)
-                for cause, waited_s in ((WaitCause.THROTTLE, held_s), (WaitCause.STORING, stored_s)):
+                for cause, waited_s in ((WaitCause.THROTTLE, held_s), (None, stored_s)):
                     if waited_s:
                         self._metrics.waited(storing.table_name, storing.actor, cause, waited_s)
 

@@ -33,6 +33,9 @@ ROUND_TRIPS = 50
 NO_TABLE = "doctor-no-such-table"
 """A name that no table has: an admin's call for it changes nothing."""
 
+PROBE = re.compile(rf"{NO_TABLE}|to call SetTable\b")
+"""Part of the texts with which the calls of :func:`check_roles` are refused."""
+
 RECENT_S = 600.0
 """Age up to which a refusal is reported."""
 
@@ -230,7 +233,9 @@ def check_waits(client: ReplayClient, table: str) -> Iterator[Finding]:
         level = Level.WARNING if found.verdict in ADVICE_OF_VERDICT else Level.OK
         yield Finding("waits", level, text, ADVICE_OF_VERDICT.get(found.verdict, ""), figures)
     recent = [
-        refusal for refusal in status.refusals if refusal.table in (None, table) and status.time_unix_s - refusal.last_unix_s < RECENT_S
+        refusal
+        for refusal in status.refusals
+        if refusal.table in (None, table) and status.time_unix_s - refusal.last_unix_s < RECENT_S and not PROBE.search(refusal.last_message)
     ]
     if recent:
         last = max(recent, key=lambda refusal: refusal.last_unix_s)
