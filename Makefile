@@ -54,7 +54,7 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 	$(PYTHON) -m venv .venv
 	sed '/^torch==/d' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install -c .venv/constraints.txt "$(TORCH)"
-	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch]" -e "./server[http]" $(REQUIREMENTS:%=-r %)
+	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch,cli]" -e "./server[http]" $(REQUIREMENTS:%=-r %)
 	touch $@
 
 test: lint types .venv-quick/.installed ## check everything: lint, types, tests, and the client with TD-MPC2's pins
