@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
 import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from support.pages import request
+from support.prometheus import DEPLOY, ask, dashboard_queries, has_data
 from support.service_calls import eventually, make_config
 from support.serving import ServerThread
 from touchline import EpisodeWriter, InvalidEpisodeError, ReplayClient
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = shutil.which("prometheus")
 
 
@@ -85,35 +81,17 @@ def prometheus(target: str, folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-def ask(address: str, path: str, **parameters: str) -> Any:
-    query = urllib.parse.urlencode(parameters)
-    with urllib.request.urlopen(f"http://{address}/api/v1/{path}?{query}", timeout=10) as answer:
-        return json.load(answer)["data"]
-
-
-def has_data(address: str, query: str) -> bool:
-    try:
-        return bool(ask(address, "query", query=query)["result"])
-    except OSError:
-        return False  # it is starting
-
-
-def dashboard_queries() -> list[str]:
-    """Returns the dashboard's queries, for all servers and tables, with intervals that fit a scrape a second."""
-    dashboard = json.loads((DEPLOY / "grafana" / "touchline.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
-    return [query.replace("$instance", ".*").replace("$table", ".*").replace("$__rate_interval", "5s") for query in queries]
-
-
 @pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus is not installed: Debian has it in the package prometheus")
 def test_prometheus_scrapes_a_server_and_every_query_of_the_dashboard_has_data(tmp_path: Path) -> None:
-    config = make_config(storage={"data_dir": str(tmp_path / "data")}, rate={"samples_per_insert": 1000, "tolerance": 1e6})
+    config = make_config(
+        http={"port": 0}, storage={"data_dir": str(tmp_path / "data")}, rate={"samples_per_insert": 1000, "tolerance": 1e6}
+    )
     with ServerThread(config, http=True) as server:
         load = Load(server.address, tmp_path / "spool")
         try:
             with prometheus(server.http_address, tmp_path) as address:
                 eventually(lambda: has_data(address, "up == 1"), "Prometheus has scraped the server", every_s=0.5)
-                for query in dashboard_queries():
+                for query in dashboard_queries(interval="5s"):
                     eventually(lambda query=query: has_data(address, query), f"data for {query}", every_s=0.5)  # type: ignore[misc]
                 alerts = ask(address, "alerts")["alerts"]
                 assert [one["labels"]["alertname"] for one in alerts if one["state"] == "firing"] == []
@@ -125,7 +103,7 @@ def test_prometheus_scrapes_a_server_and_every_query_of_the_dashboard_has_data(t
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: Debian has it in the package prometheus")
 def test_promtool_accepts_the_metrics_of_a_live_server(tmp_path: Path) -> None:
-    with ServerThread(make_config(), http=True) as server:
+    with ServerThread(make_config(http={"port": 0}), http=True) as server:
         metrics = request(server.http_address, "/metrics")
     assert metrics.status == 200
     result = subprocess.run(["promtool", "check", "metrics"], input=metrics.body, capture_output=True, check=False)
