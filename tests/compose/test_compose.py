@@ -1,10 +1,12 @@
 """``docker compose up`` as it stands, on a real engine: healthy in time, restarted and killed under load, nothing lost,
-batches by shared memory between two containers that have nothing in common but ``/dev/shm``.
+batches by shared memory between two containers that have nothing in common but ``/dev/shm``; the page, the command line and
+Prometheus see what happens.
 
 ``make test-compose`` runs it.
 
-The images are built, so pip's variables (PIP_INDEX_URL, PIP_FIND_LINKS, TORCH, ...) are those of the shell, as docs/containers.md says. The
-project has a name, a port, a tag and volumes of its own, and removes them; the images stay, for the next run.
+The images are built, so pip's variables (PIP_INDEX_URL, PIP_FIND_LINKS, TORCH, ...) are those of the shell, as docs/containers.md says.
+Prometheus is the image PROMETHEUS_IMAGE if that is set, otherwise one that is built from Debian's package. The project has a name, ports, a
+tag and volumes of its own, and removes them; the images stay, for the next run.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +29,14 @@ import numpy as np
 import pytest
 
 from support.certificates import Authority
+from support.pages import request
+from support.prometheus import ask, dashboard_queries, has_data
+from support.service_calls import eventually
 from touchline import ReplayClient, UnavailableError
 
 ROOT = Path(__file__).parents[2]
 TAG = "compose-test"
+PROMETHEUS_IMAGE = os.environ.get("PROMETHEUS_IMAGE") or f"touchline-prometheus:{TAG}"
 PROJECT = "touchline-compose-test"
 
 BUILD_S = 3600
@@ -37,6 +44,9 @@ UP_S = 60
 """Bound for a server without episodes to become healthy, on a loaded machine; 6 s is usual."""
 AGAIN_S = 120
 """Bound for it to be healthy again after a restart or a crash under load."""
+
+SEEN_S = 120
+"""Bound for a number to show up on the page or in Prometheus, on a loaded machine."""
 
 ADDED_ROWS = 20
 """Rows of each episode that the test adds beside the actors'."""
@@ -71,10 +81,11 @@ class Project:
     """The services of docker-compose.yml, with two actors."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
+        probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+        self.port, self.http_port, self.prometheus_port = (probe.getsockname()[1] for probe in probes)
+        for probe in probes:
+            probe.close()
+        self.address, self.page, self.prometheus = (f"127.0.0.1:{port}" for port in (self.port, self.http_port, self.prometheus_port))
 
     def compose(self, *arguments: str, timeout_s: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
         # Large enough for everything that is played: an evicted episode could not be distinguished from a lost one.
@@ -84,6 +95,10 @@ class Project:
             check=check,
             TOUCHLINE_TAG=TAG,
             TOUCHLINE_PORT=str(self.port),
+            TOUCHLINE_HTTP_PORT=str(self.http_port),
+            TOUCHLINE_HTTP__ENABLED="on",  # the other tests' servers have none
+            PROMETHEUS_PORT=str(self.prometheus_port),
+            PROMETHEUS_IMAGE=PROMETHEUS_IMAGE,
             TOUCHLINE_CONFIG__BUFFER_SIZE="2000000",
         )
 
@@ -149,12 +164,12 @@ def project() -> Iterator[Project]:
     if reason:
         pytest.skip(f"no Docker engine to be had: {reason}")
     project = Project()
-    project.compose("down", "--volumes", "--remove-orphans")
+    project.compose("--profile", "observe", "down", "--volumes", "--remove-orphans")
     project.compose("build", timeout_s=BUILD_S)
     try:
         yield project
     finally:
-        project.compose("down", "--volumes", "--remove-orphans", check=False)
+        project.compose("--profile", "observe", "down", "--volumes", "--remove-orphans", check=False)
 
 
 class Adder(threading.Thread):
@@ -286,6 +301,67 @@ def check_stored(client: ReplayClient, adder: Adder, totals: list[dict[str, int]
     newest = next(iter(client.episodes(actor="adder", newest=1)))
     expected = adder.episode(stored[-1])
     assert {name: column.tobytes() for name, column in newest.columns.items()} == {n: c.tobytes() for n, c in expected.items()}
+
+
+def command_line(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``touchline`` on this machine, outside of the containers."""
+    environment = os.environ | {"TOUCHLINE_ADDRESS": project.address}
+    return subprocess.run(
+        [sys.executable, "-m", "touchline", *arguments], env=environment, capture_output=True, text=True, timeout=SEEN_S, check=False
+    )
+
+
+def hosts(project: Project, service: str) -> set[str]:
+    return {docker("inspect", "--format", "{{.Config.Hostname}}", container).stdout.strip() for container in project.containers(service)}
+
+
+def test_page_metrics_and_command_line_see_actors_and_learner(project: Project) -> None:
+    project.compose("up", "--detach", "--scale", "actor=2")
+    project.wait_healthy(AGAIN_S, time.monotonic())
+
+    def complete() -> bool:
+        """Returns whether both actors, and the learner at its ring, are in the page's status."""
+        status = request(project.page, "/api/status").json
+        names = " ".join(actor["name"] for actor in status["actors"])
+        rings = [learner for learner in status["learners"] if learner["transport"] == "ring" and learner["batches"]]
+        return bool(rings) and all(host in names for host in hosts(project, "actor"))
+
+    eventually(complete, "both actors and the learner at its ring on the page", timeout_s=SEEN_S, every_s=0.5)
+    page = request(project.page, "/")
+    assert (page.status, "<!doctype html>" in page.text.lower()) == (200, True)
+    assert request(project.page, "/healthz").text == "serving\n"
+    metrics = request(project.page, "/metrics").text
+    assert re.search(r'^touchline_batches_delivered_total\{.*transport="ring".*\} [1-9]', metrics, re.MULTILINE), metrics
+
+    status = command_line(project, "status", "--json")
+    top = command_line(project, "top", "--json", "--count", "2")
+    doctor = command_line(project, "doctor", "--seconds", "0", "--json")
+    assert (status.returncode, top.returncode) == (0, 0), status.stderr + top.stderr
+    documents = [json.loads(document) for document in (status.stdout, *top.stdout.splitlines())]
+    assert [[learner["transport"] for learner in document["learners"]] for document in documents] == [["ring"]] * 3
+    assert documents[2]["time_unix_s"] > documents[1]["time_unix_s"]
+    # Outside of the containers there is no ring; in the learner's there is.
+    levels = {finding["check"]: finding["level"] for finding in json.loads(doctor.stdout)["findings"]}
+    assert {check for check, level in levels.items() if level not in ("ok", "note")} == {"ring"}, doctor.stdout
+    project.compose("exec", "-T", "learner", "touchline", "doctor", "--seconds", "0")
+
+
+def test_profile_observe_adds_a_prometheus_that_scrapes_the_server(project: Project) -> None:
+    if "PROMETHEUS_IMAGE" not in os.environ:
+        given = [f"--build-arg=PYTHON_IMAGE={os.environ['PYTHON_IMAGE']}"] if "PYTHON_IMAGE" in os.environ else []
+        folder = ROOT / "tests" / "compose" / "prometheus"
+        docker("build", "--tag", PROMETHEUS_IMAGE, *given, str(folder), timeout_s=BUILD_S)
+    project.compose("--profile", "observe", "up", "--detach", "--scale", "actor=2")
+
+    address = project.prometheus
+    eventually(lambda: has_data(address, 'up{job="touchline", instance="replay:8080"} == 1'), "a scrape", timeout_s=SEEN_S, every_s=0.5)
+    # Nothing is refused here, so there is nothing to show.
+    for query in (query for query in dashboard_queries(interval="30s") if "touchline_refusals_total" not in query):
+        eventually(lambda query=query: has_data(address, query), f"data for {query}", timeout_s=SEEN_S, every_s=0.5)  # type: ignore[misc]
+    rules = [rule for group in ask(address, "rules")["groups"] for rule in group["rules"]]
+    assert rules
+    assert [rule for rule in rules if rule["health"] == "err"] == []
+    assert [one["labels"]["alertname"] for one in ask(address, "alerts")["alerts"] if one["state"] == "firing"] == []
 
 
 def test_health_check_is_cheap_and_its_output_says_what_is_wrong(project: Project, tmp_path: Path) -> None:
