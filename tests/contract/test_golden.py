@@ -323,6 +323,12 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "sample_response_valid": (lambda: write_response(("valid",)), pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_group_generations": (lambda: write_group(GENERATIONS), pb.SampleStreamResponse),
+    "sample_stream_response_forgotten": (
+        lambda: pb.SampleStreamResponse(
+            actors=pb.ActorNames(actors=[pb.ActorName(index=1 << 40, name="Hände")], forgotten=[0, 1 << 41])
+        ).SerializeToString(),
+        pb.SampleStreamResponse,
+    ),
     "sample_stream_response_first_chunk": (lambda: write_chunks()[0], pb.SampleStreamResponse),
     "sample_stream_response_last_chunk": (lambda: write_chunks()[-1], pb.SampleStreamResponse),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 from grpc._cython import cygrpc
 
-from support.service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventually, make_episode, refused, serving
+from support.service_calls import DEADLINE_S, Caller, Stream, assert_same_batch, eventually, make_config, make_episode, refused, serving
+from touchline import ReplayClient
 from touchline_protos.codec import encode_load
 from touchline_protos.codec.wire import len_field
 from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.service import batch_framer
 from touchline_server.service import service as service_module
 from touchline_server.service.app import ServerThread
 from touchline_server.service.session import SampleSession
@@ -259,6 +262,32 @@ def test_stream_tells_each_actors_name_once_and_no_later_than_its_first_batch(fi
         for episode, actor in zip(batch.episode_id.tolist(), batch.actor.tolist(), strict=True):
             expected = f"actor {episode % 3}" if episode < 10 else f"newcomer {episode % 2}"
             assert batch.actor_names[actor] == expected
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_names_of_actors_that_are_gone_are_forgotten(ring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each actor adds one episode, which shows by its values who that was, and which later ones evict."""
+    monkeypatch.setattr(batch_framer, "MAX_STALE_ACTORS", 4)
+    config = make_config(config={"buffer_size": 400, "min_history": 1, "batch_size": 32, "horizon": 3})
+    longest = 0
+    with ServerThread(config) as server, ReplayClient(server.address, as_numpy=True) as client:
+        client.add(numbered(0), actor="actor-0")
+        with client.batches(ring=ring) as batches:
+            for number in range(1, 120):
+                client.add(numbered(number), actor=f"actor-{number}")
+                for batch in itertools.islice(batches, 2):
+                    names = [batch.actor_names[index] for index in batch.actor.tolist()]
+                    assert names == [f"actor-{int(value)}" for value in batch.obs[0, :, 0]]
+                    longest = max(longest, len(batch.actor_names))
+            assert batches.transport == ("ring" if ring else "stream")
+
+    # 20 actors have episodes; the names of twice as many, and 4, may be kept before a draw brings others.
+    assert 20 < longest <= 2 * 20 + 4 + 20
+
+
+def numbered(number: int) -> dict[str, np.ndarray]:
+    columns = {name: np.full((20, 2), number, np.float32) for name in ("obs", "action")}
+    return columns | {"reward": np.ones(20, np.float32)}
 
 
 def test_each_stream_receives_all_names(filled: Served) -> None:

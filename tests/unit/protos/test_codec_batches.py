@@ -482,3 +482,20 @@ def test_mutated_messages_are_refused_or_valid_batches(rng: random.Random, chang
             read(bytes(message))
         except CodecError as error:
             assert str(error)
+
+
+def test_forgotten_names_are_dropped_for_later_batches_only() -> None:
+    decoder = BatchDecoder()
+    new = [pb.ActorName(index=7, name="new")]
+    frame = pb.SampleStreamResponse(actors=pb.ActorNames(forgotten=[0, 5, 1 << 62], actors=new)).SerializeToString()
+    group, _ = layout(3, 2).group(1, {})
+
+    (before,) = decoder.feed(layout(3, 2).group(1, ACTORS)[0])
+    assert decoder.feed(frame) == []
+    (between,) = decoder.feed(group)
+    assert decoder.feed(wire.len_field(4, wire.int_field(2, 3))) == []  # not packed, as another sender may do
+    (after,) = decoder.feed(group)
+
+    assert before.actor_names == ACTORS
+    assert between.actor_names == {3: "arm", 1 << 40: "x" * 128, 7: "new"}
+    assert after.actor_names == {1 << 40: "x" * 128, 7: "new"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -56,6 +57,10 @@ class RingBatches:
         self._messages = messages
         self._changed = threading.Condition()
         self._actor_names: dict[int, str] = {}
+        self._names_received = 0
+        """Names that have come, forgotten ones included."""
+        self._forgettable: deque[tuple[int, frozenset[int]]] = deque()
+        """Names to forget, each time with how many names had come before: batches that need no more than these may still use them."""
         self._end: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="touchline-ring", daemon=True)
 
@@ -76,8 +81,10 @@ class RingBatches:
         if taken is None:
             return None
         slot, actors_needed = taken
-        if actors_needed > len(self._actor_names):
+        if actors_needed > self._names_received:
             self._wait_for_names(actors_needed)
+        if self._forgettable and actors_needed > self._forgettable[0][0]:
+            self._forget_names(actors_needed)
         memory = self._ring.slots.array(slot)
         # `held` counts this slot. A view is handed out only if another slot stays free for the server.
         if self._control.held > self._ring.geometry.slots - 2:
@@ -99,17 +106,31 @@ class RingBatches:
 
     def _wait_for_names(self, needed: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._end is not None or len(self._actor_names) >= needed)
+            self._changed.wait_for(lambda: self._end is not None or self._names_received >= needed)
         if self._end is not None:
             raise RingEndedError(self._end)
+
+    def _forget_names(self, actors_needed: int) -> None:
+        """Drops the names that no batch uses that needs `actors_needed` names or more."""
+        forgotten: set[int] = set()
+        with self._changed:
+            while self._forgettable and actors_needed > self._forgettable[0][0]:
+                forgotten |= self._forgettable.popleft()[1]
+            # A new mapping, as earlier batches keep the one that they were given.
+            self._actor_names = {index: name for index, name in self._actor_names.items() if index not in forgotten}
 
     def _read(self) -> None:
         end: BaseException = StopIteration()
         try:
             for message in self._messages:
                 frame = pb.SampleStreamResponse.FromString(message)
+                names = {actor.index: actor.name for actor in frame.actors.actors}
                 with self._changed:
-                    self._actor_names = {**self._actor_names, **{actor.index: actor.name for actor in frame.actors.actors}}
+                    if frame.actors.forgotten:
+                        self._forgettable.append((self._names_received, frozenset(frame.actors.forgotten)))
+                    self._names_received += len(names)
+                    if names:
+                        self._actor_names = {**self._actor_names, **names}
                     self._changed.notify_all()
         except BaseException as error:
             # Without its traceback, which would keep this object, and with it the ring's memory, alive until the next collection of cycles.

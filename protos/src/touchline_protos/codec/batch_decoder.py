@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from touchline_protos.codec.batch_parser import MAX_BATCH_FIELDS, ParsedBatch, parse_actor, parse_batch
+from touchline_protos.codec.batch_parser import ParsedBatch, parse_batch, parse_names
 from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.codec.tensors import ALIGNMENT, body_offsets
 from touchline_protos.codec.wire import LEN, VARINT, read_fields, tag, to_int64
@@ -116,7 +116,7 @@ class BatchDecoder:
 
         Returns:
             The batches that this message completes: all of a group, or one with its last chunk. Their ``actor_names`` are all names that
-            the stream has sent so far.
+            the stream has sent so far, except those that it said to forget.
 
         Raises:
             CodecError: the message is malformed, or not one that may come next; no later message of the stream can be understood.
@@ -137,8 +137,9 @@ class BatchDecoder:
             if frame[0] == _CHUNK:
                 return self._feed_chunk(message, frame[1], frame[2])
             if frame[0] == _ACTOR_NAMES:
-                names = read_fields(message, frame[1], frame[2], max_fields=MAX_BATCH_FIELDS)
-                self._add_names(dict(parse_actor(message, a, b) for key, a, b in names if key == _FIELD_1))
+                names, forgotten = parse_names(message, frame[1], frame[2])
+                self._forget_names(forgotten)
+                self._add_names(names)
                 return []
             batches = [(a, b) for key, a, b in read_fields(message, frame[1], frame[2]) if key == _FIELD_1]
             plan = _make_plan(self._group_plans, message, batches)
@@ -170,6 +171,11 @@ class BatchDecoder:
         """Adds actors' names. Makes a new mapping, as earlier batches keep the one they were given."""
         if actors and any(self._actor_names.get(index) != name for index, name in actors.items()):
             self._actor_names = {**self._actor_names, **actors}
+
+    def _forget_names(self, forgotten: set[int]) -> None:
+        """Drops actors' names; in a new mapping, too."""
+        if forgotten:
+            self._actor_names = {index: name for index, name in self._actor_names.items() if index not in forgotten}
 
     def _build(self, message: bytes, plan: _BatchPlan, actor_names: Mapping[int, str]) -> Batch:
         """Copies a batch out of a message into a buffer of the pool."""

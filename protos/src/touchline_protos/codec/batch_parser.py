@@ -26,6 +26,9 @@ _FIELDS = (*PROVENANCE, *OPTIONAL_PROVENANCE)
 _VALID = f"{PROVENANCE_PREFIX}valid"
 _ACTOR_INDEX = tag(1, VARINT)
 _ACTOR_NAME = tag(2, LEN)
+_NAMES = tag(1, LEN)
+_FORGOTTEN = tag(2, LEN)
+_FORGOTTEN_ONE = tag(2, VARINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,29 @@ def parse_actor(message: bytes, start: int, end: int) -> tuple[int, str]:
         elif key == _ACTOR_NAME:
             name = read_text(message, a, b, "actor", max_chars=MAX_NAME_CHARS)
     return index, name
+
+
+def parse_names(message: bytes, start: int, end: int) -> tuple[dict[int, str], set[int]]:
+    """Parses the ``ActorNames`` in ``message[start:end]``.
+
+    Returns:
+        The names by index, and the indexes of the names that may be forgotten.
+
+    Raises:
+        CodecError: it is malformed.
+        OversizeError: it has more than :data:`MAX_BATCH_FIELDS` fields.
+    """
+    names: dict[int, str] = {}
+    forgotten: set[int] = set()
+    for key, a, b in read_fields(message, start, end, max_fields=MAX_BATCH_FIELDS):
+        if key == _NAMES:
+            index, name = parse_actor(message, a, b)
+            names[index] = name
+        elif key == _FORGOTTEN:
+            forgotten.update(_read_packed(message, a, b))
+        elif key == _FORGOTTEN_ONE:
+            forgotten.add(to_int64(a))
+    return names, forgotten
 
 
 def _read_packed(message: bytes, start: int, end: int) -> Iterator[int]:

@@ -454,10 +454,12 @@ class SampleStreamResponse(_message.Message):
     def __init__(self, group: _Optional[_Union[BatchGroup, _Mapping]] = ..., chunk: _Optional[_Union[BatchChunk, _Mapping]] = ..., ring: _Optional[_Union[RingSetup, _Mapping]] = ..., actors: _Optional[_Union[ActorNames, _Mapping]] = ...) -> None: ...
 
 class ActorNames(_message.Message):
-    __slots__ = ("actors",)
+    __slots__ = ("actors", "forgotten")
     ACTORS_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
     actors: _containers.RepeatedCompositeFieldContainer[ActorName]
-    def __init__(self, actors: _Optional[_Iterable[_Union[ActorName, _Mapping]]] = ...) -> None: ...
+    forgotten: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, actors: _Optional[_Iterable[_Union[ActorName, _Mapping]]] = ..., forgotten: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class BatchGroup(_message.Message):
     __slots__ = ("batches",)

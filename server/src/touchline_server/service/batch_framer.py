@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from touchline_protos.codec import BatchLayout
+from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import InvalidArgumentError, NotReadyError, TooLargeError
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.tables.sampler import Reserved, Sampler
@@ -33,6 +34,10 @@ CHUNK_HEADER_BYTES = 1 << 9
 
 MAX_STALE_ACTORS = 1024
 """Actors whose names a stream has sent and the table may have forgotten, before the stream forgets them too."""
+
+
+MAX_FORGOTTEN = 8192
+"""Most actors in a message that says which names may be forgotten."""
 
 
 class NextFrames(NamedTuple):
@@ -95,12 +100,12 @@ class BatchFramer:
         with self.sampler.draw(ahead.reserved) as drawn:
             if drawn.layout.specs != ahead.layout.specs:
                 raise NotReadyError("the table was cleared and has another schema now")
-            actors = self.new_actors(drawn)
+            forgotten, actors = self.new_actors(drawn)
             if drawn.layout.body_bytes > self._chunked_above:
-                return self._chunks(drawn, actors)
+                return forgotten + self._chunks(drawn, actors)
             message, bodies = drawn.layout.group(ahead.reserved.batches, actors)
             drawn.gather_into(bodies)
-            return [self._checked(message)]
+            return [*forgotten, self._checked(message)]
 
     def try_frames(self, ahead: NextFrames) -> list[bytes] | None:
         """Does what :meth:`frames` does, from a thread that must not wait: an event loop's.
@@ -110,15 +115,22 @@ class BatchFramer:
         """
         return self.frames(ahead) if self.sampler.fits_inline(batches=ahead.reserved.batches) else None
 
-    def new_actors(self, drawn: BatchDraw) -> dict[int, str]:
-        """Returns the names of the actors whose names this stream has not sent yet, and takes them as sent."""
-        sampler = self.sampler
-        new = drawn.actors() - self._sent_actors
+    def new_actors(self, drawn: BatchDraw) -> tuple[list[bytes], dict[int, str]]:
+        """Returns frames that say which names the learner may forget, and the names that this stream has not sent yet, now taken as sent.
+
+        The frames come before those of the batches.
+        """
+        sampler, needed = self.sampler, drawn.actors()
+        new = needed - self._sent_actors
+        frames = []
         if new and len(self._sent_actors) > 2 * sampler.actor_count() + MAX_STALE_ACTORS:
-            # Numbers are never reused, so an actor whose name a table has forgotten does not come back.
-            self._sent_actors = {number for number in self._sent_actors if sampler.has_actor(number)}
+            # Numbers are never reused, so an actor whose name a table has forgotten does not come back. An episode of this draw may have
+            # been evicted since.
+            forgotten = sorted(number for number in self._sent_actors - needed if not sampler.has_actor(number))
+            self._sent_actors.difference_update(forgotten)
+            frames = [_forgetting(forgotten[at : at + MAX_FORGOTTEN]) for at in range(0, len(forgotten), MAX_FORGOTTEN)]
         self._sent_actors |= new
-        return sampler.actor_names(new)
+        return frames, sampler.actor_names(new)
 
     def _group_size(self, layout: BatchLayout, credits: int) -> int:
         size = layout.body_bytes
@@ -148,3 +160,8 @@ class BatchFramer:
                 f"a frame of {len(frame)} bytes with its columns' and actors' names, expected at most {self._max_message_bytes}"
             )
         return frame
+
+
+def _forgetting(numbers: list[int]) -> bytes:
+    """Returns the message that these actors' names may be forgotten."""
+    return pb.SampleStreamResponse(actors=pb.ActorNames(forgotten=numbers)).SerializeToString()

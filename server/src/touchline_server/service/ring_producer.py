@@ -294,7 +294,9 @@ class RingProducer:
 
     def _send_names(self, drawn: BatchDraw) -> None:
         """Sends the names of actors that are new to the learner, which waits for them before it takes the batches."""
-        names = self._framer.new_actors(drawn)
+        forgotten, names = self._framer.new_actors(drawn)
+        for message in forgotten:
+            self._send(message)
         if names:
             self._actors_sent += len(names)
             actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
