@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from touchline._cli.doctor import network, sampling, server
+from touchline._cli.doctor import network, sampling, server, traffic
 from touchline._cli.doctor.findings import Finding, GaveUpError, Level
 from touchline._cli.options import SERVER, Address, AsJson, TableName
 from touchline._cli.terminal import EXIT_FAILED, EXIT_WARNING, print_grid, print_json, print_line, report_errors
@@ -45,8 +45,8 @@ def doctor(
     """Check everything between this machine and a server, and say what to do.
 
     In this order: the address and the environment's TLS and token, the name, a connection, TLS, an answer, the versions, the token's role,
-    round trips, the store, what the table has to sample, its rate limit, a batch, the ring, and the throughput. Changes nothing. A check
-    that the token's role does not allow is left out with a note.
+    round trips, the store, what the table has to sample, its rate limit, who waits for whom, what was refused, a batch, the ring, and the
+    throughput. Changes nothing. A check that the token's role does not allow is left out with a note.
 
     \b
     Examples:
@@ -100,7 +100,7 @@ def _findings(address: str, table: str, *, timeout_s: float, seconds: float | No
             rate = server.check_rate(info)
             yield rate
             if roles & {"learner", "admin"}:
-                yield from server.check_waits(client, table)
+                yield from traffic.check_traffic(client, table)
             if not roles & {"learner", "admin"}:
                 yield Finding("batch", Level.NOTE, "not tried: the token may not sample")
             elif not data.figures["can_sample"] or (info.rate is not None and rate.level is Level.WARNING):
@@ -136,6 +136,8 @@ def _document(address: str, table: str, findings: list[Finding], todo: list[str]
 def _print_finding(finding: Finding) -> None:
     style = STYLES[finding.level]
     print_grid(WIDTHS, [(str(finding.level), style), (finding.check, ""), (finding.text, "")])
+    if finding.level is Level.NOTE and finding.advice:
+        print_grid(WIDTHS, [("", ""), ("", ""), (finding.advice, "")])
 
 
 def _print_todo(todo: list[str], status: int) -> None:

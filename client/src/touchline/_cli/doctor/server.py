@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 
 from touchline._cli.doctor.findings import Finding, GaveUpError, Level, give_up
@@ -22,7 +22,7 @@ from touchline.errors import (
     UnavailableError,
     UnknownTableError,
 )
-from touchline.types import ServerInfo, Verdict
+from touchline.types import ServerInfo
 from touchline_protos import PROTOCOL_VERSION
 from touchline_protos.log_lines import escape
 from touchline_protos.types.reasons import Reason
@@ -32,12 +32,6 @@ ROUND_TRIPS = 50
 
 NO_TABLE = "doctor-no-such-table"
 """A name that no table has: an admin's call for it changes nothing."""
-
-PROBE = re.compile(rf"{NO_TABLE}|to call SetTable\b")
-"""Part of the texts with which the calls of :func:`check_roles` are refused."""
-
-RECENT_S = 600.0
-"""Age up to which a refusal is reported."""
 
 NO_EPISODE = (1 << 62) - 1
 """An id that no episode has."""
@@ -211,33 +205,3 @@ def check_rate(info: ServerInfo) -> Finding:
         advice = "Actors wait for learners: start a learner or lower the limit: touchline table set rate.samples_per_insert=N."
         return Finding("rate_limit", Level.WARNING, f"{text}; it holds {rate.adds_held} actors back", advice, figures)
     return Finding("rate_limit", Level.OK, f"{text}; it holds no caller back now", figures=figures)
-
-
-ADVICE_OF_VERDICT = {
-    Verdict.LEARNERS_WAIT: "Learners wait: see the sentence for what, and touchline top for which; more actors, or server.sample_workers.",
-    Verdict.ACTORS_WAIT: "Actors wait: see the sentence for what, and touchline top for which; a learner, server.add_workers, or the disk.",
-    Verdict.STORE_FULL: "Free space on the disk of the server's storage.data_dir, or repair it and restart the server.",
-}
-
-
-def check_waits(client: ReplayClient, table: str) -> Iterator[Finding]:
-    """Yields who waited for whom at the table in the last minute, and what was refused last; nothing from a server that does not know."""
-    try:
-        status = client.status(tables=[table])
-    except IncompatibleVersionError:
-        return
-    found = status.tables[0]
-    figures = {"verdict": found.verdict.value, "learners_waited_s": found.learners_waited_s, "actors_waited_s": found.actors_waited_s}
-    text = escape(found.verdict_text) or str(found.verdict).replace("_", " ")
-    if text:
-        level = Level.WARNING if found.verdict in ADVICE_OF_VERDICT else Level.OK
-        yield Finding("waits", level, text, ADVICE_OF_VERDICT.get(found.verdict, ""), figures)
-    recent = [
-        refusal
-        for refusal in status.refusals
-        if refusal.table in (None, table) and status.time_unix_s - refusal.last_unix_s < RECENT_S and not PROBE.search(refusal.last_message)
-    ]
-    if recent:
-        last = max(recent, key=lambda refusal: refusal.last_unix_s)
-        text = f"{last.count:,} refused as {last.reason}, the last one to {escape(last.last_who) or '-'}: {escape(last.last_message)}"
-        yield Finding("refused", Level.NOTE, text, figures={"reason": last.reason, "count": last.count})
