@@ -68,7 +68,7 @@ ROWS: dict[str, list[Panel]] = {
             "Seconds waited a second, over all callers, by cause: 1 is one learner, or one actor, that waits all the time.",
         ),
         Panel(
-            "Replay ratio: rows sampled a row added",
+            "Replay ratio: rows sampled per row added",
             "short",
             {
                 "{{table}}": f"sum by (instance, table) (rate(touchline_steps_sampled_total{OF_TABLES}[5m])) "

@@ -214,7 +214,7 @@ def test_status_as_text_has_everything(capsys: pytest.CaptureFixture[str]) -> No
         "500 episodes, 50,000 of 100,000 steps (50%, full in 4.2 min), 50 MB on cpu",
         "200 rows/s, 2 episodes/s, 200 kB/s; 6,000 rows since the start",
         "100 batches/s, 30 MB/s by ring; 3,000 since the start",
-        "512 rows sampled a row added",
+        "512 rows sampled per row added",
         "policy version 40, behind it on average: stored 8.5, sampled 7.0",
         "batch, ok, 0 episodes not yet on disk, fsync 2 ms (p99 9 ms), 100 MB, 100 GB free, last snapshot never",
         "7 episodes are never sampled as configured",

@@ -64,7 +64,7 @@ def list_episodes(
     """List stored episodes, newest first: id, actor, rows, return, and version of the policy.
 
     The return is the sum of the rewards, over all agents of a match in lockstep. Reads only the column reward. If the server requires
-    tokens, the token must have the role learner.
+    tokens, the token must have the role learner or admin.
 
     \b
     Examples:
@@ -112,7 +112,7 @@ def show(
     """Show one episode: its columns with their ranges, and plots of them; images are named with their shape.
 
     A plot has the first four dimensions of a column. `touchline export` writes whole episodes. If the server requires tokens, the token
-    must have the role learner.
+    must have the role learner or admin.
 
     \b
     Examples:

@@ -21,7 +21,7 @@ def snapshot(address: Address = "127.0.0.1:50051", timeout_s: Timeout = 60.0, as
 
     A snapshot is made on the server's machine, where its disk is, by `touchline-server snapshot`; it works while the server runs. From
     another machine, `touchline export` writes the episodes to a data set. If the server requires tokens, the token must have the role
-    learner.
+    learner or admin.
 
     \b
     Examples:

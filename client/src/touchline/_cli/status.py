@@ -40,7 +40,8 @@ def status(
 
     Rates are of the last minute. PENDING is what waits at a connection: bytes in an actor's spool, or made for a learner and not taken yet.
     WAITS is the share of the last minute that it waited. LAST is the age of an actor's last episode, or the 99th percentile of a learner's
-    wait for a batch. Answers while the server restores its store, too. If the server requires tokens, the token must have the role learner.
+    wait for a batch. Answers while the server restores its store, too. If the server requires tokens, the token must have the
+    role learner or admin.
 
     \b
     Examples:

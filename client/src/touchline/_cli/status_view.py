@@ -125,7 +125,7 @@ def _delivered_text(minute: FlowStatus, ever: FlowStatus) -> str:
 
 def _replay_text(table: TableStatus, minute: FlowStatus, ever: FlowStatus) -> str:
     recent, overall = (_ratio_text(flow.replay_ratio) for flow in (minute, ever))
-    text = f"{recent} rows sampled a row added, {overall} since the start"
+    text = f"{recent} rows sampled per row added, {overall} since the start"
     if table.rate is not None and table.rate.samples_per_insert:
         now = _ratio_text(table.rate.ratio)
         text += f"; limit {table.rate.samples_per_insert:g} slices a step, {now} so far"

@@ -34,7 +34,7 @@ def _root() -> None:
 
 @app.command("list", cls=GroupedCommand)
 def list_tables(address: Address = "127.0.0.1:50051", timeout_s: Timeout = 60.0, as_json: AsJson = False) -> None:
-    """List the tables of a server, those that the token may use.
+    """List the tables of a server that the token may use.
 
     \b
     Examples:

@@ -77,7 +77,7 @@ def serve(
     """Run the server until SIGTERM or SIGINT.
 
     After the signal, calls in progress may finish. Logs go to stderr. Once clients are served, "listening on HOST:PORT" is printed on
-    stdout.
+    stdout, and then "web page on URL" if the server has its page (section [http]).
 
     An environment variable TOUCHLINE_<SECTION>__<KEY> overrides a key of the configuration file, and an option here overrides both. --host
     and --port also override a Unix socket in the configuration.

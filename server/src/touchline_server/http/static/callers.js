@@ -5,7 +5,7 @@ import * as format from "./format.js";
 const version = (text) => text.match(/touchline\/(\S+)/)?.[1] ?? (text || "unknown");
 const number = (name, title, of, text = format.whole, extra = {}) => ({ name, title, of, text: (row) => text(of(row)), ...extra });
 
-/** Puts "waits 45 %" and the like into words for one cell. */
+/** Returns the transport, and whether it is not the ring because the ring was refused. */
 const ringText = (learner) => (learner.transport === "ring" || !learner.ring_refused ? learner.transport : `${learner.transport} (no ring)`);
 
 export class Actors {

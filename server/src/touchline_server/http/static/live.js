@@ -1,4 +1,4 @@
-// The stream of snapshots: opened again whenever it is lost, and a word for the reader about how it stands.
+// The stream of snapshots: opened again whenever it is lost, with its state for the reader.
 
 const SILENCE_MS = 4_000;
 const RETRY_MS = 1_500;

@@ -3,7 +3,7 @@ import { applyTheme } from "./theme.js";
 
 const REASONS = {
   unknown: "The server does not know this token.",
-  role: "This token is for actors; the page needs one for learners or admins.",
+  role: "This token is for actors; the page requires one with the role learner or admin.",
 };
 
 applyTheme();

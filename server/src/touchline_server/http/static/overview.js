@@ -81,7 +81,7 @@ export class Tiles {
       return;
     }
     this.facts.set("Replay ratio", format.short(minute.replay_ratio), {
-      value: minute.replay_ratio, note: `rows sampled a row added · ${format.short(start?.replay_ratio)} since the start`,
+      value: minute.replay_ratio, note: `rows sampled per row added · ${format.short(start?.replay_ratio)} since the start`,
     });
     this.facts.hide("Slices per row added");
   }
@@ -104,7 +104,7 @@ export class Tiles {
     });
   }
 
-  /** How many versions the data are behind the newest policy that has played. */
+  /** How many versions the data is behind the newest policy that has played. */
   #lag(table) {
     const newest = table.newest_policy_version;
     const lag = (mean) => (newest === null || mean === null ? null : newest - mean);

@@ -8,7 +8,7 @@ import { Charts, Flows, Tiles, Verdict, verdictOf } from "./overview.js";
 import { Process, Store } from "./process.js";
 import { applyTheme, toggleTheme } from "./theme.js";
 
-const STATES = { live: "Live", silent: "No news", lost: "Disconnected, trying again" };
+const STATES = { live: "Live", silent: "No updates", lost: "Disconnected, reconnecting" };
 
 applyTheme();
 const charts = new Charts(fetchJson);
@@ -78,7 +78,7 @@ function noteRestart(status) {
   const start = status.time_unix_s - status.server.uptime_s;
   if (started !== null && start > started + 1) {
     const notice = byId("notice");
-    notice.textContent = `The server was restarted at ${format.clock(start)}; what is counted since the start begins there.`;
+    notice.textContent = `The server was restarted at ${format.clock(start)}; totals since the start begin there.`;
     notice.hidden = false;
   }
   if (!connected || (started !== null && start > started + 1)) charts.load().catch(() => {});

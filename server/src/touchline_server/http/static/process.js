@@ -21,7 +21,7 @@ export class Store {
     });
     const store = table.durability;
     if (store === null) {
-      facts.set("Durability", "in memory only", { note: "episodes end with the server (storage.data_dir is empty)" });
+      facts.set("Durability", "in memory only", { note: "a restart loses the episodes (storage.data_dir is not set)" });
       for (const name of ["Not synced yet", "fsync", "File", "Last snapshot", "Restored"]) facts.hide(name);
       return;
     }
