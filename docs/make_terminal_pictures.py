@@ -1,4 +1,4 @@
-"""Makes docs/images/status.svg and top.svg: `touchline status` and `touchline top` while the soccer demo's server, actors and learner run.
+"""Makes docs/images/status.svg, top.svg and doctor.svg: what these commands show while the soccer demo's server, actors and learner run.
 
 .venv/bin/python docs/make_terminal_pictures.py [SECONDS]
 """
@@ -41,13 +41,14 @@ def save(console: Console, name: str) -> None:
     (IMAGES / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
-def draw_status(address: str) -> None:
+def draw(address: str, name: str) -> None:
+    """Draws what a command prints that ends by itself."""
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
-    command = [sys.executable, "-m", "touchline", "status", "--address", address]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "touchline", name, "--address", address]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=name != "doctor")
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(Text.from_ansi(f"$ touchline status\n{found.stdout.rstrip().replace(address, SHOWN)}"))
-    save(console, "status")
+    console.print(Text.from_ansi(f"$ touchline {name}\n{found.stdout.rstrip().replace(address, SHOWN)}"))
+    save(console, name)
 
 
 def draw_top(address: str) -> None:
@@ -71,7 +72,8 @@ def main(seconds: float) -> None:
         learner = (sys.executable, str(examples / "learner.py"), "--address", address, "--metrics", str(Path(folder, "learner.jsonl")))
         children.start("learner", *learner)
         time.sleep(seconds)
-        draw_status(address)
+        for name in ("status", "doctor"):
+            draw(address, name)
         draw_top(address)
 
 
