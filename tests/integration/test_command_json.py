@@ -17,9 +17,10 @@ from support.dataset_cases import make_episode, write_npz
 from support.durable_cases import durable_config
 from support.service_calls import make_config
 from support.spool_cases import fill, spooled
-from touchline import Counts
+from touchline import Counts, ReplayClient
 from touchline._cli.app import app
 from touchline._cli.terminal import print_json
+from touchline_server.cli.main import app as server_app
 from touchline_server.service.app import ServerThread
 
 COUNTS = {field.name for field in fields(Counts)}
@@ -106,6 +107,40 @@ def test_snapshot_shows_the_stores_and_the_command_that_copies_them(server: Serv
     assert [(store["table"], store["mode"], store["state"]) for store in found["stores"]] == [("", "batch", "ok")]
     assert text.startswith("(default)  batch, ok, ") and found["command"] in text
     assert none.exit_code == 1 and "set storage.data_dir on the server" in none.stderr
+
+
+def test_a_store_is_copied_checked_and_recovered(tmp_path: Path) -> None:
+    folder, copy = tmp_path / "data", tmp_path / "copy"
+
+    def run_here(*arguments: str, status: int = 0) -> Any:
+        found = CliRunner().invoke(server_app, [*arguments, "--json"], prog_name="touchline-server")
+        assert found.exit_code == status, found.output
+        return json.loads(found.stdout)
+
+    with ServerThread(durable_config(folder)) as durable, ReplayClient(durable.address) as client:
+        for number in range(3):
+            client.add(episode(10 + number))
+    copied = run_here("snapshot", "--data-dir", str(folder), str(copy))
+    whole = run_here("check", "--data-dir", str(copy))
+    file = copy / "touchline.db"
+    data = file.read_bytes()
+    at = data.index(np.full(12, 7, np.float32).tobytes())  # within the last episode
+    file.write_bytes(data[: at + 9] + b"!" + data[at + 10 :])
+    damaged = run_here("check", "--data-dir", str(copy), status=1)
+    refused = run_here("recover", "--data-dir", str(copy), status=1)
+    kept = run_here("recover", "--data-dir", str(copy), "--accept-loss")
+
+    assert (copied["data_dir"], copied["files"]) == (str(folder), [str(file)])
+    assert whole == {"data_dir": str(copy), "tables": [{"table": "", "episodes": 3, "steps": 33, "damage": []}]}
+    ((table, steps, damage),) = [(one["table"], one["steps"], one["damage"]) for one in damaged["tables"]]
+    assert (table, steps) == ("", 21) and damage
+    assert (refused["store"], refused["replaced"], kept["replaced"]) == (str(copy), False, True)
+    assert refused["lost"] == kept["lost"] != []
+    assert (kept["episodes"], kept["steps"]) == (2, 21)
+
+
+def episode(rows: int) -> dict[str, np.ndarray]:
+    return {"obs": np.full(rows, 7, np.float32), "action": np.zeros(rows, np.float32), "reward": np.zeros(rows, np.float32)}
 
 
 def test_what_json_cannot_hold_becomes_null_or_text(capsys: pytest.CaptureFixture[str]) -> None:

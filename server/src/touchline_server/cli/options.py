@@ -30,6 +30,8 @@ TableName = Annotated[
     typer.Option("--table", metavar="NAME", help="Name of the table; the default table's is empty."),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
+
 
 def resolve_data_dir(data_dir: Path | None, config: Path | None) -> Path:
     """Returns the folder of the durable store: the given one, otherwise the configured one.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from touchline_server.cli.options import ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
-from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings, progress_bar, report_errors
+from touchline_server.cli.options import AsJson, ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
+from touchline_server.cli.terminal import EXIT_FAILED, exit_with, print_findings, print_json, progress_bar, report_errors
 
 
 def recover(
@@ -18,6 +19,7 @@ def recover(
         typer.Option("--accept-loss", help="Recover even if something is lost. Otherwise a loss changes nothing."),
     ] = False,
     config: ConfigPath = None,
+    as_json: AsJson = False,
 ) -> None:
     """Recover the undamaged episodes of a damaged store.
 
@@ -47,10 +49,13 @@ def recover(
         with progress_bar(f"recovering {folder}") as progress:
             found = recovery.recover(folder, progress, accept_loss=accept_loss)
     what = f"{found.episodes} episodes, {found.steps} steps"
+    if as_json:
+        print_json({"store": str(folder)} | asdict(found))
+    else:
+        done = "were recovered; the old file is kept beside the new one" if found.replaced else "can be kept"
+        print_findings(found.lost, f"{what} {done}")
     if found.replaced:
-        print_findings(found.lost, f"{what} were recovered; the old file is kept beside the new one")
         return
-    print_findings(found.lost, f"{what} can be kept")
     exit_with(
         f"what is listed above is lost, and nothing was changed; restore a copy of {folder}, or accept the loss: "
         f"`touchline-server recover --accept-loss --data-dir {folder}`",

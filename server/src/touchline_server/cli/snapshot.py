@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from touchline_server.cli.options import ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
-from touchline_server.cli.terminal import report_errors
+from touchline_server.cli.options import AsJson, ConfigPath, DataDir, TableName, resolve_data_dir, resolve_store
+from touchline_server.cli.terminal import print_json, report_errors
 
 
 def snapshot(
@@ -16,6 +16,7 @@ def snapshot(
     data_dir: DataDir = None,
     table: TableName = None,
     config: ConfigPath = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy a durable store as it is at one moment.
 
@@ -40,5 +41,8 @@ def snapshot(
         folder = resolve_data_dir(data_dir, config)
         copy_all = table is None
         files = maintenance.snapshot_all(folder, target) if copy_all else [maintenance.snapshot(resolve_store(folder, table or ""), target)]
+    if as_json:
+        print_json({"data_dir": str(folder), "files": [str(file) for file in files]})
+        return
     for file in files:
         typer.echo(str(file))

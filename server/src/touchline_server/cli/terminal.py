@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,11 @@ def print_findings(findings: Sequence[str], summary: str) -> None:
     for finding in findings:
         typer.echo(escape(finding))
     typer.echo(summary)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Prints the result of a command on stdout, for programs."""
+    typer.echo(json.dumps(document, indent=2))
 
 
 @contextmanager
