@@ -5,8 +5,8 @@ Prints the ratios and writes ``docs/benchmarks/metrics.md``.
 
 from __future__ import annotations
 
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -24,6 +24,34 @@ ROUNDS, SLICE_S, WARM_UP_S = 100, 0.25, 0.03
 BAR = 0.98
 KINDS = {"ring": "batches from a ring", "stream": "batches from a stream", "sample": "calls of `sample()`", "add": "calls of `add()`"}
 NOTE = Path(REPOSITORY) / "docs/benchmarks/metrics.md"
+
+
+WATCHER = """
+import sys, threading, time, urllib.request
+from touchline import ReplayClient
+
+address, page = sys.argv[1:]
+
+def listen():
+    with urllib.request.urlopen(page + "api/events") as events:
+        for _ in events:
+            pass
+
+def scrape():
+    while True:
+        urllib.request.urlopen(page + "metrics").read()
+        time.sleep(1.0)
+
+client = ReplayClient(address)
+snapshots = client.watch_status(1.0, newest_episodes=8)
+next(snapshots)
+for one in (listen, scrape):
+    threading.Thread(target=one, daemon=True).start()
+print("watching", flush=True)
+for _ in snapshots:
+    pass
+"""
+"""Program that watches a server: the page's events, a scrape and a ``Status`` snapshot a second each."""
 
 
 class Side:
@@ -51,11 +79,13 @@ class Side:
         }
 
     def watch(self, stack: ExitStack) -> None:
-        """Takes a snapshot of the server each second, as the page and a scrape do, until the stack ends."""
-        client = stack.enter_context(ReplayClient(self.server.address))
-        watch = stack.enter_context(client.watch_status(1.0, newest_episodes=8))
-        thread = threading.Thread(target=lambda: [None for _ in watch], daemon=True)
-        thread.start()
+        """Keeps a page open, scrapes the metrics and takes a snapshot each second, from another process, until the stack ends."""
+        watcher = subprocess.Popen([sys.executable, "-c", WATCHER, self.server.address, self.server.page_url], stdout=subprocess.PIPE)
+        stack.callback(watcher.wait)
+        stack.callback(watcher.kill)
+        assert watcher.stdout is not None
+        stack.callback(watcher.stdout.close)
+        assert watcher.stdout.readline() == b"watching\n"
 
     def measure(self, kind: str) -> tuple[float, float]:
         """Works for some time; returns batches or episodes a second, and CPU seconds of both processes for each."""
@@ -77,8 +107,8 @@ class Side:
 def cost(rounds: int = ROUNDS) -> dict[str, tuple[Interval, Interval]]:
     """Returns for each kind the ratio with / without: of what is done a second, and of its CPU time."""
     with ExitStack() as stack:
-        without = Side(stack, {"TOUCHLINE_METRICS__ENABLED": "false"})
-        within = Side(stack, {})
+        without = Side(stack, {"TOUCHLINE_METRICS__ENABLED": "false", "TOUCHLINE_HTTP__ENABLED": "off"})
+        within = Side(stack, {"TOUCHLINE_HTTP__ENABLED": "on", "TOUCHLINE_HTTP__PORT": "0"})
         within.watch(stack)
         measured: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {kind: [] for kind in KINDS}
         for number in range(rounds):
@@ -107,8 +137,9 @@ def main() -> None:
         rows.append(f"| {KINDS[kind]} | {found} | {used} | {BAR} |")
     NOTE.write_text(
         "# Cost of metrics\n\n"
-        f"`python -m benchmarks.metrics`. W1's rows and batches, a store of {ROWS:,} rows, two servers side by side: one with metrics "
-        "and a client that takes a `Status` snapshot with 8 episodes each second, one with `metrics.enabled = false`. Interleaved: "
+        f"`python -m benchmarks.metrics`. W1's rows and batches, a store of {ROWS:,} rows, two servers side by side: one with metrics, "
+        "an open page, a scrape of `/metrics` and a `Status` snapshot with 8 episodes a second each, one with `metrics.enabled = false` "
+        "and no page. Interleaved: "
         f"{rounds} rounds of {SLICE_S:g} s for each kind and side, in turn.\n\n"
         "| | done a second, with / without | CPU time of client and server, with / without | bar for the first, at least |\n"
         "|---|---|---|---|\n" + "\n".join(rows) + "\n\nThe CPU time is the steadier of the two on a machine that does other work too.\n",

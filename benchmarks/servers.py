@@ -52,6 +52,8 @@ class ServerProcess:
         for line in self._process.stdout:
             if line.startswith("listening on "):
                 self.address = line.split()[-1]
+                # The page's address is on the next line if there is a page for sure.
+                self.page_url = next(self._process.stdout).split()[-1] if keys.get("TOUCHLINE_HTTP__ENABLED") == "on" else ""
                 return
         raise WorkerError(f"touchline-server ended with status {self._process.wait()}")
 
