@@ -323,6 +323,19 @@ def test_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path: Path)
     os.close(reading)
 
 
+def test_child_that_has_not_closed_its_copy_of_the_lock_yet_does_not_keep_the_folder(tmp_path: Path) -> None:
+    buffer = opened(tmp_path / "data")
+    # As in a child that was forked and has not run since.
+    copies = [os.dup(int(one.name)) for one in Path("/proc/self/fd").iterdir() if one.is_symlink() and "lock" in str(one.readlink())]
+    try:
+        buffer.close()
+        opened(tmp_path / "data").close()
+    finally:
+        for copy in copies:
+            os.close(copy)
+    assert copies
+
+
 # Over the wire
 
 

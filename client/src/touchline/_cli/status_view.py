@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from touchline._cli.amounts import count_text, duration_text, share_text, size_text
+from touchline._cli.terminal import pluralize
 from touchline.types import (
     ActorStatus,
     DurabilityStatus,
@@ -70,7 +71,9 @@ def server_lines(server: ServerState, address: str) -> list[str]:
                 *memory,
                 f"CPU {server.cpu_share:.2f} cores",
                 f"event loop late by {duration_text(server.loop_delay.p99_s)} (p99)",
-                f"{server.connections} connections, {server.calls} calls, {server.streams} streams",
+                pluralize(server.connections, "connection"),
+                pluralize(server.calls, "call"),
+                pluralize(server.streams, "stream"),
                 *budgets,
             ]
         ),

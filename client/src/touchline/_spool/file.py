@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from touchline._spool.sqlite_codes import CORRUPT, NOTADB, code_of, has_no_space
 from touchline.errors import SpoolError
-from touchline_protos.files.locks import DISK_FULL, HAS_LOCKS, is_locked, lock, open_private, rewrite, sync
+from touchline_protos.files.locks import DISK_FULL, HAS_LOCKS, is_locked, lock, open_private, release, rewrite, sync
 from touchline_protos.files.sqlite import FormatError, SqliteFormat, row_checksum
 from touchline_protos.log_lines import get_logger
 
@@ -92,6 +92,7 @@ class FolderLock:
             missing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = open_private(folder / LOCK_NAME)
+            self._owner = os.getpid()
         except OSError as error:
             raise SpoolError(f"spool_dir: {folder}: {error.strerror}") from None
         # From here on the handle must be closed on failure, or this process would keep the lock.
@@ -137,7 +138,7 @@ class FolderLock:
     def release(self) -> None:
         """Releases the lock; in a forked child, closes only this process's handles."""
         os.close(self._mark)
-        os.close(self._handle)
+        release(self._handle, owner=self._owner)
 
 
 def _open_mark(folder: Path) -> int:

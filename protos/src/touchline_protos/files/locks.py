@@ -43,6 +43,21 @@ def lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def release(descriptor: int, *, owner: int) -> None:
+    """Releases a file's lock and closes the descriptor.
+
+    A forked child has the lock, too, until it has closed its copy, which may be at any later time. So the process that took the lock also
+    unlocks it. A child only closes its copy: unlocking would take the lock from its parent.
+
+    Args:
+        descriptor: descriptor of the file.
+        owner: id of the process that took the lock.
+    """
+    if os.getpid() == owner:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
 def is_locked(path: Path) -> bool:
     """Returns whether a process holds a file's lock. For the moment of the check, no other process can take it.
 

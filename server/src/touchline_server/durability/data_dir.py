@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from touchline_protos.files.locks import DISK_FULL, lock, open_private, rewrite
+from touchline_protos.files.locks import DISK_FULL, lock, open_private, release, rewrite
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.source import why_unwritable
 from touchline_server.durability.database import FILE_NAME
@@ -44,6 +44,7 @@ class DataDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._owner = os.getpid()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open_private(self.path / LOCK_NAME)
@@ -123,9 +124,9 @@ class DataDir:
         return ""
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Releases the lock; in a forked child, closes only this process's handles."""
         os.close(self._mark)
-        os.close(self._lock)
+        release(self._lock, owner=self._owner)
 
     def __enter__(self) -> Self:
         return self

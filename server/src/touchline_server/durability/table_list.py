@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from touchline_protos.files.locks import lock, open_private, sync
+from touchline_protos.files.locks import lock, open_private, release, sync
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.sections import check_table_name
 from touchline_server.config.settings import to_toml
@@ -43,6 +43,7 @@ class TableList:
     def __init__(self, data_dir: str | Path, *, hold: bool) -> None:
         self._folder = Path(data_dir)
         self._lock: int | None = None
+        self._owner = os.getpid()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if hold:
@@ -112,7 +113,7 @@ class TableList:
     def close(self) -> None:
         """Releases the folder's lock."""
         if self._lock is not None:
-            os.close(self._lock)
+            release(self._lock, owner=self._owner)
             self._lock = None
 
 
