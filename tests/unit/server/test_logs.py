@@ -131,9 +131,18 @@ def test_actors_and_learners_are_logged_when_they_come_and_when_they_leave(caplo
 
 
 def test_many_that_come_together_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    status = ServerStatus(actors=(*(actor(f"a{number}") for number in range(100)), ActorStatus(others=900, last_episode_age_s=0.0)))
+    status = ServerStatus(actors=tuple(actor(f"a{number}") for number in range(100)))
     lines = lines_of(caplog, StatusLog(0.0), status)
     assert len(lines) == MAX_LINES and lines[-1].endswith("adds episodes (and 95 more like it)")
+
+
+def test_actors_that_are_not_always_named_and_those_without_an_episode_leave_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    log = StatusLog(0.0)
+    others = ActorStatus(others=900, last_episode_age_s=0.0)
+
+    assert lines_of(caplog, log, ServerStatus(actors=(actor("anna"), others))) == []
+    assert lines_of(caplog, log, ServerStatus(actors=(actor("bob"), others))) == []
+    assert lines_of(caplog, log, ServerStatus(actors=(actor("bob"), actor("refused", last_episode_age_s=-1.0)))) == []
 
 
 def test_a_verdict_is_logged_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:

@@ -60,8 +60,11 @@ class RepeatingHandler(logging.StreamHandler[TextIO]):
 
     def close(self) -> None:
         """Writes what was left out, and closes the handler."""
-        with self.lock or logging.Lock():  # type: ignore[attr-defined]
+        self.acquire()
+        try:
             self._report(lambda kind: True)
+        finally:
+            self.release()
         super().close()
 
     def _may_be_written(self, record: logging.LogRecord, now: float) -> bool:

@@ -164,7 +164,7 @@ class Actors:
             name=name,
             address=address,
             client_version=client_version(actor.metadata),
-            last_episode_age_s=now - actor.stored_at if actor.stored_at is not None else -1.0,
+            last_episode_age_s=max(now - actor.stored_at, 0.0) if actor.stored_at is not None else -1.0,
             episodes=actor.episodes,
             rows=actor.rows,
             rows_per_s=rows / span_s if span_s else 0.0,

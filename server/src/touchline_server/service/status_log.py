@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from touchline_protos.log_lines import get_logger
 from touchline_protos.types.status import ActorStatus, FlowStatus, LearnerStatus, ServerStatus, TableStatus, Verdict
@@ -19,11 +19,13 @@ SILENT_S = 300.0
 """Silence after which an actor counts as gone."""
 
 Key = tuple[str, str]
-"""Table and name of an actor, or transport and address of a learner."""
+"""Table and name of an actor."""
 
 
 class StatusLog:
     """Logs what has changed from one snapshot to the next. One thread at a time.
+
+    With more actors or learners than a snapshot names, nothing is logged about single ones: who is named changes then with every look.
 
     Args:
         summary_s: interval of the summary; 0: none.
@@ -62,29 +64,34 @@ class StatusLog:
         level = logger.warning if table.verdict is Verdict.STORE_FULL else logger.info
         level("%s%s: %s", _of(table.table), _words(table.verdict), table.verdict_text)
 
-    def _changes_of_actors(self, actors: Iterable[ActorStatus]) -> Iterator[str]:
-        now = {(one.table, one.name): one for one in actors if not one.others and one.last_episode_age_s <= SILENT_S}
+    def _changes_of_actors(self, actors: Sequence[ActorStatus]) -> Iterator[str]:
+        before = self._actors
+        self._actors = now = {(one.table, one.name): one for one in actors if 0 <= one.last_episode_age_s <= SILENT_S and not one.others}
+        if any(one.others for one in actors):
+            return
         for key, one in now.items():
-            if key not in self._actors:
+            if key not in before:
                 client = f" with {one.client_version}" if one.client_version else ""
                 yield f"{_of(one.table)}actor {one.name!r} at {one.address}{client} adds episodes"
-        for key, one in self._actors.items():
+        for key, one in before.items():
             if key not in now:
                 silent = f"has added nothing for {SILENT_S:.0f} s, after {one.episodes} episodes"
                 yield f"{_of(one.table)}actor {one.name!r} at {one.address} {silent}"
-        self._actors = now
 
-    def _changes_of_learners(self, learners: Iterable[LearnerStatus]) -> Iterator[str]:
-        now = {(one.transport.value, one.learner_id, one.address): one for one in learners if not one.others and one.transport.value}
+    def _changes_of_learners(self, learners: Sequence[LearnerStatus]) -> Iterator[str]:
+        before = self._learners
+        named = (one for one in learners if one.transport.value and not one.others)
+        self._learners = now = {(one.transport.value, one.learner_id, one.address): one for one in named}
+        if any(one.others for one in learners):
+            return
         for key, one in now.items():
-            if key not in self._learners:
+            if key not in before:
                 ring = f" (no ring: {one.ring_refused})" if one.ring_refused else ""
                 what = f"{one.batch_size} slices of {one.horizon} transitions"
                 yield f"{_of(*one.tables)}learner {one.address} samples by {one.transport}{ring}: {what}"
-        for key, one in self._learners.items():
+        for key, one in before.items():
             if key not in now:
                 yield f"{_of(*one.tables)}learner {one.address} has left after {one.batches} batches in {one.connected_s:.0f} s"
-        self._learners = now
 
 
 def summary(table: TableStatus, status: ServerStatus) -> str:
