@@ -129,7 +129,7 @@ def test_hundreds_of_clients_take_a_bounded_number_of_threads_and_leave_nothing(
 
 def final_episodes_added(process: ServerProcess) -> int:
     """Returns the count that the server logs when it has stopped."""
-    match = re.search(r"stopped: Counts\(.*episodes_added=(\d+)", process.log)
+    match = re.search(r"stopped: steps_stored=.* episodes_added=(\d+)", process.log)
     assert match, process.log
     return int(match[1])
 

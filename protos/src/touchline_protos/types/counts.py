@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +30,6 @@ class Counts:
     """Episodes sent again under a known key: acknowledged, not stored again."""
     episodes_too_short: int = 0
     """Episodes added with fewer than (configured horizon + 1) rows: stored, never sampled at that horizon."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{one.name}={getattr(self, one.name)}" for one in fields(self))

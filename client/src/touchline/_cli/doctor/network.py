@@ -56,7 +56,8 @@ def resolve(address: str) -> tuple[list[SocketAddress], Finding]:
         raise give_up("resolve", f"{escape(host)}: {error.strerror or error}", advice) from None
     places: list[SocketAddress] = list(dict.fromkeys((int(family), place) for family, _, _, _, place in found))
     names = [place[0] for _, place in places]
-    return places, Finding("resolve", Level.OK, f"{escape(host)} is {', '.join(map(str, names))}", figures={"addresses": names})
+    what = "an address, so there is no name to look up" if names == [host] else ", ".join(map(str, names))
+    return places, Finding("resolve", Level.OK, f"{escape(host)} is {what}", figures={"addresses": names})
 
 
 def _find_socket(path: str) -> tuple[list[SocketAddress], Finding]:
