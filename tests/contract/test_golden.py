@@ -295,6 +295,30 @@ def write_status() -> bytes:
     return status_to_message(status_of_message(message)).SerializeToString(deterministic=True)
 
 
+def write_rows_request() -> bytes:
+    rows = pb.RowsRequest(host_columns=True, cuda_devices=["GPU-01234567-89ab-cdef-0123-456789abcdef"])
+    opening = pb.SampleStreamOpen(sample=pb.SampleRequest(table="main"), credits=7, shared_memory_id="host:1", rows=rows)
+    return pb.SampleStreamRequest(open=opening).SerializeToString()
+
+
+def write_rows_offer() -> bytes:
+    host = pb.SharedTable(memory=pb.COLUMN_MEMORY_HOST, size_bytes=1 << 40, rows=1 << 33, offset_bytes=[0, 1 << 36, -1])
+    device = pb.SharedTable(
+        memory=pb.COLUMN_MEMORY_CUDA, size_bytes=9, cuda_device="GPU-1", cuda_handle=bytes(range(64)), rows=3, offset_bytes=[8, 0, 4]
+    )
+    tensors = [pb.GatheredTensor(first_step=first, steps=steps) for first, steps in ((0, 3), (1, 2), (1, 2))]
+    setup = pb.RingSetup(
+        path="/dev/shm/touchline-0123456789abcdef0123456789abcdef",
+        size_bytes=1 << 21,
+        slots=4,
+        slot_size_bytes=1 << 14,
+        layout=pb.Batch.FromString(make_layout().header()),
+        token=bytes(range(16)),
+        rows=pb.RowsSetup(tables=[host, device], tensors=tensors, steps=HORIZON + 1),
+    )
+    return pb.SampleStreamResponse(ring=setup).SerializeToString()
+
+
 MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "add_episode_request": (lambda: encode_add_episode(make_episode(), table="main"), pb.AddEpisodeRequest),
     "load_episodes_request_header": (lambda: write_load()[0], pb.LoadEpisodesRequest),
@@ -323,6 +347,12 @@ MESSAGES: dict[str, tuple[Callable[[], bytes], type[Message]]] = {
     "sample_response_valid": (lambda: write_response(("valid",)), pb.SampleResponse),
     "sample_stream_response_group": (write_group, pb.SampleStreamResponse),
     "sample_stream_response_group_generations": (lambda: write_group(GENERATIONS), pb.SampleStreamResponse),
+    "sample_stream_request_rows": (write_rows_request, pb.SampleStreamRequest),
+    "sample_stream_response_rows": (write_rows_offer, pb.SampleStreamResponse),
+    "sample_stream_response_rows_refused": (
+        lambda: pb.SampleStreamResponse(ring=pb.RingSetup(slots=4, rows_refused="Hände weg")).SerializeToString(),
+        pb.SampleStreamResponse,
+    ),
     "sample_stream_response_forgotten": (
         lambda: pb.SampleStreamResponse(
             actors=pb.ActorNames(actors=[pb.ActorName(index=1 << 40, name="Hände")], forgotten=[0, 1 << 41])

@@ -137,7 +137,7 @@ def test_info_describes_the_server(client: ReplayClient) -> None:
 
     assert info.columns["obs"] == ColumnInfo("float32", (2,))
     assert info.columns["reward"] == ColumnInfo("float32", ())
-    assert (info.device, info.capacity, info.protocol_version) == ("cpu", 10_000, "1.2")
+    assert (info.device, info.capacity, info.protocol_version) == ("cpu", 10_000, "1.3")
     assert "buffer_size = 10000" in info.config_toml
     assert info.counts == client.counts()
     assert info.counts.episodes_stored == 1

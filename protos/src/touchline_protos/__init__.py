@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-PROTOCOL_VERSION = "1.2"
+PROTOCOL_VERSION = "1.3"
 """Version of the wire contract, MAJOR.MINOR. Client and server of different major versions refuse each other."""
 
 __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "MAX_REQUEST_BYTES", "PROTOCOL_METADATA_KEY", "PROTOCOL_VERSION", "Batch", "Counts", "__version__"]

@@ -94,6 +94,8 @@ class Transport(str, enum.Enum):
     """A sampling stream, in messages."""
     UNARY = "unary"
     """Calls of Sample."""
+    DEVICE = "device"
+    """A sampling stream, as row numbers by which the learner gathers."""
 
     __str__ = str.__str__
 

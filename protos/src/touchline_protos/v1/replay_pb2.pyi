@@ -42,6 +42,12 @@ class WhenEmpty(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WHEN_EMPTY_WAIT: _ClassVar[WhenEmpty]
     WHEN_EMPTY_OTHERS: _ClassVar[WhenEmpty]
 
+class ColumnMemory(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COLUMN_MEMORY_UNSPECIFIED: _ClassVar[ColumnMemory]
+    COLUMN_MEMORY_HOST: _ClassVar[ColumnMemory]
+    COLUMN_MEMORY_CUDA: _ClassVar[ColumnMemory]
+
 class StorageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STORAGE_STATE_UNSPECIFIED: _ClassVar[StorageState]
@@ -81,6 +87,7 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSPORT_RING: _ClassVar[Transport]
     TRANSPORT_STREAM: _ClassVar[Transport]
     TRANSPORT_UNARY: _ClassVar[Transport]
+    TRANSPORT_DEVICE: _ClassVar[Transport]
 DTYPE_UNSPECIFIED: DType
 DTYPE_BOOL: DType
 DTYPE_UINT8: DType
@@ -105,6 +112,9 @@ PAD_END: Pad
 WHEN_EMPTY_UNSPECIFIED: WhenEmpty
 WHEN_EMPTY_WAIT: WhenEmpty
 WHEN_EMPTY_OTHERS: WhenEmpty
+COLUMN_MEMORY_UNSPECIFIED: ColumnMemory
+COLUMN_MEMORY_HOST: ColumnMemory
+COLUMN_MEMORY_CUDA: ColumnMemory
 STORAGE_STATE_UNSPECIFIED: StorageState
 STORAGE_STATE_OK: StorageState
 STORAGE_STATE_FULL: StorageState
@@ -130,6 +140,7 @@ TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_RING: Transport
 TRANSPORT_STREAM: Transport
 TRANSPORT_UNARY: Transport
+TRANSPORT_DEVICE: Transport
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "padding", "data")
@@ -416,16 +427,26 @@ class SampleStreamRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[SampleStreamOpen, _Mapping]] = ..., credit: _Optional[_Union[SampleStreamCredit, _Mapping]] = ..., ring: _Optional[_Union[RingAttachment, _Mapping]] = ...) -> None: ...
 
 class SampleStreamOpen(_message.Message):
-    __slots__ = ("sample", "credits", "max_batches_per_frame", "shared_memory_id")
+    __slots__ = ("sample", "credits", "max_batches_per_frame", "shared_memory_id", "rows")
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCHES_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     sample: SampleRequest
     credits: int
     max_batches_per_frame: int
     shared_memory_id: str
-    def __init__(self, sample: _Optional[_Union[SampleRequest, _Mapping]] = ..., credits: _Optional[int] = ..., max_batches_per_frame: _Optional[int] = ..., shared_memory_id: _Optional[str] = ...) -> None: ...
+    rows: RowsRequest
+    def __init__(self, sample: _Optional[_Union[SampleRequest, _Mapping]] = ..., credits: _Optional[int] = ..., max_batches_per_frame: _Optional[int] = ..., shared_memory_id: _Optional[str] = ..., rows: _Optional[_Union[RowsRequest, _Mapping]] = ...) -> None: ...
+
+class RowsRequest(_message.Message):
+    __slots__ = ("host_columns", "cuda_devices")
+    HOST_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    CUDA_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    host_columns: bool
+    cuda_devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, host_columns: bool = ..., cuda_devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SampleStreamCredit(_message.Message):
     __slots__ = ("batches",)
@@ -482,7 +503,7 @@ class BatchChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Batch, _Mapping]] = ..., size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RingSetup(_message.Message):
-    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token", "refused")
+    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token", "refused", "rows", "rows_refused")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -490,6 +511,8 @@ class RingSetup(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     path: str
     size_bytes: int
     slots: int
@@ -497,7 +520,43 @@ class RingSetup(_message.Message):
     layout: Batch
     token: bytes
     refused: str
-    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ..., refused: _Optional[str] = ...) -> None: ...
+    rows: RowsSetup
+    rows_refused: str
+    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ..., refused: _Optional[str] = ..., rows: _Optional[_Union[RowsSetup, _Mapping]] = ..., rows_refused: _Optional[str] = ...) -> None: ...
+
+class RowsSetup(_message.Message):
+    __slots__ = ("tables", "tensors", "steps")
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    tables: _containers.RepeatedCompositeFieldContainer[SharedTable]
+    tensors: _containers.RepeatedCompositeFieldContainer[GatheredTensor]
+    steps: int
+    def __init__(self, tables: _Optional[_Iterable[_Union[SharedTable, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[GatheredTensor, _Mapping]]] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class SharedTable(_message.Message):
+    __slots__ = ("memory", "size_bytes", "cuda_device", "cuda_handle", "rows", "offset_bytes")
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CUDA_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CUDA_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    memory: ColumnMemory
+    size_bytes: int
+    cuda_device: str
+    cuda_handle: bytes
+    rows: int
+    offset_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, memory: _Optional[_Union[ColumnMemory, str]] = ..., size_bytes: _Optional[int] = ..., cuda_device: _Optional[str] = ..., cuda_handle: _Optional[bytes] = ..., rows: _Optional[int] = ..., offset_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GatheredTensor(_message.Message):
+    __slots__ = ("first_step", "steps")
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    first_step: int
+    steps: int
+    def __init__(self, first_step: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class GetEpisodesRequest(_message.Message):
     __slots__ = ("table", "episode_ids", "skip_missing", "first_episode_id", "last_episode_id", "actor", "newest", "columns", "max_frame_bytes")

@@ -40,6 +40,7 @@ TOTALS: Mapping[str, Callable[[TableStatus], float]] = {
     "batches_ring": _batches(Transport.RING),
     "batches_stream": _batches(Transport.STREAM),
     "batches_unary": _batches(Transport.UNARY),
+    "batches_device": _batches(Transport.DEVICE),
     "rows_out": lambda table: sum(one.rows for one in _total(table).delivered),
     "bytes_out": lambda table: sum(one.bytes for one in _total(table).delivered),
     "rows_evicted": lambda table: _total(table).rows_evicted,

@@ -113,7 +113,7 @@ def _ages(status: ServerStatus) -> Iterator[Sample]:
 
 
 def _learners(status: ServerStatus) -> Iterator[Sample]:
-    counts = Counter({"ring": 0, "stream": 0, "unary": 0})
+    counts = Counter({"ring": 0, "stream": 0, "unary": 0, "device": 0})
     for one in status.learners:
         counts[one.transport.value or "stream"] += one.others or 1
     return (((transport,), number) for transport, number in counts.items())

@@ -14,7 +14,7 @@ from touchline_server.metrics.learners import Learner
 from touchline_server.metrics.waits import ACTOR_CAUSES, LEARNER_CAUSES, WaitSum
 from touchline_server.metrics.windows import Window
 
-TRANSPORTS = (Transport.RING, Transport.STREAM, Transport.UNARY)
+TRANSPORTS = (Transport.RING, Transport.STREAM, Transport.UNARY, Transport.DEVICE)
 
 MAX_MOMENTS = 4096
 """Moments that are kept for the age of episodes. The older half is thinned when there are more."""

@@ -6,7 +6,7 @@ const version = (text) => text.match(/touchline\/(\S+)/)?.[1] ?? (text || "unkno
 const number = (name, title, of, text = format.whole, extra = {}) => ({ name, title, of, text: (row) => text(of(row)), ...extra });
 
 /** Returns the transport, and whether it is not the ring because the ring was refused. */
-const ringText = (learner) => (learner.transport === "ring" || !learner.ring_refused ? learner.transport : `${learner.transport} (no ring)`);
+const ringText = (learner) => (learner.transport !== "stream" || !learner.ring_refused ? learner.transport : `${learner.transport} (no ring)`);
 
 export class Actors {
   constructor() {

@@ -117,7 +117,7 @@ export class Tiles {
 
 const CHARTS = [
   { title: "Rows", unit: "per second", series: [["added", "rows_in", "blue", true], ["evicted", "rows_evicted", "orange"]] },
-  { title: "Batches", unit: "per second", series: [["ring", "batches_ring", "blue", true], ["stream", "batches_stream", "teal"], ["unary", "batches_unary", "violet"]] },
+  { title: "Batches", unit: "per second", series: [["ring", "batches_ring", "blue", true], ["stream", "batches_stream", "teal"], ["unary", "batches_unary", "violet"], ["device", "batches_device", "orange"]] },
   { title: "Waiting callers", unit: "on average", series: [["learners", "learners_waiting", "orange", true], ["actors", "actors_waiting", "violet"]] },
   { title: "Slices per row added", unit: "", series: [["now", "slices_per_row", "blue", true], ["target", "target", "muted", false, [4, 4]]] },
   { title: "Rows stored", unit: "", series: [["stored", "rows_stored", "teal", true]] },
@@ -208,6 +208,7 @@ export class Flows {
         rateColumn("ring", "Ring batches", "/s", (flow) => of(flow, "ring")),
         rateColumn("stream", "Stream batches", "/s", (flow) => of(flow, "stream")),
         rateColumn("unary", "Unary batches", "/s", (flow) => of(flow, "unary")),
+        rateColumn("device", "Device batches", "/s", (flow) => of(flow, "device")),
         rateColumn("slices", "Slices out", "/s", (flow) => sum(flow.delivered, (one) => one.slices), format.compact),
         rateColumn("bytes_out", "Bytes out", "/s", (flow) => sum(flow.delivered, (one) => one.bytes), format.bytes),
         rateColumn("rows_evicted", "Rows evicted", "/s", (flow) => flow.rows_evicted, format.compact),
