@@ -240,7 +240,7 @@ def test_server_without_a_free_slot_is_reported_on_both_sides(caplog: pytest.Log
 def test_server_without_memory_for_a_ring_is_reported_on_both_sides(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("touchline_server.service.ring_producer.available_host_bytes", lambda: 100_000)
+    monkeypatch.setattr("touchline_server.service.ring_pool.available_host_bytes", lambda: 100_000)
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 

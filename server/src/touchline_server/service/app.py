@@ -37,7 +37,7 @@ from touchline_server.service.ingest import EpisodeIngest
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.receiver import MessageReaders
 from touchline_server.service.refusal_log import DropUndecodable
-from touchline_server.service.ring_producer import RingPool
+from touchline_server.service.ring_pool import RingPool
 from touchline_server.service.service import SERVICE_NAME, ReplayService
 from touchline_server.service.status_log import INTERVAL_S as STATUS_INTERVAL_S
 from touchline_server.service.status_log import StatusLog

@@ -14,7 +14,7 @@ from touchline_server.service.change_notifier import ChangeNotifier
 from touchline_server.service.drain import Drain
 from touchline_server.service.ingest import EpisodeIngest
 from touchline_server.service.receiver import MessageReaders
-from touchline_server.service.ring_producer import RingPool
+from touchline_server.service.ring_pool import RingPool
 from touchline_server.service.status_report import StatusReport
 from touchline_server.service.table_access import TableAccess
 from touchline_server.service.throttle import AddThrottle

@@ -1,140 +1,28 @@
-"""Rings in shared memory for learners on this host: batches are gathered straight into a ring's slots.
+"""Keeps a ring in shared memory full for a learner on this host.
 
-Each ring has a thread of its own, which sleeps while the ring is full. There are at most ``ring.max_rings`` of them; learners beyond
-that get frames.
+Each ring has a thread of its own, which sleeps while the ring is full.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 from touchline_protos.codec import BatchLayout
-from touchline_protos.log_lines import get_logger
-from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.shm.ring import RingWriter
 from touchline_protos.shm.ring_control import ProducerControl
-from touchline_protos.shm.ring_slots import PinnedRegion
 from touchline_protos.types.status import WaitCause
 from touchline_protos.v1 import replay_pb2 as pb
-from touchline_server.config.sections import RingConfig
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.metrics.learners import Ahead, Learner, Measured
 from touchline_server.service.batch_framer import BatchFramer
+from touchline_server.service.slot_fillers import SlotFiller
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.batch_draw import BatchDraw
-from touchline_server.store.gather import SpacedBodies
-from touchline_server.store.memory import available_host_bytes
 from touchline_server.store.subscriptions import subscribe_all
 from touchline_server.tables.sampler import Reserved, Split
-
-logger = get_logger(__name__)
-
-SPARE_SLOTS = 2
-"""Slots beyond the batches that the learner wants ready: one that it holds and one that is being filled."""
-MIN_SLOTS = 3
-
-MIN_AHEAD = 14
-MIN_AHEAD_BYTES = 1 << 23
-"""Small batches kept ready, up to this number and size, even if the learner asks for fewer: each sleep costs as much as a batch."""
-
-MEMORY_SHARE = 0.5
-"""Largest share of the available memory that a new ring may take."""
-
-MAX_REASONS = 64
-"""Reasons that are logged as warnings, each once."""
-_NUMBER = re.compile(r"[0-9a-f]*[0-9][0-9a-f]*")
-"""Numbers, and names of hexadecimal digits: what differs in the same reason from one time to the next."""
-
-GROUP_BYTES = 1 << 22
-"""Largest group of batches that are drawn together."""
-
-
-class RingPool:
-    """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
-
-    def __init__(self, config: RingConfig) -> None:
-        self._config = config
-        self._identity = shared_memory_id()
-        self._rings = 0
-        self.size_bytes = 0
-        """Shared memory of the rings in use."""
-        self._logged: set[str] = set()
-
-    def open(self, learner_id: str, layout: BatchLayout, batches: int) -> RingWriter:
-        """Returns a ring for a learner.
-
-        Args:
-            learner_id: the ``shared_memory_id`` that the learner sent.
-            layout: the layout of its batches.
-            batches: the number of batches that it wants ready.
-
-        Raises:
-            RingError: the learner gets frames instead; the text says why.
-        """
-        if not self._identity:
-            raise RingError("the server is not on Linux on x86-64, or has no /dev/shm")
-        if learner_id != self._identity:
-            # Not logged: most learners are on hosts of their own.
-            raise RingError("the server is on another host, or in a container with another /dev/shm")
-        try:
-            return self._make(layout, batches)
-        except RingError as error:
-            self.log_once(str(error))
-            raise
-
-    def log_once(self, reason: str) -> None:
-        """Logs why a learner on this host has no ring: as a warning the first time, for debugging after that."""
-        kind = _NUMBER.sub("#", reason)
-        new = kind not in self._logged and len(self._logged) < MAX_REASONS
-        logger.log(logging.WARNING if new else logging.DEBUG, "messages instead of a ring: %s", reason)
-        if new:
-            self._logged.add(kind)
-
-    def close(self, ring: RingWriter) -> None:
-        """Closes a ring."""
-        self._rings -= 1
-        self.size_bytes -= ring.geometry.size_bytes
-        ring.close()
-
-    def _make(self, layout: BatchLayout, batches: int) -> RingWriter:
-        config = self._config
-        if not config.max_rings:
-            raise RingError("ring.max_rings is 0: rings are turned off")
-        if self._rings >= config.max_rings:
-            raise RingError(f"all {config.max_rings} rings are in use (ring.max_rings)")
-        body_bytes = max(layout.body_bytes, 1)
-        fitting = config.max_ring_bytes // body_bytes
-        ahead = max(batches, min(MIN_AHEAD, MIN_AHEAD_BYTES // body_bytes))
-        slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
-        if slots < MIN_SLOTS:
-            raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into ring.max_ring_bytes, {config.max_ring_bytes}")
-        geometry = RingGeometry.of(slots, layout.body_bytes)
-        available = available_host_bytes()
-        # Checked in advance: the kernel does not refuse the memory but kills a process once it is used.
-        if geometry.size_bytes > available * MEMORY_SHARE:
-            raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
-        ring = RingWriter(geometry)
-        self._rings += 1
-        self.size_bytes += geometry.size_bytes
-        return ring
-
-
-def ring_offer(ring: RingWriter, layout: BatchLayout) -> bytes:
-    """Returns the message that offers a ring."""
-    geometry = ring.geometry
-    setup = pb.RingSetup(
-        path=str(ring.path),
-        size_bytes=geometry.size_bytes,
-        slots=geometry.slots,
-        slot_size_bytes=geometry.slot_size_bytes,
-        layout=pb.Batch.FromString(layout.header()),
-        token=ring.token,
-    )
-    return pb.SampleStreamResponse(ring=setup).SerializeToString()
 
 
 class RingProducer:
@@ -143,6 +31,7 @@ class RingProducer:
     Args:
         framer: the source of the learner's batches.
         ring: the ring to fill.
+        filler: what fills its slots.
         layout: the layout that the ring was made for. Once batches have another one, the producer ends with SchemaChangedError.
         throttle: holds adds back while the ring has free slots.
         learner: counts of the learner.
@@ -154,6 +43,7 @@ class RingProducer:
         self,
         framer: BatchFramer,
         ring: RingWriter,
+        filler: SlotFiller,
         layout: BatchLayout,
         throttle: AddThrottle,
         learner: Learner,
@@ -163,6 +53,7 @@ class RingProducer:
     ) -> None:
         self._framer = framer
         self._ring = ring
+        self._filler = filler
         self._layout = layout
         self._throttle = throttle
         self._learner = learner
@@ -170,22 +61,11 @@ class RingProducer:
         self._send = send
         self._on_end = on_end
         self._stopping = False
-        geometry = ring.geometry
-        self._bodies = SpacedBodies(
-            layout,
-            ring.slots.whole_array(),
-            offset_bytes=geometry.offset(0),
-            spacing_bytes=geometry.slot_size_bytes,
-            count=geometry.slots,
-        )
-        # Drawing batches together costs less, but the rows of large ones would stay pinned for long.
-        self._group = max(GROUP_BYTES // max(layout.body_bytes, 1), 1)
         self._actors_sent = 0
         self._used: deque[Split] = deque()
         """The splits of the batches that were published and not seen taken, oldest first."""
         self._delivered = 0
         """Batches that were reported as delivered to the rate limit."""
-        self._pinned: PinnedRegion | None = None
         self._thread = threading.Thread(target=self._run, name="touchline-ring", daemon=True)
 
     def start(self) -> None:
@@ -211,7 +91,7 @@ class RingProducer:
                 if not self._used:
                     self._learner.clock.want()
                 # A learner that has not taken everything yet does not wait before others.
-                reserved = framer.sampler.reserve(min(len(slots), self._group), waits=not self._used)
+                reserved = framer.sampler.reserve(min(len(slots), self._filler.group), waits=not self._used)
                 if reserved is not None:
                     with self._throttle.sampler_waiting():
                         self._fill(slots[: reserved.batches], reserved)
@@ -229,8 +109,7 @@ class RingProducer:
                 self._report_taken(control.count_used())
                 for split in self._used:
                     framer.sampler.cancel(1, split)
-                if self._pinned is not None:
-                    self._pinned.close()
+                self._filler.close()
             finally:
                 self._learner.counting = False
                 self._on_end(error)
@@ -273,16 +152,9 @@ class RingProducer:
                 if drawn.layout is not self._layout and drawn.layout.specs != self._layout.specs:
                     raise SchemaChangedError("the table has another schema now; open the stream again")
                 self._send_names(drawn)
-                if drawn.on_cuda:
-                    self._gather_from_device(slots, drawn)
-                    for slot in slots:
-                        self._publish(slot, reserved.split)
-                        published += 1
-                else:
-                    gathered = drawn.gather_each_into(self._bodies, slots)
-                    for slot, _ in zip(slots, gathered, strict=True):
-                        self._publish(slot, reserved.split)
-                        published += 1
+                for slot, _ in zip(slots, self._filler.fill(slots, drawn), strict=True):
+                    self._publish(slot, reserved.split)
+                    published += 1
         except BaseException:
             self._framer.sampler.cancel(reserved.batches - published, reserved.split)
             raise
@@ -301,19 +173,6 @@ class RingProducer:
             self._actors_sent += len(names)
             actors = pb.ActorNames(actors=[pb.ActorName(index=index, name=name) for index, name in names.items()])
             self._send(pb.SampleStreamResponse(actors=actors).SerializeToString())
-
-    def _gather_from_device(self, slots: list[int], drawn: BatchDraw) -> None:
-        """Gathers on the device, which copies straight into the slots if their memory can be pinned; waits for it once."""
-        if self._pinned is None:
-            import torch
-
-            self._pinned = PinnedRegion(torch, self._ring.slots.whole_array())
-        if self._pinned.pinned:
-            memory, size = self._pinned.tensor, drawn.layout.body_bytes
-            begins = [self._ring.geometry.offset(slot) for slot in slots]
-            drawn.gather_into_pinned([memory[begin : begin + size] for begin in begins])
-        else:
-            drawn.gather_into([self._bodies.each[slot] for slot in slots])
 
 
 def _measured(control: ProducerControl) -> Measured | None:

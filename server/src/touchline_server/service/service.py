@@ -11,7 +11,7 @@ An add (AddEpisode, LoadEpisodes)         file
 A batch (Sample, SampleStream)
     admitted as above, then credits       sample_calls.py, session.py, change_notifier.py
     drawn, gathered into a message        batch_framer.py, ../store/batch_draw.py, ../store/gather.py
-    or into a slot of a ring              ring_producer.py, touchline_protos/shm/
+    or into a slot of a ring              ring_producer.py, slot_fillers.py, touchline_protos/shm/
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from touchline_server.metrics.learners import Ahead, Learner
 from touchline_server.service.batch_framer import BatchFramer, NextFrames
 from touchline_server.service.budgets import Reservation
 from touchline_server.service.parts import ServiceParts
-from touchline_server.service.ring_producer import RingProducer, ring_offer
+from touchline_server.service.ring_pool import ring_offer
+from touchline_server.service.ring_producer import RingProducer
+from touchline_server.service.slot_fillers import BodyFiller
 from touchline_server.service.tasks import Job, consume_exception
 from touchline_server.tables.sampler import Split
 
@@ -276,6 +278,7 @@ class SampleSession:
         producer = RingProducer(
             self._framer,
             ring,
+            BodyFiller(ring, layout),
             layout,
             self._parts.throttle,
             self._learner,

@@ -18,7 +18,7 @@ from touchline_server.service.budgets import Budgets
 from touchline_server.service.call_counters import CallCounters
 from touchline_server.service.callers import address_of
 from touchline_server.service.drain import Drain
-from touchline_server.service.ring_producer import RingPool
+from touchline_server.service.ring_pool import RingPool
 from touchline_server.service.table_report import EpisodeSummaries, report_of, table_status
 from touchline_server.store.memory import resident_bytes
 from touchline_server.tables.registry import TableRegistry

@@ -1,0 +1,118 @@
+"""Rings in shared memory for learners on this host: how many there are, how large they are, and how they are offered.
+
+There are at most ``ring.max_rings`` of them; learners beyond that get frames.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from touchline_protos.codec import BatchLayout
+from touchline_protos.log_lines import get_logger
+from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.v1 import replay_pb2 as pb
+from touchline_server.config.sections import RingConfig
+from touchline_server.store.memory import available_host_bytes
+
+logger = get_logger(__name__)
+
+SPARE_SLOTS = 2
+"""Slots beyond the batches that the learner wants ready: one that it holds and one that is being filled."""
+MIN_SLOTS = 3
+
+MIN_AHEAD = 14
+MIN_AHEAD_BYTES = 1 << 23
+"""Small batches kept ready, up to this number and size, even if the learner asks for fewer: each sleep costs as much as a batch."""
+
+MEMORY_SHARE = 0.5
+"""Largest share of the available memory that a new ring may take."""
+
+MAX_REASONS = 64
+"""Reasons that are logged as warnings, each once."""
+_NUMBER = re.compile(r"[0-9a-f]*[0-9][0-9a-f]*")
+"""Numbers, and names of hexadecimal digits: what differs in the same reason from one time to the next."""
+
+
+class RingPool:
+    """Makes the rings of a server, as many and as large as its configuration allows. Lives in the event loop."""
+
+    def __init__(self, config: RingConfig) -> None:
+        self._config = config
+        self._identity = shared_memory_id()
+        self._rings = 0
+        self.size_bytes = 0
+        """Shared memory of the rings in use."""
+        self._logged: set[str] = set()
+
+    def open(self, learner_id: str, layout: BatchLayout, batches: int) -> RingWriter:
+        """Returns a ring for a learner.
+
+        Args:
+            learner_id: the ``shared_memory_id`` that the learner sent.
+            layout: the layout of its batches.
+            batches: the number of batches that it wants ready.
+
+        Raises:
+            RingError: the learner gets frames instead; the text says why.
+        """
+        if not self._identity:
+            raise RingError("the server is not on Linux on x86-64, or has no /dev/shm")
+        if learner_id != self._identity:
+            # Not logged: most learners are on hosts of their own.
+            raise RingError("the server is on another host, or in a container with another /dev/shm")
+        try:
+            return self._make(layout, batches)
+        except RingError as error:
+            self.log_once(str(error))
+            raise
+
+    def log_once(self, reason: str) -> None:
+        """Logs why a learner on this host has no ring: as a warning the first time, for debugging after that."""
+        kind = _NUMBER.sub("#", reason)
+        new = kind not in self._logged and len(self._logged) < MAX_REASONS
+        logger.log(logging.WARNING if new else logging.DEBUG, "messages instead of a ring: %s", reason)
+        if new:
+            self._logged.add(kind)
+
+    def close(self, ring: RingWriter) -> None:
+        """Closes a ring."""
+        self._rings -= 1
+        self.size_bytes -= ring.geometry.size_bytes
+        ring.close()
+
+    def _make(self, layout: BatchLayout, batches: int) -> RingWriter:
+        config = self._config
+        if not config.max_rings:
+            raise RingError("ring.max_rings is 0: rings are turned off")
+        if self._rings >= config.max_rings:
+            raise RingError(f"all {config.max_rings} rings are in use (ring.max_rings)")
+        body_bytes = max(layout.body_bytes, 1)
+        fitting = config.max_ring_bytes // body_bytes
+        ahead = max(batches, min(MIN_AHEAD, MIN_AHEAD_BYTES // body_bytes))
+        slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
+        if slots < MIN_SLOTS:
+            raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into ring.max_ring_bytes, {config.max_ring_bytes}")
+        geometry = RingGeometry.of(slots, layout.body_bytes)
+        available = available_host_bytes()
+        # Checked in advance: the kernel does not refuse the memory but kills a process once it is used.
+        if geometry.size_bytes > available * MEMORY_SHARE:
+            raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
+        ring = RingWriter(geometry)
+        self._rings += 1
+        self.size_bytes += geometry.size_bytes
+        return ring
+
+
+def ring_offer(ring: RingWriter, layout: BatchLayout) -> bytes:
+    """Returns the message that offers a ring."""
+    geometry = ring.geometry
+    setup = pb.RingSetup(
+        path=str(ring.path),
+        size_bytes=geometry.size_bytes,
+        slots=geometry.slots,
+        slot_size_bytes=geometry.slot_size_bytes,
+        layout=pb.Batch.FromString(layout.header()),
+        token=ring.token,
+    )
+    return pb.SampleStreamResponse(ring=setup).SerializeToString()
