@@ -18,8 +18,9 @@ from touchline_protos.codec import BatchLayout, Episode
 from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, ReplayBuffer
-from touchline_server.store import columns, gather
+from touchline_server.store import columns, gather, gather_threads
 from touchline_server.store.gather import GatherPlan, SpacedBodies
+from touchline_server.store.gather_threads import GatherThreads
 from touchline_server.store.pinned_draw import DrawnPart, locate
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
@@ -260,7 +261,7 @@ def test_batches_that_several_stores_provide_parts_of_hold_the_batches_of_each(
         for _ in range(5):
             store.add(Episode(random_episode(schema, 6, random)))
     assert stores[0].schema == stores[1].schema and stores[0].schema is not None
-    plan = GatherPlan(stores[0].schema, horizon=horizon, incoming=incoming)
+    plan = GatherPlan(stores[0].schema, horizon=horizon, incoming=incoming, threads=GatherThreads(data.draw(st.integers(1, 3), "threads")))
     layout = plan.layout(sum(shares), wire_order(optional))
     spaced = SpacedBodies(
         layout, bytearray(b"\7" * (5 * layout.body_bytes + 500)), offset_bytes=48, spacing_bytes=layout.body_bytes + 64, count=5
@@ -268,6 +269,8 @@ def test_batches_that_several_stores_provide_parts_of_hold_the_batches_of_each(
     chosen = data.draw(st.permutations(range(5)), "bodies")[:batches]
     with ExitStack() as pins, pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "BULK_STEP_BYTES", small_below)
+        patch.setattr(gather_threads, "MIN_SHARED_BYTES", 0)
+        patch.setattr(gather_threads, "PIECE_BYTES", data.draw(st.sampled_from([1, 50, 1 << 20]), "piece"))
         patch.setattr(columns, "MIN_STEP_BYTES", data.draw(st.sampled_from([1, 1 << 12]), "least step"))
         parts: list[DrawnPart] = []
         expected = [blank_body(layout) for _ in range(batches)]

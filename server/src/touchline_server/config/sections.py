@@ -220,6 +220,8 @@ class ServerConfig(Section):
     """Threads that store episodes."""
     sample_workers: Annotated[_Int, Field(ge=1, le=1_024)] = 2
     """Threads that gather batches."""
+    gather_threads: Annotated[_Int, Field(ge=0, le=64)] = 0
+    """Threads that gather one batch of 4 MiB or more together. 0: as many as there are cores, up to 8; 1: only the one that makes it."""
     sample_share: Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=0.95, allow_inf_nan=False)] = 0.5
     """Share of the time, 0 to 0.95, that sampling keeps while learners wait for batches; adds are answered later in return. 0: adds never
     wait."""

@@ -6,6 +6,8 @@ faults and copies, so they go in chunks of about 1 MiB, each gathered straight i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from touchline_protos.codec import BatchLayout
@@ -142,6 +144,7 @@ class BatchFramer:
 
     def _chunks(self, drawn: BatchDraw, actors: dict[int, str]) -> list[bytes]:
         frames: list[bytes] = []
+        jobs: list[Callable[[], None]] = []
         gather = drawn.piece_gatherer()
         for piece in drawn.layout.chunk_plan(min(CHUNK_BYTES, self._max_message_bytes // 2)):
             if piece.size_bytes > self._max_message_bytes - CHUNK_HEADER_BYTES:
@@ -150,8 +153,9 @@ class BatchFramer:
                     f"expected less than the message limit of {self._max_message_bytes}"
                 )
             frame, targets = drawn.layout.chunk(piece, {} if frames else actors)
-            gather(piece, targets)
             frames.append(self._checked(frame))
+            jobs.append(partial(gather, piece, targets))
+        drawn.run_all(jobs)
         return frames
 
     def _checked(self, frame: bytes) -> bytes:

@@ -84,6 +84,10 @@ class BatchDraw:
         """Returns what gathers the pieces of the first batch, into an array for each segment."""
         return self._plan.piece_gatherer(self._parts, self.layout)
 
+    def run_all(self, jobs: Sequence[Callable[[], object]]) -> None:
+        """Runs what gathers the pieces of the first batch, in as many threads as pay. Raises what a job raises."""
+        self._plan.run_all(jobs, self.layout.body_bytes)
+
     def release(self) -> None:
         """Unpins the rows of every table, which may be overwritten from now on. Must be called once."""
         for pinned in self._pinned:

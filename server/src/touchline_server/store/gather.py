@@ -11,12 +11,14 @@ provides slices. So a batch may come from several tables of equal schema, each o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
 from touchline_server.store.columns import Columns, Take
+from touchline_server.store.gather_threads import GatherThreads, Job, pieces_of
 from touchline_server.store.output_tensor import OutputTensor
 from touchline_server.store.pinned_draw import DrawnPart, DrawnSlices
 from touchline_server.store.schema import ColumnSpec, Schema
@@ -61,6 +63,8 @@ class SpacedBodies:
             for (name, first), at in zip(layout.body_views(bytearray(layout.body_bytes)).items(), layout.offsets, strict=True)
         }
         """The tensors of all bodies, with a leading dimension for the body."""
+        self.body_bytes = layout.body_bytes
+        """Size of a body."""
         self.each: list[Body] = [{name: array[number] for name, array in self.together.items()} for number in range(count)]
         """The tensors of each body: the same memory."""
 
@@ -77,9 +81,13 @@ class GatherPlan:
         horizon: H, transitions in a slice.
         incoming: the row convention.
         store_generation: generation of the columns' store.
+        threads: threads that gather big batches; None leaves all to the caller's.
     """
 
-    def __init__(self, schema: Schema, *, horizon: int, incoming: bool, store_generation: int = 0) -> None:
+    def __init__(
+        self, schema: Schema, *, horizon: int, incoming: bool, store_generation: int = 0, threads: GatherThreads | None = None
+    ) -> None:
+        self._threads = GatherThreads() if threads is None else threads
         transitions = slice(1, None) if incoming else slice(None, -1)
         self.steps = horizon + 1
         """Steps of a slice."""
@@ -165,6 +173,12 @@ class GatherPlan:
                     target[index, :, part.begin : part.end] = values
             fills_batch = part.end - part.begin == bodies.together["provenance.start"].shape[1]
             (whole if fills_batch else by_step).extend(self._gather_small(part, bodies.together, index))
+        if self._threads.pays(bodies.body_bytes):
+            for number, position in enumerate(chosen):
+                jobs = (pieces_of(take, rows[number], target[position]) for take, rows, target in (*whole, *by_step))
+                self._threads.run(chain.from_iterable(jobs))
+                yield
+            return
         for number, position in enumerate(chosen):
             for take, rows, target in whole:
                 take(rows[number], 0, target[position], "clip")
@@ -216,6 +230,14 @@ class GatherPlan:
                 target[...] = body[name].reshape(-1, *target.shape[1:])[begin:end]
 
         return copy
+
+    def run_all(self, jobs: Sequence[Job], size_bytes: int) -> None:
+        """Runs what gathers a batch of this size, in as many threads as pay. Raises what a job raises."""
+        if self._threads.pays(size_bytes):
+            self._threads.run(jobs)
+        else:
+            for job in jobs:
+                job()
 
     def host_bodies(self, batches: Sequence[DrawnSlices]) -> list[np.ndarray]:
         """Gathers whole batches on the columns' device and moves each to the host in one transfer.
@@ -311,10 +333,12 @@ class GatherPlan:
             target = body[name] if shape is None else body[name].reshape(shape)
             if end - begin < batch_size:
                 target = target[:, begin:end]
-            if stored:
-                columns.gather(name, rows[steps], target)
-            else:
+            if not stored:
                 target.fill(0)
+            elif self._threads.pays(target.nbytes):
+                self._threads.gather(columns.take(name), rows[steps], target)
+            else:
+                columns.gather(name, rows[steps], target)
 
     def _shapes_of(self, batch_size: int) -> list[tuple[str, slice, bool, tuple[int, ...] | None]]:
         """Returns name, steps, whether it is stored, and gathered shape of each output; None for a shape that is the batch's own."""

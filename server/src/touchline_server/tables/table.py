@@ -26,6 +26,7 @@ from touchline_server.store import cuda_device
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.gather import GatherPlan
+from touchline_server.store.gather_threads import GatherThreads
 from touchline_server.store.index import Fill
 from touchline_server.store.inserts import Stored
 from touchline_server.store.memory import give_back_freed_memory
@@ -110,6 +111,7 @@ class Table:
         self._restore_progress = (0, 0)
         self._committer: BackgroundCommitter | None = None
         self._priorities: PriorityKeeper | None = None
+        self._gather_threads = GatherThreads(config.server.gather_threads)
         self._plans_lock = threading.Lock()
         self._plans: OrderedDict[tuple[Schema, int], GatherPlan] = OrderedDict()
 
@@ -342,7 +344,8 @@ class Table:
         plan = self._plans.get(key)
         if plan is None:
             incoming = self.config.sampling.row_convention == "incoming"
-            plan = GatherPlan(schema, horizon=horizon, incoming=incoming, store_generation=self.store.store_generation)
+            generation, threads = self.store.store_generation, self._gather_threads
+            plan = GatherPlan(schema, horizon=horizon, incoming=incoming, store_generation=generation, threads=threads)
             with self._plans_lock:
                 while len(self._plans) >= MAX_PLANS:
                     self._plans.popitem(last=False)
