@@ -35,7 +35,7 @@ def imported(log: str) -> set[str]:
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "disk"])
 def test_server_that_adds_samples_restores_and_reads_back_has_imported_no_torch(device: str, tmp_path: Path) -> None:
-    if device == "auto" and cuda_device._may_be_there():
+    if device == "auto" and cuda_device.is_possible():
         pytest.skip("where CUDA may be, torch has to look")
     storage = {
         "TOUCHLINE_STORAGE__DEVICE": device,

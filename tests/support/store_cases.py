@@ -44,6 +44,26 @@ def traced_columns(number: int, length: int) -> dict[str, np.ndarray]:
     return {"stamp": stamp, **_from_stamp(stamp)}
 
 
+def many_dtypes(length: int, seed: int) -> dict[str, np.ndarray]:
+    """Random bits in columns of every kind."""
+    random = np.random.default_rng(seed)
+
+    def bits(dtype: Any, *shape: int) -> np.ndarray:
+        size = length * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.frombuffer(random.bytes(size), dtype).reshape(length, *shape).copy()
+
+    return {
+        "obs.rgb": bits(np.uint8, 2, 3),
+        "obs.deep.state": bits(np.float64, 1, 4),
+        "action": bits(BFLOAT16, 2),
+        "reward": bits(np.float32),
+        "done": bits(np.uint8) > 100,
+        "half": bits(np.float16, 1),
+        "nothing": np.empty((length, 0), np.int16),
+        **{name: bits(name) for name in ("int8", "int16", "int32", "int64")},
+    }
+
+
 def traced(number: int, length: int, *, key: EpisodeKey | None = None, actor: str = "") -> Episode:
     """A traced episode; its number is also its policy version, so that a batch identifies it independently of its rows."""
     return Episode(traced_columns(number, length), key, actor, number)

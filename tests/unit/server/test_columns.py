@@ -7,13 +7,12 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from support.store_cases import make_config, plain_columns, read_episode, traced, traced_columns
+from support.store_cases import make_config, many_dtypes, plain_columns, read_episode, traced, traced_columns
 from touchline_protos.codec import Episode
 from touchline_protos.types.dtypes import BFLOAT16
 from touchline_server import ConfigError, ReplayBuffer, StorageFailedError, StoreInUseError, TooLargeError
@@ -27,26 +26,6 @@ GIB = 2**30
 
 def allocated(capacity: int, episode: Mapping[str, np.ndarray]) -> columns.Columns:
     return allocate_columns(Schema.of(episode), capacity=capacity, configured_device="cpu")
-
-
-def many_dtypes(length: int, seed: int) -> dict[str, np.ndarray]:
-    """Random bits in columns of every kind."""
-    random = np.random.default_rng(seed)
-
-    def bits(dtype: Any, *shape: int) -> np.ndarray:
-        size = length * int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer(random.bytes(size), dtype).reshape(length, *shape).copy()
-
-    return {
-        "obs.rgb": bits(np.uint8, 2, 3),
-        "obs.deep.state": bits(np.float64, 1, 4),
-        "action": bits(BFLOAT16, 2),
-        "reward": bits(np.float32),
-        "done": bits(np.uint8) > 100,
-        "half": bits(np.float16, 1),
-        "nothing": np.empty((length, 0), np.int16),
-        **{name: bits(name) for name in ("int8", "int16", "int32", "int64")},
-    }
 
 
 def test_columns_of_every_dtype_give_back_the_bits_over_the_seam() -> None:
@@ -150,7 +129,7 @@ def test_allocation_that_did_not_fit_works_once_memory_is_free(monkeypatch: pyte
 def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, share: bool) -> None:
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("touchline_server.store.cuda_columns.CudaColumns", full)

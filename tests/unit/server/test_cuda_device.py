@@ -43,7 +43,7 @@ def driver(there: bool) -> object:
         "no file",
     ],
 )
-def test_may_be_there_is_decided_by_build_and_driver_and_in_doubt_by_torch(
+def test_is_possible_is_decided_by_build_and_driver_and_in_doubt_by_torch(
     version: str | None, has_driver: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if version is not None:
@@ -52,13 +52,13 @@ def test_may_be_there_is_decided_by_build_and_driver_and_in_doubt_by_torch(
     monkeypatch.setattr(cuda_device, "find_spec", lambda name: spec)
     monkeypatch.setattr(ctypes, "CDLL", driver(has_driver))
 
-    assert cuda_device._may_be_there() is expected
+    assert cuda_device.is_possible() is expected
 
 
-def test_may_be_there_agrees_with_the_installed_torch() -> None:
+def test_is_possible_agrees_with_the_installed_torch() -> None:
     torch = pytest.importorskip("torch")
 
-    assert cuda_device._may_be_there() or not torch.cuda.is_available()
+    assert cuda_device.is_possible() or not torch.cuda.is_available()
 
 
 def test_prepare_refuses_a_device_that_torch_does_not_find() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import mmap
 import os
 import socket
 import stat
@@ -22,8 +23,11 @@ from typing import Any
 _MEMFD_CREATE = 319  # the system call
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
-_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
+_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 _SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW
+
+_MADVISE = 28  # the system call
+_MADV_POPULATE_WRITE = 23
 
 ANSWER_S = 5.0
 """Time for which a learner waits for the memory after it has connected."""
@@ -45,9 +49,7 @@ def make(name: str, size_bytes: int) -> int:
     Raises:
         OSError: not enough memory, or a kernel without ``memfd``.
     """
-    file = system_call()(_MEMFD_CREATE, name.encode(), _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
-    if file < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    file = _create(name)
     try:
         # Otherwise a lack of memory would show as a SIGBUS at some later write.
         os.posix_fallocate(file, 0, size_bytes)
@@ -56,6 +58,55 @@ def make(name: str, size_bytes: int) -> int:
         os.close(file)
         raise
     return file
+
+
+def make_read_only(name: str, size_bytes: int) -> tuple[mmap.mmap, int]:
+    """Returns new memory that the caller writes and other processes can only read: zero-filled, with its pages reserved.
+
+    It is sealed against every writable mapping after the returned one, also by processes of this user that open the file again. Before
+    Linux 5.1 there is no such seal: then only the descriptor's access mode forbids it.
+
+    Args:
+        name: shown in ``/proc`` only.
+        size_bytes: size of the memory, more than 0.
+
+    Returns:
+        The one writable mapping, and a descriptor opened to read, which the caller closes.
+
+    Raises:
+        OSError: not enough memory, or a kernel without ``memfd``.
+    """
+    file = _create(name)
+    try:
+        os.ftruncate(file, size_bytes)
+        memory = mmap.mmap(file, size_bytes)
+        _reserve(file, memory)
+        try:
+            fcntl.fcntl(file, _F_ADD_SEALS, _SEALS | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
+        except OSError:
+            fcntl.fcntl(file, _F_ADD_SEALS, _SEALS | _F_SEAL_SEAL)
+        return memory, os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(file)
+
+
+def _create(name: str) -> int:
+    file: int = system_call()(_MEMFD_CREATE, name.encode(), _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
+    if file < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return file
+
+
+def _reserve(file: int, memory: mmap.mmap) -> None:
+    """Reserves all pages of a mapped file, huge ones if the system has them for shared memory."""
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    # Only pages that are touched through the mapping become huge. The call is made directly because ``mmap.madvise`` keeps the
+    # interpreter lock, for seconds if the memory is large.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    system_call()(_MADVISE, ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), _MADV_POPULATE_WRITE)
+    # Does what is left: before Linux 5.14 all of it. Raises if there is no memory.
+    os.posix_fallocate(file, 0, len(memory))
 
 
 class Handover:

@@ -85,6 +85,10 @@ class StorageConfig(Section):
     scratch_dir: str = ""
     """Folder of the memory-mapped files, for device ``"disk"``. It needs space for the whole buffer and belongs to one server. The files
     are working memory: a restart does not read them back."""
+    share_columns: Literal["auto", "on", "off"] = "auto"
+    """Whether learners on this host may read the columns themselves: then batches are row numbers, and nothing is copied for them.
+    ``"auto"``: in a server on a machine that may have a CUDA device. ``"on"``: also elsewhere, and in process. Shared columns take a
+    sixteenth more memory, all of it reserved with the first episode. Files of device ``"disk"`` are not shared."""
     allow_non_finite: bool = False
     """Whether to store observations, actions, rewards and dones that are NaN or infinite. Otherwise an episode that contains one is
     refused."""
@@ -263,6 +267,9 @@ class RingConfig(Section):
     """Largest number of shared-memory rings, one for each learner on this host. Further learners get messages; 0: all learners do."""
     max_ring_bytes: _Count = 536_870_912
     """Largest ring, in bytes. A learner gets messages if three of its batches do not fit."""
+    max_hold_s: Annotated[_Seconds, Field(le=3_600)] = 1.0
+    """Seconds for which an add waits for a learner that still reads rows of shared columns which are to be overwritten. Then the learner
+    loses the batch and takes the next one."""
 
 
 class TlsConfig(Section):

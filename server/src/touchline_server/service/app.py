@@ -46,6 +46,7 @@ from touchline_server.service.stop_signals import StoppedError, StopSignals
 from touchline_server.service.table_access import TableAccess
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.service.tls import server_credentials
+from touchline_server.store.allocation import with_sharing_decided
 from touchline_server.store.memory import keep_freed_memory
 from touchline_server.tables.registry import RestoreProgress, TableRegistry
 
@@ -134,7 +135,7 @@ class ReplayServer:
         self._access = read_access(config)
         _log_access(config, self._access)
         self._serves_http = http and check_http(config, self._access) is None
-        self.buffer = buffer if buffer is not None else ReplayBuffer(config, restore=False)
+        self.buffer = buffer if buffer is not None else ReplayBuffer(with_sharing_decided(config), restore=False)
         self._owns_buffer = buffer is None
         self._http: HttpServer | None = None
         self.address = ""

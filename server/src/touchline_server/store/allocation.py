@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
 from touchline_protos.log_lines import get_logger
+from touchline_server.config.settings import Config
 from touchline_server.errors import TooLargeError
 from touchline_server.store import cuda_device
 from touchline_server.store.columns import Columns
@@ -18,7 +21,20 @@ HOST_HEADROOM = 0.95
 """Largest share of the available host memory that the columns may take."""
 
 
-def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, scratch_dir: str = "") -> Columns:
+def with_sharing_decided(config: Config) -> Config:
+    """Returns a server's configuration with ``storage.share_columns`` "on" where it is "auto" and this machine may have a CUDA device.
+
+    Without this, "auto" means "off": no other process reads a buffer that is not served.
+    """
+    if not cuda_device.is_possible():
+        return config
+    tables = {name: {"share_columns": "on"} for name, table in config.tables.items() if getattr(table, "share_columns", None) == "auto"}
+    if config.storage.share_columns == "auto":
+        config = config.override(storage={"share_columns": "on"})
+    return config.override(tables={name: config.tables[name].model_dump(exclude_unset=True) | keys for name, keys in tables.items()})
+
+
+def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, scratch_dir: str = "", share: bool = False) -> Columns:
     """Allocates the columns of a schema on the configured device. What does not fit into CUDA memory goes to host memory, with a log line.
 
     Args:
@@ -26,6 +42,7 @@ def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, s
         capacity: number of rows.
         configured_device: ``auto``, ``cuda``, ``cuda:N``, ``cpu`` or ``disk``.
         scratch_dir: folder of the files for ``disk``.
+        share: whether other processes of this host read the columns too, except for files. If they cannot, a line in the log says why.
 
     Raises:
         TooLargeError: there is not enough memory, or the files cannot be created. Nothing is left behind.
@@ -36,14 +53,15 @@ def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, s
         if device == "disk":
             columns = Columns(schema, capacity, scratch_dir)
         elif device == "cpu":
-            columns = Columns(schema, capacity)
+            columns = _on_host(schema, capacity, share=share)
         else:
-            columns = _on_cuda(schema, capacity, device)
+            columns = _on_cuda(schema, capacity, device, share=share)
     except OSError as error:
         raise TooLargeError(f"storage.scratch_dir: the columns' files cannot be created: {error.strerror}") from error
     except MemoryError:
         raise _too_large(required) from None
-    logger.info("allocated %d rows of %d bytes on %s (%.2f GiB)", capacity, schema.row_bytes, columns.where, required / 2**30)
+    where = columns.where if columns.shared is None else f"{columns.where}, shared with learners"
+    logger.info("allocated %d rows of %d bytes on %s (%.2f GiB)", capacity, schema.row_bytes, where, required / 2**30)
     return columns
 
 
@@ -76,14 +94,26 @@ def _too_large(required_bytes: int) -> TooLargeError:
     )
 
 
-def _on_cuda(schema: Schema, capacity: int, device: str) -> Columns:
+def _on_host(schema: Schema, capacity: int, *, share: bool) -> Columns:
+    """Returns columns in host memory: shared if they are to be and can be."""
+    if share:
+        try:
+            return Columns(schema, capacity, share=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise MemoryError(error.strerror) from error
+            logger.warning("the columns cannot be shared with learners: %s", error.strerror)
+    return Columns(schema, capacity)
+
+
+def _on_cuda(schema: Schema, capacity: int, device: str, *, share: bool) -> Columns:
     """Returns columns on a CUDA device, or in host memory if they do not fit there."""
     from touchline_server.store.cuda_columns import CudaColumns, OutOfMemoryError
 
     try:
-        return CudaColumns(schema, capacity, device)
+        return CudaColumns(schema, capacity, device, share=share)
     except OutOfMemoryError:
         required = capacity * schema.row_bytes
         logger.warning("%s is too small for %.1f GiB of columns: they go to host memory", device, required / 2**30)
         check_host_memory(required)
-        return Columns(schema, capacity)
+        return _on_host(schema, capacity, share=share)

@@ -22,6 +22,7 @@ import numpy as np
 from touchline_protos.log_lines import get_logger
 from touchline_server.errors import TooLargeError
 from touchline_server.store.schema import ColumnSpec, Schema
+from touchline_server.store.shared_columns import SharedColumns, share_host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -53,15 +54,20 @@ class Columns:
     on_cuda = False
     """Whether the columns are in CUDA memory."""
 
-    def __init__(self, schema: Schema, capacity: int, folder: str | None = None) -> None:
-        """Allocates. Use :func:`allocate_columns`."""
+    def __init__(self, schema: Schema, capacity: int, folder: str | None = None, *, share: bool = False) -> None:
+        """Allocates. Use :func:`allocate_columns`. If the memory is to be shared, an OSError may also say that it cannot be."""
         self.schema = schema
         self.row_bytes = schema.row_bytes
         """Bytes of a row of all columns."""
         self.capacity = capacity
         self.files: dict[str, Path] = {}
         """Path of each column's file, for columns on disk; a column without bytes has none."""
+        self.shared: SharedColumns | None = None
+        """Place of the columns in memory that learners read; None if they are not shared, or released."""
         self._on_disk = folder is not None
+        if share:
+            self._arrays = self._share()
+            return
         try:
             self._arrays = {
                 spec.name: _empty((capacity, *spec.shape), spec.dtype) if folder is None else self._map(spec, folder, number)
@@ -101,7 +107,8 @@ class Columns:
         return self.capacity * self.schema.row_bytes
 
     def release(self) -> None:
-        """Deletes files; memory is freed with its last view. The columns must not be written afterwards."""
+        """Deletes files; memory is freed with its last view, learners' mappings included. The columns must not be written afterwards."""
+        self.shared = None
         # Later columns of the same names get new files, so views of the old ones stay valid.
         for path in self.files.values():
             path.unlink(missing_ok=True)
@@ -177,6 +184,17 @@ class Columns:
 
     def _copy_run(self, name: str, begin: int, out: np.ndarray) -> None:
         out[:] = self._arrays[name].reshape(-1).view(np.uint8)[begin : begin + len(out)]
+
+    def _share(self) -> dict[str, np.ndarray]:
+        memory, self.shared = share_host_memory(self.schema, self.capacity)
+        arrays = {}
+        for spec in self.schema.columns:
+            shape, place = (self.capacity, *spec.shape), self.shared.columns.get(spec.name)
+            if place is None:
+                arrays[spec.name] = np.empty(shape, spec.dtype)
+            else:
+                arrays[spec.name] = np.frombuffer(memory, spec.dtype, math.prod(shape), place.offset_bytes).reshape(shape)
+        return arrays
 
     def _map(self, spec: ColumnSpec, folder: str, number: int) -> np.ndarray:
         """Returns a column over a new file with all blocks reserved: a full disk raises here, instead of a SIGBUS at a later write."""

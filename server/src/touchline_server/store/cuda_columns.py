@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from touchline_server.store.columns import Columns
+from touchline_server.store.cuda_ipc import export, tensors_in
 from touchline_server.store.schema import Schema
+from touchline_server.store.shared_columns import place_columns
 from touchline_server.store.tensors import as_array, as_tensor, torch_dtype
 
 OutOfMemoryError = torch.cuda.OutOfMemoryError
@@ -22,15 +24,22 @@ class CudaColumns(Columns):
 
     on_cuda = True
 
-    def __init__(self, schema: Schema, capacity: int, device: str) -> None:
+    def __init__(self, schema: Schema, capacity: int, device: str, *, share: bool = False) -> None:
         """Allocates. Use :func:`~touchline_server.store.allocation.allocate_columns`."""
         self.schema = schema
         self.row_bytes = schema.row_bytes
         self.capacity = capacity
         self.files = {}
-        self._tensors = {
-            spec.name: torch.empty((capacity, *spec.shape), dtype=torch_dtype(spec.dtype), device=device) for spec in schema.columns
-        }
+        self.shared = None
+        if share:
+            places, size_bytes = place_columns(schema, capacity)
+            block = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+            self._tensors = tensors_in(block, schema, capacity)
+            self.shared = export(block, places)
+        else:
+            self._tensors = {
+                spec.name: torch.empty((capacity, *spec.shape), dtype=torch_dtype(spec.dtype), device=device) for spec in schema.columns
+            }
         self._device = next(iter(self._tensors.values())).device
         self._order = _DeviceOrder(self._device)
         self.settle()

@@ -17,7 +17,7 @@ def is_available() -> bool:
     Torch takes two seconds to import. Where its build has neither CUDA nor ROCm, or the machine has no NVIDIA driver, the answer is known
     without it.
     """
-    if "torch" not in sys.modules and not _may_be_there():
+    if "torch" not in sys.modules and not is_possible():
         return False
     import torch
 
@@ -54,7 +54,8 @@ def _device_count() -> int:
     return torch.cuda.device_count()
 
 
-def _may_be_there() -> bool:
+def is_possible() -> bool:
+    """Returns whether this machine may have a CUDA device, without importing torch: False only if it certainly has none."""
     found = find_spec("torch")
     if found is None or found.origin is None:
         return True  # importing it says what is wrong

@@ -139,7 +139,13 @@ class EpisodeRing:
     def allocate(self, schema: Schema) -> Columns:
         """Returns columns that stay invisible until the first episode in them is applied. Raises as :func:`allocate_columns` does."""
         storage = self._storage
-        return allocate_columns(schema, capacity=self.capacity, configured_device=storage.device, scratch_dir=storage.scratch_dir)
+        return allocate_columns(
+            schema,
+            capacity=self.capacity,
+            configured_device=storage.device,
+            scratch_dir=storage.scratch_dir,
+            share=storage.share_columns == "on",
+        )
 
     # Apply
 
