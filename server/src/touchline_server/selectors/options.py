@@ -37,7 +37,7 @@ class LawSettings:
     """A table's parameters of its laws."""
 
     capacity: int
-    """Rows of the ring."""
+    """Rows of the ring, spare ones included."""
     recent_steps: int | None = None
     """``recent``: newest rows that starts are drawn from."""
     recent_half_life: float | None = None

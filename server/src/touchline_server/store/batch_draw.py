@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class BatchDraw:
-    """Batches of one table or of several, drawn together and pinned until the end of a ``with`` block.
+    """Batches of one table or of several, drawn together and pinned until the end of a ``with`` block, or longer if they are held.
 
     Code that fills messages, slots and tensors uses this class only, and neither the store nor the plan.
 
@@ -28,12 +28,13 @@ class BatchDraw:
         layout: how each batch looks on the wire and in a body.
     """
 
-    __slots__ = ("_parts", "_pinned", "_plan", "layout")
+    __slots__ = ("_held", "_parts", "_pinned", "_plan", "layout")
 
     def __init__(self, pinned: Sequence[PinnedDraw], parts: Sequence[DrawnPart], plan: GatherPlan, layout: BatchLayout) -> None:
         self._pinned = pinned
         self._parts = parts
         self._plan = plan
+        self._held = False
         self.layout = layout
         """How each batch looks on the wire and in a body."""
 
@@ -88,8 +89,18 @@ class BatchDraw:
         """Runs what gathers the pieces of the first batch, in as many threads as pay. Raises what a job raises."""
         self._plan.run_all(jobs, self.layout.body_bytes)
 
+    def hold(self, on_revoke: Callable[[], None]) -> None:
+        """Keeps the rows of every table beyond the end of the ``with`` block: see :meth:`PinnedDraw.hold`.
+
+        Each table may revoke its own rows, so ``on_revoke`` may be called more than once, by different threads at the same time. It may be
+        called before this returns.
+        """
+        self._held = True
+        for pinned in self._pinned:
+            pinned.hold(on_revoke)
+
     def release(self) -> None:
-        """Unpins the rows of every table, which may be overwritten from now on. Must be called once."""
+        """Unpins the rows of every table, which may be overwritten from now on. Must be called once, unless the batches are held."""
         for pinned in self._pinned:
             pinned.release()
 
@@ -97,4 +108,5 @@ class BatchDraw:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
+        if not self._held:
+            self.release()

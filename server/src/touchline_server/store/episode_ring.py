@@ -1,13 +1,17 @@
 """The state of a table, and the apply step of the write path: columns, index, known keys and counts under one concurrency protocol.
 
-Writing: the holder of the write lock evicts the oldest episodes (``lock`` held), waits until no gather drawn before the eviction is still
-reading, copies rows with ``lock`` released, and publishes the episode (``lock`` held). A copy that fails leaves nothing visible, because
-the write cursor has not moved.
+Writing: the holder of the write lock evicts the oldest episodes (``lock`` held), waits until no reader may still see the rows that it is
+about to overwrite, copies rows with ``lock`` released, and publishes the episode (``lock`` held). A copy that fails leaves nothing visible,
+because the write cursor has not moved.
 
 Sampling: draws and pins under ``lock``, gathers without it, unpins. So no gather reads a row that is being written, and a writer waits
 only for gathers that were already in progress when it evicted.
 
-Lock order: the write lock (:mod:`touchline_server.store.write_path`), then ``lock``. Nothing is called out to with ``lock`` held.
+Spare rows: if learners read the columns themselves, the ring has more rows than are stored at a time. Evicted rows are overwritten only
+after as many more were added, so a learner that holds a batch for the length of some training steps delays no add.
+
+Lock order: the write lock (:mod:`touchline_server.store.write_path`), then ``lock``. Nothing is called out to with ``lock`` held; a
+callback that revokes a learner's rows is called with the write lock held.
 """
 
 from __future__ import annotations
@@ -34,6 +38,12 @@ from touchline_server.store.refused_episodes import RefusedEpisodes, identify
 from touchline_server.store.schema import EpisodeValidator, FirstRowCheck, Schema
 
 logger = get_logger(__name__)
+
+SPARE_FRACTION = 16
+"""The spare rows of shared columns are the buffer's rows divided by this."""
+
+MIN_SPARE_ROWS = 1024
+"""Fewest spare rows of shared columns, unless the buffer itself has fewer."""
 
 
 @dataclass(slots=True)
@@ -86,6 +96,9 @@ class EpisodeRing:
 
     def __init__(self, config: Config) -> None:
         self.capacity = config.buffer_size
+        """Most rows that are stored at a time."""
+        self.physical_rows = config.buffer_size + spare_rows(config)
+        """Rows of the ring, where it wraps."""
         self.horizon = 1 if config.sampling.pad == "end" else config.horizon
         """Transitions that follow a start at least, by the configuration: an episode of at most this many rows counts as too short."""
         self.incoming = config.sampling.row_convention == "incoming"
@@ -99,8 +112,8 @@ class EpisodeRing:
         self._first_row = FirstRowCheck(incoming=self.incoming)
         self.lock = threading.Lock()
         """Guards index, epochs, totals and which columns there are. Held briefly, never while rows are copied."""
-        self.epochs = ReaderEpochs(self.lock)
-        self.index = EpisodeIndex(_law_settings(config))
+        self.epochs = ReaderEpochs(self.lock, max_hold_s=config.ring.max_hold_s)
+        self.index = EpisodeIndex(_law_settings(config, self.physical_rows), spare_rows=self.physical_rows - self.capacity)
         self.columns: Columns | None = None
         """The allocated columns; None before the first episode."""
         self.ledger = DedupLedger()
@@ -141,7 +154,7 @@ class EpisodeRing:
         storage = self._storage
         return allocate_columns(
             schema,
-            capacity=self.capacity,
+            capacity=self.physical_rows,
             configured_device=storage.device,
             scratch_dir=storage.scratch_dir,
             share=storage.share_columns == "on",
@@ -156,13 +169,13 @@ class EpisodeRing:
             insert: the next one of its plan.
             columns: the plan's columns.
         """
-        # Also if nothing is to be evicted: an earlier wait for readers may have been interrupted.
-        self.evict_through(insert.evicted[-1] if insert.evicted else -1)
+        # Also if nothing is to be evicted: readers of the spare rows, and an earlier wait may have been interrupted.
+        self._make_room(insert)
         episode, first_row = insert.request.episode, self.index.cursor
         columns.write(first_row, episode.columns)
         if self.on_written is not None:
-            # Logical rows first_row to first_row + length - 1; physical rows wrap at the capacity.
-            self.on_written(columns, np.remainder(np.arange(first_row, first_row + insert.length), self.capacity))
+            # Logical rows first_row to first_row + length - 1; physical rows wrap at the ring's end.
+            self.on_written(columns, np.remainder(np.arange(first_row, first_row + insert.length), self.physical_rows))
         with self.lock:
             self.columns = columns
             self.next_id = insert.episode_id + 1
@@ -179,21 +192,36 @@ class EpisodeRing:
         return Stored(insert.episode_id, first_row, False, counts)
 
     def evict_through(self, episode_id: int) -> None:
-        """Evicts every stored episode with this id or a smaller one, and waits until no reader uses their rows any more."""
+        """Evicts every stored episode with this id or a smaller one. Readers may still see their rows."""
         with self.lock:
             self._evict_through(episode_id)
-            self.epochs.wait_quiescent()
-            self.index.release_names()
+            self.index.release_names(self.epochs.oldest)
 
-    def try_evict_through(self, episode_id: int) -> bool:
-        """Evicts like :meth:`evict_through`, but only if there are no readers; returns whether it did. Never waits for a reader."""
+    def try_make_room(self, insert: PlannedInsert) -> bool:
+        """Evicts the episodes that a planned insert evicts, but only if no reader is to be waited for; returns whether it did."""
         with self.lock:
-            if self.epochs.active:
-                return False
             # Readers that come from here on draw after the eviction, so the copy need not wait for them.
-            self._evict_through(episode_id)
-            self.index.release_names()
+            if self.epochs.active or self.epochs.is_held(self._first_kept(insert.length)):
+                return False
+            if insert.evicted:
+                self._evict_through(insert.evicted[-1])
+            self.index.release_names(self.epochs.oldest)
             return True
+
+    def _make_room(self, insert: PlannedInsert) -> None:
+        """Evicts the episodes that a planned insert evicts, and waits until no reader sees the rows that it will overwrite."""
+        with self.lock:
+            if insert.evicted:
+                self._evict_through(insert.evicted[-1])
+            self.epochs.wait_quiescent(self._first_kept(insert.length))
+            self.index.release_names(self.epochs.oldest)
+
+    def _first_kept(self, length: int) -> int:
+        """Returns the number of the oldest row that is not overwritten when ``length`` rows are added; see :class:`ReaderEpochs`.
+
+        Row number n is at the same physical row as n + ``physical_rows``, and the rows that are added have the numbers from the end on.
+        """
+        return self.index.end + length - self.physical_rows
 
     def empty(self) -> None:
         """Evicts every episode, waits for readers, and releases the columns. Ids, keys and totals continue."""
@@ -201,7 +229,7 @@ class EpisodeRing:
             episodes, steps = len(self.index), self.index.steps
             if episodes:
                 self._evict_through(self.next_id)
-            self.epochs.wait_quiescent()
+            self.epochs.wait_quiescent(self.index.end)
             columns, self.columns = self.columns, None
             if columns is not None:
                 columns.settle()
@@ -242,8 +270,9 @@ class EpisodeRing:
         self.next_id = max(self.next_id, next_id)
 
     def _evict_through(self, episode_id: int) -> None:
-        if self.index.evict_through(episode_id):
-            self.epochs.advance()
+        before = self.index.evicted_rows
+        self.index.evict_through(episode_id)
+        self.epochs.advance(self.index.evicted_rows - before)
 
     def _counts(self) -> Counts:
         return self.totals.counts(self.index.steps, len(self.index))
@@ -256,11 +285,18 @@ def _warn_of_short_episodes(episodes: int, reach: int) -> None:
         logger.warning("%d episodes so far are shorter than a slice of %d steps and cannot be sampled%s", episodes, reach + 1, remedy)
 
 
-def _law_settings(config: Config) -> LawSettings:
+def spare_rows(config: Config) -> int:
+    """Returns the rows that a table's ring has beyond ``config.buffer_size``: a sixteenth of it or MIN_SPARE_ROWS if learners read it."""
+    if config.storage.share_columns != "on" or config.storage.device == "disk":
+        return 0
+    return max(config.buffer_size // SPARE_FRACTION, min(MIN_SPARE_ROWS, config.buffer_size))
+
+
+def _law_settings(config: Config, physical_rows: int) -> LawSettings:
     """Returns a table's parameters of its laws."""
     sampling = config.sampling
     return LawSettings(
-        capacity=config.buffer_size,
+        capacity=physical_rows,
         recent_steps=sampling.recent_steps,
         recent_half_life=sampling.recent_half_life,
         priority_alpha=sampling.priority_alpha,

@@ -48,8 +48,11 @@ class EpisodeStore:
             StorageFailedError: the folder cannot be created or written.
         """
         self.capacity = config.buffer_size
+        """Most rows that are stored at a time."""
         self._scratch = ScratchDir(config.storage.scratch_dir) if config.storage.device == "disk" else None
         self._ring = EpisodeRing(config)
+        self.physical_rows = self._ring.physical_rows
+        """Rows of the ring, at which physical rows wrap."""
         self.writes = WritePath(self._ring)
         """The way to change what is stored, for a committer and for holders of the write lock."""
         self.incoming = self._ring.incoming

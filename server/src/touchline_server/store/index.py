@@ -85,14 +85,21 @@ class EpisodeIndex:
     one run that begins at the write cursor.
 
     Not thread-safe: the store holds its lock around every call, except for looking up actor names.
+
+    Args:
+        settings: parameters of the laws, and the rows of the ring.
+        spare_rows: rows of the ring beyond those that are stored at a time.
     """
 
-    def __init__(self, settings: LawSettings) -> None:
+    def __init__(self, settings: LawSettings, *, spare_rows: int = 0) -> None:
         self.capacity = settings.capacity
+        self._spare_rows = spare_rows
         self.cursor = 0
         """Physical row at which the next episode begins."""
         self.steps = 0
         """Rows in use."""
+        self.evicted_rows = 0
+        """Rows evicted so far: the number of the oldest row, if rows are numbered in the order in which they were ever added."""
         self.actors = NameTable("actor names")
         self._clients = NameTable("client ids")
         self._episodes = EntryQueue()
@@ -102,8 +109,8 @@ class EpisodeIndex:
         """The sampling laws over these episodes."""
         self._longest: deque[tuple[int, int]] = deque()
         """Id and length of each episode that is longer than all newer ones: the first is the longest of all (a monotonic queue)."""
-        self._evicted_actors: list[int] = []
-        """Actor number of each evicted episode whose name an earlier reader may still look up."""
+        self._evicted_actors: deque[tuple[int, int]] = deque()
+        """Number of the first row, and actor, of each evicted episode whose name an earlier reader may still look up; oldest first."""
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -157,7 +164,8 @@ class EpisodeIndex:
         while len(self._episodes) and self._episodes.oldest[ID] <= episode_id:
             entry: Entry = tuple(self._episodes.oldest.tolist())
             self.steps -= entry[LENGTH]
-            self._evicted_actors.append(entry[ACTOR])
+            self._evicted_actors.append((self.evicted_rows, entry[ACTOR]))
+            self.evicted_rows += entry[LENGTH]
             self._episodes.drop_oldest()
             if self._longest[0][0] == entry[ID]:
                 self._longest.popleft()
@@ -168,25 +176,33 @@ class EpisodeIndex:
             episodes += 1
         return episodes
 
-    def release_names(self) -> None:
-        """Releases the names of actors without stored episodes. No reader may still use entries drawn before the eviction."""
-        for number in self._evicted_actors:
-            self.actors.release(number)
-        self._evicted_actors.clear()
+    def release_names(self, oldest_reader: int) -> None:
+        """Releases the names of actors of evicted episodes, except those that a reader may still look up.
+
+        Args:
+            oldest_reader: smallest number of a row that any reader may still see.
+        """
+        while self._evicted_actors and self._evicted_actors[0][0] < oldest_reader:
+            self.actors.release(self._evicted_actors.popleft()[1])
 
     def reset(self) -> None:
         """Starts again at physical row 0. Every episode must be evicted, and no reader active. Actor numbers are never reused."""
-        self.release_names()
+        self.release_names(self.evicted_rows)
         self._episodes.clear()
         self.selectors.clear()
         self.cursor = 0
 
     # Queries
 
+    @property
+    def end(self) -> int:
+        """Number of the next row, if rows are numbered in the order in which they were ever added."""
+        return self.evicted_rows + self.steps
+
     def fill(self, horizon: int) -> Fill:
         """Returns how much can be sampled at this horizon."""
         longest = self._longest[0][1] if self._longest else 0
-        return Fill(horizon, len(self), self.steps, len(self.eligible(horizon)), longest, self.capacity)
+        return Fill(horizon, len(self), self.steps, len(self.eligible(horizon)), longest, self.capacity - self._spare_rows)
 
     def eligible(self, horizon: int) -> EligibleEpisodes:
         """Returns the episodes that can be sampled with this horizon: a live view. The first use of a horizon is O(episodes)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -11,13 +12,14 @@ import numpy as np
 
 from touchline_server.selectors.draw import Draw
 from touchline_server.store.columns import Columns
-from touchline_server.store.epochs import ReaderEpochs
+from touchline_server.store.epochs import HeldPin, ReaderEpochs
 
 
 class PinnedDraw:
     """Slices of one table. Their rows are not overwritten until :meth:`release`, or the end of a ``with`` block.
 
-    A writer that evicts waits for pins that are older, so a draw is gathered soon, and released by the thread that gathered it.
+    A writer waits for pins of rows that it is about to overwrite, so a draw is gathered soon, and released by the thread that gathered it.
+    A draw whose rows another process gathers is held (:meth:`hold`): it keeps a writer waiting for a limited time only.
 
     Args:
         draw: the slices of all batches, in the order of drawing.
@@ -27,7 +29,7 @@ class PinnedDraw:
         pin: the pin that ``epochs.pin`` returned.
     """
 
-    __slots__ = ("_epochs", "_lock", "_pin", "columns", "draw")
+    __slots__ = ("_epochs", "_held", "_lock", "_pin", "columns", "draw")
 
     def __init__(self, draw: Draw, columns: Columns, lock: threading.Lock, epochs: ReaderEpochs, pin: int) -> None:
         self.draw = draw
@@ -35,17 +37,36 @@ class PinnedDraw:
         self._lock = lock
         self._epochs = epochs
         self._pin = pin
+        self._held: HeldPin | None = None
+
+    def hold(self, on_revoke: Callable[[], None]) -> None:
+        """Keeps the rows beyond the end of the ``with`` block, until :meth:`release` or until a writer has waited for ``ring.max_hold_s``.
+
+        Call it once. Afterwards :meth:`release` may be called from any thread, more than once, and also after the rows were revoked.
+
+        Args:
+            on_revoke: called when the rows are revoked, by the thread that writes, before it overwrites any of them. It must make sure
+                that what was gathered from then on is not used. It is called with the write lock held, and :meth:`release` waits for
+                it, so it must be quick, must not call :meth:`release`, and must not wait for what adds or releases. It must not raise:
+                then the rows stay pinned, and the add fails. It is not called after :meth:`release` has returned.
+        """
+        with self._lock:
+            self._held = self._epochs.hold(self._pin, on_revoke)
 
     def release(self) -> None:
-        """Unpins the rows, which may be overwritten from now on. Must be called once."""
+        """Unpins the rows, which may be overwritten from now on. Must be called once, unless the draw is held."""
         with self._lock:
-            self._epochs.unpin(self._pin)
+            if self._held is None:
+                self._epochs.unpin(self._pin)
+            else:
+                self._epochs.release(self._held)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
+        if self._held is None:
+            self.release()
 
 
 @dataclass(frozen=True, slots=True)

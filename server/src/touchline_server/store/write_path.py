@@ -143,8 +143,7 @@ class WritePath:
                     logger.exception("an episode could not be planned")
                 answers.append(error)
         if plan.inserts:
-            evicted = plan.inserts[-1].evicted
-            if not may_wait and evicted and not self._ring.try_evict_through(evicted[-1]):
+            if not may_wait and not self._ring.try_make_room(plan.inserts[-1]):
                 plan.rollback()
                 return None
             self._write_and_apply(plan)

@@ -45,7 +45,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
             if columns is not None:
                 for entry in self._store.entries():
                     rows = np.arange(entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH])
-                    self._follow(columns, np.remainder(rows, self._store.capacity))
+                    self._follow(columns, np.remainder(rows, self._store.physical_rows))
             self._store.follow_writes(self._follow, self._forget)
 
     def add(self, data: Any) -> int:
@@ -80,7 +80,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
         for columns in _split_episodes(data):
             episode = Episode(columns)
             first_row = self._table.add(episode).first_row
-            rows.append(torch.arange(first_row, first_row + episode.length).remainder(self._store.capacity))
+            rows.append(torch.arange(first_row, first_row + episode.length).remainder(self._store.physical_rows))
         return torch.cat(rows)
 
     def dumps(self, path: str | Path) -> None:
@@ -110,7 +110,7 @@ class EpisodeRingWriter(RoundRobinWriter):  # type: ignore[misc]
     def _follow(self, columns: Columns, rows: np.ndarray) -> None:
         if not self._storage.initialized:
             adopt(self._storage, columns.tensors)
-        self._cursor = int(rows[-1] + 1) % self._store.capacity
+        self._cursor = int(rows[-1] + 1) % self._store.physical_rows
         self._write_count += len(rows)
         note_written(self._storage, rows)
 
@@ -185,7 +185,7 @@ class EpisodeReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     def __init__(self, table: Table, *, batch_size: int) -> None:
         store = table.store
         super().__init__(
-            storage=make_storage(store.capacity),
+            storage=make_storage(store.physical_rows),
             writer=EpisodeRingWriter(table),
             sampler=EpisodeSliceSampler(table),
             batch_size=batch_size,
