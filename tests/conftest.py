@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -17,6 +18,12 @@ logging.getLogger("torchrl").addFilter(lambda record: record.levelno >= logging.
 
 # Servers of tests serve no web page unless a test asks for one: its port is the same for all.
 os.environ.setdefault("TOUCHLINE_HTTP__ENABLED", "off")
+
+# Without a card, Triton's kernels run in its interpreter on the CPU. Triton reads this when it is imported.
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("touchline", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("touchline")

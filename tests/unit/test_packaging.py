@@ -102,10 +102,10 @@ def test_datasets_import_loads_no_package_of_a_format() -> None:
 
 
 def test_protos_import_loads_only_numpy() -> None:
-    loaded = _modules_loaded_by("import touchline_protos.codec")
+    loaded = _modules_loaded_by("import touchline_protos.codec, touchline_protos.gather")
 
     assert "numpy" in loaded
-    assert loaded & {"torch", "tensordict", "grpc", "google", "touchline", "touchline_server"} == set()
+    assert loaded & {"torch", "triton", "tensordict", "grpc", "google", "touchline", "touchline_server"} == set()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,8 @@ def test_no_module_imports_against_the_direction(dist: str, forbidden: set[str])
     sources = sorted((ROOT / FOLDERS[dist] / "src").rglob("*.py"))
 
     found = {(file.name, name) for file in sources for name in _imported_by(file) if name in forbidden}
+    # Only code that gathers on a device imports this module.
+    found.discard(("row_gather.py", "torch"))
 
     assert sources
     assert found == set()

@@ -21,6 +21,7 @@ MAY_IMPORT = {
         "types": set(),
         "codec": {"types", "v1"},
         "shm": {"types", "log_lines"},
+        "gather": {"log_lines"},
         "files": set(),
         "log_lines": set(),
         "tracing": set(),
@@ -79,6 +80,9 @@ LIBRARIES = {
     ("touchline_server", "starlette"): {"http"},
     ("touchline_server", "uvicorn"): {"http"},
     ("touchline_server", "prometheus_client"): {"http"},
+    ("touchline_protos", "triton"): {"gather"},
+    ("touchline", "triton"): set(),
+    ("touchline_server", "triton"): {"store"},
 }
 """Packages that may import a library, at run time or for its types; no other may."""
 
