@@ -36,7 +36,8 @@ QUICK_TESTS := $(wildcard tests/contract/test_golden.py tests/contract/test_grpc
 # Minari 0.5.4 needs Python 3.11 and numpy 2, which none of these environments has.
 OF_MINARI := $(addprefix tests/integration/test_datasets_,minari.py export.py sizes.py examples.py)
 CLIENT_TESTS := $(filter-out $(OF_MINARI),$(QUICK_TESTS) $(wildcard tests/unit/client/test_*.py tests/unit/protos/test_*.py \
-	tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py tests/integration/test_spool_command.py))
+	tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py tests/integration/test_spool_command.py \
+	tests/integration/test_jax.py))
 # For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
 BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt docs/site/requirements.txt
@@ -54,7 +55,7 @@ $(INSTALLED): constraints.txt protos/pyproject.toml client/pyproject.toml server
 	$(PYTHON) -m venv .venv
 	sed '/^torch==/d' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install -c .venv/constraints.txt "$(TORCH)"
-	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch,cli]" -e "./server[http]" $(REQUIREMENTS:%=-r %)
+	$(BIN)/pip install -c .venv/constraints.txt -e ./protos -e "./client[torch,jax,cli]" -e "./server[http]" $(REQUIREMENTS:%=-r %)
 	touch $@
 
 test: lint types .venv-quick/.installed ## check everything: lint, types, tests, and the client with TD-MPC2's pins
@@ -75,7 +76,7 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## test the client with Newt's pin
 	rm -rf .venv-$*
 	$(PYTHON_OF) -m venv .venv-$*
 	.venv-$*/bin/pip install --upgrade pip
-	.venv-$*/bin/pip install -c $< -e ./protos -e "./client[torch,torchrl,recorders,cli,hdf5]"
+	.venv-$*/bin/pip install -c $< -e ./protos -e "./client[torch,torchrl,jax,recorders,cli,hdf5]"
 	.venv-$*/bin/pip install -c $< -r $(PINS)/requirements.txt
 	touch $@
 

@@ -23,11 +23,11 @@ from touchline._actor.episode_factory import EpisodeFactory
 from touchline._actor.keys import Identity
 from touchline._actor.upload import MAX_LOAD_BYTES, EpisodeUploader
 from touchline._learner.episodes import EpisodeSource, EpisodeStream
+from touchline._learner.outputs import host_converter, open_stream
 from touchline._learner.priorities import PriorityUpdates
 from touchline._learner.readiness import Readiness
 from touchline._learner.single_batch import SingleBatchSampler
-from touchline._learner.stream import RECONNECT_S, BatchSource, BatchStream, StreamSource
-from touchline._learner.torch_batch import batch_converter, same_batch
+from touchline._learner.stream import BatchStream
 from touchline._rpc.calls import RpcClient
 from touchline._rpc.channel import ServerChannel, check_address
 from touchline._rpc.convert import (
@@ -241,7 +241,7 @@ class ReplayClient(TableVerbs, StatusVerbs):
 
     # Sampling.
 
-    def sample(self, *, wait_s: float = 0.0, as_numpy: bool | None = None, **options: Unpack[SampleOptions]) -> Batch:
+    def sample(self, *, wait_s: float = 0.0, as_numpy: bool | None = None, as_jax: bool = False, **options: Unpack[SampleOptions]) -> Batch:
         """Returns one batch: ``obs, action, reward, done = client.sample()``. For training, :meth:`batches` is faster.
 
         A batch larger than a message comes over a sampling stream.
@@ -249,6 +249,7 @@ class ReplayClient(TableVerbs, StatusVerbs):
         Args:
             wait_s: longest wait for something to sample.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
+            as_jax: return JAX arrays, as :meth:`batches` does.
             options: what to draw: ``table``, ``batch_size``, ``horizon``, ``law``, ``seed``, ...; see
                 :class:`~touchline.types.SampleOptions`.
 
@@ -261,9 +262,9 @@ class ReplayClient(TableVerbs, StatusVerbs):
             InvalidArgumentError: the server does not accept an argument.
             TouchlineError: any other error of the tree in :mod:`touchline.errors`.
         """
-        convert = self._converter(as_numpy)
+        convert = host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=self._as_numpy)
         request = sample_request(**self._of_table(options), wait_s=wait_s)
-        return convert(self._sampler.sample(request))
+        return convert(self._sampler.sample(request, as_bodies=as_jax))
 
     def batches(
         self,
@@ -271,6 +272,7 @@ class ReplayClient(TableVerbs, StatusVerbs):
         prefetch: int = 4,
         device: Any = None,
         as_numpy: bool | None = None,
+        as_jax: bool = False,
         timeout_s: float | None = None,
         ring: bool = True,
         **options: Unpack[SampleOptions],
@@ -286,6 +288,8 @@ class ReplayClient(TableVerbs, StatusVerbs):
             device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` copies through pinned memory on a side stream, one batch
                 ahead. All tensors of such a batch share one allocation on the device.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
+            as_jax: return the columns, ``weight`` and ``valid`` as JAX arrays over the same memory, and the origins as numpy arrays; see
+                docs/jax.md.
             timeout_s: longest wait for a batch, whether the server is away or nothing can be sampled. None waits without limit while the
                 server is there, and 60 s while it is away.
             ring: take batches through a ring in shared memory, without a message for each, if the server runs on the same host (Linux on
@@ -298,12 +302,8 @@ class ReplayClient(TableVerbs, StatusVerbs):
         whole_number("prefetch", prefetch, least=1)
         request = sample_request(**self._of_table(options))
         limit_s = seconds_or_none("timeout_s", timeout_s)
-        source: BatchSource = StreamSource(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, reconnect_s=RECONNECT_S, ring=ring)
-        if device is None or str(device) == "cpu":
-            return BatchStream(source, self._converter(as_numpy))
-        from touchline._learner.cuda import on_device
-
-        return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), same_batch)
+        form: dict[str, Any] = {"device": device, "as_numpy": as_numpy, "as_jax": as_jax, "default_numpy": self._as_numpy}
+        return open_stream(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, ring=ring, **form)
 
     def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any, *, table: str | None = None) -> None:
         """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.
@@ -445,6 +445,3 @@ class ReplayClient(TableVerbs, StatusVerbs):
 
     def _readiness(self, table: str | None) -> Readiness:
         return Readiness(self._rpc, table=self._table_or_own(table))
-
-    def _converter(self, as_numpy: bool | None) -> Callable[[Batch], Batch]:
-        return batch_converter(as_numpy=self._as_numpy if as_numpy is None else as_numpy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -87,11 +87,13 @@ class CudaStaging:
     Args:
         torch: the torch module.
         device: ``torch.device`` of type ``cuda``.
+        host_fields: fields of which each batch gets a copy in host memory instead of a tensor on the device.
     """
 
-    def __init__(self, torch: Any, device: Any) -> None:
+    def __init__(self, torch: Any, device: Any, host_fields: tuple[str, ...] = ()) -> None:
         self._torch = torch
         self._device = device
+        self._host_fields = host_fields
         self._stream = torch.cuda.Stream(device)
         self._slots = [_Slot(torch.cuda.Event()) for _ in range(STAGING_SLOTS)]
         self._next = 0
@@ -126,7 +128,7 @@ class CudaStaging:
             copied.record(self._stream)
         if direct is not None:
             self._held.append((copied, batch))
-        return StagedBatch(self._views(batch, block, offsets), block, copied)
+        return StagedBatch(keep_on_host(batch, self._views(batch, block, offsets), self._host_fields), block, copied)
 
     def close(self) -> None:
         """Waits for the copies that read the ring, and unpins its memory."""
@@ -202,6 +204,12 @@ def sync_to_current_stream(torch: Any, staged: StagedBatch) -> Batch:
     return staged.batch
 
 
+def keep_on_host(batch: Batch, staged: Batch, fields: tuple[str, ...]) -> Batch:
+    """Returns the staged batch with copies of some fields of the host's batch, whose memory may be reused after the staging."""
+    values = {name: getattr(batch, name) for name in fields}
+    return replace(staged, **{name: value.copy() for name, value in values.items() if value is not None}) if fields else staged
+
+
 def _padded(size_bytes: int) -> int:
     return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
@@ -227,12 +235,14 @@ class CudaSource:
         source: source of host batches as numpy arrays.
         torch: the torch module.
         device: ``torch.device`` of type ``cuda``.
+        host_fields: see :class:`CudaStaging`.
     """
 
-    def __init__(self, source: BatchSource, torch: Any, device: Any) -> None:
+    def __init__(self, source: BatchSource, torch: Any, device: Any, host_fields: tuple[str, ...] = ()) -> None:
         self._source = source
         self._torch = torch
         self._device = device
+        self._host_fields = host_fields
         self._closed = False
         self._changed = threading.Condition()
         self._ahead: deque[StagedBatch] = deque()
@@ -293,7 +303,7 @@ class CudaSource:
     def _work(self) -> None:
         try:
             with self._torch.cuda.device(self._device):
-                staging = CudaStaging(self._torch, self._device)
+                staging = CudaStaging(self._torch, self._device, self._host_fields)
                 try:
                     self._stage_ahead(staging)
                 finally:
@@ -304,8 +314,8 @@ class CudaSource:
                 self._changed.notify_all()
 
 
-def on_device(source: BatchSource, device: Any, *, as_numpy: bool) -> BatchSource:
-    """Returns a source of the same batches on a CUDA device.
+def on_device(source: BatchSource, device: Any, *, as_numpy: bool, host_fields: tuple[str, ...] = ()) -> BatchSource:
+    """Returns a source of the same batches on a CUDA device, except for the fields that stay in host memory.
 
     Raises:
         InvalidArgumentError: torch is not installed, the device does not exist or is not a CUDA device, or numpy arrays are asked for.
@@ -321,4 +331,4 @@ def on_device(source: BatchSource, device: Any, *, as_numpy: bool) -> BatchSourc
         raise InvalidArgumentError(f"device: {str(device)!r}, expected None, 'cpu' or 'cuda' with tensors")
     if not torch.cuda.is_available():
         raise InvalidArgumentError(f"device: {str(device)!r}, but torch finds no CUDA device")
-    return CudaSource(source, torch, place)
+    return CudaSource(source, torch, place, host_fields)

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 from touchline._learner.readiness import Readiness, readiness_of
-from touchline._learner.stream import RECONNECT_S, StreamSource
+from touchline._learner.stream import StreamSource
 from touchline._rpc.calls import RpcClient
 from touchline._rpc.convert import newer_feature, reach_of, table_names_of, tables_of
 from touchline._rpc.waits import waiting
@@ -27,8 +27,12 @@ class SingleBatchSampler:
         self._rpc = rpc
         self._local = threading.local()
 
-    def sample(self, request: pb.SampleRequest) -> Batch:
+    def sample(self, request: pb.SampleRequest, *, as_bodies: bool = False) -> Batch:
         """Returns one batch of writable numpy arrays, which are the caller's.
+
+        Args:
+            request: what to draw.
+            as_bodies: see :class:`BatchDecoder`.
 
         Raises:
             NotReadyError: nothing could be sampled within the request's ``wait_s``; carries the counts.
@@ -42,26 +46,27 @@ class SingleBatchSampler:
             with waiting("sample()", address, lambda: readiness.explain(horizon)):
                 message = self._rpc.unary("Sample", request.SerializeToString(), wait_s=request.wait_s)
         except TooLargeError:
-            return self._sample_over_stream(request)
+            return self._sample_over_stream(request, as_bodies)
         except NotReadyError as error:
             raise self._with_counts(error, readiness, horizon) from error.__cause__
         try:
-            batch = self._decoder.sample_response(message)
+            batch = self._decoder(as_bodies).sample_response(message)
             return replace(batch, table_names=table_names_of(request)) if request.mix else batch
         except CodecError as error:
             raise ServerError(f"{address}: malformed batch: {error}") from error
 
-    @property
-    def _decoder(self) -> BatchDecoder:
-        # A decoder may only be used by one thread at a time, so each thread has its own.
-        decoder: BatchDecoder | None = getattr(self._local, "decoder", None)
+    def _decoder(self, as_bodies: bool) -> BatchDecoder:
+        # A decoder may only be used by one thread at a time, so each thread has its own: one for each layout that it asks for.
+        name = "bodies" if as_bodies else "messages"
+        decoder: BatchDecoder | None = getattr(self._local, name, None)
         if decoder is None:
-            decoder = self._local.decoder = BatchDecoder()
+            decoder = BatchDecoder(as_bodies=as_bodies)
+            setattr(self._local, name, decoder)
         return decoder
 
-    def _sample_over_stream(self, request: pb.SampleRequest) -> Batch:
+    def _sample_over_stream(self, request: pb.SampleRequest, as_bodies: bool) -> Batch:
         timeout_s = self._rpc.timeout_s + request.wait_s
-        source = StreamSource(self._rpc, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=False)
+        source = StreamSource(self._rpc, request, prefetch=1, timeout_s=timeout_s, ring=False, as_bodies=as_bodies)
         try:
             return source.take()
         finally:

@@ -164,10 +164,19 @@ class StreamSource:
         timeout_s: longest wait for a batch, for whatever reason; None waits without limit while the server is there.
         reconnect_s: longest time that the server may be away, if there is no ``timeout_s``.
         ring: take batches through a ring in shared memory if the server offers one.
+        as_bodies: lay out batches that come in messages as those of a ring, every array aligned to 64 bytes.
     """
 
     def __init__(
-        self, rpc: RpcClient, request: pb.SampleRequest, *, prefetch: int, timeout_s: float | None, reconnect_s: float, ring: bool
+        self,
+        rpc: RpcClient,
+        request: pb.SampleRequest,
+        *,
+        prefetch: int,
+        timeout_s: float | None,
+        reconnect_s: float = RECONNECT_S,
+        ring: bool,
+        as_bodies: bool = False,
     ) -> None:
         self._rpc = rpc
         self._request = request
@@ -177,6 +186,7 @@ class StreamSource:
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
         self._use_ring = ring
+        self._as_bodies = as_bodies
         self._readiness = readiness_of(rpc, request)
         self._horizon = reach_of(request)
         self._table_names = table_names_of(request)
@@ -280,7 +290,7 @@ class StreamSource:
 
     def _open(self) -> StreamSession:
         self._taken = 0
-        session = StreamSession(self._rpc, self._request, self._prefetch, ring=self._use_ring)
+        session = StreamSession(self._rpc, self._request, self._prefetch, ring=self._use_ring, as_bodies=self._as_bodies)
         self._session = session
         if self._closed.is_set():  # close() ran in another thread before it could see the session
             session.end()

@@ -36,9 +36,10 @@ class StreamSession:
         request: request that opens the session.
         credits: batches that the server may send before the first grant.
         ring: ask the server for a ring.
+        as_bodies: see :class:`BatchDecoder`.
     """
 
-    def __init__(self, rpc: RpcClient, request: pb.SampleRequest, credits: int, *, ring: bool) -> None:
+    def __init__(self, rpc: RpcClient, request: pb.SampleRequest, credits: int, *, ring: bool, as_bodies: bool = False) -> None:
         rpc.check_server_version(newer_feature(request), table=tables_of(request)[0])
         self._rpc = rpc
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -50,7 +51,7 @@ class StreamSession:
             self.transport_reason = "this machine is not Linux on x86-64, or has no /dev/shm" if ring else "turned off by ring=False"
         self.ring: RingBatches | None = None
         """The ring that batches come through; None while they come in messages."""
-        self._decoder = BatchDecoder()
+        self._decoder = BatchDecoder(as_bodies=as_bodies)
         self._grants: dict[int, bytes] = {}
         opening = pb.SampleStreamOpen(sample=request, credits=credits, shared_memory_id=identity)
         self._requests.put(pb.SampleStreamRequest(open=opening).SerializeToString())

@@ -58,7 +58,7 @@ def same_batch(batch: Batch) -> Batch:
 def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     """Returns a batch of the results of ``change``, called with each array of the given batch in a fixed order."""
     return Batch(
-        obs=_map_nested(batch.obs, change),
+        obs=map_nested(batch.obs, change),
         action=change(batch.action),
         reward=change(batch.reward),
         done=change(batch.done),
@@ -72,10 +72,11 @@ def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     )
 
 
-def _map_nested(level: Any, change: Callable[[Any], Any]) -> Any:
+def map_nested(level: Any, change: Callable[[Any], Any]) -> Any:
+    """Returns a nested dict of the results of ``change``, or its result if ``level`` is an array."""
     # Not a nested function: one that calls itself is a reference cycle, which would keep alive what ``change`` holds until the next
     # collection of cycles, and with it a slot of the ring.
-    return {name: _map_nested(value, change) for name, value in level.items()} if isinstance(level, dict) else change(level)
+    return {name: map_nested(value, change) for name, value in level.items()} if isinstance(level, dict) else change(level)
 
 
 def as_tensor(torch: Any, array: np.ndarray) -> Any:

@@ -1,0 +1,65 @@
+"""In what form a learner gets its batches: numpy arrays, torch tensors or JAX arrays, in host memory or on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from touchline._learner.stream import BatchSource, BatchStream, StreamSource
+from touchline._learner.torch_batch import batch_converter, same_batch
+from touchline._rpc.calls import RpcClient
+from touchline.errors import InvalidArgumentError
+from touchline_protos import Batch
+from touchline_protos.v1 import replay_pb2 as pb
+
+
+def host_converter(*, as_numpy: bool | None, as_jax: bool, default_numpy: bool) -> Callable[[Batch], Batch]:
+    """Returns the function that turns a batch of numpy arrays in host memory into what the caller asked for.
+
+    Args:
+        as_numpy: numpy arrays even if torch is installed; None takes ``default_numpy``.
+        as_jax: JAX arrays.
+        default_numpy: the client's setting.
+
+    Raises:
+        InvalidArgumentError: both are asked for, or JAX is not installed.
+    """
+    if not as_jax:
+        return batch_converter(as_numpy=default_numpy if as_numpy is None else as_numpy)
+    if as_numpy:
+        raise InvalidArgumentError("as_jax: True and as_numpy=True, expected one of them")
+    from touchline._learner.jax_batch import jax_converter
+
+    return jax_converter()
+
+
+def open_stream(
+    rpc: RpcClient,
+    request: pb.SampleRequest,
+    *,
+    prefetch: int,
+    timeout_s: float | None,
+    ring: bool,
+    device: Any,
+    as_numpy: bool | None,
+    as_jax: bool,
+    default_numpy: bool,
+) -> BatchStream:
+    """Returns a stream of batches; see :meth:`~touchline.ReplayClient.batches`. Its session opens with the first batch.
+
+    Raises:
+        InvalidArgumentError: the device and the form do not fit each other or this machine.
+    """
+    source: BatchSource = StreamSource(rpc, request, prefetch=prefetch, timeout_s=timeout_s, ring=ring, as_bodies=as_jax)
+    if device is None or str(device) == "cpu":
+        return BatchStream(source, host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=default_numpy))
+    from touchline._learner.cuda import on_device
+
+    if not as_jax:
+        return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), same_batch)
+    from touchline._learner.jax_batch import HOST_FIELDS, check_jax_device
+
+    convert = host_converter(as_numpy=as_numpy, as_jax=True, default_numpy=default_numpy)
+    source = on_device(source, device, as_numpy=False, host_fields=HOST_FIELDS)
+    check_jax_device(device)
+    return BatchStream(source, convert)
