@@ -2,7 +2,7 @@
 
     python examples/train_numpy.py --address 127.0.0.1:50051 --updates 500
 
-For users of numpy and JAX: `batches(as_numpy=True)` yields writable numpy arrays, which `jax.numpy.asarray` accepts as they are. The model
+For users of numpy: `batches(as_numpy=True)` yields writable numpy arrays; `train_jax.py` is the same for JAX. The model
 is one hidden layer that predicts each reward from the observation before it and the action, trained by Adam. Prints lines of JSON.
 """
 

@@ -160,6 +160,18 @@ def test_multi_task_trainer_on_half_demonstrations_learns_every_task(start: Star
         assert client.counts().episodes_added == 0
 
 
+def test_learner_in_jax_learns_from_batches_of_the_ring(start: Start) -> None:
+    with _serve() as server, ReplayClient(server.address) as client:
+        learner = start("train_jax.py", "--address", server.address, "--updates", "400", JAX_PLATFORMS="cpu")
+        first, *_, last = list(_lines(learner))
+        assert learner.wait() == 0
+
+        assert (first["update"], last["update"]) == (100, 400)
+        assert {first["transport"], last["transport"]} == {"ring"}
+        assert last["loss"] < first["loss"] / 4
+        assert client.counts().episodes_added == 20 + 400 // 25
+
+
 def test_learner_with_priorities_draws_more_of_what_it_predicts_badly(start: Start) -> None:
     with _serve() as server, ReplayClient(server.address) as client:
         learner = start("train_prioritized.py", "--address", server.address, "--updates", "400")

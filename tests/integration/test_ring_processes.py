@@ -132,7 +132,7 @@ SERVER = """
 
 
 def test_server_killed_with_a_learner_attached_leaves_nothing(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.client.RECONNECT_S", 0.5)
+    monkeypatch.setattr("touchline._learner.outputs.RECONNECT_S", 0.5)
     environment = os.environ | {"TOUCHLINE_CONFIG__BATCH_SIZE": "8", "TOUCHLINE_CONFIG__MIN_HISTORY": "0"}
     with running(SERVER, env=environment, cwd=tmp_path) as process:
         assert process.stdout is not None

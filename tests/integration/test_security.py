@@ -156,7 +156,7 @@ def test_wrong_certificate_name_or_key_is_raised_immediately_by_every_method(
     wrong: str, authority: Authority, other_authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A retry waits for half an hour here, so one attempt has to suffice."""
-    monkeypatch.setattr("touchline.client.RECONNECT_S", 3600.0)
+    monkeypatch.setattr("touchline._learner.outputs.RECONNECT_S", 3600.0)
     tls = TlsConfig(authority.cert)
     with ExitStack() as stack:
         if wrong == "expired":

@@ -216,7 +216,7 @@ def test_sample_at_a_horizon_longer_than_every_episode_raises_not_ready(ring: bo
 
 
 def test_first_sample_gives_up_on_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.client.RECONNECT_S", 0.5)
+    monkeypatch.setattr("touchline._learner.outputs.RECONNECT_S", 0.5)
     with ServerThread(server_config()) as server:
         buffer = Buffer(make_cfg(replay_address=server.address))
 

@@ -41,7 +41,7 @@ MAY_IMPORT = {
         "_spool": {"client", "_actor", "_rpc", *VALUES},
         "client": {"_actor", "_learner", "_rpc", *VALUES},
         "_actor": {"_rpc", *VALUES},
-        "_learner": {"_rpc", *VALUES},
+        "_learner": {"_rpc", "installing", *VALUES},
         "_rpc": VALUES,
         "types": {"errors"},
         "errors": set(),

@@ -184,7 +184,7 @@ def test_session_is_opened_only_after_the_server_answered() -> None:
 
 
 def test_server_that_stays_away_is_unavailable_after_the_limit_and_each_next_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("touchline.client.RECONNECT_S", 1.0)
+    monkeypatch.setattr("touchline._learner.outputs.RECONNECT_S", 1.0)
     with ScriptedServer(SampleStream=failing_stream(UNAVAILABLE), Ready=failing(UNAVAILABLE)) as server:
         with ReplayClient(server.address, as_numpy=True) as client, client.batches() as stream:
             for _ in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from touchline._learner.stream import BatchSource, BatchStream, StreamSource
+from touchline._learner.stream import RECONNECT_S, BatchSource, BatchStream, StreamSource
 from touchline._learner.torch_batch import batch_converter, same_batch
 from touchline._rpc.calls import RpcClient
 from touchline.errors import InvalidArgumentError
@@ -50,7 +50,9 @@ def open_stream(
     Raises:
         InvalidArgumentError: the device and the form do not fit each other or this machine.
     """
-    source: BatchSource = StreamSource(rpc, request, prefetch=prefetch, timeout_s=timeout_s, ring=ring, as_bodies=as_jax)
+    source: BatchSource = StreamSource(
+        rpc, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring, as_bodies=as_jax
+    )
     if device is None or str(device) == "cpu":
         return BatchStream(source, host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=default_numpy))
     from touchline._learner.cuda import on_device

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 from touchline._learner.readiness import Readiness, readiness_of
-from touchline._learner.stream import StreamSource
+from touchline._learner.stream import RECONNECT_S, StreamSource
 from touchline._rpc.calls import RpcClient
 from touchline._rpc.convert import newer_feature, reach_of, table_names_of, tables_of
 from touchline._rpc.waits import waiting
@@ -66,7 +66,7 @@ class SingleBatchSampler:
 
     def _sample_over_stream(self, request: pb.SampleRequest, as_bodies: bool) -> Batch:
         timeout_s = self._rpc.timeout_s + request.wait_s
-        source = StreamSource(self._rpc, request, prefetch=1, timeout_s=timeout_s, ring=False, as_bodies=as_bodies)
+        source = StreamSource(self._rpc, request, prefetch=1, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=False, as_bodies=as_bodies)
         try:
             return source.take()
         finally:

@@ -174,7 +174,7 @@ class StreamSource:
         *,
         prefetch: int,
         timeout_s: float | None,
-        reconnect_s: float = RECONNECT_S,
+        reconnect_s: float,
         ring: bool,
         as_bodies: bool = False,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 
 Array = Any
-"""A ``numpy.ndarray``, or a ``torch.Tensor`` if the caller asked for one; for nested observations, a dict of these."""
+"""A ``numpy.ndarray``, a ``torch.Tensor`` or a ``jax.Array``, as the caller asked for; for nested observations, a dict of these."""
 
 PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
     ("episode_id", np.dtype("<i8")),
@@ -33,8 +33,8 @@ OPTIONAL_PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
 class Batch:
     """B slices of H + 1 consecutive steps, time-major. Unpacks, is indexed and is sliced like the tuple ``obs, action, reward, done``.
 
-    The arrays belong to the caller and are writable: nothing overwrites them as long as they or any view of them are alive. Those of one
-    batch may share one allocation, which is released, or reused for a later batch, when the last of them dies.
+    The arrays belong to the caller and, except for those of JAX, are writable: nothing overwrites them as long as they or any view of them
+    are alive. Those of one batch may share one allocation, which is released, or reused for a later batch, when the last of them dies.
     """
 
     obs: Array
