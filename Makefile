@@ -38,7 +38,7 @@ OF_MINARI := $(addprefix tests/integration/test_datasets_,minari.py export.py si
 CLIENT_TESTS := $(filter-out $(OF_MINARI),$(QUICK_TESTS) $(wildcard tests/unit/client/test_*.py tests/unit/protos/test_*.py \
 	tests/integration/test_recorders_*.py tests/integration/test_datasets_*.py tests/integration/test_spool_command.py \
 	tests/integration/test_jax.py))
-# For example BENCH="--quick", or BENCH="--only W1 --rounds 31".
+# For example BENCH="--quick", BENCH="--only W1 --rounds 31", or, without a GPU, `make bench-gpu BENCH="--device cpu --dry-run"`.
 BENCH ?=
 REQUIREMENTS := examples/requirements.txt tests/requirements.txt docs/site/requirements.txt
 
@@ -132,7 +132,7 @@ bench: $(INSTALLED) ## measure against TD-MPC2's buffer, about 10 minutes, into 
 bench-peers: $(INSTALLED) $(PEERS_INSTALLED) ## measure against Reverb, about 15 minutes, into docs/benchmarks
 	$(BIN)/python -m benchmarks peers $(BENCH)
 
-bench-gpu: $(INSTALLED) ## measure the store and the learner on a CUDA device, about 5 minutes, into docs/benchmarks
+bench-gpu: $(INSTALLED) ## test, then measure store and learner on a CUDA device, in 8 minutes, into docs/benchmarks
 	$(BIN)/python -m benchmarks gpu $(BENCH)
 
 # Reverb needs a TensorFlow, a numpy and a protobuf of its time, so it has an environment of its own.

@@ -83,25 +83,30 @@ def peers(
 
 @app.command()
 def gpu(
-    output: Output = DOCS, quick: Quick = False, rounds: Rounds = None, only: Only = "W1,W2", default_malloc: DefaultMalloc = False
+    output: Annotated[Path | None, typer.Option(help="Folder for the results. [default: docs/benchmarks]")] = None,
+    quick: Quick = False,
+    rounds: Rounds = None,
+    only: Annotated[str, typer.Option(help="Parts, with commas between them.")] = "tests,W1,W2,updates",
+    minutes: Annotated[float, typer.Option(min=0.1, help="Length of the whole, at most; what is measured by then counts.")] = 7.5,
+    device: Annotated[str, typer.Option(help="cuda, or cpu with --dry-run.")] = "cuda",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run every part once on tiny stores, to see that it is complete.")] = False,
+    default_malloc: DefaultMalloc = False,
 ) -> None:
-    """Measures the store and the learner on a CUDA device; writes a report of its own."""
-    from benchmarks.gpu import suite as gpu_suite
+    """Runs the tests that need a CUDA device, and measures store and learner on it; writes a report of its own."""
+    from benchmarks.gpu import session
 
-    effort = _effort(quick, rounds)
-    findings = Findings()
-    described = machine.describe_device() | machine.describe()
-    begin = time.monotonic()
-    with _progress() as progress:
-        for name in [name for name in ("W1", "W2") if name in only.split(",")]:
-            task = progress.add_task(f"{name}: filling stores", total=None)
-            with ProcessGroup(tuned=not default_malloc) as processes:
-                gpu_suite.run(name, processes, effort, findings, _runner(progress, task))
-    output.mkdir(parents=True, exist_ok=True)
-    effort = replace(effort, seconds=min(effort.seconds, gpu_suite.SLICE_S))
-    results = {"machine": described, "settings": _settings(effort, quick, default_malloc, begin), "sections": findings.sections}
-    (output / GPU_FILE).write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"wrote {write_gpu_report(output).name}")
+    if (device != "cuda") != dry_run:
+        raise typer.BadParameter("--dry-run goes with --device cpu, and the other way round")
+    output = output or (REPOSITORY / "build" / "dry-run" if dry_run else DOCS)
+    effort = session.DRY if dry_run else _effort(quick, rounds)
+    described = (machine.describe_device() if device == "cuda" else {"device": "none: a dry run on the CPU"}) | machine.describe()
+    settings = _settings(replace(effort, seconds=min(effort.seconds, session.SLICE_S)), quick or dry_run, default_malloc)
+    parts = only.split(",")
+    run = session.Session(effort, minutes * 60, parts, SEED, device=device, tuned=not default_malloc, tell=_tell)
+    results = run.run(output, {"machine": described, "settings": settings})
+    console.print(f"wrote {GPU_FILE} after {results['took_s'] / 60:.1f} minutes; report: {write_gpu_report(output).name}")
+    if results["failures"] or any(section["failures"] for section in results["sections"].values()):
+        raise typer.Exit(1)
 
 
 @app.command("compare")
@@ -184,6 +189,10 @@ def _progress() -> Progress:
     )
 
 
+def _tell(text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
 def _runner(progress: Progress, task: Any) -> Any:
     def run_section(section: Section) -> None:
         progress.reset(task, total=section.steps, description=section.name)
@@ -199,11 +208,12 @@ def _runner(progress: Progress, task: Any) -> Any:
     return run_section
 
 
-def _settings(effort: Effort, quick: bool, default_malloc: bool, begin: float) -> str:
+def _settings(effort: Effort, quick: bool, default_malloc: bool, begin: float | None = None) -> str:
     kind = "a QUICK run on small stores, whose numbers mean nothing; " if quick else ""
     tuning = "as the C library has it" if default_malloc else ", ".join(f"{name}={value}" for name, value in MALLOC_TUNING.items())
     rounds = f"{effort.rounds} rounds ({effort.side_rounds} in side sections) of {effort.seconds} s a slice"
-    return f"{kind}{rounds}; order seed {SEED}; memory allocation: {tuning}; took {(time.monotonic() - begin) / 60:.1f} minutes"
+    took = "" if begin is None else f"; took {(time.monotonic() - begin) / 60:.1f} minutes"
+    return f"{kind}{rounds}; order seed {SEED}; memory allocation: {tuning}{took}"
 
 
 def _write(output: Path, name: str, described: dict[str, str], settings: str, findings: Findings, **more: Any) -> None:

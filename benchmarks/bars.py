@@ -82,4 +82,8 @@ def values(sections: Sections, section: str, subject: str, metric: str) -> list[
 def _ratio(sections: Sections, bar: Bar) -> Interval | None:
     over = values(sections, bar.section, bar.over, bar.metric)
     under = values(sections, bar.section, bar.under, bar.metric)
-    return ratio_interval(over, under) if over and under else None
+    if not over or not under:
+        return None
+    # A subject that failed midway has fewer rounds than the other: those that both have are compared.
+    count = min(len(over), len(under))
+    return ratio_interval(over[:count], under[:count])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.protocol import Worker, cpu_seconds, resident_bytes
@@ -78,16 +79,29 @@ class ProcessGroup:
         """Starts a subject's process, with this interpreter or another."""
         return self._stack.enter_context(Worker(module, python=python, tuned=self.tuned))
 
-    def server(self, workload: str, rows: int, *, device: str = "cpu") -> tuple[ServerProcess, dict[str, float]]:
+    def server(
+        self, workload: str, rows: int, *, device: str = "cpu", keys: Mapping[str, str] = MappingProxyType({}), limit_s: float = 600.0
+    ) -> tuple[ServerProcess, dict[str, float]]:
         """Starts a server and fills it.
+
+        Args:
+            workload: name of the workload.
+            rows: size of the store.
+            device: ``storage.device``.
+            keys: other keys of the configuration, by the names of their environment variables.
+            limit_s: longest time for the start, and for the fill.
 
         Returns:
             The server, and by how much its resident memory grew with the fill.
+
+        Raises:
+            WorkerError: it did not start, or was not filled, or not in time.
         """
-        server = self._stack.enter_context(ServerProcess(WORKLOADS[workload].resized(rows), tuned=self.tuned, device=device))
+        shape = WORKLOADS[workload].resized(rows)
+        server = self._stack.enter_context(ServerProcess(shape, tuned=self.tuned, device=device, keys=keys, start_s=limit_s))
         before = resident_bytes(server.pid)
         with Worker("benchmarks.actor", tuned=self.tuned) as filler:
-            filler.call("fill", address=server.address, workload=workload, rows=rows)
+            filler.call_within(limit_s, "fill", address=server.address, workload=workload, rows=rows)
         return server, {"resident_bytes": resident_bytes(server.pid) - before, "rows": rows}
 
     def actor_group(self, server: ServerProcess, workload: str, rows: int, actors: int) -> ActorGroup:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -82,6 +83,19 @@ class Worker:
         except OSError as error:
             raise self._ended() from error
 
+    def call_within(self, timeout_s: float, method: str, **arguments: Any) -> Any:
+        """Makes a call as :meth:`call` does, and kills the process if it does not answer in time.
+
+        Raises:
+            WorkerError: it raised, it ended, or it was killed.
+        """
+        assert self._process.stdout is not None
+        self.send(method, **arguments)
+        if not wait_readable(self._process.stdout, timeout_s):
+            self._process.kill()
+            raise WorkerError(f"{self.module}: no answer to {method} within {timeout_s:.0f} s, so it was killed")
+        return self.receive()
+
     def receive(self) -> Any:
         """Returns the answer to the call that was begun. Raises as :meth:`call` does."""
         assert self._process.stdout is not None
@@ -116,6 +130,13 @@ class Worker:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def wait_readable(stream: IO[str], timeout_s: float) -> bool:
+    """Waits until a pipe of which nothing was read ahead has something to read, or has ended; returns whether it has."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        return bool(selector.select(max(timeout_s, 0.0)))
 
 
 def serve(methods: Mapping[str, Callable[..., Any]]) -> None:

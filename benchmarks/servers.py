@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Self
 
-from benchmarks.protocol import REPOSITORY, WorkerError, child_environment
+from benchmarks.protocol import REPOSITORY, WorkerError, child_environment, wait_readable
 from benchmarks.workloads import Workload
 
 
@@ -22,6 +22,10 @@ class ServerProcess:
         data_dir: ``storage.data_dir``; empty for none.
         durability: ``storage.durability``.
         keys: other keys of the configuration, by the names of their environment variables.
+        start_s: longest time that it may take to start.
+
+    Raises:
+        WorkerError: it did not start.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class ServerProcess:
         data_dir: str = "",
         durability: str = "batch",
         keys: Mapping[str, str] = MappingProxyType({}),
+        start_s: float = 120.0,
     ) -> None:
         environment = child_environment(tuned=tuned) | {
             "TOUCHLINE_CONFIG__BUFFER_SIZE": str(workload.rows),
@@ -49,6 +54,8 @@ class ServerProcess:
         command = [sys.executable, "-m", "touchline_server", "serve", "--port", "0", "--log-level", "error"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, env=environment, text=True)
         assert self._process.stdout is not None
+        if not wait_readable(self._process.stdout, start_s):
+            self._process.kill()
         for line in self._process.stdout:
             if line.startswith("listening on "):
                 self.address = line.split()[-1]

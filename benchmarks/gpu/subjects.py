@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
+from benchmarks.gpu.place import Place
 from benchmarks.local import LocalSubject, batch_columns
 from benchmarks.tdmpc2 import Tdmpc2Subject, Tensors
 from benchmarks.workloads import Content
@@ -16,15 +16,22 @@ from touchline_protos import Batch
 COPY_BYTES = 2 << 30
 """Size of the copy that measures the card's bandwidth: many times its cache."""
 
+BUS_BYTES = 1 << 26
+"""Size of the copies over the bus."""
+
+DRY_BYTES = 1 << 16
+"""Size of all copies in a dry run."""
+
 GRAPH_BATCHES = 16
 
 
 class DeviceLocalSubject:
     """``touchline_server.ReplayBuffer`` with its columns on the device."""
 
-    def __init__(self, content: Content, *, writing: bool = False) -> None:
+    def __init__(self, content: Content, *, place: Place, writing: bool = False) -> None:
         self.content = content
-        self.local = LocalSubject(content, device="cuda")
+        self.place = place
+        self.local = LocalSubject(content, device=place.device)
         self._writing = writing
 
     def take(self) -> Batch:
@@ -41,9 +48,10 @@ class DeviceLocalSubject:
 class DeviceTdmpc2Subject:
     """TD-MPC2's construction with TorchRL's storage on the device."""
 
-    def __init__(self, content: Content, *, cache: bool) -> None:
+    def __init__(self, content: Content, *, place: Place, cache: bool) -> None:
         self.content = content
-        self._inner = Tdmpc2Subject(content, cache=cache, device="cuda")
+        self.place = place
+        self._inner = Tdmpc2Subject(content, cache=cache, device=place.device)
 
     def take(self) -> Tensors:
         """Returns a batch."""
@@ -64,25 +72,26 @@ class DeviceGatherLimit:
 
     def __init__(self, over: DeviceLocalSubject) -> None:
         self.content = over.content
+        self.place = over.place
         workload = self.content.workload
         columns = over.local.buffer.store.columns
         assert columns is not None
         entries = over.local.buffer.store.entries()
         self._first, self._starts = entries[:, 1].copy(), entries[:, 2] - workload.horizon
         self._columns = columns.tensors
-        self._capacity = workload.rows
+        self._capacity = len(columns.tensors["obs"])
         self._offsets = np.arange(workload.horizon + 1)[:, None]
         self._rng = np.random.default_rng(1)
         size, horizon = workload.batch_size, workload.horizon
         self._out = {
-            name: torch.empty((steps * size, *self._columns[name].shape[1:]), dtype=self._columns[name].dtype, device="cuda")
+            name: torch.empty((steps * size, *self._columns[name].shape[1:]), dtype=self._columns[name].dtype, device=over.place.device)
             for name, steps in (("obs", horizon + 1), ("action", horizon), ("reward", horizon), ("done", horizon))
         }
-        self._rows = torch.empty((horizon + 1) * size, dtype=torch.int64, device="cuda")
+        self._rows = torch.empty((horizon + 1) * size, dtype=torch.int64, device=over.place.device)
 
     def take(self) -> Mapping[str, torch.Tensor]:
         """Draws and gathers; the next call overwrites what this one returns."""
-        self._rows.copy_(torch.from_numpy(self.draw()).pin_memory(), non_blocking=True)
+        self._rows.copy_(self.place.pin(torch.from_numpy(self.draw())), non_blocking=True)
         self._gather(self._rows)
         return self._out
 
@@ -104,20 +113,28 @@ class DeviceGatherLimit:
         Its slices have ``gb_per_s``, bytes read and bytes written, and ``device_s`` a batch.
         """
         # A graph has the addresses only: the rows have to stay.
-        self._graph_rows = [torch.from_numpy(self.draw()).cuda() for _ in range(GRAPH_BATCHES)]
-        self._gather(self._graph_rows[0])
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for rows in self._graph_rows:
-                self._gather(rows)
+        self._graph_rows = [torch.from_numpy(self.draw()).to(self.place.device) for _ in range(GRAPH_BATCHES)]
+        replay = self._captured() if self.place.is_cuda else self._gather_all
         moved = 2 * self.content.workload.batch_bytes
 
         def run(seconds: float) -> dict[str, float]:
-            device_s = _device_seconds(graph.replay, seconds) / GRAPH_BATCHES
+            device_s = self.place.seconds_of(replay, seconds) / GRAPH_BATCHES
             return {"gb_per_s": moved / device_s / 1e9, "device_s": device_s}
 
         return run
+
+    def _captured(self) -> Callable[[], None]:
+        """Returns the replay of a graph of all batches."""
+        self._gather_all()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._gather_all()
+        return graph.replay
+
+    def _gather_all(self) -> None:
+        for rows in self._graph_rows:
+            self._gather(rows)
 
     def _gather(self, rows: torch.Tensor) -> None:
         torch.index_select(self._columns["obs"], 0, rows, out=self._out["obs"])
@@ -132,37 +149,29 @@ class Copies:
     Each method returns a slice with ``gb_per_s``: for a copy on the device bytes read and bytes written, over the bus bytes moved.
     """
 
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
     def on_device(self, seconds: float) -> dict[str, float]:
         """Copies a block of :data:`COPY_BYTES`."""
-        source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
+        size = COPY_BYTES if self._place.is_cuda else DRY_BYTES
+        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=self._place.device)
         target = torch.empty_like(source)
-        return {"gb_per_s": 2 * COPY_BYTES / _device_seconds(lambda: target.copy_(source), seconds) / 1e9}
+        return {"gb_per_s": 2 * size / self._place.seconds_of(lambda: target.copy_(source), seconds) / 1e9}
 
     def to_host(self, seconds: float) -> dict[str, float]:
-        """Copies 64 MiB into pinned memory."""
-        source, target = torch.ones(1 << 26, dtype=torch.uint8, device="cuda"), torch.empty(1 << 26, dtype=torch.uint8, pin_memory=True)
-        return {"gb_per_s": (1 << 26) / _device_seconds(lambda: target.copy_(source, non_blocking=True), seconds) / 1e9}
+        """Copies :data:`BUS_BYTES` into pinned memory."""
+        on_host, on_device = self._blocks()
+        return self._over_the_bus(lambda: on_host.copy_(on_device, non_blocking=True), len(on_host), seconds)
 
     def to_device(self, seconds: float) -> dict[str, float]:
-        """Copies 64 MiB from pinned memory."""
-        source, target = torch.ones(1 << 26, dtype=torch.uint8).pin_memory(), torch.empty(1 << 26, dtype=torch.uint8, device="cuda")
-        return {"gb_per_s": (1 << 26) / _device_seconds(lambda: target.copy_(source, non_blocking=True), seconds) / 1e9}
+        """Copies :data:`BUS_BYTES` from pinned memory."""
+        on_host, on_device = self._blocks()
+        return self._over_the_bus(lambda: on_device.copy_(on_host, non_blocking=True), len(on_host), seconds)
 
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        block = torch.ones(BUS_BYTES if self._place.is_cuda else DRY_BYTES, dtype=torch.uint8)
+        return self._place.pin(block), block.to(self._place.device, copy=True)
 
-def _device_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Returns how long the device takes for some work: by its own clock, over ``seconds`` after a warm-up."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
-    ends = time.perf_counter() + seconds
-    total_s, count = 0.0, 0
-    while time.perf_counter() < ends:
-        begin.record()
-        for _ in range(10):
-            work()
-        end.record()
-        end.synchronize()
-        total_s += begin.elapsed_time(end) / 1e3
-        count += 10
-    return total_s / count
+    def _over_the_bus(self, copy: Callable[[], object], size: int, seconds: float) -> dict[str, float]:
+        return {"gb_per_s": size / self._place.seconds_of(copy, seconds) / 1e9}

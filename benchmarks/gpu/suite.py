@@ -1,64 +1,150 @@
-"""The measurements of ``make bench-gpu`` for one workload, in one section: in process, served, and during a training step."""
+"""The sections of ``make bench-gpu``: each workload in process, served and beside a training step; and updates of a compiled learner."""
 
 from __future__ import annotations
 
-from benchmarks.processes import ProcessGroup
-from benchmarks.protocol import Worker
-from benchmarks.rounds import Section, Subject
-from benchmarks.suite import Effort, Findings, Run
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-SLICE_S = 0.3
+from benchmarks.gpu.measurement import Measurement
+from benchmarks.protocol import Worker
+from benchmarks.servers import ServerProcess
+
+SLICE_S = 0.25
 """Maximum length of a slice."""
 
 SHORT_S = 0.1
 """Length of the slices that only copy or run kernels."""
 
+UPDATES = "updates"
+"""Name of the section of the compiled learner."""
 
-def run(name: str, processes: ProcessGroup, effort: Effort, findings: Findings, run_section: Run) -> None:
-    """Measures a workload.
-
-    Args:
-        name: name of the workload.
-        processes: group that starts and ends the processes.
-        effort: how long to measure.
-        findings: findings that the section is added to.
-        run_section: function that runs the rounds.
-    """
-    rows, seconds = effort.rows(name), min(effort.seconds, SLICE_S)
-    subjects = _in_process(processes.worker("benchmarks.gpu.in_process"), name, rows, seconds)
-    learner = processes.worker("benchmarks.gpu.learner")
-    servers = {device: processes.server(name, rows, device=device)[0] for device in ("cuda", "cpu")}
-    for device, server in servers.items():
-        place = {"address": server.address, "workload": name, "rows": rows}
-        for path in ("stream", "ring"):
-            learner.call("make", name=f"{path} {device}", path=path, **place)
-            subjects.append(_remote(learner, f"{path} {device}", server.pid, seconds))
-        for ahead in (True, False):
-            subject = f"{'ahead' if ahead else 'by hand'} {device}"
-            learner.call("make", name=subject, path="ring", ahead=ahead, step=True, **place)
-            subjects.append(_remote(learner, subject, server.pid, seconds))
-    learner.call("make_held", name="step only", address=servers["cpu"].address, workload=name, rows=rows)
-    subjects.append(_remote(learner, "step only", servers["cpu"].pid, seconds))
-    section = Section(name, subjects, effort.rounds)
-    run_section(section)
-    findings.record(section)
+UPDATE_SLICES = 3
+"""Factor by which slices of updates are longer: an update takes as long as a hundred batches."""
 
 
-def _in_process(worker: Worker, name: str, rows: int, seconds: float) -> list[Subject]:
-    worker.call("make_tdmpc2", name="tdmpc2", workload=name, rows=rows, cache=False)
-    if name == "W1":
-        worker.call("make_tdmpc2", name="tdmpc2-cached", workload=name, rows=rows, cache=True)
-    worker.call("make_local", name="local", workload=name, rows=rows)
-    worker.call("make_local", name="local-writes", workload=name, rows=rows, writing=True)
-    worker.call("make_limits", over="local")
-    subjects = ["tdmpc2", *(["tdmpc2-cached"] if name == "W1" else []), "local", "local-writes", "limit"]
-    alone = ["kernels", "copy", "to-host", "to-device"]
-    return [_local(worker, subject, seconds) for subject in subjects] + [_local(worker, subject, SHORT_S) for subject in alone]
+@dataclass(frozen=True)
+class Task:
+    """What a section is measured with."""
+
+    measurement: Measurement
+    workload: str
+    rows: int
+    seconds: float
+    """Length of a slice."""
+    device: str
+    """Device of the learner, and of the columns that are not in host memory: ``cuda``; ``cpu`` in a dry run."""
+
+    @property
+    def place(self) -> dict[str, object]:
+        """Arguments that every method takes which makes a subject."""
+        return {"workload": self.workload, "rows": self.rows, "device": self.device}
 
 
-def _local(worker: Worker, name: str, seconds: float) -> Subject:
-    return Subject(name, lambda length: worker.call("run", name=name, seconds=length), seconds)
+def measure_workload(task: Task) -> None:
+    """Prepares the section of a workload: its in-process subjects, and those of two servers."""
+    group = task.measurement.processes
+    inner = [group.worker("benchmarks.gpu.in_process") for _ in range(2)]
+    # A learner for each path: an error on the device ends all that its process does.
+    ring, on_device, in_host = (group.worker("benchmarks.gpu.learner") for _ in range(3))
+    task.measurement.prepare(
+        [
+            partial(_references, task, inner[0]),
+            partial(_own, task, inner[1]),
+            partial(_served, task, columns="cuda", ring=ring, learner=on_device, step_name="step only"),
+            partial(_served, task, columns="cpu", ring=None, learner=in_host, step_name="step of host columns"),
+        ]
+    )
 
 
-def _remote(learner: Worker, name: str, server_pid: int, seconds: float) -> Subject:
-    return Subject(name, lambda length: learner.call("run", name=name, seconds=length, server_pid=server_pid), seconds)
+def measure_updates(task: Task) -> None:
+    """Prepares the section of the compiled learner: on a fixed batch, and on served ones."""
+    measurement = task.measurement
+    learner = measurement.processes.worker("benchmarks.gpu.learner")
+    servers: dict[str, ServerProcess] = {}
+    paths = {"cuda": ("device", "ring"), "cpu": ("device",)}
+
+    def start(columns: str) -> None:
+        wanted = ["fixed", *_names("update", paths[columns], columns)] if columns == "cuda" else _names("update", paths[columns], columns)
+        server = measurement.server(task.workload, task.rows, device=_where(task, columns), wanted=wanted)
+        if server is not None:
+            servers[columns] = server
+
+    measurement.prepare([partial(start, columns) for columns in paths])
+    if not servers:
+        return
+    first = next(iter(servers.values()))
+    seconds = task.seconds * UPDATE_SLICES
+    if not measurement.make(["fixed"], learner, "make_fixed", name="fixed", address=first.address, compiled=True, **task.place):
+        return
+    measurement.add("fixed", learner, seconds, server_pid=first.pid)
+    for columns, server in servers.items():
+        for path in paths[columns]:
+            _remote(task, learner, server, f"update {path} {columns}", path=path, seconds=seconds, work=True)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the measurement whose subjects take turns."""
+
+    workload: str
+    share: float
+    """Share of the whole time, in which the section has to end. Those of all sections and of the tests add up to 1."""
+    prepare: Callable[[Task], None]
+    """Function that makes the subjects."""
+
+
+SECTIONS = {
+    "W1": Section("W1", 0.20, measure_workload),
+    "W2": Section("W2", 0.32, measure_workload),
+    UPDATES: Section("W1", 0.26, measure_updates),
+}
+
+
+def _references(task: Task, worker: Worker) -> None:
+    """TD-MPC2's construction, and plain copies."""
+    measurement = task.measurement
+    if measurement.make(["copy", "to-host", "to-device"], worker, "make_copies", device=task.device):
+        for name in ("copy", "to-host", "to-device"):
+            measurement.add(name, worker, min(task.seconds, SHORT_S))
+    if measurement.make(["tdmpc2"], worker, "make_tdmpc2", name="tdmpc2", cache=False, **task.place):
+        measurement.add("tdmpc2", worker, task.seconds)
+
+
+def _own(task: Task, worker: Worker) -> None:
+    """Touchline's in-process buffer and the gather limit."""
+    measurement = task.measurement
+    for name, writing in (("local", False), ("local-writes", True)):
+        if measurement.make([name], worker, "make_local", name=name, writing=writing, **task.place):
+            measurement.add(name, worker, task.seconds)
+    if measurement.make(["limit", "kernels"], worker, "make_limits", over="local"):
+        measurement.add("limit", worker, task.seconds)
+        measurement.add("kernels", worker, min(task.seconds, SHORT_S))
+
+
+def _served(task: Task, *, columns: str, ring: Worker | None, learner: Worker, step_name: str) -> None:
+    """A server with its columns on the device or in host memory, and its learners."""
+    measurement = task.measurement
+    served = [f"device {columns}", *([f"ring {columns}"] if ring else []), step_name, f"step device {columns}"]
+    server = measurement.server(task.workload, task.rows, device=_where(task, columns), wanted=served)
+    if server is None:
+        return
+    if ring is not None:
+        _remote(task, ring, server, f"ring {columns}", path="ring", seconds=task.seconds)
+    _remote(task, learner, server, f"device {columns}", path="device", seconds=task.seconds)
+    if measurement.make([step_name], learner, "make_fixed", name=step_name, address=server.address, compiled=False, **task.place):
+        measurement.add(step_name, learner, task.seconds, server_pid=server.pid)
+        _remote(task, learner, server, f"step device {columns}", path="device", seconds=task.seconds, work=True)
+
+
+def _remote(task: Task, learner: Worker, server: ServerProcess, name: str, *, path: str, seconds: float, work: bool = False) -> None:
+    if task.measurement.make([name], learner, "make", name=name, address=server.address, path=path, work=work, **task.place):
+        task.measurement.add(name, learner, seconds, server_pid=server.pid)
+
+
+def _names(prefix: str, paths: tuple[str, ...], columns: str) -> list[str]:
+    return [f"{prefix} {path} {columns}" for path in paths]
+
+
+def _where(task: Task, columns: str) -> str:
+    return columns if task.device == "cuda" else "cpu"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.checks import BatchLog, check_batch
+from benchmarks.gpu.place import Place
 from benchmarks.timing import Usage, take_for
 from benchmarks.workloads import ROW_ID_BYTES, Content
 
@@ -27,6 +28,7 @@ class DeviceSubject(Protocol):
     """Something that gives batches on a device."""
 
     content: Content
+    place: Place
 
     def take(self) -> Any:
         """Returns the next batch; its tensors may still be in flight, in the order of the current stream."""
@@ -38,14 +40,14 @@ class DeviceSubject(Protocol):
 class DeviceLog:
     """Records row ids and rewards of batches in memory of the device, and checks them on the host after the clock has stopped."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Content, place: Place) -> None:
         workload = content.workload
         dtype = np.dtype(workload.obs_dtype)
         self._content = content
         self._values = ROW_ID_BYTES // dtype.itemsize
         torch_dtype = torch.uint8 if dtype == np.uint8 else torch.float32
-        self._ids = torch.empty((NOTED, workload.batch_size, self._values), dtype=torch_dtype, device="cuda")
-        self._rewards = torch.empty((NOTED, workload.horizon, workload.batch_size), device="cuda")
+        self._ids = torch.empty((NOTED, workload.batch_size, self._values), dtype=torch_dtype, device=place.device)
+        self._rewards = torch.empty((NOTED, workload.horizon, workload.batch_size), device=place.device)
         self._count = 0
 
     def note(self, columns: Mapping[str, torch.Tensor]) -> None:
@@ -72,7 +74,7 @@ class DeviceSliceTimer:
 
     def __init__(self, subject: DeviceSubject) -> None:
         self._subject = subject
-        self._log = DeviceLog(subject.content)
+        self._log = DeviceLog(subject.content, subject.place)
 
     def run(self, seconds: float, *, server_pid: int | None = None) -> dict[str, float]:
         """Takes batches for ``seconds``, then waits until the device has finished all of them; the time includes that wait.
@@ -82,14 +84,15 @@ class DeviceSliceTimer:
             server_pid: process whose CPU time is recorded besides this process's own.
 
         Returns:
-            As :meth:`benchmarks.timing.SliceTimer.run`; ``p50_s`` and ``p99_s`` are the host's time for a batch.
+            As :meth:`benchmarks.timing.SliceTimer.run`, and ``gb_per_s``, bytes of batches; ``p50_s`` and ``p99_s`` are the host's time
+            for a batch.
 
         Raises:
             WrongDataError: a batch was wrong.
         """
         subject, log = self._subject, self._log
         self._check(take_for(subject.take, WARM_UP_S))
-        torch.cuda.synchronize()
+        subject.place.synchronize()
         latencies: list[float] = []
         clock = time.perf_counter
         usage = Usage(server_pid)
@@ -105,11 +108,12 @@ class DeviceSliceTimer:
             count += 1
             if now - begin >= seconds:
                 break
-        torch.cuda.synchronize()
+        subject.place.synchronize()
         figures = usage.figures(latencies, clock() - begin)
         self._check(batch)
         del batch
-        return {**figures, "checked": log.verify()}
+        gb_per_s = figures["batches_per_s"] * subject.content.workload.batch_bytes / 1e9
+        return {**figures, "gb_per_s": gb_per_s, "checked": log.verify()}
 
     def _check(self, batch: Any) -> None:
         arrays = {name: tensor.cpu().numpy() for name, tensor in self._subject.columns(batch).items()}
