@@ -168,6 +168,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "drain_timeout_s": 0.5,
         "add_workers": 3,
         "sample_workers": 4,
+        "gather_threads": 3,
         "sample_share": 0.25,
     },
     "limits": {

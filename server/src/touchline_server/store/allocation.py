@@ -9,6 +9,7 @@ from touchline_server.config.settings import Config
 from touchline_server.errors import TooLargeError
 from touchline_server.store import cuda_device
 from touchline_server.store.columns import Columns
+from touchline_server.store.gather_threads import GatherThreads
 from touchline_server.store.memory import available_host_bytes
 from touchline_server.store.schema import Schema
 
@@ -34,7 +35,9 @@ def with_sharing_decided(config: Config) -> Config:
     return config.override(tables={name: config.tables[name].model_dump(exclude_unset=True) | keys for name, keys in tables.items()})
 
 
-def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, scratch_dir: str = "", share: bool = False) -> Columns:
+def allocate_columns(
+    schema: Schema, *, capacity: int, configured_device: str, scratch_dir: str = "", share: bool = False, copy_threads: int = 1
+) -> Columns:
     """Allocates the columns of a schema on the configured device. What does not fit into CUDA memory goes to host memory, with a log line.
 
     Args:
@@ -43,6 +46,7 @@ def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, s
         configured_device: ``auto``, ``cuda``, ``cuda:N``, ``cpu`` or ``disk``.
         scratch_dir: folder of the files for ``disk``.
         share: whether other processes of this host read the columns too, except for files. If they cannot, a line in the log says why.
+        copy_threads: threads that copy large episodes for a CUDA device, as in ``server.gather_threads``.
 
     Raises:
         TooLargeError: there is not enough memory, or the files cannot be created. Nothing is left behind.
@@ -55,7 +59,7 @@ def allocate_columns(schema: Schema, *, capacity: int, configured_device: str, s
         elif device == "cpu":
             columns = _on_host(schema, capacity, share=share)
         else:
-            columns = _on_cuda(schema, capacity, device, share=share)
+            columns = _on_cuda(schema, capacity, device, share=share, threads=GatherThreads(copy_threads))
     except OSError as error:
         raise TooLargeError(f"storage.scratch_dir: the columns' files cannot be created: {error.strerror}") from error
     except MemoryError:
@@ -106,12 +110,12 @@ def _on_host(schema: Schema, capacity: int, *, share: bool) -> Columns:
     return Columns(schema, capacity)
 
 
-def _on_cuda(schema: Schema, capacity: int, device: str, *, share: bool) -> Columns:
+def _on_cuda(schema: Schema, capacity: int, device: str, *, share: bool, threads: GatherThreads) -> Columns:
     """Returns columns on a CUDA device, or in host memory if they do not fit there."""
     from touchline_server.store.cuda_columns import CudaColumns, OutOfMemoryError
 
     try:
-        return CudaColumns(schema, capacity, device, share=share)
+        return CudaColumns(schema, capacity, device, share=share, threads=threads)
     except OutOfMemoryError:
         required = capacity * schema.row_bytes
         logger.warning("%s is too small for %.1f GiB of columns: they go to host memory", device, required / 2**30)

@@ -134,6 +134,12 @@ class Columns:
     def note_foreign_reads(self) -> None:
         """Makes the next write follow gathers by other code, on any stream, that are queued before the write lock is released."""
 
+    def follow_writes(self) -> None:
+        """Makes gathers that are queued on the current stream from now on see what was written so far."""
+
+    def wait_written(self) -> None:
+        """Waits until what was written so far is there for others than this process's streams."""
+
     def settle(self) -> None:
         """Waits until the device has done all queued work, of any stream."""
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from touchline_server.store.columns import Columns
 from touchline_server.store.cuda_ipc import export, tensors_in
+from touchline_server.store.device_order import DeviceOrder
+from touchline_server.store.gather_threads import GatherThreads
 from touchline_server.store.schema import Schema
 from touchline_server.store.shared_columns import place_columns
-from touchline_server.store.tensors import as_array, as_tensor, torch_dtype
+from touchline_server.store.staging import StagedWriter
+from touchline_server.store.tensors import as_tensor, torch_dtype
 
 OutOfMemoryError = torch.cuda.OutOfMemoryError
 """Error of an allocation for which the device has no memory left."""
@@ -24,7 +25,7 @@ class CudaColumns(Columns):
 
     on_cuda = True
 
-    def __init__(self, schema: Schema, capacity: int, device: str, *, share: bool = False) -> None:
+    def __init__(self, schema: Schema, capacity: int, device: str, *, share: bool = False, threads: GatherThreads | None = None) -> None:
         """Allocates. Use :func:`~touchline_server.store.allocation.allocate_columns`."""
         self.schema = schema
         self.row_bytes = schema.row_bytes
@@ -41,12 +42,21 @@ class CudaColumns(Columns):
                 spec.name: torch.empty((capacity, *spec.shape), dtype=torch_dtype(spec.dtype), device=device) for spec in schema.columns
             }
         self._device = next(iter(self._tensors.values())).device
-        self._order = _DeviceOrder(self._device)
+        self._bytes = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in self._tensors.items()}
+        self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._writes = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        for tensor in self._tensors.values():
+            # If the columns go while a write is queued, their memory is not given to another tensor before it is done.
+            tensor.record_stream(self._writes)
+        self._order = DeviceOrder(_CudaDevice(self._device), self._writes)
+        copies = _CudaCopies(self._bytes, {spec.name: spec.row_bytes for spec in schema.columns}, self._writes)
+        self._writer = StagedWriter(copies, schema.columns, capacity, threads=threads)
         self.settle()
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Column by dotted name."""
+        """Column by dotted name, for work on the current stream: that follows what was written so far."""
+        self.follow_writes()
         return self._tensors
 
     @property
@@ -65,9 +75,14 @@ class CudaColumns(Columns):
         return False
 
     def write(self, first_row: int, episode: Mapping[str, np.ndarray]) -> None:
-        """Writes as :meth:`Columns.write` does, after the recorded gathers, and waits until it is done."""
+        """Queues what :meth:`Columns.write` does, after the recorded gathers and before later ones.
+
+        The host waits for it only if other processes read the columns, because their gathers cannot wait for an event of this one.
+        """
         with self._order.writing():
-            super().write(first_row, episode)
+            self._writer.write(first_row, episode)
+        if self.shared is not None:
+            self._order.wait_written()
 
     def note_reads(self) -> None:
         """See :meth:`Columns.note_reads`."""
@@ -77,72 +92,85 @@ class CudaColumns(Columns):
         """See :meth:`Columns.note_foreign_reads`."""
         self._order.note_foreign_reads()
 
+    def follow_writes(self) -> None:
+        """See :meth:`Columns.follow_writes`."""
+        self._order.follow_writes()
+
+    def wait_written(self) -> None:
+        """See :meth:`Columns.wait_written`."""
+        self._order.wait_written()
+
     def settle(self) -> None:
         """See :meth:`Columns.settle`."""
         torch.cuda.synchronize(self._device)
 
     def gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
         """See :meth:`Columns.gather`."""
+        self.follow_writes()
         column, index = self._tensors[name], torch.from_numpy(rows).to(self._device)
         as_tensor(out).copy_(column.index_select(0, index.reshape(-1)).view(*index.shape, *column.shape[1:]))
-
-    def _write_rows(self, name: str, first_row: int, source: np.ndarray) -> None:
-        staging = torch.empty(source.shape, dtype=torch_dtype(source.dtype), pin_memory=True)
-        as_array(staging)[...] = source
-        self._tensors[name][first_row : first_row + len(source)].copy_(staging, non_blocking=True)
 
     def _column_bytes(self, name: str) -> int:
         return self._tensors[name].nbytes
 
     def _copy_run(self, name: str, begin: int, out: np.ndarray) -> None:
-        with self._order.copying():
+        # A stream of their own, so that copies to the host wait for writes and for each other, not for callers' work on the device.
+        with torch.cuda.stream(self._copies):
+            self.follow_writes()
             # The target is pageable memory, so the host waits for the copy: nothing is read once this returns.
-            torch.from_numpy(out).copy_(self._tensors[name].reshape(-1).view(torch.uint8)[begin : begin + len(out)])
+            torch.from_numpy(out).copy_(self._bytes[name][begin : begin + len(out)])
 
 
-class _DeviceOrder:
-    """Orders writes to columns on a CUDA device after earlier gathers and before later ones.
-
-    Writes have a stream of their own. On the device it waits for the recorded gathers, and the writer waits only for that stream, not for
-    other work on the device, such as a learner's training step.
-    """
+class _CudaDevice:
+    """A CUDA device, as :class:`DeviceOrder` needs it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
-        self._reads: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._foreign = False
 
-    def note_reads(self) -> None:
-        stream = torch.cuda.current_stream(self._device)
-        with self._lock:
-            event = self._reads.get(stream)
-            if event is None:
-                event = self._reads[stream] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
 
-    def note_foreign_reads(self) -> None:
-        self._foreign = True
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        return stream.record_event()
 
-    def copying(self) -> AbstractContextManager[object]:
-        """Makes copies to the host within the block wait only for each other, not for callers' work on the device."""
-        return torch.cuda.stream(self._copies)
+    def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Queues the block's work after the recorded gathers, and waits for it."""
-        with self._lock:
-            reads, self._reads = self._reads, {}
-            foreign, self._foreign = self._foreign, False
-        if foreign:
+    def is_done(self, event: torch.cuda.Event) -> bool:
+        return event.query()  # type: ignore[no-untyped-call]
+
+    def synchronize(self, event: torch.cuda.Event | None = None) -> None:
+        if event is None:
             torch.cuda.synchronize(self._device)
-        try:
-            with torch.cuda.stream(self._stream):
-                for event in reads.values():
-                    self._stream.wait_event(event)
-                yield
-        finally:
-            # Gathers on any stream may follow as soon as the episode is published, and the memory may be freed if it is not.
-            self._stream.synchronize()
+        else:
+            event.synchronize()
+
+
+class _CudaCopies:
+    """Copies from pinned memory to columns, as :class:`StagedWriter` needs them.
+
+    Args:
+        columns: bytes of each column, [capacity * row_bytes] uint8.
+        row_bytes: bytes of a row of each column.
+        stream: the stream of the copies.
+    """
+
+    def __init__(self, columns: Mapping[str, torch.Tensor], row_bytes: Mapping[str, int], stream: torch.cuda.Stream) -> None:
+        self._columns = columns
+        self._row_bytes = row_bytes
+        self._stream = stream
+
+    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, np.ndarray]:
+        memory = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return memory, memory.numpy()
+
+    def copy(self, name: str, first_row: int, memory: torch.Tensor, begin: int, end: int) -> None:
+        at = first_row * self._row_bytes[name]
+        with torch.cuda.stream(self._stream):
+            self._columns[name][at : at + end - begin].copy_(memory[begin:end], non_blocking=True)
+
+    def record(self) -> torch.cuda.Event:
+        return self._stream.record_event()
+
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        event.synchronize()

@@ -104,6 +104,7 @@ class EpisodeRing:
         self.incoming = config.sampling.row_convention == "incoming"
         """The row convention: True if the first row's action, reward and done are undefined, False if the last row's are."""
         self._storage = config.storage
+        self._copy_threads = config.server.gather_threads
         self._validator = EpisodeValidator(
             capacity=self.capacity,
             incoming=self.incoming,
@@ -158,6 +159,7 @@ class EpisodeRing:
             configured_device=storage.device,
             scratch_dir=storage.scratch_dir,
             share=storage.share_columns == "on",
+            copy_threads=self._copy_threads,
         )
 
     # Apply

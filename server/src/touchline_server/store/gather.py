@@ -304,6 +304,7 @@ class GatherPlan:
         from touchline_server.store.transfer import rows_on_device
 
         columns, size = slices.columns, len(slices)
+        columns.follow_writes()
         rows = rows_on_device(slices.rows, columns.device)
         stored = columns.tensors
         for output in self.outputs:

@@ -75,6 +75,7 @@ class DeviceToHostGather:
         staging = pinned.numpy()
         try:
             with self._on_stream():
+                batches[0].columns.follow_writes()
                 for number, (slices, body) in enumerate(zip(batches, bodies, strict=True)):
                     staging[number] = slices.rows.reshape(-1)
                     # One stream does all of this in order: rows and block are not overwritten before the batch ahead has been copied.

@@ -155,6 +155,7 @@ class EpisodeSliceSampler(SliceSampler):  # type: ignore[misc]
     def _draw(self, slices: int, steps: int, random: np.random.Generator) -> tuple[tuple[torch.Tensor, ...], dict[Any, Any]]:
         with self._store.draw(slices, steps - 1, self._law, random, pad=self._pad) as pinned:
             pinned.columns.note_foreign_reads()
+            pinned.columns.follow_writes()
             draw = pad_draw(pinned.draw, steps - 1) if self._pad else pinned.draw
             (drawn,) = locate(draw, pinned.columns, batches=1, horizon=steps - 1).rows
             rows = torch.from_numpy(np.ascontiguousarray(drawn.T).reshape(-1))
