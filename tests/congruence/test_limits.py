@@ -128,10 +128,11 @@ def test_limit_changes_no_batch_of_any_law_and_counts_its_slices(
         assert_same(next(found), next(expected))
 
     # The first episode only fills the table. A stream may have written more frames than were read.
-    steps, slices = subject.counted("limited")
-    assert steps == sum(5 + 7 * number % 40 for number in range(1, 25))
+    assert subject.counted("limited")[0] == sum(5 + 7 * number % 40 for number in range(1, 25))
     if path == "stream":
-        assert slices >= count * BATCH and slices % BATCH == 0
+        # A frame is counted once it is written, and may be read before that.
+        eventually(lambda: subject.counted("limited")[1] >= count * BATCH, "what was read is counted")
+        assert subject.counted("limited")[1] % BATCH == 0
     else:
         eventually(lambda: subject.counted("limited")[1] == count * BATCH, "what was taken is counted")
 
@@ -148,10 +149,11 @@ def test_limits_change_no_batch_of_a_mix_and_count_each_tables_part(path: str, o
     for _ in range(count):
         assert_same(next(found), next(expected))
 
-    if path != "stream":
+    if path == "stream":
+        eventually(lambda: subject.counted("a")[1] >= 3 * count, "the part of a is counted")
+    else:
         eventually(lambda: subject.counted("a")[1] == 3 * count, "the part of a is counted")
     delivered = subject.counted("a")[1] // 3
-    assert delivered >= count
     eventually(lambda: subject.counted("b")[1] == 7 * delivered, "the part of b is counted")
 
 

@@ -107,7 +107,7 @@ def read_episode(store: EpisodeStore, entry: Sequence[int] | np.ndarray, names: 
     if columns is None:
         return {}
     _, first_row, length, *_ = (int(number) for number in entry)
-    rows = np.remainder(np.arange(first_row, first_row + length), store.capacity)
+    rows = np.remainder(np.arange(first_row, first_row + length), store.physical_rows)
     episode = {}
     for spec in columns.schema.columns:
         if names is None or spec.name in names:

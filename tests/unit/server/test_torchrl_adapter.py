@@ -399,3 +399,16 @@ def test_traced_batches_of_both_sides_hold_the_same_rows(buffer: ReplayBuffer) -
     rows = set(batch.extra["stamp"].flatten().tolist())
 
     assert rows == set(buffer.as_torchrl().sample(4 * 400)["stamp"].tolist())
+
+
+def test_torchrl_buffer_of_shared_columns_wraps_behind_the_spare_rows() -> None:
+    buffer = ReplayBuffer(make_config(40, horizon=HORIZON, batch_size=16, seed=1, storage={"share_columns": "on"}))
+    face = buffer.as_torchrl()
+
+    rows = [face.extend(as_td((number, 12))).tolist() for number in range(7)]
+
+    assert rows[-1] == [*range(72, 80), *range(4)]
+    assert buffer.store.entries()[:, 0].tolist() == [4, 5, 6]
+    assert len(face) == 80  # TorchRL counts the spare rows too
+    assert set(check_slices(face.sample(400))) == {4, 5, 6}
+    assert torch.equal(face[torch.tensor(rows[-1])]["stamp"], as_td((6, 12))["stamp"])
