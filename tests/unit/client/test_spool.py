@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.codec_cases import IDS, INT64, episodes, same_episode
+from support.fresh_process import run_in_fresh_process
 from touchline import InvalidEpisodeError, SpoolError, TooLargeError
 from touchline._actor.queue import PutResult, QueueTicket
 from touchline._spool.file import FILE_NAME
@@ -385,7 +386,13 @@ sys.stdin.read()
     spool.close()
 
 
-def test_forked_child_cannot_use_the_spool_and_leaves_it_whole(spool: Spool, folder: Path) -> None:
+def test_forked_child_cannot_use_the_spool_and_leaves_it_whole(folder: Path) -> None:
+    run_in_fresh_process(__file__, "check_forked_child", str(folder))
+
+
+def check_forked_child(path: str) -> None:
+    folder = Path(path)
+    spool = Spool(folder, limit_bytes=LIMIT)
     put(spool, traced(0))
     pid = os.fork()
     if pid == 0:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fresh_process import run_in_fresh_process
 from touchline._rpc.waits import FIRST_LINE_S, LINE_INTERVAL_S, SILENT_S, WaitLog
 
 
@@ -204,6 +205,10 @@ def test_thread_logs_by_itself_and_ends_once_no_wait_is_left(monkeypatch: pytest
 
 
 def test_forked_child_has_waits_of_its_own() -> None:
+    run_in_fresh_process(__file__, "check_forked_child")
+
+
+def check_forked_child() -> None:
     log = WaitLog(threaded=False)
     with log.wait("add()", "HOST:1", lambda: ""):
         child = os.fork()
