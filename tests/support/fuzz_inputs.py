@@ -213,8 +213,10 @@ def seeds(name: str) -> tuple[type[Message], list[list[bytes]]]:
     opening = pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=2, sample=pb.SampleRequest(batch_size=2, horizon=2, seed=7)))
     credit = pb.SampleStreamRequest(credit=pb.SampleStreamCredit(batches=1))
     ring = pb.SampleStreamRequest(ring=pb.RingAttachment(attached=True))
+    rank = pb.LearnerRank(rank=1, world_size=3, job="job", first_batch=4)
+    ranked = pb.SampleStreamRequest(open=pb.SampleStreamOpen(credits=1, sample=pb.SampleRequest(batch_size=2, seed=1, learner_rank=rank)))
     plain = pb.SampleStreamRequest(open=pb.SampleStreamOpen(sample=pb.SampleRequest(), max_batches_per_frame=2, shared_memory_id="x"))
-    streams = [[opening], [opening, credit], [plain, credit, credit], [opening, ring]]
+    streams = [[opening], [opening, credit], [plain, credit, credit], [opening, ring], [ranked, credit]]
     return pb.SampleStreamRequest, [[message.SerializeToString() for message in stream] for stream in streams]
 
 

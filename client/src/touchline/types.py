@@ -67,6 +67,17 @@ class SampleOptions(TypedDict, total=False):
     (largest remainder, ties in this order), which stand table by table. ``batch.table`` has the table of each slice as its position here,
     and ``batch.table_names`` the names. Each table draws by its own law unless ``law`` is given; the first has the other defaults. Tables
     whose columns differ are refused."""
+    rank: int | None
+    """Rank of this learner in a job of ``world_size``, from 0 on; only for :meth:`~touchline.ReplayClient.batches`. The ranks share global
+    batches of ``world_size`` times ``batch_size`` slices, and each gets its own part of them, in the order of the ranks; see
+    docs/several-learners.md. All ranks must ask for the same."""
+    world_size: int | None
+    """Number of ranks, if there is a ``rank``."""
+    job: str
+    """Name of the job: ranks of the same tables and name belong together. Needed if there are several at a time."""
+    first_batch: int | None
+    """Number of the global batch that this rank goes on with, such as the number of updates made so far. Needed after a restart of the rank
+    while others go on; the first is 0."""
     when_empty: str
     """Rule for a table of the mix that has nothing to sample: ``"wait"`` for it (the default), or give its share to the ``"others"``."""
 

@@ -39,7 +39,8 @@ class SingleBatchSampler:
             ServerError: the answer is malformed.
             TouchlineError: the call failed.
         """
-        self._rpc.check_server_version(newer_feature(request), table=tables_of(request)[0])
+        feature, least = newer_feature(request)
+        self._rpc.check_server_version(feature, least=least, table=tables_of(request)[0])
         readiness = readiness_of(self._rpc, request)
         address, horizon = self._rpc.channel.address, reach_of(request)
         try:

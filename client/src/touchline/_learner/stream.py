@@ -20,7 +20,7 @@ from touchline._learner.readiness import PROBE_TIMEOUT_S, readiness_of
 from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream_session import NO_REASON, StreamSession
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
-from touchline._rpc.convert import reach_of, table_names_of
+from touchline._rpc.convert import reach_of, resumed, table_names_of
 from touchline._rpc.credentials import is_local
 from touchline._rpc.deadline import Watchdog
 from touchline._rpc.dropping import when_dropped
@@ -198,8 +198,11 @@ class StreamSource:
         self._ready: deque[Batch] = deque()
         self._taken = 0
         """Batches taken since the last grant."""
+        self._taken_ever = 0
+        """Batches taken since the first session began."""
         self._delays = rpc.delays()
         self._outage: _Outage | None = None
+        self._first_session = True
         self._no_ring_logged = False
 
     def take(self) -> Batch:
@@ -210,6 +213,7 @@ class StreamSource:
         if self._table_names:
             batch = replace(batch, table_names=self._table_names)
         self._taken += 1
+        self._taken_ever += 1
         if self._taken == self._grant and self._session is not None:
             self._taken = 0
             self._session.grant(self._grant)
@@ -290,8 +294,9 @@ class StreamSource:
 
     def _open(self) -> StreamSession:
         self._taken = 0
-        session = StreamSession(self._rpc, self._request, self._prefetch, ring=self._use_ring, as_bodies=self._as_bodies)
-        self._session = session
+        request = self._request if self._first_session else resumed(self._request, self._taken_ever)
+        session = StreamSession(self._rpc, request, self._prefetch, ring=self._use_ring, as_bodies=self._as_bodies)
+        self._session, self._first_session = session, False
         if self._closed.is_set():  # close() ran in another thread before it could see the session
             session.end()
         return session

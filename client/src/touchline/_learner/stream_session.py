@@ -40,7 +40,8 @@ class StreamSession:
     """
 
     def __init__(self, rpc: RpcClient, request: pb.SampleRequest, credits: int, *, ring: bool, as_bodies: bool = False) -> None:
-        rpc.check_server_version(newer_feature(request), table=tables_of(request)[0])
+        feature, least = newer_feature(request)
+        rpc.check_server_version(feature, least=least, table=tables_of(request)[0])
         self._rpc = rpc
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         identity = shared_memory_id() if ring else ""

@@ -108,31 +108,27 @@ def seconds_or_none(name: str, value: float | None) -> float | None:
 
 
 def check_actor(actor: str) -> str:
-    """Returns the name of an actor.
-
-    Raises:
-        InvalidArgumentError: the name is not a str, too long, or contains control characters.
-    """
-    if not isinstance(actor, str):
-        raise InvalidArgumentError(f"actor: {actor!r}, expected a str")
-    fault = name_fault(actor)
-    if fault is not None:
-        raise InvalidArgumentError(f"actor: {fault}")
-    return actor
+    """Returns the name of an actor; raises as :func:`check_name`."""
+    return check_name("actor", actor)
 
 
 def check_table(table: str) -> str:
-    """Returns the name of a table; empty for the server's default one.
+    """Returns the name of a table, empty for the server's default one; raises as :func:`check_name`."""
+    return check_name("table", table)
+
+
+def check_name(what: str, name: str) -> str:
+    """Returns a name.
 
     Raises:
         InvalidArgumentError: the name is not a str, too long, or contains control characters.
     """
-    if not isinstance(table, str):
-        raise InvalidArgumentError(f"table: {table!r}, expected a str")
-    fault = name_fault(table)
+    if not isinstance(name, str):
+        raise InvalidArgumentError(f"{what}: {name!r}, expected a str")
+    fault = name_fault(name)
     if fault is not None:
-        raise InvalidArgumentError(f"table: {fault}")
-    return table
+        raise InvalidArgumentError(f"{what}: {fault}")
+    return name
 
 
 def check_dtype(dtype: Any) -> np.dtype[Any] | None:
@@ -171,6 +167,10 @@ def sample_request(
     pad: str | None = None,
     mix: Mix | None = None,
     when_empty: str = "wait",
+    rank: int | None = None,
+    world_size: int | None = None,
+    job: str = "",
+    first_batch: int | None = None,
 ) -> pb.SampleRequest:
     """Returns a SampleRequest; an argument that is None is left to the server's configuration.
 
@@ -199,6 +199,11 @@ def sample_request(
         _add_mix(request, mix, when_empty)
     elif when_empty != "wait":
         raise InvalidArgumentError(f"when_empty: {when_empty!r} without a mix, expected it only with one")
+    if rank is not None or world_size is not None:
+        _add_rank(request, rank, world_size, job, first_batch)
+    elif job or first_batch is not None:
+        name, value = ("job", job) if job else ("first_batch", first_batch)
+        raise InvalidArgumentError(f"{name}: {value!r} without rank and world_size, expected it only with both")
     return request
 
 
@@ -225,6 +230,26 @@ def _add_mix(request: pb.SampleRequest, mix: Mix, when_empty: str) -> None:
     request.when_empty = pb.WHEN_EMPTY_OTHERS if when_empty == "others" else pb.WHEN_EMPTY_WAIT
 
 
+def _add_rank(request: pb.SampleRequest, rank: int | None, world_size: int | None, job: str, first_batch: int | None) -> None:
+    if rank is None or world_size is None:
+        raise InvalidArgumentError(f"rank: {rank} with world_size={world_size}, expected both or none")
+    whole_number("world_size", world_size, least=1, most=(1 << 31) - 1)
+    whole_number("rank", rank, least=0, most=world_size - 1)
+    request.learner_rank.CopyFrom(pb.LearnerRank(rank=rank, world_size=world_size, job=check_name("job", job)))
+    if first_batch is not None:
+        request.learner_rank.first_batch = whole_number("first_batch", first_batch, least=0, most=(1 << 63) - 1)
+
+
+def resumed(request: pb.SampleRequest, batches: int) -> pb.SampleRequest:
+    """Returns the request that goes on after a stream of ``request`` has had some batches: with its place in a job, if it has one."""
+    if not request.HasField("learner_rank"):
+        return request
+    again = pb.SampleRequest()
+    again.CopyFrom(request)
+    again.learner_rank.first_batch = request.learner_rank.first_batch + batches
+    return again
+
+
 def tables_of(request: pb.SampleRequest) -> tuple[str, ...]:
     """Returns the names of the tables that a request is about: of its mix, or its only one."""
     return tuple(share.table for share in request.mix) or (request.table,)
@@ -235,8 +260,14 @@ def table_names_of(request: pb.SampleRequest) -> tuple[str, ...]:
     return tuple(share.table for share in request.mix)
 
 
-def newer_feature(request: pb.SampleRequest) -> str:
-    """Returns the first thing in a request that a server of protocol 1.0 does not know, and so might ignore; empty if there is none."""
+def newer_feature(request: pb.SampleRequest) -> tuple[str, tuple[int, int]]:
+    """Returns what in a request only newer servers know, so that older ones might ignore it, or "", and the protocol that has it."""
+    if request.HasField("learner_rank"):
+        return "rank=", (1, 3)
+    return _feature_of_1_1(request), (1, 1)
+
+
+def _feature_of_1_1(request: pb.SampleRequest) -> str:
     if request.law not in _LAWS_OF_1_0:
         return f"law={next(name for name, law in _LAWS.items() if law == request.law)!r}"
     if request.HasField("law_options"):

@@ -307,7 +307,7 @@ class EpisodeResult(_message.Message):
     def __init__(self, key: _Optional[_Union[EpisodeKey, _Mapping]] = ..., outcome: _Optional[_Union[EpisodeResult.Outcome, str]] = ..., episode_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SampleRequest(_message.Message):
-    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options", "pad", "mix", "when_empty")
+    __slots__ = ("table", "batch_size", "horizon", "law", "seed", "wait_s", "law_options", "pad", "mix", "when_empty", "learner_rank")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     HORIZON_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,7 @@ class SampleRequest(_message.Message):
     PAD_FIELD_NUMBER: _ClassVar[int]
     MIX_FIELD_NUMBER: _ClassVar[int]
     WHEN_EMPTY_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_RANK_FIELD_NUMBER: _ClassVar[int]
     table: str
     batch_size: int
     horizon: int
@@ -328,7 +329,20 @@ class SampleRequest(_message.Message):
     pad: Pad
     mix: _containers.RepeatedCompositeFieldContainer[MixShare]
     when_empty: WhenEmpty
-    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ..., pad: _Optional[_Union[Pad, str]] = ..., mix: _Optional[_Iterable[_Union[MixShare, _Mapping]]] = ..., when_empty: _Optional[_Union[WhenEmpty, str]] = ...) -> None: ...
+    learner_rank: LearnerRank
+    def __init__(self, table: _Optional[str] = ..., batch_size: _Optional[int] = ..., horizon: _Optional[int] = ..., law: _Optional[_Union[Law, str]] = ..., seed: _Optional[int] = ..., wait_s: _Optional[float] = ..., law_options: _Optional[_Union[LawOptions, _Mapping]] = ..., pad: _Optional[_Union[Pad, str]] = ..., mix: _Optional[_Iterable[_Union[MixShare, _Mapping]]] = ..., when_empty: _Optional[_Union[WhenEmpty, str]] = ..., learner_rank: _Optional[_Union[LearnerRank, _Mapping]] = ...) -> None: ...
+
+class LearnerRank(_message.Message):
+    __slots__ = ("rank", "world_size", "job", "first_batch")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BATCH_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    world_size: int
+    job: str
+    first_batch: int
+    def __init__(self, rank: _Optional[int] = ..., world_size: _Optional[int] = ..., job: _Optional[str] = ..., first_batch: _Optional[int] = ...) -> None: ...
 
 class LawOptions(_message.Message):
     __slots__ = ("recent_steps", "recent_half_life", "beta")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Draw:
     valid: np.ndarray | None = None
     """[H, slices, 1] bool: whether a transition is real; None unless slices are padded."""
     length: np.ndarray | None = None
-    """Rows of each slice's episode, from the selector; None in a single batch of several."""
+    """Rows of each slice's episode, from the selector."""
 
     @classmethod
     def of(cls, entries: np.ndarray, start: np.ndarray, probability: np.ndarray, weight: np.ndarray | None = None) -> Draw:
@@ -82,4 +82,24 @@ class Draw:
             None if self.weight is None else self.weight[begin:end],
             None if self.table is None else self.table[begin:end],
             None if self.valid is None else self.valid[:, begin:end],
+            None if self.length is None else self.length[begin:end],
         )
+
+    @classmethod
+    def concatenate(cls, draws: Sequence[Draw]) -> Draw:
+        """Returns the slices of several draws of one law, in their order; they are not padded yet."""
+        if len(draws) == 1:
+            return draws[0]
+        joined = {name: [getattr(draw, name) for draw in draws] for name in _ARRAYS}
+        return cls(**{name: np.concatenate(arrays) for name, arrays in joined.items() if arrays[0] is not None})
+
+    def replaced(self, where: np.ndarray, other: Draw) -> Draw:
+        """Returns a copy with the slices of another draw of the same law at the positions ``where``, [slices] bool."""
+        changed = {name: getattr(self, name).copy() for name in _ARRAYS if getattr(self, name) is not None}
+        for name, array in changed.items():
+            array[where] = getattr(other, name)
+        return replace(self, **changed)
+
+
+_ARRAYS = ("first_row", "episode_id", "start", "actor", "policy_version", "probability", "weight", "length")
+"""Fields of the draws of selectors."""

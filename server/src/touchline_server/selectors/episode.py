@@ -18,6 +18,10 @@ class EpisodeSelector(Selector):
 
     law = "episode"
 
+    def numbers(self, options: LawOptions) -> int:
+        """See :meth:`Selector.numbers`."""
+        return 2
+
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """See :meth:`Selector.draw`."""
         eligible = self._eligible.at(horizon)

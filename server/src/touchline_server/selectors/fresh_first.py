@@ -47,6 +47,10 @@ class FreshFirstSelector(Selector):
         """See :meth:`Selector.clear`."""
         self._fresh.clear()
 
+    def numbers(self, options: LawOptions) -> int:
+        """See :meth:`Selector.numbers`."""
+        return 2
+
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """See :meth:`Selector.draw`."""
         # Numbers for all slices are drawn, also for those from the queue: so a draw takes as many from the generator whatever is fresh.

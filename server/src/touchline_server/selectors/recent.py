@@ -46,6 +46,10 @@ class RecentSelector(Selector):
         """See :meth:`Selector.clear`."""
         self._decays.clear()
 
+    def numbers(self, options: LawOptions) -> int:
+        """See :meth:`Selector.numbers`."""
+        return 1 if recent_window(options, self._settings)[1] is None else 2
+
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """See :meth:`Selector.draw`."""
         steps, half_life = recent_window(options, self._settings)

@@ -64,6 +64,10 @@ class Selector(ABC):
             options: the request's parameters of the law.
         """
 
+    def numbers(self, options: LawOptions) -> int:
+        """Returns how many random numbers a slice takes from the generator, whatever is stored."""
+        return 1
+
     def update(self, episode_id: np.ndarray, start: np.ndarray, priorities: np.ndarray) -> int:
         """Sets the priorities of slices that were drawn before.
 

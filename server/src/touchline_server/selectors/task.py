@@ -45,6 +45,10 @@ class TaskSelector(Selector):
         """See :meth:`Selector.clear`."""
         self._by_horizon.clear()
 
+    def numbers(self, options: LawOptions) -> int:
+        """See :meth:`Selector.numbers`."""
+        return 3
+
     def draw(self, batch_size: int, horizon: int, rng: np.random.Generator, *, batches: int = 1, options: LawOptions = NO_OPTIONS) -> Draw:
         """See :meth:`Selector.draw`."""
         # [batches, 3, B]: so a batch takes the same numbers from the generator whether it is drawn by itself or with others.

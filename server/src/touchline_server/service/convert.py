@@ -34,6 +34,7 @@ from touchline_server.service.table_report import rate_info
 from touchline_server.store.inserts import Stored
 from touchline_server.store.reader import EpisodeQuery
 from touchline_server.tables.mix_sampler import MixSpec
+from touchline_server.tables.ranks import Rank
 from touchline_server.tables.table import Table
 
 _LAW_OF: dict[int, str | None] = {pb.LAW_UNSPECIFIED: None} | {pb.Law.Value(f"LAW_{law.upper()}"): law for law in LAWS}
@@ -182,6 +183,37 @@ def mix(request: pb.SampleRequest) -> MixSpec | None:
     if request.when_empty not in _WHEN_EMPTY_OF:
         raise InvalidArgumentError(f"when_empty: number {request.when_empty}, expected one of {sorted(_WHEN_EMPTY_OF)}")
     return MixSpec.of([(share.table, share.share) for share in request.mix], _WHEN_EMPTY_OF[request.when_empty])
+
+
+def rank(request: pb.SampleRequest) -> Rank | None:
+    """Returns the rank of the learner in its job; None if it has none.
+
+    Raises:
+        InvalidArgumentError: a number is out of range, or the request does not fit a job.
+    """
+    if not request.HasField("learner_rank"):
+        return None
+    given = request.learner_rank
+    if request.when_empty == pb.WHEN_EMPTY_OTHERS:
+        raise InvalidArgumentError("when_empty: 'others' with a rank, expected 'wait': the parts of the ranks would differ in their shares")
+    return Rank.of(given.rank, given.world_size, given.job, given.first_batch if given.HasField("first_batch") else None)
+
+
+def asked_of_all_ranks(request: pb.SampleRequest) -> dict[str, object]:
+    """Returns what the ranks of a job must agree about, by name; what a request leaves out is not in it."""
+    asked: dict[str, object] = {"world_size": request.learner_rank.world_size}
+    for field, value in request.ListFields():
+        if field.name == "law":
+            asked["law"] = law(value)
+        elif field.name == "pad":
+            asked["pad"] = pad(value)
+        elif field.name == "mix":
+            asked["mix"] = {share.table: share.share for share in value}
+        elif field.name == "law_options":
+            asked |= {option.name: number for option, number in value.ListFields()}
+        elif field.name in ("batch_size", "horizon", "seed"):
+            asked[field.name] = value
+    return asked
 
 
 def pad(number: int) -> str | None:

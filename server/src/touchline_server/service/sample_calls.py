@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from touchline_server.service.session import SampleSession
 from touchline_server.service.streams import answering
 from touchline_server.service.traces import Traces
 from touchline_server.tables.mix_sampler import MixSampler
+from touchline_server.tables.ranks import Rank, RankJobs, RankShare
 from touchline_server.tables.sampler import Reserved, Sampler, TableSampler
 from touchline_server.tables.table import Table
 
@@ -41,12 +43,13 @@ class SampleCalls:
         self._max_message_bytes = parts.limits.max_message_bytes
         self._rngs: WeakKeyDictionary[Table, np.random.Generator] = WeakKeyDictionary()
         """Sources of the random numbers of Sample calls without a seed."""
+        self._jobs = RankJobs()
         for table in parts.tables.registry:
             self._rng(table)
 
     async def sample(self, request: pb.SampleRequest, context: Context) -> bytes:
         """Draws one batch, waiting up to ``wait_s`` seconds until it can."""
-        sampler = self._traces.sampler(self._sampler(request, context, unary=True), context)
+        sampler = self._traces.sampler(self._sampler(request, context), context)
         clock = WaitClock()
         clock.want()
         reserved = await self._reserve_batch(sampler, convert.checked_wait(request.wait_s), clock)
@@ -69,13 +72,12 @@ class SampleCalls:
                 return
             if first.WhichOneof("request") != "open":
                 raise InvalidArgumentError("the first message of a sampling stream grants credits, expected it to open the stream")
-            framer = self._framer(first.open, context)
-            learner = _learner(framer.sampler, first.open.sample, caller_of(context))
-            self._parts.metrics.opened(learner)
-            try:
+            with ExitStack() as session:
+                framer = self._framer(first.open, context, session)
+                learner = _learner(framer.sampler, first.open.sample, caller_of(context))
+                self._parts.metrics.opened(learner)
+                session.callback(self._parts.metrics.closed, learner)
                 await SampleSession(framer, self._parts, learner).run(first.open, requests, context.write)
-            finally:
-                self._parts.metrics.closed(learner)
 
     async def update_priorities(self, request: pb.UpdatePrioritiesRequest, context: Context) -> pb.UpdatePrioritiesResponse:
         """Sets the priorities of slices that were drawn."""
@@ -132,8 +134,13 @@ class SampleCalls:
             raise NotReadyError(sampler.explain_not_ready())
         return reserved
 
-    def _sampler(self, request: pb.SampleRequest, context: Context, *, unary: bool) -> Sampler:
-        """Returns the source of a request's batches, whose random numbers no other call or stream has.
+    def _sampler(self, request: pb.SampleRequest, context: Context, session: ExitStack | None = None) -> Sampler:
+        """Returns the source of a request's batches, whose random numbers no other call or stream has, except for the other ranks of a job.
+
+        Args:
+            request: what to draw.
+            context: the call.
+            session: the stream's, at whose end its rank leaves its job; None for a call that gets one batch.
 
         Raises:
             UnknownTableError: a table does not exist.
@@ -142,14 +149,34 @@ class SampleCalls:
         """
         mix = convert.mix(request)
         tables = [self._parts.tables.get(name, context) for name in (mix.names if mix is not None else (request.table,))]
-        if unary and not request.HasField("seed"):
+        rank = convert.rank(request)
+        share = None if rank is None else self._join(rank, tables, request, session)
+        if share is not None:
+            rng = share.rng
+        elif session is None and not request.HasField("seed"):
             # numpy's generators are not thread-safe, so each call gets one of its own.
             rng = self._rng(tables[0]).spawn(1)[0]
         else:
-            rng = tables[0].seeds.stream(request.seed if request.HasField("seed") else None)
+            rng = _rng_of_stream(tables[0], request)
         if mix is not None:
-            return MixSampler(mix, tables, rng, learner=context.peer(), **_given(request))
-        return TableSampler(tables[0], tables[0].spec(**_given(request)), rng, learner=context.peer())
+            return MixSampler(mix, tables, rng, learner=context.peer(), share=share, **_given(request))
+        return TableSampler(tables[0], tables[0].spec(**_given(request)), rng, learner=context.peer(), share=share)
+
+    def _join(self, rank: Rank, tables: list[Table], request: pb.SampleRequest, session: ExitStack | None) -> RankShare:
+        """Makes a stream part of the job of its rank until the end of its session.
+
+        Raises:
+            InvalidArgumentError: it is no stream, its global batches are too large, or it does not fit the job.
+        """
+        if session is None:
+            raise InvalidArgumentError(f"rank: {rank.rank} for a single batch, expected it only for a stream: batches()")
+        spec, most = tables[0].spec(**_given(request)), tables[0].config.limits.max_batch_size
+        if spec.batch_size * rank.world_size > most:
+            raise InvalidArgumentError(
+                f"batch_size: {spec.batch_size} for each of {rank.world_size} ranks, expected up to {most} for all (limits.max_batch_size)"
+            )
+        asked = convert.asked_of_all_ranks(request)
+        return session.enter_context(self._jobs.join(rank, tuple(tables), asked, lambda: _rng_of_stream(tables[0], request)))
 
     def _rng(self, table: Table) -> np.random.Generator:
         rng = self._rngs.get(table)
@@ -167,8 +194,8 @@ class SampleCalls:
             return self._sample_message(sampler, reserved)
         return await tasks.run(self._parts.sample_pool, self._sample_message, sampler, reserved)
 
-    def _framer(self, opening: pb.SampleStreamOpen, context: Context) -> BatchFramer:
-        sampler = self._traces.sampler(self._sampler(opening.sample, context, unary=False), context)
+    def _framer(self, opening: pb.SampleStreamOpen, context: Context, session: ExitStack) -> BatchFramer:
+        sampler = self._traces.sampler(self._sampler(opening.sample, context, session), context)
         return BatchFramer(sampler, max_message_bytes=self._max_message_bytes, max_batches=opening.max_batches_per_frame)
 
     def _size(self, sampler: Sampler) -> tuple[int, bool]:
@@ -200,6 +227,10 @@ class SampleCalls:
                 f"a batch of {size} bytes, expected at most the message limit of {self._max_message_bytes}; "
                 "SampleStream has no such limit: it sends large batches in chunks"
             )
+
+
+def _rng_of_stream(table: Table, request: pb.SampleRequest) -> np.random.Generator:
+    return table.seeds.stream(request.seed if request.HasField("seed") else None)
 
 
 def _tables(sampler: Sampler, request: pb.SampleRequest) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from touchline_server.errors import InvalidArgumentError, NotReadyError
 from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
 from touchline_server.selectors.prioritized import PRIORITIZED, PrioritizedSelector, SavedPriorities
+from touchline_server.selectors.selector import Selector
 from touchline_server.store.actors import NameTable
 from touchline_server.store.columns import Columns
 from touchline_server.store.episode_ring import EpisodeRing
@@ -207,16 +208,57 @@ class EpisodeStore:
         """
         reach = 1 if pad else horizon
         with self._ring.lock:
-            index, columns = self._ring.index, self._ring.columns
-            if columns is None or not len(index.eligible(reach)):
-                raise NotReadyError(index.fill(reach).explain_not_ready())
-            selector = index.selectors.of(law)
-            if selector.needs_task and not columns.schema.has_task_numbers:
-                raise InvalidArgumentError(f"law: {law!r}, expected a table with a column task of integers, one in each row")
+            columns, selector = self._ready_to_draw(reach, law)
             draw = selector.draw(batch_size, reach, rng, batches=batches, options=options)
             pin = self._ring.epochs.pin()
             self._drawn = draw
         return PinnedDraw(draw, columns, self._ring.lock, self._ring.epochs, pin)
+
+    def pin_drawn(
+        self, draw: Draw, horizon: int, law: str, rng: np.random.Generator, *, options: LawOptions = NO_OPTIONS, pad: bool = False
+    ) -> tuple[PinnedDraw, int]:
+        """Protects slices that were drawn before and not kept pinned; those whose episodes are no longer stored are drawn again.
+
+        Args:
+            draw: the slices, as :meth:`draw` returned them. Not changed.
+            horizon: transitions in a slice, as they were drawn; as for the law, its options and ``pad``.
+            law: the sampling law.
+            rng: random numbers of the slices that are drawn again.
+            options: parameters of the law.
+            pad: whether every transition is a start.
+
+        Returns:
+            The slices, and how many of them were drawn again.
+
+        Raises:
+            NotReadyError: as :meth:`draw`.
+        """
+        reach = 1 if pad else horizon
+        with self._ring.lock:
+            columns, selector = self._ready_to_draw(reach, law)
+            # Ids ascend, are never used twice, and episodes go oldest first.
+            gone = draw.episode_id < self._ring.index.oldest_id
+            again = int(np.count_nonzero(gone))
+            if again:
+                draw = draw.replaced(gone, selector.draw(again, reach, rng, options=options))
+            pin = self._ring.epochs.pin()
+            self._drawn = draw
+        return PinnedDraw(draw, columns, self._ring.lock, self._ring.epochs, pin), again
+
+    def numbers_of(self, law: str, options: LawOptions) -> int:
+        """Returns how many random numbers a slice takes by a law: see :meth:`Selector.numbers`."""
+        with self._ring.lock:
+            return self._ring.index.selectors.of(law).numbers(options)
+
+    def _ready_to_draw(self, reach: int, law: str) -> tuple[Columns, Selector]:
+        """Returns what a draw needs, with the lock held; raises as :meth:`draw`."""
+        index, columns = self._ring.index, self._ring.columns
+        if columns is None or not len(index.eligible(reach)):
+            raise NotReadyError(index.fill(reach).explain_not_ready())
+        selector = index.selectors.of(law)
+        if selector.needs_task and not columns.schema.has_task_numbers:
+            raise InvalidArgumentError(f"law: {law!r}, expected a table with a column task of integers, one in each row")
+        return columns, selector
 
     def update_priorities(self, law: str, update: PriorityUpdate) -> int:
         """Sets priorities of slices, for draws by a law that has priorities.

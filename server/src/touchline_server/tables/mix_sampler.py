@@ -20,6 +20,7 @@ from touchline_server.store.gather import GatherPlan
 from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw, locate, pad_draw
 from touchline_server.store.schema import Schema
 from touchline_server.store.subscriptions import Subscriptions
+from touchline_server.tables.ranks import RankShare
 from touchline_server.tables.sampler import Reserved, Split
 from touchline_server.tables.table import SampleSpec, Table
 
@@ -79,6 +80,7 @@ class MixSampler:
         options: the request's parameters of laws; each table gets those that its law takes.
         pad: ``"none"`` or ``"end"``, whether slices are padded; None takes each table's own.
         learner: name of the learner, for the rate limits.
+        share: the learner's share of a job's batches, if it is a rank of one; ``rng`` is the job's then.
 
     Raises:
         InvalidArgumentError: an argument is out of range, or the columns of two tables do not fit each other.
@@ -96,8 +98,10 @@ class MixSampler:
         options: LawOptions = NO_OPTIONS,
         pad: str | None = None,
         learner: str = "",
+        share: RankShare | None = None,
     ) -> None:
         self._mix = mix
+        self._share = share
         self.table_names = mix.names
         """Names of the tables, in the order of the mix."""
         self._tables = tuple(tables)
@@ -220,6 +224,8 @@ class MixSampler:
                     draw = self._mark(part.draw, position)
                     parts.append(locate(draw, part.columns, batches=reserved.batches, horizon=self.horizon, begin=begin))
                     begin += count
+            if self._share is not None:
+                self._share.advance(reserved.batches)
             return BatchDraw(pinned, parts, found.plan, found.layout)
         except BaseException:
             for part in pinned:
@@ -270,6 +276,8 @@ class MixSampler:
     def _draw_part(self, position: int, count: int, batches: int) -> PinnedDraw:
         _, horizon, law, options, pad = self._specs[position]
         store, rng = self._tables[position].store, self._rngs[position]
+        if self._share is not None:
+            return self._share.draw(position, store, self._specs[position], rng, count=count, batches=batches)
         return store.draw(count, horizon, law, rng, batches=batches, options=options, pad=pad)
 
     def _mark(self, draw: Draw, position: int) -> Draw:

@@ -11,6 +11,7 @@ from touchline_protos.codec import BatchLayout
 from touchline_server.limiters.place import BatchesPlace
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.subscriptions import Subscriptions
+from touchline_server.tables.ranks import RankShare
 from touchline_server.tables.table import SampleSpec, Table
 
 Split = tuple[int, ...]
@@ -117,14 +118,18 @@ class TableSampler:
         spec: what to draw.
         rng: the stream's own random numbers.
         learner: name of the learner, for the rate limit.
+        share: the learner's share of a job's batches, if it is a rank of one; ``rng`` is the job's then.
     """
 
     table_names: ClassVar[tuple[str, ...]] = ()
     """Names of the tables of a mix: none."""
-    __slots__ = ("_place", "_rng", "_spec", "_split", "_table", "batch_size", "horizon")
+    __slots__ = ("_place", "_rng", "_share", "_spec", "_split", "_table", "batch_size", "horizon")
 
-    def __init__(self, table: Table, spec: SampleSpec, rng: np.random.Generator, *, learner: str = "") -> None:
+    def __init__(
+        self, table: Table, spec: SampleSpec, rng: np.random.Generator, *, learner: str = "", share: RankShare | None = None
+    ) -> None:
         self._table = table
+        self._share = share
         self._spec = spec
         self._rng = rng
         self.batch_size = spec.batch_size
@@ -152,7 +157,8 @@ class TableSampler:
 
     def fits_inline(self, *, batches: int = 1) -> bool:
         """See :class:`Sampler`."""
-        return self._table.fits_inline(self._spec, batches=batches)
+        # A rank may have to draw for all others, too.
+        return self._table.fits_inline(self._spec, batches=batches if self._share is None else batches * self._share.world_size)
 
     def reserve(self, batches: int, *, waits: bool) -> Reserved | None:
         """See :class:`Sampler`."""
@@ -173,7 +179,12 @@ class TableSampler:
 
     def draw(self, reserved: Reserved) -> BatchDraw:
         """See :class:`Sampler`."""
-        return self._table.draw(self._spec, self._rng, batches=reserved.batches)
+        table, spec, batches = self._table, self._spec, reserved.batches
+        if self._share is None:
+            return table.draw(spec, self._rng, batches=batches)
+        pinned = self._share.draw(0, table.store, spec, self._rng, count=spec.batch_size, batches=batches)
+        self._share.advance(batches)
+        return table.batch_draw(spec, pinned, batches=batches)
 
     def has_actor(self, number: int) -> bool:
         """See :class:`Sampler`."""

@@ -30,7 +30,7 @@ from touchline_server.store.gather_threads import GatherThreads
 from touchline_server.store.index import Fill
 from touchline_server.store.inserts import Stored
 from touchline_server.store.memory import give_back_freed_memory
-from touchline_server.store.pinned_draw import locate, pad_draw
+from touchline_server.store.pinned_draw import PinnedDraw, locate, pad_draw
 from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
@@ -300,6 +300,16 @@ class Table:
             NotReadyError: no stored episode has horizon + 1 steps.
         """
         pinned = self.store.draw(spec.batch_size, spec.horizon, spec.law, rng, batches=batches, options=spec.options, pad=spec.pad)
+        return self.batch_draw(spec, pinned, batches=batches)
+
+    def batch_draw(self, spec: SampleSpec, pinned: PinnedDraw, *, batches: int) -> BatchDraw:
+        """Returns batches whose slices are drawn and pinned; unpins them if it fails.
+
+        Args:
+            spec: what was drawn.
+            pinned: the slices of all batches.
+            batches: number of batches.
+        """
         try:
             plan = self.plan(pinned.columns.schema, spec.horizon)
             draw = pad_draw(pinned.draw, spec.horizon) if spec.pad else pinned.draw
