@@ -60,10 +60,15 @@ def test_read_only_memory_can_neither_shrink_nor_grow_nor_lose_its_seals(made: t
         os.close(again)
 
 
-def test_read_only_memory_has_all_its_pages_from_the_begin(made: tuple[mmap.mmap, int]) -> None:
-    _, file = made
-
-    assert os.fstat(file).st_blocks * 512 >= SIZE
+@pytest.mark.parametrize("size", [1, SIZE, 5 << 20, (4 << 20) + 1])
+def test_read_only_memory_has_all_its_pages_from_the_begin_and_they_are_zero(size: int) -> None:
+    memory, file = sealed_memory.make_read_only("test", size)
+    try:
+        assert os.fstat(file).st_size == len(memory) == size
+        assert os.fstat(file).st_blocks * 512 >= size
+        assert memory[:] == bytes(size)
+    finally:
+        os.close(file)
 
 
 def test_read_only_memory_of_a_kernel_without_the_seal_has_a_descriptor_that_cannot_be_mapped_writable(
