@@ -29,11 +29,10 @@ BAR = 0.9
 
 
 MEANING = (
-    "A mixed batch has the same bytes from the same number of rows. What it costs more is calls: a second draw and pin for each group of",
-    "batches, and a call for each step and table where one table needs one call for a column, because a body is time-major and the tables'",
-    "slices stand side by side in each step. Small columns and provenance are written for all free slots of the ring together, so their",
-    "fixed cost is shared. A gather with one call for all tables would need a view of memory that spans them, in which one wrong row could",
-    "end the server. CPU time is less disturbed by other processes on the machine than batches a second.",
+    "A mixed batch has the same bytes from the same number of rows, and is gathered with the same calls: the tables' columns lie in",
+    'one address space (docs/design.md, "Draw and gather"). What it costs more is a second draw, pin and reservation for each group of',
+    "batches, and provenance that is written for each table. CPU time is less disturbed by other processes on the machine than batches",
+    "a second.",
 )
 """Last paragraph of the report."""
 

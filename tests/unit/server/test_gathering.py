@@ -21,6 +21,7 @@ from touchline_server import Batch, ReplayBuffer
 from touchline_server.store import columns, gather, gather_threads
 from touchline_server.store.gather import GatherPlan, SpacedBodies
 from touchline_server.store.gather_threads import GatherThreads
+from touchline_server.store.joined_rows import JoinedTables
 from touchline_server.store.pinned_draw import DrawnPart, locate
 
 DTYPES = st.sampled_from(DType).map(to_numpy)
@@ -290,6 +291,15 @@ def test_batches_that_several_stores_provide_parts_of_hold_the_batches_of_each(
         each = []
         for position, _ in zip(chosen, plan.gather_each_into(parts, spaced, chosen), strict=True):
             each.append({name: array.copy() for name, array in spaced.each[position].items()})
+        joined = JoinedTables(parts)
+        joined_bodies = [blank_body(layout) for _ in range(batches)]
+        plan.gather_into(parts, joined_bodies, joined)
+        joined_each = []
+        for position in chosen:
+            for array in spaced.each[position].values():
+                array.fill(7)
+        for position, _ in zip(chosen, plan.gather_each_into(parts, spaced, chosen, joined), strict=True):
+            joined_each.append({name: array.copy() for name, array in spaced.each[position].items()})
         tensors = plan.gather_tensors(parts, layout)
         seen = {spec.name: b"" for spec in layout.specs}
         gather_piece = plan.piece_gatherer(parts, layout)
@@ -301,8 +311,8 @@ def test_batches_that_several_stores_provide_parts_of_hold_the_batches_of_each(
 
     wanted = [{name: array.tobytes() for name, array in body.items()} for body in expected]
     blank = {name: array.tobytes() for name, array in blank_body(layout).items()}
-    assert [{name: array.tobytes() for name, array in body.items()} for body in bodies] == wanted
-    assert [{name: array.tobytes() for name, array in body.items()} for body in each] == wanted
+    for gathered in (bodies, each, joined_bodies, joined_each):
+        assert [{name: array.tobytes() for name, array in body.items()} for body in gathered] == wanted
     assert seen == wanted[0]
     assert {name: as_bits(tensor)[2] for name, tensor in tensors.items()} == wanted[0]
     for position in set(range(5)) - set(chosen):

@@ -10,6 +10,7 @@ import numpy as np
 
 from touchline_protos.codec import BatchLayout, Piece
 from touchline_server.store.gather import Body, GatherPlan, SpacedBodies
+from touchline_server.store.joined_rows import JoinedTables
 from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw
 
 if TYPE_CHECKING:
@@ -26,11 +27,20 @@ class BatchDraw:
         parts: what each table provides of the batches, in the order of the slices: together all of them.
         plan: how they are gathered. The columns of the tables fit each other, so it is that of any of them.
         layout: how each batch looks on the wire and in a body.
+        joined: the tables as one, if they are several and can be gathered together.
     """
 
-    __slots__ = ("_held", "_parts", "_pinned", "_plan", "layout")
+    __slots__ = ("_held", "_joined", "_parts", "_pinned", "_plan", "layout")
 
-    def __init__(self, pinned: Sequence[PinnedDraw], parts: Sequence[DrawnPart], plan: GatherPlan, layout: BatchLayout) -> None:
+    def __init__(
+        self,
+        pinned: Sequence[PinnedDraw],
+        parts: Sequence[DrawnPart],
+        plan: GatherPlan,
+        layout: BatchLayout,
+        joined: JoinedTables | None = None,
+    ) -> None:
+        self._joined = joined
         self._pinned = pinned
         self._parts = parts
         self._plan = plan
@@ -52,14 +62,14 @@ class BatchDraw:
 
     def gather_into(self, bodies: Sequence[Body]) -> None:
         """Gathers each batch into a body on the host. A CUDA device is waited for once for all batches."""
-        self._plan.gather_into(self._parts, bodies)
+        self._plan.gather_into(self._parts, bodies, self._joined)
 
     def gather_each_into(self, bodies: SpacedBodies, chosen: Sequence[int]) -> Iterator[None]:
         """Gathers each batch into a body on the host and yields after each, so that it can be handed over before the next is gathered.
 
         No table may be on a CUDA device. ``chosen`` are the bodies of the batches.
         """
-        return self._plan.gather_each_into(self._parts, bodies, chosen)
+        return self._plan.gather_each_into(self._parts, bodies, chosen, self._joined)
 
     def gather_into_pinned(self, bodies: Sequence[torch.Tensor]) -> None:
         """Gathers each batch into pinned memory, [layout.body_bytes] uint8: from a table on a CUDA device in one transfer a batch.

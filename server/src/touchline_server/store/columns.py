@@ -21,6 +21,7 @@ import numpy as np
 
 from touchline_protos.log_lines import get_logger
 from touchline_server.errors import TooLargeError
+from touchline_server.store.row_space import RowRange, claim_rows
 from touchline_server.store.schema import ColumnSpec, Schema
 from touchline_server.store.shared_columns import SharedColumns, share_host_memory
 
@@ -64,7 +65,13 @@ class Columns:
         """Path of each column's file, for columns on disk; a column without bytes has none."""
         self.shared: SharedColumns | None = None
         """Place of the columns in memory that learners read; None if they are not shared, or released."""
+        self.range: RowRange | None = None
+        """Range of rows of the space in which the columns of mixed batches are gathered together; None if they do not lie in one."""
         self._on_disk = folder is not None
+        if folder is None and not share and (claimed := claim_rows(schema, capacity)) is not None:
+            self.range = claimed
+            self._arrays = claimed.arrays()
+            return
         if share:
             self._arrays = self._share()
             return
@@ -108,7 +115,7 @@ class Columns:
 
     def release(self) -> None:
         """Deletes files; memory is freed with its last view, learners' mappings included. The columns must not be written afterwards."""
-        self.shared = None
+        self.shared = self.range = None
         # Later columns of the same names get new files, so views of the old ones stay valid.
         for path in self.files.values():
             path.unlink(missing_ok=True)
@@ -127,10 +134,6 @@ class Columns:
             self._write_rows(name, first_row, source[:before_seam])
             if before_seam < length:
                 self._write_rows(name, 0, source[before_seam:])
-
-    def takes(self, device: torch.device | None) -> bool:
-        """Returns whether :meth:`write` takes columns that are on this device; None for arrays in host memory."""
-        return device is None
 
     def note_reads(self) -> None:
         """Makes the next write follow the gathers queued on the current stream, which may outlive their pin."""

@@ -19,9 +19,10 @@ import numpy as np
 from touchline_protos.codec import BatchLayout, Piece
 from touchline_server.store.columns import Columns, Take
 from touchline_server.store.gather_threads import GatherThreads, Job, pieces_of
-from touchline_server.store.output_tensor import OutputTensor
+from touchline_server.store.joined_rows import JoinedTables
+from touchline_server.store.output_tensor import OutputTensor, group_order
 from touchline_server.store.pinned_draw import DrawnPart, DrawnSlices
-from touchline_server.store.schema import ColumnSpec, Schema
+from touchline_server.store.schema import Schema
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 Body = Mapping[str, np.ndarray]
 """A batch's tensors and provenance by the names and shapes of ``BatchLayout.specs``: writable, on the host."""
-
-TRANSITION_COLUMNS = ("action", "reward", "done")
-"""Columns of a transition: [H, B, ...] in a batch, where those of a step are [H+1, B, ...]."""
 
 MAX_INLINE_BYTES = 1 << 21
 MAX_INLINE_ROWS = 1 << 14
@@ -93,9 +91,9 @@ class GatherPlan:
         """Steps of a slice."""
         stored = {spec.name: spec for spec in schema.columns}
         # Within a group the order is the schema's, which is that of episodes and of TorchRL's samples too.
-        names = sorted(dict.fromkeys((*stored, "done")), key=_group_order)
+        names = sorted(dict.fromkeys((*stored, "done")), key=group_order)
         without_done = stored["reward"].shape if "done" not in stored else ()
-        self.outputs = tuple(_output(name, stored.get(name), transitions, horizon, missing=without_done) for name in names)
+        self.outputs = tuple(OutputTensor.of(name, stored.get(name), transitions, horizon, missing=without_done) for name in names)
         """The tensors of a batch, in wire order."""
         self._output_of = {output.name: output for output in self.outputs}
         self._shapes: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
@@ -128,13 +126,16 @@ class GatherPlan:
         rows = batches * layout.batch_size * self.steps
         return columns.in_host_memory and rows <= MAX_INLINE_ROWS and batches * layout.body_bytes <= MAX_INLINE_BYTES
 
-    def gather_into(self, parts: Sequence[DrawnPart], bodies: Sequence[Body]) -> None:
+    def gather_into(self, parts: Sequence[DrawnPart], bodies: Sequence[Body], joined: JoinedTables | None = None) -> None:
         """Gathers batches into bodies on the host. A CUDA device is waited for once for all of them.
 
         Args:
             parts: what each table provides of the batches.
             bodies: one for each batch, or for each of the first ones. Every element of the parts' slices is written, and nothing else.
+            joined: the tables of the parts, which make up whole batches, as one; None gathers part by part.
         """
+        if joined is not None:
+            self._gather_joined(joined, joined.rows(parts), bodies)
         for part in parts:
             if part.columns.on_cuda:
                 slices = part.slices(len(bodies))
@@ -145,11 +146,14 @@ class GatherPlan:
             else:
                 provenance = part.provenance()
                 for number, body in enumerate(bodies):
-                    self._gather_part(part, number, body)
+                    if joined is None:
+                        self._gather_part(part, number, body)
                     for name, values in provenance:
                         _range(body[name], part.begin, part.end)[...] = values[number]
 
-    def gather_each_into(self, parts: Sequence[DrawnPart], bodies: SpacedBodies, chosen: Sequence[int]) -> Iterator[None]:
+    def gather_each_into(
+        self, parts: Sequence[DrawnPart], bodies: SpacedBodies, chosen: Sequence[int], joined: JoinedTables | None = None
+    ) -> Iterator[None]:
         """Gathers batches from columns on the host like :meth:`gather_into`, and yields after each. Every batch of a ring passes here.
 
         What is small is written for all batches together, before the first yield.
@@ -158,12 +162,15 @@ class GatherPlan:
             parts: what each table provides of the batches.
             bodies: the bodies.
             chosen: the body of each batch.
+            joined: see :meth:`gather_into`.
         """
         # A slice is written faster than a list of positions.
         run = range(chosen[0], chosen[0] + len(chosen))
         index = slice(run.start, run.stop) if list(chosen) == list(run) else np.array(chosen)
         whole: list[_Pending] = []
         by_step: list[_Pending] = []
+        if joined is not None:
+            whole = self._pending_joined(joined, joined.rows(parts), bodies.together, index)
         for part in parts:
             for name, values in part.provenance():
                 target = bodies.together[name]
@@ -171,6 +178,8 @@ class GatherPlan:
                     target[index, part.begin : part.end] = values
                 else:
                     target[index, :, part.begin : part.end] = values
+            if joined is not None:
+                continue
             fills_batch = part.end - part.begin == bodies.together["provenance.start"].shape[1]
             (whole if fills_batch else by_step).extend(self._gather_small(part, bodies.together, index))
         if self._threads.pays(bodies.body_bytes):
@@ -376,6 +385,29 @@ class GatherPlan:
             target[index] = take(small_rows, 0, None, "clip")
         return left
 
+    def _gather_joined(self, joined: JoinedTables, rows: np.ndarray, bodies: Sequence[Body]) -> None:
+        """Gathers the tensors of whole batches of several tables."""
+        for name, steps, stored, shape in self._shapes_of(len(bodies[0]["provenance.start"])):
+            take = joined.take(name) if stored else None
+            for number, body in enumerate(bodies):
+                target = body[name] if shape is None else body[name].reshape(shape)
+                if take is None:
+                    target.fill(0)
+                else:
+                    take(rows[number, steps], 0, target, "clip")
+
+    def _pending_joined(self, joined: JoinedTables, rows: np.ndarray, together: Body, index: slice | np.ndarray) -> list[_Pending]:
+        """Returns what is to be gathered of whole batches of several tables; writes what is not stored."""
+        count, batch_size = together["provenance.start"].shape
+        pending: list[_Pending] = []
+        for output in self.outputs:
+            target = together[output.name].reshape(count, *output.gathered_shape(batch_size))
+            if output.stored:
+                pending.append((joined.take(output.name), rows[:, output.steps], target))
+            else:
+                target[index] = 0
+        return pending
+
     def _gather_rows(
         self, output: OutputTensor, slices: DrawnSlices, target: np.ndarray, *, begin: int, first: int, batch_size: int
     ) -> None:
@@ -416,26 +448,3 @@ def _runs(begin: int, end: int, *, first: int, slices: int, batch_size: int) -> 
 def _range(array: Any, first: int, end: int) -> Any:
     """Returns slices ``first`` to ``end`` - 1 of a batch's array or tensor, [B] or [T, B, ...]: a view."""
     return array[first:end] if array.ndim == 1 else array[:, first:end]
-
-
-def _output(name: str, column: ColumnSpec | None, transitions: slice, horizon: int, *, missing: tuple[int, ...]) -> OutputTensor:
-    """Returns how one tensor of a batch is made from its column.
-
-    Without a column (only ``done``) it is float32 zeros, of the shape ``missing`` per step: the reward's.
-    """
-    inner = column.shape if column is not None else missing
-    steps = slice(None)
-    trailing: tuple[int, ...] | None = inner
-    if name == "task":
-        steps, trailing = slice(0, 1), None
-    elif name in TRANSITION_COLUMNS:
-        # A reward or done may be stored as [] or [1], in a batch it is [1]; in lockstep it is [agents] in both.
-        steps, trailing = transitions, inner if name == "action" else inner or (1,)
-    dtype = column.dtype if column is not None else np.dtype("<f4")
-    return OutputTensor(name, steps, len(range(horizon + 1)[steps]), inner, dtype, column is not None, trailing)
-
-
-def _group_order(name: str) -> int:
-    group = name.partition(".")[0]
-    named = ("obs", "action", "reward", "done", "task")
-    return named.index(group) if group in named else len(named)

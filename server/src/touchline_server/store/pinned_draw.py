@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -83,21 +83,33 @@ class DrawnSlices:
         return self.rows.shape[1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DrawnPart:
     """What one table provides of batches that are drawn together: of each of them the slices ``begin`` to ``end`` - 1."""
 
     draw: Draw
     """[batches * slices]: batch by batch."""
-    rows: np.ndarray
-    """[batches, H+1, slices] int64: physical rows."""
+    first: np.ndarray
+    """[batches, slices] int64: row of each slice's first step, not wrapped: see :attr:`Draw.first_row`."""
+    last: np.ndarray | None
+    """[batches, slices] int64: step of each slice that all later ones repeat; None if no slice is padded."""
+    steps: int
+    """H + 1, rows of a slice."""
     columns: Columns
     """Columns that the rows belong to."""
     begin: int
     end: int
+    _rows: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.first)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[batches, H+1, slices] int64: physical rows; made when they are asked for first."""
+        if self._rows is None:
+            self._rows = physical_rows(self.first, self.steps, self.columns.capacity, last=self.last)
+        return self._rows
 
     def slices(self, batches: int) -> list[DrawnSlices]:
         """Returns the slices of each of the first batches."""
@@ -120,7 +132,7 @@ class DrawnPart:
 
 
 def locate(draw: Draw, columns: Columns, *, batches: int, horizon: int, begin: int = 0) -> DrawnPart:
-    """Returns one table's slices of batches with their physical rows. Rows of padding are the last one of the episode.
+    """Returns one table's slices of batches. Rows of padding are the last one of the episode.
 
     Args:
         draw: the slices of all batches.
@@ -130,8 +142,8 @@ def locate(draw: Draw, columns: Columns, *, batches: int, horizon: int, begin: i
         begin: position of the first slice in each batch.
     """
     last = None if draw.valid is None else _rows_left(draw).reshape(batches, -1)
-    rows = physical_rows(draw.first_row.reshape(batches, -1), horizon + 1, columns.capacity, last=last)
-    return DrawnPart(draw, rows, columns, begin, begin + rows.shape[2])
+    first = draw.first_row.reshape(batches, -1)
+    return DrawnPart(draw, first, last, horizon + 1, columns, begin, begin + first.shape[1])
 
 
 def pad_draw(draw: Draw, horizon: int) -> Draw:

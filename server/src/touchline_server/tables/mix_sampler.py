@@ -17,6 +17,7 @@ from touchline_server.selectors.draw import Draw
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, check_taken
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.gather import GatherPlan
+from touchline_server.store.joined_rows import JoinedTables
 from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw, locate, pad_draw
 from touchline_server.store.schema import Schema
 from touchline_server.store.subscriptions import Subscriptions
@@ -118,7 +119,10 @@ class MixSampler:
         self._optional = tuple(name for name, _ in OPTIONAL_PROVENANCE if name in optional)
         self._rngs = rng.spawn(len(tables))
         self._splits: dict[tuple[bool, ...], Split] = {}
+        self._whole_split = self._split_of([True] * len(tables))
         self._format: _Format | None = None
+        self._joined: JoinedTables | None = None
+        self._numbers = [np.empty(0, np.int64) for _ in tables]
         self._schemas: list[Schema | None] = [None] * len(tables)
         """Each table's schema that is known to fit the format."""
         fault = _misfit(self._tables)
@@ -226,7 +230,7 @@ class MixSampler:
                     begin += count
             if self._share is not None:
                 self._share.advance(reserved.batches)
-            return BatchDraw(pinned, parts, found.plan, found.layout)
+            return BatchDraw(pinned, parts, found.plan, found.layout, self._join(parts))
         except BaseException:
             for part in pinned:
                 part.release()
@@ -255,7 +259,7 @@ class MixSampler:
         """Returns the split of a batch that is drawn now; None if there can be none."""
         ready = [self._is_ready(position) for position in range(len(self._tables))]
         if all(ready):
-            return self._split_of(ready)
+            return self._whole_split
         split = self._split_of([True] * len(ready) if self._mix.when_empty == "wait" else ready)
         return split if all(has or not count for has, count in zip(ready, split, strict=True)) and any(split) else None
 
@@ -290,18 +294,36 @@ class MixSampler:
             weight = np.ones(slices, np.float32)
         if valid is None and "valid" in self._optional:
             valid = np.ones((self.horizon, slices, 1), np.bool_)
+        actor = draw.actor * len(self._tables)
         return Draw(
             first_row=draw.first_row,
             episode_id=draw.episode_id,
             start=draw.start,
-            actor=draw.actor * len(self._tables) + position,
+            actor=np.add(actor, position, out=actor),
             policy_version=draw.policy_version,
             probability=draw.probability,
             weight=weight,
-            table=np.full(slices, position, np.int64),
+            table=self._table_numbers(position, slices),
             valid=valid,
             length=draw.length,
         )
+
+    def _join(self, parts: Sequence[DrawnPart]) -> JoinedTables | None:
+        """Returns the tables of a draw as one; None if there is one, or they have to be gathered one by one."""
+        if len(parts) < 2:
+            return None
+        key = JoinedTables.key_of(parts)
+        if key is None:
+            return None
+        if self._joined is None or self._joined.key != key:
+            self._joined = JoinedTables(parts)
+        return self._joined
+
+    def _table_numbers(self, position: int, slices: int) -> np.ndarray:
+        """Returns [slices] int64, all of them the position of a table."""
+        if len(self._numbers[position]) < slices:
+            self._numbers[position] = np.full(slices, position, np.int64)
+        return self._numbers[position][:slices]
 
     def _find_format(self) -> _Format | None:
         """Returns how the batches look; None while no table has a schema.
