@@ -54,7 +54,8 @@ class RemoteSubject:
     def __init__(self, address: str, content: Content, *, path: str, prefetch: int = 0) -> None:
         self.content = content
         self._path = path
-        self._client = ReplayClient(address, as_numpy=True, timeout_s=60.0)
+        self.client = ReplayClient(address, as_numpy=True, timeout_s=60.0)
+        """The learner's client."""
         self._batches: Iterator[Batch] | None = None
         fitting = max(MAX_PREFETCH_BYTES // content.workload.batch_bytes, 2)
         self.prefetch = prefetch or min(PREFETCH, fitting)
@@ -62,9 +63,9 @@ class RemoteSubject:
     def take(self) -> Batch:
         """Returns the next batch."""
         if self._path == "unary":
-            return self._client.sample()
+            return self.client.sample()
         if self._batches is None:
-            self._batches = open_stream(self._client, path=self._path, prefetch=self.prefetch)
+            self._batches = open_stream(self.client, path=self._path, prefetch=self.prefetch)
         return next(self._batches)
 
     def noted(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

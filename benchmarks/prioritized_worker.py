@@ -23,16 +23,15 @@ from touchline_protos import Batch
 class UpdatingRemote:
     """A learner of a server with the law ``prioritized``, which sends priorities back for every batch."""
 
-    def __init__(self, subject: RemoteSubject, client: ReplayClient) -> None:
+    def __init__(self, subject: RemoteSubject) -> None:
         workload = subject.content.workload
         self._subject = subject
-        self._client = client
         self._priorities = Priorities((workload.horizon, workload.batch_size))
 
     def take(self) -> Batch:
         """Takes a batch and updates its priorities."""
         batch = self._subject.take()
-        self._client.update_priorities(batch, self._priorities.take())
+        self._subject.client.update_priorities(batch, self._priorities.take())
         return batch
 
 
@@ -70,8 +69,8 @@ class PrioritizedSubjects:
         for tag in content.tags_to_fill(rows):
             client.add(content.episode(tag), policy_version=tag)
         subject = RemoteSubject(server.address, content, path="ring")
-        self._takes[name] = UpdatingRemote(subject, client).take if law == "prioritized" else subject.take
-        self._clients[name] = client
+        self._takes[name] = UpdatingRemote(subject).take if law == "prioritized" else subject.take
+        self._clients[name] = subject.client
         self._servers[name] = server
 
     def make_local(self, name: str, *, law: str, rows: int) -> None:

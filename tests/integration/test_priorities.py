@@ -186,6 +186,27 @@ def test_update_without_a_generation_is_applied_as_that_of_an_older_client(stack
     assert client.priorities.flush().updated == B
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["in process", "over the wire"])
+def test_update_by_ids_of_another_generation_is_evicted_and_of_this_one_applied(remote: bool, stack: ExitStack) -> None:
+    before, buffer = filled(), filled()  # the same ids, of other episodes
+    verbs = connect(stack, buffer) if remote else buffer
+    stale, batch = before.sample(), buffer.sample()
+    chance = shares(buffer)
+
+    done = []
+    for of in (stale, batch):
+        pair = of.episode_id, of.start
+        answer = verbs.update_priorities((*pair, of.store_generations[0]), np.full((H, B), 50.0, np.float32))  # type: ignore[attr-defined]
+        done.append(verbs.priorities.flush().updated if remote else answer)  # type: ignore[attr-defined]
+        if of is stale:
+            assert shares(buffer) == chance
+
+    assert done == [0, B]
+    assert shares(buffer) != chance
+    if remote:
+        assert verbs.priorities.counters().evicted == B  # type: ignore[attr-defined]
+
+
 def test_beta_of_a_request_overrides_the_tables(stack: ExitStack) -> None:
     buffer = filled(priority_alpha=1.0, priority_beta=0.5)
     client = connect(stack, buffer)
@@ -241,6 +262,9 @@ BAD = [
     ((np.arange(2), np.arange(3)), GOOD[1], r"start: shape \(3,\), expected \(2,\) to match episode_id"),
     ((np.arange(2), -np.arange(2)), GOOD[1], r"start: -1, expected 0 or more"),
     (3, GOOD[1], r"slices: int, expected a batch or the pair \(episode_id, start\)"),
+    ((*GOOD[0], 1, 2), GOOD[1], r"slices: tuple, expected a batch or the pair \(episode_id, start\), maybe with a store generation"),
+    ((*GOOD[0], -1), GOOD[1], r"store_generation: -1, expected 0 to 2\*\*63 - 1"),
+    ((*GOOD[0], "new"), GOOD[1], r"store_generation: str, expected an integer, of batch.store_generations"),
 ]
 
 

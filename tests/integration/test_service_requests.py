@@ -438,7 +438,7 @@ def test_client_of_another_major_version_is_refused_with_the_versions(filled: Se
     refusal = refused(answer_at_once, caller, method)
 
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "incompatible-version")
-    assert "the client speaks protocol 2.0, this server 1.2" in refusal.details
+    assert "the client speaks protocol 2.0, this server 1.3" in refusal.details
 
 
 @pytest.mark.parametrize("version", ["", "x", "10.0", "-1.0"])

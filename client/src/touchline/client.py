@@ -305,11 +305,12 @@ class ReplayClient(TableVerbs, StatusVerbs):
         form: dict[str, Any] = {"device": device, "as_numpy": as_numpy, "as_jax": as_jax, "default_numpy": self._as_numpy}
         return open_stream(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, ring=ring, **form)
 
-    def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any, *, table: str | None = None) -> None:
+    def update_priorities(self, slices: Batch | tuple[Any, ...], priorities: Any, *, table: str | None = None) -> None:
         """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.
 
         Args:
-            slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
+            slices: the batch, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device, and maybe its store
+                generation (``batch.store_generations[0]``): then they count as evicted if ids have begun again since.
             priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
                 device; copied before the call returns.
             table: table that they were drawn from; None takes the client's. A mixed batch names its tables itself.

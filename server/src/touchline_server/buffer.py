@@ -269,11 +269,12 @@ class ReplayBuffer(TableBuffers):
         with self._rng_lock:
             return self._sample(spec, self._rng)
 
-    def update_priorities(self, slices: Batch | tuple[Any, Any], priorities: Any) -> int:
+    def update_priorities(self, slices: Batch | tuple[Any, ...], priorities: Any) -> int:
         """Sets the priorities of a batch that was drawn by the law ``prioritized``, for later draws.
 
         Args:
-            slices: the batch, which may be mixed, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device.
+            slices: the batch, which may be mixed, or its ``episode_id`` and ``start``, [B] each, as arrays or tensors on any device, and
+                maybe its store generation (``batch.store_generations[0]``): then they are ignored if ids have begun again since.
             priorities: [H, B]: priority of each transition, such as the absolute TD error; finite, at least 0. An array or a tensor on any
                 device; not changed.
 

@@ -63,7 +63,7 @@ def test_sum_tree_at_the_ends_of_its_range_finds_weights_above_zero(size: int) -
 
 
 @pytest.mark.parametrize("size", SIZES[2:])
-@pytest.mark.parametrize("run", [1, 5, FAN_OUT + 1, 3 * FAN_OUT])
+@pytest.mark.parametrize("run", [1, 5, FAN_OUT, FAN_OUT + 1, 3 * FAN_OUT])
 def test_sum_tree_after_runs_were_assigned_has_the_sum_of_all_weights(size: int, run: int) -> None:
     rng = np.random.default_rng(run)
     tree, weights = SumTree(size), np.zeros(size)
@@ -71,7 +71,7 @@ def test_sum_tree_after_runs_were_assigned_has_the_sum_of_all_weights(size: int,
         # Some of them go on behind the last place at the first one.
         index = (rng.integers(0, size, runs) + np.arange(run)[:, None]) % size
         weights[index] = values = rng.random(size, dtype=np.float32)[index]
-        tree.assign(index, values)
+        tree.assign_runs(index, values)
 
         ends = np.cumsum(weights)
         found, _ = tree.find(rng.random(20))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from touchline._learner.ring_returns import ReturnQueue, queue_of
 from touchline._rpc.calls import RpcClient
 from touchline._rpc.convert import seconds_or_none
 from touchline._rpc.fork import register_after_fork
@@ -18,7 +19,7 @@ from touchline.types import PriorityCounters
 from touchline_protos import Batch
 from touchline_protos.log_lines import get_logger
 from touchline_protos.types.casting import ColumnError
-from touchline_protos.types.priorities import PriorityUpdate, updates_by_table
+from touchline_protos.types.priorities import PriorityUpdate, float_priorities, updates_by_table
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_PENDING = 256
@@ -55,6 +56,8 @@ class PriorityUpdates:
     If the server does not keep up, :data:`MAX_PENDING` updates wait; then the oldest is dropped, counted and logged. Slices of episodes
     that were evicted meanwhile are counted and not applied.
 
+    Those of a batch that came through a ring go back through the ring, unless some wait for a call: so all are applied in their order.
+
     Args:
         rpc: client of the server's service.
         max_message_bytes: size limit of a request.
@@ -75,6 +78,8 @@ class PriorityUpdates:
         self._hurried = 0
         """Callers that wait for all updates to be sent."""
         self._sending = False
+        self._rings: list[ReturnQueue] = []
+        """Rings that updates went back through, and that may not have applied them all."""
         self._thread: threading.Thread | None = None
         self._closed = False
         self._error: TouchlineError | None = None
@@ -88,9 +93,16 @@ class PriorityUpdates:
     def counters(self) -> PriorityCounters:
         """Returns what happened to the slices so far."""
         with self._changed:
-            return PriorityCounters(self._updated, self._evicted, self._dropped, self._pending_slices)
+            self._forget_finished()
+            rings = [ring.counts() for ring in self._rings]
+            return PriorityCounters(
+                self._updated + sum(counts.updated for counts in rings),
+                self._evicted + sum(counts.evicted for counts in rings),
+                self._dropped + sum(counts.dropped for counts in rings),
+                self._pending_slices + sum(counts.pending for counts in rings),
+            )
 
-    def update(self, slices: Batch | tuple[Any, Any], priorities: Any, *, table: str) -> None:
+    def update(self, slices: Batch | tuple[Any, ...], priorities: Any, *, table: str) -> None:
         """Takes an update and returns; see :meth:`touchline.ReplayClient.update_priorities`.
 
         Raises:
@@ -99,10 +111,33 @@ class PriorityUpdates:
             TouchlineError: an earlier update failed. This one was taken all the same.
         """
         try:
+            if isinstance(slices, Batch) and self._put_in_ring(slices, priorities):
+                return
             updates = updates_by_table(slices, priorities, table)
         except ColumnError as error:
             raise InvalidArgumentError(str(error)) from None
         self.put(updates)
+
+    def _put_in_ring(self, batch: Batch, priorities: Any) -> bool:
+        """Sends priorities of a batch back through its ring, if it can take them; returns whether it could.
+
+        Raises:
+            ColumnError: the priorities are not an array.
+            TouchlineError: an earlier update failed. This one was taken all the same.
+        """
+        origin = batch.origin
+        ring = None if origin is None or not origin.is_of(batch) else queue_of(origin.source, self._rpc)
+        if origin is None or ring is None or self._rpc.channel.closed:
+            return False
+        values = float_priorities(priorities)
+        with self._changed:
+            if self._pending or self._sending or values.dtype.kind != "f" or not ring.put(origin.number, values):
+                return False
+            if ring not in self._rings:
+                self._forget_finished()
+                self._rings.append(ring)
+            self._raise_error()
+        return True
 
     def put(self, updates: Sequence[tuple[str, PriorityUpdate]]) -> None:
         """Takes checked updates, each with its table, and returns. The arrays must not change any more.
@@ -139,21 +174,41 @@ class PriorityUpdates:
             TouchlineError: an update failed.
         """
         limit_s = seconds_or_none("timeout_s", timeout_s) or self._rpc.timeout_s
+        ends = time.monotonic() + limit_s
         with self._changed:
             done = self._wait_sent(limit_s)
             self._raise_error()
-            if not done:
-                raise DeadlineError(f"priorities: {len(self._pending)} updates wait after {limit_s:g} s, expected none")
+        if not (self._wait_rings(ends) and done):
+            waiting = len(self._pending) + sum(ring.waiting() for ring in self._rings)
+            raise DeadlineError(f"priorities: {waiting} updates wait after {limit_s:g} s, expected none")
         return self.counters()
 
     def close(self) -> None:
         """Ends the thread. Updates that wait are sent if that takes no more than :data:`CLOSE_S`."""
+        ends = time.monotonic() + CLOSE_S
         with self._changed:
             self._wait_sent(CLOSE_S)
+        self._wait_rings(ends)
+        with self._changed:
+            self._forget_finished()
             self._closed = True
             while self._pending:
                 self._drop(self._pop(), "the client was closed")
             self._changed.notify_all()
+
+    def _wait_rings(self, ends: float) -> bool:
+        """Waits until what went back through rings is applied, or lost; returns whether it is before ``ends``, by the monotonic clock."""
+        done = [ring.wait(ends) or ring.finished for ring in tuple(self._rings)]
+        return all(done)
+
+    def _forget_finished(self) -> None:
+        """Drops the rings whose streams have ended, once nothing more comes of them. Called with the lock held."""
+        for ring in [ring for ring in self._rings if ring.finished]:
+            counts = ring.counts()
+            self._rings.remove(ring)
+            self._updated += counts.updated
+            self._evicted += counts.evicted
+            self._count_dropped(counts.dropped, "the stream of their batches ended before the server took them")
 
     def _wait_sent(self, limit_s: float) -> bool:
         """Waits until every update has been answered; returns whether they were. Called with the lock held."""
@@ -213,6 +268,8 @@ class PriorityUpdates:
         return table, first if len(group) == 1 else _joined(group)
 
     def _send(self, table: str, update: PriorityUpdate) -> None:
+        # What went back through a ring before was given before.
+        self._wait_rings(time.monotonic() + CLOSE_S)
         self._rpc.check_server_version("update_priorities()", table=table)
         answer = pb.UpdatePrioritiesResponse.FromString(self._rpc.unary("UpdatePriorities", update_request(table, update)))
         with self._changed:
@@ -227,8 +284,11 @@ class PriorityUpdates:
             self._error = error
 
     def _drop(self, update: PriorityUpdate, reason: str) -> None:
-        self._dropped += len(update.start)
-        if time.monotonic() >= self._next_line:
+        self._count_dropped(len(update.start), reason)
+
+    def _count_dropped(self, slices: int, reason: str) -> None:
+        self._dropped += slices
+        if slices and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LOG_INTERVAL_S
             logger.warning("priorities of %d slices were dropped so far: %s", self._dropped, reason)
 

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from touchline._learner.ring_returns import ReturnQueue
 from touchline_protos import Batch
 from touchline_protos.codec import BodyLayout
 from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.shm.ring import RingError, RingGeometry, RingReader
 from touchline_protos.shm.ring_control import ConsumerControl
+from touchline_protos.shm.ring_returns import ReturnGeometry
+from touchline_protos.types.batch import BatchOrigin
 from touchline_protos.v1 import replay_pb2 as pb
 
 MAX_IDLE_BYTES = 256 << 20
@@ -39,19 +42,25 @@ class RingBatches:
     Args:
         setup: the server's offer.
         messages: the messages that follow on the stream.
+        owner: see :class:`ReturnQueue`.
 
     Raises:
         RingError: the ring cannot be mapped by this process.
         CodecError: the offer is malformed.
     """
 
-    def __init__(self, setup: pb.RingSetup, messages: Iterator[bytes]) -> None:
+    def __init__(self, setup: pb.RingSetup, messages: Iterator[bytes], owner: object = None) -> None:
         self._layout = BodyLayout(setup.layout.SerializeToString())
         geometry = RingGeometry(setup.slots, setup.slot_size_bytes)
         if self._layout.size_bytes > geometry.slot_size_bytes:
             raise RingError(f"slots of {geometry.slot_size_bytes} bytes, expected at least {self._layout.size_bytes} for a batch")
         self._ring = RingReader(setup.path, setup.token, geometry, setup.size_bytes)
         self._control = self._ring.control
+        self._returns: ReturnQueue | None = None
+        if setup.HasField("returns"):
+            returns = ReturnGeometry(setup.returns.offset, setup.returns.transitions, setup.returns.batch_size)
+            returns.check(self._layout.size_bytes, geometry)
+            self._returns = ReturnQueue(self._ring, returns, owner)
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._leases: dict[int, weakref.ref[Any]] = {}
         self._messages = messages
@@ -86,15 +95,16 @@ class RingBatches:
         if self._forgettable and actors_needed > self._forgettable[0][0]:
             self._forget_names(actors_needed)
         memory = self._ring.slots.array(slot)
+        origin = BatchOrigin(self._returns, self._control.last_taken) if self._returns is not None else None
         # `held` counts this slot. A view is handed out only if another slot stays free for the server.
         if self._control.held > self._ring.geometry.slots - 2:
             copy = self._pool.lease(self._layout.size_bytes)
             size = self._layout.size_bytes
             memoryview(copy).cast("B")[:size] = memoryview(memory).cast("B")[:size]
             self._control.free(slot)
-            return self._layout.batch(copy, self._actor_names)
+            return self._layout.batch(copy, self._actor_names, origin)
         self._leases[slot] = weakref.ref(memory, partial(_free, self._control, slot))
-        return self._layout.batch(memory, self._actor_names)
+        return self._layout.batch(memory, self._actor_names, origin)
 
     def whole_array(self) -> Any:
         """Returns the memory that all batches except copies are views of, as a ctypes array that keeps it mapped."""
@@ -135,14 +145,21 @@ class RingBatches:
         except BaseException as error:
             # Without its traceback, which would keep this object, and with it the ring's memory, alive until the next collection of cycles.
             end = error.with_traceback(None)
+        if self._returns is not None:
+            self._returns.close()
         with self._changed:
             self._end = end
             self._changed.notify_all()
         self._control.interrupt()
 
 
-def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | None:
+def attach(message: bytes, messages: Iterator[bytes], owner: object = None) -> RingBatches | str | None:
     """Returns the ring that a stream's first message offers, or the server's reason for offering none; None for any other message.
+
+    Args:
+        message: the first message.
+        messages: the messages that follow on the stream.
+        owner: see :class:`ReturnQueue`.
 
     Raises:
         RingError, CodecError: the message offers a ring that this process cannot use.
@@ -150,7 +167,7 @@ def attach(message: bytes, messages: Iterator[bytes]) -> RingBatches | str | Non
     if not message.startswith(_OFFER_TAG):
         return None
     setup = pb.SampleStreamResponse.FromString(message).ring
-    return setup.refused or RingBatches(setup, messages)
+    return setup.refused or RingBatches(setup, messages, owner)
 
 
 _OFFER_TAG = pb.SampleStreamResponse(ring=pb.RingSetup()).SerializeToString()[:1]

@@ -110,7 +110,7 @@ class StreamSession:
         """Attaches the ring that the server's first message offers, and answers the offer; returns False if the message is a batch."""
         self._state = _State.MESSAGES
         try:
-            ring = attach(message, self._call)
+            ring = attach(message, self._call, self._rpc)
             if ring is None:
                 self.transport_reason = NO_REASON
                 return False

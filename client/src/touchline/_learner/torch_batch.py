@@ -57,17 +57,25 @@ def same_batch(batch: Batch) -> Batch:
 
 def map_batch(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     """Returns a batch of the results of ``change``, called with each array of the given batch in a fixed order."""
+    columns = {
+        "obs": map_nested(batch.obs, change),
+        "action": change(batch.action),
+        "reward": change(batch.reward),
+        "done": change(batch.done),
+        "task": None if batch.task is None else change(batch.task),
+        "extra": {name: change(value) for name, value in batch.extra.items()},
+    }
+    provenance = {name: change(getattr(batch, name)) for name, _ in PROVENANCE}
+    episode_id, start, origin = provenance["episode_id"], provenance["start"], batch.origin
+    if origin is not None:
+        origin = origin.of(episode_id, start) if origin.is_of(batch) and episode_id is not None else None
     return Batch(
-        obs=map_nested(batch.obs, change),
-        action=change(batch.action),
-        reward=change(batch.reward),
-        done=change(batch.done),
-        task=None if batch.task is None else change(batch.task),
-        extra={name: change(value) for name, value in batch.extra.items()},
+        **columns,
+        **provenance,
         actor_names=batch.actor_names,
         table_names=batch.table_names,
         store_generations=batch.store_generations,
-        **{name: change(getattr(batch, name)) for name, _ in PROVENANCE},
+        origin=origin,
         **{name: change(value) for name, _ in OPTIONAL_PROVENANCE if (value := getattr(batch, name)) is not None},
     )
 

@@ -17,7 +17,7 @@ from touchline_protos.codec.batch_parser import ParsedBatch, parse_batch, parse_
 from touchline_protos.codec.buffer_pool import BufferPool
 from touchline_protos.codec.tensors import ALIGNMENT, body_offsets
 from touchline_protos.codec.wire import LEN, VARINT, read_fields, tag, to_int64
-from touchline_protos.types.batch import Batch, assemble_batch
+from touchline_protos.types.batch import Batch, BatchOrigin, assemble_batch
 from touchline_protos.types.episode import CodecError, OversizeError
 
 _MAX_PLANS = 16
@@ -268,20 +268,27 @@ class BodyLayout:
         offsets, self.size_bytes = body_offsets([tensor.spec for tensor in tensors])
         self._views = [(t.spec.name, t.spec.shape, t.spec.dtype, at) for t, at in zip(tensors, offsets, strict=True)]
 
-    def batch(self, memory: Any, actor_names: Mapping[int, str]) -> Batch:
+    def batch(self, memory: Any, actor_names: Mapping[int, str], origin: BatchOrigin | None = None) -> Batch:
         """Returns the batch whose body is in ``memory``.
 
         Args:
             memory: a writable buffer of at least ``size_bytes``. The batch's arrays are writable views of it and keep it alive.
             actor_names: actors' names by index.
+            origin: origin of the batch.
         """
-        return _assemble(memory, self._views, actor_names, self._store_generations)
+        return _assemble(memory, self._views, actor_names, self._store_generations, origin)
 
 
-def _assemble(storage: Any, views: list[_View], actor_names: Mapping[int, str], store_generations: tuple[int, ...]) -> Batch:
+def _assemble(
+    storage: Any,
+    views: list[_View],
+    actor_names: Mapping[int, str],
+    store_generations: tuple[int, ...],
+    origin: BatchOrigin | None = None,
+) -> Batch:
     array = np.ndarray
     arrays = {name: array(shape, dtype, storage, at) for name, shape, dtype, at in views}
-    return assemble_batch(arrays, actor_names, store_generations=store_generations)
+    return assemble_batch(arrays, actor_names, store_generations=store_generations, origin=origin)
 
 
 def _make_plan(plans: dict[int, _MessagePlan], message: bytes, batches: Sequence[tuple[int, int]], *, as_bodies: bool) -> _MessagePlan:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from touchline_protos.shm import sealed_memory
 from touchline_protos.shm.ring_control import MAX_SLOTS, TOKEN_BYTES, ConsumerControl, ProducerControl, RingError
+from touchline_protos.shm.ring_returns import ReturnGeometry
 from touchline_protos.shm.ring_slots import RingGeometry, RingSlots
 
 __all__ = ["MAX_SLOTS", "RingError", "RingGeometry", "RingReader", "RingWriter", "shared_memory_id", "sweep_dead_rings"]
@@ -47,14 +48,17 @@ class RingWriter:
 
     Args:
         geometry: the sizes.
+        returns: position of the priorities that come back; None if they come by calls only.
 
     Raises:
         RingError: there is no memory for the ring, or no shared folder.
     """
 
-    def __init__(self, geometry: RingGeometry) -> None:
+    def __init__(self, geometry: RingGeometry, returns: ReturnGeometry | None = None) -> None:
         geometry.check()
         self.geometry = geometry
+        self.returns = returns
+        """Position of the priorities that come back; None if they come by calls only."""
         self.path = SHARED_MEMORY_DIR / f"{_PREFIX}{secrets.token_hex(16)}"
         """The socket by which a process of the same user gets the memory."""
         self.token = secrets.token_bytes(TOKEN_BYTES)

@@ -46,6 +46,11 @@ _FREED, _CONSUMER_SLEEPS = 16, 17
 _TAKEN = 18
 # How long the consumer has waited for slots, in nanoseconds, and whether it measures that at all. Consumers up to 1.1 leave both at 0.
 _WAITED_NS, _MEASURES = 19, 20
+# The way back, see :mod:`.ring_returns`: on the producer's line how many entries it has taken, how many of their slices it has updated,
+# found evicted and refused, and whether it looks no more; on the consumer's how many it has sent, and its sleep flag. Sides up to 1.2 leave
+# all of them at 0.
+_RETURNS_TAKEN, _UPDATED, _EVICTED, _REFUSED, _RETURNS_ENDED = 10, 11, 12, 13, 14
+_RETURNS_SENT, _RETURNS_SLEEPS = 22, 23
 # Three arrays of MAX_SLOTS words: the order of publication, each slot's state, and how many actors' names its batch needs.
 _ORDER = 64
 _STATES = _ORDER + MAX_SLOTS
@@ -187,6 +192,28 @@ class ProducerControl(_RingControl):
         """Ends a sleep in :meth:`free_slots` or :meth:`wait_freed`; from any thread."""
         self._wake_sleeper(_FREED)
 
+    def count_returns(self) -> int:
+        """Returns how many entries the learner has sent back, as it says. It writes the word, so it may be anything."""
+        return int(self._words[_RETURNS_SENT])
+
+    def report_returns(self, taken: int, updated: int, evicted: int, refused: int) -> None:
+        """Reports to the learner how many of its entries were taken so far, and what happened to their slices."""
+        words = self._words
+        words[_UPDATED], words[_EVICTED], words[_REFUSED] = updated, evicted, refused
+        # Last: a learner that sees its entries taken must find the counts above.
+        words[_RETURNS_TAKEN] = taken
+        self._wake(_RETURNS_TAKEN, _RETURNS_SLEEPS)
+
+    def end_returns(self) -> None:
+        """Reports to the learner that no more entries will be taken."""
+        self._words[_RETURNS_ENDED] = 1
+        self._wake_sleeper(_RETURNS_TAKEN)
+
+    @property
+    def published(self) -> int:
+        """Number of publications so far, which is the number of the next one."""
+        return self._head
+
     def _find_free(self) -> list[int]:
         states = self._words[_STATES : _STATES + self._slots]
         return [slot for slot, state in enumerate(states) if state == _FREE]
@@ -256,6 +283,43 @@ class ConsumerControl(_RingControl):
         # is stored twice.
         words[_FREED] = next(self._frees)
         self._wake(_FREED, _PRODUCER_SLEEPS)
+
+    @property
+    def last_taken(self) -> int:
+        """Number of the publication that :meth:`take` returned last, counted from 0."""
+        return self._taken - 1
+
+    @property
+    def published(self) -> int:
+        """Number of publications so far, as the server says."""
+        return int(self._words[_HEAD])
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child, in which the ring is the parent's."""
+        return os.getpid() != self._process
+
+    def send_return(self, sent: int) -> None:
+        """Hands entries over, the last of which is number ``sent`` - 1. Their bytes must be written."""
+        self._words[_RETURNS_SENT] = sent
+
+    def count_returns(self) -> tuple[int, int, int, int]:
+        """Returns how many entries the server has taken, and how many of their slices it has updated, found evicted, and refused."""
+        words = self._words
+        # The counts come after the entries: they may be newer, but never miss what is counted as taken.
+        taken = words[_RETURNS_TAKEN]
+        return taken, words[_UPDATED], words[_EVICTED], words[_REFUSED]
+
+    @property
+    def returns_ended(self) -> bool:
+        """Whether the server takes no more entries."""
+        return bool(self._words[_RETURNS_ENDED])
+
+    def wait_returns(self, taken: int) -> None:
+        """Wakes the producer, and returns once it has taken other than ``taken`` entries, or after :data:`SHORT_SLEEP_S`."""
+        self._words[_FREED] = next(self._frees)
+        self._wake(_FREED, _PRODUCER_SLEEPS)
+        self._sleep(_RETURNS_TAKEN, taken, _RETURNS_SLEEPS, max_s=SHORT_SLEEP_S, spin_s=0)
 
     def interrupt(self) -> None:
         """Ends a :meth:`take` that sleeps, and keeps later ones from sleeping; from any thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, overload
@@ -27,6 +28,40 @@ OPTIONAL_PROVENANCE: tuple[tuple[str, np.dtype], ...] = (
 )
 """The fields that a batch has only if its request asks for what they describe, and their dtypes, in wire order after the others. They are
 [B] each, except for ``valid``, [H, B, 1]."""
+
+
+class BatchOrigin:
+    """Where a batch came from, as its own source knows it. A copy or a pickle of a batch has none.
+
+    Args:
+        source: the source.
+        number: what names the batch there.
+    """
+
+    __slots__ = ("_arrays", "number", "source")
+
+    def __init__(self, source: Any, number: int) -> None:
+        self.source = source
+        self.number = number
+        self._arrays: tuple[Any, Any] = (_no_origin, _no_origin)
+
+    def of(self, episode_id: Array, start: Array) -> BatchOrigin:
+        """Returns the origin of a batch whose slices are those of these arrays, to which it keeps weak references only."""
+        origin = BatchOrigin(self.source, self.number)
+        origin._arrays = weakref.ref(episode_id), weakref.ref(start)
+        return origin
+
+    def is_of(self, batch: Batch) -> bool:
+        """Returns whether a batch still has the arrays of its slices: not others, by ``dataclasses.replace``."""
+        episode_id, start = self._arrays
+        return episode_id() is batch.episode_id and start() is batch.start
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _no_origin, ()
+
+
+def _no_origin() -> None:
+    """Returns what a copied or unpickled batch has as its origin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +108,8 @@ class Batch:
     store_generations: tuple[int, ...] = ()
     """Generation of the table's store, or of each table's of the mix: while it is the same, an id names the same episode. Empty if the
     server is older than 1.2."""
+    origin: BatchOrigin | None = field(default=None, repr=False, compare=False)
+    """How priorities go back to where the batch came from, for :meth:`touchline.ReplayClient.update_priorities`; None if by a call."""
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.obs, self.action, self.reward, self.done))
@@ -96,6 +133,7 @@ def assemble_batch(
     *,
     table_names: tuple[str, ...] = (),
     store_generations: tuple[int, ...] = (),
+    origin: BatchOrigin | None = None,
 ) -> Batch:
     """Returns a batch made of flat arrays.
 
@@ -104,6 +142,7 @@ def assemble_batch(
         actor_names: actors' names by index. Not copied.
         table_names: names of the mix's tables, by position.
         store_generations: see :attr:`Batch.store_generations`.
+        origin: see :attr:`Batch.origin`.
     """
     obs: Any = {}
     named: dict[str, Array] = {}
@@ -130,5 +169,6 @@ def assemble_batch(
         actor_names=actor_names,
         table_names=table_names,
         store_generations=store_generations,
+        origin=None if origin is None else origin.of(named["episode_id"], named["start"]),
         **named,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +26,12 @@ class PriorityUpdate(NamedTuple):
     """Generation of the store that the slices are from, see :attr:`Batch.store_generations`; 0: unknown."""
 
 
-def priority_update(slices: Batch | tuple[Any, Any], priorities: Any) -> PriorityUpdate:
+def priority_update(slices: Batch | tuple[Any, ...], priorities: Any) -> PriorityUpdate:
     """Returns a checked copy of new priorities.
 
     Args:
-        slices: a batch, or its ``episode_id`` and ``start``: [B] each, of integers, arrays or tensors on any device.
+        slices: a batch, or its ``episode_id`` and ``start``: [B] each, of integers, arrays or tensors on any device; and maybe, as a third
+            item, the store generation that they are from, of :attr:`Batch.store_generations`, so that they are taken for no other episodes.
         priorities: [H, B], of floats, array or tensor on any device. Not changed.
 
     Raises:
@@ -39,18 +41,32 @@ def priority_update(slices: Batch | tuple[Any, Any], priorities: Any) -> Priorit
         if slices.weight is None:
             raise ColumnError("batch: drawn by a law without priorities, expected one drawn by the law 'prioritized'")
         transitions, batch_size = slices.action.shape[:2]
-        given = _floats(priorities)
+        given = float_priorities(priorities)
         if given.shape != (transitions, batch_size):
             raise ColumnError(f"priorities: shape {given.shape}, expected ({transitions}, {batch_size}), one for each transition")
         return check_priorities(to_array("episode_id", slices.episode_id), to_array("start", slices.start), given)
     try:
-        episode_id, start = slices
+        episode_id, start, *generation = slices
+        (store_generation,) = generation or [0]
     except (TypeError, ValueError):
-        raise ColumnError(f"slices: {type(slices).__name__}, expected a batch or the pair (episode_id, start)") from None
-    return check_priorities(to_array("episode_id", episode_id), to_array("start", start), _floats(priorities))
+        raise ColumnError(
+            f"slices: {type(slices).__name__}, expected a batch or the pair (episode_id, start), maybe with a store generation behind them"
+        ) from None
+    update = check_priorities(to_array("episode_id", episode_id), to_array("start", start), float_priorities(priorities))
+    return update._replace(store_generation=_checked_generation(store_generation))
 
 
-def updates_by_table(slices: Batch | tuple[Any, Any], priorities: Any, table: str) -> list[tuple[str, PriorityUpdate]]:
+def _checked_generation(value: Any) -> int:
+    try:
+        generation = operator.index(value)
+    except TypeError:
+        raise ColumnError(f"store_generation: {type(value).__name__}, expected an integer, of batch.store_generations") from None
+    if not 0 <= generation < 1 << 63:
+        raise ColumnError(f"store_generation: {generation}, expected 0 to 2**63 - 1, of batch.store_generations")
+    return generation
+
+
+def updates_by_table(slices: Batch | tuple[Any, ...], priorities: Any, table: str) -> list[tuple[str, PriorityUpdate]]:
     """Returns a checked copy of new priorities for each table that the slices are from, with its name.
 
     Args:
@@ -77,8 +93,10 @@ def updates_by_table(slices: Batch | tuple[Any, Any], priorities: Any, table: st
     return parts
 
 
-def _floats(priorities: Any) -> np.ndarray:
-    """Returns priorities as an array; those of bfloat16, which numpy cannot compare, as float32."""
+def float_priorities(priorities: Any) -> np.ndarray:
+    """Returns priorities as an array, unchecked; those of bfloat16, which numpy cannot compare, as float32."""
+    if type(priorities) is np.ndarray and priorities.dtype == np.float32:
+        return priorities  # nothing to find out
     array = to_array("priorities", priorities)
     if array.dtype != BFLOAT16:
         return array

@@ -517,7 +517,7 @@ class BatchChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Batch, _Mapping]] = ..., size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RingSetup(_message.Message):
-    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token", "refused", "rows", "rows_refused")
+    __slots__ = ("path", "size_bytes", "slots", "slot_size_bytes", "layout", "token", "refused", "rows", "rows_refused", "returns")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -527,6 +527,7 @@ class RingSetup(_message.Message):
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ROWS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
     path: str
     size_bytes: int
     slots: int
@@ -536,7 +537,8 @@ class RingSetup(_message.Message):
     refused: str
     rows: RowsSetup
     rows_refused: str
-    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ..., refused: _Optional[str] = ..., rows: _Optional[_Union[RowsSetup, _Mapping]] = ..., rows_refused: _Optional[str] = ...) -> None: ...
+    returns: ReturnSetup
+    def __init__(self, path: _Optional[str] = ..., size_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slot_size_bytes: _Optional[int] = ..., layout: _Optional[_Union[Batch, _Mapping]] = ..., token: _Optional[bytes] = ..., refused: _Optional[str] = ..., rows: _Optional[_Union[RowsSetup, _Mapping]] = ..., rows_refused: _Optional[str] = ..., returns: _Optional[_Union[ReturnSetup, _Mapping]] = ...) -> None: ...
 
 class RowsSetup(_message.Message):
     __slots__ = ("tables", "tensors", "steps")
@@ -571,6 +573,16 @@ class GatheredTensor(_message.Message):
     first_step: int
     steps: int
     def __init__(self, first_step: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class ReturnSetup(_message.Message):
+    __slots__ = ("offset", "transitions", "batch_size")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    transitions: int
+    batch_size: int
+    def __init__(self, offset: _Optional[int] = ..., transitions: _Optional[int] = ..., batch_size: _Optional[int] = ...) -> None: ...
 
 class GetEpisodesRequest(_message.Message):
     __slots__ = ("table", "episode_ids", "skip_missing", "first_episode_id", "last_episode_id", "actor", "newest", "columns", "max_frame_bytes")

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from touchline_protos.types.batch import OPTIONAL_PROVENANCE, PROVENANCE
 from touchline_server.selectors.entries import ACTOR, FIRST_ROW, ID, LENGTH, POLICY_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnRows:
+    """What a law with priorities remembers of drawn slices, to find them again when their priorities come back. All are [slices]."""
+
+    update: Callable[[DrawnRows, int, int, np.ndarray], int]
+    """The selector's :meth:`~touchline_server.selectors.selector.Selector.update_drawn`."""
+    rows: np.ndarray
+    """int64: physical row of each slice's first step."""
+    entries: np.ndarray
+    """[slices, 6] int64: index entry of each slice's episode."""
+    position: np.ndarray
+    """uint32: position of each slice's episode among those that were stored."""
+    dropped: int
+    """Episodes that had been dropped: together with the position this counts the episodes from the first one that was ever stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +49,19 @@ class Draw:
     """[H, slices, 1] bool: whether a transition is real; None unless slices are padded."""
     length: np.ndarray | None = None
     """Rows of each slice's episode, from the selector."""
+    drawn: DrawnRows | None = None
+    """The same slices for the law, if it has priorities; None in a part of several draws."""
 
     @classmethod
-    def of(cls, entries: np.ndarray, start: np.ndarray, probability: np.ndarray, weight: np.ndarray | None = None) -> Draw:
+    def of(
+        cls,
+        entries: np.ndarray,
+        start: np.ndarray,
+        probability: np.ndarray,
+        weight: np.ndarray | None = None,
+        *,
+        drawn: DrawnRows | None = None,
+    ) -> Draw:
         """Returns slices of stored episodes.
 
         Args:
@@ -42,6 +69,7 @@ class Draw:
             start: [slices] int64: step of the episode that is the slice's row 0.
             probability: [slices] float64.
             weight: [slices] float32; None unless the law has priorities.
+            drawn: see :attr:`drawn`.
         """
         return cls(
             first_row=entries[:, FIRST_ROW] + start,
@@ -52,6 +80,7 @@ class Draw:
             probability=probability,
             weight=weight,
             length=entries[:, LENGTH],
+            drawn=drawn,
         )
 
     @property
@@ -91,14 +120,15 @@ class Draw:
         if len(draws) == 1:
             return draws[0]
         joined = {name: [getattr(draw, name) for draw in draws] for name in _ARRAYS}
-        return cls(**{name: np.concatenate(arrays) for name, arrays in joined.items() if arrays[0] is not None})
+        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in joined.items() if parts[0] is not None}
+        return cls(**arrays)
 
     def replaced(self, where: np.ndarray, other: Draw) -> Draw:
         """Returns a copy with the slices of another draw of the same law at the positions ``where``, [slices] bool."""
-        changed = {name: getattr(self, name).copy() for name in _ARRAYS if getattr(self, name) is not None}
+        changed: dict[str, Any] = {name: getattr(self, name).copy() for name in _ARRAYS if getattr(self, name) is not None}
         for name, array in changed.items():
             array[where] = getattr(other, name)
-        return replace(self, **changed)
+        return replace(self, drawn=None, **changed)
 
 
 _ARRAYS = ("first_row", "episode_id", "start", "actor", "policy_version", "probability", "weight", "length")

@@ -31,6 +31,11 @@ class EpisodeRows:
         """[n, ENTRY_WIDTH] int64, oldest first: a view, valid until the next change."""
         return self._queue.live
 
+    @property
+    def dropped(self) -> int:
+        """Number of episodes that were ever removed."""
+        return self._dropped
+
     def append(self, entry: Entry) -> None:
         """Adds the newest episode, whose rows follow those of the one before it."""
         first_row, end = entry[FIRST_ROW], entry[FIRST_ROW] + entry[LENGTH]

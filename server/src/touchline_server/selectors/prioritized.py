@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from touchline_server.errors import InvalidArgumentError
-from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.draw import Draw, DrawnRows
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import FIRST_ROW, ID, LENGTH, Entry
 from touchline_server.selectors.episode_rows import EpisodeRows
@@ -61,7 +61,7 @@ class _Update(NamedTuple):
     last: np.ndarray
     """[slices] int64: number of the last transition, counted from the slice's first, that its episode has; at least 0."""
     priorities: np.ndarray
-    """[transitions, slices] float32."""
+    """[slices, transitions] float32."""
 
 
 class PrioritizedSelector(Selector):
@@ -127,14 +127,15 @@ class PrioritizedSelector(Selector):
         """See :meth:`Selector.draw`."""
         tree = self._tree(horizon)
         rows, weights = tree.find(rng.random(batches * batch_size))
-        entries = self._rows.entries.take(self._rows.at_rows(rows), axis=0)
+        position = self._rows.at_rows(rows)
+        entries = self._rows.entries.take(position, axis=0)
         start = rows - entries[:, FIRST_ROW]
         # The row is physical. It lies behind the seam of the ring if it is less than its episode's first.
         start += self._capacity * (start < 0)
         probability = weights / tree.total
         beta = self._settings.priority_beta if options.beta is None else options.beta
         weight = importance_weights(probability.reshape(batches, -1), beta).reshape(-1)
-        return Draw.of(entries, start, probability, weight)
+        return Draw.of(entries, start, probability, weight, drawn=DrawnRows(self.update_drawn, rows, entries, position, self._rows.dropped))
 
     # Update
 
@@ -161,26 +162,47 @@ class PrioritizedSelector(Selector):
                 f"expected 0 to {last_start[bad]}"
             )
         last = last_start - start
-        if last.min() < transitions - 1:
-            priorities = np.where(np.arange(transitions)[:, None] <= last, priorities, np.float32(0.0))  # padding has none
-        self._highest = max(self._highest, float(priorities.max()))
-        self.changes += 1
         first_row = entries[:, FIRST_ROW] + start
         first_row -= self._capacity * (first_row >= self._capacity)
-        self._waiting.append(_Update(first_row, start, last, priorities))
-        self._waiting_slices += len(position)
+        self._put(_Update(first_row, start, last, priorities.T))
+        return len(position)
+
+    def update_drawn(self, drawn: DrawnRows, begin: int, end: int, priorities: np.ndarray) -> int:
+        """See :meth:`Selector.update_drawn`. Applied as :meth:`update` is."""
+        rows, entries = drawn.rows[begin:end], drawn.entries[begin:end]
+        if self._rows.dropped > drawn.dropped:
+            # In int64, in which nothing wraps: an episode's number, counted from the first one, is its position plus those dropped then.
+            stored = drawn.position[begin:end] >= np.int64(self._rows.dropped - drawn.dropped)
+            rows, entries, priorities = rows[stored], entries[stored], priorities[stored]
+        if len(rows):
+            start = rows - entries[:, FIRST_ROW]
+            start += self._capacity * (start < 0)
+            self._put(_Update(rows, start, entries[:, LENGTH] - 2 - start, priorities))
+        return len(rows)
+
+    def _put(self, update: _Update) -> None:
+        """Keeps an update for the next draw, which applies it."""
+        transitions = update.priorities.shape[1]
+        if update.last.min() < transitions - 1:
+            # Padding has no priorities.
+            real = np.arange(transitions) <= update.last[:, None]
+            update = update._replace(priorities=np.where(real, update.priorities, np.float32(0.0)))
+        self._highest = max(self._highest, float(update.priorities.max()))
+        self.changes += 1
+        self._waiting.append(update)
+        self._waiting_slices += len(update.start)
         if self._waiting_slices > MAX_WAITING_SLICES:
             self._apply()
-        return len(position)
 
     def _apply(self) -> None:
         """Applies the updates that wait, in their order, those of equal length together."""
         waiting, self._waiting, self._waiting_slices = self._waiting, [], 0
-        for _, group in groupby(waiting, key=lambda update: len(update.priorities)):
-            first_row, start, last, priorities = (np.concatenate(arrays, axis=-1) for arrays in zip(*group, strict=True))
-            self._set_transitions(first_row, last, priorities)
+        for _, alike in groupby(waiting, key=lambda update: update.priorities.shape[1]):
+            group = list(alike)
+            update = group[0] if len(group) == 1 else _Update(*(np.concatenate(arrays) for arrays in zip(*group, strict=True)))
+            self._set_transitions(update)
             for horizon, tree in self._trees.items():
-                self._set_slices(tree, horizon, _Update(first_row, start, last, priorities))
+                self._set_slices(tree, horizon, update)
 
     def save(self) -> SavedPriorities:
         """Returns a copy of all priorities."""
@@ -215,11 +237,12 @@ class PrioritizedSelector(Selector):
         self._trees.clear()
         return loaded
 
-    def _set_transitions(self, first_row: np.ndarray, last: np.ndarray, priorities: np.ndarray) -> None:
-        """Sets the priorities of the transitions of slices; see :class:`_Update`."""
-        count = len(priorities)
+    def _set_transitions(self, update: _Update) -> None:
+        """Sets the priorities of the transitions of slices."""
+        first_row, _, last, priorities = update
+        count = priorities.shape[1]
         # Slice by slice: of several that share a transition, the last one counts.
-        values = np.ascontiguousarray(np.maximum(priorities, np.float32(MIN_PRIORITY)).T)
+        values = np.ascontiguousarray(np.maximum(priorities, np.float32(MIN_PRIORITY)))
         if last.min() >= count - 1 and first_row.max() + count <= self._capacity:
             # The rows of a slice as one element, which is assigned in a third of the time.
             run = np.dtype((np.void, values.itemsize * count))
@@ -236,26 +259,37 @@ class PrioritizedSelector(Selector):
         Those of an updated slice with ``transitions`` transitions from ``start`` on begin at ``start`` - (horizon - 1) to
         ``start`` + transitions - 1; those that do not lie within the episode are left alone.
         """
-        count = len(update.priorities) + horizon - 1
-        starts = np.arange(count) - (horizon - 1)
-        steps = np.arange(count + horizon - 1) - (horizon - 1)
+        before = horizon - 1
+        count = update.priorities.shape[1] + before
+        steps = np.arange(-before, count)
         block = max(WINDOW_ELEMENTS // len(steps), 1)
         for begin in range(0, len(update.start), block):
-            part = slice(begin, begin + block)
-            first_row, start = update.first_row[part], update.start[part]
-            # Rows beyond the episode are read as well, and only count for slices that are left out below.
-            rows = self._physical(first_row, steps)
-            weights = self._weights(self._aggregate(self._priorities.take(rows), horizon))
-            rows = rows[:count]
-            # The last start has ``horizon`` transitions, so it is ``last`` + 1 - horizon transitions after ``start``.
-            before, after = horizon - 1 - start, update.last[part] + 1 - horizon
-            edge = np.flatnonzero((before > 0) | (after < starts[-1]))
-            if len(edge):
-                inside = (starts[:, None] >= -start[edge]) & (starts[:, None] <= after[edge])
-                # To the spare place behind the ring.
-                rows[:, edge] = np.where(inside, rows[:, edge], self._capacity)
-                weights[:, edge] *= inside
-            tree.assign(rows, weights)
+            first_row, start, last = (
+                update.first_row[begin : begin + block],
+                update.start[begin : begin + block],
+                update.last[begin : begin + block],
+            )
+            # Those that have such slices outside their episode: few, near its ends.
+            edge = (start < before) | (last < count - 1)
+            if edge.any():
+                self._set_edge_slices(tree, horizon, steps, first_row[edge], start[edge], last[edge])
+                first_row = first_row[~edge]
+            if len(first_row):
+                rows = self._physical(first_row, steps)
+                weights = self._weights(self._aggregate(self._priorities.take(rows), horizon))
+                tree.assign_runs(rows[:count], weights)
+
+    def _set_edge_slices(
+        self, tree: SumTree, horizon: int, steps: np.ndarray, first_row: np.ndarray, start: np.ndarray, last: np.ndarray
+    ) -> None:
+        """Does what :meth:`_set_slices` does, for slices near the ends of their episodes."""
+        # Rows beyond the episode are read as well, and only count for slices that are left out below.
+        rows = self._physical(first_row, steps)
+        weights = self._weights(self._aggregate(self._priorities.take(rows), horizon))
+        starts = steps[: len(weights), None]
+        # The last start has ``horizon`` transitions, so it is ``last`` + 1 - horizon transitions after ``start``.
+        inside = (starts >= -start) & (starts <= last + 1 - horizon)
+        tree.assign(rows[: len(weights)][inside], weights[inside])
 
     # Trees
 
@@ -273,7 +307,7 @@ class PrioritizedSelector(Selector):
 
     def _build(self, horizon: int) -> SumTree:
         """Returns the tree of a horizon: O(rows log horizon)."""
-        tree = SumTree(self._capacity + 1)
+        tree = SumTree(self._capacity)
         # Ring order, and on behind the seam, so that the slice at row r has its transitions at r and on.
         length = self._capacity + horizon - 1
         ring = np.take(self._priorities, np.arange(length) % self._capacity)
@@ -349,13 +383,12 @@ def window_max_and_sum(values: np.ndarray, width: int, *, factor: float) -> tupl
         if width & size:
             window = slice(done, done + count)
             if best is None or added is None:
-                best, added = highest[window].copy(), total[window].copy()
+                best, added = highest[window], total[window]
             else:
-                np.maximum(best, highest[window], out=best)
-                np.add(added, total[window], out=added)
+                best, added = np.maximum(best, highest[window]), added + total[window]
             done += size
             if done == width:
-                return best, added
+                return (best.copy(), added.copy()) if width == size else (best, added)
         highest = np.maximum(highest[:-size], highest[size:])
         total = total[:-size] + total[size:]
         size *= 2

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from touchline_server.errors import InvalidArgumentError
-from touchline_server.selectors.draw import Draw
+from touchline_server.selectors.draw import Draw, DrawnRows
 from touchline_server.selectors.eligible import EligibilityIndex
 from touchline_server.selectors.entries import Entry
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions, LawSettings
@@ -81,5 +81,19 @@ class Selector(ABC):
 
         Raises:
             InvalidArgumentError: the law has no priorities.
+        """
+        raise InvalidArgumentError(f"law: {self.law!r} has no priorities to update")
+
+    def update_drawn(self, drawn: DrawnRows, begin: int, end: int, priorities: np.ndarray) -> int:
+        """Sets the priorities of the slices ``begin`` to ``end`` - 1 of a draw, as :meth:`update` does: nothing is looked up.
+
+        Args:
+            drawn: slices of a draw of this selector.
+            begin: the first slice.
+            end: the slice behind the last one.
+            priorities: [slices, transitions] float32: finite, at least 0. Not kept.
+
+        Returns:
+            Number of slices whose episodes are still stored: the others are ignored.
         """
         raise InvalidArgumentError(f"law: {self.law!r} has no priorities to update")

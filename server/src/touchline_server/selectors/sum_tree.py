@@ -70,21 +70,27 @@ class SumTree:
             self.weights[begin:end] = weight
             self._note(np.arange(begin >> SHIFT, ((end - 1) >> SHIFT) + 1))
 
-    def assign(self, index: np.ndarray, weights: np.ndarray) -> None:
-        """Sets the weights of any number of places, of any shape and in any order; of one that is repeated, all must be the same.
+    def assign(self, places: np.ndarray, weights: np.ndarray) -> None:
+        """Sets weights, [n] each, in any order; of a place that is repeated, all weights must be the same."""
+        self.weights[places] = weights
+        self._note(places >> SHIFT)
+
+    def assign_runs(self, places: np.ndarray, weights: np.ndarray) -> None:
+        """Sets runs of weights, in any order; of a place that is in several, all weights must be the same.
 
         Args:
-            index: [n, ...] int64. Cheapest if most of the places along the first axis follow each other.
-            weights: [n, ...], their weights.
+            places: [length, n] int64: each run along the first axis. A run may go on at place 0 behind the last place.
+            weights: [length, n], their weights.
         """
-        self.weights[index] = weights
-        first, last = index[0], index[-1]
-        # A run of up to FAN_OUT places lies in the nodes of its ends, which are mostly the same.
-        run = (last - first == len(index) - 1) & (len(index) <= FAN_OUT)
-        self._note((first >> SHIFT)[run])
-        self._note((last >> SHIFT)[run & (first >> SHIFT != last >> SHIFT)])
-        if not run.all():
-            self._note((index[..., ~run] >> SHIFT).reshape(-1))
+        self.weights[places] = weights
+        first, last = places[0], places[-1]
+        if len(places) > FAN_OUT or (last < first).any():
+            self._note((places >> SHIFT).reshape(-1))
+            return
+        # All of a run lies in the nodes of its ends, which are mostly the same.
+        first, last = first >> SHIFT, last >> SHIFT
+        self._note(first)
+        self._note(last[last != first])
 
     def load(self, weights: np.ndarray) -> None:
         """Sets all weights, [size]."""
@@ -154,7 +160,7 @@ def _sums(nodes: np.ndarray) -> np.ndarray:
     """Returns the sum of each node: [n, FAN_OUT] to [n] float64."""
     sums = np.empty(len(nodes))
     for begin in range(0, len(nodes), BLOCK):
-        np.dot(nodes[begin : begin + BLOCK], _ONES, out=sums[begin : begin + BLOCK])
+        np.dot(nodes[begin : begin + BLOCK].astype(np.float64, copy=False), _ONES, out=sums[begin : begin + BLOCK])
     return sums
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import asdict
 
 from touchline_protos.codec import BatchLayout
 from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring import MAX_SLOTS, RingError, RingGeometry, RingWriter, shared_memory_id
+from touchline_protos.shm.ring_returns import ReturnGeometry
 from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.config.sections import RingConfig
 from touchline_server.store.memory import available_host_bytes
@@ -45,13 +47,14 @@ class RingPool:
         """Shared memory of the rings in use."""
         self._logged: set[str] = set()
 
-    def open(self, learner_id: str, layout: BatchLayout, batches: int) -> RingWriter:
+    def open(self, learner_id: str, layout: BatchLayout, batches: int, *, transitions: int = 0) -> RingWriter:
         """Returns a ring for a learner.
 
         Args:
             learner_id: the ``shared_memory_id`` that the learner sent.
             layout: the layout of its batches.
             batches: the number of batches that it wants ready.
+            transitions: H, if its batches have priorities, which may come back through the ring; otherwise 0.
 
         Raises:
             RingError: the learner gets frames instead; the text says why.
@@ -62,7 +65,7 @@ class RingPool:
             # Not logged: most learners are on hosts of their own.
             raise RingError("the server is on another host, or in a container with another /dev/shm")
         try:
-            return self._make(layout, batches)
+            return self._make(layout, batches, transitions)
         except RingError as error:
             self.log_once(str(error))
             raise
@@ -81,7 +84,7 @@ class RingPool:
         self.size_bytes -= ring.geometry.size_bytes
         ring.close()
 
-    def _make(self, layout: BatchLayout, batches: int) -> RingWriter:
+    def _make(self, layout: BatchLayout, batches: int, transitions: int) -> RingWriter:
         config = self._config
         if not config.max_rings:
             raise RingError("ring.max_rings is 0: rings are turned off")
@@ -93,12 +96,15 @@ class RingPool:
         slots = min(ahead + SPARE_SLOTS, fitting, MAX_SLOTS)
         if slots < MIN_SLOTS:
             raise RingError(f"{MIN_SLOTS} batches of {body_bytes} bytes do not fit into ring.max_ring_bytes, {config.max_ring_bytes}")
-        geometry = RingGeometry.of(slots, layout.body_bytes)
+        returns = None
+        if transitions:
+            returns = ReturnGeometry.behind(layout.body_bytes, transitions=transitions, batch_size=layout.batch_size)
+        geometry = RingGeometry.of(slots, layout.body_bytes if returns is None else returns.end)
         available = available_host_bytes()
         # Checked in advance: the kernel does not refuse the memory but kills a process once it is used.
         if geometry.size_bytes > available * MEMORY_SHARE:
             raise RingError(f"a ring of {geometry.size_bytes} bytes: only {available} bytes of memory are available")
-        ring = RingWriter(geometry)
+        ring = RingWriter(geometry, returns)
         self._rings += 1
         self.size_bytes += geometry.size_bytes
         return ring
@@ -114,5 +120,6 @@ def ring_offer(ring: RingWriter, layout: BatchLayout) -> bytes:
         slot_size_bytes=geometry.slot_size_bytes,
         layout=pb.Batch.FromString(layout.header()),
         token=ring.token,
+        returns=None if ring.returns is None else pb.ReturnSetup(**asdict(ring.returns)),
     )
     return pb.SampleStreamResponse(ring=setup).SerializeToString()

@@ -18,6 +18,7 @@ from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.errors import NotReadyError, SchemaChangedError
 from touchline_server.metrics.learners import Ahead, Learner, Measured
 from touchline_server.service.batch_framer import BatchFramer
+from touchline_server.service.ring_returns import RingReturns
 from touchline_server.service.slot_fillers import SlotFiller
 from touchline_server.service.throttle import AddThrottle
 from touchline_server.store.batch_draw import BatchDraw
@@ -66,6 +67,7 @@ class RingProducer:
         """The splits of the batches that were published and not seen taken, oldest first."""
         self._delivered = 0
         """Batches that were reported as delivered to the rate limit."""
+        self._returns = RingReturns(ring, ring.returns) if ring.returns is not None else None
         self._thread = threading.Thread(target=self._run, name="touchline-ring", daemon=True)
 
     def start(self) -> None:
@@ -86,6 +88,8 @@ class RingProducer:
             while not self._stopping:
                 slots = control.free_slots()
                 self._report_taken(self._ring.geometry.slots - len(slots))
+                if self._returns is not None:
+                    self._returns.apply()
                 if not slots:
                     continue
                 if not self._used:
@@ -105,6 +109,8 @@ class RingProducer:
         finally:
             try:
                 framer.sampler.leave()
+                if self._returns is not None:
+                    self._returns.end()
                 # Batches that the learner did not take are not delivered.
                 self._report_taken(control.count_used())
                 for split in self._used:
@@ -152,6 +158,8 @@ class RingProducer:
                 if drawn.layout is not self._layout and drawn.layout.specs != self._layout.specs:
                     raise SchemaChangedError("the table has another schema now; open the stream again")
                 self._send_names(drawn)
+                if self._returns is not None:
+                    self._returns.remember(drawn, reserved.batches)
                 for slot, _ in zip(slots, self._filler.fill(slots, drawn), strict=True):
                     self._publish(slot, reserved.split)
                     published += 1

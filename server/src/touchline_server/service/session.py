@@ -232,7 +232,9 @@ class SampleSession:
         if not await self._can_send(wake) or (layout := self._framer.sampler.layout()) is None:
             return False
         try:
-            ring = self._parts.rings.open(learner_id, layout, self._credits)
+            sampler = self._framer.sampler
+            transitions = sampler.horizon if sampler.remembers_slices else 0
+            ring = self._parts.rings.open(learner_id, layout, self._credits, transitions=transitions)
         except RingError as error:
             self._learner.ring_refused = str(error)
             await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,6 +16,36 @@ from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw
 
 if TYPE_CHECKING:
     import torch
+
+
+class ReturningDraw:
+    """Batches whose priorities may come back, after their rows were released. From any thread.
+
+    Args:
+        parts: what each table provides of them, with the lock of its store.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[tuple[threading.Lock, DrawnPart]]) -> None:
+        # Without what only a gather needs: the columns, which a clear should free.
+        self._parts = [(lock, part.draw.drawn, part.begin, part.end) for lock, part in parts if part.draw.drawn is not None]
+
+    def update(self, first: int, priorities: np.ndarray) -> int:
+        """Sets the priorities of batches that follow each other, and returns the number of slices that are still stored.
+
+        Args:
+            first: number of the first batch among those that were drawn together.
+            priorities: [batches, H, B] float32: finite, at least 0.
+        """
+        updated = 0
+        for lock, drawn, begin, end in self._parts:
+            size = end - begin
+            # Slice by slice, in one copy.
+            values = priorities[:, :, begin:end].swapaxes(1, 2).reshape(-1, priorities.shape[1])
+            with lock:
+                updated += drawn.update(drawn, first * size, first * size + len(values), values)
+        return updated
 
 
 class BatchDraw:
@@ -108,6 +139,10 @@ class BatchDraw:
         self._held = True
         for pinned in self._pinned:
             pinned.hold(on_revoke)
+
+    def returning(self) -> ReturningDraw:
+        """Returns what sets the priorities of these slices later, each by a law that has them. It keeps no pin."""
+        return ReturningDraw(tuple(zip((pinned.lock for pinned in self._pinned), self._parts, strict=True)))
 
     def release(self) -> None:
         """Unpins the rows of every table, which may be overwritten from now on. Must be called once, unless the batches are held."""

@@ -53,6 +53,11 @@ class PinnedDraw:
         with self._lock:
             self._held = self._epochs.hold(self._pin, on_revoke)
 
+    @property
+    def lock(self) -> threading.Lock:
+        """The store's lock, which guards its selectors too."""
+        return self._lock
+
     def release(self) -> None:
         """Unpins the rows, which may be overwritten from now on. Must be called once, unless the draw is held."""
         with self._lock:

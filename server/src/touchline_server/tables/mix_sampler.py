@@ -129,6 +129,11 @@ class MixSampler:
         if fault is not None:
             raise InvalidArgumentError(fault)
 
+    @property
+    def remembers_slices(self) -> bool:
+        """Whether priorities can come back by the number of a batch: every table must draw by a law with priorities, and not for a rank."""
+        return self._share is None and all(spec.has_priorities for spec in self._specs)
+
     def check_not_dropped(self) -> None:
         """See :class:`Sampler`."""
         for table in self._tables:
@@ -306,6 +311,7 @@ class MixSampler:
             table=self._table_numbers(position, slices),
             valid=valid,
             length=draw.length,
+            drawn=draw.drawn,
         )
 
     def _join(self, parts: Sequence[DrawnPart]) -> JoinedTables | None:

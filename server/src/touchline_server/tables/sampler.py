@@ -42,6 +42,12 @@ class Sampler(Protocol):
         """Names of the tables of a mix; empty for one table."""
         ...
 
+    @property
+    def remembers_slices(self) -> bool:
+        """Whether the laws remember what they drew, so that priorities can come back by the number of a batch: those with priorities do,
+        but not for a rank's part of global batches."""
+        ...
+
     def check_not_dropped(self) -> None:
         """Raises UnknownTableError once a table was dropped. Callers that wait for the tables ask it after every change."""
         ...
@@ -136,6 +142,11 @@ class TableSampler:
         self.horizon = spec.horizon
         self._split = (spec.batch_size,)
         self._place = BatchesPlace(table.limiter, learner)
+
+    @property
+    def remembers_slices(self) -> bool:
+        """See :class:`Sampler`."""
+        return self._share is None and self._spec.has_priorities
 
     def check_not_dropped(self) -> None:
         """See :class:`Sampler`."""

@@ -72,6 +72,11 @@ class SampleSpec(NamedTuple):
         return (*law, "valid") if self.pad else law
 
     @property
+    def has_priorities(self) -> bool:
+        """Whether it is drawn by a law with priorities."""
+        return "weight" in LAWS[self.law].optional
+
+    @property
     def reach(self) -> int:
         """Transitions that follow a start at least: an episode with more rows than this can be sampled."""
         return 1 if self.pad else self.horizon
