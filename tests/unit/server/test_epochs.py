@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from support.store_cases import make_config, traced
+from support.store_cases import STRIDE, make_config, traced
 from touchline_server import Config
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.epochs import HeldPin, ReaderEpochs
+from touchline_server.store.pinned_draw import locate
 
 
 class Clock:
@@ -244,3 +245,46 @@ def test_held_draw_delays_an_add_only_if_there_are_no_spare_rows(share: str, spa
         store.add(traced(10 + number, 10))
 
     assert revoked == [spare + 10]
+
+
+def test_rows_of_draws_that_were_not_revoked_are_whole_while_episodes_are_added_flat_out() -> None:
+    store = store_of(*[12] * 5, capacity=60, max_hold_s=0.0)
+    added, lost = threading.Event(), threading.Semaphore(0)
+
+    def add(adder: int) -> None:
+        for number in range(300):
+            store.add(traced(1000 * adder + number, 5 + number % 20))
+
+    def hold_and_gather(learner: int) -> int:
+        random, whole = np.random.default_rng(learner), 0
+        for number in range(100_000):
+            if added.is_set():
+                break
+            revoked = threading.Event()
+            with store.draw(16, 3, "step", random) as drawn:
+                drawn.hold(revoked.set)
+            if number % 10 == 0:
+                while not revoked.wait(0.001) and not added.is_set():
+                    pass
+            rows = locate(drawn.draw, drawn.columns, batches=1, horizon=3).rows[0]
+            stamps = np.empty(rows.shape, np.int64)
+            drawn.columns.gather("stamp", rows, stamps)
+            if revoked.is_set():
+                lost.release()
+            else:
+                whole += 1
+                assert np.array_equal(stamps, drawn.draw.policy_version * STRIDE + drawn.draw.start + np.arange(4)[:, None])
+            drawn.release()
+        return whole
+
+    with ThreadPoolExecutor(4) as pool:
+        learners = [pool.submit(hold_and_gather, number) for number in range(2)]
+        for job in [pool.submit(add, number) for number in (1, 2)]:
+            job.result(120)
+        added.set()
+        whole = sum(job.result(120) for job in learners)
+
+    assert whole > 0
+    assert lost.acquire(blocking=False)
+    assert store.counts().episodes_added == 605
+    assert not store._ring.epochs.is_held(1 << 60)
