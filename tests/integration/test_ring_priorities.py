@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -368,6 +369,10 @@ SERVER = """
 """
 
 
+def thread_states(pid: int) -> list[str]:
+    return [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+
+
 def test_updates_that_a_killed_server_did_not_take_are_counted_as_dropped_and_logged(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -382,7 +387,8 @@ def test_updates_that_a_killed_server_did_not_take_are_counted_as_dropped_and_lo
         client.add(dict(traced(number, 20).columns.items()))
     batches = client.batches(timeout_s=0.1)
     batch = next(batches)
-    os.kill(server.pid, signal.SIGSTOP)  # takes nothing any more
+    os.kill(server.pid, signal.SIGSTOP)  # takes nothing any more, once all of its threads have stopped
+    eventually(lambda: set(thread_states(server.pid)) == {"T"}, "the server has stopped")
     client.update_priorities(batch, ones())
     assert client.priorities.counters().pending == B
     server.kill()

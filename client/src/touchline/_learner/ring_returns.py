@@ -71,13 +71,12 @@ class ReturnQueue:
 
     def waiting(self) -> int:
         """Returns the number of updates that the server has not applied."""
-        taken = self._control.count_returns()[0]
-        return min(max(self._sent - taken, 0), len(self._entries))
+        return min(max(self._sent - self._control.returns_taken, 0), len(self._entries))
 
     def wait(self, ends: float) -> bool:
         """Wakes the server, and waits until it has applied all updates; returns whether it has before ``ends``, by the monotonic clock."""
         while self.waiting() and not self.finished and time.monotonic() < ends:
-            self._control.wait_returns(self._control.count_returns()[0])
+            self._control.wait_returns(self._control.returns_taken)
         return not self.waiting()
 
     @property

@@ -307,8 +307,13 @@ class ConsumerControl(_RingControl):
         """Returns how many entries the server has taken, and how many of their slices it has updated, found evicted, and refused."""
         words = self._words
         # The counts come after the entries: they may be newer, but never miss what is counted as taken.
-        taken = words[_RETURNS_TAKEN]
+        taken = self.returns_taken
         return taken, words[_UPDATED], words[_EVICTED], words[_REFUSED]
+
+    @property
+    def returns_taken(self) -> int:
+        """Number of entries that the server has taken."""
+        return int(self._words[_RETURNS_TAKEN])
 
     @property
     def returns_ended(self) -> bool:
