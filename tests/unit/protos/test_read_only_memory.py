@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from touchline_protos.shm import sealed_memory
@@ -15,13 +16,13 @@ SIZE = 3 * mmap.PAGESIZE + 17
 
 
 @pytest.fixture
-def made() -> Iterator[tuple[mmap.mmap, int]]:
+def made() -> Iterator[tuple[memoryview, int]]:
     memory, file = sealed_memory.make_read_only("test", SIZE)
     yield memory, file
     os.close(file)
 
 
-def test_read_only_memory_shows_a_reader_what_its_maker_writes(made: tuple[mmap.mmap, int]) -> None:
+def test_read_only_memory_shows_a_reader_what_its_maker_writes(made: tuple[memoryview, int]) -> None:
     memory, file = made
 
     reader = mmap.mmap(file, SIZE, prot=mmap.PROT_READ)
@@ -32,7 +33,7 @@ def test_read_only_memory_shows_a_reader_what_its_maker_writes(made: tuple[mmap.
     assert not any(reader[: SIZE - 1])
 
 
-def test_read_only_memory_cannot_be_mapped_writable_by_whoever_has_its_descriptor(made: tuple[mmap.mmap, int]) -> None:
+def test_read_only_memory_cannot_be_mapped_writable_by_whoever_has_its_descriptor(made: tuple[memoryview, int]) -> None:
     _, file = made
     again = os.open(f"/proc/self/fd/{file}", os.O_RDWR)  # its owner may: only the seal is in the way
 
@@ -46,7 +47,7 @@ def test_read_only_memory_cannot_be_mapped_writable_by_whoever_has_its_descripto
         os.close(again)
 
 
-def test_read_only_memory_can_neither_shrink_nor_grow_nor_lose_its_seals(made: tuple[mmap.mmap, int]) -> None:
+def test_read_only_memory_can_neither_shrink_nor_grow_nor_lose_its_seals(made: tuple[memoryview, int]) -> None:
     _, file = made
     again = os.open(f"/proc/self/fd/{file}", os.O_RDWR)
 
@@ -67,6 +68,8 @@ def test_read_only_memory_has_all_its_pages_from_the_begin_and_they_are_zero(siz
         assert os.fstat(file).st_size == len(memory) == size
         assert os.fstat(file).st_blocks * 512 >= size
         assert memory[:] == bytes(size)
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        assert address % (1 << 21) == 0  # otherwise no page of it can be huge
     finally:
         os.close(file)
 

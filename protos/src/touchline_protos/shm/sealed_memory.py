@@ -26,7 +26,8 @@ _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 _SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW
 
-_MADVISE = 28  # the system call
+_MMAP, _MADVISE = 9, 28  # the system calls
+_MAP_FIXED = 0x10
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
 _HUGE_PAGE_BYTES = 1 << 21
 
@@ -61,7 +62,7 @@ def make(name: str, size_bytes: int) -> int:
     return file
 
 
-def make_read_only(name: str, size_bytes: int) -> tuple[mmap.mmap, int]:
+def make_read_only(name: str, size_bytes: int) -> tuple[memoryview, int]:
     """Returns new memory that the caller writes and other processes can only read: zero-filled, with its pages reserved.
 
     It is sealed against every writable mapping after the returned one, also by processes of this user that open the file again. Before
@@ -80,7 +81,7 @@ def make_read_only(name: str, size_bytes: int) -> tuple[mmap.mmap, int]:
     file = _create(name)
     try:
         os.ftruncate(file, size_bytes)
-        memory = _map_for_huge_pages(file, size_bytes)
+        memory = _map_aligned(file, size_bytes)
         _reserve(file, memory)
         try:
             fcntl.fcntl(file, _F_ADD_SEALS, _SEALS | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
@@ -98,39 +99,34 @@ def _create(name: str) -> int:
     return file
 
 
-def _map_for_huge_pages(file: int, size_bytes: int) -> mmap.mmap:
-    """Returns a writable mapping, at an address at which huge pages can begin if the system agrees."""
-    memory = mmap.mmap(file, size_bytes)
-    excess = _address_of(memory) % _HUGE_PAGE_BYTES
-    if excess and size_bytes >= _HUGE_PAGE_BYTES:
-        # Linux maps each file below the one before: with what is too much taken, the next attempt ends up where it should.
-        memory.close()
-        with contextlib.closing(mmap.mmap(-1, excess)):
-            memory = mmap.mmap(file, size_bytes)
-    return memory
+def _map_aligned(file: int, size_bytes: int) -> memoryview:
+    """Returns a writable mapping of a file, at an address at which a huge page can begin. It is unmapped with its last view."""
+    # Python cannot map at a given address: the file takes the place of part of a larger mapping, which ends both.
+    region = mmap.mmap(-1, size_bytes + _HUGE_PAGE_BYTES)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    begin = -address % _HUGE_PAGE_BYTES
+    where, size = ctypes.c_void_p(address + begin), ctypes.c_size_t(size_bytes)
+    if system_call()(_MMAP, where, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, file, ctypes.c_long(0)) == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return memoryview(region)[begin : begin + size_bytes]
 
 
-def _reserve(file: int, memory: mmap.mmap) -> None:
+def _reserve(file: int, memory: memoryview) -> None:
     """Reserves all pages of a mapped file, huge ones if the system has them: random rows are read an eighth faster from those."""
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    address = _address_of(memory)
+    address, size_bytes = ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory)
     # Since Linux 6.1 a range that has a page becomes a huge page on request, also if ``shmem_enabled`` is "never". Every call may fail.
-    for offset in range(0, len(memory) - _HUGE_PAGE_BYTES + 1, _HUGE_PAGE_BYTES):
+    _advise(address, size_bytes, mmap.MADV_HUGEPAGE)
+    for offset in range(0, size_bytes - _HUGE_PAGE_BYTES + 1, _HUGE_PAGE_BYTES):
         _advise(address + offset, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
-    _advise(address, len(memory), _MADV_COLLAPSE)
-    _advise(address, len(memory), _MADV_POPULATE_WRITE)
+    _advise(address, size_bytes, _MADV_COLLAPSE)
+    _advise(address, size_bytes, _MADV_POPULATE_WRITE)
     # Does what is left: before Linux 5.14 all of it. Raises if there is no memory.
-    os.posix_fallocate(file, 0, len(memory))
+    os.posix_fallocate(file, 0, size_bytes)
 
 
 def _advise(address: int, size_bytes: int, advice: int) -> None:
     """Calls ``madvise`` directly, because ``mmap.madvise`` keeps the interpreter lock: for seconds if the memory is large."""
     system_call()(_MADVISE, ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
-
-
-def _address_of(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class Handover:

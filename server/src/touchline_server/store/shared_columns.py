@@ -6,7 +6,6 @@ open by CUDA IPC.
 
 from __future__ import annotations
 
-import mmap
 import os
 import weakref
 from collections.abc import Mapping
@@ -89,7 +88,7 @@ def place_columns(schema: Schema, rows: int) -> tuple[dict[str, SharedColumn], i
     return places, end
 
 
-def share_host_memory(schema: Schema, rows: int) -> tuple[mmap.mmap, SharedColumns]:
+def share_host_memory(schema: Schema, rows: int) -> tuple[memoryview, SharedColumns]:
     """Returns memory for columns, zero-filled, that learners can map: as the server writes it, and as they read it.
 
     Raises:
