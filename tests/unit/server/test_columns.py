@@ -129,7 +129,7 @@ def test_allocation_that_did_not_fit_works_once_memory_is_free(monkeypatch: pyte
 def test_allocation_out_of_cuda_memory_goes_to_the_cpu_with_a_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object, share: bool) -> None:
+    def full(*_: object, **options: object) -> None:
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("touchline_server.store.cuda_columns.CudaColumns", full)

@@ -92,11 +92,13 @@ class ReaderEpochs:
     @property
     def oldest(self) -> int:
         """Smallest epoch that a reader is in, held ones included; the current one if there is none."""
-        return min((*self._pins, *(held.epoch for held in self._held)), default=self._epoch)
+        if not self._held:  # every add asks
+            return min(self._pins) if self._pins else self._epoch
+        return min((*self._pins, *(held.epoch for held in self._held)))
 
     def is_held(self, number: int) -> bool:
         """Returns whether a held pin may see rows below a number."""
-        return any(held.epoch < number for held in self._held)
+        return bool(self._held) and any(held.epoch < number for held in self._held)
 
     def advance(self, rows: int) -> None:
         """Starts a new epoch: this many rows were evicted that readers of the earlier ones may still be reading."""
