@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.store_cases import as_bits, make_config, read_episode, traced, traced_columns
-from touchline_server import Batch, ReplayBuffer
+from touchline_server import Batch, InvalidEpisodeError, ReplayBuffer
 from touchline_server.store import staging
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -95,3 +95,72 @@ def test_cuda_memory_of_a_buffer_that_goes_is_not_used_again_while_a_write_is_qu
     torch.cuda.synchronize()
 
     assert all(not tensor.any() for tensor in others)
+
+
+def cuda_batch(first: int, envs: int, rows: int) -> dict[str, torch.Tensor]:
+    episodes = [traced_columns(first + number, rows) for number in range(envs)]
+    return {name: torch.from_numpy(np.stack([episode[name] for episode in episodes])).cuda() for name in episodes[0]}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_cuda_batch_of_episodes_is_stored_whole(device: str) -> None:
+    buffer = ReplayBuffer(make_config(60, storage={"device": device}))
+    for number, (envs, rows, lengths) in enumerate([(3, 7, None), (5, 9, [9, 1, 3, 9, 2]), (9, 10, None), (2, 30, [30, 29])]):
+        first = 10 * number
+        count = buffer.add_batch(cuda_batch(first, envs, rows), lengths=lengths, policy_version=number)
+        kept = list(buffer.episodes())
+
+        assert len(kept) == count
+        for episode in kept[-min(envs, count) :]:
+            env = episode.columns["stamp"][0] // traced_columns(1, 1)["stamp"][0]
+            expected = traced_columns(int(env), episode.length)
+            assert {name: as_bits(column) for name, column in episode.columns.items()} == {
+                name: as_bits(column) for name, column in expected.items()
+            }
+
+
+def test_cuda_batch_is_ordered_with_the_current_stream_on_both_sides() -> None:
+    cuda = ReplayBuffer(make_config(60, storage={"device": "cuda"}))
+    cuda.add_batch(cuda_batch(0, 2, 5))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        batch = {name: torch.zeros_like(tensor) for name, tensor in cuda_batch(1, 2, 5).items()}
+        made = cuda_batch(1, 2, 5)
+        torch.cuda._sleep(SECONDS // 10)
+        for name, tensor in batch.items():
+            tensor.copy_(made[name])  # queued behind the sleep, before the batch is added
+        cuda.add_batch(batch)
+        for tensor in batch.values():
+            tensor.zero_()  # the simulator goes on
+
+    stored = list(cuda.episodes())[-2:]
+
+    for number, episode in enumerate(stored, 1):
+        expected = traced_columns(number, 5)
+        assert {name: as_bits(column) for name, column in episode.columns.items()} == {
+            name: as_bits(column) for name, column in expected.items()
+        }
+
+
+def test_cuda_batch_with_a_value_that_is_not_finite_is_refused_by_name() -> None:
+    cuda = ReplayBuffer(make_config(60, storage={"device": "cuda"}))
+    batch = cuda_batch(0, 3, 5)
+    batch["reward"][1, 3] = float("inf")
+
+    with pytest.raises(InvalidEpisodeError, match="episode 1: reward: a value that is not finite in row 3"):
+        cuda.add_batch(batch)
+    assert cuda.num_eps == 0
+
+
+def test_cuda_batch_of_many_episodes_is_not_copied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = ReplayBuffer(make_config(2000, storage={"device": "cuda"}))
+    copies: list[int] = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *given, **options: (copies.append(len(self)), copy(self, *given, **options))[1])
+
+    batch = cuda_batch(0, 100, 10)
+    copies.clear()
+    cuda.add_batch(batch)
+
+    assert len(copies) <= 2 * len(batch)
+    assert cuda.num_eps == 100

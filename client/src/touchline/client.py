@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from touchline._actor.batch_adds import BatchAdds
 from touchline._actor.episode_factory import EpisodeFactory
 from touchline._actor.keys import Identity
 from touchline._actor.upload import MAX_LOAD_BYTES, EpisodeUploader
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in the standard library from Python 3.11 on
 
 
-class ReplayClient(TableVerbs, StatusVerbs):
+class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
     """A replay buffer on a server: episodes in, batches of slices out. Also a context manager that closes it.
 
     The connection opens with the first call. Every call has a deadline; all but :meth:`clear` can be repeated without harm, since an

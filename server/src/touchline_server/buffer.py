@@ -6,7 +6,7 @@ Further tables are buffers too, in :attr:`ReplayBuffer.tables`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, N
 from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
+from touchline_server.tables.batch_adds import add_batch
 from touchline_server.tables.mix_sampler import MixSampler, MixSpec
 from touchline_server.tables.registry import TableRegistry
 from touchline_server.tables.sampler import TableSampler
@@ -217,6 +218,37 @@ class ReplayBuffer(TableBuffers):
                     raise InvalidEpisodeError(f"episode {number}: {error}") from None
         except ColumnError as error:
             raise InvalidEpisodeError(str(error)) from None
+        return self.num_eps
+
+    def add_batch(
+        self,
+        td: Mapping[str, Any],
+        *,
+        lengths: Any = None,
+        actor: str | Sequence[str] = "",
+        policy_version: int = 0,
+        keys: Sequence[EpisodeKey] | None = None,
+    ) -> int:
+        """Stores the episodes of a vector simulator together: all or none, and each column with one copy.
+
+        CUDA tensors are checked and copied on the device if the columns are there too, in the order of the current stream. With keys or a
+        ``storage.data_dir`` they go through the host, and each episode is stored by itself.
+
+        Args:
+            td: a TensorDict, or a mapping of tensors or arrays, of shape (envs, T, ...): columns as in :meth:`add`. Not changed.
+            lengths: [envs] integers, 1 to T: rows of each episode, the first of its T. None: all T.
+            actor: name of the actor that played them, or a name for each.
+            policy_version: version of the policy that played them.
+            keys: a key for each episode, as in :meth:`add`.
+
+        Returns:
+            The number of episodes in the buffer.
+
+        Raises:
+            InvalidEpisodeError: something does not fit, or a value is not finite; the message says where. Counts as one refused episode.
+            ReplayError: as :meth:`add`.
+        """
+        add_batch(self.table, td, lengths, actor=actor, policy_version=policy_version, keys=keys)
         return self.num_eps
 
     def sample(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -36,17 +37,25 @@ class EpisodeFactory:
         key = self._identity.next_key() if key is None else key
         return key, make_episode(columns, key=key, actor=name, policy_version=version, dtype=self._dtype)
 
-    def make_all(self, episodes: Any, *, actor: str, policy_version: int) -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
+    def make_all(
+        self, episodes: Any, *, actor: str | Sequence[str], policy_version: int
+    ) -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
         """Returns an iterator of episodes, each with its key, or with the error of a malformed one. Checks actor and version immediately.
 
+        Args:
+            episodes: the episodes, as :meth:`ReplayClient.load` takes them.
+            actor: name of the actor of all of them, or as many names as there are episodes.
+            policy_version: version of the policy that acted.
+
         Raises:
-            InvalidArgumentError: the actor's name or the policy version is out of range.
+            InvalidArgumentError: an actor's name or the policy version is out of range.
             InvalidEpisodeError: while iterating, if ``episodes`` is one mapping whose arrays do not fit each other.
         """
-        name, version = check_actor(actor), check_policy_version(policy_version)
+        names = repeat(check_actor(actor)) if isinstance(actor, str) else list(map(check_actor, actor))
+        version = check_policy_version(policy_version)
 
         def items() -> Iterator[tuple[EpisodeKey, Episode | TouchlineError]]:
-            for columns in split_load(episodes):
+            for columns, name in zip(split_load(episodes), names, strict=False):
                 key = self._identity.next_key()
                 try:
                     yield key, make_episode(columns, key=key, actor=name, policy_version=version, dtype=self._dtype)

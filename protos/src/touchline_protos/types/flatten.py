@@ -31,13 +31,22 @@ def flatten_columns(episode: Any) -> dict[str, np.ndarray]:
         ColumnError: the episode is not a mapping, a name is not a string, ambiguous or given twice, mappings are nested too deeply, or a
             value is not an array of numbers.
     """
+    return {name: to_array(name, value) for name, value in flatten_values(episode).items()}
+
+
+def flatten_values(episode: Any) -> dict[str, Any]:
+    """Returns an episode's columns by dotted name, as :func:`flatten_columns` does, but with the values as they are.
+
+    Raises:
+        ColumnError: as :func:`flatten_columns`, except for values.
+    """
     if not hasattr(episode, "keys"):
         raise ColumnError(f"episode: {type(episode).__name__}, expected a mapping of arrays")
-    columns: dict[str, np.ndarray] = {}
+    columns: dict[str, Any] = {}
     for name, value in _leaves(episode, "", 0):
         if name in columns:
             raise ColumnError(f"{name}: given twice, expected every column once")
-        columns[name] = to_array(name, value)
+        columns[name] = value
     return columns
 
 

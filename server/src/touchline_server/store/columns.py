@@ -135,6 +135,10 @@ class Columns:
             if before_seam < length:
                 self._write_rows(name, 0, source[before_seam:])
 
+    def takes(self, device: torch.device | None) -> bool:
+        """Returns whether :meth:`write` takes columns that are on this device; None for arrays in host memory."""
+        return device is None
+
     def note_reads(self) -> None:
         """Makes the next write follow the gathers queued on the current stream, which may outlive their pin."""
 

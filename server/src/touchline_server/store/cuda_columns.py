@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from touchline_server.store.device_order import DeviceOrder
 from touchline_server.store.gather_threads import GatherThreads
 from touchline_server.store.schema import Schema
 from touchline_server.store.shared_columns import place_columns
-from touchline_server.store.staging import StagedWriter
+from touchline_server.store.staging import StagedWriter, runs_of
 from touchline_server.store.tensors import as_tensor, torch_dtype
 
 OutOfMemoryError = torch.cuda.OutOfMemoryError
@@ -74,13 +75,23 @@ class CudaColumns(Columns):
         """False."""
         return False
 
-    def write(self, first_row: int, episode: Mapping[str, np.ndarray]) -> None:
+    def takes(self, device: torch.device | None) -> bool:
+        """See :meth:`Columns.takes`: arrays, and tensors on the columns' own device."""
+        return device is None or device == self._device
+
+    def write(self, first_row: int, episode: Mapping[str, Any]) -> None:
         """Queues what :meth:`Columns.write` does, after the recorded gathers and before later ones.
 
         The host waits for it only if other processes read the columns, because their gathers cannot wait for an event of this one.
+        Tensors on the device are copied after the work of the current stream so far and before its later work, so it may then overwrite
+        them.
         """
-        with self._order.writing():
-            self._writer.write(first_row, episode)
+        if isinstance(next(iter(episode.values())), torch.Tensor):
+            with self._order.writing(with_current=True), torch.cuda.stream(self._writes):
+                self._copy_tensors(first_row, episode)
+        else:
+            with self._order.writing():
+                self._writer.write(first_row, episode)
         if self.shared is not None:
             self._order.wait_written()
 
@@ -109,6 +120,12 @@ class CudaColumns(Columns):
         self.follow_writes()
         column, index = self._tensors[name], torch.from_numpy(rows).to(self._device)
         as_tensor(out).copy_(column.index_select(0, index.reshape(-1)).view(*index.shape, *column.shape[1:]))
+
+    def _copy_tensors(self, first_row: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            for row, at, count in runs_of(first_row, len(tensor), self.capacity):
+                self._tensors[name][row : row + count].copy_(tensor[at : at + count], non_blocking=True)
+            tensor.record_stream(self._writes)
 
     def _column_bytes(self, name: str) -> int:
         return self._tensors[name].nbytes

@@ -31,6 +31,7 @@ from touchline_server.selectors.options import LawSettings
 from touchline_server.store.allocation import allocate_columns
 from touchline_server.store.columns import Columns
 from touchline_server.store.dedup import DedupLedger
+from touchline_server.store.episode_block import EpisodeBlock
 from touchline_server.store.epochs import ReaderEpochs
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.inserts import PlannedInsert, Stored
@@ -136,14 +137,14 @@ class EpisodeRing:
 
     # Plan
 
-    def check(self, episode: Episode, schema: Schema | None) -> Schema:
+    def check(self, episode: Episode, schema: Schema | None, *, values_checked: bool = False) -> Schema:
         """Returns the schema that the episode fits: the given one, or if there is none the one that it fixes.
 
         Raises:
             InvalidEpisodeError: the episode is malformed or does not fit.
             OverLimitError: names of stored episodes take all the memory they may.
         """
-        schema = self._validator.check(episode.columns, schema)
+        schema = self._validator.check(episode.columns, schema, values_checked=values_checked)
         if not -(2**63) <= episode.policy_version < 2**63:
             raise InvalidEpisodeError(f"policy_version: {episode.policy_version}, expected a 64-bit integer")
         self.index.check_names(episode)
@@ -172,9 +173,25 @@ class EpisodeRing:
             columns: the plan's columns.
         """
         # Also if nothing is to be evicted: readers of the spare rows, and an earlier wait may have been interrupted.
-        self._make_room(insert)
+        self._make_room(insert.evicted, insert.length)
+        columns.write(self.index.cursor, insert.request.episode.columns)
+        return self._publish(insert, columns)
+
+    def apply_block(self, inserts: Sequence[PlannedInsert], columns: Columns, block: EpisodeBlock) -> list[Stored]:
+        """Stores the planned inserts of a block, each column with one copy. If it raises, only evictions have happened.
+
+        Args:
+            inserts: all of their plan; none of them evicts another one.
+            columns: the plan's columns.
+            block: their rows.
+        """
+        self._make_room([episode_id for insert in inserts for episode_id in insert.evicted], block.rows)
+        columns.write(self.index.cursor, block.columns if columns.takes(block.device) else block.in_host_memory().columns)
+        return [self._publish(insert, columns) for insert in inserts]
+
+    def _publish(self, insert: PlannedInsert, columns: Columns) -> Stored:
+        """Makes an insert visible whose rows were written at the cursor."""
         episode, first_row = insert.request.episode, self.index.cursor
-        columns.write(first_row, episode.columns)
         if self.on_written is not None:
             # Logical rows first_row to first_row + length - 1; physical rows wrap at the ring's end.
             self.on_written(columns, np.remainder(np.arange(first_row, first_row + insert.length), self.physical_rows))
@@ -210,12 +227,12 @@ class EpisodeRing:
             self.index.release_names(self.epochs.oldest)
             return True
 
-    def _make_room(self, insert: PlannedInsert) -> None:
-        """Evicts the episodes that a planned insert evicts, and waits until no reader sees the rows that it will overwrite."""
+    def _make_room(self, evicted: Sequence[int], length: int) -> None:
+        """Evicts episodes, by their ids, and waits until no reader sees the rows that ``length`` new ones will overwrite."""
         with self.lock:
-            if insert.evicted:
-                self._evict_through(insert.evicted[-1])
-            self.epochs.wait_quiescent(self._first_kept(insert.length))
+            if evicted:
+                self._evict_through(evicted[-1])
+            self.epochs.wait_quiescent(self._first_kept(length))
             self.index.release_names(self.epochs.oldest)
 
     def _first_kept(self, length: int) -> int:

@@ -18,6 +18,8 @@ class AddRequest:
     episode: Episode
     digest: int
     """Checksum of its columns (:func:`~touchline_server.store.dedup.payload_digest`); 0 if neither its key nor a journal needs one."""
+    values_checked: bool = False
+    """Whether its values are known to be finite where they must be. Then its columns need have only dtypes, shapes and first rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class InsertPlan:
         if duplicate is not None:
             return duplicate
         columns = self.columns
-        schema = ring.check(episode, columns.schema if columns is not None else None)
+        schema = ring.check(episode, columns.schema if columns is not None else None, values_checked=request.values_checked)
         if columns is None:
             self.columns = ring.allocate(schema)
         length = len(next(iter(episode.columns.values())))  # checked: every column has as many rows

@@ -106,12 +106,13 @@ class EpisodeValidator:
     allow_non_finite: bool
     """Whether NaN and infinity are allowed in defined values."""
 
-    def check(self, episode: Mapping[str, np.ndarray], schema: Schema | None) -> Schema:
+    def check(self, episode: Mapping[str, np.ndarray], schema: Schema | None, *, values_checked: bool = False) -> Schema:
         """Returns the schema that the episode fits: the given one, or the one that it fixes as the first episode.
 
         Args:
             episode: columns [T+1, ...] by dotted name.
             schema: the table's schema; None before the first episode.
+            values_checked: whether values are known to be finite where they must be.
 
         Raises:
             InvalidEpisodeError: with the column, what was found and what was expected.
@@ -125,7 +126,7 @@ class EpisodeValidator:
                 schema.check(episode)
             if length > self.capacity:
                 raise InvalidEpisodeError(f"{length} rows, expected at most the buffer's capacity of {self.capacity}; store it in pieces")
-            if not self.allow_non_finite:
+            if not (self.allow_non_finite or values_checked):
                 rules.check_finite(episode, incoming=self.incoming)
         except ColumnError as error:
             raise InvalidEpisodeError(str(error)) from None

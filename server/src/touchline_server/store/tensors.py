@@ -21,9 +21,17 @@ _TORCH_OF: dict[np.dtype, torch.dtype] = {
 }
 
 
+_NUMPY_OF = {theirs: ours for ours, theirs in _TORCH_OF.items()}
+
+
 def torch_dtype(dtype: np.dtype) -> torch.dtype:
     """Returns the torch dtype of a supported numpy dtype."""
     return _TORCH_OF[dtype]
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """Returns the numpy dtype of a torch dtype. Raises KeyError if columns cannot have it."""
+    return _NUMPY_OF[dtype]
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:

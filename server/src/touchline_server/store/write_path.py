@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from touchline_protos import Counts
 from touchline_protos.codec import Episode
 from touchline_protos.log_lines import get_logger
-from touchline_server.errors import OverLimitError, ReplayError, StorageFullError
+from touchline_server.errors import InvalidEpisodeError, OverLimitError, ReplayError, StorageFullError
 from touchline_server.store.dedup import DedupLedger, payload_digest
+from touchline_server.store.episode_block import EpisodeBlock
 from touchline_server.store.episode_ring import EpisodeRing
 from touchline_server.store.inserts import AddRequest, Duplicate, PlannedInsert, Stored
 from touchline_server.store.journal import Journal, NullJournal
@@ -95,6 +96,28 @@ class WritePath:
                 self.subscriptions.notify()
                 break
         return outcomes
+
+    def add_block(self, block: EpisodeBlock) -> list[Stored]:
+        """Stores episodes together, all or none; without a journal, and without keys. At most as many rows as the ring has.
+
+        Raises:
+            InvalidEpisodeError: an episode is malformed or does not fit the schema; the message says which.
+        """
+        with self.lock:
+            plan = InsertPlan(self._ring)
+            try:
+                for number, request in enumerate(block.requests):
+                    try:
+                        plan.add(request)
+                    except InvalidEpisodeError as error:
+                        raise InvalidEpisodeError(f"episode {number}: {error}") from None
+                assert plan.columns is not None
+                stored = self._ring.apply_block(plan.inserts, plan.columns, block)
+            except BaseException:
+                plan.rollback()
+                raise
+        self.subscriptions.notify()
+        return stored
 
     def clear(self) -> None:
         """Evicts every episode and forgets the schema; ids, keys and counts continue. Raises as :meth:`Journal.clear` does."""
