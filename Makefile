@@ -16,6 +16,7 @@ QUIET_MINUTES ?= 15
 # For example SOAK="--every-s 10 --out soak.png".
 SOAK ?=
 FAULT_ACTOR_KILLS ?= 20
+FAULT_LIMITED_KILLS ?= 30
 FAULT_SCHEDULE ?= 240
 # Seed of the schedule of all faults together; empty: a new one each time, which is printed.
 FAULT_SEED ?=
@@ -92,7 +93,7 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## test the client with Newt's pin
 
 test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## inject real faults, about 30 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
-	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) \
+	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_LIMITED_KILLS=$(FAULT_LIMITED_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) \
 	FAULT_SCHEDULE=$(FAULT_SCHEDULE) FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults tests/integration/test_examples.py -s
 
 test-quiet: $(INSTALLED) ## leave connections of every kind quiet for QUIET_MINUTES, under the default configuration
