@@ -210,7 +210,7 @@ def test_every_call_carries_the_protocol_version() -> None:
     with ScriptedServer(Ready=READY) as server, ReplayClient(server.address) as client:
         client.ready()
 
-        assert server.calls[0][1]["touchline-protocol"] == "1.2"
+        assert server.calls[0][1]["touchline-protocol"] == "1.3"
 
 
 @pytest.mark.parametrize(
