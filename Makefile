@@ -94,7 +94,8 @@ test-newt: $(INSTALLED) .venv-newt/.installed ## test the client with Newt's pin
 test-faults: $(INSTALLED) $(FUZZER_INSTALLED) ## inject real faults, about 30 minutes: kills, networks, disks, damage, fuzzing
 	FAULT_LONG=1 FAULT_KILLS=$(FAULT_KILLS) FAULT_FLIPS=$(FAULT_FLIPS) FAULT_EPISODES=$(FAULT_EPISODES) \
 	FAULT_ACTOR_KILLS=$(FAULT_ACTOR_KILLS) FAULT_LIMITED_KILLS=$(FAULT_LIMITED_KILLS) FAULT_CONNECTS=$(FAULT_CONNECTS) FAULT_MESSAGES=$(FAULT_MESSAGES) \
-	FAULT_SCHEDULE=$(FAULT_SCHEDULE) FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults tests/integration/test_examples.py -s
+	FAULT_SCHEDULE=$(FAULT_SCHEDULE) FAULT_SEED=$(FAULT_SEED) $(BIN)/python -m pytest tests/faults tests/integration/test_examples.py \
+	tests/integration/test_device_processes.py -s
 
 test-quiet: $(INSTALLED) ## leave connections of every kind quiet for QUIET_MINUTES, under the default configuration
 	QUIET_MINUTES=$(QUIET_MINUTES) $(BIN)/python -m pytest tests/faults/test_quiet.py -s

@@ -13,7 +13,9 @@ from support.serving import ServerThread
 from touchline import Batch, ReplayClient
 from touchline_server import Config, ReplayBuffer
 
-PATHS = ["in process", "unary", "stream", "ring"]
+PATHS = ["in process", "unary", "stream", "ring", "device"]
+
+SHARED = {"device": "cpu", "share_columns": "on"}
 
 
 def draw(path: str, buffer: ReplayBuffer, client: ReplayClient) -> Batch:
@@ -21,13 +23,15 @@ def draw(path: str, buffer: ReplayBuffer, client: ReplayClient) -> Batch:
         return buffer.sample()
     if path == "unary":
         return client.sample()
-    with client.batches(ring=path == "ring") as batches:
+    with client.batches(transport=path) as batches:
         return next(batches)
 
 
 @pytest.fixture(params=[False, True], ids=["without task", "with task"])
 def filled(request: pytest.FixtureRequest) -> Iterator[tuple[ReplayBuffer, ReplayClient]]:
-    buffer = ReplayBuffer(Config(config={"buffer_size": 100, "batch_size": 4, "horizon": 2, "min_history": 0}, server={"port": 0}))
+    buffer = ReplayBuffer(
+        Config(config={"buffer_size": 100, "batch_size": 4, "horizon": 2, "min_history": 0}, server={"port": 0}, storage=SHARED)
+    )
     columns = {"obs": np.zeros((5, 2), np.float32), "action": np.full((5, 1), np.nan), "reward": np.zeros(5, np.float32)}
     columns["action"][1:] = 0.5
     buffer.add(columns | ({"task": np.zeros(5, np.int64)} if request.param else {}))

@@ -1,4 +1,4 @@
-"""One suite for every path of a batch: in process, unary, stream, ring. All must agree."""
+"""One suite for every path of a batch: in process, unary, stream, ring, device. All must agree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from touchline_server.service.app import ServerThread
 
 HORIZON = 3
 BATCH = 16
-PATHS = ["in process", "unary", "stream", "ring"]
+PATHS = ["in process", "unary", "stream", "ring", "device"]
 TABLE = "demos"
 TABLE_PATHS = [*PATHS, *(f"{path}, table" for path in PATHS)]
 """The paths to the default table, and those to a second table of the same configuration."""
@@ -56,6 +56,8 @@ def make_config(**changes: Any) -> Config:
 def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
     path, _, second = path.partition(", ")
     table = TABLE if second else ""
+    if path == "device":
+        config = config.override(storage={"share_columns": "on"})
     every = ReplayBuffer(config.override(tables={TABLE: {}}) if second else config)
     buffer = every.tables[table]
     if path == "in process":
@@ -76,17 +78,16 @@ def open_subject(path: str, stack: ExitStack, config: Config) -> Subject:
             return [client.sample(seed=seed) for _ in range(n)]
 
         return Subject(buffer, client, draw_unary, "")
-    ring = path == "ring"
-    if ring and not shared_memory_id():
+    if path != "stream" and not shared_memory_id():
         pytest.skip("rings need Linux on x86-64")
 
     def draw_stream(seed: int | None, n: int) -> list[Batch]:
-        with client.batches(seed=seed, ring=ring, prefetch=6) as batches:
+        with client.batches(seed=seed, transport=path, prefetch=6) as batches:
             drawn = [next(batches) for _ in range(n)]
-            assert batches.transport == ("ring" if ring else "stream")
+            assert batches.transport == path
             return drawn
 
-    return Subject(buffer, client, draw_stream, "ring" if ring else "stream")
+    return Subject(buffer, client, draw_stream, path)
 
 
 @pytest.fixture(params=TABLE_PATHS)
@@ -222,7 +223,7 @@ def draw_many(subject: Subject, stack: ExitStack, count: int, **request: Any) ->
         for _ in range(count):
             yield subject.verbs.sample(**request)
         return
-    stream = stack.enter_context(subject.verbs.batches(ring=subject.transport == "ring", prefetch=6, **request))
+    stream = stack.enter_context(subject.verbs.batches(transport=subject.transport, prefetch=6, **request))
     for _ in range(count):
         yield next(stream)
 
@@ -277,7 +278,7 @@ def test_sampling_an_empty_buffer_raises_not_ready(path: str, stack: ExitStack) 
 
     with pytest.raises((NotReadyError, ClientNotReadyError), match="0 steps in 0 episodes"):
         if subject.transport:
-            next(subject.verbs.batches(ring=subject.transport == "ring", timeout_s=0.2))
+            next(subject.verbs.batches(transport=subject.transport, timeout_s=0.2))
         else:
             subject.verbs.sample()
 
@@ -293,7 +294,7 @@ def test_horizon_longer_than_every_episode_is_not_ready_with_the_counts(path: st
 
     with pytest.raises((NotReadyError, ClientNotReadyError), match=f"{in_process}|{remote}") as caught:
         if subject.transport:
-            next(subject.verbs.batches(horizon=200, ring=subject.transport == "ring", timeout_s=0.2))
+            next(subject.verbs.batches(horizon=200, transport=subject.transport, timeout_s=0.2))
         else:
             subject.verbs.sample(horizon=200)
 

@@ -1,4 +1,4 @@
-"""Rate limits in process, unary, over a stream and through a ring: the same batches as without, and the same slices counted."""
+"""Rate limits on every path of a batch: the same batches as without a limit, and the same slices counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from touchline_server.service.app import ServerThread
 from touchline_server.tables.mix_sampler import MixSpec
 from touchline_server.tables.sampler import TableSampler
 
-PATHS = ["in process", "unary", "stream", "ring"]
+PATHS = ["in process", "unary", "stream", "ring", "device"]
 HORIZON = 3
 BATCH = 10
 WIDE = {"samples_per_insert": 8.0, "tolerance": 1e6}
@@ -64,7 +64,7 @@ class Subject:
             while True:
                 yield self.client.sample(seed=seed, table=table, mix=mix, as_numpy=True, **request)
         else:
-            options = {"ring": self.path == "ring", "as_numpy": True, "timeout_s": 30}
+            options = {"transport": self.path, "as_numpy": True, "timeout_s": 30}
             with self.client.batches(seed=seed, table=table, mix=mix, **options, **request) as stream:
                 for batch in stream:
                     assert stream.transport == self.path
@@ -78,7 +78,7 @@ class Subject:
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> str:
-    if request.param == "ring" and not shared_memory_id():
+    if request.param in ("ring", "device") and not shared_memory_id():
         pytest.skip("rings need Linux on x86-64")
     return str(request.param)
 
@@ -90,7 +90,7 @@ def opened() -> Iterator[Callable[..., Subject]]:
         def open_subject(path: str, **tables: dict[str, Any]) -> Subject:
             config = Config(
                 config={"buffer_size": 2_000, "batch_size": BATCH, "horizon": HORIZON, "min_history": 0},
-                storage={"device": "cpu"},
+                storage={"device": "cpu", "share_columns": "on" if path == "device" else "off"},
                 server={"port": 0},
                 tables=tables,
             )

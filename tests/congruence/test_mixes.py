@@ -1,4 +1,4 @@
-"""Mixed batches in process, unary, over a stream and through a ring: the same, exact, and each slice what its provenance says."""
+"""Mixed batches on every path: the same, exact, and each slice what its provenance says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from touchline_server.selectors.options import LawOptions
 from touchline_server.service.app import ServerThread
 from touchline_server.tables.mix_sampler import MixSpec
 
-PATHS = ["in process", "unary", "stream", "ring"]
+PATHS = ["in process", "unary", "stream", "ring", "device"]
 HORIZON = 3
 BATCH = 10
 MIX = {"online": 1, "demos": 3}  # 2.5 and 7.5 of 10: the tie goes to the first
@@ -58,15 +58,18 @@ class Subject:
             while True:
                 yield self.client.sample(seed=seed, mix=mix, as_numpy=True, **options)
         else:
-            with self.client.batches(seed=seed, mix=mix, ring=self.path == "ring", as_numpy=True, timeout_s=20, **options) as stream:
+            with self.client.batches(seed=seed, mix=mix, transport=self.path, as_numpy=True, timeout_s=20, **options) as stream:
                 for batch in stream:
-                    assert stream.transport == self.path
+                    assert (stream.transport, stream.transport_reason) == (
+                        self.path,
+                        stream.transport_reason if self.path == "stream" else "",
+                    )
                     yield batch
 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> str:
-    if request.param == "ring" and not shared_memory_id():
+    if request.param in ("ring", "device") and not shared_memory_id():
         pytest.skip("rings need Linux on x86-64")
     return str(request.param)
 
@@ -78,7 +81,7 @@ def opened() -> Iterator[Callable[..., Subject]]:
         def open_subject(path: str, **tables: dict[str, Any]) -> Subject:
             config = Config(
                 config={"buffer_size": 2_000, "batch_size": BATCH, "horizon": HORIZON, "min_history": 0},
-                storage={"device": "cpu"},
+                storage={"device": "cpu", "share_columns": "on" if path == "device" else "off"},
                 server={"port": 0},
                 tables={"online": {}, "demos": {"law": "step"}, **tables},
             )

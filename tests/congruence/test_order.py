@@ -87,8 +87,8 @@ def test_nested_observations_come_back_in_the_order_of_the_first_episode(buffer:
         "torchrl": [float(buffer.as_torchrl().sample()[tuple(name.split("."))].reshape(-1)[0]) for name in _names(buffer)],
         "schema": [float(NAMES.index(name)) for name in client.info().columns if name.startswith("obs")],
     }
-    for name, ring in (("stream", False), ("ring", True)):
-        with client.batches(ring=ring, as_numpy=True) as batches:
+    for name in ("stream", "ring", "device"):
+        with client.batches(transport=name, as_numpy=True) as batches:
             batch = next(batches)
         got[name] = joined(batch.obs)
         assert list(batch.extra) == EXTRA

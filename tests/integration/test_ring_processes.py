@@ -268,7 +268,7 @@ def test_learner_that_wants_no_ring_gets_the_reason_and_nothing_is_logged(caplog
     with ServerThread(config()) as server, ReplayClient(server.address) as client:
         add_episodes(client)
 
-        assert reason_of(client, caplog, ring=False) == ("turned off by ring=False", [], [])
+        assert reason_of(client, caplog, ring=False) == ('turned off by ring=False, or transport="stream"', [], [])
 
 
 def test_older_learner_that_cannot_map_a_socket_gets_frames(caplog: pytest.LogCaptureFixture) -> None:
@@ -291,10 +291,10 @@ HARMING = """
     from touchline_protos.shm import sealed_memory
     receive = sealed_memory.receive
 
-    def kept(path, size_bytes):
+    def kept(path, sizes):
         global file
-        file = receive(path, size_bytes)
-        return os.dup(file)
+        [file] = receive(path, sizes)
+        return [os.dup(file)]
 
     sealed_memory.receive = kept
     from touchline import ReplayClient
@@ -371,21 +371,21 @@ def test_caller_that_holds_every_batch_does_not_stall_the_ring() -> None:
 
 
 def test_offer_of_a_stranger_is_refused() -> None:
-    from touchline._learner.ring_reader import attach
+    from touchline._learner.ring_reader import RingBatches
     from touchline_protos.shm.ring import RingError
 
     writer = RingWriter(RingGeometry.of(4, 1000))
     try:
         offer = pb.RingSetup(path="/dev/shm/passwd", slots=4, slot_size_bytes=4096, size_bytes=5 * 4096, layout=batch_header())
         with pytest.raises(RingError, match="is not the name of a ring"):
-            attach(pb.SampleStreamResponse(ring=offer).SerializeToString(), iter(()))
+            RingBatches(offer, iter(()))
         threading.Thread(target=lambda: (select.select([writer.handover], [], []), writer.handover.serve())).start()
         offer.path, offer.token = str(writer.path), bytes(16)
         with pytest.raises(RingError, match="not the ring"):
-            attach(pb.SampleStreamResponse(ring=offer).SerializeToString(), iter(()))
+            RingBatches(offer, iter(()))
         offer.token, offer.slot_size_bytes = writer.token, 1 << 40
         with pytest.raises(RingError):
-            attach(pb.SampleStreamResponse(ring=offer).SerializeToString(), iter(()))
+            RingBatches(offer, iter(()))
     finally:
         writer.close()
 

@@ -275,6 +275,7 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
         as_numpy: bool | None = None,
         as_jax: bool = False,
         timeout_s: float | None = None,
+        transport: str = "auto",
         ring: bool = True,
         **options: Unpack[SampleOptions],
     ) -> BatchStream:
@@ -293,8 +294,10 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
                 docs/jax.md.
             timeout_s: longest wait for a batch, whether the server is away or nothing can be sampled. None waits without limit while the
                 server is there, and 60 s while it is away.
-            ring: take batches through a ring in shared memory, without a message for each, if the server runs on the same host (Linux on
-                x86-64; containers must share /dev/shm and the user). If there is no ring, the stream's ``transport_reason`` says why.
+            transport: ``"auto"``, or the first way to try: ``"device"`` (this process gathers from the server's memory), ``"ring"`` (by
+                shared memory; both need a server on the same host, Linux on x86-64; containers must share /dev/shm and the user), or
+                ``"stream"`` (in messages). If it is not possible the next one is taken, and ``transport_reason`` says why.
+            ring: False means ``transport="stream"``.
             options: what to draw, as for :meth:`sample`.
 
         Raises:
@@ -304,7 +307,7 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
         request = sample_request(**self._of_table(options))
         limit_s = seconds_or_none("timeout_s", timeout_s)
         form: dict[str, Any] = {"device": device, "as_numpy": as_numpy, "as_jax": as_jax, "default_numpy": self._as_numpy}
-        return open_stream(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, ring=ring, **form)
+        return open_stream(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, transport=transport if ring else "stream", **form)
 
     def update_priorities(self, slices: Batch | tuple[Any, ...], priorities: Any, *, table: str | None = None) -> None:
         """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.

@@ -227,7 +227,7 @@ def received(writer: RingWriter) -> int:
     """Returns the file descriptor that a learner gets, and can write to."""
     done = threading.Thread(target=lambda: (select.select([writer.handover], [], []), writer.handover.serve()))
     done.start()
-    file = sealed_memory.receive(str(writer.path), GEOMETRY.size_bytes)
+    [file] = sealed_memory.receive(str(writer.path), [GEOMETRY.size_bytes])
     done.join()
     return file
 
@@ -275,7 +275,7 @@ def test_reader_refuses_memory_that_can_shrink(folder: Path) -> None:
     path = folder / f"touchline-{'a' * 32}"
     with tempfile.TemporaryFile() as file:
         file.truncate(GEOMETRY.size_bytes)
-        handover = sealed_memory.Handover(path, file.fileno())
+        handover = sealed_memory.Handover(path, [file.fileno()])
         thread = threading.Thread(target=lambda: (select.select([handover], [], []), handover.serve()))
         thread.start()
         with pytest.raises(RingError, match=r"cannot shrink|Invalid argument"):

@@ -184,7 +184,7 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "max_receive_bytes": 5_000_000_000,
         "max_send_bytes": 4_000_000_000,
     },
-    "ring": {"max_rings": 0, "max_ring_bytes": 1, "max_hold_s": 2.5},
+    "ring": {"max_rings": 0, "max_ring_bytes": 1, "device": False, "max_hold_s": 2.5},
     "tls": {"cert": "a.pem", "key": "b.pem", "client_ca": "c.pem"},
     "auth": {"tokens_file": "tokens.toml", "allow_plaintext": True},
     "http": {"enabled": "on", "host": "0.0.0.0", "port": 0},

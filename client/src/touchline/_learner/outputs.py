@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from touchline._learner.host_gather import HostMethod
 from touchline._learner.stream import RECONNECT_S, BatchSource, BatchStream, StreamSource
 from touchline._learner.torch_batch import batch_converter, same_batch
 from touchline._rpc.calls import RpcClient
 from touchline.errors import InvalidArgumentError
 from touchline_protos import Batch
 from touchline_protos.v1 import replay_pb2 as pb
+
+TRANSPORTS = ("auto", "device", "ring", "stream")
+"""Ways to ask for. On the host, auto asks for a ring: the server gathers while the learner computes (docs/benchmarks/device.md)."""
 
 
 def host_converter(*, as_numpy: bool | None, as_jax: bool, default_numpy: bool) -> Callable[[Batch], Batch]:
@@ -39,7 +43,7 @@ def open_stream(
     *,
     prefetch: int,
     timeout_s: float | None,
-    ring: bool,
+    transport: str,
     device: Any,
     as_numpy: bool | None,
     as_jax: bool,
@@ -48,10 +52,19 @@ def open_stream(
     """Returns a stream of batches; see :meth:`~touchline.ReplayClient.batches`. Its session opens with the first batch.
 
     Raises:
-        InvalidArgumentError: the device and the form do not fit each other or this machine.
+        InvalidArgumentError: the transport is unknown, or the device and the form do not fit each other or this machine.
     """
+    if transport not in TRANSPORTS:
+        raise InvalidArgumentError(f"transport: {transport!r}, expected one of {', '.join(map(repr, TRANSPORTS))}")
     source: BatchSource = StreamSource(
-        rpc, request, prefetch=prefetch, timeout_s=timeout_s, reconnect_s=RECONNECT_S, ring=ring, as_bodies=as_jax
+        rpc,
+        request,
+        prefetch=prefetch,
+        timeout_s=timeout_s,
+        reconnect_s=RECONNECT_S,
+        ring=transport != "stream",
+        method=HostMethod() if transport == "device" else None,
+        as_bodies=as_jax,
     )
     if device is None or str(device) == "cpu":
         return BatchStream(source, host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=default_numpy))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,17 +49,21 @@ class RingBatches:
         CodecError: the offer is malformed.
     """
 
+    transport = "ring"
+    """How its batches come."""
+
     def __init__(self, setup: pb.RingSetup, messages: Iterator[bytes], owner: object = None) -> None:
         self._layout = BodyLayout(setup.layout.SerializeToString())
+        content_bytes, others = self._content()
         geometry = RingGeometry(setup.slots, setup.slot_size_bytes)
-        if self._layout.size_bytes > geometry.slot_size_bytes:
-            raise RingError(f"slots of {geometry.slot_size_bytes} bytes, expected at least {self._layout.size_bytes} for a batch")
-        self._ring = RingReader(setup.path, setup.token, geometry, setup.size_bytes)
+        if content_bytes > geometry.slot_size_bytes:
+            raise RingError(f"slots of {geometry.slot_size_bytes} bytes, expected at least {content_bytes} for a batch")
+        self._ring = RingReader(setup.path, setup.token, geometry, setup.size_bytes, others)
         self._control = self._ring.control
         self._returns: ReturnQueue | None = None
         if setup.HasField("returns"):
             returns = ReturnGeometry(setup.returns.offset, setup.returns.transitions, setup.returns.batch_size)
-            returns.check(self._layout.size_bytes, geometry)
+            returns.check(content_bytes, geometry)
             self._returns = ReturnQueue(self._ring, returns, owner)
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._leases: dict[int, weakref.ref[Any]] = {}
@@ -84,6 +88,19 @@ class RingBatches:
             RingEndedError: the stream ended.
             RingError: the server wrote an impossible slot number.
         """
+        slot = self._take_slot()
+        return None if slot is None else self._batch(slot)
+
+    def _content(self) -> tuple[int, Sequence[int]]:
+        """Returns the bytes that the server writes into a slot, and the sizes of other memory that comes with the ring."""
+        return self._layout.size_bytes, ()
+
+    def _origin(self) -> BatchOrigin | None:
+        """Returns where the priorities of the batch that was taken last go."""
+        return BatchOrigin(self._returns, self._control.last_taken) if self._returns is not None else None
+
+    def _take_slot(self) -> int | None:
+        """Takes the next slot, and waits for the names of its actors; returns None if none came within a short sleep."""
         if self._end is not None:
             raise RingEndedError(self._end)
         taken = self._control.take()
@@ -94,8 +111,11 @@ class RingBatches:
             self._wait_for_names(actors_needed)
         if self._forgettable and actors_needed > self._forgettable[0][0]:
             self._forget_names(actors_needed)
+        return slot
+
+    def _batch(self, slot: int) -> Batch:
         memory = self._ring.slots.array(slot)
-        origin = BatchOrigin(self._returns, self._control.last_taken) if self._returns is not None else None
+        origin = self._origin()
         # `held` counts this slot. A view is handed out only if another slot stays free for the server.
         if self._control.held > self._ring.geometry.slots - 2:
             copy = self._pool.lease(self._layout.size_bytes)
@@ -109,6 +129,9 @@ class RingBatches:
     def whole_array(self) -> Any:
         """Returns the memory that all batches except copies are views of, as a ctypes array that keeps it mapped."""
         return self._ring.slots.whole_array()
+
+    def close(self) -> None:
+        """Releases what was needed to take batches. Those that were taken stay as they are."""
 
     def interrupt(self) -> None:
         """Makes a :meth:`take` in progress return."""
@@ -151,26 +174,6 @@ class RingBatches:
             self._end = end
             self._changed.notify_all()
         self._control.interrupt()
-
-
-def attach(message: bytes, messages: Iterator[bytes], owner: object = None) -> RingBatches | str | None:
-    """Returns the ring that a stream's first message offers, or the server's reason for offering none; None for any other message.
-
-    Args:
-        message: the first message.
-        messages: the messages that follow on the stream.
-        owner: see :class:`ReturnQueue`.
-
-    Raises:
-        RingError, CodecError: the message offers a ring that this process cannot use.
-    """
-    if not message.startswith(_OFFER_TAG):
-        return None
-    setup = pb.SampleStreamResponse.FromString(message).ring
-    return setup.refused or RingBatches(setup, messages, owner)
-
-
-_OFFER_TAG = pb.SampleStreamResponse(ring=pb.RingSetup()).SerializeToString()[:1]
 
 
 def _free(control: ConsumerControl, slot: int, _: weakref.ref[Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from touchline._learner.readiness import PROBE_TIMEOUT_S, readiness_of
 from touchline._learner.ring_reader import RingBatches
+from touchline._learner.row_offer import GatherMethod
 from touchline._learner.stream_session import NO_REASON, StreamSession
 from touchline._rpc.calls import RpcClient, delay_before_retry, is_passing
 from touchline._rpc.convert import reach_of, resumed, table_names_of
@@ -59,11 +60,11 @@ class BatchSource(Protocol):
 
     @property
     def transport(self) -> str:
-        """How batches come: ``ring``, ``stream``, or empty while there is no session."""
+        """How batches come: ``device``, ``ring``, ``stream``, or empty while there is no session."""
 
     @property
     def transport_reason(self) -> str:
-        """Why batches do not come through a ring; empty while they do or there is no session."""
+        """Why batches do not come as was asked for; empty while they do or there is no session."""
 
     @property
     def ring(self) -> RingBatches | None:
@@ -123,12 +124,16 @@ class BatchStream(ProcessBound):
 
     @property
     def transport(self) -> str:
-        """How batches come: ``ring`` (shared memory, on the server's own host), ``stream`` (messages), or empty before the first."""
+        """How batches come: ``device`` (gathered here, from the server's memory), ``ring`` (in memory that is shared with a server on this
+        host), ``stream`` (in messages), or empty before the first.
+        """
         return self._source.transport
 
     @property
     def transport_reason(self) -> str:
-        """Why batches come in messages instead of a ring, in words; empty if they come through a ring, or before the first."""
+        """Why batches do not come as was asked for, in words: in messages instead of a ring, or through a ring instead of being gathered
+        here. Empty if they do, or before the first.
+        """
         return self._source.transport_reason
 
     def close(self) -> None:
@@ -164,6 +169,7 @@ class StreamSource:
         timeout_s: longest wait for a batch, for whatever reason; None waits without limit while the server is there.
         reconnect_s: longest time that the server may be away, if there is no ``timeout_s``.
         ring: take batches through a ring in shared memory if the server offers one.
+        method: how this process gathers batches by itself, if the server shares its columns; None: it does not.
         as_bodies: lay out batches that come in messages as those of a ring, every array aligned to 64 bytes.
     """
 
@@ -176,6 +182,7 @@ class StreamSource:
         timeout_s: float | None,
         reconnect_s: float,
         ring: bool,
+        method: GatherMethod | None = None,
         as_bodies: bool = False,
     ) -> None:
         self._rpc = rpc
@@ -186,6 +193,7 @@ class StreamSource:
         self._timeout_s = timeout_s
         self._reconnect_s = reconnect_s if timeout_s is None else timeout_s
         self._use_ring = ring
+        self._method = method
         self._as_bodies = as_bodies
         self._readiness = readiness_of(rpc, request)
         self._horizon = reach_of(request)
@@ -203,7 +211,8 @@ class StreamSource:
         self._delays = rpc.delays()
         self._outage: _Outage | None = None
         self._first_session = True
-        self._no_ring_logged = False
+        self._logged = ""
+        """The transport whose choice was logged."""
 
     def take(self) -> Batch:
         """Returns the next batch; raises as :meth:`BatchStream.__next__` does."""
@@ -221,28 +230,28 @@ class StreamSource:
 
     @property
     def transport(self) -> str:
-        """How batches come: ``ring``, ``stream``, or empty while there is no session."""
+        """How batches come: ``device``, ``ring``, ``stream``, or empty while there is no session."""
         session = self._session
         return session.transport if session is not None else ""
 
     @property
     def transport_reason(self) -> str:
-        """Why batches do not come through a ring; empty while they do or there is no session."""
+        """Why batches do not come as was asked for; empty while they do or there is no session."""
         session = self._session
         return session.transport_reason if session is not None else ""
 
     @property
     def ring(self) -> RingBatches | None:
-        """The ring that the last batch came through; None if it came in a message."""
+        """The ring that the last batch came through; None if it came in a message, or was gathered here."""
         session = self._session
-        return session.ring if session is not None else None
+        return session.ring if session is not None and session.transport == "ring" else None
 
     def close(self) -> None:
         """Ends the session; a ``take`` in progress raises ClosedError."""
         self._closed.set()
         session = self._session
         if session is not None:
-            session.end()
+            session.close()
         if self._watchdog is not None:
             self._watchdog.stop()
 
@@ -281,21 +290,26 @@ class StreamSource:
             self._drop_session()  # it is unknown how much of a message was read
             raise
         else:
-            self._log_missing_ring(session)
+            if self._use_ring and session.transport != self._logged and session.has_answer:
+                self._log_transport(session)
 
-    def _log_missing_ring(self, session: StreamSession) -> None:
-        """Logs once why batches come in messages although a ring was asked for."""
-        if self._use_ring and not self._no_ring_logged and session.transport_reason not in ("", NO_REASON):
-            self._no_ring_logged = True
-            address = self._rpc.channel.address
+    def _log_transport(self, session: StreamSession) -> None:
+        """Logs, once for each transport, that a better one was refused, or that batches are gathered here."""
+        transport, reason, address = session.transport, session.transport_reason, self._rpc.channel.address
+        self._logged = transport
+        if transport == "device":
+            logger.info("%s: batches are gathered here, from memory that the server shares", address)
+        elif transport == "ring" and reason:
+            logger.info("%s: batches come through a ring instead of being gathered here: %s", address, reason)
+        elif transport == "stream" and reason not in ("", NO_REASON):
             # With a server on another host there is nothing to fix.
             level = logging.WARNING if is_local(address) and shared_memory_id() else logging.INFO
-            logger.log(level, "%s: batches come in messages instead of a ring: %s", address, session.transport_reason)
+            logger.log(level, "%s: batches come in messages instead of a ring: %s", address, reason)
 
     def _open(self) -> StreamSession:
         self._taken = 0
         request = self._request if self._first_session else resumed(self._request, self._taken_ever)
-        session = StreamSession(self._rpc, request, self._prefetch, ring=self._use_ring, as_bodies=self._as_bodies)
+        session = StreamSession(self._rpc, request, self._prefetch, ring=self._use_ring, method=self._method, as_bodies=self._as_bodies)
         self._session, self._first_session = session, False
         if self._closed.is_set():  # close() ran in another thread before it could see the session
             session.end()
@@ -304,7 +318,7 @@ class StreamSource:
     def _drop_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            session.end()
+            session.close()
 
     def _wait_for_return(self, error: UnavailableError | OverLimitError, ends: float | None) -> None:
         """Waits until the server answers a probe, so that a session is only opened with a server that is up.

@@ -268,6 +268,11 @@ class BodyLayout:
         offsets, self.size_bytes = body_offsets([tensor.spec for tensor in tensors])
         self._views = [(t.spec.name, t.spec.shape, t.spec.dtype, at) for t, at in zip(tensors, offsets, strict=True)]
 
+    @property
+    def tensors(self) -> Sequence[tuple[str, tuple[int, ...], np.dtype, int]]:
+        """Name, shape, dtype and offset in bytes of each tensor: columns, then the provenance as ``provenance.<field>``."""
+        return self._views
+
     def batch(self, memory: Any, actor_names: Mapping[int, str], origin: BatchOrigin | None = None) -> Batch:
         """Returns the batch whose body is in ``memory``.
 
@@ -276,19 +281,24 @@ class BodyLayout:
             actor_names: actors' names by index.
             origin: origin of the batch.
         """
-        return _assemble(memory, self._views, actor_names, self._store_generations, origin)
+        return self.assemble(_arrays(memory, self._views), actor_names, origin)
+
+    def arrays(self, memory: Any) -> dict[str, np.ndarray]:
+        """Returns the arrays of the batch whose body is in ``memory``, by the names of :attr:`tensors`: views, as in :meth:`batch`."""
+        return _arrays(memory, self._views)
+
+    def assemble(self, arrays: Mapping[str, Any], actor_names: Mapping[int, str], origin: BatchOrigin | None = None) -> Batch:
+        """Returns the batch of these arrays, or of tensors, by the names of :attr:`tensors`."""
+        return assemble_batch(arrays, actor_names, store_generations=self._store_generations, origin=origin)
 
 
-def _assemble(
-    storage: Any,
-    views: list[_View],
-    actor_names: Mapping[int, str],
-    store_generations: tuple[int, ...],
-    origin: BatchOrigin | None = None,
-) -> Batch:
+def _assemble(storage: Any, views: list[_View], actor_names: Mapping[int, str], store_generations: tuple[int, ...]) -> Batch:
+    return assemble_batch(_arrays(storage, views), actor_names, store_generations=store_generations)
+
+
+def _arrays(storage: Any, views: list[_View]) -> dict[str, np.ndarray]:
     array = np.ndarray
-    arrays = {name: array(shape, dtype, storage, at) for name, shape, dtype, at in views}
-    return assemble_batch(arrays, actor_names, store_generations=store_generations, origin=origin)
+    return {name: array(shape, dtype, storage, at) for name, shape, dtype, at in views}
 
 
 def _make_plan(plans: dict[int, _MessagePlan], message: bytes, batches: Sequence[tuple[int, int]], *, as_bodies: bool) -> _MessagePlan:

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from touchline_protos.shm import sealed_memory
@@ -49,12 +50,13 @@ class RingWriter:
     Args:
         geometry: the sizes.
         returns: position of the priorities that come back; None if they come by calls only.
+        others: descriptors of other sealed memory that is handed over with the ring's; the caller keeps them.
 
     Raises:
         RingError: there is no memory for the ring, or no shared folder.
     """
 
-    def __init__(self, geometry: RingGeometry, returns: ReturnGeometry | None = None) -> None:
+    def __init__(self, geometry: RingGeometry, returns: ReturnGeometry | None = None, *, others: Sequence[int] = ()) -> None:
         geometry.check()
         self.geometry = geometry
         self.returns = returns
@@ -69,7 +71,7 @@ class RingWriter:
             raise RingError(f"no memory for a ring of {geometry.size_bytes} bytes: {error.strerror or error}") from None
         try:
             memory = mmap.mmap(self._file, geometry.size_bytes)
-            self.handover = sealed_memory.Handover(self.path, self._file)
+            self.handover = sealed_memory.Handover(self.path, [self._file, *others])
             """Hands the memory over; to be served while the offer stands."""
         except OSError as error:
             os.close(self._file)
@@ -94,37 +96,41 @@ class RingReader:
         token: secret that the memory must contain.
         geometry: the sizes.
         size_bytes: size of the whole memory.
+        others: sizes of the other memory that is handed over with the ring's.
 
     Raises:
         RingError: the offer is malformed, or the memory cannot be received, belongs to another user or does not match the offer.
     """
 
-    def __init__(self, path: str, token: bytes, geometry: RingGeometry, size_bytes: int) -> None:
+    def __init__(self, path: str, token: bytes, geometry: RingGeometry, size_bytes: int, others: Sequence[int] = ()) -> None:
         geometry.check()
         self.geometry = geometry
-        memory = _receive(path, geometry, size_bytes)
+        memory, *self.others = _receive(path, geometry, size_bytes, others)
+        """The other memory, mapped so that it can only be read."""
         self.control = ConsumerControl(memory, geometry.slots)
         self.slots = RingSlots(memory, geometry)
         if not self.control.matches(token, geometry.slot_size_bytes):
             raise RingError(f"{path}: the memory is not the ring that was offered")
 
 
-def _receive(path: str, geometry: RingGeometry, size_bytes: int) -> mmap.mmap:
+def _receive(path: str, geometry: RingGeometry, size_bytes: int, others: Sequence[int]) -> list[mmap.mmap]:
     name = Path(path).name
     if Path(path).parent != SHARED_MEMORY_DIR or not _NAME.fullmatch(name):
         raise RingError(f"{path!r} is not the name of a ring, expected {SHARED_MEMORY_DIR}/{_PREFIX}<32 hexadecimal digits>")
     if size_bytes != geometry.size_bytes:
         raise RingError(f"{path}: {size_bytes} bytes offered, expected {geometry.size_bytes} for its slots")
     try:
-        file = sealed_memory.receive(path, size_bytes)
+        files = sealed_memory.receive(path, [size_bytes, *others])
     except OSError as error:
         raise RingError(f"{path}: {error.strerror or error}") from None
     try:
-        return mmap.mmap(file, size_bytes)
+        ring, *read_only = files
+        return [mmap.mmap(ring, size_bytes), *(mmap.mmap(*pair, prot=mmap.PROT_READ) for pair in zip(read_only, others, strict=True))]
     except OSError as error:
-        raise RingError(f"{path}: {size_bytes} bytes cannot be mapped: {error.strerror or error}") from None
+        raise RingError(f"{path}: {size_bytes + sum(others)} bytes cannot be mapped: {error.strerror or error}") from None
     finally:
-        os.close(file)
+        for file in files:
+            os.close(file)
 
 
 def sweep_dead_rings() -> int:

@@ -57,6 +57,8 @@ _STATES = _ORDER + MAX_SLOTS
 _ACTORS = _STATES + MAX_SLOTS
 # The consumer's counts of its waits by their duration: see LATENCY_BOUNDS_S. Takes without a wait are not counted.
 _WAITS = _ACTORS + MAX_SLOTS
+# The producer's marks of slots whose rows were taken back. Words up to here are 0 in rings up to protocol 1.2.
+_REVOKED = 320
 _FREE, _USED = 0, 1
 
 _FUTEX_CALL = 202  # x86-64
@@ -159,6 +161,18 @@ class ProducerControl(_RingControl):
         words[_HEAD] = self._head
         self._wake(_HEAD, _CONSUMER_SLEEPS)
 
+    def revoke(self, slot: int) -> None:
+        """Marks a slot, from any thread: what it refers to may be overwritten once this returns and the caller has released a lock.
+
+        The store of the mark precedes the caller's later stores for every observer, and releasing a lock is a fence: so a consumer that
+        has read an overwritten byte finds the mark.
+        """
+        self._words[_REVOKED + slot] = 1
+
+    def renew(self, slot: int) -> None:
+        """Removes the mark of a free slot, before it is published again."""
+        self._words[_REVOKED + slot] = 0
+
     def count_used(self) -> int:
         """Returns the number of slots that are published and not freed."""
         return self._slots - len(self._find_free())
@@ -244,6 +258,10 @@ class ConsumerControl(_RingControl):
         """Number of slots that were taken and are not freed yet."""
         return sum(self._held)
 
+    def has_published(self) -> bool:
+        """Returns whether a slot can be taken without waiting."""
+        return bool(self._words[_HEAD] != self._taken)
+
     def take(self) -> tuple[int, int] | None:
         """Returns the next published slot and how many actors' names its batch needs; None if none came within :data:`MAX_SLEEP_S`.
 
@@ -270,6 +288,10 @@ class ConsumerControl(_RingControl):
             words[_WAITS + bisect_left(LATENCY_BOUNDS_S, self._waiting_ns / 1e9)] += 1
             self._waiting_ns = 0
         return slot, words[_ACTORS + slot]
+
+    def is_revoked(self, slot: int) -> bool:
+        """Returns whether the server has taken back what a taken slot refers to: what was read of that before this call is not valid."""
+        return bool(self._words[_REVOKED + slot])
 
     def free(self, slot: int) -> None:
         """Returns a slot to the server. Has no effect in a forked child: the slot belongs to the parent."""

@@ -16,6 +16,7 @@ import mmap
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ _MMAP, _MADVISE = 9, 28  # the system calls
 _MAP_FIXED = 0x10
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
 _HUGE_PAGE_BYTES = 1 << 21
+
+MAX_FILES = 64
+"""Most descriptors that are handed over together; the system allows a few more."""
 
 ANSWER_S = 5.0
 """Time for which a learner waits for the memory after it has connected."""
@@ -130,19 +134,19 @@ def _advise(address: int, size_bytes: int, advice: int) -> None:
 
 
 class Handover:
-    """Sends a file descriptor to every process of this user that connects to a Unix socket. Not thread-safe.
+    """Sends file descriptors to every process of this user that connects to a Unix socket. Not thread-safe.
 
     Args:
         path: path of the socket, created with access for this user only.
-        file: descriptor to send; the caller keeps it.
+        files: descriptors to send, at most :data:`MAX_FILES`; the caller keeps them.
 
     Raises:
         OSError: the socket cannot be created there.
     """
 
-    def __init__(self, path: Path, file: int) -> None:
+    def __init__(self, path: Path, files: Sequence[int]) -> None:
         self.path = path
-        self._file = file
+        self._files = list(files)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         # It gets its name only once it listens: a socket with that name that does not accept connections was left by a killed server.
         unready = path.with_name(f"{path.name}.new")
@@ -161,12 +165,12 @@ class Handover:
         return self._listener.fileno()
 
     def serve(self) -> None:
-        """Sends the file to one process that has connected. Does nothing if there is none."""
+        """Sends the files to one process that has connected. Does nothing if there is none."""
         with contextlib.suppress(OSError):  # the peer is gone already
             connection, _ = self._listener.accept()
             with connection:
                 connection.setblocking(False)
-                socket.send_fds(connection, [b"ring"], [self._file])
+                socket.send_fds(connection, [b"ring"], self._files)
 
     def close(self) -> None:
         """Removes the socket. Closing again does nothing."""
@@ -175,12 +179,12 @@ class Handover:
             self.path.unlink(missing_ok=True)
 
 
-def receive(path: str, size_bytes: int) -> int:
-    """Returns the file descriptor that a :class:`Handover` sends. The caller closes it.
+def receive(path: str, sizes: Sequence[int]) -> list[int]:
+    """Returns the file descriptors that a :class:`Handover` sends. The caller closes them.
 
     Args:
         path: the socket.
-        size_bytes: the size that the memory must have.
+        sizes: the size that each memory must have, in bytes.
 
     Raises:
         OSError: no memory was received, or not what was expected; the text says why.
@@ -192,18 +196,22 @@ def receive(path: str, size_bytes: int) -> int:
         connection.settimeout(ANSWER_S)
         try:
             connection.connect(path)
-            _, files, _, _ = socket.recv_fds(connection, 16, 1, socket.MSG_CMSG_CLOEXEC)
+            _, files, _, _ = socket.recv_fds(connection, 16, MAX_FILES, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError:
             raise OSError(0, f"no memory received within {ANSWER_S} s") from None
-    if len(files) != 1:
-        raise OSError(0, "no memory received")
     try:
-        if os.fstat(files[0]).st_size != size_bytes or fcntl.fcntl(files[0], _F_GET_SEALS) & _SEALS != _SEALS:
-            raise OSError(0, f"the memory received is not {size_bytes} bytes that cannot shrink")
+        if len(files) != len(sizes):
+            raise OSError(0, f"{len(files)} memories received, expected {len(sizes)}" if files else "no memory received")
+        for file, size_bytes in zip(files, sizes, strict=True):
+            found = os.fstat(file)
+            sealed = fcntl.fcntl(file, _F_GET_SEALS) & _SEALS == _SEALS
+            if found.st_size != size_bytes or found.st_uid != os.getuid() or not sealed:
+                raise OSError(0, f"the memory received is not {size_bytes} bytes that cannot shrink, of this user")
     except OSError:
-        os.close(files[0])
+        for file in files:
+            os.close(file)
         raise
-    return files[0]
+    return list(files)
 
 
 def is_abandoned(path: Path) -> bool:

@@ -267,6 +267,9 @@ class RingConfig(Section):
     """Largest number of shared-memory rings, one for each learner on this host. Further learners get messages; 0: all learners do."""
     max_ring_bytes: _Count = 536_870_912
     """Largest ring, in bytes. A learner gets messages if three of its batches do not fit."""
+    device: bool = True
+    """Whether learners that ask for it get row numbers, by which they gather batches themselves from columns that are shared
+    (``storage.share_columns``). Otherwise they get batches."""
     max_hold_s: Annotated[_Seconds, Field(le=3_600)] = 1.0
     """Seconds for which an add waits for a learner that still reads rows of shared columns which are to be overwritten. Then the learner
     loses the batch and takes the next one."""

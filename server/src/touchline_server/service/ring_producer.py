@@ -87,6 +87,7 @@ class RingProducer:
         try:
             while not self._stopping:
                 slots = control.free_slots()
+                self._filler.freed(slots)
                 self._report_taken(self._ring.geometry.slots - len(slots))
                 if self._returns is not None:
                     self._returns.apply()

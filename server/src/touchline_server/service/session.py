@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.types.status import Transport, WaitCause
 from touchline_protos.v1 import replay_pb2 as pb
@@ -19,7 +18,8 @@ from touchline_server.service.budgets import Reservation
 from touchline_server.service.parts import ServiceParts
 from touchline_server.service.ring_pool import ring_offer
 from touchline_server.service.ring_producer import RingProducer
-from touchline_server.service.slot_fillers import BodyFiller
+from touchline_server.service.row_slots import RowContent
+from touchline_server.service.slot_fillers import BodyContent, SlotContent
 from touchline_server.service.tasks import Job, consume_exception
 from touchline_server.tables.sampler import Split
 
@@ -105,7 +105,7 @@ class SampleSession:
         with self._parts.changes.waiter(self._framer.sampler.changes) as wake:
             reader = asyncio.create_task(self._read_requests(requests, wake))
             try:
-                if not (opening.shared_memory_id and await self._serve_by_ring(opening.shared_memory_id, write, wake)):
+                if not (opening.shared_memory_id and await self._serve_by_ring(opening, write, wake)):
                     await self._serve_by_messages(write, wake)
             finally:
                 reader.cancel()
@@ -227,32 +227,72 @@ class SampleSession:
 
     # Batches in a ring
 
-    async def _serve_by_ring(self, learner_id: str, write: Write, wake: asyncio.Event) -> bool:
+    async def _serve_by_ring(self, opening: pb.SampleStreamOpen, write: Write, wake: asyncio.Event) -> bool:
         """Serves the whole session by a ring; returns False if there can be none, and messages have to do."""
         if not await self._can_send(wake) or (layout := self._framer.sampler.layout()) is None:
             return False
+        rows_refused = ""
+        if opening.HasField("rows"):
+            try:
+                rows_refused = await self._serve_slots(self._row_content(opening.rows), opening, write, wake)
+            except RingError as error:
+                rows_refused = str(error)
+                self._parts.rings.log_once(rows_refused, rows=True)
+            if not rows_refused:
+                return True
         try:
-            sampler = self._framer.sampler
-            transitions = sampler.horizon if sampler.remembers_slices else 0
-            ring = self._parts.rings.open(learner_id, layout, self._credits, transitions=transitions)
+            return not await self._serve_slots(BodyContent(layout), opening, write, wake, rows_refused=rows_refused)
         except RingError as error:
             self._learner.ring_refused = str(error)
-            await write(pb.SampleStreamResponse(ring=pb.RingSetup(refused=str(error))).SerializeToString())
+            refused = pb.RingSetup(refused=str(error), rows_refused=rows_refused)
+            await write(pb.SampleStreamResponse(ring=refused).SerializeToString())
             return False
+
+    def _row_content(self, request: pb.RowsRequest) -> RowContent:
+        """Returns what slots hold for a learner that gathers by itself.
+
+        Raises:
+            RingError: it cannot; the text says why.
+        """
+        if not self._parts.rings.offers_rows:
+            raise RingError("ring.device is false: learners do not gather by themselves")
+        source = self._framer.sampler.source()
+        if source is None:
+            raise RingError("the table was cleared a moment ago")
+        return RowContent(source, request)
+
+    async def _serve_slots(
+        self, content: SlotContent, opening: pb.SampleStreamOpen, write: Write, wake: asyncio.Event, *, rows_refused: str = ""
+    ) -> str:
+        """Serves the whole session by a ring; returns why not, if the learner declines it.
+
+        Raises:
+            RingError: there is no such ring; the text says why.
+        """
+        if self._requests is not _Requests.OPEN:
+            return "the learner has left"
+        sampler = self._framer.sampler
+        transitions = sampler.horizon if sampler.remembers_slices else 0
+        ring = self._parts.rings.open(opening.shared_memory_id, content, self._credits, transitions=transitions)
         try:
-            if not await self._offer(ring, layout, write, wake):
-                return False
-            await self._fill(ring, layout, write, wake)
-            return True
+            declined = await self._offer(ring, ring_offer(ring, content, rows_refused=rows_refused), write, wake)
+            if not declined:
+                await self._fill(ring, content, write, wake)
+            elif self._attachment is not None:
+                what = "ring" if content.setup() is None else "columns"
+                self._parts.rings.log_once(f"the learner could not use the {what}, and says {declined!r}", rows=what == "columns")
+                declined = self._learner.ring_refused = f"the learner could not use it: {declined}"
+            return declined
         finally:
             self._parts.rings.close(ring)
 
-    async def _offer(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> bool:
-        """Offers a ring; returns whether the learner has mapped it."""
+    async def _offer(self, ring: RingWriter, offer: bytes, write: Write, wake: asyncio.Event) -> str:
+        """Offers a ring; returns why the learner does not use it, and an empty text if it has mapped the ring."""
         loop = asyncio.get_running_loop()
         loop.add_reader(ring.handover, ring.handover.serve)
+        self._attachment = None
         try:
-            await write(ring_offer(ring, layout))
+            await write(offer)
             while self._attachment is None and self._requests is _Requests.OPEN:
                 wake.clear()
                 self._framer.sampler.check_not_dropped()
@@ -261,12 +301,11 @@ class SampleSession:
         finally:
             loop.remove_reader(ring.handover)
             ring.handover.close()
-        if self._attachment is not None and not self._attachment.attached:
-            self._learner.ring_refused = f"the learner could not use it: {self._attachment.reason[:MAX_REASON_CHARS]}"
-            self._parts.rings.log_once(f"the learner could not use the ring, and says {self._attachment.reason[:MAX_REASON_CHARS]!r}")
-        return self._attachment is not None and self._attachment.attached
+        if self._attachment is None:
+            return "the learner has left"
+        return "" if self._attachment.attached else self._attachment.reason[:MAX_REASON_CHARS] or "nothing"
 
-    async def _fill(self, ring: RingWriter, layout: BatchLayout, write: Write, wake: asyncio.Event) -> None:
+    async def _fill(self, ring: RingWriter, content: SlotContent, write: Write, wake: asyncio.Event) -> None:
         """Keeps a ring full until the learner closes its side; the stream itself only carries actors' names."""
         loop = asyncio.get_running_loop()
         messages: list[bytes] = []
@@ -280,14 +319,15 @@ class SampleSession:
         producer = RingProducer(
             self._framer,
             ring,
-            BodyFiller(ring, layout),
-            layout,
+            content.filler(ring),
+            content.layout,
             self._parts.throttle,
             self._learner,
             send=lambda message: pass_on(messages, message),
             on_end=lambda error: pass_on(ends, error),
         )
-        self._learner.transport = Transport.RING
+        self._learner.transport = Transport.RING if content.setup() is None else Transport.DEVICE
+        self._learner.ring_refused = ""
         producer.start()
         try:
             while self._requests is _Requests.OPEN:

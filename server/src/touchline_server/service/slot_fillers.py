@@ -8,11 +8,34 @@ from typing import Protocol
 from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingWriter
 from touchline_protos.shm.ring_slots import PinnedRegion
+from touchline_protos.v1 import replay_pb2 as pb
 from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.gather import SpacedBodies
 
 GROUP_BYTES = 1 << 22
 """Largest group of batches that are drawn together."""
+
+
+class SlotContent(Protocol):
+    """What the slots of a ring hold."""
+
+    layout: BatchLayout
+    """Layout of the batches."""
+    files: Sequence[int]
+    """Descriptors of other memory that the learner needs."""
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes of a slot that are in use."""
+        ...
+
+    def setup(self) -> pb.RowsSetup | None:
+        """Returns the part of the offer that says how to gather; None if slots hold bodies."""
+        ...
+
+    def filler(self, ring: RingWriter) -> SlotFiller:
+        """Returns what fills the slots of a ring."""
+        ...
 
 
 class SlotFiller(Protocol):
@@ -25,9 +48,34 @@ class SlotFiller(Protocol):
         """Fills a slot with each of the drawn batches, and yields after each, so that it can be handed over before the next is filled."""
         ...
 
-    def close(self) -> None:
-        """Releases what was needed to fill slots. The learner may go on reading them."""
+    def freed(self, slots: Sequence[int]) -> None:
+        """Takes note of all slots that are free at this moment."""
         ...
+
+    def close(self) -> None:
+        """Releases what was needed to fill slots. What the learner may still take afterwards is valid, or marked as revoked."""
+        ...
+
+
+class BodyContent:
+    """Slots that hold bodies, see :class:`SlotContent`."""
+
+    def __init__(self, layout: BatchLayout) -> None:
+        self.layout = layout
+        self.files: Sequence[int] = ()
+
+    @property
+    def content_bytes(self) -> int:
+        """See :class:`SlotContent`."""
+        return self.layout.body_bytes
+
+    def setup(self) -> None:
+        """See :class:`SlotContent`."""
+        return
+
+    def filler(self, ring: RingWriter) -> BodyFiller:
+        """See :class:`SlotContent`."""
+        return BodyFiller(ring, self.layout)
 
 
 class BodyFiller:
@@ -58,6 +106,9 @@ class BodyFiller:
             return drawn.gather_each_into(self._bodies, slots)
         self._gather_from_device(slots, drawn)
         return iter([None] * len(slots))
+
+    def freed(self, slots: Sequence[int]) -> None:
+        """See :class:`SlotFiller`. A body needs nothing that would have to be released."""
 
     def close(self) -> None:
         """See :class:`SlotFiller`."""

@@ -61,7 +61,7 @@ class BatchDraw:
         joined: the tables as one, if they are several and can be gathered together.
     """
 
-    __slots__ = ("_held", "_joined", "_parts", "_pinned", "_plan", "layout")
+    __slots__ = ("_held", "_joined", "_pinned", "_plan", "layout", "parts")
 
     def __init__(
         self,
@@ -73,49 +73,50 @@ class BatchDraw:
     ) -> None:
         self._joined = joined
         self._pinned = pinned
-        self._parts = parts
+        self.parts = parts
+        """Part of the batches from each table, in the order of the slices."""
         self._plan = plan
         self._held = False
         self.layout = layout
         """How each batch looks on the wire and in a body."""
 
     def __len__(self) -> int:
-        return len(self._parts[0])
+        return len(self.parts[0])
 
     @property
     def on_cuda(self) -> bool:
         """Whether any table's slices are gathered on a CUDA device."""
-        return any(part.columns.on_cuda for part in self._parts)
+        return any(part.columns.on_cuda for part in self.parts)
 
     def actors(self) -> set[int]:
         """Returns the numbers of the actors of all slices."""
-        return set().union(*(np.unique(part.draw.actor).tolist() for part in self._parts))
+        return set().union(*(np.unique(part.draw.actor).tolist() for part in self.parts))
 
     def gather_into(self, bodies: Sequence[Body]) -> None:
         """Gathers each batch into a body on the host. A CUDA device is waited for once for all batches."""
-        self._plan.gather_into(self._parts, bodies, self._joined)
+        self._plan.gather_into(self.parts, bodies, self._joined)
 
     def gather_each_into(self, bodies: SpacedBodies, chosen: Sequence[int]) -> Iterator[None]:
         """Gathers each batch into a body on the host and yields after each, so that it can be handed over before the next is gathered.
 
         No table may be on a CUDA device. ``chosen`` are the bodies of the batches.
         """
-        return self._plan.gather_each_into(self._parts, bodies, chosen, self._joined)
+        return self._plan.gather_each_into(self.parts, bodies, chosen, self._joined)
 
     def gather_into_pinned(self, bodies: Sequence[torch.Tensor]) -> None:
         """Gathers each batch into pinned memory, [layout.body_bytes] uint8: from a table on a CUDA device in one transfer a batch.
 
         The slices of one of several tables take the way through other pinned memory: one transfer cannot leave the other tables' gaps.
         """
-        if len(self._parts) == 1:
-            self._plan.gather_into_pinned(self._parts[0].slices(len(bodies)), bodies)
+        if len(self.parts) == 1:
+            self._plan.gather_into_pinned(self.parts[0].slices(len(bodies)), bodies)
         else:
             self.gather_into([self.layout.body_views(body.numpy()) for body in bodies])
 
     def gather_tensors(self) -> dict[str, torch.Tensor]:
         """Returns the first batch as fresh tensors: on the device of the tables if they share one, otherwise on the host."""
-        if len({part.columns.device for part in self._parts}) == 1:
-            return self._plan.gather_tensors(self._parts, self.layout)
+        if len({part.columns.device for part in self.parts}) == 1:
+            return self._plan.gather_tensors(self.parts, self.layout)
         from touchline_server.store.tensors import as_tensor
 
         body = self.layout.body_views(np.empty(self.layout.body_bytes, np.uint8))
@@ -124,7 +125,7 @@ class BatchDraw:
 
     def piece_gatherer(self) -> Callable[[Piece, Sequence[np.ndarray]], None]:
         """Returns what gathers the pieces of the first batch, into an array for each segment."""
-        return self._plan.piece_gatherer(self._parts, self.layout)
+        return self._plan.piece_gatherer(self.parts, self.layout)
 
     def run_all(self, jobs: Sequence[Callable[[], object]]) -> None:
         """Runs what gathers the pieces of the first batch, in as many threads as pay. Raises what a job raises."""
@@ -142,7 +143,7 @@ class BatchDraw:
 
     def returning(self) -> ReturningDraw:
         """Returns what sets the priorities of these slices later, each by a law that has them. It keeps no pin."""
-        return ReturningDraw(tuple(zip((pinned.lock for pinned in self._pinned), self._parts, strict=True)))
+        return ReturningDraw(tuple(zip((pinned.lock for pinned in self._pinned), self.parts, strict=True)))
 
     def release(self) -> None:
         """Unpins the rows of every table, which may be overwritten from now on. Must be called once, unless the batches are held."""

@@ -22,7 +22,7 @@ from touchline_server.store.pinned_draw import DrawnPart, PinnedDraw, locate, pa
 from touchline_server.store.schema import Schema
 from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.ranks import RankShare
-from touchline_server.tables.sampler import Reserved, Split
+from touchline_server.tables.sampler import GatherSource, Reserved, Split
 from touchline_server.tables.table import SampleSpec, Table
 
 
@@ -159,6 +159,11 @@ class MixSampler:
         """Returns how a batch looks; None while no table has a schema. It stays the same as long as this object is used."""
         found = self._find_format()
         return None if found is None else found.layout
+
+    def source(self) -> GatherSource | None:
+        """Returns what batches are gathered from at present; None while no table has a schema."""
+        found = self._find_format()
+        return None if found is None else GatherSource(found.plan, found.layout, tuple(table.store.columns for table in self._tables))
 
     def fits_inline(self, *, batches: int = 1) -> bool:
         """Returns whether an event loop may gather batches by itself: as if each table provided all slices."""

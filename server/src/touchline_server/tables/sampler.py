@@ -10,6 +10,8 @@ import numpy as np
 from touchline_protos.codec import BatchLayout
 from touchline_server.limiters.place import BatchesPlace
 from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.columns import Columns
+from touchline_server.store.gather import GatherPlan
 from touchline_server.store.subscriptions import Subscriptions
 from touchline_server.tables.ranks import RankShare
 from touchline_server.tables.table import SampleSpec, Table
@@ -24,6 +26,15 @@ class Reserved(NamedTuple):
     batches: int
     split: Split
     """The split of each of them."""
+
+
+class GatherSource(NamedTuple):
+    """What batches are gathered from at a moment."""
+
+    plan: GatherPlan
+    layout: BatchLayout
+    columns: tuple[Columns | None, ...]
+    """Columns of each table, in the order of the mix; None for a table without any."""
 
 
 class Sampler(Protocol):
@@ -66,6 +77,10 @@ class Sampler(Protocol):
 
     def layout(self) -> BatchLayout | None:
         """Returns how a batch looks at present; None while there is no schema."""
+        ...
+
+    def source(self) -> GatherSource | None:
+        """Returns what batches are gathered from at present; None while there is no schema."""
         ...
 
     def fits_inline(self, *, batches: int = 1) -> bool:
@@ -165,6 +180,14 @@ class TableSampler:
     def layout(self) -> BatchLayout | None:
         """See :class:`Sampler`."""
         return self._table.layout(self._spec)
+
+    def source(self) -> GatherSource | None:
+        """See :class:`Sampler`."""
+        columns = self._table.store.columns
+        if columns is None:
+            return None
+        plan = self._table.plan(columns.schema, self.horizon)
+        return GatherSource(plan, plan.layout(self.batch_size, self._spec.optional), (columns,))
 
     def fits_inline(self, *, batches: int = 1) -> bool:
         """See :class:`Sampler`."""
