@@ -41,6 +41,7 @@ NOT_RUN = {
     "docs/http.md": 1,  # the port of the web page
     "docs/metrics.md": 2,  # Docker, a collector
     "docs/operations.md": 1,  # systemd
+    "docs/several-learners.md": 1,  # torchrun; tests/integration/test_rank_streams.py runs it
     "docs/wire.md": 1,  # Node
 }
 """Blocks of each page that are not run here; the reason stands before each."""

@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "datasets": {"client", "_actor", "_rpc", "_tdmpc2", "installing", *VALUES},
         "recorders": {"writer", "client", "_actor", "_rpc", "installing", *VALUES},
         "tdmpc2": {"client", "_tdmpc2", "_learner", "_rpc", "installing", *VALUES},
+        "newt": {"client", "_tdmpc2", "_learner", "_rpc", "installing", *VALUES},
         "torchrl": {"client", "_learner", "_rpc", "installing", *VALUES},
         "_tdmpc2": {"client", "_rpc", *VALUES},
         "writer": {"client", "_spool", "_actor", "_rpc", *VALUES},

@@ -210,6 +210,8 @@ def test_rank_that_comes_back_goes_on_where_it_says() -> None:
     for rank in range(WORLD):
         _take(ranks.samplers[rank], 70)
 
+    for rank in (0, 1, 3):
+        _take(ranks.samplers[rank], 5)
     again = ranks.join(2, first=65)  # it had drawn ahead
 
     for number, body in enumerate(_take(again, 10), start=65):
