@@ -116,7 +116,7 @@ def test_killed_learner_frees_the_rows_that_it_held() -> None:
         assert server.buffer.counts().episodes_added == 120
 
 
-def test_stopped_learner_delays_adding_for_a_limited_time_and_loses_what_was_overwritten() -> None:
+def test_stopped_learner_delays_adding_for_a_limited_time_and_loses_what_was_overwritten(caplog: pytest.LogCaptureFixture) -> None:
     with ServerThread(config(max_hold_s=0.1)) as server:
         add_traced(server, 0, 20)
         with checking(server) as learner:
@@ -127,6 +127,7 @@ def test_stopped_learner_delays_adding_for_a_limited_time_and_loses_what_was_ove
             discarded = ask(learner, 500)
 
     assert discarded >= 3  # every slot that was ready
+    assert [record.levelname for record in caplog.records if "took back the rows of" in record.getMessage()] == ["WARNING"]
 
 
 def test_rows_are_whole_while_others_are_added_as_fast_as_possible() -> None:
@@ -190,7 +191,11 @@ def test_cleared_table_with_batches_out_opens_the_stream_again() -> None:
             eventually(lambda: next(batches).policy_version.min() >= 100, "batches of the new episodes")
 
             assert batches.transport == "device"
-            assert [learner.transport for learner in client.status().learners if learner.batches] == ["device"]
+
+            def transports() -> list[str]:
+                return [learner.transport for learner in client.status().learners if learner.batches]
+
+            eventually(lambda: transports() == ["device"], "the server counts them")
 
 
 def way_of(client: ReplayClient, transport: str = "device") -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +11,13 @@ from touchline._learner.ring_reader import RingBatches
 from touchline._learner.row_offer import Gathering, GatherMethod, RowOffer, read_slot
 from touchline_protos import Batch
 from touchline_protos.codec import BodyLayout
+from touchline_protos.log_lines import get_logger
 from touchline_protos.v1 import replay_pb2 as pb
+
+logger = get_logger(__name__)
+
+LOG_INTERVAL_S = 10.0
+"""Time between two log lines about discarded batches."""
 
 FREED_SHARE = 4
 """One in this many slots is the number that is freed together."""
@@ -45,6 +52,7 @@ class RowBatches(RingBatches):
         self._free_together = max(self._ring.geometry.slots // FREED_SHARE, 1)
         self._taking = threading.Lock()
         self._closing = False
+        self._next_line = 0.0
         self.discarded = 0
         """Batches whose rows the server took back before they were read."""
 
@@ -78,7 +86,7 @@ class RowBatches(RingBatches):
         if len(self._finished) >= self._free_together or not self._control.has_published():
             self._free_finished()
         if revoked:
-            self.discarded += 1
+            self._count_discarded()
             return None
         return batch
 
@@ -94,6 +102,15 @@ class RowBatches(RingBatches):
                 self._gatherer.close()
             finally:
                 self._taking.release()
+
+    def _count_discarded(self) -> None:
+        self.discarded += 1
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LOG_INTERVAL_S
+            logger.warning(
+                "%d batches were discarded so far: this process took them later than the server keeps their rows (ring.max_hold_s)",
+                self.discarded,
+            )
 
     def _free_finished(self) -> None:
         while self._finished:

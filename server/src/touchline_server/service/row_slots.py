@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring import RingError, RingWriter
 from touchline_protos.shm.row_slots import RowSlots
 from touchline_protos.shm.sealed_memory import MAX_FILES
@@ -17,6 +19,11 @@ from touchline_server.store.batch_draw import BatchDraw
 from touchline_server.store.columns import Columns
 from touchline_server.store.shared_columns import SharedColumns
 from touchline_server.tables.sampler import GatherSource
+
+logger = get_logger(__name__)
+
+LOG_INTERVAL_S = 60.0
+"""Time between two log lines about rows that were taken back from one learner."""
 
 MAX_GROUP = 8
 """Most batches that are drawn together: their rows stay pinned until the last of them is gathered."""
@@ -117,8 +124,9 @@ class RowFiller:
         """Guards which draw each slot is of, between this thread and writers that take rows back."""
         self._draws: dict[int, _HeldDraw] = {}
         """The draw of each slot that the learner was not seen to have freed."""
-        self.revoked = 0
+        self._revoked = 0
         """Batches whose rows were taken back."""
+        self._next_line = 0.0
 
     def fill(self, slots: Sequence[int], drawn: BatchDraw) -> Iterator[None]:
         """See :class:`SlotFiller`."""
@@ -150,17 +158,20 @@ class RowFiller:
 
     def freed(self, slots: Sequence[int]) -> None:
         """See :class:`SlotFiller`."""
-        done = []
+        done: list[_HeldDraw] = []
         with self._lock:
             for slot in slots:
                 held = self._draws.pop(slot, None)
                 if held is not None:
                     held.slots -= 1
                     if not held.slots:
-                        done.append(held.drawn)
+                        done.append(held)
+        if any(held.revoked for held in done) and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LOG_INTERVAL_S
+            logger.warning("took back the rows of %d batches so far, which a learner kept for ring.max_hold_s", self._revoked)
         # Not with the lock held: a release waits for the writer that takes the same rows back, which wants the lock.
-        for drawn in done:
-            drawn.release()
+        for held in done:
+            held.drawn.release()
 
     def close(self) -> None:
         """See :class:`SlotFiller`. The learner may still take what was published, so that is marked before it is no longer pinned."""
@@ -183,7 +194,7 @@ class RowFiller:
             slots = [slot for slot, one in self._draws.items() if one is held]
             for slot in slots:
                 self._control.revoke(slot)
-            self.revoked += 0 if held.revoked else len(slots)
+            self._revoked += 0 if held.revoked else len(slots)
             held.revoked = True
 
     def _table_of(self, columns: Columns) -> int:

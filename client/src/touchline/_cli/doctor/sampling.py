@@ -88,6 +88,8 @@ def _describe_transport(transport: str, reason: str, address: str) -> Finding:
     figures = {"transport": transport, "reason": reason}
     if transport == "ring":
         return Finding("ring", Level.OK, "batches come through a ring in shared memory", figures=figures)
+    if transport == "device":
+        return Finding("ring", Level.OK, "batches are gathered here, from memory that the server shares", figures=figures)
     text = f"batches come in messages, not through a ring: {escape(reason)}"
     if not is_local(address) or not shared_memory_id():
         return Finding("ring", Level.NOTE, text, figures=figures)
