@@ -248,8 +248,8 @@ def test_try_add_does_not_wait_for_a_reader_between_its_check_and_its_eviction(m
     store, _ = store_of(10, 10, capacity=20)
     check, readers = store._ring.check, ExitStack()
 
-    def meanwhile(*arguments: Any) -> Any:
-        schema = check(*arguments)
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        schema = check(*arguments, **options)
         readers.enter_context(store.draw(4, 3, "episode", np.random.default_rng(0)))
         return schema
 
