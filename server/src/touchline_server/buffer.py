@@ -231,8 +231,7 @@ class ReplayBuffer(TableBuffers):
     ) -> int:
         """Stores the episodes of a vector simulator together: all or none, and each column with one copy.
 
-        CUDA tensors are checked and copied on the device if the columns are there too, in the order of the current stream. With keys or a
-        ``storage.data_dir`` they go through the host, and each episode is stored by itself.
+        CUDA tensors stay on the device if the columns are there too, without keys and ``storage.data_dir``; see docs/gpu.md.
 
         Args:
             td: a TensorDict, or a mapping of tensors or arrays, of shape (envs, T, ...): columns as in :meth:`add`. Not changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ class Streams:
 
     def __init__(self, seed: int) -> None:
         self.current = "learner"
-        self._random = random.Random(seed)
+        self.choose: Callable[[list[Any]], Any] = random.Random(seed).choice
         self._queues: dict[str, list[tuple[Event | None, Callable[[], None] | None, Event | None]]] = {}
         """Steps by stream: an event to wait for, what to do, an event to set."""
 
@@ -36,7 +37,7 @@ class Streams:
         if not ready:
             assert not any(self._queues.values()), "streams wait for each other"
             return False
-        _, work, event = self._random.choice(ready).pop(0)
+        _, work, event = self.choose(ready).pop(0)
         if work is not None:
             work()
         if event is not None:
@@ -146,6 +147,38 @@ def test_a_write_waits_on_the_device_and_not_on_the_host() -> None:
     store.add()
 
     assert store.rows == [0] * ROWS  # nothing was run
+
+
+def test_gathers_of_two_threads_on_one_stream_are_noted_in_their_order() -> None:
+    """The first thread is in the middle of noting its gather when the second one gathers and notes: the write follows both."""
+    device = Streams(0)
+    device.choose = lambda ready: ready[-1]  # the write as early as it may
+    order = DeviceOrder(device, "writes")
+    record = device.record
+    others: list[threading.Thread] = []
+
+    def record_slowly(stream: str) -> Event:
+        event = record(stream)
+        if not others:
+            others.append(threading.Thread(target=note_after_another_gather))
+            others[0].start()
+            if not order._lock.locked():
+                others[0].join()  # it overtakes
+        return event
+
+    def note_after_another_gather() -> None:
+        device.queue("learner", lambda: read.append(1))
+        order.note_reads()
+
+    read: list[int] = []
+    device.record = record_slowly  # type: ignore[method-assign]
+    order.note_reads()
+    others[0].join()
+    with order.writing():
+        device.queue("writes", lambda: read.append(2))
+    device.synchronize()
+
+    assert read == [1, 2]
 
 
 def test_a_failed_write_is_followed_as_well() -> None:

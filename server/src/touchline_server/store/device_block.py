@@ -1,4 +1,4 @@
-"""A block of episodes whose tensors stay on their device: checked there, with one copy of a few numbers to the host for all of them."""
+"""A block of episodes whose tensors stay on their device: checked there, with small copies to the host for all of them together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def common_device(columns: Mapping[str, object]) -> torch.device | None:
 def device_block(
     columns: Mapping[str, torch.Tensor], lengths: Sequence[int], origins: Sequence[Origin], *, incoming: bool, allow_non_finite: bool
 ) -> EpisodeBlock:
-    """Returns a block of episodes on a device, whose values are checked. Waits for the current stream once.
+    """Returns a block of episodes on a device, whose values are checked. Waits for the current stream.
 
     Args:
         columns: [episodes, T, ...] by dotted name, on one device, checked to fit each other.

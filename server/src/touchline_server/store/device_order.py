@@ -60,9 +60,9 @@ class DeviceOrder:
     def note_reads(self) -> None:
         """Makes the next write follow what the current stream was given so far."""
         stream = self._device.current_stream()
-        event = self._device.record(stream)
         with self._lock:
-            self._reads[stream] = event
+            # With the lock held, or another thread's later event on the same stream could be replaced by this one.
+            self._reads[stream] = self._device.record(stream)
 
     def note_foreign_reads(self) -> None:
         """Makes the next write follow all work that the device is given before it."""
