@@ -29,7 +29,7 @@ from touchline_protos import Batch
 
 REPORT = Path(__file__).parents[1] / "docs" / "benchmarks" / "gather-threads.md"
 BAR = 0.97
-"""Least ratio of several threads to one."""
+"""Least ratio of several threads to one, for W2 by ring."""
 
 RUNS = {
     "W2, ring": (W2, "ring", False),
@@ -116,8 +116,8 @@ def rows_of(title: str, found: dict[str, list[Slice]]) -> list[str]:
             f"| {cost.median:.2f} | {cost.low:.2f} to {cost.high:.2f} |"
         )
     ratio, cost_ratio = ratio_interval(*rates.values()), ratio_interval(*costs.values())
-    # W1 has no tensor that is shared out: it shows how far the ratio of two equal servers is from 1.
-    verdict = "" if title.startswith("W1") else f", at least {BAR}: {'met' if ratio.median >= BAR else 'not met'}"
+    # The bar is for rings. A stream is bound by its connection, and W1 has no tensor that is shared out: its servers are alike.
+    verdict = f", at least {BAR}: {'met' if ratio.median >= BAR else 'not met'}" if title.startswith("W2, ring") else ""
     lines.append(
         f"| {title}, ratio{verdict} | **{ratio.median:.2f}** | {ratio.low:.2f} to {ratio.high:.2f} "
         f"| {cost_ratio.median:.2f} | {cost_ratio.low:.2f} to {cost_ratio.high:.2f} |"
