@@ -17,8 +17,9 @@ import pytest
 
 from support.serving import Config, ServerThread
 from touchline import Batch, InvalidArgumentError, ReplayClient
+from touchline._learner.cuda import keep_on_host
 from touchline._learner.jax_batch import jax_converter
-from touchline._learner.torch_batch import map_nested
+from touchline._learner.torch_batch import as_tensor, map_batch, map_nested
 from touchline.installing import install_command
 
 HOST_FIELDS = ("episode_id", "start", "actor", "policy_version", "probability")
@@ -205,6 +206,27 @@ def test_priorities_of_a_jax_batch_are_updated(client: ReplayClient) -> None:
     client.update_priorities(batch, jnp.abs(batch.reward[..., 0]))
     assert client.priorities.flush(30)
     assert client.priorities.counters().updated == 9
+
+
+def test_batch_of_tensors_is_converted_over_their_memory_with_the_origins_from_the_host(client: ReplayClient) -> None:
+    """The way of batches on a CUDA device, with tensors in host memory."""
+    torch = pytest.importorskip("torch")
+    host = client.sample(as_numpy=True)
+    tensors = map_batch(host, lambda array: as_tensor(torch, array.copy()))
+
+    staged = keep_on_host(host, tensors, HOST_FIELDS)
+    batch = jax_converter()(staged)
+
+    for name, column in _columns(batch).items():
+        tensor = _columns(tensors)[name]
+        assert column.dtype.name == DTYPES.get(name, "float32")
+        if tensor.data_ptr() % 64 == 0:
+            assert column.unsafe_buffer_pointer() == tensor.data_ptr()
+        assert _bytes(column) == _bytes(_columns(host)[name])
+    for name in HOST_FIELDS:
+        kept = getattr(batch, name)
+        assert isinstance(kept, np.ndarray) and np.array_equal(kept, getattr(host, name))
+        assert not np.shares_memory(kept, getattr(host, name))  # the host's batch may lie in a slot that is reused
 
 
 def test_padded_batch_has_its_mask_as_a_jax_array(client: ReplayClient) -> None:
