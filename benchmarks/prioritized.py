@@ -43,7 +43,7 @@ which no actor allows. TorchRL draws a start by the priority of its own step onl
 With more processes ready to run than cores, both sides wait for other work, and the row by CPU time says more than the first one. What is
 left of the law's cost is per slice, not per batch, because batches for all free slots of a ring are drawn together. Nearly half each:
 finding starts among a million, in memory that is in no cache, and setting the weights of the five starts that an update of three
-transitions changes. Updates go back through the ring's memory, which costs both sides together less than a tenth of a batch."""
+transitions changes. Updates go back through the ring's memory, which costs both sides together about an eighth of a batch."""
 
 HEAD = """\
 # The law `prioritized`: costs
