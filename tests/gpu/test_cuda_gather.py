@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda", 0)
 
 
-@settings(max_examples=100)
+@settings(max_examples=15)  # each compiles a kernel
 @given(case=gather_cases())
 def test_cuda_gather_of_any_batch_writes_what_numpy_says_and_nothing_else(case: GatherCase) -> None:
     check_gather(case, "cuda:0")
@@ -92,22 +91,3 @@ def test_cuda_gather_reads_host_memory_that_is_registered() -> None:
     finally:
         torch.cuda.synchronize()
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-
-
-def test_cuda_batches_at_fixed_addresses_feed_a_compiled_learner() -> None:
-    case = make_case({"obs": 256, "reward": 4}, batches=6, seed=3)
-    case.columns[0]["obs"] = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32).view(np.uint8)
-    gather, body, rows = case.gather("cuda:0", kernel=True), case.body("cuda:0"), rows_to_device(case.rows, CUDA)
-    obs = body[: 4 * 5 * 256].view(torch.float32).view(4, 5, 64)
-    torch._dynamo.mark_static_address(obs)
-    weight = torch.randn(64, 64, device=CUDA)
-
-    @torch.compile(mode="reduce-overhead")
-    def learn(found: torch.Tensor) -> torch.Tensor:
-        return (found @ weight).square().mean((0, 2))
-
-    for batch in range(6):
-        gather.run(rows[batch], body)
-        loss = learn(obs).clone()
-        expected = torch.from_numpy(np.frombuffer(case.expected(batch), np.uint8)[: obs.nbytes].copy()).view(torch.float32).view(obs.shape)
-        torch.testing.assert_close(loss.cpu(), (expected @ weight.cpu()).square().mean((0, 2)), rtol=2e-2, atol=1e-2)

@@ -15,6 +15,7 @@ from touchline_server.selectors.options import LawOptions, LawSettings
 from touchline_server.store.episode_store import EpisodeStore
 from touchline_server.store.index import EpisodeIndex
 from touchline_server.store.tensors import as_array
+from touchline_server.tables.sampler import TableSampler
 
 STRIDE = 1_000_000
 """A traced row's stamp is its episode's number times this, and its step."""
@@ -98,7 +99,7 @@ def check_traced(batch: Batch, *, horizon: int, incoming: bool = True) -> None:
 def sample_with(buffer: ReplayBuffer, rng: np.random.Generator, **request: Any) -> Batch:
     """A batch of a request, from a generator of the caller's: successive ones are those of a stream with its seed."""
     options = LawOptions(**{name: request.pop(name) for name in LawOptions._fields if name in request})
-    return buffer._sample(buffer.spec(**request, options=options), rng)
+    return buffer._take(TableSampler(buffer.table, buffer.spec(**request, options=options), rng))
 
 
 def read_episode(store: EpisodeStore, entry: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from touchline_protos import Batch, Counts
 from touchline_protos.codec import Episode, EpisodeKey, StoredEpisode
 from touchline_protos.codec.buffer_pool import BufferPool
-from touchline_protos.types.batch import assemble_batch
+from touchline_protos.types.batch import assemble_batch, batch_arrays
 from touchline_protos.types.flatten import ColumnError, flatten_columns, split_episodes
 from touchline_protos.types.mix import Mix
 from touchline_protos.types.priorities import updates_by_table
 from touchline_server.config.settings import Config
 from touchline_server.errors import InvalidArgumentError, InvalidEpisodeError, NotReadyError
-from touchline_server.selectors.options import NO_OPTIONS, LawOptions
+from touchline_server.selectors.options import LawOptions
 from touchline_server.store.batch_draw import BatchDraw
+from touchline_server.store.device_episodes import check_draw
 from touchline_server.store.reader import EpisodeQuery, EpisodeReader
 from touchline_server.tables.batch_adds import add_batch
+from touchline_server.tables.device_draws import DeviceDraws
 from touchline_server.tables.mix_sampler import MixSampler, MixSpec
 from touchline_server.tables.registry import TableRegistry
 from touchline_server.tables.sampler import TableSampler
-from touchline_server.tables.table import SampleSpec, Table
+from touchline_server.tables.table import Table
 from touchline_server.tables.table_buffers import TableBuffers
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ MAX_IDLE_BYTES = 1 << 28
 """Bytes kept for the next batches, of batches that no caller holds any more."""
 
 
-class ReplayBuffer(TableBuffers):
+class ReplayBuffer(TableBuffers, DeviceDraws):
     """A ring of whole episodes and batches of contiguous slices of them, like TD-MPC2's buffer (Hansen et al. 2024).
 
     It is the in-process interface to one table. Every method may be called from any thread. Adding copies what it is given; batches are
@@ -263,6 +263,8 @@ class ReplayBuffer(TableBuffers):
         pad: str | None = None,
         mix: Mix | None = None,
         when_empty: str = "wait",
+        draw: str = "host",
+        out: Batch | None = None,
     ) -> Batch:
         """Draws one batch.
 
@@ -277,11 +279,15 @@ class ReplayBuffer(TableBuffers):
             pad: ``"end"`` if slices may run over their episode's end, see :attr:`~touchline_protos.Batch.valid`; ``"none"`` if not.
             mix: share of each table in the batch, ``{"online": 0.5, "demos": 0.5}``, instead of this table; see docs/tables.md. Each
                 draws by its own law, if ``law`` is None; the first has the configured numbers.
-            when_empty: ``wait`` raises NotReadyError while a table of the mix has nothing to sample, ``others`` gives its share to the
-                others.
+            when_empty: ``wait`` raises NotReadyError while a table of the mix has nothing to sample, ``others`` shares out its share.
+            draw: ``host``, or ``device`` if the columns' CUDA device draws: by the laws ``episode`` and ``step``, without a mix. Its random
+                numbers are others: a seed gives another batch than on the host.
+            out: batch that a call with the same arguments returned. It is overwritten and returned again, so its addresses are fixed. If
+                the device draws, :meth:`device_sampler` does that.
 
         Returns:
-            Fresh tensors on the buffer's device (see :class:`~touchline_protos.Batch` for shapes), provenance on the host.
+            Tensors on the buffer's device (see :class:`~touchline_protos.Batch`), fresh without ``out``; provenance on the host, unless the
+            device draws.
 
         Raises:
             NotReadyError: no stored episode has horizon + 1 rows, or the table's rate limit does not allow a batch now.
@@ -289,16 +295,19 @@ class ReplayBuffer(TableBuffers):
             UnknownTableError: a table of the mix does not exist.
         """
         options = LawOptions(recent_steps, recent_half_life, beta)
+        on_device = check_draw(draw, mixed=mix is not None, has_out=out is not None) == "device"
         if mix is not None:
             sampler = self._mix_sampler(
                 MixSpec.of(mix, when_empty), seed, batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad
             )
-            return self._take(sampler)
+            return self._take(sampler, out)
         spec = self.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
+        if on_device:
+            return self._sample_on_device(spec, seed)
         if seed is not None:
-            return self._sample(spec, self.seeds.stream(seed))
+            return self._take(TableSampler(self.table, spec, self.seeds.stream(seed)), out)
         with self._rng_lock:
-            return self._sample(spec, self._rng)
+            return self._take(TableSampler(self.table, spec, self._rng), out)
 
     def update_priorities(self, slices: Batch | tuple[Any, ...], priorities: Any) -> int:
         """Sets the priorities of a batch that was drawn by the law ``prioritized``, for later draws.
@@ -387,23 +396,8 @@ class ReplayBuffer(TableBuffers):
         """Stores one episode of numpy columns, as the codec decodes it. Raises as :meth:`add` does."""
         return self.table.add(episode)
 
-    def spec(
-        self,
-        *,
-        batch_size: int | None = None,
-        horizon: int | None = None,
-        law: str | None = None,
-        options: LawOptions = NO_OPTIONS,
-        pad: str | None = None,
-    ) -> SampleSpec:
-        """Returns what to draw, with the configured values for what is None; see :meth:`Table.spec`."""
-        return self.table.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
-
     def _new_buffer(self, table: Table) -> ReplayBuffer:
         return ReplayBuffer(table.config, restore=False, table=table, registry=self.registry)
-
-    def _sample(self, spec: SampleSpec, rng: np.random.Generator) -> Batch:
-        return self._take(TableSampler(self.table, spec, rng))
 
     def _mix_sampler(self, mix: MixSpec, seed: int | None, **request: Any) -> MixSampler:
         tables = [self.registry.get(name) for name in mix.names]
@@ -413,7 +407,7 @@ class ReplayBuffer(TableBuffers):
             rng = self._rng.spawn(1)[0]
         return MixSampler(mix, tables, rng, **request)
 
-    def _take(self, sampler: TableSampler | MixSampler) -> Batch:
+    def _take(self, sampler: TableSampler | MixSampler, out: Batch | None = None) -> Batch:
         reserved = sampler.reserve(1, waits=False)
         if reserved is None:
             raise NotReadyError(sampler.explain_not_ready())
@@ -421,7 +415,7 @@ class ReplayBuffer(TableBuffers):
             with sampler.draw(reserved) as drawn:
                 actor_names = MappingProxyType(sampler.actor_names(drawn.actors()))
                 batch = assemble_batch(
-                    self._tensors(drawn),
+                    self._tensors(drawn, out),
                     actor_names,
                     table_names=sampler.table_names,
                     store_generations=drawn.layout.store_generations,
@@ -432,9 +426,9 @@ class ReplayBuffer(TableBuffers):
         sampler.delivered(*reserved)
         return batch
 
-    def _tensors(self, drawn: BatchDraw) -> dict[str, Any]:
-        if drawn.on_cuda:
-            return drawn.gather_tensors()
+    def _tensors(self, drawn: BatchDraw, out: Batch | None) -> dict[str, Any]:
+        if drawn.on_cuda or out is not None:
+            return drawn.gather_tensors(None if out is None else batch_arrays(out))
         from touchline_server.store.tensors import as_tensor
 
         # Pooled: page faults of a fresh allocation cost more than the gather of a large batch itself.

@@ -95,7 +95,7 @@ def test_gather_with_a_kernel_that_cannot_be_compiled_falls_back_and_logs_it_onc
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr("touchline_protos.gather.row_gather.why_no_kernel", lambda _: "")
-    monkeypatch.setattr("touchline_protos.gather.row_gather._Launch._start", fail)
+    monkeypatch.setattr("touchline_protos.gather.row_gather.Launcher._start", fail)
     case = make_case({"obs": 8, "reward": 4})
     gather = RowGather(case.outputs, case.parts("cpu"), batch_size=5, device=CPU)
 
@@ -113,7 +113,7 @@ def test_gather_with_a_kernel_that_must_be_used_raises_what_it_raises(monkeypatc
     def fail(*_: object) -> None:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr("touchline_protos.gather.row_gather._Launch._start", fail)
+    monkeypatch.setattr("touchline_protos.gather.row_gather.Launcher._start", fail)
     case = make_case({"obs": 8})
 
     with pytest.raises(RuntimeError, match="no C compiler"):

@@ -198,7 +198,7 @@ def test_every_way_of_gathering_gives_the_same_batch(
         part = with_optional(locate(pinned.draw, pinned.columns, batches=1, horizon=horizon), optional, horizon, random)
         plan.gather_into([part], [whole])
         tensors = plan.gather_tensors([part], layout)
-        body = layout.body_views(plan.host_bodies(part.slices(1))[0])
+        body = layout.body_views(plan.host_bodies(part, 1)[0])
         pieces = []
         for piece in layout.chunk_plan(chunk_bytes):
             _, out = layout.chunk(piece, {})

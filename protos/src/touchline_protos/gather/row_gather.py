@@ -57,6 +57,8 @@ class RowGather:
         self, outputs: Sequence[OutputSpec], parts: Sequence[PartSpec], *, batch_size: int, device: torch.device, kernel: bool | None = None
     ) -> None:
         check_specs(outputs, parts, batch_size)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.batch_size = batch_size
         self.body_bytes = body_bytes(outputs, batch_size)
@@ -67,9 +69,14 @@ class RowGather:
         """Why the kernel is not used; empty if it is."""
         self._must = kernel is True
         self._cursor = torch.zeros(1, dtype=torch.int64, device=device)
-        self._launch = _Launch(self._tables(), device) if not self.why_no_kernel else None
-        if self._launch is None:
+        self._launch: Launcher | None = None
+        if self.why_no_kernel:
             self._check_has_tensors()
+        else:
+            tables = self._tables()
+            self._entries, self._tiles = torch.from_numpy(tables.entries).to(device), torch.from_numpy(tables.tiles).to(device)
+            self._shapes = tables.shape_codes, len(tables.shapes)
+            self._launch = Launcher(find_gather_kernel, len(tables.tiles), device)
         if device.type == "cuda":
             # Gathers may run on any stream, and the tables must be there.
             torch.cuda.current_stream(device).synchronize()
@@ -94,8 +101,10 @@ class RowGather:
         if rows.shape[-2:] != (2, self.batch_size) or not rows.is_contiguous():
             raise ValueError(f"rows: shape {tuple(rows.shape)}, expected (2, {self.batch_size}) after the number of batches, contiguous")
         if self._launch is not None:
+            if not len(self._tiles):
+                return
             try:
-                self._launch(rows, self._cursor if cursor is None else cursor, body)
+                self._launch(self._entries, self._tiles, rows, self._cursor if cursor is None else cursor, body, *self._shapes)
                 return
             except Exception as error:
                 if self._launch.launched or self._must:
@@ -138,23 +147,25 @@ class RowGather:
                     _select_rows(column, _wrap(first, last, steps, part.capacity), target)
 
 
-class _Launch:
-    """Launches the kernel for one set of tables."""
+class Launcher:
+    """Launches one kernel on one device, with arguments of the same types and alignments each time. The first launch compiles it.
 
-    def __init__(self, tables: Tables, device: torch.device) -> None:
-        self._entries = torch.from_numpy(tables.entries).to(device)
-        self._tiles = torch.from_numpy(tables.tiles).to(device)
-        self._grid = (len(tables.tiles), 1, 1)
-        self._shapes = tables.shape_codes, len(tables.shapes)
+    Args:
+        find: function that returns the kernel, called once: before the first launch, which is when Triton is imported.
+        programs: number of programs.
+        device: the device; on the CPU the kernel must be interpreted.
+    """
+
+    def __init__(self, find: Callable[[], Any], programs: int, device: torch.device) -> None:
+        self._find = find
+        self._grid = (programs, 1, 1)
         self._device = device
         self._compiled: Callable[..., object] | None = None
         self.launched = False
         """Whether a launch has succeeded."""
 
-    def __call__(self, rows: torch.Tensor, cursor: torch.Tensor, body: torch.Tensor) -> None:
-        if not self._grid[0]:
-            return
-        arguments = (self._entries, self._tiles, rows, cursor, body, *self._shapes)
+    def __call__(self, *arguments: Any) -> None:
+        """Launches the kernel on the current stream."""
         if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):  # Triton launches on the current device
                 self._start(arguments)
@@ -165,12 +176,17 @@ class _Launch:
         if self._compiled is not None:
             self._compiled(*arguments)
             return
-        from touchline_protos.gather.kernel import gather_rows
-
-        compiled = gather_rows[self._grid](*arguments)
+        compiled = self._find()[self._grid](*arguments)
         self.launched = True
         if compiled is not None:  # not in the interpreter
             self._compiled = precompiled(compiled, self._grid)
+
+
+def find_gather_kernel() -> Any:
+    """Returns the kernel that gathers."""
+    from touchline_protos.gather.kernel import gather_rows
+
+    return gather_rows
 
 
 def precompiled(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., object] | None:

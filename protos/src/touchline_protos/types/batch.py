@@ -172,3 +172,22 @@ def assemble_batch(
         origin=None if origin is None else origin.of(named["episode_id"], named["start"]),
         **named,
     )
+
+
+def batch_arrays(batch: Batch) -> dict[str, Array]:
+    """Returns a batch's arrays by the names that :func:`assemble_batch` takes."""
+    arrays = {"action": batch.action, "reward": batch.reward, "done": batch.done, **batch.extra}
+    if batch.task is not None:
+        arrays["task"] = batch.task
+    levels = [("obs", batch.obs)]
+    while levels:
+        name, value = levels.pop()
+        if isinstance(value, Mapping):
+            levels += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        else:
+            arrays[name] = value
+    for name, _ in (*PROVENANCE, *OPTIONAL_PROVENANCE):
+        field_value = getattr(batch, name)
+        if field_value is not None:
+            arrays[f"provenance.{name}"] = field_value
+    return arrays

@@ -23,6 +23,8 @@ class EligibleEpisodes:
         """Takes those of ``entries``, [n, 6] int64, that are long enough."""
         self.horizon = horizon
         self._queue = EntryQueue(entries[entries[:, LENGTH] > horizon])
+        self.appended = len(self._queue)
+        """Episodes that this ever held: the oldest one has the number ``appended - len(self)``."""
         starts_until = np.cumsum(self._queue.live[:, LENGTH] - horizon)
         self._head = 0
         self._tail = len(starts_until)
@@ -59,6 +61,7 @@ class EligibleEpisodes:
         self._tail += 1
         self._starts_ever += entry[LENGTH] - self.horizon
         self._queue.append(entry)
+        self.appended += 1
 
     def evict(self, entry: Entry) -> None:
         """Removes the oldest episode if it is this one."""

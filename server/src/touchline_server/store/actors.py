@@ -42,6 +42,10 @@ class NameTable:
         """Returns the name of a number that is in use."""
         return self._names[number]
 
+    def numbers(self) -> list[int]:
+        """Returns the numbers that are in use."""
+        return list(self._names)
+
     def number(self, name: str) -> int:
         """Returns the number of a name that is in use."""
         return self._numbers[name]

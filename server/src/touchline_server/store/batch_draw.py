@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -109,16 +109,26 @@ class BatchDraw:
         The slices of one of several tables take the way through other pinned memory: one transfer cannot leave the other tables' gaps.
         """
         if len(self.parts) == 1:
-            self._plan.gather_into_pinned(self.parts[0].slices(len(bodies)), bodies)
+            self._plan.gather_into_pinned(self.parts[0], bodies)
         else:
             self.gather_into([self.layout.body_views(body.numpy()) for body in bodies])
 
-    def gather_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the first batch as fresh tensors: on the device of the tables if they share one, otherwise on the host."""
-        if len({part.columns.device for part in self.parts}) == 1:
-            return self._plan.gather_tensors(self.parts, self.layout)
-        from touchline_server.store.tensors import as_tensor
+    def gather_tensors(self, out: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Gathers the first batch into tensors: on the device of the tables if they share one, otherwise on the host.
 
+        Args:
+            out: tensors by name of an earlier batch, which are overwritten; None takes fresh memory.
+
+        Raises:
+            InvalidArgumentError: ``out`` has other tensors than this batch.
+        """
+        if self.on_cuda and len({part.columns.device for part in self.parts}) == 1:
+            return self._plan.gather_tensors(self.parts, self.layout, out)
+        from touchline_server.store.tensors import as_tensor, host_arrays
+
+        if out is not None:
+            self.gather_into((host_arrays(out, self.layout.specs),))
+            return dict(out)
         body = self.layout.body_views(np.empty(self.layout.body_bytes, np.uint8))
         self.gather_into((body,))
         return {name: as_tensor(array) for name, array in body.items()}

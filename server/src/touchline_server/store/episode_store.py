@@ -23,6 +23,7 @@ from touchline_server.selectors.prioritized import PRIORITIZED, PrioritizedSelec
 from touchline_server.selectors.selector import Selector
 from touchline_server.store.actors import NameTable
 from touchline_server.store.columns import Columns
+from touchline_server.store.device_episodes import EpisodeChanges, EpisodeTracker
 from touchline_server.store.episode_ring import EpisodeRing
 from touchline_server.store.index import Fill, IndexEntry
 from touchline_server.store.inserts import CommitFuture, Stored
@@ -259,6 +260,32 @@ class EpisodeStore:
         if selector.needs_task and not columns.schema.has_task_numbers:
             raise InvalidArgumentError(f"law: {law!r}, expected a table with a column task of integers, one in each row")
         return columns, selector
+
+    @contextmanager
+    def pin_episodes(self, reach: int, tracker: EpisodeTracker) -> Iterator[tuple[Columns, EpisodeChanges | None]]:
+        """Keeps all rows from being overwritten until the block ends, for draws on a device. It must be short, as for :meth:`hold`.
+
+        Args:
+            reach: transitions that follow a start at least.
+            tracker: the device's; it sees every change of the episodes once.
+
+        Yields:
+            The columns, and what has changed among the episodes that can be sampled; None if nothing has.
+
+        Raises:
+            NotReadyError: no episode has reach + 1 rows.
+        """
+        with self._ring.lock:
+            index, columns = self._ring.index, self._ring.columns
+            if columns is None or not len(index.eligible(reach)):
+                raise NotReadyError(index.fill(reach).explain_not_ready())
+            changes = tracker.changes(index.eligible(reach))
+            pin = self._ring.epochs.pin()
+        try:
+            yield columns, changes
+        finally:
+            with self._ring.lock:
+                self._ring.epochs.unpin(pin)
 
     def update_priorities(self, law: str, update: PriorityUpdate) -> int:
         """Sets priorities of slices, for draws by a law that has priorities.

@@ -11,6 +11,7 @@ provides slices. So a batch may come from several tables of equal schema, each o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,7 +28,7 @@ from touchline_server.store.schema import Schema
 if TYPE_CHECKING:
     import torch
 
-    from touchline_server.store.transfer import DeviceGathers
+    from touchline_server.store.device_gather import DeviceGathers
 
 Body = Mapping[str, np.ndarray]
 """A batch's tensors and provenance by the names and shapes of ``BatchLayout.specs``: writable, on the host."""
@@ -99,7 +100,7 @@ class GatherPlan:
         self._shapes: dict[int, list[tuple[str, slice, bool, tuple[int, ...] | None]]] = {}
         self._generations = (store_generation,) if store_generation else ()
         self._layouts: dict[tuple[int, tuple[str, ...], tuple[int, ...]], BatchLayout] = {}
-        self._device_gathers: DeviceGathers | None = None
+        self._kept_device_gathers: DeviceGathers | None = None
 
     def layout(self, batch_size: int, optional: tuple[str, ...] = (), *, store_generations: tuple[int, ...] | None = None) -> BatchLayout:
         """Returns how a batch of this many slices looks on the wire and in a body.
@@ -138,9 +139,8 @@ class GatherPlan:
             self._gather_joined(joined, joined.rows(parts), bodies)
         for part in parts:
             if part.columns.on_cuda:
-                slices = part.slices(len(bodies))
-                layout = self._layout_of(slices[0])
-                for body, gathered in zip(bodies, self.host_bodies(slices), strict=True):
+                layout = self.layout(part.end - part.begin, part.draw.optional)
+                for body, gathered in zip(bodies, self.host_bodies(part, len(bodies)), strict=True):
                     for name, array in layout.body_views(gathered).items():
                         _range(body[name], part.begin, part.end)[...] = array
             else:
@@ -229,7 +229,7 @@ class GatherPlan:
 
             return gather
         if len(parts) == 1:
-            body = layout.body_views(self.host_bodies(parts[0].slices(1))[0])
+            body = layout.body_views(self.host_bodies(parts[0], 1)[0])
         else:
             body = layout.body_views(np.empty(layout.body_bytes, np.uint8))
             self.gather_into(parts, (body,))
@@ -248,92 +248,72 @@ class GatherPlan:
             for job in jobs:
                 job()
 
-    def host_bodies(self, batches: Sequence[DrawnSlices]) -> list[np.ndarray]:
-        """Gathers whole batches on the columns' device and moves each to the host in one transfer.
+    def host_bodies(self, part: DrawnPart, batches: int) -> list[np.ndarray]:
+        """Gathers the slices of one table, as batches of their own, on their device, and moves each batch to the host in one transfer.
 
         Returns:
-            Their bodies, [body_bytes] uint8: fresh memory, pinned if the columns are on a CUDA device.
+            The bodies of the first batches, [body_bytes] uint8: fresh memory, pinned if the columns are on a CUDA device.
         """
         import torch
 
-        size = self._layout_of(batches[0]).body_bytes
-        memory = torch.empty((len(batches), size), dtype=torch.uint8, pin_memory=batches[0].columns.on_cuda)
+        size = self.layout(part.end - part.begin, part.draw.optional).body_bytes
+        memory = torch.empty((batches, size), dtype=torch.uint8, pin_memory=part.columns.on_cuda)
         bodies = list(memory)
-        self.gather_into_pinned(batches, bodies)
+        self.gather_into_pinned(part, bodies)
         return [body.numpy() for body in bodies]
 
-    def gather_into_pinned(self, batches: Sequence[DrawnSlices], bodies: Sequence[torch.Tensor]) -> None:
-        """Gathers whole batches on the columns' device and copies each straight into host memory.
+    def gather_into_pinned(self, part: DrawnPart, bodies: Sequence[torch.Tensor]) -> None:
+        """Gathers the slices of one table, as batches of their own, on their device, and copies each batch straight into host memory.
 
         Args:
-            batches: equally large draws of the same columns.
-            bodies: [body_bytes] uint8 each, filled; pinned if the columns are on a CUDA device.
+            part: the slices.
+            bodies: [body_bytes] uint8 for each of the first batches, filled; pinned if the columns are on a CUDA device.
         """
-        layout = self._layout_of(batches[0])
-        if self._device_gathers is None:
-            from touchline_server.store.transfer import DeviceGathers
-
-            # Two threads may make one each: both work, and the one that is lost goes with its batch.
-            self._device_gathers = DeviceGathers(self.outputs)
-        with self._device_gathers.borrow(layout, batches[0]) as gather:
-            gather.run(batches, bodies)
-        for slices, body in zip(batches, bodies, strict=True):
+        layout = self.layout(part.end - part.begin, part.draw.optional)
+        self._device_gathers.to_host(replace(part, begin=0, end=layout.batch_size), layout, bodies)
+        provenance = part.provenance()
+        for number, body in enumerate(bodies):
             views = layout.body_views(body.numpy())
-            for name, values in slices.draw.provenance():
-                views[f"provenance.{name}"][...] = values
+            for name, values in provenance:
+                views[name][...] = values[number]
 
-    def gather_tensors(self, parts: Sequence[DrawnPart], layout: BatchLayout) -> dict[str, torch.Tensor]:
-        """Returns the first batch as fresh tensors on the parts' one device, in the order of the current stream; provenance on the host."""
-        import torch
+    def gather_tensors(
+        self, parts: Sequence[DrawnPart], layout: BatchLayout, out: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Gathers the first batch on the parts' one device, in the order of the current stream.
 
-        from touchline_server.store.tensors import as_tensor
+        Args:
+            parts: what each table provides of the batch.
+            layout: the layout of the batch.
+            out: an earlier batch of this layout on this device, which is overwritten; None takes fresh memory.
 
-        device, stored = parts[0].columns.device, parts[0].columns.tensors
-        tensors = {}
-        for output in self.outputs:
-            dtype = stored[output.name].dtype if output.stored else torch.float32
-            tensors[output.name] = torch.empty(output.spec(layout.batch_size).shape, dtype=dtype, device=device)
-        provenance = {spec.name: np.empty(spec.shape, spec.dtype) for spec in layout.specs[len(layout.columns) :]}
+        Returns:
+            The tensors by name, those of the provenance on the host.
+
+        Raises:
+            InvalidArgumentError: ``out`` is none of such a batch's.
+        """
+        from touchline_server.store.tensors import as_tensor, host_arrays
+
+        specs = layout.specs[len(layout.columns) :]
+        if out is None and len(parts) == 1:
+            tensors = self._device_gathers.tensors(parts, layout)
+            return tensors | {name: as_tensor(values[0].copy()) for name, values in parts[0].provenance()}
+        provenance = {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs} if out is None else host_arrays(out, specs)
+        tensors = self._device_gathers.tensors(parts, layout, out)
         for part in parts:
-            self.gather_into_tensors(part.slices(1)[0], tensors, first=part.begin)
             for name, values in part.provenance():
                 _range(provenance[name], part.begin, part.end)[...] = values[0]
         return tensors | {name: as_tensor(values) for name, values in provenance.items()}
 
-    def gather_into_tensors(self, slices: DrawnSlices, tensors: Mapping[str, torch.Tensor], *, first: int = 0) -> None:
-        """Gathers slices into tensors on the columns' device, in the order of the current stream.
+    @property
+    def _device_gathers(self) -> DeviceGathers:
+        if self._kept_device_gathers is None:
+            from touchline_server.store.device_gather import DeviceGathers
 
-        Args:
-            slices: drawn.
-            tensors: the columns' tensors by name, in a batch's shapes. Written from slice ``first`` on; provenance is not.
-            first: slice of the batch at which the drawn ones begin.
-        """
-        import torch
-
-        from touchline_server.store.transfer import rows_on_device
-
-        columns, size = slices.columns, len(slices)
-        columns.follow_writes()
-        rows = rows_on_device(slices.rows, columns.device)
-        stored = columns.tensors
-        for output in self.outputs:
-            target = tensors[output.name]
-            batch_size = target.shape[0 if output.trailing_shape is None else 1]
-            if not output.stored:
-                _range(target, first, first + size).zero_()
-                continue
-            begin, end, _ = output.steps.indices(self.steps)
-            index = rows[begin * size : end * size]
-            if size == batch_size:
-                flat = target.view(len(index), *output.inner_shape)
-                torch.index_select(stored[output.name], 0, index, out=flat)
-            else:
-                gathered = stored[output.name].index_select(0, index).view(output.gathered_shape(size))
-                target.view(output.gathered_shape(batch_size))[:, first : first + size] = gathered
-        columns.note_reads()
-
-    def _layout_of(self, slices: DrawnSlices) -> BatchLayout:
-        return self.layout(len(slices), slices.draw.optional)
+            # Two threads may make one each: both work, and the one that is lost goes with its batch.
+            self._kept_device_gathers = DeviceGathers(self.outputs)
+        return self._kept_device_gathers
 
     def _gather_part(self, part: DrawnPart, number: int, body: Body) -> None:
         """Gathers the tensors of one batch's slices of a table. Every small batch passes here, so shapes are looked up, not computed."""

@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from touchline_protos import Counts
+from touchline_server.selectors.options import NO_OPTIONS, LawOptions
 from touchline_server.tables.registry import TableRegistry
-from touchline_server.tables.table import Table
+from touchline_server.tables.table import SampleSpec, Table
 
 
 class TableBuffers:
@@ -68,6 +69,18 @@ class TableBuffers:
     def _new_buffer(self, table: Table) -> Self:
         """Returns a buffer of another table."""
         raise NotImplementedError
+
+    def spec(
+        self,
+        *,
+        batch_size: int | None = None,
+        horizon: int | None = None,
+        law: str | None = None,
+        options: LawOptions = NO_OPTIONS,
+        pad: str | None = None,
+    ) -> SampleSpec:
+        """Returns what to draw, with the configured values for what is None; see :meth:`Table.spec`."""
+        return self.table.spec(batch_size=batch_size, horizon=horizon, law=law, options=options, pad=pad)
 
     def _buffer_of(self, table: Table) -> Self:
         buffer: Self | None = self._buffers.get(table.name)
