@@ -46,7 +46,9 @@ def _episode(seed: int, steps: int = 30, **more: np.ndarray) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerThread]:
-    with ServerThread(Config(config={"buffer_size": 5_000, "batch_size": 9, "horizon": 3}, storage={"device": "cpu"})) as started:
+    with ServerThread(
+        Config(config={"buffer_size": 5_000, "batch_size": 9, "horizon": 3}, storage={"device": "cpu", "share_columns": "on"})
+    ) as started:
         with ReplayClient(started.address) as client:
             client.load(_episode(seed) for seed in range(10))
             for name in ("wide", "huge"):
@@ -113,6 +115,17 @@ def test_batches_as_jax_in_messages_share_the_memory_that_they_were_decoded_into
             decoded = stream._source.take()
             for name, column in _columns(convert(decoded)).items():
                 assert column.unsafe_buffer_pointer() == _columns(decoded)[name].ctypes.data, name
+
+
+def test_batches_as_jax_that_the_learner_gathers_share_the_memory_that_they_were_gathered_into(client: ReplayClient) -> None:
+    convert = jax_converter()
+    with client.batches(as_jax=True, transport="device", seed=4) as stream, client.batches(as_numpy=True, seed=4) as plain:
+        for _, expected in zip(range(9), plain, strict=False):
+            gathered = stream._source.take()
+            for name, column in _columns(convert(gathered)).items():
+                assert column.unsafe_buffer_pointer() == _columns(gathered)[name].ctypes.data, name
+                assert _bytes(column) == _bytes(_columns(expected)[name]), name
+        assert stream.transport == "device"
 
 
 def test_sample_as_jax_shares_the_memory_of_the_decoded_answer(client: ReplayClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ ALL = WORLD * BATCH
 def _config(port: int = 0) -> Config:
     tables = {"online": {}, "demos": {}}
     config = {"buffer_size": 5_000, "batch_size": BATCH, "horizon": 3, "min_history": 0}
-    return Config(config=config, storage={"device": "cpu"}, server={"port": port}, tables=tables)
+    return Config(config=config, storage={"device": "cpu", "share_columns": "on"}, server={"port": port}, tables=tables)
 
 
 def _episode(number: int, steps: int = 40) -> dict[str, np.ndarray]:
@@ -75,6 +75,16 @@ def test_ranks_together_get_the_batches_of_one_learner(client: ReplayClient, rin
         for _ in range(40):
             _assert_parts([next(stream) for stream in streams], next(whole))
         assert [stream.transport == "ring" for stream in streams] == list(rings)
+
+
+def test_ranks_that_gather_by_themselves_get_the_batches_of_one_learner_too(client: ReplayClient) -> None:
+    with ExitStack() as stack:
+        ways = ("device", "ring", "stream")
+        streams = [stack.enter_context(client.batches(rank=rank, world_size=WORLD, seed=5, transport=way)) for rank, way in enumerate(ways)]
+        whole = stack.enter_context(client.batches(batch_size=ALL, seed=5))
+        for _ in range(20):
+            _assert_parts([next(stream) for stream in streams], next(whole))
+        assert tuple(stream.transport for stream in streams) == ways
 
 
 def test_ranks_without_a_seed_draw_distinct_parts_of_one_batch(client: ReplayClient) -> None:
