@@ -153,3 +153,22 @@ def test_slot_has_its_parts_one_after_another() -> None:
     assert not any(memory[: slots.size_bytes])
     assert np.count_nonzero(np.frombuffer(memory, np.uint8)) == 13
     assert slots.provenance_offset % 64 == 0 and slots.size_bytes == slots.provenance_offset + 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"offset": 66}, "action: byte 66 is no multiple"),
+        ({"rows": 2**62}, "where each column is"),
+        ({"size_bytes": 0}, "a table without memory"),
+    ],
+)
+def test_columns_that_numpy_would_copy_or_cannot_make_are_refused(changes: dict[str, int], fault: str) -> None:
+    setup = make_setup()
+    if "offset" not in changes:
+        setup.rows.tables[1].offset_bytes[:] = [-1] * len(TENSORS)  # as columns without bytes
+    for where, value in changes.items():
+        lie(setup, where, value)
+
+    with pytest.raises(RingError, match=fault):
+        offer_of(setup)

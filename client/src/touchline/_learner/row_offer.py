@@ -23,6 +23,9 @@ MAX_TABLES = 32
 MAX_BATCH_BYTES = 4 << 30
 """Largest batch, as in messages."""
 
+MAX_ROWS = 1 << 48
+"""Most rows of a table: with columns without bytes, its memory does not bound them."""
+
 _PROVENANCE = "provenance."
 
 
@@ -209,10 +212,13 @@ def _table(table: pb.SharedTable, outputs: Sequence[RowOutput], steps: int) -> O
     on_cuda = table.memory == pb.COLUMN_MEMORY_CUDA
     _expect(on_cuda or table.memory == pb.COLUMN_MEMORY_HOST, f"memory {table.memory}, which this version does not know")
     _expect(bool(table.cuda_handle) == on_cuda, "a CUDA handle is missing")
-    _expect(table.rows >= steps and len(table.offset_bytes) == len(outputs), "it does not say where each column is")
+    _expect(steps <= table.rows <= MAX_ROWS and len(table.offset_bytes) == len(outputs), "it does not say where each column is")
+    _expect(table.size_bytes > 0, "a table without memory")
     for output, offset in zip(outputs, table.offset_bytes, strict=True):
         within = offset >= 0 and offset + table.rows * output.row_bytes <= table.size_bytes
         _expect(offset == -1 or within, f"{output.name}: {table.rows} rows at byte {offset} of {table.size_bytes}")
+        # Of a column that is not aligned, numpy would copy all rows to take some.
+        _expect(offset == -1 or offset % output.dtype.itemsize == 0, f"{output.name}: byte {offset} is no multiple of an element's bytes")
     return OfferedTable(table.rows, tuple(table.offset_bytes), table.size_bytes, table.cuda_device, table.cuda_handle)
 
 
