@@ -43,7 +43,7 @@ class Stage:
 
     def publish(self, batches: int) -> None:
         with self.sampler.draw(Reserved(batches, (B,))) as drawn:
-            self.draws.append(drawn._parts[0].draw)
+            self.draws.append(drawn.parts[0].draw)
             self.returns.remember(drawn, batches)
         for _ in range(batches):
             self.ring.control.publish(0, 0)
