@@ -26,17 +26,20 @@ def open_stream(client: ReplayClient, *, path: str, prefetch: int, device: str |
 
     Args:
         client: client of the server.
-        path: ``stream`` or ``ring``.
+        path: ``stream``, ``ring`` or ``device``.
         prefetch: number of batches in flight.
         device: device that batches are copied to; None leaves them on the host.
 
     Raises:
         RuntimeError: they come on another path.
     """
-    stream = client.batches(prefetch=prefetch, ring=path == "ring", device=device)
+    # The old argument where it means the same, since `benchmarks compare` runs this with older clients too.
+    old = path == "stream" or (path == "ring" and device is None)
+    options: dict[str, Any] = {"ring": path == "ring"} if old else {"transport": path}
+    stream = client.batches(prefetch=prefetch, device=device, **options)
     first = next(stream)
     if stream.transport != path:
-        raise RuntimeError(f"batches come by {stream.transport!r}, expected {path!r}")
+        raise RuntimeError(f"batches come by {stream.transport!r}, expected {path!r}: {stream.transport_reason}")
     del first
     return stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -24,7 +25,20 @@ def describe_device() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
     memory = f"{properties.total_memory / 2**30:.0f} GiB"
-    return {"device": f"one {properties.name}, {memory}, driver {driver}, CUDA {torch.version.cuda}"}
+    return {
+        "device": f"one {properties.name}, {memory}, driver {driver}, CUDA {torch.version.cuda}",
+        "registering read-only host memory": {0: "not supported", 1: "supported"}.get(_device_attribute(113), "unknown"),
+    }
+
+
+def _device_attribute(number: int) -> int | None:
+    """Returns an attribute (``CUdevice_attribute``) of the first device; None if the driver does not say."""
+    try:
+        value = ctypes.c_int()
+        status = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), number, 0)
+    except (OSError, AttributeError):
+        return None
+    return None if status else value.value
 
 
 def describe() -> dict[str, str]:

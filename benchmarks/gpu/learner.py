@@ -103,6 +103,8 @@ class DeviceRemoteSubject:
         if self._batches is None:
             device = "cuda" if self.place.is_cuda else None
             self._batches = open_stream(self._client, path=self._path, prefetch=self._prefetch, device=device)
+            if self._path == "device" and self.place.is_cuda:
+                wait_until_gathered(self._batches)
         batch = next(self._batches)
         if self.work is not None:
             self.work(batch)
@@ -115,6 +117,20 @@ class DeviceRemoteSubject:
     def close(self) -> None:
         """Ends the stream. Batches that were taken stay."""
         self._client.close()
+
+
+def wait_until_gathered(batches: Any) -> None:
+    """Waits until the device gathers: until the server's host memory is registered with CUDA, the processor does.
+
+    Raises:
+        RuntimeError: it cannot be registered.
+    """
+    columns = batches._source._source._session.ring._gatherer._columns
+    columns.wait()
+    if columns.failed:
+        raise RuntimeError("the server's columns cannot be registered with CUDA")
+    for _ in range(8):  # what was gathered before
+        next(batches)
 
 
 class FixedSubject:

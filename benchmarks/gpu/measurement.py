@@ -21,6 +21,9 @@ MAKE_S = 120.0
 ANSWER_S = 20.0
 """Longest time for a slice beyond its length."""
 
+SHARED = {"TOUCHLINE_STORAGE__SHARE_COLUMNS": "on"}
+"""Keys of a server whose columns the learner gathers from. They are the default on a machine with a device."""
+
 Job = Callable[[], None]
 
 
@@ -53,7 +56,7 @@ class Measurement:
     def server(self, workload: str, rows: int, *, device: str, wanted: Sequence[str]) -> ServerProcess | None:
         """Returns a filled server; None, with a failure of all that is ``wanted`` from it, if there is none."""
         try:
-            return self.processes.server(workload, rows, device=device, limit_s=self._limit(MAKE_S))[0]
+            return self.processes.server(workload, rows, device=device, keys=SHARED, limit_s=self._limit(MAKE_S))[0]
         except (WorkerError, OSError) as error:
             self._fail(wanted, error)
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,3 +150,19 @@ def test_report_without_any_slice_says_what_failed_and_what_fills_the_rows(tmp_p
 
     assert text.count("not measured |") == len(BARS) and "`make bench-gpu`" in text
     assert "- **W1: device cuda**: RuntimeError: no card" in text and "- **W2**: OSError: no memory" in text
+
+
+def test_dry_run_runs_every_subject_and_writes_results_and_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--dry-run", "--only", "W1,updates", "--output", str(tmp_path)]
+
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads((tmp_path / GPU_FILE).read_text())
+    assert not results["failures"] and not any(section["failures"] for section in results["sections"].values())
+    report = (tmp_path / GPU_REPORT).read_text()
+    for bar in BARS:
+        if bar.section != "W2":  # the same code as W1, with bodies that take a CPU longer
+            assert {bar.over, bar.under} <= set(results["sections"][bar.section]["slices"]), bar.text
+            assert f"| {bar.text} |" in report
+    assert report.count("not measured |") == sum(bar.section == "W2" for bar in BARS)

@@ -17,7 +17,7 @@ import pytest
 from support.client_faults import refuse_threads
 from touchline import Batch, ClosedError, UnavailableError
 from touchline._learner.cuda import AHEAD, STAGING_SLOTS, CudaSource, CudaStaging, sync_to_current_stream
-from touchline._learner.torch_batch import map_batch
+from touchline._learner.torch_batch import as_tensor, map_batch
 from touchline_protos.types.dtypes import BFLOAT16
 
 torch = pytest.importorskip("torch")
@@ -308,6 +308,47 @@ def test_close_ends_a_take_in_progress_and_the_thread(late: LateTorch) -> None:
     assert source._thread is not None
     source._thread.join(60)
     assert not source._thread.is_alive()
+
+
+class Gathered(Host):
+    """Numbered batches of which some were gathered on the device, and come with the thread that took them."""
+
+    def __init__(self, late: LateTorch, gathered: set[int]) -> None:
+        super().__init__()
+        self._block = _block_of(late)
+        self._gathered = gathered
+        self.threads: list[str] = []
+
+    def take(self) -> Batch:
+        number = self.taken
+        batch = super().take()
+        self.threads.append(threading.current_thread().name)
+        return map_batch(batch, lambda array: as_tensor(torch, array).as_subclass(self._block)) if number in self._gathered else batch
+
+
+def test_source_of_gathered_batches_hands_them_out_without_a_thread(late: LateTorch) -> None:
+    host = Gathered(late, set(range(8)))
+    source = CudaSource(host, late, "device")
+
+    batches = [source.take() for _ in range(8)]
+
+    assert [_matches(batch, number) for number, batch in enumerate(batches)] == [True] * 8
+    assert set(host.threads) == {threading.current_thread().name}
+    assert host.taken == 8  # the source gathers ahead by itself
+
+
+def test_source_whose_batches_are_gathered_from_some_time_on_keeps_their_order_and_ends_its_thread(late: LateTorch) -> None:
+    host = Gathered(late, {0, 1, *range(5, 8), *range(10, 30)})
+    source = CudaSource(host, late, "device")
+
+    batches = [source.take() for _ in range(30)]
+
+    assert [_matches(batch, number) for number, batch in enumerate(batches)] == [True] * 30
+    # Its first batch in host memory was taken here, and the thread went on up to the next one that was gathered.
+    here = threading.current_thread().name
+    assert host.threads[:3] == [here] * 3 and host.threads[3:6] == ["touchline-cuda"] * 3
+    assert host.threads[-1] == here
+    assert source._thread is None
 
 
 @pytest.mark.gpu

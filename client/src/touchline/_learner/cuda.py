@@ -49,9 +49,9 @@ class StagedBatch:
     batch: Batch
     """The batch, its tensors being views of ``block``."""
     block: Any
-    """Memory of the whole batch on the device, moved by one copy: uint8 [n]."""
+    """Memory of the whole batch on the device, moved by one copy: uint8 [n]. Or a tensor in that memory."""
     copied: Any
-    """Event that completes with the copy."""
+    """Event that completes with the copy; None if the batch was complete before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,8 @@ class CudaStaging:
 def sync_to_current_stream(torch: Any, staged: StagedBatch) -> Batch:
     """Returns a staged batch for the calling thread's current stream; work that is queued there from now on sees the whole batch."""
     stream = torch.cuda.current_stream(staged.block.device)
-    stream.wait_event(staged.copied)
+    if staged.copied is not None:
+        stream.wait_event(staged.copied)
     # The block was allocated on the side stream. Without this the allocator could reuse its memory while this stream still reads it.
     staged.block.record_stream(stream)
     return staged.batch
@@ -228,11 +229,19 @@ def _offsets(arrays: list[np.ndarray], span: _Span | None) -> list[int]:
     return offsets
 
 
+def is_on_host(batch: Batch) -> bool:
+    """Returns whether a batch is of numpy arrays, in contrast to one that was gathered on a device."""
+    return isinstance(batch.reward, np.ndarray)
+
+
 class CudaSource:
-    """Batches on a CUDA device, read ahead by a thread from a source of host batches. One thread takes, any closes.
+    """Batches on a CUDA device. One thread takes, any closes.
+
+    Batches that are gathered on the device come straight from the source, which gathers ahead by itself. Batches in host memory are read
+    ahead and copied by a thread, which runs from the first of them to the next one that was gathered.
 
     Args:
-        source: source of host batches as numpy arrays.
+        source: source of batches: of numpy arrays, or of tensors on the device.
         torch: the torch module.
         device: ``torch.device`` of type ``cuda``.
         host_fields: see :class:`CudaStaging`.
@@ -248,39 +257,51 @@ class CudaSource:
         self._ahead: deque[StagedBatch] = deque()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._first: Batch | None = None
+        """Batch in host memory with which the thread begins."""
 
     def take(self) -> Batch:
         """Returns the next batch; raises as :meth:`~touchline._learner.stream.BatchStream.__next__` does."""
-        with self._changed:
-            if self._thread is None and not self._closed:
-                thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
-                thread.start()  # raises if the system has no thread left; the next take tries again
-                self._thread = thread
-            self._changed.wait_for(lambda: self._ahead or self._failure is not None or self._closed)
-            if self._closed:
-                raise ClosedError("the stream was closed")
-            if not self._ahead:
-                failure, self._failure, self._thread = self._failure, None, None  # the next take starts another thread
-                assert failure is not None
-                raise failure
-            staged = self._ahead.popleft()
-            self._changed.notify_all()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ahead or self._failure is not None or self._closed or self._thread is None)
+                if self._closed:
+                    raise ClosedError("the stream was closed")
+                if self._ahead:
+                    staged = self._ahead.popleft()
+                    self._changed.notify_all()
+                    break
+                if self._failure is not None:
+                    failure, self._failure, self._thread = self._failure, None, None
+                    raise failure
+            batch = self._first if self._first is not None else self._source.take()
+            if not is_on_host(batch):
+                return batch
+            self._first = batch  # kept if the thread cannot start
+            thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
+            self._thread = thread
+            try:
+                thread.start()
+            except BaseException:  # the system has no thread left; the next take tries again
+                self._thread = None
+                raise
         return sync_to_current_stream(self._torch, staged)
 
     @property
     def transport(self) -> str:
-        """How batches come to this host: ``ring``, ``stream``, or empty while there is no session."""
+        """How batches come to this process: ``device``, ``ring``, ``stream``, or empty while there is no session."""
         return self._source.transport
 
     @property
     def transport_reason(self) -> str:
-        """Why batches do not come through a ring; empty while they do or there is no session."""
+        """Why batches do not come as was asked for; empty while they do or there is no session."""
         return self._source.transport_reason
 
     def close(self) -> None:
         """Ends the source; a ``take`` in progress raises ClosedError."""
         with self._changed:
             self._closed = True
+            self._first = None
             self._ahead.clear()
             self._changed.notify_all()
         self._source.close()
@@ -291,13 +312,21 @@ class CudaSource:
         return None
 
     def _stage_ahead(self, staging: CudaStaging) -> None:
+        """Copies batches until one comes that was gathered on the device."""
         while True:
-            staged = staging.stage(self._source.take(), self._source.ring)
+            batch, self._first = self._first, None
+            batch = self._source.take() if batch is None else batch
+            gathered = not is_on_host(batch)
+            staged = StagedBatch(batch, batch.reward, None) if gathered else staging.stage(batch, self._source.ring)
+            del batch  # the ring's slot is free once the copy is complete
             with self._changed:
                 self._ahead.append(staged)
+                if gathered:
+                    self._thread = None
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: len(self._ahead) < AHEAD or self._closed)
-                if self._closed:
+                if not gathered:
+                    self._changed.wait_for(lambda: len(self._ahead) < AHEAD or self._closed)
+                if gathered or self._closed:
                     return
 
     def _work(self) -> None:
@@ -314,8 +343,8 @@ class CudaSource:
                 self._changed.notify_all()
 
 
-def on_device(source: BatchSource, device: Any, *, as_numpy: bool, host_fields: tuple[str, ...] = ()) -> BatchSource:
-    """Returns a source of the same batches on a CUDA device, except for the fields that stay in host memory.
+def cuda_place(device: Any, *, as_numpy: bool) -> tuple[Any, Any]:
+    """Returns the torch module and the ``torch.device`` that a caller named.
 
     Raises:
         InvalidArgumentError: torch is not installed, the device does not exist or is not a CUDA device, or numpy arrays are asked for.
@@ -331,4 +360,4 @@ def on_device(source: BatchSource, device: Any, *, as_numpy: bool, host_fields: 
         raise InvalidArgumentError(f"device: {str(device)!r}, expected None, 'cpu' or 'cuda' with tensors")
     if not torch.cuda.is_available():
         raise InvalidArgumentError(f"device: {str(device)!r}, but torch finds no CUDA device")
-    return CudaSource(source, torch, place, host_fields)
+    return torch, place

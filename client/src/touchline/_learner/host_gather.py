@@ -23,6 +23,8 @@ MIN_STEP_BYTES = 1 << 12
 class HostMethod:
     """Gathering by this process's CPU. See :class:`~touchline._learner.row_offer.GatherMethod`."""
 
+    name = "this process"
+
     def request(self) -> pb.RowsRequest:
         """Returns that columns in host memory can be gathered."""
         return pb.RowsRequest(host_columns=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from touchline._learner.host_gather import HostMethod
-from touchline._learner.stream import RECONNECT_S, BatchSource, BatchStream, StreamSource
+from touchline._learner.stream import RECONNECT_S, BatchStream, StreamSource
 from touchline._learner.torch_batch import batch_converter, same_batch
 from touchline._rpc.calls import RpcClient
 from touchline.errors import InvalidArgumentError
@@ -14,7 +15,8 @@ from touchline_protos import Batch
 from touchline_protos.v1 import replay_pb2 as pb
 
 TRANSPORTS = ("auto", "device", "ring", "stream")
-"""Ways to ask for. On the host, auto asks for a ring: the server gathers while the learner computes (docs/benchmarks/device.md)."""
+"""Ways to ask for. On the host, auto asks for a ring: the server gathers while the learner computes (docs/benchmarks/device.md). For a
+CUDA device it asks for the device to gather: the host then moves no batch at all."""
 
 
 def host_converter(*, as_numpy: bool | None, as_jax: bool, default_numpy: bool) -> Callable[[Batch], Batch]:
@@ -56,25 +58,30 @@ def open_stream(
     """
     if transport not in TRANSPORTS:
         raise InvalidArgumentError(f"transport: {transport!r}, expected one of {', '.join(map(repr, TRANSPORTS))}")
-    source: BatchSource = StreamSource(
+    open_source = partial(
+        StreamSource,
         rpc,
         request,
         prefetch=prefetch,
         timeout_s=timeout_s,
         reconnect_s=RECONNECT_S,
         ring=transport != "stream",
-        method=HostMethod() if transport == "device" else None,
         as_bodies=as_jax,
     )
     if device is None or str(device) == "cpu":
-        return BatchStream(source, host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=default_numpy))
-    from touchline._learner.cuda import on_device
+        method = HostMethod() if transport == "device" else None
+        return BatchStream(open_source(method=method), host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=default_numpy))
+    convert: Callable[[Batch], Batch] = same_batch
+    host_fields: tuple[str, ...] = ()
+    if as_jax:
+        from touchline._learner.jax_batch import HOST_FIELDS, check_jax_device
 
-    if not as_jax:
-        return BatchStream(on_device(source, device, as_numpy=bool(as_numpy)), same_batch)
-    from touchline._learner.jax_batch import HOST_FIELDS, check_jax_device
+        convert, host_fields = host_converter(as_numpy=as_numpy, as_jax=True, default_numpy=default_numpy), HOST_FIELDS
+    from touchline._learner.cuda import CudaSource, cuda_place
+    from touchline._learner.cuda_gather import CudaMethod
 
-    convert = host_converter(as_numpy=as_numpy, as_jax=True, default_numpy=default_numpy)
-    source = on_device(source, device, as_numpy=False, host_fields=HOST_FIELDS)
-    check_jax_device(device)
-    return BatchStream(source, convert)
+    torch, place = cuda_place(device, as_numpy=bool(as_numpy))
+    if as_jax:
+        check_jax_device(device)
+    gathers = CudaMethod(torch, place, host_fields) if transport in ("auto", "device") else None
+    return BatchStream(CudaSource(open_source(method=gathers), torch, place, host_fields), convert)

@@ -159,6 +159,10 @@ class Gatherer(Protocol):
 class GatherMethod(Protocol):
     """A way to gather: what a learner says of itself, and what it makes of an offer."""
 
+    @property
+    def name(self) -> str:
+        """What gathers, for the log."""
+
     def request(self) -> pb.RowsRequest:
         """Returns which columns can be gathered this way."""
 

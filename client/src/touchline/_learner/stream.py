@@ -298,7 +298,8 @@ class StreamSource:
         transport, reason, address = session.transport, session.transport_reason, self._rpc.channel.address
         self._logged = transport
         if transport == "device":
-            logger.info("%s: batches are gathered here, from memory that the server shares", address)
+            assert self._method is not None
+            logger.info("%s: batches are gathered by %s, from memory that the server shares", address, self._method.name)
         elif transport == "ring" and reason:
             logger.info("%s: batches come through a ring instead of being gathered here: %s", address, reason)
         elif transport == "stream" and reason not in ("", NO_REASON):

@@ -1,0 +1,108 @@
+"""Plays the CUDA calls of a learner's gather: the device is the processor, its memory the host's. Everything else is real."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class HostEvent:
+    """An event that completes when it is waited for."""
+
+    def __init__(self, device: HostDevice) -> None:
+        self._device = device
+        self._reads = {id(memory): memory.clone() for memory in device.pinned_memory}
+
+    def synchronize(self) -> None:
+        """Completes. What the device was still to read must not have changed; it changed if a gather's staging was reused too soon."""
+        self._device.check_unchanged(self)
+        self._device.on_wait()
+
+    def has_read(self, memory: torch.Tensor) -> bool:
+        """Returns whether pinned memory still is what it was when the event was recorded."""
+        return bool((memory == self._reads[id(memory)]).all())
+
+
+class HostDevice:
+    """See :class:`~touchline._learner.cuda_device.CudaDevice`."""
+
+    kernel: bool | None = None
+
+    def __init__(self, module: Any = torch, place: Any = None, *, errors: dict[int, int] | None = None) -> None:
+        self.device = torch.device("cpu")
+        self.log: list[str] = []
+        self.pinned_memory: list[torch.Tensor] = []
+        self.registered: dict[int, int] = {}
+        self.opened: dict[bytes, int] = {}
+        """Address of memory by its handle, and what can be opened."""
+        self.open_now: list[int] = []
+        self.errors = errors or {}
+        """Errors of registering, by the number of the call."""
+        self.calls = 0
+        self.gate = threading.Event()
+        """Registers beyond the first wait for it."""
+        self.gate.set()
+        self.on_wait: Callable[[], None] = lambda: None
+        self.handed_over = 0
+
+    def readable(self) -> list[str]:
+        return ["GPU-of-the-test"]
+
+    def queue(self) -> Any:
+        return contextlib.nullcontext()
+
+    def record(self) -> HostEvent:
+        return HostEvent(self)
+
+    def check_unchanged(self, event: HostEvent) -> None:
+        """Checks that one of the pinned memories, the gather's own, is what it was."""
+        assert any(event.has_read(memory) for memory in self.pinned_memory)
+
+    def wait_for_all(self) -> None:
+        self.log.append("wait")
+
+    def pinned(self, size_bytes: int) -> torch.Tensor:
+        self.pinned_memory.append(torch.zeros(size_bytes, dtype=torch.uint8))
+        return self.pinned_memory[-1]
+
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        self.handed_over += 1
+
+    def column(self, address: int, rows: int, row_bytes: int) -> Any:
+        if self.kernel:
+            return address
+        return torch.frombuffer((ctypes.c_ubyte * (rows * row_bytes)).from_address(address), dtype=torch.uint8).view(rows, row_bytes)
+
+    def register(self, address: int, size_bytes: int) -> int:
+        self.calls += 1
+        if self.calls > 1:
+            assert self.gate.wait(30)
+        if self.calls in self.errors:
+            return self.errors[self.calls]
+        self.registered[address] = size_bytes
+        self.log.append("register")
+        return 0
+
+    def unregister(self, address: int) -> None:
+        ctypes.string_at(address, self.registered.pop(address))  # a fault if the memory is not mapped any more
+        self.log.append("unregister")
+
+    def open(self, handle: bytes) -> int:
+        self.log.append("open")
+        self.open_now.append(self.opened[handle])
+        return self.opened[handle]
+
+    def close(self, address: int) -> None:
+        self.open_now.remove(address)
+        self.log.append("close")
+
+
+class KernelDevice(HostDevice):
+    """The same with Triton's kernel, which its interpreter runs, on bare addresses as on a device."""
+
+    kernel = True
