@@ -191,7 +191,7 @@ def parts() -> Iterator[list[DrawnPart]]:
     reserved = sampler.reserve(2, waits=False)
     assert reserved is not None
     with sampler.draw(reserved) as drawn:
-        yield list(drawn._parts)
+        yield list(drawn.parts)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
