@@ -16,16 +16,12 @@ class HostEvent:
 
     def __init__(self, device: HostDevice) -> None:
         self._device = device
-        self._reads = {id(memory): memory.clone() for memory in device.pinned_memory}
+        self._reads = device.written_since_the_last_event()
 
     def synchronize(self) -> None:
         """Completes. What the device was still to read must not have changed; it changed if a gather's staging was reused too soon."""
-        self._device.check_unchanged(self)
+        assert all(torch.equal(memory, content) for memory, content in self._reads)
         self._device.on_wait()
-
-    def has_read(self, memory: torch.Tensor) -> bool:
-        """Returns whether pinned memory still is what it was when the event was recorded."""
-        return bool((memory == self._reads[id(memory)]).all())
 
 
 class HostDevice:
@@ -37,6 +33,7 @@ class HostDevice:
         self.device = torch.device("cpu")
         self.log: list[str] = []
         self.pinned_memory: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []
         self.registered: dict[int, int] = {}
         self.opened: dict[bytes, int] = {}
         """Address of memory by its handle, and what can be opened."""
@@ -59,15 +56,22 @@ class HostDevice:
     def record(self) -> HostEvent:
         return HostEvent(self)
 
-    def check_unchanged(self, event: HostEvent) -> None:
-        """Checks that one of the pinned memories, the gather's own, is what it was."""
-        assert any(event.has_read(memory) for memory in self.pinned_memory)
+    def written_since_the_last_event(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the pinned memory that a gather has just been given, with a copy of it."""
+        written = [
+            (memory, memory.clone())
+            for memory, before in zip(self.pinned_memory, self._before, strict=True)
+            if not torch.equal(memory, before)
+        ]
+        self._before = [memory.clone() for memory in self.pinned_memory]
+        return written
 
     def wait_for_all(self) -> None:
         self.log.append("wait")
 
     def pinned(self, size_bytes: int) -> torch.Tensor:
         self.pinned_memory.append(torch.zeros(size_bytes, dtype=torch.uint8))
+        self._before.append(self.pinned_memory[-1].clone())
         return self.pinned_memory[-1]
 
     def hand_over(self, tensor: torch.Tensor) -> None:
