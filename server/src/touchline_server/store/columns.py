@@ -70,7 +70,9 @@ class Columns:
         self._on_disk = folder is not None
         if folder is None and not share and (claimed := claim_rows(schema, capacity)) is not None:
             self.range = claimed
-            self._arrays = claimed.arrays()
+            arrays = claimed.arrays()
+            # In this schema's own order: the space is also that of schemas with the same columns in another one.
+            self._arrays = {spec.name: arrays[spec.name] for spec in schema.columns}
             return
         if share:
             self._arrays = self._share()
