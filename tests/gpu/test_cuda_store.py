@@ -15,6 +15,7 @@ from touchline import ReplayClient
 from touchline_protos.types.dtypes import DType, to_numpy
 from touchline_server import Batch, NotReadyError, ReplayBuffer
 from touchline_server.service.app import ServerThread
+from touchline_server.store import staging
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -157,7 +158,8 @@ def on_host(batch: Batch) -> Batch:
 
 def test_cuda_add_and_sample_wait_for_nothing_else_on_the_device() -> None:
     _, cuda = pair()
-    cuda.add_episode(traced(0, 20))
+    for _ in range(staging.BLOCKS):  # allocating pinned memory waits for the device
+        cuda.add_episode(traced(0, 20))
     cuda.sample()
     training = torch.cuda.Stream()
     with torch.cuda.stream(training):
@@ -219,7 +221,7 @@ def test_cuda_batches_from_a_server_are_those_of_a_local_buffer(stored: str, siz
             columns["obs.wide"] = np.repeat(columns["stamp"][:, None], size * 64, axis=1)
             client.add(columns, policy_version=number)
             expected.add(columns, policy_version=number)
-        with client.batches(device="cuda", seed=5, ring=ring) as batches:
+        with client.batches(device="cuda", seed=5, transport="ring" if ring else "stream") as batches:
             found = [next(batches) for _ in range(30)]
             transport = batches.transport
 
