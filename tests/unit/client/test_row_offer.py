@@ -115,6 +115,19 @@ def lie(setup: pb.RingSetup, where: str, value: int) -> None:
         setattr(table, where, value)
 
 
+@pytest.mark.parametrize(("size", "fits"), [(0, False), (63, False), (64, True), (65, False)])
+def test_handle_of_another_size_than_those_of_cuda_is_refused(size: int, fits: bool) -> None:
+    setup = make_setup()
+    setup.rows.tables[1].memory = pb.COLUMN_MEMORY_CUDA
+    setup.rows.tables[1].cuda_handle = bytes(size)
+
+    if fits:
+        assert offer_of(setup).tables[1].cuda_handle == bytes(64)
+    else:
+        with pytest.raises(RingError, match=f"a CUDA handle of {size} bytes, expected 64"):
+            offer_of(setup)
+
+
 @given(
     where=st.sampled_from(
         ["tables", "tensors", "offset", "offsets", "memory", "handle", "steps", "tensor steps", "first step", "rows", "size_bytes"]

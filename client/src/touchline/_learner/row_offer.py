@@ -26,6 +26,9 @@ MAX_BATCH_BYTES = 4 << 30
 MAX_ROWS = 1 << 48
 """Most rows of a table: with columns without bytes, its memory does not bound them."""
 
+CUDA_HANDLE_BYTES = 64
+"""Size of a handle of CUDA IPC."""
+
 _PROVENANCE = "provenance."
 
 
@@ -215,7 +218,8 @@ def _table(table: pb.SharedTable, outputs: Sequence[RowOutput], steps: int) -> O
         return OfferedTable(0, (-1,) * len(outputs), 0, "", b"")
     on_cuda = table.memory == pb.COLUMN_MEMORY_CUDA
     _expect(on_cuda or table.memory == pb.COLUMN_MEMORY_HOST, f"memory {table.memory}, which this version does not know")
-    _expect(bool(table.cuda_handle) == on_cuda, "a CUDA handle is missing")
+    handle_bytes = CUDA_HANDLE_BYTES if on_cuda else 0
+    _expect(len(table.cuda_handle) == handle_bytes, f"a CUDA handle of {len(table.cuda_handle)} bytes, expected {handle_bytes}")
     _expect(steps <= table.rows <= MAX_ROWS and len(table.offset_bytes) == len(outputs), "it does not say where each column is")
     _expect(table.size_bytes > 0, "a table without memory")
     for output, offset in zip(outputs, table.offset_bytes, strict=True):

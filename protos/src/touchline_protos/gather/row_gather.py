@@ -114,8 +114,8 @@ class RowGather:
         self._select(rows if cursor is None else rows.index_select(0, cursor)[0], body)
 
     def _fall_back(self, error: Exception) -> None:
-        self._check_has_tensors()
         self.why_no_kernel = f"Triton cannot compile it here: {type(error).__name__}: {error}"
+        self._check_has_tensors()
         self._launch = None
         logger.warning("gather: one launch a tensor instead of one a batch, because %s", self.why_no_kernel)
 
