@@ -32,7 +32,7 @@ def serving(stored: str, port: int = 0) -> Iterator[SimpleNamespace]:
     """Runs a server in a process of its own: a process cannot open its own memory by CUDA IPC."""
     environment = os.environ | {
         "TOUCHLINE_STORAGE__DEVICE": stored,
-        "TOUCHLINE_STORAGE__SHARE_COLUMNS": "on",
+        "TOUCHLINE_STORAGE__SHARE_COLUMNS": "writable",  # most devices register no other memory
         "TOUCHLINE_STORAGE__ALLOW_NON_FINITE": "true",
         "TOUCHLINE_CONFIG__BUFFER_SIZE": "500",
         "TOUCHLINE_CONFIG__MIN_HISTORY": "0",
@@ -228,7 +228,8 @@ def test_cuda_streams_opened_again_and_again_give_back_what_they_registered_and_
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info()[0])
 
-    assert free[1] - free[3] < 16 << 20
+    # Another process may take memory of the device meanwhile, but hardly each time.
+    assert min(before - after for before, after in itertools.pairwise(free)) < 16 << 20
 
 
 def test_cuda_gathered_batches_feed_a_graph(client: ReplayClient) -> None:
@@ -241,7 +242,8 @@ def test_cuda_gathered_batches_feed_a_graph(client: ReplayClient) -> None:
             result.copy_(inputs.sum())
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of batches that were gathered on the host a thread may still release what it staged.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result.copy_(inputs.sum())
         for _ in range(50):
             batch = next(batches)

@@ -7,16 +7,19 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from support.protection import is_writable
 from support.store_cases import as_bits, check_traced, make_config, many_dtypes, traced_columns
 from touchline import Batch, ReplayClient
+from touchline._learner.cuda_device import NOT_SUPPORTED, READ_ONLY, register_to_read
 from touchline._learner.cuda_gather import CudaMethod
 from touchline._learner.row_offer import RowOffer
 from touchline._learner.stream import BatchSource, StreamSource
@@ -138,6 +141,29 @@ def test_memory_that_cannot_be_registered_leaves_a_ring_and_its_reason(client: R
 
         assert isinstance(batch.reward, np.ndarray) and source.transport == "ring"
         assert "cannot be registered with CUDA: error 801" in source.transport_reason
+
+
+@pytest.mark.parametrize(("share", "transport"), [("on", "ring"), ("writable", "device")])
+def test_device_that_reads_only_writable_memory_gathers_if_the_server_allows_it(share: str, transport: str) -> None:
+    storage = {"device": "cpu", "share_columns": share}
+    with ServerThread(make_config(200, storage=storage, seed=1, server={"port": 0})) as server, ReplayClient(server.address) as client:
+        client.add(traced_columns(1, 50), policy_version=1)
+        device = HostDevice()
+        device.register = partial(register_to_read, partial(register_writable, device.register))  # type: ignore[method-assign]
+        with closing(source_of(client, device, batch_size=8, horizon=2)) as source:
+            batch = source.take() if transport == "ring" else take_gathered(source)
+
+            assert source.transport == transport
+            assert ('share_columns = "writable"' in source.transport_reason) is (transport == "ring")
+            assert not any(is_writable(address) for address in device.registered)
+            check_traced(map_batch(batch, torch.as_tensor), horizon=2)
+
+
+def register_writable(register: Callable[[int, int], int], address: int, size_bytes: int, flags: int) -> int:
+    """Plays ``cudaHostRegister`` of a card on PCIe: it takes no read-only memory."""
+    if flags & READ_ONLY:
+        return NOT_SUPPORTED
+    return register(address, size_bytes) if is_writable(address) else 1
 
 
 def test_memory_that_can_be_registered_in_part_is_gathered_on_the_host(

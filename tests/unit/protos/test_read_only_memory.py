@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
+from support.protection import is_writable
 from touchline_protos.shm import sealed_memory
 
 SIZE = 3 * mmap.PAGESIZE + 17
@@ -59,6 +62,27 @@ def test_read_only_memory_can_neither_shrink_nor_grow_nor_lose_its_seals(made: t
             fcntl.fcntl(again, sealed_memory._F_ADD_SEALS, sealed_memory._F_SEAL_SEAL)
     finally:
         os.close(again)
+
+
+@pytest.mark.parametrize(("make", "may_write"), [(sealed_memory.make_read_only, False), (sealed_memory.make_writable, True)])
+def test_mapping_to_read_becomes_writable_and_read_only_again_if_the_memory_is_writable(make: Any, may_write: bool) -> None:
+    memory, file = make("test", SIZE)
+    reader = mmap.mmap(file, SIZE, prot=mmap.PROT_READ)
+    address = np.frombuffer(reader, np.uint8).ctypes.data
+
+    assert sealed_memory.protect(address, SIZE, mmap.PROT_READ | mmap.PROT_WRITE) is may_write
+    assert is_writable(address) is may_write
+    if may_write:
+        ctypes.memset(address + 5, 7, 1)
+        assert memory[5] == 7
+    assert sealed_memory.protect(address, SIZE, mmap.PROT_READ)
+    assert not is_writable(address)
+    again = os.open(f"/proc/self/fd/{file}", os.O_RDWR)
+    for size in (0, SIZE - 1, SIZE + mmap.PAGESIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(again, size)
+    for descriptor in (file, again):
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("size", [1, SIZE, 5 << 20, (4 << 20) + 1])

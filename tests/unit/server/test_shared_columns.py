@@ -121,11 +121,26 @@ def test_cleared_table_allocates_other_memory_than_what_a_learner_has_mapped() -
 
 
 def test_columns_are_shared_only_if_the_key_says_so() -> None:
-    for share, expected in (("off", False), ("auto", False), ("on", True)):
+    for share, expected in (("off", False), ("auto", False), ("on", True), ("writable", True)):
         buffer = ReplayBuffer(make_config(20, storage={"device": "cpu", "share_columns": share}))
         buffer.add(traced_columns(1, 5))
         assert buffer.store.columns is not None
         assert (buffer.store.columns.shared is not None) is expected, share
+
+
+def test_columns_that_learners_may_write_are_writable_for_them_and_have_spare_rows_too() -> None:
+    read_only, writable = (ReplayBuffer(make_config(20, storage={"device": "cpu", "share_columns": share})) for share in ("on", "writable"))
+    for buffer in (read_only, writable):
+        buffer.add(traced_columns(1, 5))
+    assert writable.store.columns is not None and writable.store.columns.shared is not None
+    offer = writable.store.columns.shared
+
+    memory = np.frombuffer(mmap.mmap(offer.descriptor, offer.size_bytes), np.uint8)
+
+    place = offer.columns["reward"]
+    memory[place.offset_bytes :][: 5 * place.row_bytes] = 0
+    assert not next(iter(writable.episodes())).columns["reward"].any()
+    assert writable.store.physical_rows == read_only.store.physical_rows > 20
 
 
 def test_columns_in_files_are_not_shared(tmp_path: object) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from touchline._learner.cuda_device import NOT_SUPPORTED
 from touchline._learner.row_offer import OfferedTable
 from touchline_protos.log_lines import get_logger
 from touchline_protos.shm.ring_control import RingError
@@ -21,8 +22,8 @@ from touchline_protos.shm.ring_control import RingError
 PIECE_BYTES = 64 << 20
 """Size of the pieces that are registered one by one: a few hundredths of a second each, during which other calls of CUDA may wait."""
 
-NOT_SUPPORTED = 801
-"""``cudaErrorNotSupported``: the device's attribute ``cudaDevAttrHostRegisterReadOnlySupported`` is 0."""
+UNKNOWN = 999
+"""``cudaErrorUnknown``."""
 
 logger = get_logger(__name__)
 
@@ -160,12 +161,17 @@ class DeviceColumns:
                 return
             if size_bytes:
                 logger.warning("%s, after %d bytes: the processor gathers instead", _refusal(self._error), size_bytes)
+        except Exception:
+            self._error = self._error or UNKNOWN
+            logger.exception("the server's columns cannot be registered with CUDA")
         finally:
             self._first.set()
 
 
 def _refusal(error: int) -> str:
-    why = ", its driver does not register memory that is mapped to be read only" if error == NOT_SUPPORTED else ""
+    why = ""
+    if error == NOT_SUPPORTED:
+        why = ', the device reads only memory that this process can write (storage.share_columns = "writable" in the server allows it)'
     return f"the server's columns cannot be registered with CUDA: error {error}{why}"
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager
+import mmap
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from typing import Any
 
+from touchline_protos.shm import sealed_memory
 from touchline_protos.shm.ring_control import RingError
 
-REGISTER_FLAGS = 0x02 | 0x08
-"""``cudaHostRegisterMapped | cudaHostRegisterReadOnly``: the device reads the memory, which this process cannot write either."""
+MAPPED, READ_ONLY = 0x02, 0x08
+"""``cudaHostRegisterMapped``; ``cudaHostRegisterReadOnly``, without which this process must be able to write the memory."""
+
+NOT_SUPPORTED = 801
+"""``cudaErrorNotSupported``: of ``READ_ONLY`` where ``cudaDevAttrHostRegisterReadOnlySupported`` is 0, as for most devices on PCIe."""
+
+RELAXED = 2
+"""``CU_STREAM_CAPTURE_MODE_RELAXED``: a thread's calls do not end the capture of a graph that is in progress in another one."""
 
 LAZY_PEER_ACCESS = 1
 """``CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS``: memory of another device of this host can be opened too."""
@@ -75,7 +84,9 @@ class CudaDevice:
     def register(self, address: int, size_bytes: int) -> int:
         """Makes host memory readable for the device, page-locked; returns CUDA's error, 0 for none."""
         with self._torch.cuda.device(self.device):
-            return int(self._cudart.cudaHostRegister(address, size_bytes, REGISTER_FLAGS))
+            with suppress(OSError, AttributeError):  # not NVIDIA's driver, or one from before graphs
+                _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(RELAXED)))
+            return register_to_read(self._cudart.cudaHostRegister, address, size_bytes)
 
     def unregister(self, address: int) -> None:
         """Undoes :meth:`register`. No gather may be in progress."""
@@ -101,6 +112,28 @@ class CudaDevice:
         with self._torch.cuda.device(self.device):
             self._stream.synchronize()
             _driver().cuIpcCloseMemHandle(ctypes.c_uint64(address))
+
+
+def register_to_read(register: Callable[[int, int, int], Any], address: int, size_bytes: int) -> int:
+    """Registers whole pages that are mapped to be read; returns CUDA's error, 0 for none.
+
+    A device that does not register such memory may register it while it can be written, if the server allows that.
+
+    Args:
+        register: ``cudaHostRegister``.
+        address: address of the first page.
+        size_bytes: their size.
+    """
+    error = int(register(address, size_bytes, MAPPED | READ_ONLY))
+    if error != NOT_SUPPORTED:
+        return error
+    writable = sealed_memory.protect(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+    try:
+        # Also if it is not writable: a device that uses the processor's page tables needs neither that nor the flag.
+        return NOT_SUPPORTED if int(register(address, size_bytes, MAPPED)) else 0
+    finally:
+        if writable:
+            sealed_memory.protect(address, size_bytes, mmap.PROT_READ)
 
 
 @cache

@@ -27,7 +27,7 @@ _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 1, 2, 4, 16
 _SEALS = _F_SEAL_SHRINK | _F_SEAL_GROW
 
-_MMAP, _MADVISE = 9, 28  # the system calls
+_MMAP, _MPROTECT, _MADVISE = 9, 10, 28  # the system calls
 _MAP_FIXED = 0x10
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
 _HUGE_PAGE_BYTES = 1 << 21
@@ -82,16 +82,34 @@ def make_read_only(name: str, size_bytes: int) -> tuple[memoryview, int]:
     Raises:
         OSError: not enough memory, or a kernel without ``memfd``.
     """
+    return _make_mapped(name, size_bytes, (_SEALS | _F_SEAL_FUTURE_WRITE, _SEALS), os.O_RDONLY)
+
+
+def make_writable(name: str, size_bytes: int) -> tuple[memoryview, int]:
+    """Returns what :func:`make_read_only` does, but a process that gets the descriptor may write, too. It cannot shorten the memory."""
+    return _make_mapped(name, size_bytes, (_SEALS,), os.O_RDWR)
+
+
+def protect(address: int, size_bytes: int, protection: int) -> bool:
+    """Changes what this process may do with mapped pages, to ``mmap.PROT_READ`` and the like; returns whether it is allowed."""
+    return bool(system_call()(_MPROTECT, ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), protection) == 0)
+
+
+def _make_mapped(name: str, size_bytes: int, seals: Sequence[int], access: int) -> tuple[memoryview, int]:
+    """Returns new memory with the first of some seals that the kernel has, mapped, and a descriptor opened with this access."""
     file = _create(name)
     try:
         os.ftruncate(file, size_bytes)
         memory = _map_aligned(file, size_bytes)
         _reserve(file, memory)
-        try:
-            fcntl.fcntl(file, _F_ADD_SEALS, _SEALS | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
-        except OSError:
-            fcntl.fcntl(file, _F_ADD_SEALS, _SEALS | _F_SEAL_SEAL)
-        return memory, os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+        for number, added in enumerate(seals, 1):
+            try:
+                fcntl.fcntl(file, _F_ADD_SEALS, added | _F_SEAL_SEAL)
+                break
+            except OSError:
+                if number == len(seals):
+                    raise
+        return memory, os.open(f"/proc/self/fd/{file}", access | os.O_CLOEXEC)
     finally:
         os.close(file)
 

@@ -85,10 +85,11 @@ class StorageConfig(Section):
     scratch_dir: str = ""
     """Folder of the memory-mapped files, for device ``"disk"``. It needs space for the whole buffer and belongs to one server. The files
     are working memory: a restart does not read them back."""
-    share_columns: Literal["auto", "on", "off"] = "auto"
+    share_columns: Literal["auto", "on", "writable", "off"] = "auto"
     """Whether learners on this host may read the columns themselves: then batches are row numbers, and nothing is copied for them.
-    ``"auto"``: in a server on a machine that may have a CUDA device. ``"on"``: also elsewhere, and in process. Shared columns take a
-    sixteenth more memory, all of it reserved with the first episode. Files of device ``"disk"`` are not shared."""
+    ``"auto"``: in a server on a machine that may have a CUDA device. ``"on"``: also elsewhere, and in process. ``"writable"``: the same,
+    and learners may also write columns in host memory, since most CUDA devices on PCIe read no others (docs/gpu.md). Shared columns take
+    a sixteenth more memory, all of it reserved with the first episode. Files of device ``"disk"`` are not shared."""
     allow_non_finite: bool = False
     """Whether to store observations, actions, rewards and dones that are NaN or infinite. Otherwise an episode that contains one is
     refused."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 
 from touchline_protos.log_lines import get_logger
 from touchline_server.config.settings import Config
@@ -36,7 +38,14 @@ def with_sharing_decided(config: Config) -> Config:
 
 
 def allocate_columns(
-    schema: Schema, *, capacity: int, configured_device: str, scratch_dir: str = "", share: bool = False, copy_threads: int = 1
+    schema: Schema,
+    *,
+    capacity: int,
+    configured_device: str,
+    scratch_dir: str = "",
+    share: bool = False,
+    writable: bool = False,
+    copy_threads: int = 1,
 ) -> Columns:
     """Allocates the columns of a schema on the configured device. What does not fit into CUDA memory goes to host memory, with a log line.
 
@@ -46,6 +55,7 @@ def allocate_columns(
         configured_device: ``auto``, ``cuda``, ``cuda:N``, ``cpu`` or ``disk``.
         scratch_dir: folder of the files for ``disk``.
         share: whether other processes of this host read the columns too, except for files. If they cannot, a line in the log says why.
+        writable: whether they may also write what is shared in host memory.
         copy_threads: threads that copy large episodes for a CUDA device, as in ``server.gather_threads``.
 
     Raises:
@@ -57,9 +67,10 @@ def allocate_columns(
         if device == "disk":
             columns = Columns(schema, capacity, scratch_dir)
         elif device == "cpu":
-            columns = _on_host(schema, capacity, share=share)
+            columns = _on_host(schema, capacity, share=share, writable=writable)
         else:
-            columns = _on_cuda(schema, capacity, device, share=share, threads=GatherThreads(copy_threads))
+            on_host = partial(_on_host, schema, capacity, share=share, writable=writable)
+            columns = _on_cuda(schema, capacity, device, share=share, threads=GatherThreads(copy_threads), on_host=on_host)
     except OSError as error:
         raise TooLargeError(f"storage.scratch_dir: the columns' files cannot be created: {error.strerror}") from error
     except MemoryError:
@@ -98,11 +109,11 @@ def _too_large(required_bytes: int) -> TooLargeError:
     )
 
 
-def _on_host(schema: Schema, capacity: int, *, share: bool) -> Columns:
+def _on_host(schema: Schema, capacity: int, *, share: bool, writable: bool) -> Columns:
     """Returns columns in host memory: shared if they are to be and can be."""
     if share:
         try:
-            return Columns(schema, capacity, share=True)
+            return Columns(schema, capacity, share=True, writable=writable)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise MemoryError(error.strerror) from error
@@ -110,8 +121,8 @@ def _on_host(schema: Schema, capacity: int, *, share: bool) -> Columns:
     return Columns(schema, capacity)
 
 
-def _on_cuda(schema: Schema, capacity: int, device: str, *, share: bool, threads: GatherThreads) -> Columns:
-    """Returns columns on a CUDA device, or in host memory if they do not fit there."""
+def _on_cuda(schema: Schema, capacity: int, device: str, *, share: bool, threads: GatherThreads, on_host: Callable[[], Columns]) -> Columns:
+    """Returns columns on a CUDA device, or those of ``on_host`` if they do not fit there."""
     from touchline_server.store.cuda_columns import CudaColumns, OutOfMemoryError
 
     try:
@@ -120,4 +131,4 @@ def _on_cuda(schema: Schema, capacity: int, device: str, *, share: bool, threads
         required = capacity * schema.row_bytes
         logger.warning("%s is too small for %.1f GiB of columns: they go to host memory", device, required / 2**30)
         check_host_memory(required)
-        return _on_host(schema, capacity, share=share)
+        return on_host()

@@ -55,7 +55,7 @@ class Columns:
     on_cuda = False
     """Whether the columns are in CUDA memory."""
 
-    def __init__(self, schema: Schema, capacity: int, folder: str | None = None, *, share: bool = False) -> None:
+    def __init__(self, schema: Schema, capacity: int, folder: str | None = None, *, share: bool = False, writable: bool = False) -> None:
         """Allocates. Use :func:`allocate_columns`. If the memory is to be shared, an OSError may also say that it cannot be."""
         self.schema = schema
         self.row_bytes = schema.row_bytes
@@ -75,7 +75,7 @@ class Columns:
             self._arrays = {spec.name: arrays[spec.name] for spec in schema.columns}
             return
         if share:
-            self._arrays = self._share()
+            self._arrays = self._share(writable=writable)
             return
         try:
             self._arrays = {
@@ -204,8 +204,8 @@ class Columns:
     def _copy_run(self, name: str, begin: int, out: np.ndarray) -> None:
         out[:] = self._arrays[name].reshape(-1).view(np.uint8)[begin : begin + len(out)]
 
-    def _share(self) -> dict[str, np.ndarray]:
-        memory, self.shared = share_host_memory(self.schema, self.capacity)
+    def _share(self, *, writable: bool) -> dict[str, np.ndarray]:
+        memory, self.shared = share_host_memory(self.schema, self.capacity, writable=writable)
         arrays = {}
         for spec in self.schema.columns:
             shape, place = (self.capacity, *spec.shape), self.shared.columns.get(spec.name)

@@ -40,6 +40,9 @@ from touchline_server.store.schema import EpisodeValidator, FirstRowCheck, Schem
 
 logger = get_logger(__name__)
 
+SHARED = ("on", "writable")
+"""Values of ``storage.share_columns`` with which learners read the columns."""
+
 SPARE_FRACTION = 16
 """The spare rows of shared columns are the buffer's rows divided by this."""
 
@@ -159,7 +162,8 @@ class EpisodeRing:
             capacity=self.physical_rows,
             configured_device=storage.device,
             scratch_dir=storage.scratch_dir,
-            share=storage.share_columns == "on",
+            share=storage.share_columns in SHARED,
+            writable=storage.share_columns == "writable",
             copy_threads=self._copy_threads,
         )
 
@@ -306,7 +310,7 @@ def _warn_of_short_episodes(episodes: int, reach: int) -> None:
 
 def spare_rows(config: Config) -> int:
     """Returns the rows that a table's ring has beyond ``config.buffer_size``: a sixteenth of it or MIN_SPARE_ROWS if learners read it."""
-    if config.storage.share_columns != "on" or config.storage.device == "disk":
+    if config.storage.share_columns not in SHARED or config.storage.device == "disk":
         return 0
     return max(config.buffer_size // SPARE_FRACTION, min(MIN_SPARE_ROWS, config.buffer_size))
 

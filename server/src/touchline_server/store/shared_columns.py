@@ -88,12 +88,18 @@ def place_columns(schema: Schema, rows: int) -> tuple[dict[str, SharedColumn], i
     return places, end
 
 
-def share_host_memory(schema: Schema, rows: int) -> tuple[memoryview, SharedColumns]:
+def share_host_memory(schema: Schema, rows: int, *, writable: bool = False) -> tuple[memoryview, SharedColumns]:
     """Returns memory for columns, zero-filled, that learners can map: as the server writes it, and as they read it.
+
+    Args:
+        schema: the columns.
+        rows: number of rows.
+        writable: whether learners may write it too, see ``storage.share_columns``.
 
     Raises:
         OSError: not enough memory, or the system has no sealed memory files.
     """
     places, size_bytes = place_columns(schema, rows)
-    memory, descriptor = sealed_memory.make_read_only("touchline-columns", max(size_bytes, 1))
+    make = sealed_memory.make_writable if writable else sealed_memory.make_read_only
+    memory, descriptor = make("touchline-columns", max(size_bytes, 1))
     return memory, SharedColumns(places, len(memory), descriptor=descriptor)
