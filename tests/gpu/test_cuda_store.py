@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.pinned import have_pinned_memory_ready
 from support.store_cases import as_bits, check_traced, make_config, read_episode, sample_with, traced, traced_columns
 from touchline import ReplayClient
 from touchline_protos.types.dtypes import DType, to_numpy
@@ -18,6 +19,11 @@ from touchline_server.service.app import ServerThread
 from touchline_server.store import staging
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def pinned_memory() -> None:
+    have_pinned_memory_ready()
 
 
 def pair(capacity: int = 60, **sampling: object) -> tuple[ReplayBuffer, ReplayBuffer]:

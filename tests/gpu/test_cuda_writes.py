@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.pinned import have_pinned_memory_ready
 from support.store_cases import as_bits, make_config, read_episode, traced, traced_columns
 from touchline_server import Batch, InvalidEpisodeError, ReplayBuffer
 from touchline_server.store import staging
@@ -16,6 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SECONDS = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""
+
+
+@pytest.fixture(autouse=True)
+def pinned_memory() -> None:
+    have_pinned_memory_ready()
 
 
 def cuda_buffer(capacity: int = 40) -> ReplayBuffer:
