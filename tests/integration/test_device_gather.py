@@ -36,7 +36,7 @@ from support.host_device import HostDevice, KernelDevice  # noqa: E402
 def server() -> Iterator[ServerThread]:
     """A server that shares its columns, with episodes of every dtype."""
     config = make_config(200, storage={"device": "cpu", "share_columns": "on", "allow_non_finite": True}, seed=1, server={"port": 0})
-    with ServerThread(config.override(tables={"demos": {}})) as server:
+    with ServerThread(config.override(tables={"demos": {}, "empty": {}})) as server:
         for table, first in (("", 0), ("demos", 100)):
             with ReplayClient(server.address, table=table) as client:
                 for number in range(6):
@@ -112,6 +112,19 @@ def test_fields_that_stay_in_host_memory_are_arrays_of_the_same_values(client: R
 
     assert isinstance(found[-1].reward, torch.Tensor) and isinstance(found[-1].episode_id, np.ndarray)
     assert [bits_of(batch) for batch in found] == [bits_of(batch) for batch in expected]
+
+
+def test_mix_of_which_one_table_is_empty_is_gathered_from_the_others(server: ServerThread, client: ReplayClient) -> None:
+    device = HostDevice()
+    request = {"batch_size": 8, "horizon": 2, "mix": {"": 0.5, "empty": 0.5}, "when_empty": "others"}
+    with client.batches(seed=7, transport="ring", **request) as ring:
+        expected = bits_of(next(ring))
+
+    with closing(source_of(client, device, seed=7, **request)) as source:
+        batch = source.take()
+        assert source.transport == "device" and source.transport_reason == ""
+
+    assert bits_of(batch) == expected
 
 
 # Registering

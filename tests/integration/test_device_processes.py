@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ import pytest
 
 from integration.test_ring_processes import HARMING, SERVER, add_episodes, folder, running
 from support.service_calls import eventually
-from touchline import ReplayClient
+from touchline import Batch, ReplayClient
 from touchline._learner.host_gather import HostGatherer, HostMethod
 from touchline._learner.row_offer import RowOffer
 from touchline_protos.codec import Episode
 from touchline_protos.shm.ring import RingError, shared_memory_id
 from touchline_server import Config
 from touchline_server.service.app import ServerThread
+from touchline_server.store.pinned_draw import PinnedDraw
 
 pytestmark = [pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64"), pytest.mark.usefixtures("folder")]
 
@@ -196,6 +199,58 @@ def test_cleared_table_with_batches_out_opens_the_stream_again() -> None:
                 return [learner.transport for learner in client.status().learners if learner.batches]
 
             eventually(lambda: transports() == ["device"], "the server counts them")
+
+
+def mapped_columns() -> int:
+    """Number of mappings of columns in this process that can only be read: those of its learners, not those of its servers."""
+    return sum("r--s" in line and "touchline-columns" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_closed_stream_keeps_no_columns_mapped() -> None:
+    with ServerThread(config()) as server, ReplayClient(server.address) as client:
+        add_traced(server, 0, 20)
+        before = mapped_columns()
+        batches = client.batches(as_numpy=True, transport="device", timeout_s=60)
+        batch = next(batches)
+        during = mapped_columns()
+
+        batches.close()
+
+        assert (before, during, mapped_columns()) == (0, 1, 0)
+        check_rows(batch)
+
+
+def check_rows(batch: Batch) -> None:
+    expected = batch.policy_version * 1_000 + batch.start + np.arange(len(batch.obs))[:, None]
+    assert (batch.obs == expected[:, :, None]).all()
+
+
+def test_draw_goes_with_its_last_slot_without_a_collection() -> None:
+    """It refers to the columns: a table that was cleared would keep its memory until the next collection of cycles."""
+    with ServerThread(config()) as server, ReplayClient(server.address) as client:
+        add_traced(server, 0, 20)
+        held: list[Any] = []
+        hold = PinnedDraw.hold
+
+        def remember(pinned: PinnedDraw, on_revoke: Callable[[], None]) -> None:
+            held.append(weakref.ref(pinned.draw.start))
+            hold(pinned, on_revoke)
+
+        with pytest.MonkeyPatch.context() as patch, collector_off():
+            patch.setattr(PinnedDraw, "hold", remember)
+            with client.batches(as_numpy=True, transport="device", timeout_s=60) as batches:
+                for _ in range(100):
+                    next(batches)
+                eventually(lambda: len(held) > 3 and held[0]() is None and held[1]() is None, "draws are freed")
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def way_of(client: ReplayClient, transport: str = "device") -> tuple[str, str]:

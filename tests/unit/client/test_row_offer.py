@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from touchline._learner.host_gather import HostGatherer
-from touchline._learner.row_offer import RowOffer, read_slot
+from touchline._learner.row_offer import MAX_BATCH_BYTES, RowOffer, read_slot
 from touchline_protos.codec import BatchLayout, BodyLayout, TensorSpec
 from touchline_protos.shm.ring_control import RingError
 from touchline_protos.shm.row_slots import RowSlots
@@ -104,7 +104,7 @@ def lie(setup: pb.RingSetup, where: str, value: int) -> None:
     elif where == "memory":
         table.memory = value % 4  # type: ignore[assignment]
     elif where == "handle":
-        table.cuda_handle = b"x"
+        table.cuda_handle = bytes(value % 65)
     elif where == "steps":
         setup.rows.steps = value
     elif where == "tensor steps":
@@ -141,7 +141,9 @@ def test_offer_that_lies_is_refused_or_stays_within_its_memory(where: str, value
         offer = offer_of(setup)
     except RingError:
         return
+    assert 8 * offer.steps * B <= MAX_BATCH_BYTES  # what the row numbers of a gather take
     for table in offer.tables:
+        assert len(table.cuda_handle) in (0, 64)
         for output, offset in zip(offer.outputs, table.offsets, strict=True):
             assert offset == -1 or 0 <= offset <= table.size_bytes - table.rows * output.row_bytes
     for output in offer.outputs:
@@ -174,6 +176,8 @@ def test_slot_has_its_parts_one_after_another() -> None:
         ({"offset": 66}, "action: byte 66 is no multiple"),
         ({"rows": 2**62}, "where each column is"),
         ({"size_bytes": 0}, "a table without memory"),
+        ({"rows": 2**40, "steps": 2**30}, "row numbers of 25769803776 bytes a batch"),
+        ({"memory": pb.COLUMN_MEMORY_CUDA, "handle": 63}, "a CUDA handle of 63 bytes, expected 64"),
     ],
 )
 def test_columns_that_numpy_would_copy_or_cannot_make_are_refused(changes: dict[str, int], fault: str) -> None:

@@ -117,6 +117,8 @@ class DeviceColumns:
             self._tables = ()
 
     def _address(self, table: OfferedTable) -> int:
+        if not table.rows:
+            return 0  # of such a table no slices come
         if table.memory is not None:
             return int(np.frombuffer(table.memory, np.uint8).__array_interface__["data"][0])
         address = self._device.open(table.cuda_handle)

@@ -92,7 +92,7 @@ class CudaGatherer:
     def __init__(self, torch: Any, device: Any, offer: RowOffer, *, host_fields: tuple[str, ...] = ()) -> None:
         self._torch = torch
         self._device = device
-        self._offer = offer
+        self._offer = offer.without_memory()
         self._body = _Body(torch, offer, host_fields)
         self._specs = [OutputSpec(o.name, o.row_bytes, o.first_step, o.steps, o.offset_bytes) for o in offer.outputs]
         self._gathers: dict[tuple[tuple[int, int, int], ...], Any] = {}
@@ -101,7 +101,7 @@ class CudaGatherer:
         self._columns = DeviceColumns(device, offer.tables)
         when_dropped(self, self._columns.close)
         self._host: HostGatherer | None = None
-        if not self._columns.ready.is_set() and all(table.memory is not None for table in offer.tables):
+        if not self._columns.ready.is_set() and not any(table.cuda_handle for table in offer.tables):
             self._host = HostGatherer(offer)
 
     def start(self, rows: SlotRows, actor_names: dict[int, str]) -> Gathering:

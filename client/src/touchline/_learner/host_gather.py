@@ -48,7 +48,7 @@ class HostGatherer:
     """A gather is complete once it was started."""
 
     def __init__(self, offer: RowOffer) -> None:
-        self._offer = offer
+        self._offer = offer.without_memory()
         self._pool = BufferPool(MAX_IDLE_BYTES)
         self._steps = np.arange(offer.steps, dtype=np.int64)[:, None]
         self._takes = [_takes(table, offer.outputs) for table in offer.tables]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -22,6 +22,9 @@ MAX_TABLES = 32
 
 MAX_BATCH_BYTES = 4 << 30
 """Largest batch, as in messages."""
+
+CUDA_HANDLE_BYTES = 64
+"""Size of a CUDA IPC handle."""
 
 MAX_ROWS = 1 << 48
 """Most rows of a table: with columns without bytes, its memory does not bound them."""
@@ -105,6 +108,8 @@ class RowOffer:
         _expect(layout.size_bytes <= MAX_BATCH_BYTES, f"a batch of {layout.size_bytes} bytes, expected at most {MAX_BATCH_BYTES}")
         (batch_size,) = starts[0][1] if len(starts[0][1]) == 1 else (0,)
         _expect(batch_size > 0, "batches without slices")
+        index_bytes = 8 * steps * batch_size
+        _expect(index_bytes <= MAX_BATCH_BYTES, f"row numbers of {index_bytes} bytes a batch, expected at most {MAX_BATCH_BYTES}")
         outputs = tuple(_output(*found, steps, batch_size) for found in zip(columns, setup.rows.tensors, strict=True))
         _expect(1 <= len(setup.rows.tables) <= MAX_TABLES, f"{len(setup.rows.tables)} tables, expected 1 to {MAX_TABLES}")
         tables = tuple(_table(table, outputs, steps) for table in setup.rows.tables)
@@ -122,8 +127,11 @@ class RowOffer:
     def with_memory(self, memory: Sequence[mmap.mmap]) -> RowOffer:
         """Returns the offer with the memory of each table on the host."""
         left = iter(memory)
-        tables = tuple(table._replace(memory=next(left)) if table.on_host else table for table in self.tables)
-        return RowOffer(self.layout, self.outputs, tables, self.steps, self.batch_size, self.provenance_offset, self.slots)
+        return replace(self, tables=tuple(table._replace(memory=next(left)) if table.on_host else table for table in self.tables))
+
+    def without_memory(self) -> RowOffer:
+        """Returns the offer as it was before its memory was mapped."""
+        return replace(self, tables=tuple(table._replace(memory=None) for table in self.tables))
 
 
 class SlotRows(NamedTuple):
@@ -156,7 +164,9 @@ class Gatherer(Protocol):
         """Starts a gather."""
 
     def close(self) -> None:
-        """Waits for the gathers that were started, and releases the columns."""
+        """Waits for the gathers that were started, and releases the columns: memory that no one else uses is unmapped, also while this
+        object lives on.
+        """
 
 
 class GatherMethod(Protocol):

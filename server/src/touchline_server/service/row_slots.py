@@ -158,20 +158,24 @@ class RowFiller:
 
     def freed(self, slots: Sequence[int]) -> None:
         """See :class:`SlotFiller`."""
-        done: list[_HeldDraw] = []
+        done: list[BatchDraw] = []
+        revoked = False
         with self._lock:
             for slot in slots:
                 held = self._draws.pop(slot, None)
                 if held is not None:
                     held.slots -= 1
                     if not held.slots:
-                        done.append(held)
-        if any(held.revoked for held in done) and time.monotonic() >= self._next_line:
+                        done.append(held.drawn)
+                        revoked = revoked or held.revoked
+                        # The draw knows its callback, which knows this: a cycle would keep the columns until a collection.
+                        del held.drawn
+        if revoked and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LOG_INTERVAL_S
             logger.warning("took back the rows of %d batches so far, which a learner kept for ring.max_hold_s", self._revoked)
         # Not with the lock held: a release waits for the writer that takes the same rows back, which wants the lock.
-        for held in done:
-            held.drawn.release()
+        for drawn in done:
+            drawn.release()
 
     def close(self) -> None:
         """See :class:`SlotFiller`. The learner may still take what was published, so that is marked before it is no longer pinned."""
@@ -211,6 +215,7 @@ class _HeldDraw:
 
     def __init__(self, drawn: BatchDraw, slots: int) -> None:
         self.drawn = drawn
+        """The draw, until all slots were freed."""
         self.slots = slots
         """Slots that the learner was not seen to have freed."""
         self.revoked = False
