@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -244,3 +245,13 @@ def test_reserved_space_uses_no_memory() -> None:
     columns = buffer.store.columns
     assert columns is not None and columns.range is not None
     assert sum(array.nbytes for array in columns.range.space.columns.values()) > resident_bytes()
+
+
+def test_columns_on_a_cuda_device_lie_in_no_space() -> None:
+    pytest.importorskip("torch")
+    from touchline_server.store.cuda_columns import CudaColumns
+
+    columns = CudaColumns.__new__(CudaColumns)  # its memory needs a device, which is not asked here
+    part: Any = SimpleNamespace(columns=columns, steps=2)
+
+    assert JoinedTables.key_of([part, part]) is None

@@ -54,6 +54,8 @@ class Columns:
 
     on_cuda = False
     """Whether the columns are in CUDA memory."""
+    range: RowRange | None = None
+    """Range of rows of the space in which the columns of mixed batches are gathered together; None if they do not lie in one."""
 
     def __init__(self, schema: Schema, capacity: int, folder: str | None = None, *, share: bool = False, writable: bool = False) -> None:
         """Allocates. Use :func:`allocate_columns`. If the memory is to be shared, an OSError may also say that it cannot be."""
@@ -65,8 +67,6 @@ class Columns:
         """Path of each column's file, for columns on disk; a column without bytes has none."""
         self.shared: SharedColumns | None = None
         """Place of the columns in memory that learners read; None if they are not shared, or released."""
-        self.range: RowRange | None = None
-        """Range of rows of the space in which the columns of mixed batches are gathered together; None if they do not lie in one."""
         self._on_disk = folder is not None
         if folder is None and not share and (claimed := claim_rows(schema, capacity)) is not None:
             self.range = claimed
