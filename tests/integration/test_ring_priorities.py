@@ -67,14 +67,18 @@ def queue_of(batch: Batch) -> ReturnQueue:
     return source
 
 
+SHARED = {"share_columns": "on"}
+
+
+@pytest.mark.parametrize("transport", ["ring", "device"])
 @pytest.mark.parametrize("as_numpy", [True, False], ids=["arrays", "tensors"])
 def test_update_through_the_ring_gives_the_same_draws_as_in_process(
-    as_numpy: bool, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    as_numpy: bool, transport: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, there = filled(), filled()
+    here, there = filled(storage=SHARED), filled(storage=SHARED)
     client = connect(stack, there)
     calls = Calls(client, monkeypatch)
-    batches = stack.enter_context(client.batches(as_numpy=as_numpy))
+    batches = stack.enter_context(client.batches(as_numpy=as_numpy, transport=transport))
     rng = np.random.default_rng(0)
     for _ in range(40):  # more than the slots of the ring
         batch = next(batches)
@@ -85,7 +89,7 @@ def test_update_through_the_ring_gives_the_same_draws_as_in_process(
 
     assert (counters.updated, counters.evicted, counters.dropped, counters.pending) == (40 * B, 0, 0, 0)
     assert calls.slices == []
-    assert batches.transport == "ring"
+    assert batches.transport == transport
     for seed in range(5):
         one, other = here.sample(seed=seed), there.sample(seed=seed)
         assert torch.equal(one.start, other.start)
@@ -142,11 +146,14 @@ def test_update_that_waits_for_a_call_is_not_overtaken_by_one_through_the_ring(s
     assert shares(buffer) == shares(expected)
 
 
-def test_update_of_evicted_episodes_is_counted_and_changes_no_other(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = filled(capacity=200)
+@pytest.mark.parametrize("transport", ["ring", "device"])
+def test_update_of_evicted_episodes_is_counted_and_changes_no_other(
+    transport: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = filled(capacity=200, storage=SHARED)
     client = connect(stack, buffer)
     calls = Calls(client, monkeypatch)
-    batch = next(stack.enter_context(client.batches()))
+    batch = next(stack.enter_context(client.batches(transport=transport)))
     for number in range(10, 16):
         buffer.add_episode(traced(number, 20))
     before = shares(buffer)
@@ -177,15 +184,19 @@ def test_update_of_a_batch_from_before_a_clear_hits_no_episode_added_later(stack
     assert len(set(shares(buffer).values())) == 1
 
 
-def test_update_of_a_mixed_batch_goes_to_the_table_of_each_slice(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = ReplayBuffer(make_config(500, horizon=H, batch_size=B, server={"port": 0}, law="prioritized", priority_alpha=1.0, seed=1))
+@pytest.mark.parametrize("transport", ["ring", "device"])
+def test_update_of_a_mixed_batch_goes_to_the_table_of_each_slice(
+    transport: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law: Any = {"law": "prioritized", "priority_alpha": 1.0}
+    buffer = ReplayBuffer(make_config(500, horizon=H, batch_size=B, server={"port": 0}, seed=1, storage=SHARED, **law))
     demos = buffer.create_table("demos")
     for number in range(5):
         buffer.add_episode(traced(number, 20))
         demos.add_episode(traced(number, 20))
     client = connect(stack, buffer)
     calls = Calls(client, monkeypatch)
-    batch = next(stack.enter_context(client.batches(mix={"": 0.25, "demos": 0.75})))
+    batch = next(stack.enter_context(client.batches(mix={"": 0.25, "demos": 0.75}, transport=transport)))
 
     client.update_priorities(batch, np.where(batch.table == 0, 30.0, 60.0) * np.ones((H, 1)))
 
