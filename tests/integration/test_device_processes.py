@@ -25,6 +25,7 @@ from touchline_protos.codec import Episode
 from touchline_protos.shm.ring import RingError, shared_memory_id
 from touchline_server import Config
 from touchline_server.service.app import ServerThread
+from touchline_server.service.ring_returns import RingReturns
 from touchline_server.store.pinned_draw import PinnedDraw
 
 pytestmark = [pytest.mark.skipif(not shared_memory_id(), reason="rings need Linux on x86-64"), pytest.mark.usefixtures("folder")]
@@ -242,6 +243,22 @@ def test_draw_goes_with_its_last_slot_without_a_collection() -> None:
                 for _ in range(100):
                     next(batches)
                 eventually(lambda: len(held) > 3 and held[0]() is None and held[1]() is None, "draws are freed")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_rows_are_unpinned_even_if_the_last_priorities_cannot_be_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(returns: RingReturns) -> None:
+        raise MemoryError
+
+    with ServerThread(config(max_hold_s=60).override(sampling={"law": "prioritized"})) as server, ReplayClient(server.address) as client:
+        add_traced(server, 0, 20)
+        epochs = server.buffer.store._ring.epochs
+        with client.batches(as_numpy=True, transport="device", timeout_s=60) as batches:
+            next(batches)
+            assert epochs._held
+            monkeypatch.setattr(RingReturns, "end", fail)
+
+        eventually(lambda: not epochs._held, "no row is pinned")
 
 
 @contextmanager

@@ -185,9 +185,7 @@ def test_update_of_a_batch_from_before_a_clear_hits_no_episode_added_later(stack
 
 
 @pytest.mark.parametrize("transport", ["ring", "device"])
-def test_update_of_a_mixed_batch_goes_to_the_table_of_each_slice(
-    transport: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_of_a_mixed_batch_goes_to_the_table_of_each_slice(transport: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     law: Any = {"law": "prioritized", "priority_alpha": 1.0}
     buffer = ReplayBuffer(make_config(500, horizon=H, batch_size=B, server={"port": 0}, seed=1, storage=SHARED, **law))
     demos = buffer.create_table("demos")

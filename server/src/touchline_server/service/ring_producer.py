@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from touchline_protos.codec import BatchLayout
 from touchline_protos.shm.ring import RingWriter
@@ -108,7 +108,10 @@ class RingProducer:
         except Exception as raised:
             error = raised
         finally:
-            try:
+            with ExitStack() as last:  # in this order from the end, each of them whatever becomes of the others
+                last.callback(self._on_end, error)
+                last.callback(setattr, self._learner, "counting", False)
+                last.callback(self._filler.close)
                 framer.sampler.leave()
                 if self._returns is not None:
                     self._returns.end()
@@ -116,10 +119,6 @@ class RingProducer:
                 self._report_taken(control.count_used())
                 for split in self._used:
                     framer.sampler.cancel(1, split)
-                self._filler.close()
-            finally:
-                self._learner.counting = False
-                self._on_end(error)
 
     def _report_taken(self, used: int) -> None:
         """Reports batches as delivered that were taken since the last look, given the number of used slots now.
