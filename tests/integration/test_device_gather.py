@@ -308,8 +308,10 @@ def test_columns_on_a_device_are_opened_by_their_handle_and_closed(client: Repla
     device = HostDevice()
     handle = b"handle of the test".ljust(64)
     mapped = RowOffer.with_memory
+    kept: list[mmap.mmap] = []  # while the handle can be opened
 
     def by_handle(offer: RowOffer, memory: Sequence[mmap.mmap]) -> RowOffer:
+        kept.extend(memory)
         offer = mapped(offer, memory)
         (table,) = offer.tables
         device.opened[handle] = int(np.frombuffer(table.memory, np.uint8).__array_interface__["data"][0])

@@ -46,7 +46,7 @@ class RowBatches(RingBatches):
         self._offer = RowOffer.of(setup, BodyLayout(setup.layout.SerializeToString()))
         super().__init__(setup, messages, owner)
         self._gatherer = method.gatherer(self._offer.with_memory(self._ring.others))
-        self._ring.others.clear()  # the gatherer's alone, whose close unmaps them
+        self._ring.others.clear()  # only the gatherer keeps them mapped, until its close
         self._started: deque[tuple[int, Gathering]] = deque()
         self._finished: list[int] = []
         """Slots that were gathered and are not free yet: the server draws for several together at little more than the cost of one."""

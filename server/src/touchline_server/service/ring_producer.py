@@ -108,7 +108,7 @@ class RingProducer:
         except Exception as raised:
             error = raised
         finally:
-            with ExitStack() as last:  # in this order from the end, each of them whatever becomes of the others
+            with ExitStack() as last:  # from the last one to the first, also after an error
                 last.callback(self._on_end, error)
                 last.callback(setattr, self._learner, "counting", False)
                 last.callback(self._filler.close)
