@@ -37,7 +37,7 @@ NOT_RUN = {
     "docs/containers.md": 10,  # Docker
     "docs/from-reverb.md": 3,  # Reverb
     "docs/getting-started.md": 2,  # another machine, an index of wheels
-    "docs/gpu.md": 2,  # a CUDA device
+    "docs/gpu.md": 3,  # a CUDA device
     "docs/http.md": 1,  # the port of the web page
     "docs/metrics.md": 2,  # Docker, a collector
     "docs/operations.md": 1,  # systemd

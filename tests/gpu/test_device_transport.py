@@ -280,3 +280,44 @@ def test_cuda_tdmpc2_buffer_is_gathered_on_its_device(server: SimpleNamespace, c
             assert obs.is_cuda and bool((obs == obs[0]).all())
 
     assert "batches are gathered by cuda:0" in caplog.text
+
+
+@pytest.mark.parametrize("transport", ["auto", "ring", "stream"])
+def test_cuda_reused_bodies_feed_a_graph_each(client: ReplayClient, transport: str) -> None:
+    with client.batches(device="cuda", seed=7, transport="ring", **SLICES) as ring:
+        expected = [float(next(ring).reward.sum()) for _ in range(60)]
+    results = torch.zeros(60, device="cuda")
+    result = torch.zeros((), device="cuda")
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    with client.batches(device="cuda", seed=7, transport=transport, reuse=True, **SLICES) as batches:
+        for number in range(60):
+            batch = next(batches)
+            torch.cuda._sleep(200_000)  # the learner's stream is behind the calls
+            if batch.reward.data_ptr() not in graphs:
+                torch.cuda.synchronize()
+                graph = graphs[batch.reward.data_ptr()] = torch.cuda.CUDAGraph()
+                batch.reward.sum()  # what is done first is not recorded
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    result.copy_(batch.reward.sum())
+            graphs[batch.reward.data_ptr()].replay()
+            results[number] = result
+
+    assert len(graphs) == 2
+    assert results.tolist() == pytest.approx(expected)
+
+
+def test_cuda_reused_bodies_are_read_in_place_by_compiled_code(client: ReplayClient) -> None:
+    @torch.compile(mode="reduce-overhead")
+    def total(reward: torch.Tensor) -> torch.Tensor:
+        return (reward * 2.0).sum()
+
+    with (
+        client.batches(device="cuda", seed=7, transport="ring", **SLICES) as ring,
+        client.batches(device="cuda", seed=7, reuse=True, **SLICES) as batches,
+    ):
+        for _ in range(30):
+            batch, expected = next(batches), next(ring)
+            torch._dynamo.mark_static_address(batch.reward, guard=False)
+            torch.compiler.cudagraph_mark_step_begin()
+
+            assert float(total(batch.reward)) == pytest.approx(float((expected.reward * 2.0).sum()))

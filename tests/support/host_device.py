@@ -46,6 +46,9 @@ class HostDevice:
         self.gate.set()
         self.on_wait: Callable[[], None] = lambda: None
         self.handed_over = 0
+        self.followed = 0
+        self.learners_work: Callable[[], None] = lambda: None
+        """Does what the learner's stream was given so far."""
 
     def readable(self) -> list[str]:
         return ["GPU-of-the-test"]
@@ -76,6 +79,10 @@ class HostDevice:
 
     def hand_over(self, tensor: torch.Tensor) -> None:
         self.handed_over += 1
+
+    def follow(self, tensor: torch.Tensor) -> None:
+        self.followed += 1
+        self.learners_work()
 
     def column(self, address: int, rows: int, row_bytes: int) -> Any:
         if self.kernel:

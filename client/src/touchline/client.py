@@ -277,13 +277,14 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
         timeout_s: float | None = None,
         transport: str = "auto",
         ring: bool = True,
+        reuse: bool = False,
         **options: Unpack[SampleOptions],
     ) -> BatchStream:
         """Returns an endless iterator of batches that the server sends ahead of their use.
 
         The session opens with the first ``next`` and waits while nothing can be sampled. If the server goes away, for example to restart,
         the stream tries for 60 s to open another session; a stream with a seed then starts its sequence again. Batches are as
-        :meth:`sample` returns them, and the caller's however long they are held.
+        :meth:`sample` returns them, and the caller's however long they are held, except with ``reuse``.
 
         Args:
             prefetch: batches that the server may have in flight. A ring keeps up to 14 small ones.
@@ -298,16 +299,19 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
                 shared memory; both need a server on the same host, Linux on x86-64; containers must share /dev/shm and the user), or
                 ``"stream"`` (in messages). If it is not possible the next one is taken, and ``transport_reason`` says why.
             ring: False means ``transport="stream"``.
+            reuse: True for batches in two bodies of a CUDA device in turn, whose addresses never change, for CUDA graphs and
+                ``torch.compile(mode="reduce-overhead")``. A batch is then the caller's only until the next one is asked for; work on it
+                that the calling thread's current stream has been given by then still reads it whole. See docs/gpu.md.
             options: what to draw, as for :meth:`sample`.
 
         Raises:
-            InvalidArgumentError: an argument is out of range, or the device does not exist.
+            InvalidArgumentError: an argument is out of range, the device does not exist, or ``reuse`` is set without a CUDA device.
         """
         whole_number("prefetch", prefetch, least=1)
         request = sample_request(**self._of_table(options))
         limit_s = seconds_or_none("timeout_s", timeout_s)
-        form: dict[str, Any] = {"device": device, "as_numpy": as_numpy, "as_jax": as_jax, "default_numpy": self._as_numpy}
-        return open_stream(self._rpc, request, prefetch=prefetch, timeout_s=limit_s, transport=transport if ring else "stream", **form)
+        how: dict[str, Any] = {"transport": transport if ring else "stream", "prefetch": prefetch, "timeout_s": limit_s, "reuse": reuse}
+        return open_stream(self._rpc, request, device=device, as_numpy=as_numpy, as_jax=as_jax, default_numpy=self._as_numpy, **how)
 
     def update_priorities(self, slices: Batch | tuple[Any, ...], priorities: Any, *, table: str | None = None) -> None:
         """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.

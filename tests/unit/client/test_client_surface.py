@@ -177,6 +177,9 @@ def test_sample_with_a_bad_argument_is_refused_without_a_call(arguments: dict[st
         ({"timeout_s": float("inf")}, "timeout_s"),
         ({"device": "meta"}, "device"),
         ({"device": "nonsense"}, "device"),
+        ({"reuse": True}, "reuse"),
+        ({"reuse": True, "device": "cpu"}, "reuse"),
+        ({"reuse": True, "as_numpy": True}, "reuse"),
     ],
 )
 def test_batches_with_a_bad_argument_is_refused_without_a_call(arguments: dict[str, object], name: str) -> None:

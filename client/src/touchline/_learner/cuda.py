@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from touchline._learner.fixed_bodies import FixedBodies
 from touchline._learner.ring_reader import RingBatches
 from touchline._learner.stream import BatchSource
 from touchline._learner.torch_batch import load_torch, map_batch
@@ -245,9 +246,13 @@ class CudaSource:
         torch: the torch module.
         device: ``torch.device`` of type ``cuda``.
         host_fields: see :class:`CudaStaging`.
+        bodies: memory that batches come in by turns; None leaves each batch in memory of its own.
     """
 
-    def __init__(self, source: BatchSource, torch: Any, device: Any, host_fields: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, source: BatchSource, torch: Any, device: Any, host_fields: tuple[str, ...] = (), *, bodies: FixedBodies | None = None
+    ) -> None:
+        self._bodies = bodies
         self._source = source
         self._torch = torch
         self._device = device
@@ -262,6 +267,14 @@ class CudaSource:
 
     def take(self) -> Batch:
         """Returns the next batch; raises as :meth:`~touchline._learner.stream.BatchStream.__next__` does."""
+        bodies = self._bodies
+        if bodies is None:
+            return self._take()[0]
+        bodies.begin_take()
+        return bodies.place(*self._take(), self._torch.cuda.current_stream(self._device))
+
+    def _take(self) -> tuple[Batch, Any]:
+        """Returns the next batch, and memory on the device that it lies in or a tensor of it."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ahead or self._failure is not None or self._closed or self._thread is None)
@@ -276,7 +289,7 @@ class CudaSource:
                     raise failure
             batch = self._first if self._first is not None else self._source.take()
             if not is_on_host(batch):
-                return batch
+                return batch, batch.reward
             self._first = batch  # kept if the thread cannot start
             thread = threading.Thread(target=self._work, name="touchline-cuda", daemon=True)
             self._thread = thread
@@ -285,7 +298,7 @@ class CudaSource:
             except BaseException:  # the system has no thread left; the next take tries again
                 self._thread = None
                 raise
-        return sync_to_current_stream(self._torch, staged)
+        return sync_to_current_stream(self._torch, staged), staged.block
 
     @property
     def transport(self) -> str:

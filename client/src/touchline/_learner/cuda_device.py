@@ -77,6 +77,12 @@ class CudaDevice:
         """Keeps the memory of a tensor that was made in the queue from being reused while the caller's current stream may still read it."""
         tensor.record_stream(self._torch.cuda.current_stream(self.device))
 
+    def follow(self, tensor: Any) -> None:
+        """Puts what the queue gets from now on behind the work of the caller's current stream, which may read or write the tensor."""
+        self._stream.wait_stream(self._torch.cuda.current_stream(self.device))
+        # Its memory was allocated on another stream. Without this it could be reused while a gather still writes it.
+        tensor.record_stream(self._stream)
+
     def column(self, address: int, rows: int, row_bytes: int) -> Any:
         """Returns a column as a gather takes it: its address."""
         return address

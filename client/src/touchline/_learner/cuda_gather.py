@@ -18,6 +18,7 @@ import numpy as np
 
 from touchline._learner.cuda_columns import DeviceColumns, table_columns
 from touchline._learner.cuda_device import CudaDevice
+from touchline._learner.fixed_bodies import FixedBodies
 from touchline._learner.host_gather import HostGatherer
 from touchline._learner.row_offer import Gathering, RowOffer, SlotRows
 from touchline._rpc.dropping import when_dropped
@@ -49,12 +50,22 @@ class CudaMethod:
         torch: the torch module.
         place: ``torch.device`` of type ``cuda``.
         host_fields: fields of provenance that stay in host memory.
+        bodies: memory that batches are gathered into in turn; None gives each batch memory of its own.
         calls: class of the device's calls.
     """
 
-    def __init__(self, torch: Any, place: Any, host_fields: tuple[str, ...] = (), *, calls: Callable[[Any, Any], Any] = CudaDevice) -> None:
+    def __init__(
+        self,
+        torch: Any,
+        place: Any,
+        host_fields: tuple[str, ...] = (),
+        *,
+        bodies: FixedBodies | None = None,
+        calls: Callable[[Any, Any], Any] = CudaDevice,
+    ) -> None:
         self._torch = torch
         self._host_fields = host_fields
+        self._bodies = bodies
         # CUDA starts with the first session, in the thread that takes batches: not before, since a process with CUDA cannot fork any more.
         self._make_device = partial(calls, torch, place)
         self._device: Any = None
@@ -76,7 +87,7 @@ class CudaMethod:
         Raises:
             RingError: the device cannot read the columns, or cannot compile the kernel.
         """
-        return CudaGatherer(self._torch, self._device, offer, host_fields=self._host_fields)
+        return CudaGatherer(self._torch, self._device, offer, host_fields=self._host_fields, bodies=self._bodies)
 
 
 class CudaGatherer:
@@ -87,9 +98,12 @@ class CudaGatherer:
     Row numbers are clipped to the columns by the kernel, and were checked before.
     """
 
-    ahead = AHEAD
-
-    def __init__(self, torch: Any, device: Any, offer: RowOffer, *, host_fields: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, torch: Any, device: Any, offer: RowOffer, *, host_fields: tuple[str, ...] = (), bodies: FixedBodies | None = None
+    ) -> None:
+        # Of two bodies the learner has one.
+        self.ahead = AHEAD if bodies is None else 1
+        self._bodies = bodies
         self._torch = torch
         self._device = device
         self._offer = offer.without_memory()
@@ -114,17 +128,21 @@ class CudaGatherer:
         staged.provenance[:] = rows.provenance
         staged.rows[...] = rows.rows
         device, body = self._device, self._body
+        block, index = self._fixed_block()
         with device.queue():
-            block = self._torch.empty(body.size_bytes, dtype=self._torch.uint8, device=device.device)
+            if block is None:
+                block = self._torch.empty(body.size_bytes, dtype=self._torch.uint8, device=device.device)
             body.staged_part(block).copy_(staged.memory, non_blocking=True)
             self._gather(rows.parts).run(body.rows(block), block)
             done = device.record()
         kept = bytes(rows.provenance) if body.host_fields else b""
-        return _Queued(self, block, staged, done, kept, actor_names, rows.origin)
+        return _Queued(self, block, staged, done, kept, actor_names, rows.origin, index)
 
     def close(self) -> None:
         """Waits for the gathers that were started, and releases the columns."""
         self._columns.close()
+        if self._bodies is not None:
+            self._bodies.release()  # gathers that were started and are not taken any more
         self._gathers.clear()
         self._host = None
 
@@ -133,7 +151,19 @@ class CudaGatherer:
         queued.done.synchronize()
         self._staging.append(queued.staged)
         self._device.hand_over(queued.block)
+        if self._bodies is not None and queued.body is not None:
+            self._bodies.release(queued.body)
         return self._body.batch(queued.block, queued.provenance, queued.actor_names, queued.origin)
+
+    def _fixed_block(self) -> tuple[Any, int | None]:
+        """Returns memory that the learner reuses and its number, with the queue behind the learner's work on it; or None for both."""
+        index = self._bodies.claim() if self._bodies is not None and self._fits else None
+        if index is None:
+            return None, None
+        assert self._bodies is not None
+        block = self._bodies.blocks[index]
+        self._device.follow(block)
+        return block[: self._body.size_bytes], index
 
     def _gather(self, parts: tuple[tuple[int, int, int], ...]) -> Any:
         """Returns what gathers batches whose slices are divided so among the tables."""
@@ -171,6 +201,7 @@ class CudaGatherer:
                 gather = self._make([PartSpec(columns, 1, 0, self._offer.batch_size)])
                 gather.run(body.rows(block), block)
             device.wait_for_all()
+            self._fits = self._bodies is not None and self._bodies.fits(body.batch(block, b"", {}, None), block)
         except (RuntimeError, ValueError, ImportError) as error:
             raise RingError(f"the device cannot gather: {error}") from error
 
@@ -190,6 +221,8 @@ class _Queued:
     """Copy of the provenance, if fields of it stay in host memory."""
     actor_names: dict[int, str]
     origin: BatchOrigin | None
+    body: int | None
+    """Number of the reused body that it writes; None if the block is the batch's own."""
 
     def finish(self) -> Batch:
         """Waits until the last row is read, and returns the batch."""

@@ -50,11 +50,12 @@ def open_stream(
     as_numpy: bool | None,
     as_jax: bool,
     default_numpy: bool,
+    reuse: bool,
 ) -> BatchStream:
     """Returns a stream of batches; see :meth:`~touchline.ReplayClient.batches`. Its session opens with the first batch.
 
     Raises:
-        InvalidArgumentError: the transport is unknown, or the device and the form do not fit each other or this machine.
+        InvalidArgumentError: the transport is unknown, or the device and the form do not fit each other or this machine, or reused memory.
     """
     if transport not in TRANSPORTS:
         raise InvalidArgumentError(f"transport: {transport!r}, expected one of {', '.join(map(repr, TRANSPORTS))}")
@@ -69,19 +70,25 @@ def open_stream(
         as_bodies=as_jax,
     )
     if device is None or str(device) == "cpu":
+        if reuse:
+            raise InvalidArgumentError(f"reuse: True with device={device!r}, expected a CUDA device: batches in host memory have their own")
         method = HostMethod() if transport == "device" else None
         return BatchStream(open_source(method=method), host_converter(as_numpy=as_numpy, as_jax=as_jax, default_numpy=default_numpy))
     convert: Callable[[Batch], Batch] = same_batch
     host_fields: tuple[str, ...] = ()
     if as_jax:
+        if reuse:
+            raise InvalidArgumentError("reuse: True and as_jax=True, expected one of them: JAX's arrays must never change")
         from touchline._learner.jax_batch import HOST_FIELDS, check_jax_device
 
         convert, host_fields = host_converter(as_numpy=as_numpy, as_jax=True, default_numpy=default_numpy), HOST_FIELDS
     from touchline._learner.cuda import CudaSource, cuda_place
     from touchline._learner.cuda_gather import CudaMethod
+    from touchline._learner.fixed_bodies import FixedBodies
 
     torch, place = cuda_place(device, as_numpy=bool(as_numpy))
     if as_jax:
         check_jax_device(device)
-    gathers = CudaMethod(torch, place, host_fields) if transport in ("auto", "device") else None
-    return BatchStream(CudaSource(open_source(method=gathers), torch, place, host_fields), convert)
+    bodies = FixedBodies() if reuse else None
+    gathers = CudaMethod(torch, place, host_fields, bodies=bodies) if transport in ("auto", "device") else None
+    return BatchStream(CudaSource(open_source(method=gathers), torch, place, host_fields, bodies=bodies), convert)

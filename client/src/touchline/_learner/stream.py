@@ -80,8 +80,8 @@ class BatchStream(ProcessBound):
             for obs, action, reward, done in stream:
                 ...  # obs [4, 256, *obs_shape], action [3, 256, A], reward and done [3, 256, 1]
 
-    The batches are the caller's: nothing overwrites them, however long they are held. One thread iterates; any thread may close. A stream
-    that is dropped without being closed ends its session once it is collected.
+    The batches are the caller's: nothing overwrites them, however long they are held, unless ``reuse`` was asked for. One thread iterates;
+    any thread may close. A stream that is dropped without being closed ends its session once it is collected.
 
     In a forked child the stream is still the parent's: using it there raises ForkError, closing it does nothing. Limit: if one thread forks
     while another takes a batch that comes in messages (not through a ring), gRPC itself may be caught half-way and hang in the child. Fork
