@@ -97,6 +97,17 @@ def test_union_of_the_ranks_is_the_batch_of_one_learner_to_the_bit(law: str, pad
         assert _union([taken[rank][number] for rank in range(WORLD)]) == body
 
 
+def test_rank_goes_on_with_its_own_batch_while_its_broken_stream_still_draws() -> None:
+    ranks = Ranks(_buffer(), "episode")
+    broken = ranks.samplers[1]
+    expected = [_union([body]) for body in _take(broken, 5)]
+    again = ranks.join(1, first=2)
+
+    assert _union(_take(again)) == expected[2]
+    _take(broken)  # its thread does not know yet that the stream has ended
+    assert _union(_take(again)) == expected[3]
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_law_takes_as_many_random_numbers_as_it_says(law: str) -> None:
     buffer = _buffer()

@@ -177,6 +177,8 @@ class _Job:
         """The global batches of each table of a mix, by its position."""
         self.next_of: dict[int, int] = {}
         """Number of the next global batch of each rank that has come."""
+        self.streams_of: dict[int, int] = {}
+        """Number of streams that each rank has opened so far."""
         self.streams = 0
 
     def rng(self) -> np.random.Generator:
@@ -191,6 +193,11 @@ class RankShare:
     def __init__(self, job: _Job, rank: Rank) -> None:
         self._job = job
         self._rank = rank
+        self._next = rank.first_batch or 0
+        # From now on the rank's place is this stream's: the thread of one that broke may still draw for a while.
+        with job.lock:
+            self._stream = job.streams_of[rank.rank] = job.streams_of.get(rank.rank, 0) + 1
+            job.next_of[rank.rank] = self._next
         self.rng = job.rng()
         """The job's random numbers, which each of its streams has from their beginning."""
         self.world_size = rank.world_size
@@ -216,21 +223,23 @@ class RankShare:
             draws = job.draws.get(position)
             if draws is None:
                 draws = job.draws[position] = _GlobalDraws(store, spec, count, rank.world_size, rng)
-            first = job.next_of[rank.rank]
             slowest = min(job.next_of.values()) if len(job.next_of) == rank.world_size else 0
-        return draws.draw(rank.rank, first, batches, keep_from=slowest - KEPT_BEHIND)
+        return draws.draw(rank.rank, self._next, batches, keep_from=slowest - KEPT_BEHIND)
 
     def advance(self, batches: int) -> None:
         """Goes on to the next global batches, once a draw of each table has succeeded."""
-        with self._job.lock:
-            self._job.next_of[self._rank.rank] += batches
+        job, rank = self._job, self._rank.rank
+        self._next += batches
+        with job.lock:
+            if job.streams_of[rank] == self._stream:
+                job.next_of[rank] = self._next
 
     def describe(self) -> str:
         """Returns how far this rank is, for the log."""
         job, rank = self._job, self._rank
         with job.lock:
             redrawn = sum(draws.redrawn for draws in job.draws.values())
-            text = f"rank {rank.rank} of {rank.world_size} of the job {rank.job!r}: {job.next_of[rank.rank]} batches drawn"
+            text = f"rank {rank.rank} of {rank.world_size} of the job {rank.job!r}: {self._next} batches drawn"
         return f"{text}; {redrawn} slices of the job were drawn again, since their episodes had been evicted" if redrawn else text
 
 
@@ -268,8 +277,6 @@ class RankJobs:
             )
         self._jobs[key] = job
         job.streams += 1
-        with job.lock:
-            job.next_of[rank.rank] = rank.first_batch or 0
         share = RankShare(job, rank)
         try:
             yield share
