@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ class LateTorch:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.queued: list[Any] = []
+        self.lock = threading.Lock()
+        """Held while copies are made: the learner and the thread that stages may wait for the same one."""
         self.block_type = _block_type(self)
         self.current = SimpleNamespace(wait_event=lambda event: event.synchronize())
         self.cuda = SimpleNamespace(
@@ -49,10 +52,11 @@ class Event:
         return not any(copy in self._owner.queued for copy in self._copies)
 
     def synchronize(self) -> None:
-        for copy in self._copies:
-            if copy in self._owner.queued:
-                self._owner.queued.remove(copy)
-                copy.make()
+        with self._owner.lock:
+            for copy in self._copies:
+                if copy in self._owner.queued:
+                    copy.make()
+                    self._owner.queued.remove(copy)
 
 
 class Copy:
