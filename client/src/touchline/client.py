@@ -288,20 +288,17 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
 
         Args:
             prefetch: batches that the server may have in flight. A ring keeps up to 14 small ones.
-            device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` copies through pinned memory on a side stream, one batch
-                ahead. All tensors of such a batch share one allocation on the device.
+            device: None or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` for tensors there, gathered or copied ahead on a side
+                stream. Those of a batch share one allocation.
             as_numpy: return numpy arrays instead of torch tensors; None takes the client's setting.
-            as_jax: return the columns, ``weight`` and ``valid`` as JAX arrays over the same memory, and the origins as numpy arrays; see
-                docs/jax.md.
-            timeout_s: longest wait for a batch, whether the server is away or nothing can be sampled. None waits without limit while the
-                server is there, and 60 s while it is away.
-            transport: ``"auto"``, or the first way to try: ``"device"`` (this process gathers from the server's memory), ``"ring"`` (by
-                shared memory; both need a server on the same host, Linux on x86-64; containers must share /dev/shm and the user), or
-                ``"stream"`` (in messages). If it is not possible the next one is taken, and ``transport_reason`` says why.
+            as_jax: return the columns, ``weight`` and ``valid`` as JAX arrays over the same memory, the origins as numpy arrays.
+            timeout_s: longest wait for a batch. None waits without limit while nothing can be sampled, and 60 s while the server is away.
+            transport: ``"auto"``, or the first way to try: ``"device"`` (gathered here from the server's memory), ``"ring"`` (by shared
+                memory; both need the server's host, Linux on x86-64, /dev/shm and user), or ``"stream"`` (in messages). What is not
+                possible gives way to the next one, and ``transport_reason`` says why.
             ring: False means ``transport="stream"``.
-            reuse: True for batches in two bodies of a CUDA device in turn, whose addresses never change, for CUDA graphs and
-                ``torch.compile(mode="reduce-overhead")``. A batch is then the caller's only until the next one is asked for; work on it
-                that the calling thread's current stream has been given by then still reads it whole. See docs/gpu.md.
+            reuse: True for batches in two bodies of a CUDA device in turn, whose addresses never change, as CUDA graphs need. A batch is
+                then the caller's until the next one is asked for; work that the current stream was given by then reads it whole.
             options: what to draw, as for :meth:`sample`.
 
         Raises:
@@ -309,9 +306,9 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
         """
         whole_number("prefetch", prefetch, least=1)
         request = sample_request(**self._of_table(options))
-        limit_s = seconds_or_none("timeout_s", timeout_s)
-        how: dict[str, Any] = {"transport": transport if ring else "stream", "prefetch": prefetch, "timeout_s": limit_s, "reuse": reuse}
-        return open_stream(self._rpc, request, device=device, as_numpy=as_numpy, as_jax=as_jax, default_numpy=self._as_numpy, **how)
+        how: dict[str, Any] = {"prefetch": prefetch, "timeout_s": seconds_or_none("timeout_s", timeout_s), "reuse": reuse, "as_jax": as_jax}
+        how |= {"transport": transport if ring else "stream", "as_numpy": as_numpy, "default_numpy": self._as_numpy}
+        return open_stream(self._rpc, request, device=device, **how)
 
     def update_priorities(self, slices: Batch | tuple[Any, ...], priorities: Any, *, table: str | None = None) -> None:
         """Sets the priorities of a batch that was drawn by the law ``"prioritized"``, for later draws. Returns before they are sent.
@@ -337,8 +334,7 @@ class ReplayClient(BatchAdds, TableVerbs, StatusVerbs):
         """Returns an iterator of stored episodes, each whole and bit for bit as it was added, in ascending order of their ids.
 
         It reads what is stored at the first ``next``; an episode that is evicted before its turn is left out. If the server goes away,
-        reading resumes after the last whole episode. If the connection keeps breaking within one episode, at least five times and for
-        ``timeout_s``, reading ends with an UnavailableError.
+        reading resumes after the last whole episode; UnavailableError if one episode breaks off at least five times and for ``timeout_s``.
 
         Args:
             skip_missing: leave out ids that are not stored, instead of raising UnknownEpisodeError.
