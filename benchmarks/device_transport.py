@@ -23,7 +23,7 @@ from benchmarks.protocol import cpu_seconds
 from benchmarks.rounds import Section, Slice, Subject
 from benchmarks.servers import ServerProcess
 from benchmarks.statistics import median_interval, ratio_interval
-from benchmarks.timing import take_for
+from benchmarks.timing import rate_and_cpu
 from benchmarks.workloads import W1, W2, Content, Workload
 from touchline import ReplayClient
 
@@ -67,13 +67,8 @@ def _runner(stack: ExitStack, server: ServerProcess, content: Content, transport
         check(next(batches), content)
         if batches.transport != transport:
             raise RuntimeError(f"batches come by {batches.transport!r}, expected {transport!r}: {batches.transport_reason}")
-        take_for(take, 0.1)
-        cpu, own, count, begin = cpu_seconds(server.pid), time.process_time(), 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - begin) < length:
-            take()
-            count += 1
-        spent_s = cpu_seconds(server.pid) - cpu + time.process_time() - own
-        return {"batches_per_s": count / elapsed, "cpu_ms": spent_s * 1e3 / count}
+        rate, cpu_s = rate_and_cpu(take, length, lambda: cpu_seconds(server.pid) + time.process_time())
+        return {"batches_per_s": rate, "cpu_ms": cpu_s * 1e3}
 
     return run
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +21,7 @@ from benchmarks.protocol import cpu_seconds
 from benchmarks.rounds import Section, Slice, Subject
 from benchmarks.servers import ServerProcess
 from benchmarks.statistics import median_interval, ratio_interval
-from benchmarks.timing import take_for
+from benchmarks.timing import rate_and_cpu
 from benchmarks.workloads import W1, W2, Content, Workload, read_row_ids
 from touchline import ReplayClient
 from touchline_protos import Batch
@@ -75,12 +74,8 @@ def _runner(stack: ExitStack, server: ServerProcess, content: Content, path: str
         check(take(), content)
         if batches.transport != path:
             raise RuntimeError(f"batches come by {batches.transport!r}, expected {path!r}")
-        take_for(take, 0.1)
-        cpu, count, begin = cpu_seconds(server.pid), 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - begin) < length:
-            take()
-            count += 1
-        return {"batches_per_s": count / elapsed, "server_cpu_s": (cpu_seconds(server.pid) - cpu) / count}
+        rate, cpu_s = rate_and_cpu(take, length, lambda: cpu_seconds(server.pid))
+        return {"batches_per_s": rate, "server_cpu_s": cpu_s}
 
     return run
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from benchmarks.protocol import cpu_seconds
 from benchmarks.rounds import Section, Slice, Subject
 from benchmarks.servers import ServerProcess
 from benchmarks.statistics import median_interval, ratio_interval
-from benchmarks.timing import take_for
+from benchmarks.timing import rate_and_cpu
 from benchmarks.workloads import W1, Content
 from touchline import ReplayClient
 
@@ -53,12 +52,8 @@ def measure(*, rows: int, rounds: int, seconds: float) -> dict[str, list[Slice]]
                 return next(batches)
 
             def slice_(length: float) -> Slice:
-                take_for(take, 0.1)
-                cpu, count, begin = cpu_seconds(server.pid), 0, time.perf_counter()
-                while (elapsed := time.perf_counter() - begin) < length:
-                    take()
-                    count += 1
-                return {"batches_per_s": count / elapsed, "server_cpu_s": (cpu_seconds(server.pid) - cpu) / count}
+                rate, cpu_s = rate_and_cpu(take, length, lambda: cpu_seconds(server.pid))
+                return {"batches_per_s": rate, "server_cpu_s": cpu_s}
 
             return slice_
 

@@ -128,6 +128,16 @@ def take_for(take: Callable[[], Taken], seconds: float) -> Taken:
     return batch
 
 
+def rate_and_cpu(take: Callable[[], Any], seconds: float, cpu_clock: Callable[[], float]) -> tuple[float, float]:
+    """Takes batches for ``seconds`` after a short warm-up; returns batches a second, and seconds of CPU time a batch by ``cpu_clock``."""
+    take_for(take, 0.1)
+    cpu, count, begin = cpu_clock(), 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < seconds:
+        take()
+        count += 1
+    return count / elapsed, (cpu_clock() - cpu) / count
+
+
 def seconds_per_call(work: Callable[[], Any], seconds: float) -> float:
     """Returns how long a call takes, on average over ``seconds`` after a short warm-up."""
     for _ in range(20):
